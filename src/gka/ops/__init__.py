@@ -1,0 +1,13 @@
+"""Public functional calls of the layer's map."""
+
+from gka.ops.backends import available_backends, last_backend, why_unavailable
+from gka.ops.gka import chunk_gka, chunk_simple_gla, fused_recurrent_gka
+
+__all__ = [
+    "chunk_gka",
+    "fused_recurrent_gka",
+    "chunk_simple_gla",
+    "available_backends",
+    "why_unavailable",
+    "last_backend",
+]

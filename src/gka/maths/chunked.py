@@ -1,0 +1,201 @@
+"""The whole map chunk by chunk (paper: section 4.2.1): what `reference` computes, C tokens at a time.
+
+Stages, in the order of the data: cut into chunks, moments at the chunk starts (a scan over chunks),
+then for all chunks at once ridge, solve, mix and readout.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from gka.maths.chebyshev import chebyshev_solve_
+from gka.maths.grouped import shared_matmul
+from gka.maths.layout import ChunkLayout, chunk_layout
+from gka.maths.moments import Decay, chunk_moments, scan
+from gka.maths.readout import mix, readout
+from gka.maths.ridge import frobenius_squared, key_energies, split_empty
+
+# Chunks whose [C, K] arrays are worked on together: the solve reads a few such arrays again and
+# again, so on a CPU they should stay in its cache; elsewhere the limit only bounds scratch memory.
+BLOCK_ELEMENTS = {"cpu": 1 << 17}
+BLOCK_ELEMENTS_ELSEWHERE = 1 << 26
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The map's parameters.
+
+    Attributes:
+        scale: factor of the readout.
+        ridge_ratio: a in lambda_t = a F_t.
+        num_iter: Chebyshev steps; 0 leaves the ridge out (x_t = q_t).
+        chunk_size: C.
+        tied: H decays with g (gk is not given then).
+        with_h: form H also where no solve needs it (its final state is wanted).
+    """
+
+    scale: float
+    ridge_ratio: float
+    num_iter: int
+    chunk_size: int
+    tied: bool
+    with_h: bool
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What comes in: q [B,T,H,K], k [B,T,Hk,K], v [B,T,Hv,V], gates [B,T,H] or None, states or None."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor | None
+    gk: Tensor | None
+    alpha: Tensor | None
+    beta: Tensor | None
+    h0: Tensor | None
+    u0: Tensor | None
+    cu_seqlens: Tensor | None
+
+    @property
+    def work_dtype(self) -> torch.dtype:
+        return torch.float64 if self.q.dtype == torch.float64 else torch.float32
+
+
+class Chunks:
+    """The inputs cut into chunks, heads before tokens, in the working precision; moments beside them."""
+
+    def __init__(self, tokens: Tokens, settings: Settings) -> None:
+        batch, length, self.heads, self.head_dim = tokens.q.shape
+        self.tokens, self.settings = tokens, settings
+        self.layout: ChunkLayout = chunk_layout(
+            batch, length, settings.chunk_size, tokens.cu_seqlens
+        )
+        self.q = self.cut(tokens.q)
+        self.k = self.cut(tokens.k)
+        self.v = self.cut(tokens.v)
+        self.alpha = None if tokens.alpha is None else self.cut(tokens.alpha)
+        self.beta = None if tokens.beta is None else self.cut(tokens.beta)
+        self.decay_u = Decay.of(None if tokens.g is None else self.cut(tokens.g), self.q)
+        if settings.tied:
+            self.decay_h = self.decay_u
+        else:
+            self.decay_h = Decay.of(None if tokens.gk is None else self.cut(tokens.gk), self.q)
+
+    def cut(self, x: Tensor) -> Tensor:
+        """[B,T,H,...] -> [M,H,C,...], contiguous."""
+        return self.layout.cut(x.to(self.tokens.work_dtype)).transpose(1, 2).contiguous()
+
+    def join(self, x: Tensor) -> Tensor:
+        """[M,H,C,...] -> [B,T,H,...]."""
+        return self.layout.join(x.transpose(1, 2))
+
+    def beta_squared(self, decay: Decay) -> Tensor:
+        """beta_j^2, the weight with which the write gate enters both moments, [M,H,C]."""
+        return torch.ones_like(decay.to_end) if self.beta is None else self.beta.square()
+
+    def states(self, decay: Decay, values: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Chunk-start states [M,H,K,V] and final states [N,H,K,V] of sum k values^T."""
+        weights = decay.to_end * self.beta_squared(decay)
+        local = chunk_moments(weights, self.k, values)
+        if initial is None:
+            shape = (self.layout.num_sequences, self.heads, self.head_dim, values.shape[-1])
+            initial = self.q.new_zeros(shape)
+        return scan(local, decay.whole, initial.to(local.dtype), self.layout)
+
+    @cached_property
+    def states_h(self) -> tuple[Tensor, Tensor]:
+        return self.states(self.decay_h, self.k, self.tokens.h0)
+
+    @cached_property
+    def states_u(self) -> tuple[Tensor, Tensor]:
+        return self.states(self.decay_u, self.v, self.tokens.u0)
+
+    def system(self, rows: slice) -> "System":
+        """The ridge systems of the tokens of some chunks."""
+        weights = self.decay_h[rows].mask
+        if self.beta is not None:
+            weights = weights * self.beta[rows].square().unsqueeze(-2)
+        return System(self.k[rows], self.states_h[0][rows], self.decay_h[rows].zeta, weights)
+
+    def weights_u(self, rows: slice) -> Tensor:
+        """W_tj of U [M,H,C,C]."""
+        mask = self.decay_u[rows].mask
+        return mask if self.beta is None else mask * self.beta[rows].square().unsqueeze(-2)
+
+    def blocks(self) -> list[slice]:
+        """The chunks in slices that are worked on together."""
+        limit = BLOCK_ELEMENTS.get(self.q.device.type, BLOCK_ELEMENTS_ELSEWHERE)
+        per_chunk = self.heads * self.settings.chunk_size * max(self.head_dim, self.v.shape[-1])
+        return list(self.layout.blocks(max(1, limit // per_chunk)))
+
+
+class System:
+    """H_t and lambda_t of every token t of some chunks, never formed: products, norms and solves.
+
+    Attributes:
+        k: keys [M,Hk,C,K].
+        h: chunk-start states H_[c] [M,H,K,K].
+        zeta: decay from the chunk's start [M,H,C].
+        weights: W_tj = M_jt beta_j^2 [M,H,C,C].
+        energies: s_j = k_j^T H_[c] k_j [M,H,C].
+        pair_energies: (W (K K^T)^2)_tj [M,H,C,C].
+        h_norm_squared: |H_[c]|^2 [M,H].
+        fro: F_t, 1 where empty, [M,H,C].
+        empty: no history at t [M,H,C].
+    """
+
+    def __init__(self, k: Tensor, h: Tensor, zeta: Tensor, weights: Tensor) -> None:
+        self.k, self.h, self.zeta, self.weights = k, h, zeta, weights
+        self.k_t = k.transpose(-1, -2)
+        self.energies = key_energies(k, h)
+        self.pair_energies = shared_matmul(weights, (k @ self.k_t).square())
+        self.h_norm_squared = h.square().sum((-2, -1))
+        squared = frobenius_squared(
+            self.h_norm_squared, zeta, weights, self.energies, self.pair_energies
+        )
+        self.fro, self.empty = split_empty(squared)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """H_t x_t = zeta_t H_[c] x_t + sum_j W_tj (k_j . x_t) k_j for rows x_t [M,H,C,K]."""
+        scores = shared_matmul(x, self.k_t).mul_(self.weights)
+        return shared_matmul(scores, self.k).addcmul_(self.zeta.unsqueeze(-1), x @ self.h)
+
+    def solve(self, q: Tensor, settings: Settings) -> Tensor:
+        """x_t = p_r(A_t) q_t, zero where the history is empty."""
+        q = q.masked_fill(self.empty.unsqueeze(-1), 0.0)
+        return chebyshev_solve_(self.apply, q, self.fro, settings.ridge_ratio, settings.num_iter)
+
+
+@dataclass(frozen=True)
+class Forward:
+    """o [B,T,H,V]; solutions x [B,T,H,K] (None without a solve); final states (h None unless formed)."""
+
+    o: Tensor
+    x: Tensor | None
+    h: Tensor | None
+    u: Tensor
+
+
+def chunk_forward(tokens: Tokens, settings: Settings) -> Forward:
+    """The map of `reference`, chunk-wise. Not differentiable: its derivative is `adjoint`."""
+    chunks = Chunks(tokens, settings)
+    solve = settings.num_iter > 0
+    x = torch.empty_like(chunks.q) if solve else None
+    o = chunks.q.new_empty(*chunks.q.shape[:-1], tokens.v.shape[-1])
+    for rows in chunks.blocks():
+        q = chunks.q[rows]
+        z = q
+        if x is not None:
+            x[rows] = chunks.system(rows).solve(q, settings)
+            z = mix(q, x[rows], None if chunks.alpha is None else chunks.alpha[rows])
+        u, zeta = chunks.states_u[0][rows], chunks.decay_u[rows].zeta
+        o[rows] = readout(z, chunks.k[rows], chunks.v[rows], u, zeta, chunks.weights_u(rows))
+    return Forward(
+        o=chunks.join(o).mul(settings.scale).to(tokens.q.dtype),
+        x=None if x is None else chunks.join(x).contiguous(),
+        h=chunks.states_h[1] if solve or settings.with_h else None,
+        u=chunks.states_u[1],
+    )

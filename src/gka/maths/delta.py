@@ -1,0 +1,128 @@
+"""The gated delta rule, the memory that DeltaNet and Gated DeltaNet write to, token by token and by chunks.
+
+    S_t = gamma_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,      o_t = scale S_t^T q_t
+
+(Yang et al., arXiv 2406.06484 and 2412.06464.) It is one gradient step on |S^T k_t - v_t|^2 per token,
+where Gated KalmaNet solves the least-squares problem of the whole past. With the write u_t,
+
+    S_t = gamma_t S_{t-1} + k_t u_t^T,      u_t = beta_t (v_t - gamma_t S_{t-1}^T k_t),
+
+the writes of a chunk that starts from S_[c] solve one unit lower triangular system (the WY form):
+
+    (I + diag(beta) tril(K K^T o M, -1)) U = diag(beta) (V - diag(zeta) K S_[c]).
+
+Its inverse does not depend on S_[c], so only two products per chunk are left to the serial scan.
+M_tj and zeta_t are the decays of `moments.decay`.
+"""
+
+import torch
+from torch import Tensor
+
+from gka.maths.grouped import shared_matmul, weight_shared
+from gka.maths.layout import ChunkLayout
+from gka.maths.moments import decay
+
+
+def delta_rule_sequence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    state: Tensor,
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Token by token: the definition, and the form for decoding. All heads alike.
+
+    Args:
+        q, k: [B,T,H,K]. v: [B,T,H,V].
+        g: log decay [B,T,H], None for no decay. beta: write strength [B,T,H], None for 1.
+        state: S_0 [B,H,K,V].
+        scale: factor of the readout.
+
+    Returns:
+        o [B,T,H,V] and the state after the last token [B,H,K,V].
+    """
+    outputs = []
+    for t in range(q.shape[1]):
+        if g is not None:
+            state = state * g[:, t].exp()[..., None, None]
+        k_t = k[:, t].unsqueeze(-1)
+        u_t = v[:, t].unsqueeze(-2) - k_t.transpose(-1, -2) @ state
+        if beta is not None:
+            u_t = u_t * beta[:, t][..., None, None]
+        state = state + k_t * u_t
+        outputs.append(scale * (q[:, t].unsqueeze(-2) @ state).squeeze(-2))
+    return (torch.stack(outputs, 1) if outputs else torch.zeros_like(v)), state
+
+
+def delta_rule_chunks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    *,
+    scale: float,
+    layout: ChunkLayout,
+) -> tuple[Tensor, Tensor]:
+    """Chunk by chunk, differentiable by autograd; every argument has the dtype to compute in.
+
+    Args:
+        q: [B,T,H,K]. k: [B,T,Hk,K]. v: [B,T,Hv,V], Hk and Hv dividing H.
+        g: log decay [B,T,H]. beta: write strength [B,T,H].
+        state: S_0 [N,H,K,V].
+        scale: factor of the readout.
+        layout: how the tokens are cut into M chunks.
+
+    Returns:
+        o [B,T,H,V] and the states after each sequence's last token [N,H,K,V].
+    """
+    if layout.num_chunks == 0:
+        return q.new_zeros(*q.shape[:-1], v.shape[-1]), state
+    q, k, v, g, beta = (layout.cut(x).transpose(1, 2) for x in (q, k, v, g, beta))
+    decays = decay(g, q.dtype)
+    kt = k.transpose(-1, -2)
+    system = (shared_matmul(weight_shared(beta, k), kt) * decays.mask).tril(-1)
+    written = torch.cat([weight_shared(beta, v), weight_shared(beta * decays.zeta, k)], -1)
+    # u_t = own_t - S_[c]^T seen_t
+    own, seen = torch.linalg.solve_triangular(
+        system, written, upper=False, unitriangular=True
+    ).split([v.shape[-1], k.shape[-1]], -1)
+    to_end = weight_shared(decays.to_end, k).transpose(-1, -2)
+    u, found, state = _scan_writes(own, seen, to_end, decays.whole, state, layout)
+    scores = shared_matmul(q, kt) * decays.mask
+    o = (decays.zeta.unsqueeze(-1) * q) @ found + scores @ u
+    return layout.join((scale * o).transpose(1, 2)), state
+
+
+def _scan_writes(
+    own: Tensor, seen: Tensor, to_end: Tensor, whole: Tensor, state: Tensor, layout: ChunkLayout
+) -> tuple[Tensor, Tensor, Tensor]:
+    """U = own - seen S, S <- whole_c S + to_end U, along each sequence's chunks.
+
+    Args:
+        own: [M,H,C,V]. seen: [M,H,C,K]. to_end: [M,H,K,C]. whole: [M,H]. state: [N,H,K,V].
+
+    Returns:
+        U of every chunk [M,H,C,V], S as each chunk finds it [M,H,K,V], S after the last [N,H,K,V].
+    """
+    chunks = torch.arange(layout.num_chunks, device=own.device)
+    steps = [(who, chunks[rows]) for who, rows in layout.steps(own.device)]
+    order = torch.cat([rows for _, rows in steps])
+    sizes = [len(rows) for _, rows in steps]
+    # One gather and one split, whose derivative is one concatenation: slicing at each step would
+    # give every step a gradient as large as the whole sequence.
+    parts = zip(*(x[order].split(sizes) for x in (own, seen, to_end, whole)), strict=True)
+    writes, finds = [], []
+    for (who, _), (own_c, seen_c, to_end_c, whole_c) in zip(steps, parts, strict=True):
+        found = state[who]
+        u = own_c - seen_c @ found
+        left = whole_c[..., None, None] * found + to_end_c @ u
+        state = left if isinstance(who, slice) else state.index_copy(0, who, left)
+        writes.append(u)
+        finds.append(found)
+    back = torch.argsort(order)
+    return torch.cat(writes)[back], torch.cat(finds)[back], state

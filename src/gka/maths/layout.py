@@ -1,0 +1,98 @@
+"""Cutting sequences into chunks. Every chunk of every sequence is one row of a batch of M chunks."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Rows = slice | Tensor
+
+
+@dataclass(frozen=True)
+class ChunkLayout:
+    """Which chunks belong to which sequence: sequence n owns chunks offsets[n] .. offsets[n+1] - 1.
+
+    A sequence's last chunk is filled up with zeros (no key, no value, log decay 0), which leave
+    every state as it is. An empty sequence owns no chunk.
+
+    Attributes:
+        chunk_size: C.
+        batch: B of the token arrays (1 when packed).
+        length: T of the token arrays.
+        offsets: first chunk of each sequence, [N+1].
+        slots: place of each packed token among the M*C places, int64 [T]; None when not packed.
+    """
+
+    chunk_size: int
+    batch: int
+    length: int
+    offsets: tuple[int, ...]
+    slots: Tensor | None = None
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def num_chunks(self) -> int:
+        """M, over all sequences."""
+        return self.offsets[-1]
+
+    def cut(self, x: Tensor) -> Tensor:
+        """[B,T,...] -> [M,C,...], zeros in the places past a sequence's end."""
+        if self.slots is not None:
+            out = x.new_zeros(self.num_chunks * self.chunk_size, *x.shape[2:])
+            return out.index_copy_(0, self.slots, x[0]).unflatten(0, (-1, self.chunk_size))
+        places = self.num_chunks // self.batch * self.chunk_size
+        if places != self.length:
+            padded = x.new_zeros(self.batch, places, *x.shape[2:])
+            padded[:, : self.length] = x
+            x = padded
+        return x.reshape(self.num_chunks, self.chunk_size, *x.shape[2:])
+
+    def join(self, x: Tensor) -> Tensor:
+        """[M,C,...] -> [B,T,...], the inverse of `cut`."""
+        if self.slots is not None:
+            return x.flatten(0, 1).index_select(0, self.slots).unsqueeze(0)
+        return x.reshape(self.batch, -1, *x.shape[2:])[:, : self.length]
+
+    def steps(self, device: torch.device, reverse: bool = False) -> Iterator[tuple[Rows, Rows]]:
+        """(sequences, their i-th chunks) for i = 0, 1, ...; from the last to the first if `reverse`.
+
+        Sequences shorter than i chunks have no part in step i.
+        """
+        counts = [b - a for a, b in zip(self.offsets, self.offsets[1:], strict=False)]
+        order = range(max(counts, default=0))
+        if self.slots is None:
+            for i in reversed(order) if reverse else order:
+                yield slice(None), slice(i, None, counts[0])
+            return
+        for i in reversed(order) if reverse else order:
+            alive = [n for n, count in enumerate(counts) if count > i]
+            rows = [self.offsets[n] + i for n in alive]
+            yield torch.tensor(alive, device=device), torch.tensor(rows, device=device)
+
+    def blocks(self, chunks_per_block: int) -> Iterator[slice]:
+        """Slices of the M chunks, at most `chunks_per_block` long."""
+        for start in range(0, self.num_chunks, chunks_per_block):
+            yield slice(start, min(start + chunks_per_block, self.num_chunks))
+
+
+def chunk_layout(
+    batch: int, length: int, chunk_size: int, cu_seqlens: Tensor | None = None
+) -> ChunkLayout:
+    """The layout of B sequences of T tokens, or of the packed sequences that cu_seqlens [N+1] bounds."""
+    if cu_seqlens is None:
+        per_sequence = -(-length // chunk_size)
+        offsets = tuple(n * per_sequence for n in range(batch + 1))
+        return ChunkLayout(chunk_size, batch, length, offsets)
+    bounds = cu_seqlens.tolist()
+    offsets = [0]
+    slots = []
+    for begin, end in itertools.pairwise(bounds):
+        slots.append(torch.arange(end - begin) + offsets[-1] * chunk_size)
+        offsets.append(offsets[-1] + -(-(end - begin) // chunk_size))
+    placed = torch.cat(slots).to(cu_seqlens.device)
+    return ChunkLayout(chunk_size, batch, length, tuple(offsets), placed)

@@ -1,0 +1,90 @@
+"""The moments H_t = gamma_t H_{t-1} + k_t k_t^T and U_t = gamma_t U_{t-1} + k_t v_t^T, chunk by chunk.
+
+Only the states at chunk starts, H_[c] and U_[c], are formed; inside a chunk (section 4.2.1)
+    H_t = zeta_t H_[c] + sum_{j<=t} W_tj k_j k_j^T,   W_tj = M_jt beta_j^2.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gka.maths.grouped import shared_matmul, weight_shared
+from gka.maths.layout import ChunkLayout
+
+
+@dataclass(frozen=True)
+class Decay:
+    """Decays inside chunks, from differences of the cumulative log decay, never from quotients.
+
+    Sums and differences are float64: the difference of two large sums is then as accurate as that
+    of two small ones, and only the exponential is rounded to the working precision.
+
+    Attributes:
+        cumulative: log decay from the chunk's start to t, t's own included, float64 [M,H,C].
+        dtype: working precision of the decays.
+    """
+
+    cumulative: Tensor
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, g: Tensor | None, like: Tensor) -> "Decay":
+        """Of log decays g [M,H,C]; no decay (all ones) for None. `like` [M,H,C,...] sets the dtype."""
+        if g is None:
+            g = like.new_zeros(like.shape[:3])
+        return cls(g.double().cumsum(-1), like.dtype)
+
+    def __getitem__(self, rows: slice) -> "Decay":
+        return Decay(self.cumulative[rows], self.dtype)
+
+    @property
+    def mask(self) -> Tensor:
+        """M_jt as rows t and columns j [M,H,C,C], exact zeros where j > t."""
+        b = self.cumulative
+        future = torch.ones(b.shape[-1], b.shape[-1], dtype=torch.bool, device=b.device).triu(1)
+        log_mask = (b.unsqueeze(-1) - b.unsqueeze(-2)).to(self.dtype)
+        return log_mask.masked_fill_(future, -torch.inf).exp_()
+
+    @property
+    def zeta(self) -> Tensor:
+        """Decay from the chunk's start to t [M,H,C]."""
+        return self.cumulative.to(self.dtype).exp()
+
+    @property
+    def to_end(self) -> Tensor:
+        """Decay from j to the chunk's end [M,H,C]."""
+        b = self.cumulative
+        return (b[..., -1:] - b).to(self.dtype).exp()
+
+    @property
+    def whole(self) -> Tensor:
+        """Decay over the whole chunk [M,H]."""
+        return self.cumulative[..., -1].to(self.dtype).exp()
+
+
+def chunk_moments(weights: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """sum_j w_j k_j v_j^T over each chunk: [M,H,C], [M,Hk,C,K], [M,Hv,C,V] -> [M,H,K,V]."""
+    return shared_matmul(weight_shared(weights, k).transpose(-1, -2), v)
+
+
+def scan(
+    local: Tensor, whole: Tensor, boundary: Tensor, layout: ChunkLayout, reverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """S <- whole_c S + local_c along each sequence's chunks, backwards if `reverse`.
+
+    Args:
+        local: [M,H,K,V], overwritten by the result.
+        whole: decay over each chunk [M,H].
+        boundary: S before the first (reverse: the last) chunk, [N,H,K,V].
+
+    Returns:
+        S as each chunk finds it [M,H,K,V], and S after the last (reverse: the first) chunk [N,H,K,V].
+    """
+    state = boundary.clone()
+    for sequences, rows in layout.steps(local.device, reverse):
+        found = state[sequences]
+        left = found * whole[rows][..., None, None] + local[rows]
+        local[rows] = found
+        state[sequences] = left
+    return local, state

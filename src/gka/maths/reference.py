@@ -1,0 +1,125 @@
+"""Gated KalmaNet on one page: the whole map, token by token, in the order the paper defines it.
+
+Slow and plain on purpose. It is differentiable by autograd, in float64 if its inputs are, and it is
+what every faster form is tested against. Equation numbers: arXiv 2511.21016v1.
+"""
+
+import itertools
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gka.maths.chebyshev import chebyshev_solve
+from gka.maths.exact import exact_solve
+from gka.maths.readout import mix
+from gka.maths.ridge import split_empty
+
+State = tuple[Tensor, Tensor]
+Solver = Literal["chebyshev", "exact"]
+
+
+def solve_ridge(
+    h: Tensor, q: Tensor, ridge_ratio: float, num_iter: int, solver: Solver = "chebyshev"
+) -> Tensor:
+    """x of (H + lambda I) x = q with lambda = a |H|_F; H [..., K, K], q [..., K]. x = 0 where H = 0."""
+    fro, empty = split_empty(h.square().sum((-2, -1)))
+    q = q.masked_fill(empty.unsqueeze(-1), 0.0)
+    if solver == "exact":
+        return exact_solve(h, q, ridge_ratio * fro)
+    return chebyshev_solve(
+        lambda d: (h @ d.unsqueeze(-1)).squeeze(-1), q, fro, ridge_ratio, num_iter
+    )
+
+
+def reference_sequence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    gk: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    state: State,
+    *,
+    scale: float,
+    ridge_ratio: float,
+    num_iter: int,
+    solver: Solver = "chebyshev",
+) -> tuple[Tensor, State]:
+    """One batch of equally long sequences, all heads alike: k and v already have the heads of q.
+
+    Args:
+        q, k: [B,T,H,K]. v: [B,T,H,V]. g, gk, alpha, beta: [B,T,H] or None.
+        state: (H_0 [B,H,K,K], U_0 [B,H,K,V]).
+        scale: factor of the readout.
+        ridge_ratio: a in lambda_t = a F_t.
+        num_iter: Chebyshev steps r; 0 leaves the ridge out (x_t = q_t). `solver="exact"` ignores
+            how many, not whether.
+
+    Returns:
+        o [B,T,H,V] and the state after the last token.
+    """
+    h, u = state
+    if beta is not None:  # the write gate scales key and value
+        k, v = beta.unsqueeze(-1) * k, beta.unsqueeze(-1) * v
+    outputs = []
+    for t in range(q.shape[1]):
+        q_t, k_t, v_t = q[:, t], k[:, t], v[:, t]
+        if gk is not None:
+            h = gk[:, t].exp()[..., None, None] * h
+        if g is not None:
+            u = g[:, t].exp()[..., None, None] * u
+        h = h + k_t.unsqueeze(-1) * k_t.unsqueeze(-2)  # H_t = gamma_t H_{t-1} + k_t k_t^T
+        u = u + k_t.unsqueeze(-1) * v_t.unsqueeze(-2)  # U_t = gamma_t U_{t-1} + k_t v_t^T
+        x_t = solve_ridge(h, q_t, ridge_ratio, num_iter, solver) if num_iter > 0 else q_t
+        z_t = mix(q_t, x_t, None if alpha is None else alpha[:, t])  # the alpha-connection
+        outputs.append(scale * (z_t.unsqueeze(-2) @ u).squeeze(-2))  # o_t = scale U_t^T z_t
+    o = torch.stack(outputs, 1) if outputs else v.new_zeros(v.shape)
+    return o, (h, u)
+
+
+def reference_gka(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    gk: Tensor | None = None,
+    alpha: Tensor | None = None,
+    beta: Tensor | None = None,
+    initial_state: State | None = None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    ridge_ratio: float = 0.02,
+    num_iter: int = 30,
+    solver: Solver = "chebyshev",
+) -> tuple[Tensor, State]:
+    """`reference_sequence` for grouped heads, packed sequences and 16-bit inputs (float32 inside)."""
+    heads, sequences = q.shape[2], len(q) if cu_seqlens is None else len(cu_seqlens) - 1
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if initial_state is None:
+        shape = (sequences, heads, q.shape[-1])
+        initial_state = tuple(
+            q.new_zeros(*shape, n, dtype=dtype) for n in (q.shape[-1], v.shape[-1])
+        )
+    tokens = [q, *(x.repeat_interleave(heads // x.shape[2], 2) for x in (k, v)), g, gk, alpha, beta]
+    tokens = [None if x is None else x.to(dtype) for x in tokens]
+    parts = [(slice(None), slice(None), slice(None))]  # (batch rows, tokens, states)
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.tolist()
+        parts = [
+            (slice(None), slice(a, b), slice(n, n + 1))
+            for n, (a, b) in enumerate(itertools.pairwise(bounds))
+        ]
+    results = []
+    for rows, span, n in parts:
+        part = [None if x is None else x[rows, span] for x in tokens]
+        state = (initial_state[0][n], initial_state[1][n])
+        results.append(
+            reference_sequence(
+                *part, state, scale=scale, ridge_ratio=ridge_ratio, num_iter=num_iter, solver=solver
+            )
+        )
+    o = torch.cat([o for o, _ in results], 1).to(q.dtype)
+    return o, (torch.cat([s[0] for _, s in results]), torch.cat([s[1] for _, s in results]))

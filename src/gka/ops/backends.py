@@ -1,0 +1,116 @@
+"""Which implementation runs a call: chosen explicitly, queryable, never silently another one."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from gka.maths.adjoint import Gradients, chunk_backward
+from gka.maths.chunked import Forward, Settings, Tokens, chunk_forward
+from gka.maths.recurrent import recurrent_forward
+
+BackendName = Literal["auto", "reference", "torch"]
+Mode = Literal["chunk", "recurrent"]
+
+_ran = threading.local()
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A set of compiled or plain implementations behind the custom operators.
+
+    Attributes:
+        name: as users give it.
+        forward: implementation of each mode.
+        backward: the derivative, shared by the modes, since they compute the same map.
+        refusal: why the backend cannot run a call on tokens like these; None if it can.
+    """
+
+    name: str
+    forward: dict[Mode, Callable[[Tokens, Settings], Forward]]
+    backward: Callable[
+        [Tokens, Tensor | None, Tensor, Tensor | None, Tensor | None, Settings], Gradients
+    ]
+    refusal: Callable[[torch.device, torch.dtype], str | None]
+
+
+# In order of preference for backend="auto".
+_BACKENDS: dict[str, Backend] = {}
+
+
+def register_backend(backend: Backend, *, first: bool = False) -> None:
+    """Add a backend; `first` puts it before the others for backend="auto"."""
+    global _BACKENDS
+    others = {name: b for name, b in _BACKENDS.items() if name != backend.name}
+    mine = {backend.name: backend}
+    _BACKENDS = mine | others if first else others | mine
+
+
+register_backend(
+    Backend(
+        name="torch",
+        forward={"chunk": chunk_forward, "recurrent": recurrent_forward},
+        backward=chunk_backward,
+        refusal=lambda device, dtype: None,
+    )
+)
+
+
+def get_backend(name: str) -> Backend:
+    return _BACKENDS[name]
+
+
+def known_backends() -> tuple[str, ...]:
+    """Names a call accepts."""
+    return get_args(BackendName)
+
+
+def why_unavailable(
+    name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> str | None:
+    """Why `name` cannot run inputs of this device and dtype; None if it can.
+
+    Raises:
+        ValueError: no backend has that name.
+    """
+    if name not in known_backends():
+        raise ValueError(f"backend must be one of {', '.join(known_backends())}; got {name!r}.")
+    if name in ("auto", "reference"):
+        return None
+    return _BACKENDS[name].refusal(torch.device(device), dtype)
+
+
+def available_backends(
+    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> list[str]:
+    """Backends that can run inputs of this device and dtype, the one "auto" takes first."""
+    names = [*_BACKENDS, "reference"]
+    return [name for name in names if why_unavailable(name, device, dtype) is None]
+
+
+def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that `name` means here.
+
+    Raises:
+        ValueError: no backend has that name.
+        RuntimeError: the backend asked for cannot run here; the message says why.
+    """
+    reason = why_unavailable(name, device, dtype)
+    if reason is not None:
+        raise RuntimeError(
+            f"backend={name!r} cannot run this call: {reason} "
+            f"Available here: {', '.join(available_backends(device, dtype))}."
+        )
+    return available_backends(device, dtype)[0] if name == "auto" else name
+
+
+def note_backend(name: str) -> None:
+    _ran.name = name
+
+
+def last_backend() -> str | None:
+    """Name of the backend that ran this thread's most recent forward or backward; None before any."""
+    return getattr(_ran, "name", None)

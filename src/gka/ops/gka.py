@@ -1,0 +1,208 @@
+"""chunk_gka and fused_recurrent_gka: Gated KalmaNet as functions, with FLA's call signatures."""
+
+import os
+
+import torch
+from torch import Tensor
+
+from gka.maths.reference import reference_gka
+from gka.ops import checks
+from gka.ops.backends import note_backend, resolve_backend
+from gka.ops.operator import forward_op
+
+State = tuple[Tensor, Tensor]
+
+
+def chunk_gka(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    gk: Tensor | None = None,
+    alpha: Tensor | None = None,
+    scale: float | None = None,
+    ridge_ratio: float = 0.02,
+    num_iter: int = 30,
+    initial_state: State | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    *,
+    beta: Tensor | None = None,
+    backend: str = "auto",
+    chunk_size: int = 64,
+) -> tuple[Tensor, State | None]:
+    """Gated KalmaNet over whole sequences, chunk by chunk (arXiv 2511.21016, section 4).
+
+    o_t = scale U_t^T z_t,  z_t = q_t + alpha_t (x_t - q_t),  (H_t + lambda_t I) x_t = q_t,
+    H_t = exp(gk_t) H_{t-1} + k_t k_t^T,  U_t = exp(g_t) U_{t-1} + k_t v_t^T,
+    lambda_t = ridge_ratio |H_t|_F; x_t = 0 while the history is empty.
+
+    Differentiable in q, k, v, g, gk, alpha, beta and both initial states, from o and both final
+    states. The gradient is that of the exact solve (docs/maths.md): it differs from the derivative
+    of the truncated iteration by no more than the truncation itself.
+
+    Args:
+        q: queries [B,T,H,K], float64, float32, bfloat16 or float16; K in 1..256.
+        k: keys [B,T,Hk,K]; H a multiple of Hk: consecutive query heads share a key head.
+        v: values [B,T,Hv,V]; H a multiple of Hv; V in 1..256.
+        g: log decay of U [B,T,H], <= 0. None: no decay.
+        gk: log decay of H [B,T,H]. Pass g itself to tie the two, as the paper's layer does.
+            None: H does not decay.
+        alpha: mix gate [B,T,H]. None: 1, the ridge solution itself.
+        scale: factor of the readout. None: K^-1/2.
+        ridge_ratio: a > 0 in lambda_t = a |H_t|_F.
+        num_iter: Chebyshev steps. 0 leaves the ridge out: gated linear attention.
+        initial_state: (h_kk [N,H,K,K], h_kv [N,H,K,V]) before the first token, float32 (float64 for
+            float64 inputs); h_kk symmetric. N is B, or the number of packed sequences.
+        output_final_state: return the states after the last token too.
+        cu_seqlens: bounds of packed sequences, int64 [N+1] from 0 to T, with B = 1.
+        beta: write gate [B,T,H]: scales k and v of each head without copying them.
+        backend: "auto", "torch" (chunk-wise, any device) or "reference" (token by token, slow).
+        chunk_size: tokens a chunk; a matter of speed and memory, not of the result.
+
+    Returns:
+        o [B,T,H,V] in q's dtype, and (h_kk, h_kv) or None.
+
+    Raises:
+        ValueError, TypeError: a shape, range or dtype is wrong; the message names the argument.
+        RuntimeError: the backend asked for cannot run these inputs.
+    """
+    return _run(
+        "chunk", q, k, v, g, gk, alpha, beta, scale=scale, ridge_ratio=ridge_ratio,
+        num_iter=num_iter, initial_state=initial_state, output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens, backend=backend, chunk_size=chunk_size,
+    )  # fmt: skip
+
+
+def fused_recurrent_gka(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    gk: Tensor | None = None,
+    alpha: Tensor | None = None,
+    scale: float | None = None,
+    ridge_ratio: float = 0.02,
+    num_iter: int = 30,
+    initial_state: State | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    *,
+    beta: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, State | None]:
+    """Gated KalmaNet token by token: the same map as `chunk_gka`, meant for decoding.
+
+    Arguments, results and errors are those of `chunk_gka`, and so is the gradient, which is formed
+    chunk by chunk. Cost per token is constant, with no chunk to fill up.
+    """
+    return _run(
+        "recurrent", q, k, v, g, gk, alpha, beta, scale=scale, ridge_ratio=ridge_ratio,
+        num_iter=num_iter, initial_state=initial_state, output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens, backend=backend, chunk_size=64,
+    )  # fmt: skip
+
+
+def chunk_simple_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    *,
+    beta: Tensor | None = None,
+    backend: str = "auto",
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor | None]:
+    """Gated linear attention with a scalar decay a head: `chunk_gka` without its ridge.
+
+    o_t = scale U_t^T q_t,  U_t = exp(g_t) U_{t-1} + k_t v_t^T.
+
+    Arguments as in `chunk_gka`; the state is h_kv [N,H,K,V] alone, and H is never formed.
+    """
+    heads = q.shape[2] if q.dim() == 4 else 0
+    state = None
+    if initial_state is not None:
+        empty = initial_state.new_empty(initial_state.shape[0], heads, q.shape[-1], q.shape[-1])
+        state = (empty, initial_state)
+    o, final = _run(
+        "chunk", q, k, v, g, None, None, beta, scale=scale, ridge_ratio=1.0, num_iter=0,
+        initial_state=state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+        backend=backend, chunk_size=chunk_size, with_h=False,
+    )  # fmt: skip
+    return o, None if final is None else final[1]
+
+
+def _run(
+    mode: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    gk: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    *,
+    scale: float | None,
+    ridge_ratio: float,
+    num_iter: int,
+    initial_state: State | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+    backend: str,
+    chunk_size: int,
+    with_h: bool | None = None,
+) -> tuple[Tensor, State | None]:
+    q, k, v = _autocast(q, k, v)
+    checks.check_heads(q, k, v)
+    checks.check_gates(q, g=g, gk=gk, alpha=alpha, beta=beta)
+    checks.check_numbers(ridge_ratio, num_iter, chunk_size)
+    sequences = checks.check_cu_seqlens(q, cu_seqlens)
+    h0, u0 = _check_initial_state(initial_state, sequences, q, v)
+    if os.environ.get("GKA_DEBUG") == "1":
+        checks.check_values(q=q, k=k, v=v, g=g, gk=gk, alpha=alpha, beta=beta, h_kk=h0, h_kv=u0)
+    backend = resolve_backend(backend, q.device, q.dtype)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if backend == "reference":
+        note_backend(backend)
+        if cu_seqlens is not None:
+            checks.check_bounds(cu_seqlens, q.shape[1])
+        with torch.amp.autocast(q.device.type, enabled=False):
+            o, state = reference_gka(
+                q, k, v, g, gk, alpha, beta, initial_state, cu_seqlens,
+                scale=scale, ridge_ratio=ridge_ratio, num_iter=num_iter,
+            )  # fmt: skip
+        return o, state if output_final_state else None
+    tied = gk is not None and gk is g
+    with_h = output_final_state if with_h is None else with_h
+    o, _, h, u = forward_op(
+        q, k, v, g, None if tied else gk, alpha, beta, h0, u0, cu_seqlens,
+        scale, float(ridge_ratio), num_iter, chunk_size, tied, with_h, mode, backend,
+    )  # fmt: skip
+    return o, (h, u) if output_final_state else None
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under torch.autocast the heads take its dtype, as they would for a matrix product."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def _check_initial_state(
+    state: State | None, sequences: int, q: Tensor, v: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    if state is None:
+        return None, None
+    if not isinstance(state, tuple | list) or len(state) != 2:
+        raise TypeError(f"initial_state must be a pair (h_kk, h_kv); got {type(state).__name__}.")
+    heads, key_dim = q.shape[2:]
+    h0, u0 = state
+    checks.check_state("initial_state[0] (h_kk)", h0, (sequences, heads, key_dim, key_dim), q)
+    checks.check_state("initial_state[1] (h_kv)", u0, (sequences, heads, key_dim, v.shape[-1]), q)
+    return h0, u0

@@ -1,0 +1,159 @@
+"""The torch operators gka::forward and gka::backward: opaque to torch.compile, known to autograd.
+
+One pair serves every mode and backend. States enter as None and leave as empty tensors where they
+do not exist, because operators return tensors only.
+"""
+
+import torch
+from torch import Tensor
+
+from gka.maths.chunked import Settings, Tokens
+from gka.ops.backends import get_backend, note_backend
+from gka.ops.checks import check_bounds
+
+_OptionalTensors = list[Tensor | None]
+
+
+def _tokens(inputs: _OptionalTensors) -> Tokens:
+    q, k, v, *rest = inputs
+    assert q is not None and k is not None and v is not None
+    return Tokens(q, k, v, *rest)
+
+
+def _none_if_empty(x: Tensor) -> Tensor | None:
+    return x if x.numel() else None
+
+
+def _optional(x: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if x is None else x
+
+
+@torch.library.custom_op("gka::forward", mutates_args=())
+def forward_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    gk: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    h0: Tensor | None,
+    u0: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    ridge_ratio: float,
+    num_iter: int,
+    chunk_size: int,
+    tied: bool,
+    with_h: bool,
+    mode: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(o, x, final H, final U); x is empty without a solve, H where it is not formed."""
+    if cu_seqlens is not None:
+        check_bounds(cu_seqlens, q.shape[1])
+    tokens = Tokens(q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens)
+    settings = Settings(scale, ridge_ratio, num_iter, chunk_size, tied, with_h)
+    note_backend(backend)
+    with torch.amp.autocast(q.device.type, enabled=False):
+        run = get_backend(backend).forward["recurrent" if mode == "recurrent" else "chunk"]
+        out = run(tokens, settings)
+    return out.o, _optional(out.x, out.u), _optional(out.h, out.u), out.u
+
+
+@forward_op.register_fake
+def _(
+    q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens,
+    scale, ridge_ratio, num_iter, chunk_size, tied, with_h, mode, backend,
+):  # fmt: skip
+    batch, length, heads, key_dim = q.shape
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    solve = num_iter > 0
+    x_shape = (batch, length, heads, key_dim) if solve else (0,)
+    h_shape = (sequences, heads, key_dim, key_dim) if solve or with_h else (0,)
+    return (
+        q.new_empty(batch, length, heads, v.shape[-1]),
+        q.new_empty(x_shape, dtype=work),
+        q.new_empty(h_shape, dtype=work),
+        q.new_empty((sequences, heads, key_dim, v.shape[-1]), dtype=work),
+    )
+
+
+@torch.library.custom_op("gka::backward", mutates_args=())
+def backward_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    gk: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    h0: Tensor | None,
+    u0: Tensor | None,
+    cu_seqlens: Tensor | None,
+    x: Tensor,
+    do: Tensor,
+    dh: Tensor | None,
+    du: Tensor | None,
+    scale: float,
+    ridge_ratio: float,
+    num_iter: int,
+    chunk_size: int,
+    tied: bool,
+    with_h: bool,
+    backend: str,
+) -> list[Tensor]:
+    """Gradients of q, k, v, g, gk, alpha, beta, h0, u0; empty where the input is None."""
+    tokens = Tokens(q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens)
+    settings = Settings(scale, ridge_ratio, num_iter, chunk_size, tied, with_h)
+    note_backend(backend)
+    with torch.amp.autocast(q.device.type, enabled=False):
+        solutions = x if num_iter > 0 else None
+        grads = get_backend(backend).backward(tokens, solutions, do, dh, du, settings)
+    optional = (grads.g, grads.gk, grads.alpha, grads.beta, grads.h0, grads.u0)
+    return [grads.q, grads.k, grads.v, *(_optional(grad, do) for grad in optional)]
+
+
+@backward_op.register_fake
+def _(
+    q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, x, do, dh, du,
+    scale, ridge_ratio, num_iter, chunk_size, tied, with_h, backend,
+):  # fmt: skip
+    def like(given: Tensor | None) -> Tensor:
+        return do.new_empty(0) if given is None else given.new_empty(given.shape)
+
+    return [like(given) for given in (q, k, v, g, gk, alpha, beta, h0, u0)]
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, scale, ridge_ratio, num_iter, chunk_size, tied, with_h, _mode, backend = inputs
+    _, x, h, _ = output
+    ctx.save_for_backward(*tensors, x)
+    ctx.numbers = (scale, ridge_ratio, num_iter, chunk_size, tied, with_h, backend)
+    ctx.has_h = h.numel() > 0
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, do, dx, dh, du):
+    *tensors, x = ctx.saved_tensors
+    q, v = tensors[0], tensors[2]
+    if do is None:
+        do = q.new_zeros(*q.shape[:3], v.shape[-1])
+    dh = dh if ctx.has_h else None
+    grads = backward_op(*tensors, x, do.contiguous(), dh, du, *ctx.numbers)
+    optional = [
+        grad if given is not None else None for grad, given in zip(grads, tensors[:9], strict=True)
+    ]
+    return (*optional, None, *(None,) * 8)
+
+
+def _no_second_derivative(ctx, grads):
+    raise RuntimeError(
+        "Gated KalmaNet's chunk-wise backward has no derivative of its own. "
+        'Use backend="reference" for second derivatives.'
+    )
+
+
+forward_op.register_autograd(_differentiate, setup_context=_save)
+backward_op.register_autograd(_no_second_derivative, setup_context=lambda ctx, inputs, output: None)
