@@ -1,0 +1,22 @@
+"""From text to blocks of tokens: corpus -> tokenizer -> packed tokens -> blocks."""
+
+from gka.data.blocks import Split, TokenBlocks, split, token_blocks
+from gka.data.corpus import Document, find_documents, standard_library
+from gka.data.packed import PackedTokens, cache_folder, pack
+from gka.data.tokenizer import Encoder, byte_tokenizer, load_tokenizer
+
+__all__ = [
+    "Document",
+    "find_documents",
+    "standard_library",
+    "byte_tokenizer",
+    "load_tokenizer",
+    "Encoder",
+    "PackedTokens",
+    "pack",
+    "cache_folder",
+    "Split",
+    "split",
+    "TokenBlocks",
+    "token_blocks",
+]
