@@ -12,7 +12,7 @@ the writes of a chunk that starts from S_[c] solve one unit lower triangular sys
     (I + diag(beta) tril(K K^T o M, -1)) U = diag(beta) (V - diag(zeta) K S_[c]).
 
 Its inverse does not depend on S_[c], so only two products per chunk are left to the serial scan.
-M_tj and zeta_t are the decays of `moments.decay`.
+M and zeta are the decays of `moments.Decay`.
 """
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gka.maths.grouped import shared_matmul, weight_shared
 from gka.maths.layout import ChunkLayout
-from gka.maths.moments import decay
+from gka.maths.moments import Decay
 
 
 def delta_rule_sequence(
@@ -83,18 +83,17 @@ def delta_rule_chunks(
     if layout.num_chunks == 0:
         return q.new_zeros(*q.shape[:-1], v.shape[-1]), state
     q, k, v, g, beta = (layout.cut(x).transpose(1, 2) for x in (q, k, v, g, beta))
-    decays = decay(g, q.dtype)
-    kt = k.transpose(-1, -2)
-    system = (shared_matmul(weight_shared(beta, k), kt) * decays.mask).tril(-1)
-    written = torch.cat([weight_shared(beta, v), weight_shared(beta * decays.zeta, k)], -1)
+    decay = Decay.of(g, q)
+    mask, zeta, kt = decay.mask, decay.zeta, k.transpose(-1, -2)
+    system = (shared_matmul(weight_shared(beta, k), kt) * mask).tril(-1)
+    written = torch.cat([weight_shared(beta, v), weight_shared(beta * zeta, k)], -1)
     # u_t = own_t - S_[c]^T seen_t
     own, seen = torch.linalg.solve_triangular(
         system, written, upper=False, unitriangular=True
     ).split([v.shape[-1], k.shape[-1]], -1)
-    to_end = weight_shared(decays.to_end, k).transpose(-1, -2)
-    u, found, state = _scan_writes(own, seen, to_end, decays.whole, state, layout)
-    scores = shared_matmul(q, kt) * decays.mask
-    o = (decays.zeta.unsqueeze(-1) * q) @ found + scores @ u
+    to_end = weight_shared(decay.to_end, k).transpose(-1, -2)
+    u, found, state = _scan_writes(own, seen, to_end, decay.whole, state, layout)
+    o = (zeta.unsqueeze(-1) * q) @ found + (shared_matmul(q, kt) * mask) @ u
     return layout.join((scale * o).transpose(1, 2)), state
 
 

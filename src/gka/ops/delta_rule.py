@@ -1,10 +1,15 @@
 """Functional calls of the (gated) delta rule, in FLA's signatures. The mathematics: gka.maths.delta."""
 
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from gka.maths.delta import delta_rule_chunks, delta_rule_sequence
 from gka.maths.layout import chunk_layout
+from gka.ops import checks
 
 CHUNK_SIZE = 64
 
@@ -40,17 +45,19 @@ def chunk_gated_delta_rule(
         o [B,T,H,V] in the dtype of q, and the final states [N,H,K,V] or None.
 
     Raises:
-        ValueError: shapes, head counts, dtypes or cu_seqlens do not fit; the message names which.
+        ValueError, TypeError: a shape, range or dtype is wrong; the message names the argument.
     """
-    q, k, v, g, beta, state = _prepare(q, k, v, g, beta, initial_state, cu_seqlens)
+    q, state = _prepare(q, k, v, g, beta, initial_state, cu_seqlens)
+    g = q.new_zeros(q.shape[:3]) if g is None else g
+    beta = q.new_ones(q.shape[:3]) if beta is None else beta
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    layout = chunk_layout(q.shape[0], q.shape[1], CHUNK_SIZE, cu_seqlens)
     dtype = state.dtype
-    g = q.new_zeros(q.shape[:3], dtype=dtype) if g is None else g.to(dtype)
-    beta = q.new_ones(q.shape[:3], dtype=dtype) if beta is None else beta.to(dtype)
-    o, state = delta_rule_chunks(
-        *(x.to(dtype) for x in (q, k, v)), g, beta, state,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        layout=chunk_layout(q.shape[0], q.shape[1], CHUNK_SIZE, cu_seqlens),
-    )  # fmt: skip
+    with torch.amp.autocast(q.device.type, enabled=False):
+        o, state = delta_rule_chunks(
+            q.to(dtype), k.to(dtype), v.to(dtype), g.to(dtype), beta.to(dtype), state,
+            scale=scale, layout=layout,
+        )  # fmt: skip
     return o.to(q.dtype), state if output_final_state else None
 
 
@@ -66,22 +73,29 @@ def fused_recurrent_gated_delta_rule(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`chunk_gated_delta_rule` token by token: the same arguments and results, for decoding a few tokens."""
-    q, k, v, g, beta, state = _prepare(q, k, v, g, beta, initial_state, cu_seqlens)
-    dtype, heads = state.dtype, state.shape[1]
-    tokens = [x.to(dtype) for x in (q, _expand_heads(k, heads), _expand_heads(v, heads))]
-    gates = [None if x is None else x.to(dtype) for x in (g, beta)]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if cu_seqlens is None:
-        o, state = delta_rule_sequence(*tokens, *gates, state, scale=scale)
-        return o.to(q.dtype), state if output_final_state else None
-    outputs, states = [], []
-    bounds = cu_seqlens.tolist()
-    for n, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        part = [None if x is None else x[:, begin:end] for x in (*tokens, *gates)]
-        o, s = delta_rule_sequence(*part, state[n : n + 1], scale=scale)
-        outputs.append(o)
-        states.append(s)
-    return torch.cat(outputs, 1).to(q.dtype), torch.cat(states) if output_final_state else None
+    q, state = _prepare(q, k, v, g, beta, initial_state, cu_seqlens)
+    k, v = _expand_heads(k, q.shape[2]), _expand_heads(v, q.shape[2])
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    bounds = None if cu_seqlens is None else cu_seqlens.tolist()
+    inputs = [None if x is None else x.to(state.dtype) for x in (q, k, v, g, beta)]
+    with torch.amp.autocast(q.device.type, enabled=False):
+        o, state = _each_sequence(inputs, state, scale, bounds)
+    return o.to(q.dtype), state if output_final_state else None
+
+
+def _each_sequence(
+    inputs: Sequence[Any], state: Tensor, scale: float, bounds: list[int] | None
+) -> tuple[Tensor, Tensor]:
+    """`delta_rule_sequence` on the batch, or on each sequence that `bounds` cuts from B = 1."""
+    if bounds is None:
+        q, k, v, g, beta = inputs
+        return delta_rule_sequence(q, k, v, g, beta, state, scale=scale)
+    results = []
+    for n, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        part = [None if x is None else x[:, begin:end] for x in inputs]
+        results.append(_each_sequence(part, state[n : n + 1], scale, None))
+    outputs, states = zip(*results, strict=True)
+    return torch.cat(outputs, 1), torch.cat(states)
 
 
 def _expand_heads(x: Tensor, heads: int) -> Tensor:
@@ -97,55 +111,17 @@ def _prepare(
     beta: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
-    """Check the call; queries with all H heads, and the initial states in the dtype to compute in."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4 or x.shape[:2] != q.shape[:2]:
-            raise ValueError(
-                f"{name} must be [B,T,heads,dim] with the B and T of q {tuple(q.shape[:2])}, "
-                f"got shape {tuple(x.shape)}"
-            )
-        if not x.is_floating_point():
-            raise ValueError(f"{name} must be floating point, got {x.dtype}")
-    if k.shape[-1] != q.shape[-1]:
-        raise ValueError(
-            f"q and k must have the same head dim, got {q.shape[-1]} and {k.shape[-1]}"
-        )
-    heads = max(x.shape[2] for x in (q, k, v))
-    if any(heads % x.shape[2] for x in (q, k, v)):
-        raise ValueError(
-            "the head counts of q, k and v must divide the largest of them, got "
-            f"{q.shape[2]}, {k.shape[2]} and {v.shape[2]}"
-        )
-    for name, x in (("g", g), ("beta", beta)):
-        if x is not None and x.shape != (*q.shape[:2], heads):
-            raise ValueError(
-                f"{name} must be [B,T,H] = {(*q.shape[:2], heads)}, got shape {tuple(x.shape)}"
-            )
-    sequences = q.shape[0] if cu_seqlens is None else _count_packed(cu_seqlens, q)
-    shape = (sequences, heads, q.shape[-1], v.shape[-1])
-    dtype = torch.promote_types(torch.promote_types(q.dtype, v.dtype), torch.float32)
+) -> tuple[Tensor, Tensor]:
+    """Check the call. Queries with all H heads, and the initial states in the dtype to compute in."""
+    if all(x.dim() == 4 for x in (q, k, v)) and max(k.shape[2], v.shape[2]) % q.shape[2] == 0:
+        q = _expand_heads(q, max(x.shape[2] for x in (q, k, v)))
+    checks.check_heads(q, k, v)
+    checks.check_gates(q, g=g, beta=beta)
+    sequences = checks.check_cu_seqlens(q, cu_seqlens)
+    if cu_seqlens is not None:
+        checks.check_bounds(cu_seqlens, q.shape[1])
+    shape = (sequences, q.shape[2], q.shape[3], v.shape[3])
     if initial_state is None:
-        state = q.new_zeros(shape, dtype=dtype)
-    elif initial_state.shape != shape:
-        raise ValueError(
-            f"initial_state must be [N,H,K,V] = {shape}, got shape {tuple(initial_state.shape)}"
-        )
-    else:
-        state = initial_state.to(dtype)
-    return _expand_heads(q, heads), k, v, g, beta, state
-
-
-def _count_packed(cu_seqlens: Tensor, q: Tensor) -> int:
-    """Check cu_seqlens against packed tokens q [1,T,...]; the number of sequences N."""
-    if q.shape[0] != 1:
-        raise ValueError(f"cu_seqlens needs the sequences packed into B = 1, got B = {q.shape[0]}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or len(cu_seqlens) < 1:
-        raise ValueError(
-            "cu_seqlens must be an integer vector [N+1], got "
-            f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
-        )
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != q.shape[1] or bounds != sorted(bounds):
-        raise ValueError(f"cu_seqlens must rise from 0 to T = {q.shape[1]}, got {bounds}")
-    return len(bounds) - 1
+        return q, q.new_zeros(shape, dtype=torch.promote_types(q.dtype, torch.float32))
+    checks.check_state("initial_state", initial_state, shape, q)
+    return q, initial_state
