@@ -4,7 +4,6 @@ Slow and plain on purpose. It is differentiable by autograd, in float64 if its i
 what every faster form is tested against. Equation numbers: arXiv 2511.21016v1.
 """
 
-import itertools
 from typing import Literal
 
 import torch
@@ -77,49 +76,3 @@ def reference_sequence(
         outputs.append(scale * (z_t.unsqueeze(-2) @ u).squeeze(-2))  # o_t = scale U_t^T z_t
     o = torch.stack(outputs, 1) if outputs else v.new_zeros(v.shape)
     return o, (h, u)
-
-
-def reference_gka(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None = None,
-    gk: Tensor | None = None,
-    alpha: Tensor | None = None,
-    beta: Tensor | None = None,
-    initial_state: State | None = None,
-    cu_seqlens: Tensor | None = None,
-    *,
-    scale: float = 1.0,
-    ridge_ratio: float = 0.02,
-    num_iter: int = 30,
-    solver: Solver = "chebyshev",
-) -> tuple[Tensor, State]:
-    """`reference_sequence` for grouped heads, packed sequences and 16-bit inputs (float32 inside)."""
-    heads, sequences = q.shape[2], len(q) if cu_seqlens is None else len(cu_seqlens) - 1
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    if initial_state is None:
-        shape = (sequences, heads, q.shape[-1])
-        initial_state = tuple(
-            q.new_zeros(*shape, n, dtype=dtype) for n in (q.shape[-1], v.shape[-1])
-        )
-    tokens = [q, *(x.repeat_interleave(heads // x.shape[2], 2) for x in (k, v)), g, gk, alpha, beta]
-    tokens = [None if x is None else x.to(dtype) for x in tokens]
-    parts = [(slice(None), slice(None), slice(None))]  # (batch rows, tokens, states)
-    if cu_seqlens is not None:
-        bounds = cu_seqlens.tolist()
-        parts = [
-            (slice(None), slice(a, b), slice(n, n + 1))
-            for n, (a, b) in enumerate(itertools.pairwise(bounds))
-        ]
-    results = []
-    for rows, span, n in parts:
-        part = [None if x is None else x[rows, span] for x in tokens]
-        state = (initial_state[0][n], initial_state[1][n])
-        results.append(
-            reference_sequence(
-                *part, state, scale=scale, ridge_ratio=ridge_ratio, num_iter=num_iter, solver=solver
-            )
-        )
-    o = torch.cat([o for o, _ in results], 1).to(q.dtype)
-    return o, (torch.cat([s[0] for _, s in results]), torch.cat([s[1] for _, s in results]))

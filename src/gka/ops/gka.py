@@ -5,10 +5,10 @@ import os
 import torch
 from torch import Tensor
 
-from gka.maths.reference import reference_gka
 from gka.ops import checks
-from gka.ops.backends import note_backend, resolve_backend
-from gka.ops.operator import forward_op
+from gka.ops.backends import Mode, note_backend, resolve_backend
+from gka.ops.operator import GKAFunction
+from gka.ops.reference import reference_gka
 
 State = tuple[Tensor, Tensor]
 
@@ -137,7 +137,7 @@ def chunk_simple_gla(
 
 
 def _run(
-    mode: str,
+    mode: Mode,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -165,7 +165,7 @@ def _run(
     if os.environ.get("GKA_DEBUG") == "1":
         checks.check_values(q=q, k=k, v=v, g=g, gk=gk, alpha=alpha, beta=beta, h_kk=h0, h_kv=u0)
     backend = resolve_backend(backend, q.device, q.dtype)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if backend == "reference":
         note_backend(backend)
         if cu_seqlens is not None:
@@ -178,7 +178,7 @@ def _run(
         return o, state if output_final_state else None
     tied = gk is not None and gk is g
     with_h = output_final_state if with_h is None else with_h
-    o, _, h, u = forward_op(
+    o, _, h, u = GKAFunction.apply(
         q, k, v, g, None if tied else gk, alpha, beta, h0, u0, cu_seqlens,
         scale, float(ridge_ratio), num_iter, chunk_size, tied, with_h, mode, backend,
     )  # fmt: skip

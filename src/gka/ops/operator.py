@@ -126,34 +126,90 @@ def _(
     return [like(given) for given in (q, k, v, g, gk, alpha, beta, h0, u0)]
 
 
-def _save(ctx, inputs, output) -> None:
-    *tensors, scale, ridge_ratio, num_iter, chunk_size, tied, with_h, _mode, backend = inputs
-    _, x, h, _ = output
-    ctx.save_for_backward(*tensors, x)
-    ctx.numbers = (scale, ridge_ratio, num_iter, chunk_size, tied, with_h, backend)
-    ctx.has_h = h.numel() > 0
-    ctx.set_materialize_grads(False)
+_NUM_TENSORS = 10  # q .. cu_seqlens come first
 
 
-def _differentiate(ctx, do, dx, dh, du):
-    *tensors, x = ctx.saved_tensors
-    q, v = tensors[0], tensors[2]
-    if do is None:
-        do = q.new_zeros(*q.shape[:3], v.shape[-1])
-    dh = dh if ctx.has_h else None
-    grads = backward_op(*tensors, x, do.contiguous(), dh, du, *ctx.numbers)
-    optional = [
-        grad if given is not None else None for grad, given in zip(grads, tensors[:9], strict=True)
-    ]
-    return (*optional, None, *(None,) * 8)
+def _vmap(op):
+    """The vmap rule of an operator: the mapped dimension joins the batch, and leaves it again."""
+
+    def rule(info, in_dims, *inputs):
+        if inputs[_NUM_TENSORS - 1] is not None:
+            raise RuntimeError(
+                "torch.vmap cannot map over packed sequences: "
+                "pack them all with one cu_seqlens, or pass sequences of one length as a batch."
+            )
+
+        def fold(x, dim: int | None):
+            if not isinstance(x, Tensor) or (x.numel() == 0 and dim is None):
+                return x
+            x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+            return x.flatten(0, 1)
+
+        outputs = op(*(fold(x, dim) for x, dim in zip(inputs, in_dims, strict=True)))
+        unfolded = [y.unflatten(0, (info.batch_size, -1)) if y.numel() else y for y in outputs]
+        return type(outputs)(unfolded), type(outputs)(0 if y.numel() else None for y in outputs)
+
+    return rule
 
 
-def _no_second_derivative(ctx, grads):
-    raise RuntimeError(
-        "Gated KalmaNet's chunk-wise backward has no derivative of its own. "
-        'Use backend="reference" for second derivatives.'
-    )
+forward_op.register_vmap(_vmap(forward_op))
+backward_op.register_vmap(_vmap(backward_op))
 
 
-forward_op.register_autograd(_differentiate, setup_context=_save)
-backward_op.register_autograd(_no_second_derivative, setup_context=lambda ctx, inputs, output: None)
+class GKABackward(torch.autograd.Function):
+    """gka::backward, refusing a derivative of its own with a word on what to do."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs):
+        return tuple(backward_op(*inputs))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "Gated KalmaNet's chunk-wise backward has no derivative of its own. "
+            'Use backend="reference" for second derivatives.'
+        )
+
+
+class GKAFunction(torch.autograd.Function):
+    """The operators as one differentiable function; torch.func transforms pass through it.
+
+    Inputs and outputs are those of gka::forward.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs):
+        return forward_op(*inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        *numbers, _mode, backend = inputs[_NUM_TENSORS:]
+        _, x, h, _ = output
+        ctx.mark_non_differentiable(x)
+        ctx.save_for_backward(*inputs[:_NUM_TENSORS], x)
+        ctx.numbers = (*numbers, backend)
+        ctx.has_h = h.numel() > 0
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        do, _, dh, du = grads
+        *tensors, x = ctx.saved_tensors
+        q, v = tensors[0], tensors[2]
+        if do is None:
+            do = q.new_zeros(*q.shape[:3], v.shape[-1])
+        dh = dh if ctx.has_h else None
+        # Compiled graphs never differentiate a backward, and Dynamo cannot trace one Function in another.
+        derive = backward_op if torch.compiler.is_compiling() else GKABackward.apply
+        grads = derive(*tensors, x, do.contiguous(), dh, du, *ctx.numbers)
+        given = tensors[: len(grads)]
+        wanted = (None if t is None else grad for grad, t in zip(grads, given, strict=True))
+        return *wanted, None, *(None for _ in range(len(ctx.numbers) + 1))
