@@ -1,0 +1,45 @@
+# What a newcomer runs: `make run`. What a contributor runs: `make check`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+RUNS ?= runs
+export GKA_RUNS := $(RUNS)
+JOBS ?= 2
+
+.PHONY: help install run test lint types imports check bench test-gpu bench-gpu clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+# torch first: the pin keeps the other packages from choosing another build of it
+$(BIN)/.installed: pyproject.toml
+	$(PYTHON) -c "import sys; assert (3, 11) <= sys.version_info < (3, 14), f'Python 3.11 to 3.13 needed, this is {sys.version.split()[0]}'"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	echo "$(TORCH)" > $(VENV)/constraint.txt
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraint.txt --editable ".[dev]"
+	touch $@
+
+install: $(BIN)/.installed ## create .venv and install the package in it
+
+test: install ## all tests that need no GPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+lint: install ## ruff: style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install ## pyright, tests too
+	$(BIN)/pyright
+
+imports: install ## imports run downwards only
+	$(BIN)/lint-imports
+
+check: lint types imports test ## everything CI runs
+
+bench: install ## chunk-wise against token by token on this CPU
+	$(BIN)/python -m benchmarks.cpu --output $(RUNS)/bench
+
+clean: ## remove the environment and caches, not your runs
+	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache build dist src/*.egg-info
