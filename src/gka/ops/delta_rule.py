@@ -50,7 +50,7 @@ def chunk_gated_delta_rule(
     q, state = _prepare(q, k, v, g, beta, initial_state, cu_seqlens)
     g = q.new_zeros(q.shape[:3]) if g is None else g
     beta = q.new_ones(q.shape[:3]) if beta is None else beta
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     layout = chunk_layout(q.shape[0], q.shape[1], CHUNK_SIZE, cu_seqlens)
     dtype = state.dtype
     with torch.amp.autocast(q.device.type, enabled=False):
@@ -75,7 +75,7 @@ def fused_recurrent_gated_delta_rule(
     """`chunk_gated_delta_rule` token by token: the same arguments and results, for decoding a few tokens."""
     q, state = _prepare(q, k, v, g, beta, initial_state, cu_seqlens)
     k, v = _expand_heads(k, q.shape[2]), _expand_heads(v, q.shape[2])
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     bounds = None if cu_seqlens is None else cu_seqlens.tolist()
     inputs = [None if x is None else x.to(state.dtype) for x in (q, k, v, g, beta)]
     with torch.amp.autocast(q.device.type, enabled=False):

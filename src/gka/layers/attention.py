@@ -1,0 +1,154 @@
+"""Softmax attention over everything so far, or over a sliding window of it."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gka.layers.cache import append_keys, open_cache
+from gka.layers.heads import check_positive, rotary_dim, split_heads
+from gka.layers.masks import check_mask_length, positions_of, visible
+from gka.layers.norms import RMSNorm
+from gka.layers.padding import check_inputs
+from gka.layers.rotary import rotate
+
+
+class SoftmaxAttention(nn.Module):
+    """Causal softmax attention: rotary positions, grouped heads, RMSNorm of queries and keys.
+
+    Args:
+        hidden_size: width of the hidden states.
+        num_heads: query heads.
+        num_kv_heads: key and value heads, a divisor of num_heads. None: num_heads.
+        head_dim: of every head, even. None: hidden_size / num_heads.
+        qk_norm: whether queries and keys are normalised (before they are rotated).
+        rope_theta: base of the rotary wavelengths.
+        norm_eps: epsilon of these norms.
+        layer_idx: the layer's place in a cache.
+
+    Raises:
+        ValueError: sizes that do not fit; the message names which.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int = 2048,
+        num_heads: int = 16,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        qk_norm: bool = True,
+        rope_theta: float = 10000.0,
+        norm_eps: float = 1e-6,
+        layer_idx: int | None = None,
+    ):
+        super().__init__()
+        heads = split_heads(num_heads, num_kv_heads)
+        self.num_heads, self.num_kv_heads = num_heads, heads["num_k_heads"]
+        self.head_dim = rotary_dim(hidden_size, num_heads, head_dim)
+        self.hidden_size = hidden_size
+        self.rope_theta = rope_theta
+        self.layer_idx = layer_idx
+        self.window_size: int | None = None
+        kv_width = self.num_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(hidden_size, num_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(hidden_size, kv_width, bias=False)
+        self.v_proj = nn.Linear(hidden_size, kv_width, bias=False)
+        self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, norm_eps) if qk_norm else nn.Identity()
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool = False,
+        cu_seqlens: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> tuple[Tensor, None, Any]:
+        """Attend.
+
+        Padding and packing build a mask of [T, keys] entries; without them there is none.
+
+        Args:
+            hidden_states: [B,T,hidden_size].
+            attention_mask: [B, past + T], 1 for tokens and 0 for padding on either side. Padding has
+                no influence, and its output is zero.
+            past_key_values: a `transformers` cache or a `StateCache`: read, and updated in place.
+            use_cache: start a `StateCache` if past_key_values is None. Where one is given, it is
+                used and updated whatever this says.
+            cu_seqlens: bounds [N+1] of sequences packed into B = 1; not with a mask or cache.
+            position_ids: [B,T] or [1,T]. None: counted over the tokens of attention_mask, within the
+                sequences of cu_seqlens, or on from the cache.
+
+        Returns:
+            Output [B,T,hidden_size], None (the weights are never formed), and the cache.
+
+        Raises:
+            ValueError: arguments that do not fit; the message names which.
+        """
+        check_inputs(hidden_states, attention_mask, cu_seqlens)
+        cache = open_cache(past_key_values, use_cache, self.layer_idx, cu_seqlens)
+        # a static cache counts in a tensor that the update below moves on
+        past = 0 if cache is None else int(cache.get_seq_length(self.layer_idx))
+        x, length = hidden_states, hidden_states.shape[1]
+        check_mask_length(attention_mask, past, length)
+        if position_ids is None:
+            position_ids = positions_of(length, past, attention_mask, cu_seqlens, x.device)
+        if attention_mask is not None:
+            x = x.masked_fill(~attention_mask[:, -length:].bool()[..., None], 0)
+
+        q, k, v = self._heads(x, position_ids)
+        k, v = append_keys(cache, k, v, self.layer_idx, self.window_size)
+        mask = visible(
+            past, length, k.shape[-2], attention_mask=attention_mask, cu_seqlens=cu_seqlens,
+            window=self.window_size, device=x.device,
+        )  # fmt: skip
+        o = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and length > 1,
+            enable_gqa=self.num_heads != self.num_kv_heads,
+        )  # fmt: skip
+        return self.o_proj(o.transpose(1, 2).flatten(-2)), None, cache
+
+    def _heads(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B,H,T,D], k and v [B,Hk,T,D], normalised and rotated."""
+        q, k, v = (
+            p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q = rotate(self.q_norm(q), position_ids, self.rope_theta)
+        k = rotate(self.k_norm(k), position_ids, self.rope_theta)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+class SlidingWindowAttention(SoftmaxAttention):
+    """`SoftmaxAttention` that sees the last `window_size` positions, its own among them.
+
+    The window counts positions of the arrays, padding included, and a cache keeps no more of them:
+    pad on the left for decoding, where tokens stay next to each other.
+
+    Args:
+        window_size: positions seen, at least 1.
+        hidden_size, num_heads, num_kv_heads, head_dim, qk_norm, rope_theta, norm_eps, layer_idx: as
+            in `SoftmaxAttention`.
+
+    Raises:
+        ValueError: sizes that do not fit; the message names which.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int = 2048,
+        num_heads: int = 16,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        qk_norm: bool = True,
+        rope_theta: float = 10000.0,
+        norm_eps: float = 1e-6,
+        layer_idx: int | None = None,
+        window_size: int = 2048,
+    ):
+        super().__init__(
+            hidden_size, num_heads, num_kv_heads, head_dim, qk_norm, rope_theta, norm_eps, layer_idx
+        )
+        check_positive(window_size=window_size)
+        self.window_size = window_size

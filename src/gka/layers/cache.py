@@ -1,0 +1,184 @@
+"""What a mixer keeps between calls, in torch alone, and how mixers reach it.
+
+Mixers use `transformers` caches and `StateCache` alike: they share one protocol. A `StateCache` holds
+values without their history: no gradient flows from one call into those before.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class LayerState:
+    """One layer's share of a `StateCache`: a recurrent mixer's states, or an attention's keys and values.
+
+    Attributes:
+        conv_states: last inputs of the convolutions of q (0), k (1) and v (2), [B,channels,width].
+        recurrent_states: the mixer's states, [B,H,K,...].
+        keys, values: [B,heads,T,head_dim].
+        length: tokens that keys and values have seen, dropped ones included.
+    """
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.conv_states: dict[int, Tensor] = {}
+        self.recurrent_states: dict[int, Tensor] = {}
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.length = 0
+
+    def update_conv_state(self, state: Tensor, state_idx: int = 0) -> Tensor:
+        self.conv_states[state_idx] = state.detach()
+        return state
+
+    def update_recurrent_state(self, state: Tensor, state_idx: int = 0) -> Tensor:
+        self.recurrent_states[state_idx] = state.detach()
+        return state
+
+    def update(
+        self, keys: Tensor, values: Tensor, window: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Append; all that is kept and new is returned, what no later token can see is dropped."""
+        if self.keys is not None and self.values is not None:
+            keys = torch.cat([self.keys, keys], dim=-2)
+            values = torch.cat([self.values, values], dim=-2)
+            self.length += keys.shape[-2] - self.keys.shape[-2]
+        else:
+            self.length = keys.shape[-2]
+        first = 0 if window is None else max(keys.shape[-2] - window + 1, 0)
+        self.keys, self.values = (x[..., first:, :].detach() for x in (keys, values))
+        return keys, values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        for states in (self.conv_states, self.recurrent_states):
+            for idx, state in states.items():
+                states[idx] = state.index_select(0, beam_idx.to(state.device))
+        if self.keys is not None and self.values is not None:
+            self.keys = self.keys.index_select(0, beam_idx.to(self.keys.device))
+            self.values = self.values.index_select(0, beam_idx.to(self.values.device))
+
+
+class StateCache:
+    """States of any pattern of mixers, for use without `transformers`; layers appear as they are used.
+
+    Example:
+        >>> layer = GatedKalmaNet(hidden_size=64, head_dim=16, num_heads=4, layer_idx=0)
+        >>> cache = StateCache()
+        >>> prompt, _, _ = layer(x[:, :100], past_key_values=cache)
+        >>> token, _, _ = layer(x[:, 100:101], past_key_values=cache)
+    """
+
+    def __init__(self):
+        self.layers: list[LayerState] = []
+
+    def layer(self, layer_idx: int) -> LayerState:
+        """The layer's state, made if need be."""
+        while len(self.layers) <= layer_idx:
+            self.layers.append(LayerState())
+        return self.layers[layer_idx]
+
+    def update_conv_state(self, state: Tensor, layer_idx: int, state_idx: int = 0) -> Tensor:
+        """Keep `state` [B,channels,width] as the layer's convolution state `state_idx`."""
+        return self.layer(layer_idx).update_conv_state(state, state_idx)
+
+    def update_recurrent_state(self, state: Tensor, layer_idx: int, state_idx: int = 0) -> Tensor:
+        """Keep `state` as the layer's recurrent state `state_idx`."""
+        return self.layer(layer_idx).update_recurrent_state(state, state_idx)
+
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, window: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values [B,heads,T,head_dim] and return what this call's tokens can see.
+
+        With a `window`, keys that no later token can see are dropped.
+        """
+        return self.layer(layer_idx).update(keys, values, window)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens an attention layer has seen; 0 before its first call.
+
+        Raises:
+            ValueError: the layer is recurrent: its states have no length.
+        """
+        layer = self.layer(layer_idx)
+        if layer.recurrent_states:
+            raise ValueError(f"layer {layer_idx} is recurrent and does not count its tokens")
+        return layer.length
+
+    def reset(self) -> None:
+        """Forget everything, in every layer."""
+        for layer in self.layers:
+            layer.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row b becomes what row beam_idx[b] was (beam search)."""
+        for layer in self.layers:
+            layer.reorder_cache(beam_idx)
+
+
+def open_cache(
+    past_key_values: Any, use_cache: bool, layer_idx: int | None, cu_seqlens: Tensor | None
+) -> Any:
+    """The cache of a call: the one given, a new `StateCache` if use_cache asks for one, or None.
+
+    Raises:
+        ValueError: packed sequences, or a mixer that does not know which layer it is.
+    """
+    if past_key_values is None and not use_cache:
+        return None
+    if cu_seqlens is not None:
+        raise ValueError(
+            "packed sequences (cu_seqlens) cannot be cached: run them as a padded batch with "
+            "attention_mask, or leave out past_key_values and use_cache"
+        )
+    if layer_idx is None:
+        raise ValueError(
+            "a cache needs to know the layer: construct the mixer with layer_idx=0, 1, ..."
+        )
+    return StateCache() if past_key_values is None else past_key_values
+
+
+def recurrent_layer(cache: Any, layer_idx: int | None, num_states: int = 3) -> Any:
+    """The layer cache of a recurrent mixer in either kind of cache; None without a cache.
+
+    Raises:
+        ValueError: the cache has no place for this layer's states.
+    """
+    if cache is None or layer_idx is None:
+        return None
+    if isinstance(cache, StateCache):
+        return cache.layer(layer_idx)
+    layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    if len(getattr(layer, "recurrent_states", ())) < num_states:
+        raise ValueError(
+            f"past_key_values has no linear-attention layer with {num_states} states at layer_idx = "
+            f"{layer_idx} but {layer}: build it from the model's config, DynamicCache(config="
+            "model.config), with 'linear_attention' in layer_types and number_of_conv_states = 3, "
+            "or pass a gka.layers.StateCache()"
+        )
+    return layer
+
+
+def read_state(states: dict[int, Tensor | None], state_idx: int) -> Tensor | None:
+    """A cached state; a copy where autograd may keep it, since caches are updated in place."""
+    state = states.get(state_idx)
+    return state.clone() if state is not None and torch.is_grad_enabled() else state
+
+
+def append_keys(
+    cache: Any, keys: Tensor, values: Tensor, layer_idx: int | None, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """Append to an attention layer's cache of either kind; all that is now visible, k and v themselves
+    without a cache.
+
+    `transformers` caches know their window from the config they were built with.
+    """
+    if cache is None or layer_idx is None:
+        return keys, values
+    if isinstance(cache, StateCache):
+        return cache.update(keys, values, layer_idx, window)
+    return cache.update(keys, values, layer_idx)

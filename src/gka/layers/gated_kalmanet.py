@@ -1,0 +1,109 @@
+"""The Gated KalmaNet layer (arXiv 2511.21016): ridge regression over the whole faded past."""
+
+import torch
+from torch import Tensor, nn
+
+from gka.layers.heads import split_heads
+from gka.layers.norms import working_dtype
+from gka.layers.recurrent import RecurrentMixer, Run
+from gka.ops import chunk_gka, fused_recurrent_gka
+
+
+class GatedKalmaNet(RecurrentMixer):
+    """Gated KalmaNet, with the parameter names of the released models.
+
+    q, k, v are short convolutions + SiLU of linear maps of the hidden states; q and k have unit norm;
+    beta = sigmoid(b_proj) + 1e-6, alpha = sigmoid(alpha_proj) and
+    g = -exp(A_log) softplus(a_proj + dt_bias) gate `chunk_gka`; its readout goes through a gated
+    RMSNorm and o_proj. Cached calls of up to `recurrent.DECODE_TOKENS` tokens without gradient
+    run `fused_recurrent_gka`, the same map token by token; all others run `chunk_gka`.
+
+    Args:
+        hidden_size: width of the hidden states.
+        expand_v: value head dim V over head_dim; V must come out whole.
+        head_dim: K, of queries and keys.
+        num_heads: query heads.
+        num_v_heads: value heads, a multiple of num_heads (more value than key heads). None: as keys.
+        num_kv_heads: key and value heads, a divisor of num_heads (grouped heads). None: num_heads.
+            Not together with num_v_heads.
+        use_beta_gate: whether beta scales k and v.
+        use_alpha_connection: whether alpha mixes the solution with the query; else it is used alone.
+        use_v_conv: whether values are convolved; without, they are v_proj's output as it is.
+        use_forgetting_gate: whether the memory decays.
+        use_forgetting_gate_kk: whether H decays with the same gate as U; else H does not decay.
+        gla_rescale: whether the readout is scaled by head_dim^-1/2.
+        ridge_ratio: a > 0 of lambda_t = a |H_t|_F.
+        num_iter: Chebyshev iterations >= 0; 0 is gated linear attention.
+        use_gate: whether the output norm is gated.
+        conv_size: inputs a short convolution sees.
+        layer_idx: the layer's place in a cache.
+        norm_eps: epsilon of the output norm.
+        backend: of the ops: "auto", "torch" or "reference".
+
+    Raises:
+        ValueError: sizes or options that do not fit; the message names which.
+    """
+
+    num_states = 2  # h_kk, h_kv
+
+    def __init__(
+        self,
+        hidden_size: int = 2048,
+        expand_v: float = 1.0,
+        head_dim: int = 128,
+        num_heads: int = 16,
+        num_v_heads: int | None = None,
+        num_kv_heads: int | None = None,
+        use_beta_gate: bool = True,
+        use_alpha_connection: bool = True,
+        use_v_conv: bool = True,
+        use_forgetting_gate: bool = True,
+        use_forgetting_gate_kk: bool = True,
+        gla_rescale: bool = True,
+        ridge_ratio: float = 0.02,
+        num_iter: int = 30,
+        use_gate: bool = True,
+        conv_size: int = 4,
+        layer_idx: int | None = None,
+        norm_eps: float = 1e-6,
+        backend: str = "auto",
+    ):
+        if num_iter < 0:
+            raise ValueError(f"num_iter must be 0 or more, got {num_iter}")
+        if not ridge_ratio > 0:
+            raise ValueError(f"ridge_ratio must be above 0, got {ridge_ratio}")
+        super().__init__(
+            hidden_size, **split_heads(num_heads, num_kv_heads, num_v_heads), expand_v=expand_v,
+            head_dim=head_dim, use_v_conv=use_v_conv, use_forgetting_gate=use_forgetting_gate,
+            use_gate=use_gate, conv_size=conv_size, layer_idx=layer_idx, norm_eps=norm_eps,
+        )  # fmt: skip
+        self.use_beta_gate = use_beta_gate
+        self.use_alpha_connection = use_alpha_connection
+        self.use_forgetting_gate_kk = use_forgetting_gate_kk
+        self.scale = head_dim**-0.5 if gla_rescale else 1.0
+        self.ridge_ratio = ridge_ratio
+        self.num_iter = num_iter
+        self.backend = backend
+        if use_beta_gate:
+            self.b_proj = nn.Linear(hidden_size, self.num_expanded_heads)
+        if use_alpha_connection:
+            self.alpha_proj = nn.Linear(hidden_size, self.num_expanded_heads)
+
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, x: Tensor, run: Run
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        dtype = working_dtype(x)
+        beta = alpha = None
+        if self.use_beta_gate:
+            beta = torch.sigmoid(self.b_proj(x).to(dtype)) + 1e-6
+        if self.use_alpha_connection:
+            alpha = torch.sigmoid(self.alpha_proj(x).to(dtype))
+        # gk is g, the same tensor: that is how the op knows that one decay serves both states
+        gk = g if self.use_forgetting_gate_kk else None
+        op = fused_recurrent_gka if run.stepwise else chunk_gka
+        o, states = op(
+            q, k, v, g, gk, alpha, self.scale, self.ridge_ratio, self.num_iter,
+            initial_state=(run.states[0], run.states[1]) if run.states else None,
+            output_final_state=run.keep, cu_seqlens=run.cu_seqlens, beta=beta, backend=self.backend,
+        )  # fmt: skip
+        return o, states or ()

@@ -1,0 +1,86 @@
+"""Head counts and sizes, checked once when a mixer is constructed."""
+
+import math
+from typing import TypedDict
+
+
+class HeadCounts(TypedDict):
+    """Heads of queries, keys and values."""
+
+    num_heads: int
+    num_k_heads: int
+    num_v_heads: int
+
+
+def split_heads(
+    num_heads: int, num_kv_heads: int | None, num_v_heads: int | None = None
+) -> HeadCounts:
+    """Counts with grouped keys and values (num_kv_heads) or with more value heads (num_v_heads).
+
+    Raises:
+        ValueError: both given, or counts that do not divide.
+    """
+    if num_kv_heads is not None and num_v_heads is not None:
+        raise ValueError(
+            "num_kv_heads (fewer key and value heads than queries) and num_v_heads (more value "
+            f"heads) exclude each other, got {num_kv_heads} and {num_v_heads}: leave one None"
+        )
+    counts = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "num_v_heads": num_v_heads}
+    check_positive(**{name: count for name, count in counts.items() if count is not None})
+    if num_kv_heads is not None and num_heads % num_kv_heads:
+        raise ValueError(
+            f"num_heads = {num_heads} must be a multiple of num_kv_heads = {num_kv_heads}"
+        )
+    if num_v_heads is not None and num_v_heads % num_heads:
+        raise ValueError(
+            f"num_v_heads = {num_v_heads} must be a multiple of num_heads = {num_heads}"
+        )
+    num_k_heads = num_kv_heads or num_heads
+    return HeadCounts(
+        num_heads=num_heads, num_k_heads=num_k_heads, num_v_heads=num_v_heads or num_k_heads
+    )
+
+
+def value_dim(head_dim: int, expand_v: float) -> int:
+    """V = expand_v * head_dim.
+
+    Raises:
+        ValueError: it is not a positive integer.
+    """
+    head_v_dim = round(head_dim * expand_v)
+    if head_v_dim < 1 or not math.isclose(head_dim * expand_v, head_v_dim, rel_tol=1e-5):
+        raise ValueError(
+            f"expand_v * head_dim must be a positive integer, got {expand_v} * {head_dim}"
+        )
+    return head_v_dim
+
+
+def rotary_dim(hidden_size: int, num_heads: int, head_dim: int | None) -> int:
+    """head_dim, hidden_size / num_heads if None.
+
+    Raises:
+        ValueError: it does not divide, or is odd.
+    """
+    check_positive(hidden_size=hidden_size, num_heads=num_heads)
+    if head_dim is None:
+        if hidden_size % num_heads:
+            raise ValueError(
+                f"hidden_size = {hidden_size} must be a multiple of num_heads = {num_heads}, "
+                "or head_dim be given"
+            )
+        head_dim = hidden_size // num_heads
+    check_positive(head_dim=head_dim)
+    if head_dim % 2:
+        raise ValueError(f"head_dim must be even for rotary positions, got {head_dim}")
+    return head_dim
+
+
+def check_positive(**sizes: int) -> None:
+    """Each a positive integer.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} must be a positive integer, got {size!r}")

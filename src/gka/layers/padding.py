@@ -1,0 +1,87 @@
+"""Attention masks of 0 and 1: what is a token, and how padding is kept away from the tokens."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def check_inputs(
+    hidden_states: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None
+) -> None:
+    """The part of a mixer's call that all mixers check alike.
+
+    Raises:
+        ValueError: a shape or dtype that does not fit, or a mask together with cu_seqlens.
+    """
+    if hidden_states.dim() != 3 or hidden_states.shape[1] == 0:
+        raise ValueError(
+            "hidden_states must be [batch, tokens, hidden_size] with at least one token, got shape "
+            f"{tuple(hidden_states.shape)}"
+        )
+    batch, length = hidden_states.shape[:2]
+    if attention_mask is not None:
+        if cu_seqlens is not None:
+            raise ValueError(
+                "attention_mask and cu_seqlens exclude each other: packed sequences have no padding"
+            )
+        if attention_mask.dim() != 2 or attention_mask.is_floating_point():
+            raise ValueError(
+                "attention_mask must be [batch, tokens] of 0 (padding) and 1 (token), bool or integer; "
+                f"got {attention_mask.dtype} of shape {tuple(attention_mask.shape)}"
+            )
+        if attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
+            raise ValueError(
+                f"attention_mask must cover the batch of {batch} and at least the {length} tokens "
+                f"of hidden_states, got shape {tuple(attention_mask.shape)}"
+            )
+    if cu_seqlens is not None and batch != 1:
+        raise ValueError(f"cu_seqlens needs the sequences packed into batch 1, got batch {batch}")
+
+
+@dataclass(frozen=True)
+class Padding:
+    """The tokens of each row moved, in order, before its padding.
+
+    Behind the tokens, padding is out of reach of every causal map, the convolution included, wherever
+    it was before; a key of zero and a log decay of zero keep it out of the states too. So left
+    padding, right padding and padding between two cached calls all give exactly what the rows
+    give alone, at the cost of two gathers.
+
+    Attributes:
+        is_token: where the caller's tokens are, bool [B,T].
+        order: the caller's position of what is at each place [B,T].
+        lengths: tokens of each row [B].
+        is_padding: places behind a row's tokens, bool [B,T].
+    """
+
+    is_token: Tensor
+    order: Tensor
+    lengths: Tensor
+    is_padding: Tensor
+
+    @classmethod
+    def of(cls, attention_mask: Tensor | None, length: int) -> "Padding | None":
+        """Of the mask's last `length` columns: a longer mask covers the cached past too."""
+        if attention_mask is None:
+            return None
+        is_token = attention_mask[:, -length:].bool()
+        order = torch.argsort((~is_token).int(), dim=1, stable=True)
+        lengths = is_token.sum(1)
+        places = torch.arange(length, device=order.device)
+        return cls(is_token, order, lengths, places >= lengths[:, None])
+
+    def align(self, x: Tensor) -> Tensor:
+        """[B,T,D]: tokens first, zeros behind."""
+        x = x.take_along_dim(self.order[..., None], dim=1)
+        return x.masked_fill(self.is_padding[..., None], 0)
+
+    def clear(self, x: Tensor) -> Tensor:
+        """Aligned [B,T,...] with zeros at the padding."""
+        shape = (*self.is_padding.shape, *(1 for _ in x.shape[2:]))
+        return x.masked_fill(self.is_padding.view(shape), 0)
+
+    def restore(self, x: Tensor) -> Tensor:
+        """The inverse of `align`: [B,T,D] in the caller's order, zeros at the padding."""
+        x = x.take_along_dim(torch.argsort(self.order, dim=1)[..., None], dim=1)
+        return x.masked_fill(~self.is_token[..., None], 0)

@@ -1,0 +1,239 @@
+"""What the mixers with a state of constant size share: everything but the state's own mathematics.
+
+hidden states -> projections -> short convolutions + SiLU -> unit queries and keys -> gates ->
+the mixer's memory (`mix`) -> gated RMSNorm of each head -> output projection.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gka.layers.cache import open_cache, read_state, recurrent_layer
+from gka.layers.convolution import ShortConvolution
+from gka.layers.heads import check_positive, value_dim
+from gka.layers.norms import GatedRMSNorm, RMSNorm, unit, working_dtype
+from gka.layers.padding import Padding, check_inputs
+
+DECODE_TOKENS = 16
+"""Cached calls without gradient of up to this many tokens run token by token, longer ones by chunks."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a mixer's memory is to be run.
+
+    Attributes:
+        states: the cached states, none without a past.
+        keep: whether the final states are wanted.
+        stepwise: few tokens from a cache without gradient: token by token is cheaper than a chunk.
+        cu_seqlens: bounds of packed sequences.
+        padding: places whose keys and log decays must be zero.
+    """
+
+    states: tuple[Tensor, ...]
+    keep: bool
+    stepwise: bool
+    cu_seqlens: Tensor | None
+    padding: Padding | None
+
+
+class RecurrentMixer(nn.Module):
+    """Base of the recurrent mixers; a subclass gives `mix` and the gates that are its own.
+
+    Args:
+        hidden_size: width of the hidden states.
+        expand_v: value head dim over head_dim.
+        head_dim: K, of queries and keys.
+        num_heads: query heads.
+        num_k_heads, num_v_heads: key and value heads.
+        use_v_conv: whether values are convolved.
+        use_forgetting_gate: whether there is a decay.
+        use_gate: whether the output norm is gated.
+        conv_size: inputs a short convolution sees.
+        layer_idx: the layer's place in a cache.
+        norm_eps: epsilon of the output norm.
+    """
+
+    num_states = 1
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        expand_v: float,
+        head_dim: int,
+        num_heads: int,
+        num_k_heads: int,
+        num_v_heads: int,
+        use_v_conv: bool,
+        use_forgetting_gate: bool,
+        use_gate: bool,
+        conv_size: int,
+        layer_idx: int | None,
+        norm_eps: float,
+    ):
+        super().__init__()
+        sizes = {"hidden_size": hidden_size, "head_dim": head_dim, "conv_size": conv_size}
+        check_positive(**sizes, num_heads=num_heads)
+        self.hidden_size = hidden_size
+        self.head_dim = head_dim
+        self.head_v_dim = value_dim(head_dim, expand_v)
+        self.num_heads = num_heads
+        self.num_k_heads = num_k_heads
+        self.num_v_heads = num_v_heads
+        self.num_expanded_heads = max(num_heads, num_v_heads)
+        self.use_gate = use_gate
+        self.layer_idx = layer_idx
+        channels = {
+            "q": num_heads * head_dim,
+            "k": num_k_heads * head_dim,
+            "v": num_v_heads * self.head_v_dim,
+        }
+        for name, width in channels.items():
+            setattr(self, f"{name}_proj", nn.Linear(hidden_size, width, bias=False))
+            if name != "v" or use_v_conv:
+                setattr(self, f"{name}_conv1d", ShortConvolution(width, conv_size))
+        self._add_decay(use_forgetting_gate)
+        self._add_output(use_gate, norm_eps)
+
+    def _add_decay(self, use_forgetting_gate: bool) -> None:
+        self.use_forgetting_gate = use_forgetting_gate
+        if not use_forgetting_gate:
+            return
+        heads = self.num_expanded_heads
+        self.a_proj = nn.Linear(self.hidden_size, heads, bias=False)
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.dt_bias = nn.Parameter(torch.empty(heads))
+        for parameter in (self.A_log, self.dt_bias):
+            parameter._no_weight_decay = True  # pyright: ignore[reportAttributeAccessIssue]
+        self.reset_parameters()
+
+    def _add_output(self, use_gate: bool, norm_eps: float) -> None:
+        width = self.num_expanded_heads * self.head_v_dim
+        if use_gate:
+            self.g_proj = nn.Linear(self.hidden_size, width, bias=False)
+        norm = GatedRMSNorm if use_gate else RMSNorm
+        self.o_norm = norm(self.head_v_dim, norm_eps)
+        self.o_proj = nn.Linear(width, self.hidden_size, bias=False)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw A_log = log U(0,16) and dt_bias, whose softplus is log-uniform in [1e-3, 0.1].
+
+        Only the parameters that the mixer holds itself, not those of its submodules.
+        """
+        if not self.use_forgetting_gate:
+            return
+        # a draw of exactly 0 would make A_log infinite
+        self.A_log.uniform_(0, 16).clamp_(min=1e-6).log_()
+        dt = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(0.1)).exp()
+        dt = dt.clamp(min=1e-4)
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool = False,
+        cu_seqlens: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> tuple[Tensor, None, Any]:
+        """Mix the tokens.
+
+        Args:
+            hidden_states: [B,T,hidden_size].
+            attention_mask: [B,>=T], 1 for tokens and 0 for padding on either side; its last T columns
+                are those of hidden_states. Padding has no influence, and its output is zero.
+            past_key_values: a `transformers` cache or a `StateCache`: read, and updated in place.
+            use_cache: start a `StateCache` if past_key_values is None. Where one is given, it is
+                used and updated whatever this says.
+            cu_seqlens: bounds [N+1] of sequences packed into B = 1; not with a mask or cache.
+            position_ids: part of every mixer's call; a recurrence has its order and needs no positions.
+
+        Returns:
+            Output [B,T,hidden_size], None (there are no attention weights), and the cache.
+
+        Raises:
+            ValueError: arguments that do not fit; the message names which.
+        """
+        check_inputs(hidden_states, attention_mask, cu_seqlens)
+        cache = open_cache(past_key_values, use_cache, self.layer_idx, cu_seqlens)
+        layer = recurrent_layer(cache, self.layer_idx)
+        padding = Padding.of(attention_mask, hidden_states.shape[1])
+        x = hidden_states if padding is None else padding.align(hidden_states)
+
+        q, k, v = (self._heads(name, x, layer, padding, cu_seqlens) for name in "qkv")
+        run = self._plan(layer, padding, cu_seqlens, x.shape[1])
+        o, states = self.mix(q, k, v, self.log_decay(x, padding), x, run)
+        for idx, state in enumerate(states):
+            layer.update_recurrent_state(state.detach(), idx)
+
+        output = self.o_proj(self._readout(o, x))
+        return output if padding is None else padding.restore(output), None, cache
+
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, x: Tensor, run: Run
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The memory itself.
+
+        Args:
+            q: unit queries [B,T,H,K]. k: unit keys [B,T,Hk,K], zero at padding. v: [B,T,Hv,V].
+            g: log decay [B,T,H], zero at padding, or None.
+            x: hidden states [B,T,hidden_size], for the mixer's own gates.
+            run: states and circumstances.
+
+        Returns:
+            o [B,T,H,V], and the final states if `run.keep`, else ().
+        """
+        raise NotImplementedError
+
+    def log_decay(self, x: Tensor, padding: Padding | None = None) -> Tensor | None:
+        """g = -exp(A_log) softplus(a_proj x + dt_bias) [B,T,H], float32 or better; None without decay."""
+        if not self.use_forgetting_gate:
+            return None
+        a, dtype = self.a_proj(x), working_dtype(x)
+        g = -self.A_log.to(dtype).exp() * F.softplus(a.to(dtype) + self.dt_bias.to(dtype))
+        return g if padding is None else padding.clear(g)
+
+    def _heads(
+        self, name: str, x: Tensor, layer: Any, padding: Padding | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        """Project, convolve (updating the layer's cache) and split into heads, unit ones for q and k."""
+        y = getattr(self, f"{name}_proj")(x)
+        convolution = getattr(self, f"{name}_conv1d", None)
+        if convolution is not None:
+            idx = "qkv".index(name)
+            state = None if layer is None else read_state(layer.conv_states, idx)
+            if layer is not None:
+                lengths = None if padding is None else padding.lengths
+                layer.update_conv_state(convolution.next_state(y, state, lengths).detach(), idx)
+            y = convolution(y, state, cu_seqlens)
+        if name == "v":
+            return y.unflatten(-1, (self.num_v_heads, self.head_v_dim))
+        y = unit(y.unflatten(-1, (-1, self.head_dim)))
+        if name == "k":
+            return y if padding is None else padding.clear(y)
+        group = self.num_expanded_heads // self.num_heads
+        return y if group == 1 else y.repeat_interleave(group, dim=2)
+
+    def _plan(
+        self, layer: Any, padding: Padding | None, cu_seqlens: Tensor | None, length: int
+    ) -> Run:
+        cached = [] if layer is None else [
+            read_state(layer.recurrent_states, i) for i in range(self.num_states)
+        ]  # fmt: skip
+        states = tuple(s for s in cached if s is not None)
+        few = length <= DECODE_TOKENS and not torch.is_grad_enabled()
+        return Run(states, layer is not None, few and layer is not None, cu_seqlens, padding)
+
+    def _readout(self, o: Tensor, x: Tensor) -> Tensor:
+        """Norm of each head, gated by SiLU(g_proj x) if there is a gate: [B,T,H,V] -> [B,T,H*V]."""
+        if not self.use_gate:
+            return self.o_norm(o).flatten(-2)
+        gate = self.g_proj(x).unflatten(-1, (-1, self.head_v_dim))
+        return self.o_norm(o, gate).flatten(-2)

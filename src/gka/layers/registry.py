@@ -1,0 +1,50 @@
+"""The mixers by name."""
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from gka.layers.attention import SlidingWindowAttention, SoftmaxAttention
+from gka.layers.delta_net import DeltaNet, GatedDeltaNet
+from gka.layers.gated_kalmanet import GatedKalmaNet
+from gka.layers.linear_attention import GatedLinearAttention
+
+MIXERS: dict[str, type[nn.Module]] = {
+    "gka": GatedKalmaNet,
+    "attention": SoftmaxAttention,
+    "swa": SlidingWindowAttention,
+    "gla": GatedLinearAttention,
+    "deltanet": DeltaNet,
+    "gated_deltanet": GatedDeltaNet,
+}
+
+
+def mixer_options(name: str) -> tuple[str, ...]:
+    """Names of the mixer's constructor arguments.
+
+    Raises:
+        ValueError: there is no such mixer.
+    """
+    if name not in MIXERS:
+        raise ValueError(f"unknown mixer {name!r}: choose one of {', '.join(MIXERS)}")
+    return tuple(inspect.signature(MIXERS[name]).parameters)
+
+
+def build_mixer(name: str, **options: Any) -> nn.Module:
+    """Construct a mixer by its name in `MIXERS`.
+
+    Args:
+        name: "gka", "attention", "swa", "gla", "deltanet" or "gated_deltanet".
+        **options: the mixer's constructor arguments.
+
+    Raises:
+        ValueError: no such mixer, an option that it does not have, or values that do not fit.
+    """
+    known = mixer_options(name)
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(
+            f"mixer {name!r} has no option {', '.join(unknown)}; it has {', '.join(known)}"
+        )
+    return MIXERS[name](**options)
