@@ -1,0 +1,217 @@
+"""The tables of docs/numerics.md: `python -m benchmarks.numerics [name ...]`, about a minute on one core.
+
+Every table compares against float64, prints Markdown and depends on the seed alone.
+"""
+
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, silu
+
+from gka.maths.chebyshev import chebyshev_bound, chebyshev_solve, chebyshev_weights
+from gka.maths.exact import exact_solve
+from gka.ops import chunk_gka, chunk_simple_gla
+from gka.ops.reference import reference_gka
+
+SEED = 0
+Inputs = list[Tensor]
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """|actual - expected| / |expected| in the 2-norm."""
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    lines = [head, ["---"] * len(head), *rows]
+    print("\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines), "\n")
+
+
+def unit_keys(kind: str, *shape: int) -> Tensor:
+    """Keys of unit norm: Gaussian; SiLU of Gaussian; or all close to one common direction."""
+    k = torch.randn(*shape, dtype=torch.float64)
+    if kind == "SiLU":
+        k = silu(k)
+    if kind == "aligned":
+        k = 0.2 * k + torch.randn(shape[-1], dtype=torch.float64)
+    return normalize(k, dim=-1)
+
+
+def tokens(length: int, heads: int, dim: int, kind: str = "SiLU") -> Inputs:
+    """Float64 q, k, v, g, alpha, beta of one sequence, as a layer would make them."""
+    torch.manual_seed(SEED)
+    q, k = (unit_keys(kind, 1, length, heads, dim) for _ in range(2))
+    v = torch.randn(1, length, heads, dim, dtype=torch.float64)
+    g = -0.1 * torch.rand(1, length, heads, dtype=torch.float64)
+    alpha, beta = (torch.rand(1, length, heads, dtype=torch.float64) for _ in range(2))
+    return [q, k, v, g, alpha, beta]
+
+
+def bound() -> None:
+    """Table 1: 2 R^(r+1)."""
+    ratios = (0.005, 0.01, 0.02, 0.05, 0.1, 0.5)
+    rows = [
+        [r, *(f"{chebyshev_bound(a, r):.1e}" for a in ratios)]
+        for r in (1, 5, 10, 15, 20, 30, 45, 60)
+    ]
+    table(["r", *(f"a = {a}" for a in ratios)], rows)
+
+
+def iterate_form(apply_a: Callable, q: Tensor, fro: Tensor, ratio: float, steps: int) -> Tensor:
+    """The three-term recursion in x of algorithm 1: the same polynomial as `chebyshev_solve`."""
+    step = 2.0 / ((1.0 + 2.0 * ratio) * fro.unsqueeze(-1))
+    before, x = torch.zeros_like(q), step * q
+    for omega in chebyshev_weights(ratio, steps):
+        after = x - omega * step * (apply_a(x) - q) + (omega - 1.0) * (x - before)
+        before, x = x, after
+    return x
+
+
+def rounding(kind: str, ratio: float, steps: int, operand: torch.dtype) -> list[float]:
+    """Errors of both forms in float32, the product's argument rounded to `operand` first, and the
+    truncation error of the polynomial itself."""
+    torch.manual_seed(SEED)
+    k, q = unit_keys(kind, 64, 512, 128), unit_keys("Gaussian", 64, 128)
+    h = k.transpose(-1, -2) @ k
+    fro = h.square().sum((-2, -1)).sqrt()
+
+    def product(h: Tensor, d: Tensor) -> Tensor:
+        if h.dtype == torch.float32:
+            d = d.to(operand).float()
+        return (h @ d.unsqueeze(-1)).squeeze(-1)
+
+    def solve(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        h_, q_, fro_ = h.to(dtype), q.to(dtype), fro.to(dtype)
+        return (
+            chebyshev_solve(lambda d: product(h_, d), q_, fro_, ratio, steps),
+            iterate_form(
+                lambda d: product(h_, d) + ratio * fro_.unsqueeze(-1) * d, q_, fro_, ratio, steps
+            ),
+        )
+
+    same = solve(torch.float64)[0]
+    errors = [relative(x, same) for x in solve(torch.float32)]
+    return [*errors, relative(same, exact_solve(h, q, ratio * fro))]
+
+
+def forms() -> None:
+    """Table 2: rounding of the two forms, against the same polynomial in float64."""
+    rows = []
+    for operand in (torch.float32, torch.float16, torch.bfloat16):
+        for kind in ("Gaussian", "SiLU", "aligned"):
+            for ratio, steps in ((0.02, 30), (0.005, 60)):
+                errors = rounding(kind, ratio, steps, operand)
+                name = str(operand).removeprefix("torch.")
+                rows.append([name, kind, ratio, steps, *(f"{e:.1e}" for e in errors)])
+    table(["operand", "keys", "a", "r", "residual form", "iterate form", "truncation"], rows)
+
+
+def gradients(o: Tensor, do: Tensor, inputs: Inputs) -> list[Tensor]:
+    return list(torch.autograd.grad((o * do).sum(), inputs))
+
+
+def oracle(inputs: Inputs, do: Tensor) -> list[Tensor]:
+    """Float64 output and gradients of the exact map."""
+    leaves = [x.detach().double().requires_grad_() for x in inputs]
+    q, k, v, g, alpha, beta = leaves
+    o, _ = reference_gka(q, k, v, g, g, alpha, beta, scale=q.shape[-1] ** -0.5, solver="exact")
+    return [o.detach(), *gradients(o, do.double(), leaves)]
+
+
+def dtypes() -> None:
+    """Table 3: chunk_gka in each dtype against the oracle on the same (rounded) inputs."""
+    data = tokens(512, 2, 64)
+    rows = []
+    dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    for dtype, steps in itertools.product(dtypes, (30, 120)):
+        gate_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        cast = [x.to(dtype if i < 3 else gate_dtype) for i, x in enumerate(data)]
+        inputs = [x.requires_grad_() for x in cast]
+        q, k, v, g, alpha, beta = inputs
+        o, _ = chunk_gka(q, k, v, g, g, alpha, beta=beta, num_iter=steps)
+        do = torch.randn(o.shape, generator=torch.Generator().manual_seed(SEED)).to(dtype)
+        results = [o.detach(), *gradients(o, do, inputs)]
+        errors = [relative(x, y) for x, y in zip(results, oracle(inputs, do), strict=True)]
+        rows.append([str(dtype).removeprefix("torch."), steps, *(f"{e:.1e}" for e in errors)])
+    table(["q, k, v", "r", "o", "dq", "dk", "dv", "dg", "dalpha", "dbeta"], rows)
+
+
+def convention() -> None:
+    """Table 4: this gradient and autograd through the iteration, against the exact gradient."""
+    rows = []
+    for kind in ("Gaussian", "SiLU", "aligned"):
+        inputs = [x.requires_grad_() for x in tokens(64, 2, 16, kind)]
+        q, k, v, g, alpha, beta = inputs
+        do = torch.randn(v.shape, dtype=torch.float64)
+        exact = oracle(inputs, do)[1:]
+        for steps in (5, 10, 20, 30, 60):
+            ours, _ = chunk_gka(q, k, v, g, g, alpha, beta=beta, num_iter=steps)
+            traced, _ = chunk_gka(
+                q, k, v, g, g, alpha, beta=beta, num_iter=steps, backend="reference"
+            )
+            errors = []
+            for o in (ours, traced):
+                found = gradients(o, do, inputs)
+                errors += [f"{relative(found[i], exact[i]):.1e}" for i in (1, 3)]
+            rows.append([kind, steps, f"{chebyshev_bound(0.02, steps):.1e}", *errors])
+    table(["keys", "r", "2R^(r+1)", "dk", "dg", "dk, autograd", "dg, autograd"], rows)
+
+
+def decay_gradient() -> None:
+    """Table 5: dg in float32 from rectangle sums and from running differences of q.dq - k.dk."""
+    rows = []
+    for decay in (-0.001, -0.01, -0.1, -1.0, -5.0):
+        data = tokens(4096, 2, 32)
+        data[3] = torch.full_like(data[3], decay)
+        do = torch.randn(data[2].shape, dtype=torch.float64)
+        found = []
+        for dtype in (torch.float64, torch.float32):
+            inputs = [x.to(dtype).requires_grad_() for x in data[:4]]
+            q, k, v, g = inputs
+            found.append(gradients(chunk_simple_gla(q, k, v, g)[0], do.to(dtype), inputs))
+        dq, dk, _, dg = found[1]
+        differences = (data[0].float() * dq).sum(-1) - (data[1].float() * dk).sum(-1)
+        running = differences.flip(1).cumsum(1).flip(1)
+        errors = [relative(x, found[0][3]) for x in (dg, running)]
+        rows.append([decay, *(f"{e:.1e}" for e in errors)])
+    table(["g", "rectangle sums", "running differences"], rows)
+
+
+def failures() -> None:
+    """Table 6: distance of x_r from the exact solution where the steps are too few for the ridge."""
+    rows = []
+    for ratio in (0.0001, 0.001, 0.005, 0.02):
+        torch.manual_seed(SEED)
+        k, q = unit_keys("SiLU", 64, 512, 128), unit_keys("SiLU", 64, 128)
+        h = k.transpose(-1, -2) @ k
+        fro = h.square().sum((-2, -1)).sqrt()
+        exact = exact_solve(h, q, ratio * fro)
+        cells = []
+        for steps in (10, 30, 100):
+            x = chebyshev_solve(
+                lambda d, h=h: (h @ d.unsqueeze(-1)).squeeze(-1), q, fro, ratio, steps
+            )
+            cells.append(f"{relative(x, exact):.1e} ({chebyshev_bound(ratio, steps):.1e})")
+        rows.append([ratio, f"{(1 + ratio) / ratio:.0f}", *cells])
+    table(["a", "(1+a)/a", "r = 10", "r = 30", "r = 100"], rows)
+
+
+TABLES: dict[str, Callable[[], None]] = {
+    f.__name__: f for f in (bound, forms, dtypes, convention, decay_gradient, failures)
+}
+
+
+def main(names: Sequence[str]) -> None:
+    unknown = [name for name in names if name not in TABLES]
+    if unknown:
+        raise SystemExit(f"unknown table {', '.join(unknown)}; there are {', '.join(TABLES)}.")
+    for name in names or TABLES:
+        print((TABLES[name].__doc__ or name).strip())
+        TABLES[name]()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
