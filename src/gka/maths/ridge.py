@@ -9,7 +9,7 @@ from gka.maths.grouped import shared_matmul
 def empty_below(dtype: torch.dtype) -> float:
     """F_t below this is an empty history: x_t = 0 and no gradient passes the solve.
 
-    tiny^0.4 (1.6e-15 in float32): x_t grows as 1/F_t and its gradient as 1/F_t^2, and both must
+    tiny^0.4 (6.7e-16 in float32): x_t grows as 1/F_t and its gradient as 1/F_t^2, and both must
     stay finite. Unit keys reach it only when all of them have faded by that factor.
     """
     return torch.finfo(dtype).tiny ** 0.4

@@ -38,8 +38,8 @@ def chunk_gka(
     lambda_t = ridge_ratio |H_t|_F; x_t = 0 while the history is empty.
 
     Differentiable in q, k, v, g, gk, alpha, beta and both initial states, from o and both final
-    states. The gradient is that of the exact solve (docs/maths.md): it differs from the derivative
-    of the truncated iteration by no more than the truncation itself.
+    states. The gradient is that of the exact solve at the computed solutions (docs/maths.md, section
+    8), within twice the truncation of exact; it is not the derivative of the truncated iteration.
 
     Args:
         q: queries [B,T,H,K], float64, float32, bfloat16 or float16; K in 1..256.
