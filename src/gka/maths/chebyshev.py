@@ -33,7 +33,8 @@ def chebyshev_solve(
     """x_r = p_r(A) q by `num_iter` steps of the residual form (Saad, Iterative Methods, alg. 12.1).
 
     The same polynomial as the three-term recursion in x; it keeps the residual r and the update d,
-    whose product rounds better in 16 bits (docs/numerics.md):  r -= A d,  d = (omega_i - 1) d + (2 omega_i/(L + mu)) r,  x += d.
+    r -= A d,  d = (omega_i - 1) d + (2 omega_i/(L + mu)) r,  x += d,
+    which rounds better where the product takes 16-bit operands (docs/numerics.md).
 
     Args:
         apply_h: the product with H_t of every row of its argument, [..., K] -> [..., K].
