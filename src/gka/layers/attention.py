@@ -5,7 +5,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gka.layers.cache import append_keys, open_cache
+from gka.layers.cache import append_keys, cached_length, open_cache
 from gka.layers.heads import check_positive, rotary_dim, split_heads
 from gka.layers.masks import check_mask_length, positions_of, visible
 from gka.layers.norms import RMSNorm
@@ -89,14 +89,17 @@ class SoftmaxAttention(nn.Module):
         """
         check_inputs(hidden_states, attention_mask, cu_seqlens)
         cache = open_cache(past_key_values, use_cache, self.layer_idx, cu_seqlens)
-        # a static cache counts in a tensor that the update below moves on
-        past = 0 if cache is None else int(cache.get_seq_length(self.layer_idx))
+        past = cached_length(cache, self.layer_idx)
         x, length = hidden_states, hidden_states.shape[1]
         check_mask_length(attention_mask, past, length)
         if position_ids is None:
             position_ids = positions_of(length, past, attention_mask, cu_seqlens, x.device)
-        if attention_mask is not None:
-            x = x.masked_fill(~attention_mask[:, -length:].bool()[..., None], 0)
+        elif position_ids.dim() != 2 or position_ids.shape[1] != length:
+            raise ValueError(
+                f"position_ids must be [batch, {length}], got shape {tuple(position_ids.shape)}"
+            )
+        padding = None if attention_mask is None else ~attention_mask[:, -length:, None].bool()
+        x = x if padding is None else x.masked_fill(padding, 0)
 
         q, k, v = self._heads(x, position_ids)
         k, v = append_keys(cache, k, v, self.layer_idx, self.window_size)
@@ -108,7 +111,8 @@ class SoftmaxAttention(nn.Module):
             q, k, v, attn_mask=mask, is_causal=mask is None and length > 1,
             enable_gqa=self.num_heads != self.num_kv_heads,
         )  # fmt: skip
-        return self.o_proj(o.transpose(1, 2).flatten(-2)), None, cache
+        output = self.o_proj(o.transpose(1, 2).flatten(-2))
+        return output if padding is None else output.masked_fill(padding, 0), None, cache
 
     def _heads(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [B,H,T,D], k and v [B,Hk,T,D], normalised and rotated."""

@@ -169,6 +169,26 @@ def read_state(states: dict[int, Tensor | None], state_idx: int) -> Tensor | Non
     return state.clone() if state is not None and torch.is_grad_enabled() else state
 
 
+def cached_length(cache: Any, layer_idx: int | None) -> int:
+    """Positions that an attention layer of either kind of cache has seen; 0 without a cache.
+
+    Raises:
+        ValueError: the cache keeps no keys for this layer.
+    """
+    if cache is None or layer_idx is None:
+        return 0
+    if not isinstance(cache, StateCache) and layer_idx < len(cache.layers):
+        layer = cache.layers[layer_idx]
+        if not hasattr(layer, "keys"):
+            raise ValueError(
+                f"past_key_values has {layer} at layer_idx = {layer_idx}, which keeps no keys and "
+                "values: build it from the model's config, DynamicCache(config=model.config), with "
+                "'full_attention' or 'sliding_attention' for this layer in layer_types"
+            )
+    # a static cache counts in a tensor, which its next update moves on
+    return int(cache.get_seq_length(layer_idx))
+
+
 def append_keys(
     cache: Any, keys: Tensor, values: Tensor, layer_idx: int | None, window: int | None
 ) -> tuple[Tensor, Tensor]:

@@ -68,6 +68,8 @@ class ShortConvolution(nn.Module):
             state: the W inputs before x; None for zeros.
             lengths: how many of each row's T inputs count [B]; None for all.
         """
+        if lengths is None:
+            x = x[:, -self.width :]
         seen = F.pad(x.mT, (self.width, 0)) if state is None else torch.cat([state, x.mT], -1)
         if lengths is None:
             return seen[..., -self.width :]

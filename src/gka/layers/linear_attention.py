@@ -53,6 +53,6 @@ class GatedLinearAttention(RecurrentMixer):
         o, state = chunk_simple_gla(
             q, k, v, g, initial_state=run.states[0] if run.states else None,
             output_final_state=run.keep, cu_seqlens=run.cu_seqlens, backend=self.backend,
-            chunk_size=min(64, q.shape[1]),
+            chunk_size=q.shape[1] if run.stepwise else 64,
         )  # fmt: skip
         return o, () if state is None else (state,)

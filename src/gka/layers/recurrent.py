@@ -207,12 +207,14 @@ class RecurrentMixer(nn.Module):
         y = getattr(self, f"{name}_proj")(x)
         convolution = getattr(self, f"{name}_conv1d", None)
         if convolution is not None:
-            idx = "qkv".index(name)
+            idx, inputs = "qkv".index(name), y
             state = None if layer is None else read_state(layer.conv_states, idx)
+            y = convolution(inputs, state, cu_seqlens)
             if layer is not None:
                 lengths = None if padding is None else padding.lengths
-                layer.update_conv_state(convolution.next_state(y, state, lengths).detach(), idx)
-            y = convolution(y, state, cu_seqlens)
+                layer.update_conv_state(
+                    convolution.next_state(inputs, state, lengths).detach(), idx
+                )
         if name == "v":
             return y.unflatten(-1, (self.num_v_heads, self.head_v_dim))
         y = unit(y.unflatten(-1, (-1, self.head_dim)))
