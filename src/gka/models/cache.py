@@ -1,0 +1,38 @@
+"""The cache of a decoder with recurrent layers, for transformers' `generate`."""
+
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin
+
+
+class GKACache(DynamicCache):
+    """transformers' `DynamicCache` with its native layers, which also counts tokens by itself.
+
+    A recurrent layer's state has a constant size and no length, so a `DynamicCache` without any attention
+    layer cannot say how many tokens it has seen, and `generate` asks. This one is told by the model.
+
+    Args:
+        config: the model's configuration; its `layer_types` choose the layers.
+    """
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config=config)
+        self._tokens = 0
+        self._attends = any(isinstance(layer, CacheLayerMixin) for layer in self.layers)
+
+    def advance(self, tokens: int) -> None:
+        """Count `tokens` more; called by the model once a forward pass."""
+        self._tokens += tokens
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen so far (by the first attention layer, if there is one)."""
+        return super().get_seq_length(layer_idx) if self._attends else self._tokens
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self._tokens = 0
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: `generate` compiles only caches of a size known beforehand."""
+        return False

@@ -1,0 +1,174 @@
+"""GKAForCausalLM: the decoder with an output head, a loss, and `generate`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from gka.models.cache import GKACache
+from gka.models.configuration import GKAConfig
+from gka.models.decoder import GKAModel, GKAPreTrainedModel
+from gka.models.loss import linear_cross_entropy, mean_loss, next_token_targets
+
+
+class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
+    """Language model: `GKAModel` and a linear head, tied to the embedding if the configuration says so.
+
+    Args:
+        config: a `GKAConfig`.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    # The Trainer then passes num_items_in_batch, so that gradient accumulation averages over tokens.
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: GKAConfig):
+        super().__init__(config)
+        self.model = GKAModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # Read by `generate`: a recurrent state cannot be rolled back, as assisted decoding would need.
+        self._is_stateful = "linear_attention" in config.layer_types
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        return_logits: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> CausalLMOutputWithPast:
+        """Logits of the next token, and the loss against `labels`.
+
+        The loss never needs the logits of all tokens at once (`gka.models.loss`), so in training mode they
+        are left out where labels are given; in evaluation mode they are returned as well.
+
+        Args:
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, cu_seqlens,
+                output_hidden_states: as in `GKAModel.forward`.
+            labels: [B,T] the tokens themselves, -100 where nothing is to be predicted; position t is
+                compared with label t+1, and the last token of a packed sequence with nothing.
+            use_cache: return a cache. None: `config.use_cache`, but never in training mode, with labels
+                or with packed sequences.
+            logits_to_keep: logits of the last so many tokens only (0: all), or of these positions. Does
+                not touch the loss.
+            num_items_in_batch: divide the summed loss by this, instead of by the number of targets.
+            return_logits: None: unless in training mode with labels.
+
+        Returns:
+            `loss` (float32), `logits` [B,T',vocab_size] in the model's dtype, `past_key_values`,
+            `hidden_states`; each None where it was not asked for.
+        """
+        if use_cache is None and labels is not None and past_key_values is None:
+            use_cache = False
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            cu_seqlens=cu_seqlens,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        hidden = outputs.last_hidden_state
+        loss = logits = None
+        if labels is not None:
+            loss = self._loss(hidden, labels, cu_seqlens, num_items_in_batch)
+        if return_logits or (return_logits is None and (labels is None or not self.training)):
+            logits = self.lm_head(_kept(hidden, logits_to_keep))
+        return CausalLMOutputWithPast(
+            loss=loss,  # pyright: ignore[reportArgumentType]
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    def _loss(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        cu_seqlens: Tensor | None,
+        num_items_in_batch: Tensor | int | None,
+    ) -> Tensor:
+        """Mean next-token loss. A head that adapters have changed is called as a module, all at once."""
+        if labels.shape != hidden.shape[:2]:
+            raise ValueError(
+                f"labels must have the tokens' shape {tuple(hidden.shape[:2])}, got {tuple(labels.shape)}"
+            )
+        targets = next_token_targets(labels.to(hidden.device), cu_seqlens).flatten()
+        hidden = hidden.flatten(0, 1)
+        if _is_plain(self.lm_head):
+            total = linear_cross_entropy(hidden, self.lm_head.weight, targets)
+        else:
+            logits = self.lm_head(hidden).float()
+            total = nn.functional.cross_entropy(logits, targets, reduction="sum")
+        return mean_loss(total, targets, num_items_in_batch)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *others: Any, **named: Any
+    ) -> None:
+        """transformers' choice, except that the dynamic cache is one that counts its tokens."""
+        given = model_kwargs.get("past_key_values")
+        _check_cache_choice(self.config, generation_config, given)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *others, **named)
+        if given is None and isinstance(model_kwargs.get("past_key_values"), DynamicCache):
+            model_kwargs["past_key_values"] = GKACache(self.config)
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None, **_: Any) -> Tensor | None:
+        """The 0/1 mask itself: each mixer makes of it what it needs. Called by `generate`."""
+        return attention_mask
+
+    def _valid_auto_compile_criteria(self, model_kwargs: Any, generation_config: Any) -> bool:
+        """False: `generate`'s mask grows by the token, and each length would compile anew."""
+        return False
+
+
+def _check_cache_choice(config: GKAConfig, generation_config: Any, given: Any) -> None:
+    """Raise `ValueError` for caches that cannot hold, or cannot count, what the layers keep."""
+    kind = generation_config.cache_implementation
+    if kind not in (None, "dynamic", "static"):
+        raise ValueError(
+            f"cache_implementation: {kind!r} cannot hold recurrent states; leave it out, or use 'static'"
+        )
+    if generation_config.compile_config is not None:
+        raise ValueError("compile_config: generate does not compile this model; leave it out")
+    if any(kind != "linear_attention" for kind in config.layer_types):
+        return
+    if kind == "static":
+        raise ValueError(
+            "cache_implementation: 'static' needs an attention layer, and this model has none; leave it "
+            "out: recurrent states have a constant size anyway"
+        )
+    if given is not None and not isinstance(given, GKACache):
+        raise ValueError(
+            f"past_key_values: no attention layer counts the tokens of this {type(given).__name__}; "
+            "pass a gka.models.GKACache(model.config), which counts by itself"
+        )
+
+
+def _kept(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    if isinstance(logits_to_keep, int):
+        return hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+    return hidden[:, logits_to_keep]
+
+
+def _is_plain(head: nn.Module) -> bool:
+    """Whether head(x) is x @ head.weight.T and nothing else."""
+    hooked = head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)
+    return type(head) is nn.Linear and head.bias is None and not hooked

@@ -1,0 +1,170 @@
+"""GKAConfig: one configuration for a decoder of any pattern of mixers."""
+
+import difflib
+from dataclasses import fields
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+from gka.errors import InputError
+from gka.models.checks import check_sizes, check_types
+from gka.models.pattern import check_pattern, layer_types, resolve_pattern
+
+# What transformers itself writes into a config.json, or hands over when it reads one.
+_WRITTEN_BY_TRANSFORMERS = frozenset(
+    """_attn_implementation _attn_implementation_internal _commit_hash _experts_implementation
+    _experts_implementation_internal _name_or_path attn_implementation auto_map experts_implementation
+    model_type name_or_path num_labels output_attentions quantization_config torch_dtype
+    transformers_weights""".split()
+)
+# Read-only here because the pattern implies them; accepted in a file when they agree with it.
+_DERIVED = ("layer_types", "number_of_conv_states")
+
+
+class GKAConfig(PreTrainedConfig):
+    """Configuration of `GKAModel` and `GKAForCausalLM`: a pre-norm decoder of any pattern of mixers.
+
+    Pure Gated KalmaNet is the default; `GKAConfig(num_hidden_layers=30, attention_layers=[6, 14, 22, 29])`
+    is the hybrid of arXiv 2511.21016; `GKAConfig(mixers=["gka", "swa", "deltanet"])` is any other.
+
+    Args:
+        vocab_size: tokens in the vocabulary.
+        hidden_size: width of the residual stream.
+        num_hidden_layers: layers. None: the length of `mixers`, else 24.
+        intermediate_size: width of the SwiGLU MLP. None: 8/3 hidden_size, rounded up to a multiple of 32.
+        mixer: mixer of every layer, a key of `gka.layers.MIXERS`.
+        mixers: the mixer of each layer in turn, instead of `mixer`.
+        attention_layers: layers (counted from 0) that use "attention" instead of `mixer`.
+        head_dim, num_heads, num_kv_heads, num_v_heads, expand_v: head sizes and counts of the recurrent
+            mixers, as in `gka.layers.GatedKalmaNet`.
+        use_beta_gate, use_alpha_connection, use_v_conv, use_forgetting_gate, use_forgetting_gate_kk,
+            gla_rescale, ridge_ratio, num_iter, use_gate, conv_size, backend: as in `GatedKalmaNet`; the
+            other recurrent mixers take those that they have.
+        attention_num_heads, attention_num_kv_heads, attention_head_dim: of the softmax mixers. None: those
+            of the recurrent mixers (and with `attention_num_heads` alone, that many key-value heads).
+        sliding_window: tokens that "swa" attends to, the current one among them.
+        rope_theta, qk_norm: rotary base, and query/key normalisation, of the softmax mixers.
+        hidden_act: activation of the MLP's gate.
+        norm_eps: epsilon of every RMSNorm.
+        tie_word_embeddings: one matrix for the embedding and the output.
+        initializer_range: standard deviation of the linear and embedding weights at the start.
+        use_cache: return a cache from forward passes in evaluation mode.
+        pad_token_id, bos_token_id, eos_token_id: special tokens, for `generate`.
+        max_position_embeddings: longest sequence the model is meant for. No table has this length;
+            transformers and trainers read it.
+
+    Raises:
+        InputError (a ValueError): a key is unknown (named, with the closest known one), a value is of the
+            wrong type or range, the pattern is incomplete, or head counts do not divide.
+    """
+
+    model_type = "gka"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 2048
+    num_hidden_layers: int | None = None
+    intermediate_size: int | None = None
+    mixer: str = "gka"
+    mixers: list[str] | None = None
+    attention_layers: list[int] | None = None
+    head_dim: int = 128
+    num_heads: int = 16
+    num_kv_heads: int | None = None
+    num_v_heads: int | None = None
+    expand_v: float = 1.0
+    use_beta_gate: bool = True
+    use_alpha_connection: bool = True
+    use_v_conv: bool = True
+    use_forgetting_gate: bool = True
+    use_forgetting_gate_kk: bool = True
+    gla_rescale: bool = True
+    ridge_ratio: float = 0.02
+    num_iter: int = 30
+    use_gate: bool = True
+    conv_size: int = 4
+    backend: str = "auto"
+    attention_num_heads: int | None = None
+    attention_num_kv_heads: int | None = None
+    attention_head_dim: int | None = None
+    sliding_window: int = 2048
+    rope_theta: float = 10000.0
+    qk_norm: bool = True
+    hidden_act: str = "silu"
+    norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    max_position_embeddings: int = 4096
+
+    def __post_init__(self, **others: Any) -> None:
+        """Refuse unknown keys, fill in what follows from other fields, check the whole."""
+        _refuse_unknown(others)
+        _check_model_type(others.pop("model_type", self.model_type))
+        check_types(self)
+        self._fill_in()
+        derived = {key: others.pop(key) for key in _DERIVED if key in others}
+        super().__post_init__(**others)
+        self.check()
+        self._check_derived(derived)
+
+    @property
+    def pattern(self) -> list[str]:
+        """The mixer of every layer."""
+        return resolve_pattern(self)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What each layer keeps in a cache, in transformers' words; follows from the pattern."""
+        return layer_types(self.pattern)
+
+    @property
+    def number_of_conv_states(self) -> int:
+        """States a recurrent layer may keep of either kind: convolutions of q, k and v."""
+        return 3
+
+    def check(self) -> None:
+        """Check the fields as they are now; models do so too, as fields may be set after construction.
+
+        Raises:
+            InputError: as the class says.
+        """
+        check_types(self)
+        check_pattern(self)
+        check_sizes(self)
+
+    def _fill_in(self) -> None:
+        if self.num_hidden_layers is None:
+            self.num_hidden_layers = 24 if self.mixers is None else len(self.mixers)
+        if self.intermediate_size is None:
+            self.intermediate_size = -(-8 * self.hidden_size // 96) * 32
+
+    def _check_derived(self, given: dict[str, Any]) -> None:
+        for key, value in given.items():
+            if value != getattr(self, key):
+                raise InputError(
+                    f"{key} follows from the mixers and is {getattr(self, key)}, not {value}: leave it out"
+                )
+
+
+def _refuse_unknown(others: dict[str, Any]) -> None:
+    """Raise for keys that neither this configuration nor transformers knows."""
+    unknown = sorted(set(others) - _WRITTEN_BY_TRANSFORMERS - set(_DERIVED))
+    if not unknown:
+        return
+    known = [field.name for field in fields(GKAConfig)]
+    described = []
+    for key in unknown:
+        close = difflib.get_close_matches(key, known, n=1)
+        described.append(f"{key!r}" + (f" (did you mean {close[0]!r}?)" if close else ""))
+    raise InputError(f"GKAConfig does not know {', '.join(described)}")
+
+
+def _check_model_type(model_type: str) -> None:
+    if model_type != GKAConfig.model_type:
+        raise InputError(
+            f"model_type: this is the configuration of a {model_type!r} model, expected 'gka'"
+        )

@@ -1,0 +1,167 @@
+"""GKAModel: embedding, decoder layers with any mixer, final norm."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from gka.layers import RMSNorm
+from gka.models.cache import GKACache
+from gka.models.configuration import GKAConfig
+from gka.models.initialization import init_module
+from gka.models.pattern import build_mixer
+
+
+class GKAMLP(nn.Module):
+    """SwiGLU: down(act(gate(x)) * up(x))."""
+
+    def __init__(self, config: GKAConfig):
+        super().__init__()
+        width = int(config.intermediate_size or 0)
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class GKADecoderLayer(GradientCheckpointingLayer):
+    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: GKAConfig, layer_idx: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mixer = build_mixer(config, layer_idx)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = GKAMLP(config)
+
+    def forward(self, hidden_states: Tensor, **context: Any) -> Tensor:
+        mixed, _, _ = self.mixer(self.input_layernorm(hidden_states), **context)
+        hidden_states = hidden_states + mixed
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class GKAPreTrainedModel(PreTrainedModel):
+    """What the models share: loading, initialisation, devices."""
+
+    config: GKAConfig
+    config_class = GKAConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GKADecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    # The decay exp(A_log) softplus(. + dt_bias) acts at every token: a half-precision rounding of these few
+    # numbers compounds over the sequence. They stay float32 whatever dtype a model is loaded in.
+    _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        init_module(module, std=self.config.initializer_range)
+
+
+class GKAModel(GKAPreTrainedModel):
+    """Decoder without an output head.
+
+    Args:
+        config: a `GKAConfig`; checked again here.
+    """
+
+    def __init__(self, config: GKAConfig):
+        config.check()
+        super().__init__(config)
+        # Without padding_idx: padding reaches no other token, and a pad token that doubles as the
+        # end-of-text token must keep learning.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            GKADecoderLayer(config, layer) for layer in range(int(config.num_hidden_layers or 0))
+        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of every token.
+
+        Args:
+            input_ids: [B,T] token ids; or `inputs_embeds` [B,T,hidden_size] instead.
+            attention_mask: [B,T] of 0/1, 1 for tokens, padding at either end; with a cache it may also
+                cover the past, [B,T_past+T].
+            position_ids: [B,T] rotary positions. None: counted from the mask, packing and cache.
+            past_key_values: a `GKACache`, or another transformers cache built from the configuration.
+            use_cache: return a cache. None: `config.use_cache`, but never in training mode or with packed
+                sequences.
+            cu_seqlens: [N+1] bounds of sequences packed into one row (B = 1), without a cache.
+            output_hidden_states: return the embeddings and every layer's output (the last after the norm).
+
+        Returns:
+            `last_hidden_state` [B,T,hidden_size], `past_key_values`, `hidden_states`.
+
+        Raises:
+            ValueError: inputs contradict each other; the message names them.
+        """
+        _check_inputs(self.config, input_ids, inputs_embeds, past_key_values)
+        attention_mask = _without_trivial(attention_mask)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and cu_seqlens is None
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = GKACache(self.config)
+        every: list[Tensor] = []
+        for layer in self.layers:
+            every.append(hidden_states)
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                cu_seqlens=cu_seqlens,
+                position_ids=position_ids,
+            )
+        hidden_states = self.norm(hidden_states)
+        if isinstance(past_key_values, GKACache):
+            past_key_values.advance(hidden_states.shape[1])
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+            hidden_states=(*every, hidden_states) if output_hidden_states else None,
+        )
+
+
+def _check_inputs(config: GKAConfig, input_ids: Any, inputs_embeds: Any, cache: Any) -> None:
+    """Raise `ValueError` where the mixers would not notice a wrong call, or not say it well."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    if input_ids is not None and input_ids.dim() != 2:
+        raise ValueError(f"input_ids must be [batch, tokens], got shape {tuple(input_ids.shape)}")
+    if cache is not None and len(getattr(cache, "layers", ())) != config.num_hidden_layers:
+        raise ValueError(
+            f"past_key_values must be a cache of {config.num_hidden_layers} layers, got {cache!r}: "
+            "leave it out, or use gka.models.GKACache(model.config)"
+        )
+
+
+def _without_trivial(attention_mask: Tensor | None) -> Tensor | None:
+    """None for a mask of ones: one look here spares every layer the work of finding no padding."""
+    if attention_mask is None or torch.compiler.is_compiling() or attention_mask.dim() != 2:
+        return attention_mask
+    if attention_mask.is_floating_point():  # the mixers say what they expect
+        return attention_mask
+    return None if attention_mask.all() else attention_mask

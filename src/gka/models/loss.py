@@ -1,0 +1,150 @@
+"""Next-token cross-entropy that never holds the logits of all tokens at once.
+
+With N tokens and a vocabulary of size V, softmax cross-entropy after a linear head needs [N,V] logits,
+in float32 the largest tensor of a language model. Here they exist for `rows` tokens at a time:
+
+    loss = sum_n lse(W h_n) - (W h_n)_{y_n},   dloss/dlogits_n = softmax(W h_n) - onehot(y_n) = d_n,
+    dloss/dh_n = W^T d_n,                      dloss/dW = sum_n d_n h_n^T,
+
+and the two gradients are formed in the forward pass while the logits of the chunk are at hand, so that
+nothing is computed twice: [N,D] and [V,D] are kept for the backward pass instead of [N,V].
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORE_INDEX = -100
+# Float32 logits held at a time. Large enough that the matrix products stay efficient.
+LOGITS_BYTES = 64 * 2**20
+
+
+def next_token_targets(labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """The label that each position predicts: the next one; none at the end of a (packed) sequence.
+
+    Args:
+        labels: [B,T] integers, -100 where nothing is to be predicted.
+        cu_seqlens: [N+1] bounds of packed sequences (B = 1): a last token does not predict its neighbour.
+
+    Returns:
+        [B,T] of labels' dtype.
+    """
+    targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    if cu_seqlens is None:
+        return targets
+    starts = torch.zeros(targets.shape[1] + 1, dtype=torch.bool, device=targets.device)
+    starts[cu_seqlens.to(targets.device, torch.long)] = True
+    return targets.masked_fill(starts[1:], IGNORE_INDEX)
+
+
+def mean_loss(total: Tensor, targets: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    """Total loss over the number of targets, or over the caller's number (gradient accumulation)."""
+    if num_items_in_batch is None:
+        return total / (targets != IGNORE_INDEX).sum()
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(total.device)
+    return total / num_items_in_batch
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, logits_bytes: int = LOGITS_BYTES
+) -> Tensor:
+    """Sum over tokens of the cross-entropy of softmax(hidden weight^T) against targets.
+
+    Args:
+        hidden: [N,D], any float dtype; under autocast the products run in autocast's dtype.
+        weight: [V,D].
+        targets: [N] in 0..V-1, or -100 for tokens that do not count.
+        logits_bytes: how large the logits held at a time may be (a single token's are always held).
+
+    Returns:
+        Scalar in float32 (float64 for float64 inputs), differentiable once in hidden and weight.
+    """
+    itemsize = 8 if hidden.dtype == torch.float64 else 4
+    rows = max(1, logits_bytes // (itemsize * weight.shape[0]))
+    grads = torch.is_grad_enabled()
+    if grads and (hidden.requires_grad or weight.requires_grad):
+        return _LinearCrossEntropy.apply(
+            hidden, weight, targets, rows, hidden.requires_grad, weight.requires_grad
+        )
+    return _walk(hidden, weight, targets, rows, False, False)[0]
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        rows: int,
+        for_hidden: bool,
+        for_weight: bool,
+    ) -> Tensor:
+        loss, *gradients = _walk(hidden, weight, targets, rows, for_hidden, for_weight)
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        # Scaled in the accumulators' own precision: a rounded factor would bias all gradients alike.
+        hidden, weight = (
+            None if kept is None else (kept * grad.to(kept.dtype)).to(dtype)
+            for kept, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return hidden, weight, None, None, None, None
+
+
+def _walk(
+    hidden: Tensor, weight: Tensor, targets: Tensor, rows: int, for_hidden: bool, for_weight: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Loss, and the gradients asked for, chunk of `rows` tokens by chunk."""
+    dtype, wide = _dtypes(hidden)
+    grad_hidden = torch.empty_like(hidden, dtype=wide) if for_hidden else None
+    grad_weight = torch.zeros_like(weight, dtype=wide) if for_weight else None
+    with torch.autocast(hidden.device.type, enabled=False):
+        weight = weight.to(dtype)
+        loss = torch.zeros((), dtype=wide, device=hidden.device)
+        for start in range(0, hidden.shape[0], rows):
+            part = slice(start, start + rows)
+            h = hidden[part].to(dtype)
+            logits = (h @ weight.T).to(wide)
+            loss = loss + _cross_entropy_(logits, targets[part], for_hidden or for_weight)
+            if grad_hidden is not None:
+                grad_hidden[part] = logits.to(dtype) @ weight
+            if grad_weight is not None:
+                _accumulate_(grad_weight, logits.to(dtype).T, h)
+    return loss, grad_hidden, grad_weight
+
+
+def _dtypes(hidden: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """Dtype of the matrix products, and of everything that is summed."""
+    device = hidden.device.type
+    autocast = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+    return dtype, torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _cross_entropy_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
+    """Summed loss of logits [n,V]; with `gradient`, overwrites them by the loss's derivative in them."""
+    counts = (targets != IGNORE_INDEX).unsqueeze(-1)
+    index = targets.unsqueeze(-1).masked_fill(~counts, 0)
+    lse = logits.logsumexp(-1, keepdim=True)
+    loss = (lse - logits.gather(-1, index)).masked_fill(~counts, 0).sum()
+    if gradient:
+        logits.sub_(lse).exp_()
+        logits.scatter_add_(-1, index, torch.full_like(lse, -1.0))
+        logits.masked_fill_(~counts, 0)
+    return loss
+
+
+def _accumulate_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, in total's dtype."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)

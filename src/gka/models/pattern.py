@@ -1,0 +1,101 @@
+"""Which mixer sits in which layer, and with which constructor arguments."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from gka import layers
+from gka.errors import InputError
+from gka.layers import MIXERS, mixer_options
+
+if TYPE_CHECKING:
+    from gka.models.configuration import GKAConfig
+
+SOFTMAX_MIXERS = ("attention", "swa")
+# How transformers' caches call what a layer keeps; every other mixer keeps a recurrent state.
+_LAYER_TYPES = {"attention": "full_attention", "swa": "sliding_attention"}
+
+
+def resolve_pattern(config: GKAConfig) -> list[str]:
+    """Name of the mixer of every layer: `mixers`, or `mixer` with "attention" at `attention_layers`."""
+    if config.mixers is not None:
+        return list(config.mixers)
+    attention = set(config.attention_layers or ())
+    layers = range(config.num_hidden_layers or 0)
+    return ["attention" if layer in attention else config.mixer for layer in layers]
+
+
+def layer_types(pattern: list[str]) -> list[str]:
+    """The names transformers' native caches choose their layers by."""
+    return [_LAYER_TYPES.get(name, "linear_attention") for name in pattern]
+
+
+def build_mixer(config: GKAConfig, layer_idx: int) -> nn.Module:
+    """The mixer of layer `layer_idx`; it takes from `config` the arguments its constructor names."""
+    name = config.pattern[layer_idx]
+    values = _mixer_values(config, name) | {"layer_idx": layer_idx}
+    options = {key: values[key] for key in mixer_options(name) if key in values}
+    return layers.build_mixer(name, **options)
+
+
+def _mixer_values(config: GKAConfig, name: str) -> dict[str, Any]:
+    """Every configuration value a mixer may ask for, under its constructor's name for it."""
+    values = dict(vars(config))
+    if name in SOFTMAX_MIXERS:
+        heads, kv_heads, head_dim = attention_heads(config)
+        values |= {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
+        values["window_size"] = config.sliding_window
+    return values
+
+
+def attention_heads(config: GKAConfig) -> tuple[int, int, int]:
+    """(heads, key-value heads, head size) of the softmax layers, defaults filled in.
+
+    Without `attention_num_heads` they are the recurrent layers' own; with it, key-value heads default to
+    as many as the heads.
+    """
+    inherited = config.num_heads if config.num_kv_heads is None else config.num_kv_heads
+    heads = config.attention_num_heads or config.num_heads
+    kv_heads = inherited if config.attention_num_heads is None else heads
+    return heads, config.attention_num_kv_heads or kv_heads, (
+        config.attention_head_dim or config.head_dim
+    )
+
+
+def check_pattern(config: GKAConfig) -> None:
+    """Raise `InputError` if the layers' mixers are not stated once, completely and by known names."""
+    if config.mixers is not None and config.attention_layers is not None:
+        raise InputError(
+            "mixers and attention_layers both say where attention goes: give one of the two"
+        )
+    names = [config.mixer] if config.mixers is None else config.mixers
+    for name in names:
+        _check_name("mixer" if config.mixers is None else "mixers", name)
+    if len(config.pattern) != config.num_hidden_layers:
+        raise InputError(
+            f"mixers names {len(config.pattern)} layers, but num_hidden_layers is "
+            f"{config.num_hidden_layers}: give one mixer a layer, or leave num_hidden_layers out"
+        )
+    _check_attention_layers(config)
+
+
+def _check_name(argument: str, name: object) -> None:
+    if name in MIXERS:
+        return
+    close = difflib.get_close_matches(str(name), MIXERS, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    raise InputError(f"{argument}: unknown mixer {name!r}{hint}; known: {', '.join(MIXERS)}")
+
+
+def _check_attention_layers(config: GKAConfig) -> None:
+    chosen, layers = config.attention_layers or [], config.num_hidden_layers
+    outside = [layer for layer in chosen if not 0 <= layer < (layers or 0)]
+    if outside:
+        raise InputError(
+            f"attention_layers: {outside} lie outside the {layers} layers, counted 0..{(layers or 0) - 1}"
+        )
+    if len(set(chosen)) != len(chosen):
+        raise InputError(f"attention_layers: {chosen} names a layer twice")
