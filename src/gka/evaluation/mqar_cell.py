@@ -1,0 +1,246 @@
+"""One cell of an MQAR sweep: train one small model on one task, measure its accuracy."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from gka.errors import InputError
+from gka.evaluation.mqar import IGNORE, MQARTask
+
+if TYPE_CHECKING:
+    from gka.models import GKAForCausalLM
+
+# Streams of examples that never meet, whatever the cell's seed (below 1,000,000).
+_VALIDATION_SEED = 1_000_000
+_TEST_SEED = 2_000_000
+
+# Examples a model reads at once when it is only asked, not trained.
+_READ_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long and on how much a model is trained; the same for every mixer of a sweep.
+
+    Attributes:
+        steps: optimizer steps at most.
+        batch_size: examples a step.
+        train_examples: size of the training set, walked through in shuffled epochs.
+        validation_examples, test_examples: sizes of the two sets that are only measured on.
+        weight_decay: AdamW's, on matrices and convolutions (never on vectors: norms, decay, biases).
+        warmup: fraction of the steps over which the learning rate rises; then a cosine to zero.
+        max_grad_norm: clipping.
+        evaluate_every: steps between looks at the validation accuracy.
+        stop_accuracy: training ends early once the validation accuracy reaches this.
+    """
+
+    steps: int
+    batch_size: int = 64
+    train_examples: int = 64_000
+    validation_examples: int = 500
+    test_examples: int = 1000
+    weight_decay: float = 0.1
+    warmup: float = 0.05
+    max_grad_norm: float = 1.0
+    evaluate_every: int = 100
+    stop_accuracy: float = 0.99
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "train_examples", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; expected 1 or more")
+        if self.train_examples < self.batch_size:
+            raise InputError(
+                f"train_examples is {self.train_examples}; expected batch_size ="
+                f" {self.batch_size} or more"
+            )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Everything that determines one training run; two equal cells give one result.
+
+    Attributes:
+        mixer: a name of `gka.layers.MIXERS`, in both layers.
+        width: hidden size and head dimension of the model (one head, two layers).
+        task: what is asked.
+        learning_rate: AdamW's peak rate.
+        seed: of the weights, the training set and the order of its examples.
+        budget: training length.
+    """
+
+    mixer: str
+    width: int
+    task: MQARTask
+    learning_rate: float
+    seed: int
+    budget: Budget
+
+    def describe(self) -> dict[str, Any]:
+        """The cell as JSON-ready data, equal for equal cells and different for different ones."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        task = self.task
+        return (
+            f"{self.mixer}, width {self.width}, {task.num_kv_pairs} pairs in {task.input_seq_len},"
+            f" rate {self.learning_rate:g}, seed {self.seed}"
+        )
+
+
+def build_model(cell: Cell) -> "GKAForCausalLM":
+    """The cell's two-layer model with fresh weights (drawn from torch's global generator).
+
+    One head as wide as the model, expand_v = 1, an MLP of twice the width, no tied embeddings.
+    Weights start at 1/sqrt(width) rather than a language model's 0.02, which is too small a start
+    for a width of 16.
+    """
+    from gka.models import GKAConfig, GKAForCausalLM
+
+    config = GKAConfig(
+        vocab_size=cell.task.vocab_size,
+        hidden_size=cell.width,
+        num_hidden_layers=2,
+        intermediate_size=2 * cell.width,
+        mixer=cell.mixer,
+        num_heads=1,
+        head_dim=cell.width,
+        expand_v=1.0,
+        attention_num_heads=1,
+        attention_head_dim=cell.width,
+        max_position_embeddings=cell.task.input_seq_len,
+        initializer_range=cell.width**-0.5,
+        use_cache=False,
+    )
+    return GKAForCausalLM(config)
+
+
+def train_cell(cell: Cell, device: str = "cpu") -> dict[str, Any]:
+    """Train the cell's model and measure it.
+
+    Args:
+        cell: what to train.
+        device: where ("cpu", "cuda", "cuda:1", ...).
+
+    Returns:
+        JSON-ready dict: test_accuracy and validation_accuracy (fraction of queries answered right
+        at the end), steps taken, diverged (the loss was no longer finite; accuracies then count
+        as 0), curve ([step, training loss, validation accuracy] rows), parameters, seconds.
+    """
+    started = time.perf_counter()
+    budget, task = cell.budget, cell.task
+    with torch.random.fork_rng():
+        torch.manual_seed(cell.seed)
+        model = build_model(cell).to(device)
+    train = _on(device, task.sample(budget.train_examples, cell.seed))
+    validation = _on(device, task.sample(budget.validation_examples, _VALIDATION_SEED))
+    test = _on(device, task.sample(budget.test_examples, _TEST_SEED))
+
+    curve, diverged = _train(model, train, validation, cell)
+    return {
+        "test_accuracy": 0.0 if diverged else accuracy(model, *test),
+        "validation_accuracy": 0.0 if diverged else curve[-1][2],
+        "steps": curve[-1][0],
+        "diverged": diverged,
+        "curve": [] if diverged else curve,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+
+
+def _train(
+    model: "GKAForCausalLM",
+    train: tuple[Tensor, Tensor],
+    validation: tuple[Tensor, Tensor],
+    cell: Cell,
+) -> tuple[list[tuple[int, float, float]], bool]:
+    """(curve, diverged); the curve's last row is where training ended."""
+    budget = cell.budget
+    optimizer = _optimizer(model, cell.learning_rate, budget.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: _learning_rate_factor(step, budget)
+    )
+    curve: list[tuple[int, float, float]] = []
+    for step, rows in enumerate(_batches(budget, cell.seed), start=1):
+        loss = query_loss(model, train[0][rows], train[1][rows])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), budget.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        if step % budget.evaluate_every == 0 or step == budget.steps:
+            curve.append((step, round(loss.item(), 5), accuracy(model, *validation)))
+            if not math.isfinite(curve[-1][1]):
+                return curve, True
+            if curve[-1][2] >= budget.stop_accuracy:
+                break
+    return curve, False
+
+
+def query_loss(model: "GKAForCausalLM", inputs: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy over the queries of int64 [B,T] inputs and labels: a scalar."""
+    return cross_entropy(_query_logits(model, inputs, labels), labels[labels != IGNORE])
+
+
+@torch.no_grad()
+def accuracy(model: "GKAForCausalLM", inputs: Tensor, labels: Tensor) -> float:
+    """Fraction of the queries whose most likely token is the label."""
+    model.eval()
+    right = total = 0
+    batches = zip(inputs.split(_READ_BATCH), labels.split(_READ_BATCH), strict=True)
+    for some_inputs, some_labels in batches:
+        answers = _query_logits(model, some_inputs, some_labels).argmax(-1)
+        asked = some_labels[some_labels != IGNORE]
+        right += int((answers == asked).sum())
+        total += asked.numel()
+    model.train()
+    return right / total
+
+
+def _query_logits(model: "GKAForCausalLM", inputs: Tensor, labels: Tensor) -> Tensor:
+    """Logits [queries, vocab_size] at the labelled positions only: the rest is never projected."""
+    hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state
+    return model.lm_head(hidden[labels != IGNORE])
+
+
+def _optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate)
+
+
+def _learning_rate_factor(step: int, budget: Budget) -> float:
+    """Linear warm-up, then half a cosine down to zero at `budget.steps`."""
+    rising = budget.warmup * budget.steps
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    progress = (step - rising) / max(1.0, budget.steps - rising)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def _batches(budget: Budget, seed: int) -> Iterator[Tensor]:
+    """Row numbers of `budget.steps` batches: whole ones, from a new permutation every epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    step = 0
+    while True:
+        order = torch.randperm(budget.train_examples, generator=generator)
+        for rows in order.split(budget.batch_size):
+            if len(rows) < budget.batch_size:
+                break
+            if step == budget.steps:
+                return
+            step += 1
+            yield rows
+
+
+def _on(device: str, tensors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return tensors[0].to(device), tensors[1].to(device)

@@ -1,0 +1,210 @@
+"""An MQAR sweep: mixers x widths x tasks x learning rates x seeds, resumable, on several processes.
+
+The result file is the state of the sweep: it is rewritten, whole, after every finished cell, and
+cells found in it are not run again. Cells that the current sweep does not ask for stay in it.
+"""
+
+import json
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+
+from gka.errors import InputError
+from gka.evaluation.mqar import MQARTask
+from gka.evaluation.mqar_cell import Budget, Cell, train_cell
+from gka.evaluation.results import environment, read_json, write_json
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What to compare: the product of all these, one cell each.
+
+    Attributes:
+        mixers: names of `gka.layers.MIXERS`.
+        widths: model widths.
+        tasks: MQAR tasks, each with the budget a model gets on it.
+        learning_rates: the grid every mixer is given; the best is chosen per (mixer, width, task).
+        seeds: repetitions, each below 1,000,000.
+
+    Raises:
+        InputError: something is empty, repeated or out of range; the message names it.
+    """
+
+    mixers: tuple[str, ...]
+    widths: tuple[int, ...]
+    tasks: tuple[tuple[MQARTask, Budget], ...]
+    learning_rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("mixers", "widths", "tasks", "learning_rates", "seeds"):
+            entries = getattr(self, name)
+            if not entries or len(set(entries)) != len(entries):
+                raise InputError(f"{name} is {entries}; expected one or more different values")
+        if min(self.widths) < 1:
+            raise InputError(f"widths holds {min(self.widths)}; expected numbers of 1 or more")
+        if min(self.learning_rates) <= 0:
+            raise InputError(f"learning_rates holds {min(self.learning_rates)}; expected above 0")
+        if not 0 <= min(self.seeds) <= max(self.seeds) < 1_000_000:
+            raise InputError(f"seeds is {self.seeds}; expected numbers from 0 to 999999")
+        _check_mixers(self.mixers)
+
+    def cells(self) -> list[Cell]:
+        """All cells, one seed after the other, so that a sweep cut short still compares mixers."""
+        return [
+            Cell(mixer, width, task, rate, seed, budget)
+            for seed, (task, budget), width, rate, mixer in product(
+                self.seeds, self.tasks, self.widths, self.learning_rates, self.mixers
+            )
+        ]
+
+
+def _check_mixers(mixers: Sequence[str]) -> None:
+    from gka.layers import MIXERS
+
+    for name in mixers:
+        if name not in MIXERS:
+            raise InputError(f"mixers holds {name!r}; expected names among {', '.join(MIXERS)}")
+
+
+def run_sweep(
+    sweep: Sweep,
+    result_file: Path,
+    *,
+    processes: int = 1,
+    device: str = "cpu",
+    on_cell: Callable[[Cell, dict[str, Any]], None] = lambda cell, result: None,
+) -> dict[str, Any]:
+    """Run the cells that `result_file` does not hold yet, and summarize all of the sweep's.
+
+    Args:
+        sweep: what to compare.
+        result_file: JSON, created where missing and rewritten atomically after each cell.
+        processes: cells trained at the same time; with more than 1 each gets one thread.
+        device: where to train.
+        on_cell: called after each finished cell, and at once for those found finished.
+
+    Returns:
+        The content of the result file: "cells" (all finished ones), "summary" (see `summarize`),
+        "environment".
+
+    Raises:
+        InputError: `processes` < 1, or the result file is not one of ours.
+        concurrent.futures.process.BrokenProcessPool: a process was killed; finished cells are kept.
+    """
+    if processes < 1:
+        raise InputError(f"processes is {processes}; expected 1 or more")
+    cells = sweep.cells()
+    records = load_records(result_file)
+    for cell in cells:
+        if _key(cell.describe()) in records:
+            on_cell(cell, records[_key(cell.describe())]["result"])
+    todo = [cell for cell in cells if _key(cell.describe()) not in records]
+    for cell, result in _train_all(todo, processes, device):
+        records[_key(cell.describe())] = {"cell": cell.describe(), "result": result}
+        write_json(result_file, {"environment": environment(), "cells": list(records.values())})
+        on_cell(cell, result)
+    content = {
+        "environment": environment() | {"processes": processes, "device": device},
+        "summary": summarize([records[_key(cell.describe())] for cell in cells]),
+        "cells": list(records.values()),
+    }
+    write_json(result_file, content)
+    return content
+
+
+def load_records(result_file: Path) -> dict[str, dict[str, Any]]:
+    """Finished cells by key; none where the file does not exist.
+
+    Raises:
+        InputError: the file exists and does not hold the cells of a sweep.
+    """
+    if not result_file.exists():
+        return {}
+    records = read_json(result_file).get("cells")
+    whole = isinstance(records, list) and all(
+        isinstance(r, dict) and {"cell", "result"} <= r.keys() for r in records
+    )
+    if not whole:
+        raise InputError(
+            f"{result_file} does not hold the cells of an MQAR sweep;"
+            " move it away or choose another output folder"
+        )
+    return {_key(record["cell"]): record for record in records}
+
+
+def _train_all(
+    cells: list[Cell], processes: int, device: str
+) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    """Train the cells, yielding each as it finishes."""
+    if processes == 1 or len(cells) <= 1:
+        for cell in cells:
+            yield cell, train_cell(cell, device)
+        return
+    before = set(multiprocessing.active_children())
+    # spawn, not fork: a forked child of a process that has used torch's threads can hang
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(processes, len(cells)), spawn, torch.set_num_threads, (1,))
+    try:
+        running = {pool.submit(train_cell, cell, device): cell for cell in cells}
+        for future in as_completed(running):
+            yield running[future], future.result()
+    except BaseException:
+        # Interrupted: end the cells under way now instead of waiting minutes for them.
+        for child in set(multiprocessing.active_children()) - before:
+            child.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def summarize(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per (task, width, mixer): the best learning rate and the test accuracy there over seeds.
+
+    The rate is chosen by the mean VALIDATION accuracy over seeds, the accuracy reported is the
+    TEST set's. `at_edge` tells that the best rate is the lowest or highest of three or more tried
+    while not already at 0.99, so that a wider grid might do better.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        cell = record["cell"]
+        groups.setdefault(_key([cell["task"], cell["width"], cell["mixer"]]), []).append(record)
+    return [_summarize_group(group) for group in groups.values()]
+
+
+def _summarize_group(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    by_rate: dict[float, list[dict[str, Any]]] = {}
+    for record in records:
+        by_rate.setdefault(record["cell"]["learning_rate"], []).append(record)
+    chosen_by = {
+        rate: mean(r["result"]["validation_accuracy"] for r in group)
+        for rate, group in by_rate.items()
+    }
+    best = max(chosen_by, key=lambda rate: chosen_by[rate])
+    tests = [r["result"]["test_accuracy"] for r in by_rate[best]]
+    cell = records[0]["cell"]
+    at_edge = len(by_rate) >= 3 and best in (min(by_rate), max(by_rate)) and mean(tests) < 0.99
+    return {
+        **{name: cell[name] for name in ("mixer", "width", "task")},
+        "learning_rate": best,
+        "at_edge": at_edge,
+        "accuracy_mean": mean(tests),
+        "accuracy_min": min(tests),
+        "accuracy_max": max(tests),
+        "accuracy_stdev": stdev(tests) if len(tests) > 1 else None,
+        "accuracies": tests,
+        "seeds": [r["cell"]["seed"] for r in by_rate[best]],
+        "parameters": records[0]["result"]["parameters"],
+        "validation_mean_by_rate": {f"{rate:g}": score for rate, score in chosen_by.items()},
+    }
+
+
+def _key(described: Any) -> str:
+    return json.dumps(described, sort_keys=True)
