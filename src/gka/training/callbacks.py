@@ -1,0 +1,185 @@
+"""What happens beside the training loop: seals, interruptions, time, a progress bar, a check for NaN."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from gka.errors import InputError
+from gka.training.checkpoints import SEAL, seal
+
+
+class Stop:
+    """A wish to stop, noted by a signal handler and granted at the end of a step."""
+
+    signal: int | None = None
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[Stop]:
+    """SIGINT and SIGTERM ask for a stop instead of ending the process; the second one ends it."""
+    stop, former = Stop(), {}
+
+    def note(number: int, _frame: Any) -> None:
+        stop.signal = number
+        signal.signal(number, former[number])
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            former[number] = signal.signal(number, note)
+    try:
+        yield stop
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+class StopWhenAsked(TrainerCallback):
+    """Ends training after the step in which a stop was asked for, with a checkpoint."""
+
+    def __init__(self, stop: Stop) -> None:
+        self.stop = stop
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if self.stop.signal is not None:
+            control.should_save = control.should_training_stop = True
+        return control
+
+
+class SealCheckpoints(TrainerCallback):
+    """Seals each checkpoint, and notes the loss before it, so a resumed run notes the same losses."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if control.should_save:
+            control.should_log = True
+            # A checkpoint that is about to be written over is not whole any more.
+            self._folder(args, state).joinpath(SEAL).unlink(missing_ok=True)
+        return control
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()  # every process has written its own generator state
+        if state.is_world_process_zero:
+            seal(self._folder(args, state))
+
+    @staticmethod
+    def _folder(args: TrainingArguments, state: TrainerState) -> Path:
+        return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+
+
+class Stopwatch(TrainerCallback):
+    """Adds "seconds" spent in training steps to each noted loss; goes on where a checkpoint ended."""
+
+    seconds = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.seconds = max((row.get("seconds", 0.0) for row in state.log_history), default=0.0)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.device.type == "cuda" and control.should_log:
+            torch.cuda.synchronize()  # else the clock sees only that work was queued
+        self.seconds += time.perf_counter() - self._began
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if "loss" in state.log_history[-1]:
+            state.log_history[-1]["seconds"] = self.seconds
+
+
+class RefuseNaN(TrainerCallback):
+    """Ends a run whose loss is no longer a number, before a checkpoint is written of it."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        for name in ("loss", "eval_loss"):
+            if not math.isfinite((logs or {}).get(name, 0.0)):
+                raise InputError(
+                    f"{name} is {logs and logs[name]} at step {state.global_step}: the run diverged; "
+                    "lower learning_rate or raise warmup_steps"
+                )
+
+
+class ProgressBar(TrainerCallback):
+    """One line that moves, and one that stays for each evaluation."""
+
+    def __init__(self, console: Console, tokens_per_step: int) -> None:
+        self.console, self.tokens_per_step = console, tokens_per_step
+        self.progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[loss]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._first, self._began, self._loss = state.global_step, time.perf_counter(), math.nan
+        self.task = self.progress.add_task(
+            "training", total=state.max_steps, completed=state.global_step, loss=""
+        )
+        if state.is_world_process_zero:
+            self.progress.start()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs and "loss" in logs:
+            self._loss = logs["loss"]
+            steps = state.global_step - self._first
+            rate = steps * self.tokens_per_step / (time.perf_counter() - self._began)
+            self.progress.update(self.task, loss=f"loss {self._loss:.3f}  {rate:,.0f} tokens/s")
+        if logs and "eval_loss" in logs and state.is_world_process_zero:
+            self.progress.console.print(
+                f"step {state.global_step:>6}  loss {self._loss:.3f}  "
+                f"held out {logs['eval_loss']:.3f}",
+                highlight=False,
+            )
+
+    def close(self) -> None:
+        """Take the moving line away."""
+        self.progress.stop()

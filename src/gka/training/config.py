@@ -1,0 +1,213 @@
+"""What a training run is: three tables (data, model, training), read from TOML, checked by name."""
+
+import dataclasses
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gka.errors import InputError
+
+PRECISIONS = ("float32", "bfloat16")
+RECIPES = Path(__file__).resolve().parents[3] / "recipes"
+# Decided by the tokenizer, so that model and data cannot disagree.
+FROM_TOKENIZER = ("vocab_size", "eos_token_id", "pad_token_id", "bos_token_id")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What to train on.
+
+    Attributes:
+        text: text files and folders; empty means the standard library of the running Python.
+        glob: which files of a folder, such as "*.py".
+        tokenizer: "bytes", or a Hugging Face tokenizer's folder or name.
+        sequence_length: tokens in a block.
+        eval_fraction: share of the tokens held out, by whole documents.
+    """
+
+    text: tuple[str, ...] = ()
+    glob: str = "*"
+    tokenizer: str = "bytes"
+    sequence_length: int = 512
+    eval_fraction: float = 0.01
+
+    def __post_init__(self) -> None:
+        _require(
+            self.sequence_length >= 2, "data.sequence_length", self.sequence_length, "2 or more"
+        )
+        ok = 0 < self.eval_fraction < 1
+        _require(ok, "data.eval_fraction", self.eval_fraction, "between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How to train: AdamW, linear warm-up then cosine to zero, gradients clipped.
+
+    Attributes:
+        max_steps: optimizer steps.
+        batch_size: blocks per forward pass (and device).
+        gradient_accumulation: forward passes per step.
+        learning_rate: the highest rate.
+        warmup_steps: steps until the rate is the highest.
+        weight_decay: for matrices; never for A_log, dt_bias, norms, biases and embeddings.
+        max_grad_norm: gradients are scaled down to this norm; 0 does not clip.
+        adam_beta2: AdamW's second decay rate.
+        precision: "float32", or "bfloat16" for autocast with float32 weights.
+        gradient_checkpointing: recompute layers in the backward pass to save memory.
+        log_steps, eval_steps, save_steps: how often the loss is noted, evaluated, and a checkpoint kept.
+        keep_checkpoints: how many; two or more, so that one is whole while the next is written.
+        seed: of initial weights and data order.
+    """
+
+    max_steps: int = 1000
+    batch_size: int = 16
+    gradient_accumulation: int = 1
+    learning_rate: float = 1e-3
+    warmup_steps: int = 50
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+    adam_beta2: float = 0.95
+    precision: str = "float32"
+    gradient_checkpointing: bool = False
+    log_steps: int = 10
+    eval_steps: int = 200
+    save_steps: int = 200
+    keep_checkpoints: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        counts = ("max_steps", "batch_size", "gradient_accumulation")
+        for name in (*counts, "log_steps", "eval_steps", "save_steps"):
+            _require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "1 or more")
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed"):
+            _require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "0 or more")
+        rate, kept = self.learning_rate, self.keep_checkpoints
+        _require(rate > 0, "training.learning_rate", rate, "above 0")
+        _require(0 < self.adam_beta2 < 1, "training.adam_beta2", self.adam_beta2, "in (0, 1)")
+        _require(kept >= 2, "training.keep_checkpoints", kept, "2 or more")
+        named = " or ".join(map(repr, PRECISIONS))
+        _require(self.precision in PRECISIONS, "training.precision", self.precision, named)
+
+
+# A small model; any field of GKAConfig can be given beside or instead of these.
+MODEL_DEFAULTS = {"mixer": "gka", "hidden_size": 256, "num_hidden_layers": 4, "num_heads": 4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A complete run. `model` holds fields of `gka.models.GKAConfig`, which checks their names."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: Mapping[str, Any] = field(default_factory=lambda: dict(MODEL_DEFAULTS))
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def tables(self) -> dict[str, dict[str, Any]]:
+        """The run as plain tables (what JSON and TOML hold); `from_tables` is the inverse."""
+        data = dataclasses.asdict(self.data)
+        data["text"] = list(self.data.text)
+        return {
+            "data": data,
+            "model": dict(self.model),
+            "training": dataclasses.asdict(self.training),
+        }
+
+    @classmethod
+    def from_tables(cls, tables: Mapping[str, Any]) -> "RunConfig":
+        """A run from tables, defaults where a key is absent.
+
+        Raises:
+            InputError: naming the table and key that is unknown, of the wrong type or out of range.
+        """
+        _known("", tables, ("data", "model", "training"))
+        for name, table in tables.items():
+            _require(isinstance(table, Mapping), name, table, "a table")
+        model = _complete(tables.get("model", {}))
+        return cls(
+            data=_build(DataConfig, "data", tables.get("data", {})),
+            model=model,
+            training=_build(TrainingConfig, "training", tables.get("training", {})),
+        )
+
+
+def read_recipe(name: str) -> dict[str, dict[str, Any]]:
+    """The tables of a recipe: a .toml file, or the name of one in recipes/.
+
+    Raises:
+        InputError: if there is no such recipe (those there are are named) or it is not TOML.
+    """
+    path = Path(name) if name.endswith(".toml") else _named_recipe(name)
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"recipe {name}: there is no such file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe {path} is not valid TOML: {error}") from None
+
+
+def merged(*layers: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Tables laid over one another, key by key; later ones win."""
+    result: dict[str, dict[str, Any]] = {}
+    for layer in layers:
+        for table, values in layer.items():
+            _require(isinstance(values, Mapping), table, values, "a table")
+            result.setdefault(table, {}).update(values)
+    return result
+
+
+def _complete(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The [model] table with defaults for what is not given and does not follow from it."""
+    for key in FROM_TOKENIZER:
+        _require(key not in given, f"model.{key}", given.get(key), "absent: the tokenizer sets it")
+    model = {**MODEL_DEFAULTS, **given}
+    if "mixers" in given:  # they name the mixer of every layer, and so how many there are
+        model = {
+            k: v for k, v in model.items() if k in given or k not in ("mixer", "num_hidden_layers")
+        }
+    width, heads = model["hidden_size"], model["num_heads"]
+    if "head_dim" not in model and isinstance(heads, int) and isinstance(width, int) and heads > 0:
+        model["head_dim"] = width // heads
+    return model
+
+
+def _named_recipe(name: str) -> Path:
+    folders = [Path("recipes"), RECIPES]
+    found = {path.stem: path for folder in reversed(folders) for path in folder.glob("*.toml")}
+    if name not in found:
+        known = ", ".join(sorted(found)) or "none here"
+        raise InputError(
+            f"recipe {name!r} is unknown; known: {known}; or give a path to a .toml file"
+        )
+    return found[name]
+
+
+def _build(kind: type, table: str, values: Mapping[str, Any]) -> Any:
+    hints = typing.get_type_hints(kind)
+    _known(f"{table}.", values, tuple(hints))
+    return kind(**{key: _typed(f"{table}.{key}", v, hints[key]) for key, v in values.items()})
+
+
+def _known(prefix: str, given: Mapping[str, Any], names: tuple[str, ...]) -> None:
+    for key in given:
+        if key not in names:
+            raise InputError(f"unknown key {prefix}{key}; known: {', '.join(names)}")
+
+
+def _typed(key: str, value: Any, hint: Any) -> Any:
+    """`value` as `hint`: exact, but for an int where a float is meant and a list for a tuple."""
+    if isinstance(hint, types.GenericAlias):
+        ok = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+        _require(ok, key, value, "a list of strings")
+        return tuple(value)
+    if hint is float and type(value) is int:
+        return float(value)
+    _require(type(value) is hint, key, value, f"of type {hint.__name__}")
+    return value
+
+
+def _require(condition: bool, key: str, value: Any, expected: str) -> None:
+    if not condition:
+        raise InputError(f"{key} is {value!r}; expected {expected}")

@@ -1,0 +1,76 @@
+"""Hugging Face's Trainer, set up for these models."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from gka.training.config import TrainingConfig
+
+_UNDECAYED = ("A_log", "dt_bias", "bias")
+
+
+class DecoderTrainer(Trainer):
+    """Trainer whose weight decay leaves out what should not shrink."""
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Names of the parameters with weight decay, for `create_optimizer`."""
+        return decayed(model)
+
+
+def decayed(model: nn.Module) -> list[str]:
+    """Names of the parameters that weight decay applies to: matrices and convolution filters.
+
+    Not decayed: `A_log` and `dt_bias` (decay rates in log space), norms, biases and embeddings; nor an
+    output matrix that is tied to the embeddings.
+    """
+    embeddings = {
+        id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
+    }
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim > 1 and id(parameter) not in embeddings and not name.endswith(_UNDECAYED)
+    ]
+
+
+def arguments(config: TrainingConfig, folder: Path) -> TrainingArguments:
+    """The Trainer's arguments for a run that keeps its checkpoints in `folder`."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=config.max_steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=config.warmup_steps,
+        optim="adamw_torch",
+        adam_beta2=config.adam_beta2,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        bf16=config.precision == "bfloat16",
+        gradient_checkpointing=config.gradient_checkpointing,
+        logging_steps=config.log_steps,
+        eval_strategy="steps",
+        eval_steps=config.eval_steps,
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        save_total_limit=config.keep_checkpoints,
+        seed=config.seed,
+        data_seed=config.seed,
+        # Nothing of the Trainer's own on the screen, and no NaN hidden in an average.
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        log_level="error",
+        report_to="none",
+        prediction_loss_only=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def quiet(trainer: Trainer) -> Trainer:
+    """Take away the callback that prints every log as a dictionary."""
+    trainer.remove_callback(PrinterCallback)
+    return trainer
