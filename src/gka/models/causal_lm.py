@@ -1,8 +1,7 @@
 """GKAForCausalLM: the decoder with an output head, a loss, and `generate`."""
 
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -21,7 +20,7 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
         config: a `GKAConfig`.
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
     # The Trainer then passes num_items_in_batch, so that gradient accumulation averages over tokens.
     accepts_loss_kwargs = True
 
@@ -125,7 +124,9 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
         """transformers' choice, except that the dynamic cache is one that counts its tokens."""
         given = model_kwargs.get("past_key_values")
         _check_cache_choice(self.config, generation_config, given)
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *others, **named)
+        super()._prepare_cache_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
+            generation_config, model_kwargs, *others, **named
+        )
         if given is None and isinstance(model_kwargs.get("past_key_values"), DynamicCache):
             model_kwargs["past_key_values"] = GKACache(self.config)
 

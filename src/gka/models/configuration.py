@@ -12,10 +12,24 @@ from gka.models.pattern import check_pattern, layer_types, resolve_pattern
 
 # What transformers itself writes into a config.json, or hands over when it reads one.
 _WRITTEN_BY_TRANSFORMERS = frozenset(
-    """_attn_implementation _attn_implementation_internal _commit_hash _experts_implementation
-    _experts_implementation_internal _name_or_path attn_implementation auto_map experts_implementation
-    model_type name_or_path num_labels output_attentions quantization_config torch_dtype
-    transformers_weights""".split()
+    {
+        "_attn_implementation",
+        "_attn_implementation_internal",
+        "_commit_hash",
+        "_experts_implementation",
+        "_experts_implementation_internal",
+        "_name_or_path",
+        "attn_implementation",
+        "auto_map",
+        "experts_implementation",
+        "model_type",
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "quantization_config",
+        "torch_dtype",
+        "transformers_weights",
+    }
 )
 # Read-only here because the pattern implies them; accepted in a file when they agree with it.
 _DERIVED = ("layer_types", "number_of_conv_states")

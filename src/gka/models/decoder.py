@@ -1,6 +1,6 @@
 """GKAModel: embedding, decoder layers with any mixer, final norm."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -55,12 +55,12 @@ class GKAPreTrainedModel(PreTrainedModel):
     config_class = GKAConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["GKADecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules: ClassVar[list[str]] = ["GKADecoderLayer"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _supports_sdpa = True
     # The decay exp(A_log) softplus(. + dt_bias) acts at every token: a half-precision rounding of these few
     # numbers compounds over the sequence. They stay float32 whatever dtype a model is loaded in.
-    _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["A_log", "dt_bias"]
 
     def _init_weights(self, module: nn.Module) -> None:
         init_module(module, std=self.config.initializer_range)

@@ -19,7 +19,7 @@ def init_module(module: nn.Module, *, std: float) -> None:
     """
     if isinstance(module, nn.Linear | nn.Embedding):
         initialization.normal_(module.weight, mean=0.0, std=std)
-        if getattr(module, "bias", None) is not None:
+        if isinstance(module, nn.Linear) and module.bias is not None:
             initialization.zeros_(module.bias)
         return
     own: Any = list(module.parameters(recurse=False))
@@ -27,7 +27,9 @@ def init_module(module: nn.Module, *, std: float) -> None:
     if len(filled) == len(own):
         return
     if not callable(reset := getattr(module, "reset_parameters", None)):
-        raise NotImplementedError(f"{type(module).__name__} has parameters but no reset_parameters()")
+        raise NotImplementedError(
+            f"{type(module).__name__} has parameters but no reset_parameters()"
+        )
     reset()
     for parameter, value in filled:
         parameter.copy_(value)

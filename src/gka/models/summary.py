@@ -1,8 +1,10 @@
 """How many parameters a model has, and where."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from gka.models.causal_lm import GKAForCausalLM
+from gka.models.decoder import GKAModel
 
 
 @dataclass(frozen=True)
@@ -20,19 +22,19 @@ class ParameterCount:
     parameters: int
 
 
-def count_parameters(model: nn.Module) -> list[ParameterCount]:
+def count_parameters(model: GKAModel | GKAForCausalLM) -> list[ParameterCount]:
     """The parameters of a `GKAModel` or `GKAForCausalLM` by part; together they are all it has.
 
     Args:
         model: the model; also on the meta device.
     """
-    body = getattr(model, "model", model)
-    parts: list[tuple[str, nn.Module]] = [("embedding", body.embed_tokens)]
+    body = model.model if isinstance(model, GKAForCausalLM) else model
+    parts: list[tuple[str, Any]] = [("embedding", body.embed_tokens)]
     for name, layer in zip(body.config.pattern, body.layers, strict=True):
         parts += [(f"mixer: {name}", layer.mixer), ("mlp", layer.mlp)]
         parts += [("norms", layer.input_layernorm), ("norms", layer.post_attention_layernorm)]
     parts.append(("norms", body.norm))
-    if body is not model:
+    if isinstance(model, GKAForCausalLM):
         parts.append(("output head", model.lm_head))
     seen: set[int] = set()
     table: dict[str, list[int]] = {}
