@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
+
+from gka.cli import app
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -26,10 +29,33 @@ def name_of(page: Path) -> str:
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The Python blocks of a page, in order and in one namespace, raise nothing."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GKA_CACHE", str(tmp_path / "cache"))
     torch.manual_seed(0)
     namespace: dict[str, object] = {"__name__": "snippet"}
     for number, text in enumerate(blocks(page, "python"), 1):
         exec(compile(text, f"{name_of(page)}, block {number}", "exec"), namespace)
+
+
+def shown_commands(page: Path) -> list[tuple[str, set[str]]]:
+    """(subcommand, its long options) of every `gka ...` line in the page's shell blocks."""
+    lines = [line for text in blocks(page, "bash") for line in text.splitlines()]
+    return [
+        (line.split()[1], set(re.findall(r"(--[a-z][a-z-]*)", line)))
+        for line in lines
+        if line.startswith("gka ")
+    ]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if shown_commands(p)], ids=name_of)
+def test_shown_commands_exist(page: Path):
+    """Every `gka` command of a page exists and has the options it is shown with."""
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for name, options in shown_commands(page):
+        assert name in commands, f"{name_of(page)}: there is no command gka {name}"
+        known = {option for parameter in commands[name].params for option in parameter.opts}
+        assert options - {"--help"} <= known, (
+            f"{name_of(page)}: gka {name} has no {options - known}"
+        )
 
 
 def anchors(page: Path) -> set[str]:
