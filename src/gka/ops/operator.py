@@ -25,7 +25,7 @@ def _none_if_empty(x: Tensor) -> Tensor | None:
 
 
 def _optional(x: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_empty(0) if x is None else x
+    return like.new_empty(0) if x is None else x.contiguous()
 
 
 @torch.library.custom_op("gka::forward", mutates_args=())
@@ -58,7 +58,8 @@ def forward_op(
     with torch.amp.autocast(q.device.type, enabled=False):
         run = get_backend(backend).forward["recurrent" if mode == "recurrent" else "chunk"]
         out = run(tokens, settings)
-    return out.o, _optional(out.x, out.u), _optional(out.h, out.u), out.u
+    # contiguous, as the fake implementation promises the compiler
+    return out.o.contiguous(), _optional(out.x, out.u), _optional(out.h, out.u), out.u.contiguous()
 
 
 @forward_op.register_fake
@@ -112,7 +113,8 @@ def backward_op(
         solutions = x if num_iter > 0 else None
         grads = get_backend(backend).backward(tokens, solutions, do, dh, du, settings)
     optional = (grads.g, grads.gk, grads.alpha, grads.beta, grads.h0, grads.u0)
-    return [grads.q, grads.k, grads.v, *(_optional(grad, do) for grad in optional)]
+    heads = (grads.q.contiguous(), grads.k.contiguous(), grads.v.contiguous())
+    return [*heads, *(_optional(grad, do) for grad in optional)]
 
 
 @backward_op.register_fake
