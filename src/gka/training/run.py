@@ -13,7 +13,9 @@ from gka.training.config import RunConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+    from gka.training.callbacks import Stop
 
 
 class Interrupted(Exception):
@@ -91,9 +93,12 @@ def build_model(config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> "Pre
             }
         )
         set_seed(config.training.seed)
-        return GKAForCausalLM(settings)
+        model = GKAForCausalLM(settings)
     except (TypeError, ValueError) as error:
         raise InputError(f"[model]: {error}") from error
+    if config.training.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
 
 
 def _packed(
@@ -131,39 +136,66 @@ def _trained(
     Raises:
         Interrupted: if asked to stop.
     """
-    from gka.training import callbacks
-    from gka.training.trainer import DecoderTrainer, arguments, quiet
+    from gka.training.callbacks import ProgressBar, stop_on_signals
+    from gka.training.trainer import arguments
 
-    folder = output / files.CHECKPOINTS
-    say = lambda text: console.print(text, highlight=False)  # noqa: E731
-    last = checkpoints.newest(folder, say) if resume else None
-    if resume:
-        say(f"resuming from {last}" if last else "no checkpoint yet: starting from step 0")
-    with callbacks.stop_on_signals() as stop:
-        args = arguments(config.training, folder)
-        per_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-        bar = callbacks.ProgressBar(console, per_step * config.data.sequence_length)
-        trainer = quiet(
-            DecoderTrainer(
-                model=model,
-                args=args,
-                train_dataset=blocks[0],
-                eval_dataset=blocks[1],
-                processing_class=tokenizer,
-                callbacks=[
-                    callbacks.StopWhenAsked(stop),
-                    callbacks.SealCheckpoints(),
-                    callbacks.Stopwatch(),
-                    callbacks.RefuseNaN(),
-                    bar,
-                ],
-            )
-        )
-        with contextlib.closing(bar):
-            trainer.train(resume_from_checkpoint=str(last) if last else None)
+    args = arguments(config.training, output / files.CHECKPOINTS)
+    last = _last_checkpoint(output, console) if resume else None
+    bar = ProgressBar(console, args.train_batch_size * args.world_size * _tokens(config))
+    with stop_on_signals() as stop, contextlib.closing(bar):
+        trainer = _trainer(model, args, blocks, tokenizer, [*_callbacks(stop), bar])
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
     if stop.signal is not None and trainer.state.global_step < config.training.max_steps:
         raise Interrupted(trainer.state.global_step, stop.signal)
     return trainer
+
+
+def _last_checkpoint(output: Path, console: "Console") -> Path | None:
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
+    last = checkpoints.newest(output / files.CHECKPOINTS, say)
+    say(f"resuming from {last}" if last else "no whole checkpoint: starting from step 0")
+    return last
+
+
+def _callbacks(stop: "Stop") -> list[Any]:
+    from gka.training import callbacks
+
+    return [
+        callbacks.StopWhenAsked(stop),
+        callbacks.SealCheckpoints(),
+        callbacks.Stopwatch(),
+        callbacks.RefuseNaN(),
+    ]
+
+
+def _trainer(
+    model: "PreTrainedModel",
+    args: "TrainingArguments",
+    blocks: tuple[TokenBlocks, TokenBlocks],
+    tokenizer: "PreTrainedTokenizerBase",
+    callbacks: list[Any],
+) -> "Trainer":
+    from transformers import PrinterCallback
+
+    from gka.training.trainer import DecoderTrainer
+
+    trainer = DecoderTrainer(
+        model=model,
+        args=args,
+        train_dataset=blocks[0],
+        eval_dataset=blocks[1],
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)  # it prints every log as a dictionary
+    return trainer
+
+
+def _tokens(config: RunConfig) -> int:
+    """Tokens of a step for each block of a forward pass."""
+    return config.training.gradient_accumulation * config.data.sequence_length
 
 
 def _metrics(
@@ -176,8 +208,7 @@ def _metrics(
     held, last = blocks[1].part, curves["training"][-1]
     for row in curves["evaluation"]:
         row["bits_per_byte"] = report.bits_per_byte(row["loss"], held.tokens, held.bytes)
-    per_step = trainer.args.train_batch_size * trainer.args.world_size
-    per_step *= config.training.gradient_accumulation * config.data.sequence_length
+    per_step = trainer.args.train_batch_size * trainer.args.world_size * _tokens(config)
     tokens = last["step"] * per_step
     model: Any = trainer.model
     return {

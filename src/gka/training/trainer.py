@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from gka.training.config import TrainingConfig
 
@@ -51,7 +51,6 @@ def arguments(config: TrainingConfig, folder: Path) -> TrainingArguments:
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         bf16=config.precision == "bfloat16",
-        gradient_checkpointing=config.gradient_checkpointing,
         logging_steps=config.log_steps,
         eval_strategy="steps",
         eval_steps=config.eval_steps,
@@ -68,9 +67,3 @@ def arguments(config: TrainingConfig, folder: Path) -> TrainingArguments:
         prediction_loss_only=True,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-
-
-def quiet(trainer: Trainer) -> Trainer:
-    """Take away the callback that prints every log as a dictionary."""
-    trainer.remove_callback(PrinterCallback)
-    return trainer

@@ -1,0 +1,110 @@
+"""Documents are found, named alike everywhere, and read exactly or refused."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from gka.data import corpus
+from gka.errors import InputError
+
+
+def _write(folder: Path, **files: bytes) -> None:
+    for name, content in files.items():
+        path = folder / name.replace("__", "/").replace("_dot_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def test_folders_are_searched_and_sorted(tmp_path: Path) -> None:
+    """Every file at any depth, sorted by name; hidden and empty ones left out; glob narrows."""
+    _write(tmp_path, b_dot_txt=b"b", a__c_dot_py=b"c", empty_dot_txt=b"", _dot_git__x=b"x")
+    root = tmp_path.name
+    names = [d.name for d in corpus.find_documents([str(tmp_path)])]
+    assert names == [f"{root}/a/c.py", f"{root}/b.txt"]
+    assert [d.name for d in corpus.find_documents([str(tmp_path)], "*.py")] == [f"{root}/a/c.py"]
+
+
+def test_fingerprint_changes_with_any_source(tmp_path: Path) -> None:
+    """A changed, added or removed file changes the fingerprint; nothing else does."""
+    _write(tmp_path, a=b"a", b=b"b")
+    first = corpus.corpus_fingerprint(corpus.find_documents([str(tmp_path)]))
+    assert corpus.corpus_fingerprint(corpus.find_documents([str(tmp_path)])) == first
+    (tmp_path / "a").write_bytes(b"aa")
+    second = corpus.corpus_fingerprint(corpus.find_documents([str(tmp_path)]))
+    (tmp_path / "b").unlink()
+    third = corpus.corpus_fingerprint(corpus.find_documents([str(tmp_path)]))
+    assert len({first, second, third}) == 3
+
+
+def test_missing_and_empty_corpora_are_refused(tmp_path: Path) -> None:
+    """A path that is not there, an empty folder and a folder of empty files are told apart."""
+    with pytest.raises(InputError, match="gone does not exist"):
+        corpus.find_documents([str(tmp_path / "gone")])
+    with pytest.raises(InputError, match="no files found"):
+        corpus.find_documents([str(tmp_path)])
+    _write(tmp_path, a=b"")
+    with pytest.raises(InputError, match="only empty files found"):
+        corpus.find_documents([str(tmp_path)])
+
+
+def test_standard_library_is_sources_without_tests() -> None:
+    """The default corpus is megabytes of Python, readable as UTF-8, without the test suites."""
+    documents = corpus.standard_library()
+    names = {d.name for d in documents}
+    assert {"argparse.py", "json/decoder.py"} <= names
+    assert not any(n.startswith(("test/", "site-packages/")) or "/tests/" in n for n in names)
+    assert sum(d.size for d in documents) > 5_000_000
+    for document in documents:
+        assert sum(len(p.encode()) for p in corpus.read_pieces(document.path)) in (
+            document.size,
+            document.size - 3,  # a byte-order mark is not text
+        )
+
+
+def test_interpreter_without_sources_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interpreter that ships no sources is refused as a default corpus."""
+    monkeypatch.setattr(corpus.sysconfig, "get_path", lambda _: str(tmp_path))
+    with pytest.raises(InputError, match="standard library of this Python"):
+        corpus.find_documents([])
+
+
+def test_pieces_are_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces end with lines, keep line ends of every kind, and join to the file's text."""
+    monkeypatch.setattr(corpus, "PIECE", 5)
+    text = "äöü\r\none line\n\nlonger than a piece\rlast"
+    (tmp_path / "t").write_bytes(text.encode())
+    pieces = list(corpus.read_pieces(tmp_path / "t"))
+    assert "".join(pieces) == text
+    assert len(pieces) > 2
+    assert all(piece[-1] in "\r\n" for piece in pieces[:-1])
+
+
+@pytest.mark.parametrize(
+    ("content", "where"),
+    [
+        (b"first\nsecond \xe9t\xe9\n", "byte 0xe9 at offset 13"),
+        ("utf-16".encode("utf-16"), "byte 0xff at offset 0"),
+        (b"cut \xc3", "byte 0xc3 at offset 4"),
+    ],
+)
+def test_wrong_encoding_is_refused_with_its_place(
+    tmp_path: Path, content: bytes, where: str
+) -> None:
+    """Latin-1, UTF-16 and a cut-off character are refused with the file and the offending byte."""
+    (tmp_path / "bad.txt").write_bytes(content)
+    with pytest.raises(InputError, match=rf"bad\.txt is not UTF-8 \({where}\)"):
+        list(corpus.read_pieces(tmp_path / "bad.txt"))
+
+
+def test_names_do_not_depend_on_the_place(tmp_path: Path) -> None:
+    """The same folder elsewhere gives the same names (so the same held-out documents)."""
+    _write(tmp_path / "one" / "text", a=b"a", b__c=b"c")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    names = [
+        [d.name for d in corpus.find_documents([str(tmp_path / place / "text")])]
+        for place in ("one", "two")
+    ]
+    assert names[0] == names[1]

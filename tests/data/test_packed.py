@@ -1,0 +1,124 @@
+"""Packed tokens are the documents' tokens; they are reused, verified, and never half there."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gka.data import Document, PackedTokens, byte_tokenizer, find_documents, load_tokenizer, pack
+from gka.data import packed as module
+from gka.errors import InputError
+
+TEXTS = {"a.txt": "first\n", "b.txt": "zwölf\n", "c.txt": "x" * 1000}
+
+
+@pytest.fixture
+def documents(tmp_path: Path) -> list[Document]:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for name, text in TEXTS.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return find_documents([str(folder)])
+
+
+def test_tokens_boundaries_and_counts(documents: list[Document], tmp_path: Path) -> None:
+    """Each document is its bytes and the end token, at its boundaries, with its size in bytes."""
+    packed = pack(documents, byte_tokenizer(), tmp_path / "cache")
+    expected = [[*text.encode(), 256] for text in TEXTS.values()]
+    for i, ids in enumerate(expected):
+        low, high = packed.boundaries[i : i + 2]
+        assert packed.tokens[low:high].tolist() == ids
+    assert packed.tokens.dtype == np.uint16
+    assert packed.bytes.tolist() == [len(text.encode()) for text in TEXTS.values()]
+    assert packed.description["tokens"] == len(packed.tokens) == sum(map(len, expected))
+    with pytest.raises(ValueError, match="read-only"):
+        packed.tokens[0] = 1
+
+
+def test_pieces_do_not_show(
+    documents: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading in small pieces gives the same file as reading whole documents."""
+    whole = pack(documents, byte_tokenizer(), tmp_path / "cache")
+    monkeypatch.setattr("gka.data.corpus.PIECE", 3)
+    assert pack(documents, byte_tokenizer(), tmp_path / "other").checksum == whole.checksum
+
+
+def test_cache_is_reused_until_a_source_changes(
+    documents: list[Document], tmp_path: Path, word_tokenizer: Path
+) -> None:
+    """The same sources and tokenizer are tokenised once; another source or tokenizer is another pack."""
+    cache, seen = tmp_path / "cache", []
+    first = pack(documents, byte_tokenizer(), cache, seen.append)
+    again = pack(documents, byte_tokenizer(), cache, seen.append)
+    assert again.folder == first.folder
+    assert seen == documents
+    other = pack(documents, load_tokenizer(str(word_tokenizer)), cache)
+    documents[0].path.write_text("changed\n")
+    changed = pack(find_documents([str(documents[0].path.parent)]), byte_tokenizer(), cache)
+    assert len({first.folder, other.folder, changed.folder}) == 3
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """$GKA_CACHE wins over $XDG_CACHE_HOME."""
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    monkeypatch.delenv("GKA_CACHE", raising=False)
+    assert module.cache_folder() == Path("/x/gka")
+    monkeypatch.setenv("GKA_CACHE", "/own")
+    assert module.cache_folder() == Path("/own")
+
+
+def test_failure_leaves_nothing(documents: list[Document], tmp_path: Path) -> None:
+    """When a document cannot be read, no folder that could be taken for a pack is left."""
+    documents[-1].path.write_bytes(b"\xff")
+    with pytest.raises(InputError, match=r"c\.txt is not UTF-8"):
+        pack(documents, byte_tokenizer(), tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_damage_is_refused(documents: list[Document], tmp_path: Path) -> None:
+    """A token file cut short or altered, and a description cut short or incomplete, are refused."""
+    tokenizer = byte_tokenizer()
+    folder = pack(documents, tokenizer, tmp_path / "cache").folder
+    tokens, description = folder / module.TOKENS, folder / module.DESCRIPTION
+    good = tokens.read_bytes(), description.read_bytes()
+    altered = bytes([good[0][0] ^ 1]) + good[0][1:]
+    parsed = json.loads(good[1])
+    moved = parsed | {"documents": parsed["documents"][1:]}
+    lacking = {key: value for key, value in parsed.items() if key != "sha256"}
+    cases = [
+        (good[0][:-2], good[1], "checksum differs"),
+        (altered, good[1], "checksum differs"),
+        (good[0], good[1][:-20], "not readable JSON"),
+        (good[0], json.dumps(moved).encode(), "boundaries do not add up"),
+        (good[0], json.dumps(lacking).encode(), "lacks sha256"),
+        (good[0], json.dumps(parsed | {"format": 99}).encode(), "format is 99, expected 1"),
+    ]
+    for ids, text, message in cases:
+        tokens.write_bytes(ids)
+        description.write_bytes(text)
+        with pytest.raises(InputError, match=message):
+            pack(documents, tokenizer, tmp_path / "cache")
+
+
+def test_other_tokenizer_is_refused(
+    documents: list[Document], tmp_path: Path, word_tokenizer: Path
+) -> None:
+    """Tokens packed with one tokenizer do not open with another."""
+    folder = pack(documents, byte_tokenizer(), tmp_path / "cache").folder
+    with pytest.raises(InputError, match="packed with another tokenizer"):
+        PackedTokens.open(folder, load_tokenizer(str(word_tokenizer)))
+
+
+def test_losing_the_race_uses_the_winner(documents: list[Document], tmp_path: Path) -> None:
+    """If another process publishes the same pack first, its copy is used and ours removed."""
+    cache = tmp_path / "cache"
+
+    def win(document: Document) -> None:
+        if document is documents[-1] and not any(p.name[0] != "." for p in cache.iterdir()):
+            pack(documents, byte_tokenizer(), cache)
+
+    packed = pack(documents, byte_tokenizer(), cache, win)
+    assert list(cache.iterdir()) == [packed.folder]
