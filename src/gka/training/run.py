@@ -97,7 +97,9 @@ def build_model(config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> "Pre
     except (TypeError, ValueError) as error:
         raise InputError(f"[model]: {error}") from error
     if config.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        # Newer transformers renamed it, and warn of the old name.
+        name = "activation_checkpointing_enable"
+        getattr(model, name, model.gradient_checkpointing_enable)()
     return model
 
 
