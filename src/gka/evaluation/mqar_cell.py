@@ -137,7 +137,8 @@ def train_cell(cell: Cell, device: str = "cpu") -> dict[str, Any]:
     budget, task = cell.budget, cell.task
     with torch.random.fork_rng():
         torch.manual_seed(cell.seed)
-        model = build_model(cell).to(device)
+        model = build_model(cell)
+    model.to(device)  # type: ignore[arg-type]
     train = _on(device, task.sample(budget.train_examples, cell.seed))
     validation = _on(device, task.sample(budget.validation_examples, _VALIDATION_SEED))
     test = _on(device, task.sample(budget.test_examples, _TEST_SEED))

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
+from gka.data.files import read_json, write_json
 from gka.errors import InputError
 from gka.evaluation.mqar import MQARTask
 from gka.evaluation.mqar_cell import Budget, Cell, train_cell
-from gka.evaluation.results import environment, read_json, write_json
+from gka.evaluation.results import environment
 
 
 @dataclass(frozen=True)
@@ -129,10 +130,9 @@ def load_records(result_file: Path) -> dict[str, dict[str, Any]]:
     if not result_file.exists():
         return {}
     records = read_json(result_file).get("cells")
-    whole = isinstance(records, list) and all(
+    if not isinstance(records, list) or not all(
         isinstance(r, dict) and {"cell", "result"} <= r.keys() for r in records
-    )
-    if not whole:
+    ):
         raise InputError(
             f"{result_file} does not hold the cells of an MQAR sweep;"
             " move it away or choose another output folder"

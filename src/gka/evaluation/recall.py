@@ -7,7 +7,7 @@ vectors. All N pairs are written, then every key is asked for. Four numbers per 
 - rescaled_error: min over c of |c o - v| / |v|, one c for all pairs: what is left after the output
   norm and projection of a layer, which make the overall size of o irrelevant;
 - cosine: mean cosine of o_i and v_i;
-- accuracy: fraction of pairs whose o_i points nearer to v_i than to any other written value.
+- accuracy: fraction of pairs whose o_i is nearer in angle to v_i than to any other written value.
 """
 
 from collections.abc import Sequence
@@ -87,7 +87,7 @@ def measure(o: Tensor, v: Tensor) -> dict[str, list[float]]:
         "cosine": cosines.diagonal(dim1=1, dim2=2).mean(-1),
         "accuracy": right.double().mean(-1),
     }
-    return {name: value.tolist() for name, value in found.items()}
+    return {name: [round(x, 6) for x in value.tolist()] for name, value in found.items()}
 
 
 def run_recall(settings: RecallSettings, memories: Sequence[Memory]) -> dict[str, Any]:

@@ -1,0 +1,199 @@
+"""`gka recall` and `gka mqar`: options to settings, results to files. Heavy imports come last."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from gka.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from gka.evaluation.mqar_sweep import Sweep
+
+Number = TypeVar("Number", int, float)
+_INTERRUPTED = 130  # the shell's convention: 128 + SIGINT
+
+
+def recall(
+    *,
+    head_dim: Annotated[int, typer.Option(help="Size of keys and values, K = V.")] = 64,
+    pairs: Annotated[
+        str, typer.Option(help="Numbers N of pairs to write.")
+    ] = "4,8,16,24,32,48,64,96,128,192,256",
+    correlation: Annotated[
+        str, typer.Option(help="Expected cosines between keys, each from 0 to below 1.")
+    ] = "0,0.5,0.9",
+    ridge_ratios: Annotated[
+        str, typer.Option(help="a in lambda = a |H|, for GKA and exact ridge.")
+    ] = "0.005,0.02,0.1",
+    num_iters: Annotated[str, typer.Option(help="Chebyshev steps of GKA.")] = "5,30",
+    seeds: Annotated[int, typer.Option(help="How many draws of keys and values.")] = 8,
+    output: Annotated[Path, typer.Option(help="Folder for recall.json and recall.png.")] = Path(
+        "runs/recall"
+    ),
+) -> None:
+    """Write N correlated key-value pairs into untrained memories and read them back; in seconds.
+
+    Compares linear attention, DeltaNet, Gated KalmaNet and exact ridge regression at equal head
+    size. Lists are numbers and commas. See also `gka mqar`, which trains.
+    """
+    ratios = _numbers("--ridge-ratios", ridge_ratios, float)
+    iterations = _numbers("--num-iters", num_iters, int)
+    wanted = {
+        "head_dim": head_dim,
+        "pairs": _numbers("--pairs", pairs, int),
+        "correlations": _numbers("--correlation", correlation, float),
+        "seeds": tuple(range(_at_least_one("--seeds", seeds))),
+    }
+    _run_recall(wanted, ratios, iterations, _folder(output))
+
+
+def mqar(
+    *,
+    preset: Annotated[
+        str, typer.Option(help="cpu (minutes), gpu (hours) or zoology (the paper's sizes).")
+    ] = "cpu",
+    mixers: Annotated[
+        str | None, typer.Option(help="Mixers to compare, as in gka,gla. [default: the preset's]")
+    ] = None,
+    widths: Annotated[str | None, typer.Option(help="Model widths, as in 16,32.")] = None,
+    learning_rates: Annotated[
+        str | None, typer.Option(help="Rates that every mixer is tried with, as in 0.005,0.01.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="How many repetitions, from seed 0 on.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps of each training.")] = None,
+    processes: Annotated[int, typer.Option(help="Trainings at the same time.")] = 1,
+    device: Annotated[str, typer.Option(help="Where to train, as in cpu or cuda.")] = "cpu",
+    output: Annotated[Path, typer.Option(help="Folder for mqar.json and mqar.png.")] = Path(
+        "runs/mqar"
+    ),
+) -> None:
+    """Train two-layer models on multi-query associative recall (MQAR) and compare mixers.
+
+    Every mixer is trained at every width, learning rate and seed of the preset. Finished trainings
+    are kept in OUTPUT/mqar.json: run the same command again to go on after an interruption.
+    """
+    changes: dict[str, Any] = {
+        "mixers": None if mixers is None else tuple(name.strip() for name in mixers.split(",")),
+        "widths": None if widths is None else _numbers("--widths", widths, int),
+        "learning_rates": None
+        if learning_rates is None
+        else _numbers("--learning-rates", learning_rates, float),
+        "seeds": None if seeds is None else tuple(range(_at_least_one("--seeds", seeds))),
+    }
+    sweep = _sweep(preset, {k: v for k, v in changes.items() if v is not None}, steps)
+    _check_device(device)
+    _at_least_one("--processes", processes)
+    _run_mqar(sweep, _folder(output), processes, device)
+
+
+def _run_recall(
+    wanted: dict[str, Any], ratios: tuple[float, ...], iterations: tuple[int, ...], folder: Path
+) -> None:
+    from rich.console import Console
+
+    from gka.data.files import write_json
+    from gka.evaluation.memories import compared_memories
+    from gka.evaluation.plots import plot_recall
+    from gka.evaluation.recall import RecallSettings, run_recall
+    from gka.evaluation.results import environment
+    from gka.evaluation.tables import recall_tables
+
+    settings, memories = RecallSettings(**wanted), compared_memories(ratios, iterations)
+    console = Console()
+    with console.status("writing and reading"):
+        content = {"environment": environment()} | run_recall(settings, memories)
+        write_json(folder / "recall.json", content)
+        plot_recall(content, folder / "recall.png")
+    for table in recall_tables(content):
+        console.print(table)
+    _tell(console, folder, "recall")
+
+
+def _run_mqar(sweep: "Sweep", folder: Path, processes: int, device: str) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeElapsedColumn as Elapsed
+
+    from gka.evaluation.mqar_cell import Cell
+    from gka.evaluation.mqar_sweep import run_sweep
+    from gka.evaluation.plots import plot_mqar
+    from gka.evaluation.tables import mqar_table
+
+    console, file = Console(), folder / "mqar.json"
+    columns = TextColumn("trainings"), BarColumn(), MofNCompleteColumn(), Elapsed()
+    try:
+        with Progress(*columns, console=console) as progress:
+            bar = progress.add_task("", total=len(sweep.cells()))
+
+            def show(cell: Cell, result: dict[str, Any]) -> None:
+                took = f"{result['steps']} steps, {result['seconds']:.0f} s"
+                progress.console.print(f"{result['test_accuracy']:.3f}  {cell}  ({took})")
+                progress.advance(bar)
+
+            content = run_sweep(sweep, file, processes=processes, device=device, on_cell=show)
+    except KeyboardInterrupt:
+        console.print(f"Stopped. Finished trainings are kept in {file}.", soft_wrap=True)
+        console.print("Run the same command again to go on.")
+        raise typer.Exit(_INTERRUPTED) from None
+    plot_mqar(content, folder / "mqar.png")
+    console.print(mqar_table(content))
+    _tell(console, folder, "mqar")
+
+
+def _sweep(preset: str, changes: dict[str, Any], steps: int | None) -> "Sweep":
+    """The preset with what the options change."""
+    from dataclasses import replace
+
+    from gka.evaluation.mqar_presets import PRESETS
+
+    if preset not in PRESETS:
+        raise InputError(f"--preset is {preset!r}; expected one of {', '.join(PRESETS)}")
+    sweep = replace(PRESETS[preset], **changes)
+    if steps is None:
+        return sweep
+    _at_least_one("--steps", steps)
+    tasks = tuple((task, replace(budget, steps=steps)) for task, budget in sweep.tasks)
+    return replace(sweep, tasks=tasks)
+
+
+def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> tuple[Number, ...]:
+    try:
+        return tuple(kind(number) for number in text.split(","))
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise InputError(f"{option} is {text!r}; expected {what} and commas, as in 1,3") from None
+
+
+def _at_least_one(option: str, number: int) -> int:
+    if number < 1:
+        raise InputError(f"{option} is {number}; expected 1 or more")
+    return number
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {device!r} cannot be used: {reason}") from None
+
+
+def _folder(output: Path) -> Path:
+    """The output folder, made now: better to fail before the work than after it."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {output}: no folder can be made there ({error})") from None
+    return output
+
+
+def _tell(console: "Console", folder: Path, name: str) -> None:
+    for what, ending in (("figures", "json"), ("plot", "png")):
+        path = folder / f"{name}.{ending}"
+        console.print(f"{what + ':':8} {path}", highlight=False, soft_wrap=True)
