@@ -30,6 +30,11 @@ class GKACache(DynamicCache):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
+        for layer in self.layers:
+            if isinstance(layer, CacheLayerMixin):
+                # transformers 5.16 and 5.17 only zero the keys, and go on counting them as tokens
+                layer.keys = layer.values = None
+                layer.is_initialized = False
         self._tokens = 0
 
     @property

@@ -123,7 +123,7 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
     ) -> None:
         """transformers' choice, except that the dynamic cache is one that counts its tokens."""
         given = model_kwargs.get("past_key_values")
-        _check_cache_choice(self.config, generation_config, given)
+        _check_generation(self.config, generation_config, given)
         super()._prepare_cache_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             generation_config, model_kwargs, *others, **named
         )
@@ -140,8 +140,11 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
         return False
 
 
-def _check_cache_choice(config: GKAConfig, generation_config: Any, given: Any) -> None:
-    """Raise `ValueError` for caches that cannot hold, or cannot count, what the layers keep."""
+def _check_generation(config: GKAConfig, generation_config: Any, given: Any) -> None:
+    """Raise `ValueError` for caches that cannot hold or count what the layers keep, and for other options
+    that this model has no answer to."""
+    if generation_config.output_attentions:
+        raise ValueError("output_attentions: this model forms no attention weights; leave it out")
     kind = generation_config.cache_implementation
     if kind not in (None, "dynamic", "static"):
         raise ValueError(

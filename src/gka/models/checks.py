@@ -12,6 +12,7 @@ from transformers.activations import ACT2FN
 from gka.errors import InputError
 from gka.layers.heads import split_heads, value_dim
 from gka.models.pattern import SOFTMAX_MIXERS, attention_heads
+from gka.ops.backends import known_backends
 
 if TYPE_CHECKING:
     from gka.models.configuration import GKAConfig
@@ -35,6 +36,10 @@ def check_sizes(config: GKAConfig) -> None:
     """Head counts divide, value heads have a whole size, and names that transformers resolves exist."""
     if config.hidden_act not in ACT2FN:
         raise InputError(f"hidden_act: transformers has no activation called {config.hidden_act!r}")
+    if config.backend not in known_backends():
+        raise InputError(
+            f"backend: expected one of {', '.join(known_backends())}, got {config.backend!r}"
+        )
     if any(name not in SOFTMAX_MIXERS for name in config.pattern):
         _check_recurrent(config)
     if any(name in SOFTMAX_MIXERS for name in config.pattern):

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100
 # Float32 logits held at a time. Large enough that the matrix products stay efficient.
@@ -89,8 +88,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "linear_cross_entropy is differentiable once: its gradients are formed in the forward "
+                "pass and have no graph, so create_graph=True would lose a part of the next derivative"
+            )
         # Scaled in the accumulators' own precision: a rounded factor would bias all gradients alike.
         hidden, weight = (
             None if kept is None else (kept * grad.to(kept.dtype)).to(dtype)
