@@ -7,6 +7,7 @@ from typing import NoReturn
 import typer
 
 from gka.errors import InputError
+from gka.evaluation.command import mqar, recall
 from gka.training.command import generate, train
 
 app = typer.Typer(
@@ -17,8 +18,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(train)
-app.command()(generate)
+for command in (train, generate, recall, mqar):
+    app.command()(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -28,8 +29,4 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except InputError as error:
         print(f"gka: {error}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:
-        # The reader of our output has gone, as in `gka generate | head`.
-        sys.stderr.close()
-        sys.exit(141)
     sys.exit(0)

@@ -41,6 +41,7 @@ def test_tables_round_trip() -> None:
         ({"data": {"text": "a.txt"}}, "data.text is 'a.txt'; expected a list of strings"),
         ({"data": {"sequence_length": 1}}, "data.sequence_length is 1; expected 2 or more"),
         ({"data": {"eval_fraction": 1.0}}, "data.eval_fraction is 1.0; expected between 0 and 1"),
+        ({"model": {"mixer": "gka", "mixers": ["gla"]}}, "model.mixer and model.mixers both name"),
         ({"model": {"vocab_size": 9}}, "model.vocab_size is 9; expected absent"),
     ],
 )

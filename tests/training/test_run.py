@@ -59,9 +59,7 @@ def test_training_lowers_the_loss(run_tiny: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mixer", sorted(MIXERS))
-def test_every_mixer_trains_with_the_same_budget(
-    run_tiny: Run, tmp_path: Path, mixer: str
-) -> None:
+def test_every_mixer_trains_with_the_same_budget(run_tiny: Run, tmp_path: Path, mixer: str) -> None:
     """Each comparison mixer trains on the same batches; the model is made of it."""
     short = {"max_steps": 2, "log_steps": 1}
     metrics = run_tiny(tmp_path / "run", {"model": {"mixer": mixer}, "training": short})

@@ -58,5 +58,6 @@ def test_the_rate_warms_up_and_falls_to_zero(
     config = TrainingConfig(max_steps=4 * steps, warmup_steps=2 * steps, learning_rate=0.5)
     trainer = _trainer(_model(tables), config, tmp_path)
     optimizer = trainer.create_optimizer()
-    rate = trainer.create_scheduler(config.max_steps, optimizer).lr_lambdas[0]
+    schedule: Any = trainer.create_scheduler(config.max_steps, optimizer)
+    rate = schedule.lr_lambdas[0]
     assert [rate(i * steps) for i in range(5)] == pytest.approx([0, 0.5, 1, 0.5, 0], abs=1e-6)

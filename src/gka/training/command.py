@@ -1,7 +1,6 @@
 """`gka train` and `gka generate`: options to settings, errors to exit codes. Heavy imports come last."""
 
 import contextlib
-import os
 import sys
 import tomllib
 from collections.abc import Iterable
@@ -101,7 +100,7 @@ def _run(config: RunConfig, folder: Path, given: Tables, *, resume: bool, overwr
             soft_wrap=True,
         )
         raise typer.Exit(_INTERRUPTED + stop.signal) from None
-    if int(os.environ.get("RANK", "0")) == 0:
+    if files.is_main_process():
         console.print(report.table(metrics))
         for name, what in (
             (files.MODEL, "model"),

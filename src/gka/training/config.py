@@ -162,6 +162,8 @@ def _complete(given: Mapping[str, Any]) -> dict[str, Any]:
     """The [model] table with defaults for what is not given and does not follow from it."""
     for key in FROM_TOKENIZER:
         _require(key not in given, f"model.{key}", given.get(key), "absent: the tokenizer sets it")
+    if "mixers" in given and "mixer" in given:
+        raise InputError("model.mixer and model.mixers both name mixers; give one of them")
     model = {**MODEL_DEFAULTS, **given}
     if "mixers" in given:  # they name the mixer of every layer, and so how many there are
         model = {

@@ -7,6 +7,7 @@ metrics.json       figures, loss curves, versions, hardware; there once the run 
 loss.png           the curves
 """
 
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,6 +37,8 @@ def check_output(output: Path, resume: bool, overwrite: bool) -> None:
     Raises:
         InputError: if `output` may not be used; nothing has been changed.
     """
+    if not is_main_process():
+        return  # the main process may have begun to write already
     if resume and overwrite:
         raise InputError("resume and overwrite exclude each other; give one of them")
     if resume:
@@ -50,6 +53,15 @@ def check_output(output: Path, resume: bool, overwrite: bool) -> None:
                 f"output {output} already holds a run; go on with --resume, replace it with "
                 "--overwrite, or give another folder"
             )
+    try:
+        output.mkdir(parents=True, exist_ok=True)  # better to fail now than after the training
+    except OSError as error:
+        raise InputError(f"output {output} cannot be made: {error.strerror}") from None
+
+
+def is_main_process() -> bool:
+    """Whether this process writes: the first of those that torchrun started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def stored_tables(output: Path) -> dict[str, dict[str, Any]]:
@@ -95,6 +107,8 @@ def begin(
                 f"text has changed since the run in {output} began (its tokens' checksum differs); "
                 "restore it, or start a new run"
             )
+        return
+    if not is_main_process():
         return
     if overwrite:
         _remove_run(output)

@@ -1,0 +1,334 @@
+"""The command `gka`: help is fast, results are where it says, errors are one line and a status."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gka import cli
+
+TINY = [
+    "--hidden-size=16",
+    "--num-layers=1",
+    "--num-heads=2",
+    "--sequence-length=16",
+    "--batch-size=2",
+    "--max-steps=4",
+    "--learning-rate=0.01",
+    "--seed=1",
+    "--set=training.save_steps=2",
+    "--set=model.num_iter=3",
+    "--set=data.eval_fraction=0.3",
+]
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GKA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("COLUMNS", "200")
+        yield
+
+
+def call(*arguments: str | Path) -> int:
+    """Exit status of `gka ARGUMENTS` in this process."""
+    with pytest.raises(SystemExit) as end:
+        cli.main([str(a) for a in arguments])
+    return int(end.value.code or 0)
+
+
+@pytest.fixture
+def gka(capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run a command: its status, what it printed, and its errors."""
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        status = call(*arguments)
+        out, err = capfd.readouterr()
+        return status, out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for name in "abcdef":
+        (folder / f"{name}.txt").write_text(f"to {name} or not to {name}\n" * 2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    """Folder of a run that `gka train` made."""
+    output = tmp_path_factory.mktemp("runs") / "tiny"
+    assert call("train", text, "-o", output, *TINY) == 0
+    return output
+
+
+def copy_of(model: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(model, folder / "copy"))
+
+
+def test_help_loads_nothing_heavy() -> None:
+    """`gka --help` and the commands' help import neither torch nor anything else that takes long."""
+    code = (
+        "import sys\nfrom gka.cli import main\n"
+        "try: main(sys.argv[1:])\nexcept SystemExit as end: assert not end.code\n"
+        "heavy = {'transformers', 'accelerate', 'matplotlib', 'tokenizers'} & sys.modules.keys()\n"
+        "assert not heavy, heavy"
+    )
+    for command in ([], ["train"], ["generate"]):
+        arguments = [sys.executable, "-c", code, *command, "--help"]
+        done = subprocess.run(arguments, capture_output=True, text=True, env=os.environ)
+        assert done.returncode == 0, done.stderr
+        assert "Usage: " in done.stdout
+
+
+def test_help_names_every_command_and_its_options(gka: Run) -> None:
+    """The commands are listed; train's help names each option with what it is for."""
+    _, shown, _ = gka("--help")
+    for command in ("train", "generate", "recall", "mqar"):
+        assert f" {command} " in shown
+    _, shown, _ = gka("train", "--help")
+    for option in ("--mixer", "--attention-layers", "--recipe", "--resume", "--overwrite", "--set"):
+        assert option in shown
+
+
+def test_train_says_where_everything_is(gka: Run, text: Path, tmp_path: Path) -> None:
+    """The result is a table, and the places of model, figures and plot, which exist."""
+    output = tmp_path / "run"
+    status, shown, _ = gka("train", text, "-o", output, *TINY)
+    assert status == 0
+    assert "bits per byte" in shown
+    assert "204 bytes in 6 documents" in shown
+    for name in ("model", "metrics.json", "loss.png"):
+        assert str(output / name) in shown
+        assert (output / name).exists()
+
+
+def test_options_reach_the_run(gka: Run, text: Path, tmp_path: Path) -> None:
+    """Each option is the setting it names; --set reaches any other, and wins."""
+    options = "--mixer gla --attention-layers 1 --num-layers 2 --precision bfloat16 --glob *.txt"
+    status, *_ = gka(
+        "train", text, "-o", tmp_path, *TINY, *options.split(), "--set", "training.max_steps=1"
+    )
+    assert status == 0
+    config = json.loads((tmp_path / "run.json").read_text())["config"]
+    model, training, data = config["model"], config["training"], config["data"]
+    assert (model["mixer"], model["attention_layers"], model["num_hidden_layers"]) == (
+        "gla",
+        [1],
+        2,
+    )
+    assert (model["hidden_size"], model["num_heads"], model["head_dim"]) == (16, 2, 8)
+    assert (training["max_steps"], training["batch_size"], training["seed"]) == (1, 2, 1)
+    assert (training["precision"], training["learning_rate"]) == ("bfloat16", 0.01)
+    assert (data["glob"], data["sequence_length"]) == ("*.txt", 16)
+    assert (data["text"], data["eval_fraction"]) == ([str(text)], 0.3)
+
+
+def test_a_recipe_is_the_base_that_options_change(gka: Run, text: Path, tmp_path: Path) -> None:
+    """A .toml file gives the settings; an option wins over it; the folder is named after it."""
+    recipe = tmp_path / "small.toml"
+    recipe.write_text(
+        f"[data]\ntext = ['{text}']\nsequence_length = 16\neval_fraction = 0.3\n"
+        "[model]\nhidden_size = 16\nnum_heads = 2\nmixer = 'gla'\n[training]\nmax_steps = 9\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        assert gka("train", "--recipe", recipe, "--max-steps", "1")[0] == 0
+    stored = json.loads((tmp_path / "runs" / "small-gla" / "run.json").read_text())["config"]
+    assert (stored["training"]["max_steps"], stored["model"]["mixer"]) == (1, "gla")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train nowhere.txt", "text nowhere.txt does not exist"),
+        ("train --recipe nope", "recipe 'nope' is unknown"),
+        ("train --mixer rwkv", "unknown mixer 'rwkv'"),
+        ("train --set model.ridge=1", "ridge"),
+        ("train --set training.lr=1", "unknown key training.lr"),
+        ("train --set max_steps=1", "--set 'max_steps=1': expected TABLE.KEY=VALUE"),
+        ("train --attention-layers one", "attention_layers is 'one'"),
+        ("train --max-steps 0", "training.max_steps is 0"),
+        ("train --precision half", "training.precision is 'half'"),
+        ("train --tokenizer ./none", "tokenizer './none' cannot be loaded"),
+        ("train --resume", "holds no run to resume"),
+        ("train --output /proc/none", "output /proc/none cannot be made"),
+        ("generate nowhere --prompt x", "model nowhere holds no config.json"),
+        ("generate . --prompt x --temperature -1", "temperature is -1"),
+        ("generate . --prompt x --top-p 0", "top_p is 0"),
+        ("generate . --prompt x --max-new-tokens 0", "max_new_tokens is 0"),
+        ("generate . --prompt x --prompt-file y", "exclude each other"),
+        ("generate . --prompt-file none.txt", "prompt_file none.txt cannot be read"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    gka: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, message: str
+) -> None:
+    """What was wrong is named on one line, without a traceback, and nothing is left behind."""
+    monkeypatch.chdir(tmp_path)
+    status, _, errors = gka(*arguments.split())
+    assert status == 2
+    assert message in errors
+    assert errors.startswith("gka: ")
+    assert len(errors.splitlines()) == 1
+    assert not list(tmp_path.rglob("run.json"))
+
+
+def test_unknown_options_and_commands_are_refused(gka: Run) -> None:
+    """A misspelt option or command is no silent default."""
+    assert gka("train", "--max-step", "1")[0] == 2
+    assert gka("trian")[0] == 2
+
+
+def test_text_in_a_wrong_encoding_is_refused(gka: Run, tmp_path: Path) -> None:
+    """Training text that is not UTF-8 is named with the place of the first bad byte."""
+    (tmp_path / "latin.txt").write_bytes("déjà vu".encode("latin-1"))
+    status, _, errors = gka("train", tmp_path / "latin.txt", "-o", tmp_path / "run")
+    assert status == 2
+    assert "latin.txt is not UTF-8 (byte 0xe9 at offset 1)" in errors
+
+
+def test_an_existing_run_needs_a_decision(gka: Run, trained: Path, text: Path) -> None:
+    """Without --resume or --overwrite a second run in a folder is refused; --resume reports it."""
+    status, _, errors = gka("train", text, "-o", trained, *TINY)
+    assert (status, "--resume" in errors, "--overwrite" in errors) == (2, True, True)
+    status, shown, _ = gka("train", "--resume", "-o", trained)
+    assert status == 0
+    assert "is complete" in shown
+    status, _, errors = gka("train", "--resume", "-o", trained, "--max-steps", "99")
+    assert status == 2
+    assert "training.max_steps is 99, but the run" in errors
+
+
+def test_interrupted_training_says_how_to_go_on(
+    gka: Run, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGINT ends with status 130, a checkpoint, and the command that resumes; that command works."""
+    from gka.training import callbacks
+
+    def interrupted(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks.SealCheckpoints, "on_step_begin", interrupted)
+        status, shown, _ = gka("train", text, "-o", tmp_path / "run", *TINY)
+    assert status == 130
+    assert "Stopped after step 1 of 4; the checkpoint is saved." in shown
+    command = next(line for line in shown.splitlines() if line.startswith("Resume: gka "))
+    assert gka(*command.removeprefix("Resume: gka ").split())[0] == 0
+    assert (tmp_path / "run" / "model").is_dir()
+
+
+def test_generate_streams_prompt_and_completion(gka: Run, trained: Path) -> None:
+    """Run folder or model folder; the prompt comes first; the same seed gives the same text."""
+    arguments = ("--prompt", "to a", "--max-new-tokens", "8")
+    status, first, _ = gka("generate", trained, *arguments)
+    assert status == 0
+    assert first.startswith("to a")
+    assert gka("generate", trained / "model", *arguments)[1] == first
+    assert gka("generate", trained, *arguments, "--seed", "7")[1] != first
+
+
+def test_temperature_zero_is_greedy(gka: Run, trained: Path) -> None:
+    """Temperature 0 does not depend on the seed and takes the likeliest token each time."""
+    import torch
+
+    from gka.training.sample import load
+
+    arguments = ("--prompt", "to a", "--temperature", "0", "--max-new-tokens", "6")
+    shown = {gka("generate", trained, *arguments, "--seed", seed)[1] for seed in ("1", "2")}
+    model, tokenizer = load(trained)
+    ids = tokenizer("to a", return_tensors="pt")["input_ids"]
+    for _ in range(6):
+        with torch.no_grad():
+            best = model(input_ids=ids).logits[:, -1].argmax(-1, keepdim=True)
+        ids = torch.cat([ids, best], dim=1)
+    assert {text.rstrip("\n") for text in shown} == {str(tokenizer.decode(ids[0])).rstrip("\n")}
+
+
+def test_prompt_from_file_and_standard_input(
+    gka: Run, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same prompt gives the same text from an argument, a file and standard input."""
+    (tmp_path / "prompt").write_text("to é", encoding="utf-8")
+    few = ("--max-new-tokens", "4")
+    expected = gka("generate", trained, "--prompt", "to é", *few)[1]
+    assert gka("generate", trained, "--prompt-file", tmp_path / "prompt", *few)[1] == expected
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("to é".encode())))
+    assert gka("generate", trained, *few)[1] == expected
+
+
+def test_an_empty_prompt_begins_a_document(gka: Run, trained: Path) -> None:
+    """With no prompt at all the model writes from the start of a document."""
+    status, shown, _ = gka("generate", trained, "--prompt", "", "--max-new-tokens", "4")
+    assert status == 0
+    assert shown.strip()
+
+
+def test_prompt_in_a_wrong_encoding_is_refused(
+    gka: Run, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt that is not UTF-8 is refused from argument, file and standard input."""
+    bad = "caf\xe9".encode("latin-1")
+    (tmp_path / "prompt").write_bytes(bad)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(bad)))
+    for arguments, message in (
+        (("--prompt", os.fsdecode(bad)), "prompt is not valid UTF-8 (at character 3)"),
+        (("--prompt-file", tmp_path / "prompt"), "is not UTF-8 (byte 0xe9 at offset 3)"),
+        ((), "prompt on standard input is not UTF-8 (byte 0xe9 at offset 3)"),
+    ):
+        status, _, errors = gka("generate", trained, *arguments)
+        assert (status, message in errors) == (2, True), errors
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_corrupt_models_are_refused(gka: Run, trained: Path, tmp_path: Path, name: str) -> None:
+    """A model with a file cut short is refused, never run on what is left of it."""
+    model = copy_of(trained / "model", tmp_path)
+    content = (model / name).read_bytes()
+    (model / name).write_bytes(content[: len(content) // 2])
+    status, shown, errors = gka("generate", model, "--prompt", "to")
+    assert (status, shown) == (2, "")
+    assert "cannot be loaded" in errors
+    assert len(errors.splitlines()) == 1
+
+
+def test_weights_that_do_not_fit_are_refused(gka: Run, trained: Path, tmp_path: Path) -> None:
+    """A weight that is missing is an error; it is not drawn at random."""
+    from safetensors.torch import load_file, save_file
+
+    model = copy_of(trained / "model", tmp_path)
+    weights = load_file(model / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    status, _, errors = gka("generate", model, "--prompt", "to")
+    assert status == 2
+    assert "missing_keys: model.norm.weight" in errors
+
+
+def test_a_reader_that_leaves_is_no_crash(trained: Path) -> None:
+    """`gka generate | head -c 1` ends quietly."""
+    command = [sys.executable, "-c", "from gka.cli import main; main()", "generate", str(trained)]
+    child = subprocess.Popen(
+        [*command, "--prompt", "to", "--max-new-tokens", "30"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert child.stdout is not None
+    child.stdout.close()
+    _, errors = child.communicate()
+    assert errors == b""
