@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from gka.layers.heads import split_heads
 from gka.layers.norms import working_dtype
 from gka.layers.recurrent import RecurrentMixer, Run
-from gka.ops import chunk_gka, fused_recurrent_gka
+from gka.ops import chunk_gka, fused_recurrent_gka, why_unavailable
 
 
 class GatedKalmaNet(RecurrentMixer):
@@ -83,6 +83,7 @@ class GatedKalmaNet(RecurrentMixer):
         self.scale = head_dim**-0.5 if gla_rescale else 1.0
         self.ridge_ratio = ridge_ratio
         self.num_iter = num_iter
+        why_unavailable(backend)  # refuses unknown names
         self.backend = backend
         if use_beta_gate:
             self.b_proj = nn.Linear(hidden_size, self.num_expanded_heads)

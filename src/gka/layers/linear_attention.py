@@ -4,7 +4,7 @@ from torch import Tensor
 
 from gka.layers.heads import split_heads
 from gka.layers.recurrent import RecurrentMixer, Run
-from gka.ops import chunk_simple_gla
+from gka.ops import chunk_simple_gla, why_unavailable
 
 
 class GatedLinearAttention(RecurrentMixer):
@@ -45,6 +45,7 @@ class GatedLinearAttention(RecurrentMixer):
             head_dim=head_dim, use_v_conv=True, use_forgetting_gate=True, use_gate=use_gate,
             conv_size=conv_size, layer_idx=layer_idx, norm_eps=norm_eps,
         )  # fmt: skip
+        why_unavailable(backend)  # refuses unknown names
         self.backend = backend
 
     def mix(

@@ -60,6 +60,15 @@ class RecurrentMixer(nn.Module):
 
     num_states = 1
 
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    a_proj: nn.Linear  # with a decay
+    g_proj: nn.Linear  # with an output gate
+    q_conv1d: ShortConvolution
+    k_conv1d: ShortConvolution
+    v_conv1d: ShortConvolution  # with use_v_conv
+
     def __init__(
         self,
         hidden_size: int,
