@@ -1,9 +1,11 @@
 """The derivative of the chunk-wise map, stated once (paper: section 4.2.2 and appendix B).
 
-Solve: y_t = p_r(A_t) dx_t, the same operator, and with w_t = 2 a <x_t, y_t> / F_t
-    dL/dH_t = -1/2 (y_t x_t^T + x_t y_t^T) - (w_t / 2) H_t,
-the last term through lambda_t = a F_t. Both moments then share one rule: with P_tj the part of
-<dL/dS_t, S_t> that the pair (j, t) contributes, and E the gradient of the state at the chunk's end,
+Solve: y_t = p_r(A_t) dx_t, the same operator, and with p_t = 2 a <x_t, y_t>
+    dL/dH_t = -1/2 (y_t x_t^T + x_t y_t^T) - (p_t / 2) (H_t / F_t),
+the last term through lambda_t = a F_t. H_t / F_t enters as `System.relative`: a faded history makes
+p_t / F_t ~ 1/F_t^3 overflow, where p_t (H_t / F_t) ~ 1/F_t^2 does not. Both moments then share one
+rule: with P_tj the part of <dL/dS_t, S_t> that the pair (j, t) contributes, and E the gradient of the
+state at the chunk's end,
     dg_i = sum over j < i <= t of P_tj  +  the chunk-start state's part for t >= i  +  E's part.
 Sums over rectangles j < i <= t, instead of differences of running sums, so nothing cancels.
 """
@@ -13,10 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gka.maths.chunked import Chunks, Settings, System, Tokens
+from gka.maths.chunked import Chunks, Settings, Tokens
 from gka.maths.grouped import group_sum, group_sum_matmul, shared_matmul, weight_shared
 from gka.maths.moments import Decay, scan
 from gka.maths.readout import mix
+from gka.maths.system import System
 
 
 @dataclass(frozen=True)
@@ -102,10 +105,9 @@ class _Backward:
             return q
         return mix(q, self.x[rows], None if self.c.alpha is None else self.c.alpha[rows])
 
-    def _ridge_weights(self, system: System, x: Tensor, y: Tensor) -> Tensor:
-        """w_t = 2 a <x_t, y_t> / F_t, zero where the history is empty, [M,H,C]."""
-        w = 2.0 * self.settings.ridge_ratio * (x * y).sum(-1) / system.fro
-        return w.masked_fill(system.empty, 0.0)
+    def _ridge_products(self, x: Tensor, y: Tensor) -> Tensor:
+        """p_t = 2 a <x_t, y_t>, zero where the history is empty since x_t is, [M,H,C]."""
+        return 2.0 * self.settings.ridge_ratio * (x * y).sum(-1)
 
     def _adjoint_solve(self, rows: slice, local_u: Tensor, local_h: Tensor | None) -> None:
         """dz, dalpha, y, dq of a block, and what its chunks hand to the chunks before them."""
@@ -125,18 +127,19 @@ class _Backward:
         else:
             dq = torch.zeros_like(dz)
         system = c.system(rows)
-        y = self.y[rows] = system.solve(dx, self.settings)
+        y = self.y[rows] = system.solve(dx, self.settings.ridge_ratio, self.settings.num_iter)
         self.dq[rows] = dq + y
         local_h[rows] = self._handed_back_h(system, x, y)
 
     def _handed_back_h(self, system: System, x: Tensor, y: Tensor) -> Tensor:
         """sum_t zeta_t dL/dH_t [M,H,K,K]; its ridge part is a multiple of H_[c] plus a weighted K^T K."""
-        w, zeta = self._ridge_weights(system, x, y), system.zeta
+        zeta, relative = system.zeta, system.relative
+        zeta_p = zeta * self._ridge_products(x, y)
         outer = (zeta.unsqueeze(-1) * y).transpose(-1, -2) @ x
-        of_keys = ((zeta * w).unsqueeze(-2) @ system.weights).squeeze(-2)
-        of_start = (zeta.square() * w).sum(-1)[..., None, None] * system.h
-        weighted = weight_shared(of_keys, system.k).transpose(-1, -2)
-        ridge = of_start + shared_matmul(weighted, system.k)
+        of_keys = (zeta_p.unsqueeze(-2) @ relative.of_keys).squeeze(-2)
+        of_start = (zeta_p * relative.of_start).sum(-1)[..., None, None] * relative.h
+        weighted = weight_shared(of_keys, relative.k).transpose(-1, -2)
+        ridge = of_start + shared_matmul(weighted, relative.k)
         return -0.5 * (outer + outer.transpose(-1, -2) + ridge)
 
     def _reverse_scan(
@@ -192,16 +195,18 @@ class _Backward:
         pairs, start = torch.zeros_like(mask), torch.zeros_like(to_end)
         if self.x is not None and self.y is not None:
             x, y, system = self.x[rows], self.y[rows], c.system(rows)
-            w = self._ridge_weights(system, x, y)
+            p, fro = self._ridge_products(x, y), system.fro
             x_k = shared_matmul(x, system.k_t)
             y_k = shared_matmul(y, system.k_t)
-            dk = dk - self._dk_solve(system, x, y, x_k, y_k) - self._dk_ridge(system, w, mask)
+            dk = dk - self._dk_solve(system, x, y, x_k, y_k) - self._dk_ridge(system, p)
             h_energies = system.zeta.unsqueeze(-1) * system.energies.unsqueeze(-2)
-            h_energies = h_energies + system.pair_energies  # k_j^T H_t k_j
-            pairs = -mask * (x_k * y_k + 0.5 * w.unsqueeze(-1) * h_energies)
+            h_energies = (h_energies + system.pair_energies) / fro.unsqueeze(
+                -1
+            )  # k_j^T H_t k_j / F_t
+            pairs = -mask * (x_k * y_k + 0.5 * p.unsqueeze(-1) * h_energies)
             inner = system.zeta * system.h_norm_squared.unsqueeze(-1)  # <H_[c], H_t>
             inner = inner + (system.weights @ system.energies.unsqueeze(-1)).squeeze(-1)
-            start = -system.zeta * (((x @ h) * y).sum(-1) + 0.5 * w * inner)
+            start = -system.zeta * (((x @ h) * y).sum(-1) + 0.5 * p * (inner / fro))
         whole = decay.whole * (h * end).sum((-2, -1))
         self.dg_h[rows] = _decay_gradient(pairs, ends, start, whole, beta2)
         return dk, pairs.sum(-2) + ends
@@ -213,14 +218,14 @@ class _Backward:
             system.weights * y_k, x, shared
         )
 
-    def _dk_ridge(self, system: System, w: Tensor, mask: Tensor) -> Tensor:
-        """beta_j^2 sum_t M_jt w_t H_t k_j: a multiple of H_[c] k_j and a full C x C mask over the keys."""
-        weights, k = system.weights, system.k
-        full = weights.transpose(-1, -2) @ (w.unsqueeze(-1) * weights)  # W^T diag(w) W
-        of_keys = group_sum(full, k.shape[1]) * (k @ system.k_t)
-        of_start = ((w * system.zeta).unsqueeze(-2) @ weights).squeeze(-2)
-        h_k = shared_matmul(system.h, system.k_t).transpose(-1, -2)
-        return of_keys @ k + group_sum(of_start.unsqueeze(-1) * h_k, k.shape[1])
+    def _dk_ridge(self, system: System, p: Tensor) -> Tensor:
+        """beta_j^2 sum_t M_jt (p_t / F_t) H_t k_j: a multiple of H_[c] k_j and a full mask over the keys."""
+        weights, k, relative = system.weights, system.k, system.relative
+        full = weights.transpose(-1, -2) @ (p.unsqueeze(-1) * relative.of_keys)
+        of_keys = group_sum(full, k.shape[1]) * (k @ relative.k.transpose(-1, -2))
+        of_start = ((p * relative.of_start).unsqueeze(-2) @ weights).squeeze(-2)
+        h_k = shared_matmul(relative.h, system.k_t).transpose(-1, -2)
+        return of_keys @ relative.k + group_sum(of_start.unsqueeze(-1) * h_k, k.shape[1])
 
     def _collect(self, dh0: Tensor | None, du0: Tensor) -> Gradients:
         c, t = self.c, self.tokens

@@ -10,12 +10,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from gka.maths.chebyshev import chebyshev_solve_
-from gka.maths.grouped import shared_matmul
 from gka.maths.layout import ChunkLayout, chunk_layout
 from gka.maths.moments import Decay, chunk_moments, scan
 from gka.maths.readout import mix, readout
-from gka.maths.ridge import frobenius_squared, key_energies, split_empty
+from gka.maths.system import System
 
 # Chunks whose [C, K] arrays are worked on together: the solve reads a few such arrays again and
 # again, so on a CPU they should stay in its cache; elsewhere the limit only bounds scratch memory.
@@ -113,7 +111,7 @@ class Chunks:
     def states_u(self) -> tuple[Tensor, Tensor]:
         return self.states(self.decay_u, self.v, self.tokens.u0)
 
-    def system(self, rows: slice) -> "System":
+    def system(self, rows: slice) -> System:
         """The ridge systems of the tokens of some chunks."""
         weights = self.decay_h[rows].mask
         if self.beta is not None:
@@ -130,43 +128,6 @@ class Chunks:
         limit = BLOCK_ELEMENTS.get(self.q.device.type, BLOCK_ELEMENTS_ELSEWHERE)
         per_chunk = self.heads * self.settings.chunk_size * max(self.head_dim, self.v.shape[-1])
         return list(self.layout.blocks(max(1, limit // per_chunk)))
-
-
-class System:
-    """H_t and lambda_t of every token t of some chunks, never formed: products, norms and solves.
-
-    Attributes:
-        k: keys [M,Hk,C,K].
-        h: chunk-start states H_[c] [M,H,K,K].
-        zeta: decay from the chunk's start [M,H,C].
-        weights: W_tj = M_jt beta_j^2 [M,H,C,C].
-        energies: s_j = k_j^T H_[c] k_j [M,H,C].
-        pair_energies: (W (K K^T)^2)_tj [M,H,C,C].
-        h_norm_squared: |H_[c]|^2 [M,H].
-        fro: F_t, 1 where empty, [M,H,C].
-        empty: no history at t [M,H,C].
-    """
-
-    def __init__(self, k: Tensor, h: Tensor, zeta: Tensor, weights: Tensor) -> None:
-        self.k, self.h, self.zeta, self.weights = k, h, zeta, weights
-        self.k_t = k.transpose(-1, -2)
-        self.energies = key_energies(k, h)
-        self.pair_energies = shared_matmul(weights, (k @ self.k_t).square())
-        self.h_norm_squared = h.square().sum((-2, -1))
-        squared = frobenius_squared(
-            self.h_norm_squared, zeta, weights, self.energies, self.pair_energies
-        )
-        self.fro, self.empty = split_empty(squared)
-
-    def apply(self, x: Tensor) -> Tensor:
-        """H_t x_t = zeta_t H_[c] x_t + sum_j W_tj (k_j . x_t) k_j for rows x_t [M,H,C,K]."""
-        scores = shared_matmul(x, self.k_t).mul_(self.weights)
-        return shared_matmul(scores, self.k).addcmul_(self.zeta.unsqueeze(-1), x @ self.h)
-
-    def solve(self, q: Tensor, settings: Settings) -> Tensor:
-        """x_t = p_r(A_t) q_t, zero where the history is empty."""
-        q = q.masked_fill(self.empty.unsqueeze(-1), 0.0)
-        return chebyshev_solve_(self.apply, q, self.fro, settings.ridge_ratio, settings.num_iter)
 
 
 @dataclass(frozen=True)
@@ -189,7 +150,7 @@ def chunk_forward(tokens: Tokens, settings: Settings) -> Forward:
         q = chunks.q[rows]
         z = q
         if x is not None:
-            x[rows] = chunks.system(rows).solve(q, settings)
+            x[rows] = chunks.system(rows).solve(q, settings.ridge_ratio, settings.num_iter)
             z = mix(q, x[rows], None if chunks.alpha is None else chunks.alpha[rows])
         u, zeta = chunks.states_u[0][rows], chunks.decay_u[rows].zeta
         o[rows] = readout(z, chunks.k[rows], chunks.v[rows], u, zeta, chunks.weights_u(rows))

@@ -40,14 +40,18 @@ class ChunkLayout:
         """M, over all sequences."""
         return self.offsets[-1]
 
+    @property
+    def places(self) -> int:
+        """T rounded up to whole chunks: the places of a sequence that is not packed."""
+        return -(-self.length // self.chunk_size) * self.chunk_size
+
     def cut(self, x: Tensor) -> Tensor:
         """[B,T,...] -> [M,C,...], zeros in the places past a sequence's end."""
         if self.slots is not None:
             out = x.new_zeros(self.num_chunks * self.chunk_size, *x.shape[2:])
             return out.index_copy_(0, self.slots, x[0]).unflatten(0, (-1, self.chunk_size))
-        places = self.num_chunks // self.batch * self.chunk_size
-        if places != self.length:
-            padded = x.new_zeros(self.batch, places, *x.shape[2:])
+        if self.places != self.length:
+            padded = x.new_zeros(self.batch, self.places, *x.shape[2:])
             padded[:, : self.length] = x
             x = padded
         return x.reshape(self.num_chunks, self.chunk_size, *x.shape[2:])
@@ -56,7 +60,7 @@ class ChunkLayout:
         """[M,C,...] -> [B,T,...], the inverse of `cut`."""
         if self.slots is not None:
             return x.flatten(0, 1).index_select(0, self.slots).unsqueeze(0)
-        return x.reshape(self.batch, -1, *x.shape[2:])[:, : self.length]
+        return x.reshape(self.batch, self.places, *x.shape[2:])[:, : self.length]
 
     def steps(self, device: torch.device, reverse: bool = False) -> Iterator[tuple[Rows, Rows]]:
         """(sequences, their i-th chunks) for i = 0, 1, ...; from the last to the first if `reverse`.

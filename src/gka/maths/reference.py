@@ -74,5 +74,5 @@ def reference_sequence(
         x_t = solve_ridge(h, q_t, ridge_ratio, num_iter, solver) if num_iter > 0 else q_t
         z_t = mix(q_t, x_t, None if alpha is None else alpha[:, t])  # the alpha-connection
         outputs.append(scale * (z_t.unsqueeze(-2) @ u).squeeze(-2))  # o_t = scale U_t^T z_t
-    o = torch.stack(outputs, 1) if outputs else v.new_zeros(v.shape)
+    o = torch.stack(outputs, 1) if outputs else scale * v  # which is empty too
     return o, (h, u)

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from gka.maths.adjoint import Gradients, chunk_backward
 from gka.maths.chunked import Forward, Settings, Tokens, chunk_forward
 from gka.maths.recurrent import recurrent_forward
 
-BackendName = Literal["auto", "reference", "torch"]
 Mode = Literal["chunk", "recurrent"]
 
 _ran = threading.local()
@@ -65,7 +64,7 @@ def get_backend(name: str) -> Backend:
 
 def known_backends() -> tuple[str, ...]:
     """Names a call accepts."""
-    return get_args(BackendName)
+    return ("auto", *_BACKENDS, "reference")
 
 
 def why_unavailable(

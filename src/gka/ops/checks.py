@@ -1,6 +1,7 @@
 """Validation at the public boundary, once: everything below may rely on it."""
 
 import itertools
+import math
 
 import torch
 from torch import Tensor
@@ -18,9 +19,16 @@ def _require(condition: bool, message: str, error: type[Exception] = ValueError)
         raise error(message)
 
 
+def check_tensor(name: str, x: object) -> None:
+    _require(
+        isinstance(x, Tensor), f"{name} must be a torch.Tensor; got {type(x).__name__}.", TypeError
+    )
+
+
 def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Shapes, dtypes and devices of q [B,T,H,K], k [B,T,Hk,K], v [B,T,Hv,V]."""
     for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, x)
         _require(
             x.dim() == 4, f"{name} must have 4 dimensions [B, T, heads, dim]; got {_shape(x)}."
         )
@@ -59,6 +67,7 @@ def check_gates(q: Tensor, **gates: Tensor | None) -> None:
     for name, gate in gates.items():
         if gate is None:
             continue
+        check_tensor(name, gate)
         expected = q.shape[:3]
         _require(
             gate.shape == expected,
@@ -75,15 +84,26 @@ def check_gates(q: Tensor, **gates: Tensor | None) -> None:
         )
 
 
-def check_numbers(ridge_ratio: float, num_iter: int, chunk_size: int) -> None:
-    """Ranges of the map's parameters."""
-    _require(
-        isinstance(num_iter, int) and not isinstance(num_iter, bool),
-        f"num_iter must be an int; got {num_iter!r}.",
-        TypeError,
-    )
+def check_numbers(
+    ridge_ratio: float, num_iter: int, chunk_size: int, scale: float | None = None
+) -> None:
+    """Types and ranges of the map's parameters."""
+    for name, number in (("num_iter", num_iter), ("chunk_size", chunk_size)):
+        _require(
+            isinstance(number, int) and not isinstance(number, bool),
+            f"{name} must be an int; got {number!r}.",
+            TypeError,
+        )
+    for name, value in (("ridge_ratio", ridge_ratio), ("scale", scale)):
+        if value is not None or name == "ridge_ratio":
+            _require(
+                isinstance(value, int | float),
+                f"{name} must be a number; got {value!r}.",
+                TypeError,
+            )
     _require(num_iter >= 0, f"num_iter must be >= 0 (0 leaves the ridge out); got {num_iter}.")
-    _require(ridge_ratio > 0, f"ridge_ratio must be > 0; got {ridge_ratio}.")
+    _require(0 < ridge_ratio < math.inf, f"ridge_ratio must be > 0 and finite; got {ridge_ratio}.")
+    _require(scale is None or -math.inf < scale < math.inf, f"scale must be finite; got {scale}.")
     _require(chunk_size >= 1, f"chunk_size must be >= 1; got {chunk_size}.")
 
 
@@ -91,6 +111,12 @@ def check_cu_seqlens(q: Tensor, cu_seqlens: Tensor | None) -> int:
     """cu_seqlens [N+1] rises from 0 to T and comes with B = 1. Returns the number of sequences."""
     if cu_seqlens is None:
         return q.shape[0]
+    check_tensor("cu_seqlens", cu_seqlens)
+    _require(
+        cu_seqlens.device == q.device,
+        f"cu_seqlens must be on {q.device}; got {cu_seqlens.device}.",
+        TypeError,
+    )
     _require(
         cu_seqlens.dim() == 1 and cu_seqlens.numel() >= 2,
         f"cu_seqlens must be one-dimensional with at least 2 entries; got {_shape(cu_seqlens)}.",
@@ -123,6 +149,7 @@ def check_bounds(cu_seqlens: Tensor, length: int) -> None:
 
 def check_state(name: str, state: Tensor, expected: tuple[int, ...], q: Tensor) -> None:
     """A state has the expected shape, the working dtype and q's device."""
+    check_tensor(name, state)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     _require(
         tuple(state.shape) == expected,
@@ -152,4 +179,9 @@ def check_values(**named: Tensor | None) -> None:
             worst = x.max().item() if x.numel() else 0.0
             _require(
                 worst <= 0, f"{name} is a log decay and must be <= 0; its largest value is {worst}."
+            )
+        if name == "h_kk":
+            _require(
+                torch.allclose(x, x.mT, rtol=1e-3, atol=1e-3 * float(x.abs().max())),
+                f"{name} must be symmetric: it is a sum of k k^T.",
             )

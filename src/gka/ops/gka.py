@@ -123,14 +123,9 @@ def chunk_simple_gla(
 
     Arguments as in `chunk_gka`; the state is h_kv [N,H,K,V] alone, and H is never formed.
     """
-    heads = q.shape[2] if q.dim() == 4 else 0
-    state = None
-    if initial_state is not None:
-        empty = initial_state.new_empty(initial_state.shape[0], heads, q.shape[-1], q.shape[-1])
-        state = (empty, initial_state)
     o, final = _run(
         "chunk", q, k, v, g, None, None, beta, scale=scale, ridge_ratio=1.0, num_iter=0,
-        initial_state=state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+        initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
         backend=backend, chunk_size=chunk_size, with_h=False,
     )  # fmt: skip
     return o, None if final is None else final[1]
@@ -149,19 +144,21 @@ def _run(
     scale: float | None,
     ridge_ratio: float,
     num_iter: int,
-    initial_state: State | None,
+    initial_state: State | Tensor | None,
     output_final_state: bool,
     cu_seqlens: Tensor | None,
     backend: str,
     chunk_size: int,
-    with_h: bool | None = None,
+    with_h: bool = True,
 ) -> tuple[Tensor, State | None]:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        checks.check_tensor(name, x)
     q, k, v = _autocast(q, k, v)
     checks.check_heads(q, k, v)
     checks.check_gates(q, g=g, gk=gk, alpha=alpha, beta=beta)
-    checks.check_numbers(ridge_ratio, num_iter, chunk_size)
+    checks.check_numbers(ridge_ratio, num_iter, chunk_size, scale)
     sequences = checks.check_cu_seqlens(q, cu_seqlens)
-    h0, u0 = _check_initial_state(initial_state, sequences, q, v)
+    h0, u0 = _check_initial_state(initial_state, sequences, q, v, with_h)
     if os.environ.get("GKA_DEBUG") == "1":
         checks.check_values(q=q, k=k, v=v, g=g, gk=gk, alpha=alpha, beta=beta, h_kk=h0, h_kv=u0)
     backend = resolve_backend(backend, q.device, q.dtype)
@@ -172,15 +169,15 @@ def _run(
             checks.check_bounds(cu_seqlens, q.shape[1])
         with torch.amp.autocast(q.device.type, enabled=False):
             o, state = reference_gka(
-                q, k, v, g, gk, alpha, beta, initial_state, cu_seqlens,
+                q, k, v, g, gk, alpha, beta, (h0, u0), cu_seqlens,
                 scale=scale, ridge_ratio=ridge_ratio, num_iter=num_iter,
             )  # fmt: skip
         return o, state if output_final_state else None
     tied = gk is not None and gk is g
-    with_h = output_final_state if with_h is None else with_h
     o, _, h, u = GKAFunction.apply(
         q, k, v, g, None if tied else gk, alpha, beta, h0, u0, cu_seqlens,
-        scale, float(ridge_ratio), num_iter, chunk_size, tied, with_h, mode, backend,
+        scale, float(ridge_ratio), num_iter, chunk_size, tied, with_h and output_final_state, mode,
+        backend,
     )  # fmt: skip
     return o, (h, u) if output_final_state else None
 
@@ -195,14 +192,20 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _check_initial_state(
-    state: State | None, sequences: int, q: Tensor, v: Tensor
+    state: State | Tensor | None, sequences: int, q: Tensor, v: Tensor, with_h: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     if state is None:
         return None, None
+    heads, key_dim = q.shape[2:]
+    u_shape = (sequences, heads, key_dim, v.shape[-1])
+    if not with_h:
+        checks.check_tensor("initial_state", state)
+        assert isinstance(state, Tensor)
+        checks.check_state("initial_state", state, u_shape, q)
+        return None, state
     if not isinstance(state, tuple | list) or len(state) != 2:
         raise TypeError(f"initial_state must be a pair (h_kk, h_kv); got {type(state).__name__}.")
-    heads, key_dim = q.shape[2:]
     h0, u0 = state
     checks.check_state("initial_state[0] (h_kk)", h0, (sequences, heads, key_dim, key_dim), q)
-    checks.check_state("initial_state[1] (h_kv)", u0, (sequences, heads, key_dim, v.shape[-1]), q)
+    checks.check_state("initial_state[1] (h_kv)", u0, u_shape, q)
     return h0, u0

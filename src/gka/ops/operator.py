@@ -20,10 +20,6 @@ def _tokens(inputs: _OptionalTensors) -> Tokens:
     return Tokens(q, k, v, *rest)
 
 
-def _none_if_empty(x: Tensor) -> Tensor | None:
-    return x if x.numel() else None
-
-
 def _optional(x: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if x is None else x.contiguous()
 

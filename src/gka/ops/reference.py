@@ -16,7 +16,7 @@ def reference_gka(
     gk: Tensor | None = None,
     alpha: Tensor | None = None,
     beta: Tensor | None = None,
-    initial_state: State | None = None,
+    initial_state: tuple[Tensor | None, Tensor | None] = (None, None),
     cu_seqlens: Tensor | None = None,
     *,
     scale: float = 1.0,
@@ -33,10 +33,10 @@ def reference_gka(
     """
     heads, sequences = q.shape[2], len(q) if cu_seqlens is None else len(cu_seqlens) - 1
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    if initial_state is None:
-        zeros = q.new_zeros(sequences, heads, q.shape[-1], q.shape[-1] + v.shape[-1], dtype=dtype)
-        initial_state = (zeros[..., : q.shape[-1]], zeros[..., q.shape[-1] :])
-    h0, u0 = initial_state
+    h0, u0 = (
+        q.new_zeros(sequences, heads, q.shape[-1], width, dtype=dtype) if given is None else given
+        for given, width in zip(initial_state, (q.shape[-1], v.shape[-1]), strict=True)
+    )
     q_, k_, v_ = (x.repeat_interleave(heads // x.shape[2], 2).to(dtype) for x in (q, k, v))
 
     def part(span: slice, n: slice) -> tuple[Tensor, State]:

@@ -1,0 +1,80 @@
+"""The ridge systems (H_t + lambda_t I) x_t = q_t of some chunks, H_t never formed (section 4.2.1)."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from gka.maths.chebyshev import chebyshev_solve_
+from gka.maths.grouped import shared_matmul
+from gka.maths.ridge import empty_below, frobenius_squared, key_energies, split_empty
+
+
+@dataclass(frozen=True)
+class Relative:
+    """H_t / F_t = r_t H_[c]/|H_[c]| + sum_j R_tj k_j k_j^T / |k_j|^2: weights at most 1, of unit matrices.
+
+    So it is safe to multiply with however small H_t, and however small the keys, are.
+
+    Attributes:
+        k: k_j / |k_j| [M,Hk,C,K].
+        h: H_[c] / |H_[c]| [M,H,K,K].
+        of_keys: R_tj = W_tj |k_j|^2 / F_t [M,H,C,C].
+        of_start: r_t = zeta_t |H_[c]| / F_t [M,H,C].
+    """
+
+    k: Tensor
+    h: Tensor
+    of_keys: Tensor
+    of_start: Tensor
+
+
+class System:
+    """H_t and lambda_t of every token t of some chunks, never formed: products, norms and solves.
+
+    Attributes:
+        k: keys [M,Hk,C,K].
+        h: chunk-start states H_[c] [M,H,K,K].
+        zeta: decay from the chunk's start [M,H,C].
+        weights: W_tj = M_jt beta_j^2 [M,H,C,C].
+        energies: s_j = k_j^T H_[c] k_j [M,H,C].
+        pair_energies: (W (K K^T)^2)_tj [M,H,C,C].
+        h_norm_squared: |H_[c]|^2 [M,H].
+        fro: F_t, 1 where empty, [M,H,C].
+        empty: no history at t [M,H,C].
+    """
+
+    def __init__(self, k: Tensor, h: Tensor, zeta: Tensor, weights: Tensor) -> None:
+        self.k, self.h, self.zeta, self.weights = k, h, zeta, weights
+        self.k_t = k.transpose(-1, -2)
+        self.energies = key_energies(k, h)
+        self.pair_energies = shared_matmul(weights, (k @ self.k_t).square())
+        self.h_norm_squared = h.square().sum((-2, -1))
+        squared = frobenius_squared(
+            self.h_norm_squared, zeta, weights, self.energies, self.pair_energies
+        )
+        self.fro, self.empty = split_empty(squared)
+
+    @cached_property
+    def relative(self) -> Relative:
+        fro, key_norms = self.fro, self.k.square().sum(-1)
+        key_norms = key_norms.repeat_interleave(self.h.shape[1] // self.k.shape[1], 1)
+        norm = self.h_norm_squared.sqrt()
+        floor = empty_below(fro.dtype)
+        return Relative(
+            k=normalize(self.k, dim=-1, eps=floor),
+            h=self.h / norm.clamp_min(floor)[..., None, None],
+            of_keys=self.weights * key_norms.unsqueeze(-2) / fro.unsqueeze(-1),
+            of_start=self.zeta * norm.unsqueeze(-1) / fro,
+        )
+
+    def apply(self, x: Tensor) -> Tensor:
+        """H_t x_t = zeta_t H_[c] x_t + sum_j W_tj (k_j . x_t) k_j for rows x_t [M,H,C,K]."""
+        scores = shared_matmul(x, self.k_t).mul_(self.weights)
+        return shared_matmul(scores, self.k).addcmul_(self.zeta.unsqueeze(-1), x @ self.h)
+
+    def solve(self, q: Tensor, ridge_ratio: float, num_iter: int) -> Tensor:
+        """x_t = p_r(A_t) q_t, zero where the history is empty."""
+        q = q.masked_fill(self.empty.unsqueeze(-1), 0.0)
+        return chebyshev_solve_(self.apply, q, self.fro, ridge_ratio, num_iter)
