@@ -190,8 +190,25 @@ def test_hidden_states_and_tuples(build: Build, ids: Ids):
     assert torch.equal(out.hidden_states[0], model.model.embed_tokens(tokens))
     assert torch.equal(model.lm_head(out.hidden_states[-1]), out.logits)
     assert torch.equal(model(tokens, use_cache=False, return_dict=False)[0], out.logits)
+    model.config.output_hidden_states = True
+    assert len(model(tokens).hidden_states) == 3
     embedded = model(inputs_embeds=model.model.embed_tokens(tokens))
     assert torch.equal(embedded.logits, out.logits)
+
+
+def test_a_mask_of_ones_is_no_mask(build: Build, ids: Ids):
+    """A mask without padding changes no bit; attention layers insist that it covers the cached past."""
+    tokens, ones = ids(2, 7), torch.ones(2, 7, dtype=torch.long)
+    for mixers in (["gka", "attention"], ["gka", "gka"]):
+        model = build(mixers=mixers)
+        out = model(tokens, attention_mask=ones)
+        assert torch.equal(out.logits, model(tokens).logits)
+        if "attention" in mixers:
+            with pytest.raises(ValueError, match="must cover the 7 cached and the 7 new positions"):
+                model(tokens, attention_mask=ones, past_key_values=out.past_key_values)
+        else:
+            model(tokens, attention_mask=ones, past_key_values=out.past_key_values)
+            assert out.past_key_values.get_seq_length() == 14
 
 
 @pytest.mark.parametrize(

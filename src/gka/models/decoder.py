@@ -102,14 +102,15 @@ class GKAModel(GKAPreTrainedModel):
 
         Args:
             input_ids: [B,T] token ids; or `inputs_embeds` [B,T,hidden_size] instead.
-            attention_mask: [B,T] of 0/1, 1 for tokens, padding at either end; with a cache it may also
-                cover the past, [B,T_past+T].
+            attention_mask: [B,T] of 0/1, 1 for tokens, padding at either end; with a cache it covers the
+                past as well, [B,T_past+T] (a model without attention layers needs the last T only).
             position_ids: [B,T] rotary positions. None: counted from the mask, packing and cache.
             past_key_values: a `GKACache`, or another transformers cache built from the configuration.
             use_cache: return a cache. None: `config.use_cache`, but never in training mode or with packed
                 sequences.
             cu_seqlens: [N+1] bounds of sequences packed into one row (B = 1), without a cache.
             output_hidden_states: return the embeddings and every layer's output (the last after the norm).
+                None: `config.output_hidden_states`.
 
         Returns:
             `last_hidden_state` [B,T,hidden_size], `past_key_values`, `hidden_states`.
@@ -118,15 +119,18 @@ class GKAModel(GKAPreTrainedModel):
             ValueError: inputs contradict each other; the message names them.
         """
         _check_inputs(self.config, input_ids, inputs_embeds, past_key_values)
-        attention_mask = _without_trivial(attention_mask)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and cu_seqlens is None
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        attention_mask = _without_trivial(attention_mask, past_key_values, hidden_states)
         if use_cache and past_key_values is None:
             past_key_values = GKACache(self.config)
         every: list[Tensor] = []
         for layer in self.layers:
-            every.append(hidden_states)
+            if output_hidden_states:
+                every.append(hidden_states)
             hidden_states = layer(
                 hidden_states,
                 attention_mask=attention_mask,
@@ -158,10 +162,17 @@ def _check_inputs(config: GKAConfig, input_ids: Any, inputs_embeds: Any, cache: 
         )
 
 
-def _without_trivial(attention_mask: Tensor | None) -> Tensor | None:
-    """None for a mask of ones: one look here spares every layer the work of finding no padding."""
-    if attention_mask is None or torch.compiler.is_compiling() or attention_mask.dim() != 2:
+def _without_trivial(attention_mask: Any, cache: Any, tokens: Tensor) -> Any:
+    """None for a mask that covers all tokens and finds no padding among them.
+
+    One look here spares every layer the work of keeping padding away. Any other mask is left to the
+    mixers, which also say what is wrong with it.
+    """
+    if attention_mask is None or torch.compiler.is_compiling():
         return attention_mask
-    if attention_mask.is_floating_point():  # the mixers say what they expect
+    if not (cache is None or isinstance(cache, GKACache)) or attention_mask.is_floating_point():
+        return attention_mask
+    past = 0 if cache is None else cache.get_seq_length()
+    if attention_mask.shape != (tokens.shape[0], past + tokens.shape[1]):
         return attention_mask
     return None if attention_mask.all() else attention_mask
