@@ -4,7 +4,6 @@ from statistics import median
 
 import pytest
 import torch
-from tolerances import assert_close
 from torch.nn.functional import normalize
 
 from gka.errors import InputError
@@ -23,6 +22,7 @@ from gka.evaluation.recall import (
     measure,
     run_recall,
 )
+from tolerances import assert_close
 
 EVERY_MEMORY = [linear_attention(), deltanet(1.0), gated_kalmanet(0.02, 30), exact_ridge(0.02)]
 
@@ -134,7 +134,11 @@ def test_compared_memories_are_named_apart():
     memories = compared_memories((0.01, 0.1), (3, 30))
     assert len({memory.name for memory in memories}) == len(memories) == 3 + 4 + 2
     described = memories[3].describe()
-    assert (described["family"], described["ridge_ratio"], described["num_iter"]) == ("gka", 0.01, 3)
+    assert (described["family"], described["ridge_ratio"], described["num_iter"]) == (
+        "gka",
+        0.01,
+        3,
+    )
 
 
 @pytest.mark.parametrize(

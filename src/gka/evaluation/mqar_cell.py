@@ -97,9 +97,9 @@ class Cell:
 def build_model(cell: Cell) -> "GKAForCausalLM":
     """The cell's two-layer model with fresh weights (drawn from torch's global generator).
 
-    One head as wide as the model, expand_v = 1, an MLP of twice the width, no tied embeddings.
-    Weights start at 1/sqrt(width) rather than a language model's 0.02, which is too small a start
-    for a width of 16.
+    One head as wide as the model, expand_v = 1, an MLP of twice the width; as in Zoology one matrix
+    for embedding and output. Weights start at 1/sqrt(width) rather than a language model's 0.02,
+    which is too small a start for a width of 16.
     """
     from gka.models import GKAConfig, GKAForCausalLM
 
@@ -116,6 +116,7 @@ def build_model(cell: Cell) -> "GKAForCausalLM":
         attention_head_dim=cell.width,
         max_position_embeddings=cell.task.input_seq_len,
         initializer_range=cell.width**-0.5,
+        tie_word_embeddings=True,
         use_cache=False,
     )
     return GKAForCausalLM(config)

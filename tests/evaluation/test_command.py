@@ -1,0 +1,92 @@
+"""`gka recall` and `gka mqar` from the command line."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from gka.errors import InputError
+from gka.evaluation.command import mqar, recall
+
+app = typer.Typer(pretty_exceptions_enable=False)
+app.command()(recall)
+app.command()(mqar)
+
+PNG = b"\x89PNG\r\n\x1a\n"
+TINY_RECALL = "recall --head-dim 8 --pairs 4,8 --correlation 0.5 --ridge-ratios 0.02 --num-iters 30"
+TINY_MQAR = "mqar --mixers gla,attention --widths 8 --learning-rates 0.01 --seeds 1 --steps 1"
+
+
+def run(line: str, *more: str):
+    return CliRunner(env={"COLUMNS": "100"}).invoke(app, [*line.split(), *more])
+
+
+def test_recall_leaves_a_table_figures_and_a_plot(tmp_path):
+    """One command prints the table and writes recall.json and recall.png where it says."""
+    done = run(TINY_RECALL + " --seeds 2", "--output", str(tmp_path / "new"))
+    assert done.exit_code == 0, done.output
+    assert "GKA a=0.02 r=30" in done.output and "recall.png" in done.output
+    content = json.loads((tmp_path / "new" / "recall.json").read_text())
+    assert content["settings"]["head_dim"] == 8 and content["settings"]["pairs"] == [4, 8]
+    assert {m["memory"] for m in content["measurements"]} >= {"linear attention", "DeltaNet beta=1"}
+    assert (tmp_path / "new" / "recall.png").read_bytes().startswith(PNG)
+
+
+def test_mqar_trains_reports_and_does_not_train_twice(tmp_path):
+    """The command writes mqar.json and mqar.png, and a second run finds its cells finished."""
+    output = ("--output", str(tmp_path))
+    first = run(TINY_MQAR, *output)
+    assert first.exit_code == 0, first.output
+    assert "mqar.json" in first.output and "attention" in first.output
+    assert (tmp_path / "mqar.png").read_bytes().startswith(PNG)
+    content = json.loads((tmp_path / "mqar.json").read_text())
+    assert [row["mixer"] for row in content["summary"]] == ["gla", "attention"]
+    again = run(TINY_MQAR, *output)
+    assert again.exit_code == 0
+    assert json.loads((tmp_path / "mqar.json").read_text())["cells"] == content["cells"]
+
+
+@pytest.mark.parametrize(
+    "line, named",
+    [
+        ("recall --pairs 4,x", "--pairs"),
+        ("recall --pairs 4.5", "--pairs"),
+        ("recall --correlation 1", "correlations"),
+        ("recall --ridge-ratios 0", "ridge_ratios"),
+        ("recall --num-iters 0", "num_iters"),
+        ("recall --seeds 0", "--seeds"),
+        ("recall --head-dim 0", "head_dim"),
+        ("mqar --preset huge", "--preset"),
+        ("mqar --mixers gka,mamba", "mamba"),
+        ("mqar --steps 0", "--steps"),
+        ("mqar --processes 0", "--processes"),
+        ("mqar --device tpu9", "--device"),
+        ("mqar --learning-rates fast", "--learning-rates"),
+    ],
+)
+def test_bad_options_are_refused_by_name(line, named, tmp_path):
+    """An option out of range ends the command with an error that names it, before any work."""
+    done = run(line, "--output", str(tmp_path / "unused"))
+    assert isinstance(done.exception, InputError)
+    assert named in str(done.exception)
+    assert not (tmp_path / "unused" / "mqar.json").exists()
+
+
+def test_an_output_that_cannot_be_a_folder_is_refused(tmp_path):
+    """A file in the way of the output folder is an error at once."""
+    (tmp_path / "file").write_text("here first")
+    done = run(TINY_RECALL, "--output", str(tmp_path / "file"))
+    assert isinstance(done.exception, InputError) and "--output" in str(done.exception)
+
+
+def test_importing_the_commands_is_light():
+    """The command line can register the commands without transformers, matplotlib or rich."""
+    code = (
+        "import sys, gka.evaluation.command;"
+        "print([m for m in ('transformers', 'matplotlib', 'rich', 'accelerate') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

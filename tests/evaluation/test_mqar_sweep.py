@@ -1,0 +1,162 @@
+"""A sweep runs every cell once, keeps what is finished, and summarises it fairly."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from gka.errors import InputError
+from gka.evaluation import mqar_sweep
+from gka.evaluation.mqar import MQARTask
+from gka.evaluation.mqar_cell import Budget
+from gka.evaluation.mqar_presets import PRESETS
+from gka.evaluation.mqar_sweep import Sweep, load_records, run_sweep, summarize
+
+TINY = Sweep(
+    mixers=("attention", "gla"),
+    widths=(8,),
+    tasks=(
+        (
+            MQARTask(vocab_size=18, num_kv_pairs=2, input_seq_len=8),
+            Budget(
+                steps=3,
+                batch_size=8,
+                train_examples=64,
+                validation_examples=16,
+                test_examples=16,
+                evaluate_every=3,
+            ),
+        ),
+    ),
+    learning_rates=(1e-3, 1e-2),
+    seeds=(0, 1),
+)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Cells that were trained, by a stand-in that answers at once with the learning rate."""
+    cells = []
+
+    def train(cell, device):
+        if len(cells) == 5 and not getattr(train, "interrupted", False):
+            train.interrupted = True
+            raise KeyboardInterrupt
+        cells.append(cell)
+        return {"test_accuracy": cell.learning_rate, "validation_accuracy": 0.5, "parameters": 1}
+
+    monkeypatch.setattr(mqar_sweep, "train_cell", train)
+    return cells
+
+
+def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path, trained):
+    """Cells finished before an interruption are in the file and are not trained again; at the end
+    every cell has been trained exactly once."""
+    file = tmp_path / "mqar.json"
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(TINY, file)
+    assert len(load_records(file)) == 5
+    shown = []
+    content = run_sweep(TINY, file, on_cell=lambda cell, result: shown.append(cell))
+    assert sorted(map(str, trained)) == sorted(map(str, TINY.cells()))
+    assert sorted(map(str, shown)) == sorted(map(str, TINY.cells()))
+    assert json.loads(file.read_text()) == json.loads(json.dumps(content))
+
+
+def test_a_wider_sweep_reuses_what_it_can_and_loses_nothing(tmp_path, trained):
+    """Cells are kept by all that determines them: a third seed trains only its own cells, a changed
+    budget trains everything anew, and the earlier cells stay in the file."""
+    file = tmp_path / "mqar.json"
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(TINY, file)
+    run_sweep(TINY, file)
+    assert len(trained) == 8
+    run_sweep(replace(TINY, seeds=(0, 1, 2)), file)
+    assert len(trained) == 12
+    task, budget = TINY.tasks[0]
+    longer = replace(TINY, tasks=((task, replace(budget, steps=4)),))
+    content = run_sweep(longer, file)
+    assert len(trained) == 20 and len(content["cells"]) == 20
+    assert [row["seeds"] for row in content["summary"]] == [[0, 1], [0, 1]]
+
+
+def test_two_processes_give_what_one_gives(tmp_path):
+    """Cells trained side by side have the results of cells trained one after the other."""
+    sweep = replace(TINY, seeds=(0,), learning_rates=(1e-2,))
+    one = run_sweep(sweep, tmp_path / "one.json")
+    two = run_sweep(sweep, tmp_path / "two.json", processes=2)
+    curves = [
+        {str(r["cell"]): r["result"]["curve"] for r in content["cells"]} for content in (one, two)
+    ]
+    assert curves[0] == curves[1] and len(curves[0]) == 2
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"cells": 3}', '{"cells": [{"cell": 1}]}'])
+def test_a_foreign_or_damaged_file_is_refused_and_kept(tmp_path, content):
+    """A result file that is not ours stops the sweep before training and is left as it is."""
+    file = tmp_path / "mqar.json"
+    file.write_text(content)
+    with pytest.raises(InputError, match=r"mqar\.json"):
+        run_sweep(TINY, file)
+    assert file.read_text() == content
+
+
+def record(rate, seed, validation, test, mixer="gka"):
+    cell = {"mixer": mixer, "width": 8, "task": {"num_kv_pairs": 2}, "seed": seed}
+    result = {"validation_accuracy": validation, "test_accuracy": test, "parameters": 10}
+    return {"cell": cell | {"learning_rate": rate}, "result": result}
+
+
+def test_the_rate_is_chosen_on_validation_and_the_test_reported():
+    """The best rate is that of the highest mean validation accuracy, even where another's test
+    accuracy is higher; mean and spread are over that rate's seeds."""
+    records = [record(0.1, 0, 0.9, 0.5), record(0.1, 1, 0.9, 0.7), record(0.2, 0, 0.8, 0.99),
+               record(0.2, 1, 0.8, 0.99), record(0.1, 0, 0.3, 0.4, mixer="gla")]  # fmt: skip
+    gka, gla = summarize(records)
+    assert (gka["mixer"], gka["learning_rate"], gka["seeds"]) == ("gka", 0.1, [0, 1])
+    assert gka["accuracy_mean"] == pytest.approx(0.6)
+    assert (gka["accuracy_min"], gka["accuracy_max"]) == (0.5, 0.7)
+    assert gka["accuracy_stdev"] == pytest.approx(0.1 * 2**0.5)
+    assert (gla["accuracy_mean"], gla["accuracy_stdev"]) == (0.4, None)
+
+
+@pytest.mark.parametrize(
+    "best, test, at_edge",
+    [(0.1, 0.5, True), (0.2, 0.5, False), (0.4, 0.5, True), (0.4, 0.995, False)],
+)
+def test_a_best_rate_at_the_edge_is_told(best, test, at_edge):
+    """Where the best of three rates is the lowest or highest, and the task not solved, it says so."""
+    records = [record(rate, 0, 0.9 if rate == best else 0.1, test) for rate in (0.1, 0.2, 0.4)]
+    assert summarize(records)[0]["at_edge"] is at_edge
+
+
+@pytest.mark.parametrize(
+    "changed, named",
+    [
+        ({"mixers": ("gka", "mamba")}, "mixers holds 'mamba'"),
+        ({"mixers": ()}, "mixers"),
+        ({"widths": (0,)}, "widths"),
+        ({"learning_rates": (0.0,)}, "learning_rates"),
+        ({"learning_rates": (1e-3, 1e-3)}, "learning_rates"),
+        ({"seeds": (-1,)}, "seeds"),
+        ({"tasks": ()}, "tasks"),
+    ],
+)
+def test_impossible_sweeps_are_refused_by_name(changed, named):
+    """A sweep that names an unknown mixer or nothing to do is refused before any training."""
+    with pytest.raises(InputError, match=f"^{named}"):
+        replace(TINY, **changed)
+
+
+def test_no_process_is_refused(tmp_path):
+    """Zero processes is an error."""
+    with pytest.raises(InputError, match="processes"):
+        run_sweep(TINY, tmp_path / "mqar.json", processes=0)
+
+
+def test_presets_compare_gka_with_linear_mixers_and_attention():
+    """Every preset holds the comparison the command is for, with a grid of rates to choose from."""
+    for preset in PRESETS.values():
+        assert {"gka", "attention", "gla", "deltanet", "gated_deltanet"} <= set(preset.mixers)
+        assert len(preset.learning_rates) >= 3
+    assert {t.vocab_size for t, _ in PRESETS["zoology"].tasks} == {8192}
