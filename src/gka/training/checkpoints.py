@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gka.data.files import read_json, sha256_of, write_json
 from gka.errors import InputError
+from gka.training.folder import is_main_process
 
 SEAL = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -54,7 +55,8 @@ def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
     for _, path in sorted(found, reverse=True):
         if (what := fault(path)) is None:
             return path
-        say(f"{path} is not loaded: {what}; set aside as {_set_aside(path).name}")
+        if is_main_process():
+            say(f"{path} is not loaded: {what}; set aside as {_set_aside(path).name}")
     return None
 
 

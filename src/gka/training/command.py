@@ -89,7 +89,7 @@ def _run(config: RunConfig, folder: Path, given: Tables, *, resume: bool, overwr
     if resume:
         config = files.resumed_config(folder, given)
     _silence_libraries()
-    console = Console()
+    console = Console(quiet=not files.is_main_process())
     try:
         metrics = run.train(config, folder, console=console, resume=resume, overwrite=overwrite)
     except run.Interrupted as stop:
@@ -100,14 +100,9 @@ def _run(config: RunConfig, folder: Path, given: Tables, *, resume: bool, overwr
             soft_wrap=True,
         )
         raise typer.Exit(_INTERRUPTED + stop.signal) from None
-    if files.is_main_process():
-        console.print(report.table(metrics))
-        for name, what in (
-            (files.MODEL, "model"),
-            (files.METRICS, "figures"),
-            (files.PLOT, "plot"),
-        ):
-            console.print(f"{what + ':':8} {folder / name}", highlight=False, soft_wrap=True)
+    console.print(report.table(metrics))
+    for what, name in {"model": files.MODEL, "figures": files.METRICS, "plot": files.PLOT}.items():
+        console.print(f"{what + ':':8} {folder / name}", highlight=False, soft_wrap=True)
 
 
 def _given(options: Tables) -> Tables:

@@ -50,6 +50,7 @@ def arguments(config: TrainingConfig, folder: Path) -> TrainingArguments:
         adam_beta2=config.adam_beta2,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
+        ddp_find_unused_parameters=False,
         # bfloat16 is as good on a CPU, but the Trainer has to hear that a CPU is meant.
         use_cpu=not torch.cuda.is_available(),
         bf16=config.precision == "bfloat16",
