@@ -1,5 +1,7 @@
 """Which implementation runs a call: chosen explicitly, queryable, never silently another one."""
 
+import importlib.util
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ class Backend:
         forward: implementation of each mode.
         backward: the derivative, shared by the modes, since they compute the same map.
         refusal: why the backend cannot run a call on tokens like these; None if it can.
+        automatic: whether backend="auto" may choose it.
     """
 
     name: str
@@ -34,6 +37,7 @@ class Backend:
         [Tokens, Tensor | None, Tensor, Tensor | None, Tensor | None, Settings], Gradients
     ]
     refusal: Callable[[torch.device, torch.dtype], str | None]
+    automatic: bool = True
 
 
 # In order of preference for backend="auto".
@@ -54,6 +58,40 @@ register_backend(
         forward={"chunk": chunk_forward, "recurrent": recurrent_forward},
         backward=chunk_backward,
         refusal=lambda device, dtype: None,
+    )
+)
+
+
+def _triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed."
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"its kernels need an NVIDIA GPU (or TRITON_INTERPRET=1, slow); got {device}."
+    if dtype == torch.float64:
+        return "its kernels compute in float32 at best; got float64."
+    return None
+
+
+def _triton_forward(tokens: Tokens, settings: Settings) -> Forward:
+    from gka.kernels import launch  # imports triton
+
+    return launch.chunk_forward(tokens, settings)
+
+
+def _triton_backward(*args) -> Gradients:
+    from gka.kernels import launch
+
+    return launch.chunk_backward(*args)
+
+
+# Not automatic: its kernels are right on a GPU but not yet as well proved, nor as fast, as they must be.
+register_backend(
+    Backend(
+        name="triton",
+        forward={"chunk": _triton_forward, "recurrent": recurrent_forward},
+        backward=_triton_backward,
+        refusal=_triton_refusal,
+        automatic=False,
     )
 )
 
@@ -86,7 +124,8 @@ def available_backends(
     device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> list[str]:
     """Backends that can run inputs of this device and dtype, the one "auto" takes first."""
-    names = [*_BACKENDS, "reference"]
+    ordered = sorted(_BACKENDS, key=lambda name: not _BACKENDS[name].automatic)
+    names = [*ordered, "reference"]
     return [name for name in names if why_unavailable(name, device, dtype) is None]
 
 

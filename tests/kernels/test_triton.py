@@ -1,0 +1,108 @@
+"""The Triton kernels compute the chunk-wise map and its derivative (interpreted without a GPU)."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from gka.ops import chunk_gka, last_backend, why_unavailable
+from tolerances import assert_close
+
+pytest.importorskip("triton", reason="the kernels need the package triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+CASES = {
+    "tied": {},
+    "separate decays, grouped heads, odd sizes": {
+        "tied": False,
+        "heads": (4, 2, 1),
+        "dims": (20, 40),
+    },
+    "no gates": {"gates": False, "heads": (2, 1, 2)},
+    "packed, one sequence empty": {"bounds": [0, 0, 1, 20]},
+    "no ridge": {"num_iter": 0},
+}
+
+
+def problem(heads=(2, 2, 2), dims=(16, 16), tied=True, gates=True, bounds=None) -> dict:
+    """Inputs on the CPU in float64: unit queries and keys, both initial states, every gate."""
+    torch.manual_seed(0)
+    (h, hk, hv), (k_dim, v_dim), n = heads, dims, 1 if bounds is None else len(bounds) - 1
+
+    def rand(*shape: int) -> Tensor:
+        return torch.rand(*shape, dtype=torch.float64)
+
+    root = torch.randn(n, h, k_dim, k_dim, dtype=torch.float64)
+    inputs: dict = {
+        "q": normalize(rand(1, 20, h, k_dim) - 0.5, dim=-1),
+        "k": normalize(rand(1, 20, hk, k_dim) - 0.3, dim=-1),
+        "v": rand(1, 20, hv, v_dim) - 0.5,
+        "h0": root @ root.mT / k_dim,
+        "u0": rand(n, h, k_dim, v_dim) - 0.5,
+    }
+    if gates:
+        inputs |= {"g": -0.3 * rand(1, 20, h), "alpha": rand(1, 20, h), "beta": rand(1, 20, h)}
+        inputs |= {} if tied else {"gk": -0.3 * rand(1, 20, h)}
+    return inputs
+
+
+def results(inputs: dict, backend: str, dtype: torch.dtype, device: str, **options) -> dict:
+    """Output, states and all gradients of one backend."""
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+    leaves = {
+        name: x.detach().clone().to(device, dtype if name in "qkv" else state).requires_grad_()
+        for name, x in inputs.items()
+    }
+    t = dict(leaves)
+    initial = (t.pop("h0"), t.pop("u0"))
+    if "g" in t and "gk" not in t:
+        t["gk"] = t["g"]
+    o, final = chunk_gka(
+        **t,
+        initial_state=initial,
+        output_final_state=True,
+        backend=backend,
+        chunk_size=16,
+        **options,
+    )
+    assert final is not None and last_backend() == backend
+    loss = o.double().square().sum() + sum(s.double().square().sum() for s in final)
+    loss.backward()
+    grads = {f"d{name}": x.grad for name, x in leaves.items()}
+    return {"o": o, "h": final[0], "u": final[1], **grads}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_float32_kernels_equal_the_float64_torch_form(name: str) -> None:
+    """In float32 every output, state and gradient is within 1e-5 of the float64 result."""
+    case = dict(CASES[name])
+    num_iter, bounds = case.pop("num_iter", 5), case.get("bounds")
+    inputs = problem(**case)
+    options: dict = {"num_iter": num_iter}
+    cu_seqlens = None if bounds is None else torch.tensor(bounds)
+    expected = results(inputs, "torch", torch.float64, "cpu", cu_seqlens=cu_seqlens, **options)
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.to(DEVICE)
+    actual = results(inputs, "triton", torch.float32, DEVICE, cu_seqlens=cu_seqlens, **options)
+    for key, value in expected.items():
+        assert_close(actual[key].cpu(), value, 1e-5, f"{name}: {key}")
+
+
+def test_float16_operands_keep_the_accuracy_of_their_inputs() -> None:
+    """With 16-bit inputs and operands, whose sizes do not matter, errors stay near those of bfloat16."""
+    inputs = problem()
+    inputs["v"] = inputs["v"] * 30.0
+    expected = results(inputs, "torch", torch.float64, "cpu", num_iter=5)
+    actual = results(inputs, "triton", torch.float16, DEVICE, num_iter=5)
+    for key, value in expected.items():
+        assert_close(actual[key].cpu(), value, 2e-2, key)
+
+
+def test_what_it_cannot_run_is_refused_with_the_reason() -> None:
+    """float64, too large heads and odd chunk sizes raise, naming what to use instead."""
+    assert "float64" in (why_unavailable("triton", DEVICE, torch.float64) or "")
+    q = torch.randn(1, 8, 1, 160, device=DEVICE)
+    with pytest.raises(RuntimeError, match="K = 160"):
+        chunk_gka(q, q, q, backend="triton")
+    with pytest.raises(RuntimeError, match="chunk_size = 24"):
+        chunk_gka(q[..., :16], q[..., :16], q[..., :16], backend="triton", chunk_size=24)
