@@ -4,10 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 RUNS ?= runs
-export GKA_RUNS := $(RUNS)
 JOBS ?= 2
 
-.PHONY: help install run test lint types imports check bench test-gpu bench-gpu clean
+.PHONY: help install run test lint types imports check test-gpu bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -23,6 +22,14 @@ $(BIN)/.installed: pyproject.toml
 
 install: $(BIN)/.installed ## create .venv and install the package in it
 
+# --resume: a run that is there is gone on with, or left as it is when complete
+run: install ## train a small model on this CPU, complete a prompt, test the memory: about 6 minutes
+	$(BIN)/gka train --recipe cpu --output $(RUNS)/first --resume
+	$(BIN)/gka generate $(RUNS)/first --prompt "def main(" --max-new-tokens 160
+	$(BIN)/gka recall --output $(RUNS)/recall
+	@echo
+	@echo "The model, metrics.json and loss.png: $(RUNS)/first. The memory test: $(RUNS)/recall."
+
 test: install ## all tests that need no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
@@ -37,6 +44,9 @@ imports: install ## imports run downwards only
 	$(BIN)/lint-imports
 
 check: lint types imports test ## everything CI runs
+
+test-gpu: ## the kernels' tests on this machine's GPU, with the python that has torch and triton
+	PYTHONPATH=src $(PYTHON) -m pytest tests/kernels
 
 bench: install ## chunk-wise against token by token on this CPU
 	$(BIN)/python -m benchmarks.cpu --output $(RUNS)/bench

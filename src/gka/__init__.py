@@ -1,1 +1,61 @@
-"""Gated KalmaNet."""
+"""Gated KalmaNet (arXiv 2511.21016): sequence layers whose memory is a ridge regression over the past.
+
+The public names are loaded when they are first used: `import gka` costs nothing, the layer and the
+ops need torch only, and the models need transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gka.layers import MIXERS, GatedKalmaNet, StateCache
+    from gka.models import GKAConfig, GKAForCausalLM, GKAModel
+    from gka.ops import (
+        available_backends,
+        chunk_gka,
+        chunk_simple_gla,
+        fused_recurrent_gka,
+        last_backend,
+        why_unavailable,
+    )
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "gka.ops": (
+        "chunk_gka",
+        "fused_recurrent_gka",
+        "chunk_simple_gla",
+        "available_backends",
+        "why_unavailable",
+        "last_backend",
+    ),
+    "gka.layers": ("GatedKalmaNet", "MIXERS", "StateCache"),
+    "gka.models": ("GKAConfig", "GKAModel", "GKAForCausalLM"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "chunk_gka",
+    "fused_recurrent_gka",
+    "chunk_simple_gla",
+    "available_backends",
+    "why_unavailable",
+    "last_backend",
+    "GatedKalmaNet",
+    "MIXERS",
+    "StateCache",
+    "GKAConfig",
+    "GKAModel",
+    "GKAForCausalLM",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'gka' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
