@@ -320,6 +320,21 @@ def test_weights_that_do_not_fit_are_refused(gka: Run, trained: Path, tmp_path: 
     assert "missing_keys: model.norm.weight" in errors
 
 
+def test_a_tokenizer_larger_than_the_model_is_refused(
+    gka: Run, trained: Path, tmp_path: Path
+) -> None:
+    """A tokenizer whose ids the model does not have is refused before any of them is met."""
+    from transformers import AutoTokenizer
+
+    model = copy_of(trained / "model", tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["more"])
+    tokenizer.save_pretrained(model)
+    status, _, errors = gka("generate", model, "--prompt", "to")
+    assert status == 2
+    assert "its tokenizer has 258 ids, the model 257" in errors
+
+
 def test_a_reader_that_leaves_is_no_crash(trained: Path) -> None:
     """`gka generate | head -c 1` ends quietly."""
     command = [sys.executable, "-c", "from gka.cli import main; main()", "generate", str(trained)]

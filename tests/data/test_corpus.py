@@ -25,6 +25,14 @@ def test_folders_are_searched_and_sorted(tmp_path: Path) -> None:
     assert [d.name for d in corpus.find_documents([str(tmp_path)], "*.py")] == [f"{root}/a/c.py"]
 
 
+def test_a_file_reached_twice_is_one_document(tmp_path: Path) -> None:
+    """A file given beside its folder is not read twice, so it cannot be in both parts of a split."""
+    _write(tmp_path, a=b"a", b=b"b")
+    (tmp_path / "link").symlink_to(tmp_path / "b")
+    documents = corpus.find_documents([str(tmp_path / "a"), str(tmp_path)])
+    assert sorted(d.path.resolve().name for d in documents) == ["a", "b"]
+
+
 def test_fingerprint_changes_with_any_source(tmp_path: Path) -> None:
     """A changed, added or removed file changes the fingerprint; nothing else does."""
     _write(tmp_path, a=b"a", b=b"b")

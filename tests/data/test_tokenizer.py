@@ -8,9 +8,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from gka.data.tokenizer import END_OF_TEXT, Encoder, byte_tokenizer, fingerprint, load_tokenizer
+from gka.data.tokenizer import (
+    END_OF_TEXT,
+    Encoder,
+    byte_tokenizer,
+    fingerprint,
+    load_tokenizer,
+    vocabulary_size,
+)
 from gka.errors import InputError
 
 BYTES = byte_tokenizer()
@@ -69,6 +77,16 @@ def test_other_tokenizers_encode_as_themselves(word_tokenizer: Path) -> None:
     assert encode("b a b c").tolist() == [1, 0, 1, 2]
     assert encode.end == 3
     assert encode.dtype == np.uint16
+
+
+def test_vocabulary_reaches_the_largest_id(word_tokenizer: Path) -> None:
+    """Where ids have gaps, a model needs as many as the largest id asks for, not as there are."""
+    tokenizer = AutoTokenizer.from_pretrained(word_tokenizer)
+    assert vocabulary_size(tokenizer) == 4
+    gaps = Tokenizer(models.WordLevel({"a": 0, "</s>": 99}, unk_token="a"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=gaps, eos_token="</s>")
+    assert (len(tokenizer), vocabulary_size(tokenizer)) == (2, 100)
+    assert vocabulary_size(BYTES) == 257
 
 
 def test_unknown_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from gka.data.blocks import Split, TokenBlocks, split, token_blocks
 from gka.data.corpus import Document, find_documents, standard_library
 from gka.data.packed import PackedTokens, cache_folder, pack
-from gka.data.tokenizer import Encoder, byte_tokenizer, load_tokenizer
+from gka.data.tokenizer import Encoder, byte_tokenizer, load_tokenizer, vocabulary_size
 
 __all__ = [
     "Document",
@@ -11,6 +11,7 @@ __all__ = [
     "standard_library",
     "byte_tokenizer",
     "load_tokenizer",
+    "vocabulary_size",
     "Encoder",
     "PackedTokens",
     "pack",

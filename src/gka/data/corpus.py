@@ -28,7 +28,7 @@ def find_documents(text: Sequence[str], glob: str = "*") -> list[Document]:
     """Documents of the files and folders in `text`, sorted by name; the standard library if empty.
 
     Folders are searched to any depth for files that match `glob`; hidden files and empty files are
-    left out.
+    left out, and a file that is reached twice is one document.
 
     Raises:
         InputError: if a path does not exist, or nothing (that is not empty) was found.
@@ -96,7 +96,9 @@ def _checked(documents: list[Document], what: str) -> list[Document]:
     kept = [d for d in documents if d.size]
     if not kept:
         raise InputError(f"{what}: {'only empty files' if documents else 'no files'} found")
-    return sorted(kept, key=lambda d: (d.name, str(d.path)))
+    # A file reached twice, as itself and through its folder, must not be trained and evaluated on.
+    once = {d.path.resolve(): d for d in reversed(kept)}
+    return sorted(once.values(), key=lambda d: (d.name, str(d.path)))
 
 
 def _wrong_encoding(path: Path) -> str:

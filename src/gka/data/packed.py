@@ -21,7 +21,7 @@ import numpy as np
 
 from gka.data.corpus import Document, corpus_fingerprint, read_pieces
 from gka.data.files import read_json, sha256_of, write_json
-from gka.data.tokenizer import Encoder, fingerprint
+from gka.data.tokenizer import Encoder, fingerprint, vocabulary_size
 from gka.errors import InputError
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def _write(
         "bytes": sum(row["bytes"] for row in table),
         "sha256": digest.hexdigest(),
         "tokenizer": fingerprint(tokenizer),
-        "vocabulary": len(tokenizer),
+        "vocabulary": vocabulary_size(tokenizer),
         "documents": table,
     }
     write_json(folder / DESCRIPTION, description)

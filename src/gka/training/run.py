@@ -4,7 +4,15 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gka.data import PackedTokens, TokenBlocks, find_documents, load_tokenizer, pack, token_blocks
+from gka.data import (
+    PackedTokens,
+    TokenBlocks,
+    find_documents,
+    load_tokenizer,
+    pack,
+    token_blocks,
+    vocabulary_size,
+)
 from gka.data.files import read_json, write_json
 from gka.errors import InputError
 from gka.training import checkpoints, report
@@ -87,7 +95,7 @@ def build_model(config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> "Pre
             **{
                 "max_position_embeddings": config.data.sequence_length,
                 **config.model,
-                "vocab_size": len(tokenizer),
+                "vocab_size": vocabulary_size(tokenizer),
                 "pad_token_id": pad,
                 **special,
             }

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from gka.data import vocabulary_size
 from gka.errors import InputError
 
 if TYPE_CHECKING:
@@ -68,9 +69,9 @@ def load(folder: Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
             raise InputError(
                 f"model {folder}: weights do not fit its config.json ({what}: {names})"
             )
-    if not 0 < len(tokenizer) <= model.config.vocab_size:
+    if vocabulary_size(tokenizer) > model.config.vocab_size:
         raise InputError(
-            f"model {folder}: its tokenizer has {len(tokenizer)} tokens, the model "
+            f"model {folder}: its tokenizer has {vocabulary_size(tokenizer)} ids, the model "
             f"{model.config.vocab_size}"
         )
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
