@@ -183,9 +183,16 @@ class GKAFunction(torch.autograd.Function):
 
     generate_vmap_rule = True
 
+    # Spelt out: without gradients Dynamo tells by their number whether a context comes first.
     @staticmethod
-    def forward(*inputs):
-        return forward_op(*inputs)
+    def forward(
+        q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens,
+        scale, ridge_ratio, num_iter, chunk_size, tied, with_h, mode, backend,
+    ):  # fmt: skip
+        return forward_op(
+            q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens,
+            scale, ridge_ratio, num_iter, chunk_size, tied, with_h, mode, backend,
+        )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
