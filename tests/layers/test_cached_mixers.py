@@ -231,3 +231,12 @@ def test_cache_from_a_model_config(make, tokens):
     for i, kind in enumerate(("gka", "attention", "swa")):
         mixer = make(kind, layer_idx=i)
         assert_close(run(mixer, x, cache, [13, 14]), mixer(x)[0], EXACT)
+
+
+@torch.no_grad()
+def test_compiled_decoding(make, tokens):
+    """A compiled layer prefills and decodes without gradients, at lengths that differ between calls."""
+    torch._dynamo.reset()
+    mixer, x = make("gka"), tokens(2, 23)
+    compiled = torch.compile(mixer, backend="aot_eager")
+    assert_close(run(compiled, x, native_cache("gka"), [12, 22]), mixer(x)[0], EXACT)
