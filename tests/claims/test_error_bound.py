@@ -1,5 +1,7 @@
 """Property 5: the error falls at least as fast as Chebyshev's bound; the condition number is bounded."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from torch.nn.functional import normalize, silu
 
 from gka.maths.chebyshev import chebyshev_bound
 from gka.maths.reference import solve_ridge
+from problems import Decay, chunkwise, make_problem, oracle
 
 KINDS = ("gaussian", "silu", "aligned", "repeated", "few")
 
@@ -59,3 +62,24 @@ def test_condition_number_is_never_above_its_bound(
     h = history(kind, decay, seed)
     eigenvalues = torch.linalg.eigvalsh(h + ridge_ratio * h.norm() * torch.eye(24).double())
     assert eigenvalues[-1] / eigenvalues[0] <= (1 + ridge_ratio) / ridge_ratio * (1 + 1e-12)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    st.integers(1, 30),
+    st.floats(0.005, 0.5),
+    st.integers(0, 1000),
+    st.sampled_from(["tied", "separate", "absent"]),
+)
+def test_error_of_the_chunkwise_solutions_is_within_the_bound(
+    num_iter: int, ridge_ratio: float, seed: int, decay: Decay
+) -> None:
+    """|x_r - x*| <= 2 R^(r+1) |x*| (2-norm: the residual polynomial of a symmetric matrix) at every token of
+    the chunk-wise form, chunk borders, write gates and initial states included."""
+    p = make_problem(40, (2, 1, 2), (8, 8), decay=decay, gates="b", seed=seed)
+    read = torch.eye(8, dtype=torch.float64).expand(1, 2, 8, 8)  # U = I: o is x
+    p = replace(p, v=torch.zeros_like(p.v), u0=read, g=None, gk=p.g if p.tied else p.gk, tied=False)
+    x, *_ = chunkwise(p, num_iter=num_iter, ridge_ratio=ridge_ratio, chunk_size=16)
+    exact, *_ = oracle(p, ridge_ratio=ridge_ratio)
+    error = (x - exact).norm(dim=-1) / exact.norm(dim=-1)
+    assert error.max() <= chebyshev_bound(ridge_ratio, num_iter) + 1e-12

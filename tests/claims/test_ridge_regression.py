@@ -1,7 +1,10 @@
 """Property 2: alpha = 0 is gated linear attention; without gates and with the exact solver the layer
 is ridge regression on the past, at every token."""
 
+from dataclasses import replace
+
 import numpy as np
+import pytest
 import torch
 
 from gka.ops import chunk_simple_gla
@@ -34,3 +37,22 @@ def test_without_gates_it_is_ridge_regression_at_every_token() -> None:
         targets = np.vstack([values, np.zeros((6, 3))])
         weights = np.linalg.lstsq(rows, targets, rcond=None)[0]
         np.testing.assert_allclose(o[0, t, 0].numpy(), q[t] @ weights, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("rate", [0.05, 1.0])
+def test_with_decay_it_is_ridge_regression_on_the_fading_past(rate: float) -> None:
+    """S_t minimises lambda_t |S|^2 + sum_i eta_ti |S k_i - v_i|^2, eta_ti = gamma_{i+1} .. gamma_t (eq. 3),
+    chunk by chunk and with write gates, which weigh a pair by beta^2."""
+    p = make_problem(40, (1, 1, 1), (6, 3), gates="b", states=False)
+    assert p.g is not None and p.beta is not None
+    o, h, _ = chunkwise(replace(p, g=p.g * rate / 0.2), num_iter=120, chunk_size=16)
+    q, k, v = (x[0, :, 0].numpy() for x in (p.q, p.k, p.v))
+    g, beta = (p.g * rate / 0.2)[0, :, 0].numpy(), p.beta[0, :, 0].numpy()
+    for t in range(40):
+        eta = np.exp([g[i + 1 : t + 1].sum() for i in range(t + 1)]) * beta[: t + 1] ** 2
+        keys, values = np.sqrt(eta)[:, None] * k[: t + 1], np.sqrt(eta)[:, None] * v[: t + 1]
+        lamb = 0.02 * np.linalg.norm(keys.T @ keys)
+        rows = np.vstack([keys, np.sqrt(lamb) * np.eye(6)])
+        weights = np.linalg.lstsq(rows, np.vstack([values, np.zeros((6, 3))]), rcond=None)[0]
+        np.testing.assert_allclose(o[0, t, 0].numpy(), q[t] @ weights, rtol=1e-9, atol=1e-10)
+    np.testing.assert_allclose(h[0, 0].numpy(), keys.T @ keys, rtol=1e-9, atol=1e-10)
