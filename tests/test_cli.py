@@ -213,6 +213,19 @@ def test_an_existing_run_needs_a_decision(gka: Run, trained: Path, text: Path) -
     assert "training.max_steps is 99, but the run" in errors
 
 
+def test_a_command_with_resume_can_be_repeated(gka: Run, text: Path, tmp_path: Path) -> None:
+    """With settings given, --resume begins the run if there is none, and the second time reports it."""
+    command = ("train", text, "-o", tmp_path / "run", "--resume", *TINY, "--max-steps=1")
+    status, shown, _ = gka(*command)
+    assert status == 0
+    assert "yet: starting one" in shown
+    before = (tmp_path / "run" / "metrics.json").stat().st_mtime_ns
+    status, shown, _ = gka(*command)
+    assert status == 0
+    assert "is complete" in shown
+    assert (tmp_path / "run" / "metrics.json").stat().st_mtime_ns == before
+
+
 def test_interrupted_training_says_how_to_go_on(
     gka: Run, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,10 +86,14 @@ def _run(config: RunConfig, folder: Path, given: Tables, *, resume: bool, overwr
     from gka.training import folder as files
     from gka.training import report, run
 
-    if resume:
-        config = files.resumed_config(folder, given)
     _silence_libraries()
     console = Console(quiet=not files.is_main_process())
+    if resume and any(given.values()) and not (folder / files.RUN).exists():
+        # A whole command can be repeated until its run is complete, by make or by a job queue.
+        console.print(f"no run in {folder} yet: starting one", highlight=False, soft_wrap=True)
+        resume = False
+    if resume:
+        config = files.resumed_config(folder, given)
     try:
         metrics = run.train(config, folder, console=console, resume=resume, overwrite=overwrite)
     except run.Interrupted as stop:

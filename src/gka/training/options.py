@@ -95,7 +95,11 @@ Settings = Annotated[
 ]
 Resume = Annotated[
     bool,
-    Option("--resume", help="Go on from the newest whole checkpoint.", rich_help_panel=_RUN),
+    Option(
+        "--resume",
+        help="Go on from the newest whole checkpoint of the run in the folder.",
+        rich_help_panel=_RUN,
+    ),
 ]
 Overwrite = Annotated[
     bool,
