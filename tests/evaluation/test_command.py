@@ -17,7 +17,7 @@ app.command()(mqar)
 
 PNG = b"\x89PNG\r\n\x1a\n"
 TINY_RECALL = "recall --head-dim 8 --pairs 4,8 --correlation 0.5 --ridge-ratios 0.02 --num-iters 30"
-TINY_MQAR = "mqar --mixers gla,attention --widths 8 --learning-rates 0.01 --seeds 1 --steps 1"
+TINY_MQAR = "mqar --mixers gla,attention --sizes 8x8 --learning-rates 0.01 --seeds 1 --steps 1"
 
 
 def run(line: str, *more: str):
@@ -65,6 +65,8 @@ def test_mqar_trains_reports_and_does_not_train_twice(tmp_path):
         ("mqar --processes 0", "--processes"),
         ("mqar --device tpu9", "--device"),
         ("mqar --learning-rates fast", "--learning-rates"),
+        ("mqar --sizes 16", "--sizes"),
+        ("mqar --sizes 16x0", "sizes"),
     ],
 )
 def test_bad_options_are_refused_by_name(line, named, tmp_path):

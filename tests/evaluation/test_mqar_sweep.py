@@ -14,10 +14,10 @@ from gka.evaluation.mqar_sweep import Sweep, load_records, run_sweep, summarize
 
 TINY = Sweep(
     mixers=("attention", "gla"),
-    widths=(8,),
-    tasks=(
+    sizes=((8, 8),),
+    mixtures=(
         (
-            MQARTask(vocab_size=18, num_kv_pairs=2, input_seq_len=8),
+            (MQARTask(vocab_size=18, num_kv_pairs=2, input_seq_len=8),),
             Budget(
                 steps=3,
                 batch_size=8,
@@ -43,7 +43,11 @@ def trained(monkeypatch):
             train.interrupted = True
             raise KeyboardInterrupt
         cells.append(cell)
-        return {"test_accuracy": cell.learning_rate, "validation_accuracy": 0.5, "parameters": 1}
+        return {
+            "test_accuracy": [cell.learning_rate],
+            "validation_accuracy": [0.5],
+            "parameters": 1,
+        }
 
     monkeypatch.setattr(mqar_sweep, "train_cell", train)
     return cells
@@ -73,8 +77,8 @@ def test_a_wider_sweep_reuses_what_it_can_and_loses_nothing(tmp_path, trained):
     assert len(trained) == 8
     run_sweep(replace(TINY, seeds=(0, 1, 2)), file)
     assert len(trained) == 12
-    task, budget = TINY.tasks[0]
-    longer = replace(TINY, tasks=((task, replace(budget, steps=4)),))
+    tasks, budget = TINY.mixtures[0]
+    longer = replace(TINY, mixtures=((tasks, replace(budget, steps=4)),))
     content = run_sweep(longer, file)
     assert len(trained) == 20 and len(content["cells"]) == 20
     assert [row["seeds"] for row in content["summary"]] == [[0, 1], [0, 1]]
@@ -102,22 +106,29 @@ def test_a_foreign_or_damaged_file_is_refused_and_kept(tmp_path, content):
 
 
 def record(rate, seed, validation, test, mixer="gka"):
-    cell = {"mixer": mixer, "width": 8, "task": {"num_kv_pairs": 2}, "seed": seed}
+    cell = {"mixer": mixer, "width": 8, "head_dim": 4, "tasks": ["a", "b"], "seed": seed}
     result = {"validation_accuracy": validation, "test_accuracy": test, "parameters": 10}
     return {"cell": cell | {"learning_rate": rate}, "result": result}
 
 
 def test_the_rate_is_chosen_on_validation_and_the_test_reported():
-    """The best rate is that of the highest mean validation accuracy, even where another's test
-    accuracy is higher; mean and spread are over that rate's seeds."""
-    records = [record(0.1, 0, 0.9, 0.5), record(0.1, 1, 0.9, 0.7), record(0.2, 0, 0.8, 0.99),
-               record(0.2, 1, 0.8, 0.99), record(0.1, 0, 0.3, 0.4, mixer="gla")]  # fmt: skip
+    """The best rate is that of the highest mean validation accuracy over tasks and seeds, even where
+    another's test accuracy is higher; mean and spread per task are over that rate's seeds."""
+    records = [
+        record(0.1, 0, [0.9, 0.7], [0.5, 0.2]),
+        record(0.1, 1, [0.9, 0.7], [0.7, 0.2]),
+        record(0.2, 0, [0.9, 0.6], [0.99, 0.99]),
+        record(0.2, 1, [0.9, 0.6], [0.99, 0.99]),
+        record(0.1, 0, [0.3, 0.3], [0.4, 0.3], mixer="gla"),
+    ]
     gka, gla = summarize(records)
     assert (gka["mixer"], gka["learning_rate"], gka["seeds"]) == ("gka", 0.1, [0, 1])
-    assert gka["accuracy_mean"] == pytest.approx(0.6)
-    assert (gka["accuracy_min"], gka["accuracy_max"]) == (0.5, 0.7)
-    assert gka["accuracy_stdev"] == pytest.approx(0.1 * 2**0.5)
-    assert (gla["accuracy_mean"], gla["accuracy_stdev"]) == (0.4, None)
+    first, second = gka["test_accuracy"]
+    assert first["mean"] == pytest.approx(0.6)
+    assert (first["min"], first["max"], first["by_seed"]) == (0.5, 0.7, [0.5, 0.7])
+    assert first["stdev"] == pytest.approx(0.1 * 2**0.5)
+    assert (second["mean"], second["stdev"]) == (0.2, 0.0)
+    assert gla["test_accuracy"][0]["stdev"] is None
 
 
 @pytest.mark.parametrize(
@@ -126,7 +137,7 @@ def test_the_rate_is_chosen_on_validation_and_the_test_reported():
 )
 def test_a_best_rate_at_the_edge_is_told(best, test, at_edge):
     """Where the best of three rates is the lowest or highest, and the task not solved, it says so."""
-    records = [record(rate, 0, 0.9 if rate == best else 0.1, test) for rate in (0.1, 0.2, 0.4)]
+    records = [record(rate, 0, [0.9 if rate == best else 0.1], [test]) for rate in (0.1, 0.2, 0.4)]
     assert summarize(records)[0]["at_edge"] is at_edge
 
 
@@ -135,11 +146,12 @@ def test_a_best_rate_at_the_edge_is_told(best, test, at_edge):
     [
         ({"mixers": ("gka", "mamba")}, "mixers holds 'mamba'"),
         ({"mixers": ()}, "mixers"),
-        ({"widths": (0,)}, "widths"),
+        ({"sizes": ((8, 0),)}, "sizes"),
         ({"learning_rates": (0.0,)}, "learning_rates"),
         ({"learning_rates": (1e-3, 1e-3)}, "learning_rates"),
         ({"seeds": (-1,)}, "seeds"),
-        ({"tasks": ()}, "tasks"),
+        ({"mixtures": ()}, "mixtures"),
+        ({"mixtures": (((), TINY.mixtures[0][1]),)}, "mixtures"),
     ],
 )
 def test_impossible_sweeps_are_refused_by_name(changed, named):
@@ -159,4 +171,9 @@ def test_presets_compare_gka_with_linear_mixers_and_attention():
     for preset in PRESETS.values():
         assert {"gka", "attention", "gla", "deltanet", "gated_deltanet"} <= set(preset.mixers)
         assert len(preset.learning_rates) >= 3
-    assert {t.vocab_size for t, _ in PRESETS["zoology"].tasks} == {8192}
+    sizes = {
+        (task.vocab_size, task.num_kv_pairs, task.input_seq_len)
+        for tasks, _ in PRESETS["zoology"].mixtures
+        for task in tasks
+    }
+    assert sizes == {(8192, 4, 64), (8192, 8, 128), (8192, 16, 256), (8192, 64, 512)}

@@ -59,7 +59,9 @@ def mqar(
     mixers: Annotated[
         str | None, typer.Option(help="Mixers to compare, as in gka,gla. [default: the preset's]")
     ] = None,
-    widths: Annotated[str | None, typer.Option(help="Model widths, as in 16,32.")] = None,
+    sizes: Annotated[
+        str | None, typer.Option(help="Width and head size of the models, as in 16x16,64x32.")
+    ] = None,
     learning_rates: Annotated[
         str | None, typer.Option(help="Rates that every mixer is tried with, as in 0.005,0.01.")
     ] = None,
@@ -73,12 +75,12 @@ def mqar(
 ) -> None:
     """Train two-layer models on multi-query associative recall (MQAR) and compare mixers.
 
-    Every mixer is trained at every width, learning rate and seed of the preset. Finished trainings
+    Every mixer is trained at every size, learning rate and seed of the preset. Finished trainings
     are kept in OUTPUT/mqar.json: run the same command again to go on after an interruption.
     """
     changes: dict[str, Any] = {
         "mixers": None if mixers is None else tuple(name.strip() for name in mixers.split(",")),
-        "widths": None if widths is None else _numbers("--widths", widths, int),
+        "sizes": None if sizes is None else _size_pairs("--sizes", sizes),
         "learning_rates": None
         if learning_rates is None
         else _numbers("--learning-rates", learning_rates, float),
@@ -121,7 +123,7 @@ def _run_mqar(sweep: "Sweep", folder: Path, processes: int, device: str) -> None
     from gka.evaluation.mqar_cell import Cell
     from gka.evaluation.mqar_sweep import run_sweep
     from gka.evaluation.plots import plot_mqar
-    from gka.evaluation.tables import mqar_table
+    from gka.evaluation.tables import mqar_tables
 
     console, file = Console(), folder / "mqar.json"
     columns = TextColumn("trainings"), BarColumn(), MofNCompleteColumn(), Elapsed()
@@ -130,8 +132,9 @@ def _run_mqar(sweep: "Sweep", folder: Path, processes: int, device: str) -> None
             bar = progress.add_task("", total=len(sweep.cells()))
 
             def show(cell: Cell, result: dict[str, Any]) -> None:
+                found = " ".join(f"{accuracy:.3f}" for accuracy in result["test_accuracy"])
                 took = f"{result['steps']} steps, {result['seconds']:.0f} s"
-                progress.console.print(f"{result['test_accuracy']:.3f}  {cell}  ({took})")
+                progress.console.print(f"{found}  {cell}  ({took})", highlight=False)
                 progress.advance(bar)
 
             content = run_sweep(sweep, file, processes=processes, device=device, on_cell=show)
@@ -140,7 +143,8 @@ def _run_mqar(sweep: "Sweep", folder: Path, processes: int, device: str) -> None
         console.print("Run the same command again to go on.")
         raise typer.Exit(_INTERRUPTED) from None
     plot_mqar(content, folder / "mqar.png")
-    console.print(mqar_table(content))
+    for table in mqar_tables(content):
+        console.print(table)
     _tell(console, folder, "mqar")
 
 
@@ -156,8 +160,8 @@ def _sweep(preset: str, changes: dict[str, Any], steps: int | None) -> "Sweep":
     if steps is None:
         return sweep
     _at_least_one("--steps", steps)
-    tasks = tuple((task, replace(budget, steps=steps)) for task, budget in sweep.tasks)
-    return replace(sweep, tasks=tasks)
+    mixtures = tuple((tasks, replace(budget, steps=steps)) for tasks, budget in sweep.mixtures)
+    return replace(sweep, mixtures=mixtures)
 
 
 def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> tuple[Number, ...]:
@@ -166,6 +170,14 @@ def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> tuple[Num
     except ValueError:
         what = "whole numbers" if kind is int else "numbers"
         raise InputError(f"{option} is {text!r}; expected {what} and commas, as in 1,3") from None
+
+
+def _size_pairs(option: str, text: str) -> tuple[tuple[int, int], ...]:
+    try:
+        sizes = [tuple(map(int, size.split("x"))) for size in text.split(",")]
+        return tuple((width, head_dim) for width, head_dim in sizes)
+    except ValueError:
+        raise InputError(f"{option} is {text!r}; expected WIDTHxHEAD, as in 16x16,64x32") from None
 
 
 def _at_least_one(option: str, number: int) -> int:

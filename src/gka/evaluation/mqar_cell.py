@@ -1,4 +1,4 @@
-"""One cell of an MQAR sweep: train one small model on one task, measure its accuracy."""
+"""One cell of an MQAR sweep: train one small model on a mixture of tasks, measure it on each."""
 
 import math
 import time
@@ -16,6 +16,9 @@ from gka.evaluation.mqar import IGNORE, MQARTask
 if TYPE_CHECKING:
     from gka.models import GKAForCausalLM
 
+Examples = tuple[Tensor, Tensor]
+"""Inputs and labels, both int64 [examples, input_seq_len]."""
+
 # Streams of examples that never meet, whatever the cell's seed (below 1,000,000).
 _VALIDATION_SEED = 1_000_000
 _TEST_SEED = 2_000_000
@@ -31,13 +34,13 @@ class Budget:
     Attributes:
         steps: optimizer steps at most.
         batch_size: examples a step.
-        train_examples: size of the training set, walked through in shuffled epochs.
-        validation_examples, test_examples: sizes of the two sets that are only measured on.
+        train_examples: size of a task's training set, walked through in shuffled epochs.
+        validation_examples, test_examples: sizes of a task's two sets that are only measured on.
         weight_decay: AdamW's, on matrices and convolutions (never on vectors: norms, decay, biases).
         warmup: fraction of the steps over which the learning rate rises; then a cosine to zero.
         max_grad_norm: clipping.
         evaluate_every: steps between looks at the validation accuracy.
-        stop_accuracy: training ends early once the validation accuracy reaches this.
+        stop_accuracy: training ends early once the validation accuracy on every task reaches this.
     """
 
     steps: int
@@ -68,8 +71,9 @@ class Cell:
 
     Attributes:
         mixer: a name of `gka.layers.MIXERS`, in both layers.
-        width: hidden size and head dimension of the model (one head, two layers).
-        task: what is asked.
+        width: hidden size of the model, which has two layers.
+        head_dim: size of keys and values; one head, so a recurrent memory is head_dim x head_dim.
+        tasks: what is asked; training batches come from each in turn.
         learning_rate: AdamW's peak rate.
         seed: of the weights, the training set and the order of its examples.
         budget: training length.
@@ -77,7 +81,8 @@ class Cell:
 
     mixer: str
     width: int
-    task: MQARTask
+    head_dim: int
+    tasks: tuple[MQARTask, ...]
     learning_rate: float
     seed: int
     budget: Budget
@@ -87,9 +92,9 @@ class Cell:
         return asdict(self)
 
     def __str__(self) -> str:
-        task = self.task
+        pairs = "/".join(str(task.num_kv_pairs) for task in self.tasks)
         return (
-            f"{self.mixer}, width {self.width}, {task.num_kv_pairs} pairs in {task.input_seq_len},"
+            f"{self.mixer}, width {self.width}, head {self.head_dim}, {pairs} pairs,"
             f" rate {self.learning_rate:g}, seed {self.seed}"
         )
 
@@ -97,29 +102,31 @@ class Cell:
 def build_model(cell: Cell) -> "GKAForCausalLM":
     """The cell's two-layer model with fresh weights (drawn from torch's global generator).
 
-    One head as wide as the model, expand_v = 1, an MLP of twice the width; as in Zoology one matrix
-    for embedding and output. Weights start at 1/sqrt(width) rather than a language model's 0.02,
-    which is too small a start for a width of 16.
+    One head, expand_v = 1, an MLP of twice the width, no tied embeddings.
+    Token embeddings start with unit entries and matrices at 1/sqrt(width), so that at the start the
+    residual stream carries the tokens and not what random mixers make of them; the 0.02 of large
+    language models keeps models of this width from learning for thousands of steps.
     """
     from gka.models import GKAConfig, GKAForCausalLM
 
     config = GKAConfig(
-        vocab_size=cell.task.vocab_size,
+        vocab_size=max(task.vocab_size for task in cell.tasks),
         hidden_size=cell.width,
         num_hidden_layers=2,
         intermediate_size=2 * cell.width,
         mixer=cell.mixer,
         num_heads=1,
-        head_dim=cell.width,
+        head_dim=cell.head_dim,
         expand_v=1.0,
         attention_num_heads=1,
-        attention_head_dim=cell.width,
-        max_position_embeddings=cell.task.input_seq_len,
+        attention_head_dim=cell.head_dim,
+        max_position_embeddings=max(task.input_seq_len for task in cell.tasks),
         initializer_range=cell.width**-0.5,
-        tie_word_embeddings=True,
         use_cache=False,
     )
-    return GKAForCausalLM(config)
+    model = GKAForCausalLM(config)
+    nn.init.normal_(model.model.embed_tokens.weight)
+    return model
 
 
 def train_cell(cell: Cell, device: str = "cpu") -> dict[str, Any]:
@@ -130,59 +137,61 @@ def train_cell(cell: Cell, device: str = "cpu") -> dict[str, Any]:
         device: where ("cpu", "cuda", "cuda:1", ...).
 
     Returns:
-        JSON-ready dict: test_accuracy and validation_accuracy (fraction of queries answered right
-        at the end), steps taken, diverged (the loss was no longer finite; accuracies then count
-        as 0), curve ([step, training loss, validation accuracy] rows), parameters, seconds.
+        JSON-ready dict: test_accuracy, validation_accuracy (fraction of queries answered right at the
+        end, one number per task), steps taken, diverged (the loss was no longer finite; accuracies
+        then count as 0), curve ([step, training loss, mean validation accuracy] rows), parameters,
+        seconds.
     """
     started = time.perf_counter()
-    budget, task = cell.budget, cell.task
+    budget, tasks = cell.budget, cell.tasks
     with torch.random.fork_rng():
         torch.manual_seed(cell.seed)
         model = build_model(cell)
     model.to(device)  # type: ignore[arg-type]
-    train = _on(device, task.sample(budget.train_examples, cell.seed))
-    validation = _on(device, task.sample(budget.validation_examples, _VALIDATION_SEED))
-    test = _on(device, task.sample(budget.test_examples, _TEST_SEED))
+    train = [_on(device, task.sample(budget.train_examples, cell.seed)) for task in tasks]
+    validation = [
+        _on(device, t.sample(budget.validation_examples, _VALIDATION_SEED)) for t in tasks
+    ]
+    test = [_on(device, task.sample(budget.test_examples, _TEST_SEED)) for task in tasks]
 
-    curve, diverged = _train(model, train, validation, cell)
+    curve = _train(model, train, validation, cell)
+    diverged = not math.isfinite(curve[-1][1])
     return {
-        "test_accuracy": 0.0 if diverged else accuracy(model, *test),
-        "validation_accuracy": 0.0 if diverged else curve[-1][2],
+        "test_accuracy": [0.0 if diverged else accuracy(model, *examples) for examples in test],
+        "validation_accuracy": [0.0] * len(tasks)
+        if diverged
+        else [accuracy(model, *examples) for examples in validation],
         "steps": curve[-1][0],
         "diverged": diverged,
-        "curve": [] if diverged else curve,
+        "curve": [row for row in curve if math.isfinite(row[1])],
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": round(time.perf_counter() - started, 2),
     }
 
 
 def _train(
-    model: "GKAForCausalLM",
-    train: tuple[Tensor, Tensor],
-    validation: tuple[Tensor, Tensor],
-    cell: Cell,
-) -> tuple[list[tuple[int, float, float]], bool]:
-    """(curve, diverged); the curve's last row is where training ended."""
+    model: "GKAForCausalLM", train: list[Examples], validation: list[Examples], cell: Cell
+) -> list[tuple[int, float, float]]:
+    """The curve; its last row is where training ended, with a loss that is not finite if it diverged."""
     budget = cell.budget
     optimizer = _optimizer(model, cell.learning_rate, budget.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: _learning_rate_factor(step, budget)
     )
     curve: list[tuple[int, float, float]] = []
-    for step, rows in enumerate(_batches(budget, cell.seed), start=1):
-        loss = query_loss(model, train[0][rows], train[1][rows])
+    for step, (task, rows) in enumerate(_batches(len(train), budget, cell.seed), start=1):
+        loss = query_loss(model, train[task][0][rows], train[task][1][rows])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), budget.max_grad_norm)
         optimizer.step()
         schedule.step()
         if step % budget.evaluate_every == 0 or step == budget.steps:
-            curve.append((step, round(loss.item(), 5), accuracy(model, *validation)))
-            if not math.isfinite(curve[-1][1]):
-                return curve, True
-            if curve[-1][2] >= budget.stop_accuracy:
+            accuracies = [accuracy(model, *examples) for examples in validation]
+            curve.append((step, round(loss.item(), 5), sum(accuracies) / len(accuracies)))
+            if not math.isfinite(curve[-1][1]) or min(accuracies) >= budget.stop_accuracy:
                 break
-    return curve, False
+    return curve
 
 
 def query_loss(model: "GKAForCausalLM", inputs: Tensor, labels: Tensor) -> Tensor:
@@ -217,7 +226,7 @@ def _optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> t
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
 
 
 def _learning_rate_factor(step: int, budget: Budget) -> float:
@@ -229,20 +238,22 @@ def _learning_rate_factor(step: int, budget: Budget) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def _batches(budget: Budget, seed: int) -> Iterator[Tensor]:
-    """Row numbers of `budget.steps` batches: whole ones, from a new permutation every epoch."""
+def _batches(num_tasks: int, budget: Budget, seed: int) -> Iterator[tuple[int, Tensor]]:
+    """(task, rows of its training set) of `budget.steps` batches, the tasks in turn."""
+    streams = [_rows(budget, seed + task) for task in range(num_tasks)]
+    for step in range(budget.steps):
+        yield step % num_tasks, next(streams[step % num_tasks])
+
+
+def _rows(budget: Budget, seed: int) -> Iterator[Tensor]:
+    """Whole batches without end, from a new permutation of the training set every epoch."""
     generator = torch.Generator().manual_seed(seed)
-    step = 0
     while True:
         order = torch.randperm(budget.train_examples, generator=generator)
-        for rows in order.split(budget.batch_size):
-            if len(rows) < budget.batch_size:
-                break
-            if step == budget.steps:
-                return
-            step += 1
-            yield rows
+        yield from order[: len(order) // budget.batch_size * budget.batch_size].split(
+            budget.batch_size
+        )
 
 
-def _on(device: str, tensors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return tensors[0].to(device), tensors[1].to(device)
+def _on(device: str, examples: Examples) -> Examples:
+    return examples[0].to(device), examples[1].to(device)

@@ -20,36 +20,44 @@ def _zoology_budget(batch_size: int, epochs: int) -> Budget:
     )
 
 
+def _tasks(vocab_size: int, *pairs_and_lengths: tuple[int, int]) -> tuple[MQARTask, ...]:
+    return tuple(MQARTask(vocab_size, pairs, length) for pairs, length in pairs_and_lengths)
+
+
 PRESETS: dict[str, Sweep] = {
-    # Minutes on two CPU cores. As many pairs as the state has columns: where memories differ.
+    # Minutes on two CPU cores: up to as many pairs as the memory has columns.
     "cpu": Sweep(
         mixers=_COMPARED,
-        widths=(16,),
-        tasks=((MQARTask(256, 16, 64), Budget(steps=1000, train_examples=64_000)),),
+        sizes=((16, 16),),
+        mixtures=(
+            (
+                _tasks(128, (4, 64), (8, 64), (16, 64)),
+                Budget(steps=1000, batch_size=32, train_examples=16_000),
+            ),
+        ),
         learning_rates=(5e-3, 1e-2, 2e-2),
         seeds=(0, 1),
     ),
-    # Hours on one GPU. Zoology's vocabulary, up to twice as many pairs as the state has columns.
+    # Hours on one GPU: Zoology's vocabulary, up to four times as many pairs as the memory has columns.
     "gpu": Sweep(
         mixers=_COMPARED,
-        widths=(32, 64),
-        tasks=(
-            (MQARTask(8192, 16, 128), _zoology_budget(256, 16)),
-            (MQARTask(8192, 32, 128), _zoology_budget(256, 16)),
-            (MQARTask(8192, 64, 256), _zoology_budget(256, 16)),
+        sizes=((64, 32), (64, 64)),
+        mixtures=(
+            (_tasks(8192, (16, 256), (32, 256), (64, 256)), _zoology_budget(256, 16)),
+            (_tasks(8192, (32, 512), (64, 512), (128, 512)), _zoology_budget(128, 16)),
         ),
         learning_rates=(1e-3, 3e-3, 1e-2),
         seeds=(0, 1, 2),
     ),
-    # The sizes, rates and batch sizes of figure 2 of the Zoology paper (64 epochs each).
+    # The sizes, rates and batch sizes of figure 2 of the Zoology paper: one task a model, 64 epochs.
     "zoology": Sweep(
         mixers=_COMPARED,
-        widths=(64, 128, 256, 512),
-        tasks=(
-            (MQARTask(8192, 4, 64), _zoology_budget(512, 64)),
-            (MQARTask(8192, 8, 128), _zoology_budget(512, 64)),
-            (MQARTask(8192, 16, 256), _zoology_budget(256, 64)),
-            (MQARTask(8192, 64, 512), _zoology_budget(128, 64)),
+        sizes=((64, 64), (128, 128), (256, 256)),
+        mixtures=(
+            (_tasks(8192, (4, 64)), _zoology_budget(512, 64)),
+            (_tasks(8192, (8, 128)), _zoology_budget(512, 64)),
+            (_tasks(8192, (16, 256)), _zoology_budget(256, 64)),
+            (_tasks(8192, (64, 512)), _zoology_budget(128, 64)),
         ),
         learning_rates=(1e-4, 4.6416e-4, 2.1544e-3, 1e-2),
         seeds=(0,),

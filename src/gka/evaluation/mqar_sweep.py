@@ -1,4 +1,4 @@
-"""An MQAR sweep: mixers x widths x tasks x learning rates x seeds, resumable, on several processes.
+"""An MQAR sweep: mixers x sizes x mixtures x learning rates x seeds, resumable, on several processes.
 
 The result file is the state of the sweep: it is rewritten, whole, after every finished cell, and
 cells found in it are not run again. Cells that the current sweep does not ask for stay in it.
@@ -29,9 +29,9 @@ class Sweep:
 
     Attributes:
         mixers: names of `gka.layers.MIXERS`.
-        widths: model widths.
-        tasks: MQAR tasks, each with the budget a model gets on it.
-        learning_rates: the grid every mixer is given; the best is chosen per (mixer, width, task).
+        sizes: (width, head_dim) of the models.
+        mixtures: the tasks a model is trained and tested on, with the budget it gets.
+        learning_rates: the grid every mixer is given; the best is chosen per (mixer, size, mixture).
         seeds: repetitions, each below 1,000,000.
 
     Raises:
@@ -39,18 +39,20 @@ class Sweep:
     """
 
     mixers: tuple[str, ...]
-    widths: tuple[int, ...]
-    tasks: tuple[tuple[MQARTask, Budget], ...]
+    sizes: tuple[tuple[int, int], ...]
+    mixtures: tuple[tuple[tuple[MQARTask, ...], Budget], ...]
     learning_rates: tuple[float, ...]
     seeds: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        for name in ("mixers", "widths", "tasks", "learning_rates", "seeds"):
+        for name in ("mixers", "sizes", "mixtures", "learning_rates", "seeds"):
             entries = getattr(self, name)
             if not entries or len(set(entries)) != len(entries):
                 raise InputError(f"{name} is {entries}; expected one or more different values")
-        if min(self.widths) < 1:
-            raise InputError(f"widths holds {min(self.widths)}; expected numbers of 1 or more")
+        if min(map(min, self.sizes)) < 1:
+            raise InputError(f"sizes holds {min(map(min, self.sizes))}; expected 1 or more")
+        if not all(tasks for tasks, _ in self.mixtures):
+            raise InputError("mixtures holds one without tasks; expected one task or more in each")
         if min(self.learning_rates) <= 0:
             raise InputError(f"learning_rates holds {min(self.learning_rates)}; expected above 0")
         if not 0 <= min(self.seeds) <= max(self.seeds) < 1_000_000:
@@ -60,9 +62,9 @@ class Sweep:
     def cells(self) -> list[Cell]:
         """All cells, one seed after the other, so that a sweep cut short still compares mixers."""
         return [
-            Cell(mixer, width, task, rate, seed, budget)
-            for seed, (task, budget), width, rate, mixer in product(
-                self.seeds, self.tasks, self.widths, self.learning_rates, self.mixers
+            Cell(mixer, width, head_dim, tasks, rate, seed, budget)
+            for seed, (tasks, budget), (width, head_dim), rate, mixer in product(
+                self.seeds, self.mixtures, self.sizes, self.learning_rates, self.mixers
             )
         ]
 
@@ -166,16 +168,17 @@ def _train_all(
 
 
 def summarize(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per (task, width, mixer): the best learning rate and the test accuracy there over seeds.
+    """Per (tasks, size, mixer): the best learning rate, and the test accuracies there over seeds.
 
-    The rate is chosen by the mean VALIDATION accuracy over seeds, the accuracy reported is the
-    TEST set's. `at_edge` tells that the best rate is the lowest or highest of three or more tried
-    while not already at 0.99, so that a wider grid might do better.
+    The rate is chosen by the mean VALIDATION accuracy over tasks and seeds, the accuracies reported
+    are the TEST set's. `at_edge` tells that the best rate is the lowest or highest of three or more
+    tried while not every task is at 0.99, so that a wider grid might do better.
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         cell = record["cell"]
-        groups.setdefault(_key([cell["task"], cell["width"], cell["mixer"]]), []).append(record)
+        size = cell["tasks"], cell["width"], cell["head_dim"], cell["mixer"]
+        groups.setdefault(_key(size), []).append(record)
     return [_summarize_group(group) for group in groups.values()]
 
 
@@ -184,25 +187,31 @@ def _summarize_group(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for record in records:
         by_rate.setdefault(record["cell"]["learning_rate"], []).append(record)
     chosen_by = {
-        rate: mean(r["result"]["validation_accuracy"] for r in group)
+        rate: mean(mean(r["result"]["validation_accuracy"]) for r in group)
         for rate, group in by_rate.items()
     }
     best = max(chosen_by, key=lambda rate: chosen_by[rate])
-    tests = [r["result"]["test_accuracy"] for r in by_rate[best]]
-    cell = records[0]["cell"]
-    at_edge = len(by_rate) >= 3 and best in (min(by_rate), max(by_rate)) and mean(tests) < 0.99
+    seeds = [r["result"]["test_accuracy"] for r in by_rate[best]]
+    per_task = [_spread(list(values)) for values in zip(*seeds, strict=True)]
+    solved = all(task["mean"] >= 0.99 for task in per_task)
     return {
-        **{name: cell[name] for name in ("mixer", "width", "task")},
-        "learning_rate": best,
-        "at_edge": at_edge,
-        "accuracy_mean": mean(tests),
-        "accuracy_min": min(tests),
-        "accuracy_max": max(tests),
-        "accuracy_stdev": stdev(tests) if len(tests) > 1 else None,
-        "accuracies": tests,
-        "seeds": [r["cell"]["seed"] for r in by_rate[best]],
+        **{name: records[0]["cell"][name] for name in ("mixer", "width", "head_dim", "tasks")},
         "parameters": records[0]["result"]["parameters"],
+        "learning_rate": best,
+        "at_edge": len(by_rate) >= 3 and best in (min(by_rate), max(by_rate)) and not solved,
+        "seeds": [r["cell"]["seed"] for r in by_rate[best]],
+        "test_accuracy": per_task,
         "validation_mean_by_rate": {f"{rate:g}": score for rate, score in chosen_by.items()},
+    }
+
+
+def _spread(values: list[float]) -> dict[str, Any]:
+    return {
+        "mean": mean(values),
+        "stdev": stdev(values) if len(values) > 1 else None,
+        "min": min(values),
+        "max": max(values),
+        "by_seed": values,
     }
 
 

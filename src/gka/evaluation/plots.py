@@ -113,47 +113,59 @@ def _mark_head_size(axes: "Axes", head_dim: int, with_label: bool) -> None:
 
 
 def plot_mqar(content: dict[str, Any], path: Path) -> None:
-    """Test accuracy over seeds of every mixer, a panel per task and width, of a sweep's result."""
-    summary = content["summary"]
-    panels: dict[tuple[int, int, int], list[dict[str, Any]]] = {}
-    for row in summary:
-        task = row["task"]
-        key = (task["num_kv_pairs"], task["input_seq_len"], row["width"])
-        panels.setdefault(key, []).append(row)
+    """Test accuracy of every mixer of a sweep: against the pairs, a panel per size, where models
+    were trained on several tasks; otherwise against the width, a panel per task."""
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for row in content["summary"]:
+        panels.setdefault(_panel_title(row), []).append(row)
     columns = min(4, len(panels))
-    rows = -(-len(panels) // columns)
-    mixers = max(len(panel) for panel in panels.values())
-    figure = _new_figure(max(7.0, 4.2 * columns), rows * (1.1 + 0.42 * mixers) + 0.9)
-    grid = figure.subplots(rows, columns, sharex=True, squeeze=False).flatten()
-    for axes, ((pairs, length, width), panel) in zip(grid, panels.items(), strict=False):
-        _draw_accuracies(axes, panel)
-        axes.set_title(f"{pairs} pairs in {length} tokens, width {width}")
-    for axes in grid[len(panels) :]:
+    figure = _new_figure(max(6.5, 3.6 * columns + 2.4), 3.8 * -(-len(panels) // columns) + 0.6)
+    grid = figure.subplots(-(-len(panels) // columns), columns, sharey=True, squeeze=False)
+    for axes, (title, rows) in zip(grid.flatten(), panels.items(), strict=False):
+        by_pairs = len(rows[0]["tasks"]) > 1
+        _draw_accuracies(axes, rows, by_pairs)
+        axes.set(title=title, xlabel="key-value pairs" if by_pairs else "width")
+    for axes in grid.flatten()[len(panels) :]:
         axes.set_axis_off()
-    seeds = max(len(row["seeds"]) for row in summary)
-    figure.suptitle("MQAR: queries answered right by two-layer models of equal width")
+    grid[0][0].set_ylabel("queries answered right")
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside right center")
+    figure.suptitle("Multi-query associative recall, two-layer models of equal size")
+    seeds = max(len(row["seeds"]) for row in content["summary"])
     figure.supxlabel(
-        f"test accuracy at each mixer's best learning rate; bar: mean, dots: each of {seeds} seeds",
+        "test accuracy at each mixer's best learning rate;"
+        f" lines: mean, dots: each of {seeds} seeds",
         fontsize="small",
     )
     _save(figure, path)
 
 
-def _draw_accuracies(axes: "Axes", panel: Sequence[dict[str, Any]]) -> None:
-    """Horizontal bars, the best mixer on top."""
-    ordered = sorted(panel, key=lambda row: row["accuracy_mean"])
-    names = []
-    for height, row in enumerate(ordered):
-        name, color, marker = MIXER_STYLES.get(row["mixer"], (row["mixer"], "0.4", "o"))
-        names.append(name)
-        axes.barh(height, row["accuracy_mean"], color=color, alpha=0.3, height=0.7)
-        heights = [height] * len(row["accuracies"])
-        axes.plot(row["accuracies"], heights, marker, color=color, ms=5, clip_on=False)
-        axes.text(1.04, height, f"{row['accuracy_mean']:.3f}", va="center", fontsize="small")
-    axes.set_yticks(range(len(names)), names)
-    axes.set_xlim(0, 1)
-    axes.grid(axis="x", alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+def _panel_title(row: dict[str, Any]) -> str:
+    tasks = row["tasks"]
+    lengths = "/".join(map(str, sorted({task["input_seq_len"] for task in tasks})))
+    if len(tasks) > 1:
+        return f"width {row['width']}, head {row['head_dim']}, {lengths} tokens"
+    return f"{tasks[0]['num_kv_pairs']} pairs in {lengths} tokens"
+
+
+def _draw_accuracies(axes: "Axes", rows: Sequence[dict[str, Any]], by_pairs: bool) -> None:
+    points: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    for row in rows:
+        for task, found in zip(row["tasks"], row["test_accuracy"], strict=True):
+            x = task["num_kv_pairs"] if by_pairs else row["width"]
+            points.setdefault(row["mixer"], []).append((x, found))
+    for mixer, found in points.items():
+        found.sort(key=lambda point: point[0])
+        name, color, marker = MIXER_STYLES.get(mixer, (mixer, "#777777", "o"))
+        numbers = [x for x, _ in found]
+        means = [accuracy["mean"] for _, accuracy in found]
+        axes.plot(numbers, means, color=color, marker=marker, label=name, lw=1.8, ms=6)
+        for x, accuracy in found:
+            axes.plot([x] * len(accuracy["by_seed"]), accuracy["by_seed"], ".", color=color, ms=4)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted({x for found in points.values() for x, _ in found}))
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.set_ylim(-0.03, 1.03)
+    axes.grid(alpha=0.25)
 
 
 def _new_figure(width: float, height: float) -> "Figure":

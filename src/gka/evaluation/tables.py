@@ -5,7 +5,6 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from rich.text import Text
 
 
 def recall_tables(content: dict[str, Any]) -> list[Table]:
@@ -34,27 +33,31 @@ def recall_tables(content: dict[str, Any]) -> list[Table]:
     return tables
 
 
-def mqar_table(content: dict[str, Any]) -> Table:
-    """The summary of a sweep: best learning rate and test accuracy of every mixer at every size."""
+def mqar_tables(content: dict[str, Any]) -> list[Table]:
+    """One table per (tasks, size) of a sweep: every mixer's test accuracies at its best rate."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in content["summary"]:
+        groups.setdefault(str((row["tasks"], row["width"], row["head_dim"])), []).append(row)
+    return [_mqar_table(rows) for rows in groups.values()]
+
+
+def _mqar_table(rows: list[dict[str, Any]]) -> Table:
     table = Table(
-        title="MQAR: fraction of queries answered right, at each mixer's best learning rate",
-        caption="* best rate at the edge of those tried: a wider sweep may do better",
+        title=f"MQAR, queries answered right: width {rows[0]['width']}, head {rows[0]['head_dim']}",
+        caption=f"mean, lowest-highest of {len(rows[0]['seeds'])} seeds at the best rate"
+        " (* at the edge of those tried)",
         box=SIMPLE_HEAD,
     )
-    for name in ("pairs", "length", "width", "mixer", "parameters", "rate", "mean"):
-        table.add_column(name, justify="left" if name == "mixer" else "right", no_wrap=True)
-    table.add_column("every seed", no_wrap=False)
-    last = None
-    for row in content["summary"]:
-        task = row["task"]
-        size = (str(task["num_kv_pairs"]), str(task["input_seq_len"]), str(row["width"]))
-        if last not in (None, size):
-            table.add_section()
-        last = size
+    table.add_column("mixer", no_wrap=True)
+    table.add_column("weights", justify="right", no_wrap=True)
+    table.add_column("rate", justify="right", no_wrap=True)
+    for task in rows[0]["tasks"]:
+        title = f"{task['num_kv_pairs']} of {task['input_seq_len']}"
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in rows:
         rate = f"{row['learning_rate']:g}" + ("*" if row["at_edge"] else "")
-        spread = " ".join(f"{a:.3f}" for a in row["accuracies"])
-        mean = Text(f"{row['accuracy_mean']:.3f}", style="bold")
-        table.add_row(*size, row["mixer"], f"{row['parameters']:,}", rate, mean, spread)
+        found = (f"{a['mean']:.2f}, {a['min']:.2f}-{a['max']:.2f}" for a in row["test_accuracy"])
+        table.add_row(row["mixer"], f"{row['parameters']:,}", rate, *found)
     return table
 
 
