@@ -1,4 +1,4 @@
-"""One table of relative 2-norm tolerances by dtype, used by every test that compares two routes to one result."""
+"""Relative 2-norm tolerances by dtype, one table for every test that compares two routes to one result."""
 
 import torch
 
@@ -21,7 +21,9 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return error / norm if norm > 0 else error
 
 
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float, what: str = "") -> None:
+def assert_close(
+    actual: torch.Tensor, expected: torch.Tensor, tolerance: float, what: str = ""
+) -> None:
     """Assert that the relative 2-norm error is within `tolerance`, naming `what` and the error."""
     error = relative_error(actual, expected)
     assert error <= tolerance, f"{what}: relative error {error:.3e} > {tolerance:.1e}"

@@ -1,5 +1,6 @@
 """`gka recall` and `gka mqar`: options to settings, results to files. Heavy imports come last."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -67,7 +68,10 @@ def mqar(
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="How many repetitions, from seed 0 on.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps of each training.")] = None,
-    processes: Annotated[int, typer.Option(help="Trainings at the same time.")] = 1,
+    processes: Annotated[
+        int | None,
+        typer.Option(help="Trainings at the same time. [default: on a CPU its cores, else 1]"),
+    ] = None,
     device: Annotated[str, typer.Option(help="Where to train, as in cpu or cuda.")] = "cpu",
     output: Annotated[Path, typer.Option(help="Folder for mqar.json and mqar.png.")] = Path(
         "runs/mqar"
@@ -88,6 +92,8 @@ def mqar(
     }
     sweep = _sweep(preset, {k: v for k, v in changes.items() if v is not None}, steps)
     _check_device(device)
+    if processes is None:
+        processes = (os.cpu_count() or 1) if device == "cpu" else 1
     _at_least_one("--processes", processes)
     _run_mqar(sweep, _folder(output), processes, device)
 
@@ -101,12 +107,12 @@ def _run_recall(
     from gka.evaluation.memories import compared_memories
     from gka.evaluation.plots import plot_recall
     from gka.evaluation.recall import RecallSettings, run_recall
-    from gka.evaluation.results import environment
+    from gka.evaluation.results import environment, one_thread
     from gka.evaluation.tables import recall_tables
 
     settings, memories = RecallSettings(**wanted), compared_memories(ratios, iterations)
     console = Console()
-    with console.status("writing and reading"):
+    with console.status("writing and reading"), one_thread():
         content = {"environment": environment()} | run_recall(settings, memories)
         write_json(folder / "recall.json", content)
         plot_recall(content, folder / "recall.png")

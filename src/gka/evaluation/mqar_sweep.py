@@ -20,7 +20,7 @@ from gka.data.files import read_json, write_json
 from gka.errors import InputError
 from gka.evaluation.mqar import MQARTask
 from gka.evaluation.mqar_cell import Budget, Cell, train_cell
-from gka.evaluation.results import environment
+from gka.evaluation.results import environment, one_thread
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def run_sweep(
     Args:
         sweep: what to compare.
         result_file: JSON, created where missing and rewritten atomically after each cell.
-        processes: cells trained at the same time; with more than 1 each gets one thread.
+        processes: cells trained at the same time, each on one CPU thread.
         device: where to train.
         on_cell: called after each finished cell, and at once for those found finished.
 
@@ -148,7 +148,9 @@ def _train_all(
     """Train the cells, yielding each as it finishes."""
     if processes == 1 or len(cells) <= 1:
         for cell in cells:
-            yield cell, train_cell(cell, device)
+            with one_thread():
+                result = train_cell(cell, device)
+            yield cell, result
         return
     before = set(multiprocessing.active_children())
     # spawn, not fork: a forked child of a process that has used torch's threads can hang

@@ -176,5 +176,5 @@ def _new_figure(width: float, height: float) -> "Figure":
 
 def _save(figure: "Figure", path: Path) -> None:
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=100, pil_kwargs={"optimize": True})
+    figure.savefig(content, format="png", dpi=90, pil_kwargs={"optimize": True})
     write_bytes(path, content.getvalue())

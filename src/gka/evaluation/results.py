@@ -1,6 +1,8 @@
-"""What every result file says about where its numbers come from."""
+"""How measurements are run, and what every result file says about where its numbers come from."""
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -14,5 +16,16 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
     }
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run on one CPU thread, as operations on matrices this small are done before others wake up;
+    on a busy machine threads that wait for each other cost ten times the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

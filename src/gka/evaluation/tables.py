@@ -65,7 +65,7 @@ def _recall_cell(measurement: dict[str, Any]) -> str:
     error, rescaled, right = (
         median(measurement[name]) for name in ("error", "rescaled_error", "accuracy")
     )
-    return f"{error:5.2f} {rescaled:5.2f} {right:5.0%}"
+    return f"{error:5.2f} {rescaled:.2f} {right:4.0%}"
 
 
 def _nearest(numbers: list[int], wanted: float) -> int:
