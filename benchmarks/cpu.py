@@ -26,7 +26,7 @@ from gka.ops import chunk_gka
 
 HEADS, DIM = 2, 64
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
-BOTH = (256, 512, 1024, 2048)  # lengths at which the reference is run too
+BOTH = (256, 512, 2048)  # lengths at which the reference is run too, which is slow
 BACKENDS = {"chunk-wise": "torch", "token by token": "reference"}
 
 
@@ -75,11 +75,16 @@ def measure(repeats: int, console: Console) -> list[dict]:
                 times[form].append(forward_backward(leaves, form))
         row: dict = {"length": length, "seconds": times}
         row["mebibytes"] = {form: peak_memory(length, form) for form in forms}
-        if len(forms) > 1:
-            slow, fast = (statistics.median(times[form]) for form in reversed(forms))
-            row["ratio"] = slow / fast
+        if len(forms) > 1:  # of each repeat, its two passes being neighbours in time
+            fast, slow = (times[form] for form in forms)
+            row["ratios"] = [b / a for a, b in zip(fast, slow, strict=True)]
         rows.append(row)
     return rows
+
+
+def spread(values: list[float]) -> tuple[float, float, float]:
+    """Least, median, most."""
+    return min(values), statistics.median(values), max(values)
 
 
 def growth(rows: list[dict]) -> float:
@@ -96,20 +101,26 @@ def growth(rows: list[dict]) -> float:
 
 def show(rows: list[dict], exponent: float, console: Console) -> None:
     table = Table(title=f"forward + backward, H = {HEADS}, K = V = {DIM}, float32, 30 steps")
-    names = ("T", "chunk-wise s (min-max)", "us a token", "MiB", "token by token s", "MiB", "ratio")
+    names = ("T", "chunk-wise s (min-max)", "us a token", "MiB", "token by token s", "MiB")
+    names = (*names, "ratio (min-max)")
     for name in names:
         table.add_column(name, justify="right")
     for row in rows:
         fast, slow = (row["seconds"].get(form) for form in BACKENDS)
-        median = statistics.median(fast)
-        cells = [str(row["length"]), f"{median:.3f} ({min(fast):.3f}-{max(fast):.3f})"]
+        least, median, most = spread(fast)
+        cells = [str(row["length"]), f"{median:.3f} ({least:.3f}-{most:.3f})"]
         cells += [f"{median / row['length'] * 1e6:.0f}", f"{row['mebibytes']['chunk-wise']:.0f}"]
         if slow:
             memory = row["mebibytes"]["token by token"]
-            cells += [f"{statistics.median(slow):.2f}", f"{memory:.0f}", f"{row['ratio']:.0f}x"]
+            cells += [f"{statistics.median(slow):.2f}", f"{memory:.0f}"]
+            cells.append("{1:.0f}x ({0:.0f}-{2:.0f})".format(*spread(row["ratios"])))
         table.add_row(*cells)
     console.print(table)
-    console.print(f"chunk-wise time grows as T^{exponent:.2f}")
+    per_token = [statistics.median(row["seconds"]["chunk-wise"]) / row["length"] for row in rows]
+    console.print(
+        f"chunk-wise time grows as T^{exponent:.2f}; "
+        f"the dearest token costs {max(per_token) / min(per_token):.2f} times the cheapest"
+    )
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -150,19 +161,25 @@ def main() -> None:
     if options.peak:
         print_peak(options.peak[0], int(options.peak[1]))
         return
+    if options.repeats < 1:
+        parser.error(f"--repeats must be at least 1; got {options.repeats}.")
+    machine = {
+        "processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "load_average_before": round(os.getloadavg()[0], 1),
+    }  # fmt: skip
     console = Console()
+    begin = time.perf_counter()
     rows = measure(options.repeats, console)
     exponent = growth(rows)
     show(rows, exponent, console)
     options.output.mkdir(parents=True, exist_ok=True)
-    machine = {
-        "processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(), "torch": torch.__version__,
-    }  # fmt: skip
     result = {"machine": machine, "heads": HEADS, "dim": DIM, "exponent": exponent, "rows": rows}
     (options.output / "cpu.json").write_text(json.dumps(result, indent=1) + "\n")
     plot(rows, options.output / "cpu.png")
-    console.print(f"Written: {options.output / 'cpu.json'}, {options.output / 'cpu.png'}")
+    console.print(
+        f"{time.perf_counter() - begin:.0f} s. Written: cpu.json, cpu.png in {options.output}"
+    )
 
 
 if __name__ == "__main__":
