@@ -106,12 +106,19 @@ def test_the_learning_rate_rises_and_falls():
     assert factors[60] == pytest.approx(0.0, abs=1e-9)
 
 
-@pytest.mark.parametrize("mixer", ["gka", "gla", "deltanet", "gated_deltanet", "swa"])
+@pytest.mark.parametrize("mixer", ["gka", "gla", "deltanet", "gated_deltanet", "swa", "gka+swa"])
 def test_every_mixer_trains(mixer):
-    """Each recurrent mixer and the sliding window go through the same training."""
+    """Each mixer goes through the same training, alone or one a layer."""
     budget = replace(BUDGET, steps=2, evaluate_every=2)
     result = train_cell(replace(CELL, mixer=mixer, budget=budget))
     assert result["steps"] == 2 and not result["diverged"]
+
+
+def test_two_mixers_take_a_layer_each():
+    """ "gla+attention" is gated linear attention first and attention second; one name fills both."""
+    pattern = build_model(replace(CELL, mixer="gla+attention")).config.pattern
+    assert pattern == ["gla", "attention"]
+    assert build_model(CELL).config.pattern == ["attention", "attention"]
 
 
 def test_validation_and_test_sets_are_the_same_for_every_seed_and_apart_from_training():

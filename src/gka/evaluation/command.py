@@ -58,7 +58,7 @@ def mqar(
         str, typer.Option(help="cpu (minutes), gpu (hours) or zoology (the paper's sizes).")
     ] = "cpu",
     mixers: Annotated[
-        str | None, typer.Option(help="Mixers to compare, as in gka,gla. [default: the preset's]")
+        str | None, typer.Option(help="Mixers to compare, as in gka,gla,gla+attention.")
     ] = None,
     sizes: Annotated[
         str | None, typer.Option(help="Width and head size of the models, as in 16x16,64x32.")
@@ -66,7 +66,7 @@ def mqar(
     learning_rates: Annotated[
         str | None, typer.Option(help="Rates that every mixer is tried with, as in 0.005,0.01.")
     ] = None,
-    seeds: Annotated[int | None, typer.Option(help="How many repetitions, from seed 0 on.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="How many seeds, from 0 on.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps of each training.")] = None,
     processes: Annotated[
         int | None,
@@ -79,8 +79,9 @@ def mqar(
 ) -> None:
     """Train two-layer models on multi-query associative recall (MQAR) and compare mixers.
 
-    Every mixer is trained at every size, learning rate and seed of the preset. Finished trainings
-    are kept in OUTPUT/mqar.json: run the same command again to go on after an interruption.
+    Every mixer is trained at every size with every learning rate; the best rate is repeated with
+    further seeds. Finished trainings are kept in OUTPUT/mqar.json: run the same command again to go
+    on after an interruption.
     """
     changes: dict[str, Any] = {
         "mixers": None if mixers is None else tuple(name.strip() for name in mixers.split(",")),
@@ -135,7 +136,7 @@ def _run_mqar(sweep: "Sweep", folder: Path, processes: int, device: str) -> None
     columns = TextColumn("trainings"), BarColumn(), MofNCompleteColumn(), Elapsed()
     try:
         with Progress(*columns, console=console) as progress:
-            bar = progress.add_task("", total=len(sweep.cells()))
+            bar = progress.add_task("", total=len(sweep))
 
             def show(cell: Cell, result: dict[str, Any]) -> None:
                 found = " ".join(f"{accuracy:.3f}" for accuracy in result["test_accuracy"])

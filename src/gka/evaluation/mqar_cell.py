@@ -70,7 +70,7 @@ class Cell:
     """Everything that determines one training run; two equal cells give one result.
 
     Attributes:
-        mixer: a name of `gka.layers.MIXERS`, in both layers.
+        mixer: a name of `gka.layers.MIXERS` for both layers, or "gla+attention" for one each.
         width: hidden size of the model, which has two layers.
         head_dim: size of keys and values; one head, so a recurrent memory is head_dim x head_dim.
         tasks: what is asked; training batches come from each in turn.
@@ -99,6 +99,12 @@ class Cell:
         )
 
 
+def layer_mixers(mixer: str) -> list[str]:
+    """Mixers of the two layers: ["gla", "attention"] of "gla+attention", ["gka", "gka"] of "gka"."""
+    names = mixer.split("+")
+    return names if len(names) == 2 else names * 2
+
+
 def build_model(cell: Cell) -> "GKAForCausalLM":
     """The cell's two-layer model with fresh weights (drawn from torch's global generator).
 
@@ -112,9 +118,8 @@ def build_model(cell: Cell) -> "GKAForCausalLM":
     config = GKAConfig(
         vocab_size=max(task.vocab_size for task in cell.tasks),
         hidden_size=cell.width,
-        num_hidden_layers=2,
         intermediate_size=2 * cell.width,
-        mixer=cell.mixer,
+        mixers=layer_mixers(cell.mixer),
         num_heads=1,
         head_dim=cell.head_dim,
         expand_v=1.0,

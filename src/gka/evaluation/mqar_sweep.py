@@ -1,4 +1,4 @@
-"""An MQAR sweep: mixers x sizes x mixtures x learning rates x seeds, resumable, on several processes.
+"""An MQAR sweep over mixers, sizes, tasks, learning rates and seeds: resumable, on several processes.
 
 The result file is the state of the sweep: it is rewritten, whole, after every finished cell, and
 cells found in it are not run again. Cells that the current sweep does not ask for stay in it.
@@ -6,9 +6,9 @@ cells found in it are not run again. Cells that the current sweep does not ask f
 
 import json
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
@@ -19,20 +19,23 @@ import torch
 from gka.data.files import read_json, write_json
 from gka.errors import InputError
 from gka.evaluation.mqar import MQARTask
-from gka.evaluation.mqar_cell import Budget, Cell, train_cell
+from gka.evaluation.mqar_cell import Budget, Cell, layer_mixers, train_cell
 from gka.evaluation.results import environment, one_thread
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What to compare: the product of all these, one cell each.
+    """What to compare: every mixer, at every size, on every mixture.
+
+    Each is given all the learning rates with the first seed; the rate with the best validation
+    accuracy is then repeated with the other seeds.
 
     Attributes:
-        mixers: names of `gka.layers.MIXERS`.
+        mixers: names of `gka.layers.MIXERS`, or two as in "gla+attention", one a layer.
         sizes: (width, head_dim) of the models.
         mixtures: the tasks a model is trained and tested on, with the budget it gets.
-        learning_rates: the grid every mixer is given; the best is chosen per (mixer, size, mixture).
-        seeds: repetitions, each below 1,000,000.
+        learning_rates: the grid every mixer is given.
+        seeds: the first for the choice of the rate, the others to repeat it; each below 1,000,000.
 
     Raises:
         InputError: something is empty, repeated or out of range; the message names it.
@@ -59,13 +62,28 @@ class Sweep:
             raise InputError(f"seeds is {self.seeds}; expected numbers from 0 to 999999")
         _check_mixers(self.mixers)
 
-    def cells(self) -> list[Cell]:
-        """All cells, one seed after the other, so that a sweep cut short still compares mixers."""
+    def __len__(self) -> int:
+        """How many trainings the sweep has."""
+        groups = len(self.mixers) * len(self.sizes) * len(self.mixtures)
+        return groups * (len(self.learning_rates) + len(self.seeds) - 1)
+
+    def search(self) -> list[Cell]:
+        """Every learning rate with the first seed."""
         return [
-            Cell(mixer, width, head_dim, tasks, rate, seed, budget)
-            for seed, (tasks, budget), (width, head_dim), rate, mixer in product(
-                self.seeds, self.mixtures, self.sizes, self.learning_rates, self.mixers
+            Cell(mixer, width, head_dim, tasks, rate, self.seeds[0], budget)
+            for (tasks, budget), (width, head_dim), rate, mixer in product(
+                self.mixtures, self.sizes, self.learning_rates, self.mixers
             )
+        ]
+
+    def repeats(self, records: Mapping[str, dict[str, Any]]) -> list[Cell]:
+        """The other seeds, at the rate that `records` of the search show to be the best."""
+        searched = [records[_key(cell.describe())] for cell in self.search()]
+        best = {_group(record["cell"]): record for record in _best_records(searched)}
+        return [
+            replace(cell, seed=seed)
+            for seed, cell in product(self.seeds[1:], self.search())
+            if best[_group(cell.describe())]["cell"]["learning_rate"] == cell.learning_rate
         ]
 
 
@@ -73,8 +91,12 @@ def _check_mixers(mixers: Sequence[str]) -> None:
     from gka.layers import MIXERS
 
     for name in mixers:
-        if name not in MIXERS:
-            raise InputError(f"mixers holds {name!r}; expected names among {', '.join(MIXERS)}")
+        parts = layer_mixers(name)
+        if len(parts) != 2 or not set(parts) <= MIXERS.keys():
+            raise InputError(
+                f"mixers holds {name!r}; expected names among {', '.join(MIXERS)},"
+                " or two of them as in gla+attention"
+            )
 
 
 def run_sweep(
@@ -104,19 +126,24 @@ def run_sweep(
     """
     if processes < 1:
         raise InputError(f"processes is {processes}; expected 1 or more")
-    cells = sweep.cells()
     records = load_records(result_file)
-    for cell in cells:
-        if _key(cell.describe()) in records:
-            on_cell(cell, records[_key(cell.describe())]["result"])
-    todo = [cell for cell in cells if _key(cell.describe()) not in records]
-    for cell, result in _train_all(todo, processes, device):
-        records[_key(cell.describe())] = {"cell": cell.describe(), "result": result}
-        write_json(result_file, {"environment": environment(), "cells": list(records.values())})
-        on_cell(cell, result)
+
+    def run(cells: list[Cell]) -> list[dict[str, Any]]:
+        for cell in cells:
+            if (key := _key(cell.describe())) in records:
+                on_cell(cell, records[key]["result"])
+        todo = [cell for cell in cells if _key(cell.describe()) not in records]
+        for cell, result in _train_all(todo, processes, device):
+            records[_key(cell.describe())] = {"cell": cell.describe(), "result": result}
+            write_json(result_file, {"environment": environment(), "cells": list(records.values())})
+            on_cell(cell, result)
+        return [records[_key(cell.describe())] for cell in cells]
+
+    found = run(sweep.search())
+    found += run(sweep.repeats(records))
     content = {
         "environment": environment() | {"processes": processes, "device": device},
-        "summary": summarize([records[_key(cell.describe())] for cell in cells]),
+        "summary": summarize(found),
         "cells": list(records.values()),
     }
     write_json(result_file, content)
@@ -172,39 +199,55 @@ def _train_all(
 def summarize(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per (tasks, size, mixer): the best learning rate, and the test accuracies there over seeds.
 
-    The rate is chosen by the mean VALIDATION accuracy over tasks and seeds, the accuracies reported
-    are the TEST set's. `at_edge` tells that the best rate is the lowest or highest of three or more
-    tried while not every task is at 0.99, so that a wider grid might do better.
+    The rate is chosen by the VALIDATION accuracy (mean over tasks) of the first seed among the records,
+    the accuracies reported are the TEST set's. `at_edge` tells that the best rate is the lowest or
+    highest of three or more tried while not every task is at 0.99: a wider grid might do better.
     """
+    first = records[0]["cell"]["seed"]
+    best = _best_records([r for r in records if r["cell"]["seed"] == first])
+    return [
+        _summarize_group(
+            record, [r for r in records if _group(r["cell"]) == _group(record["cell"])]
+        )
+        for record in best
+    ]
+
+
+def _best_records(searched: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of every group, the record with the best mean validation accuracy."""
     groups: dict[str, list[dict[str, Any]]] = {}
-    for record in records:
-        cell = record["cell"]
-        size = cell["tasks"], cell["width"], cell["head_dim"], cell["mixer"]
-        groups.setdefault(_key(size), []).append(record)
-    return [_summarize_group(group) for group in groups.values()]
+    for record in searched:
+        groups.setdefault(_group(record["cell"]), []).append(record)
+    return [max(group, key=_validation_mean) for group in groups.values()]
 
 
-def _summarize_group(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    by_rate: dict[float, list[dict[str, Any]]] = {}
-    for record in records:
-        by_rate.setdefault(record["cell"]["learning_rate"], []).append(record)
-    chosen_by = {
-        rate: mean(mean(r["result"]["validation_accuracy"]) for r in group)
-        for rate, group in by_rate.items()
+def _summarize_group(best: dict[str, Any], group: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    rate, first = best["cell"]["learning_rate"], best["cell"]["seed"]
+    tried = {
+        r["cell"]["learning_rate"]: _validation_mean(r) for r in group if r["cell"]["seed"] == first
     }
-    best = max(chosen_by, key=lambda rate: chosen_by[rate])
-    seeds = [r["result"]["test_accuracy"] for r in by_rate[best]]
-    per_task = [_spread(list(values)) for values in zip(*seeds, strict=True)]
+    at_rate = [r for r in group if r["cell"]["learning_rate"] == rate]
+    accuracies = [r["result"]["test_accuracy"] for r in at_rate]
+    per_task = [_spread(list(values)) for values in zip(*accuracies, strict=True)]
     solved = all(task["mean"] >= 0.99 for task in per_task)
     return {
-        **{name: records[0]["cell"][name] for name in ("mixer", "width", "head_dim", "tasks")},
-        "parameters": records[0]["result"]["parameters"],
-        "learning_rate": best,
-        "at_edge": len(by_rate) >= 3 and best in (min(by_rate), max(by_rate)) and not solved,
-        "seeds": [r["cell"]["seed"] for r in by_rate[best]],
+        **{name: best["cell"][name] for name in ("mixer", "width", "head_dim", "tasks")},
+        "parameters": best["result"]["parameters"],
+        "learning_rate": rate,
+        "at_edge": len(tried) >= 3 and rate in (min(tried), max(tried)) and not solved,
+        "seeds": [r["cell"]["seed"] for r in at_rate],
         "test_accuracy": per_task,
-        "validation_mean_by_rate": {f"{rate:g}": score for rate, score in chosen_by.items()},
+        "validation_by_rate": {f"{rate:g}": score for rate, score in tried.items()},
     }
+
+
+def _validation_mean(record: dict[str, Any]) -> float:
+    return mean(record["result"]["validation_accuracy"])
+
+
+def _group(cell: dict[str, Any]) -> str:
+    """What a comparison holds fixed: everything but the learning rate and the seed."""
+    return _key({k: v for k, v in cell.items() if k not in ("learning_rate", "seed")})
 
 
 def _spread(values: list[float]) -> dict[str, Any]:

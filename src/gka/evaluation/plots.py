@@ -18,6 +18,7 @@ MIXER_STYLES = {
     "gated_deltanet": ("Gated DeltaNet", "#E69F00", "^"),
     "deltanet": ("DeltaNet", "#009E73", "v"),
     "gla": ("Gated linear attention", "#D55E00", "D"),
+    "gla+attention": ("GLA, then attention", "#777777", "X"),
     "swa": ("Sliding window", "#CC79A7", "P"),
 }
 
