@@ -1,0 +1,97 @@
+// Chebyshev iteration on the tensor cores, residual form (gka/maths/chebyshev.py).
+
+// The iteration's numbers: B = P^-1 A scaled to a spectrum around one.
+struct Iteration {
+  float step;    // 2/(L + mu) in units of 1/F_t
+  float rho2;    // ((L - mu)/(L + mu))^2
+  int steps;
+  float tau[2];  // P^-1 = (1 - tau_t u u^T) / lambda_t; 0 in plain iteration
+};
+
+// x of A_t x_t = rhs_t, up to the factor step/F_t. On entry `residual` holds rhs (largest entry of a row one).
+// The update d is rounded to float16 before it enters both x and the residual: rounding it costs no accuracy.
+template <bool DEFLATED>
+DEVICE void solve(float (&x)[K / 2], float (&residual)[K / 2], Shared& s, const Place& at,
+                  const Iteration& it, const float (&h_factor)[2], float lambda) {
+  u32 d[K / 4], zeta_d[K / 4], zeta[2];
+#pragma unroll
+  for (int b = 0; b < 2; b++) zeta[b] = pack(h_factor[b], h_factor[b]);
+#pragma unroll
+  for (int i = 0; i < K / 2; i++) x[i] = 0.f;
+#pragma unroll
+  for (int i = 0; i < K / 4; i++) d[i] = 0;
+  u32 k = shared_address(s.k), h = shared_address(s.h);
+  float omega = 2.f, gain = 1.f, keep = 0.f;  // d <- keep d + gain (1 - tau u u^T) residual
+  for (int i = 0;; i++) {
+#if ADAPTIVE
+    float along[2] = {0.f, 0.f};
+    if (DEFLATED) {
+#pragma unroll
+      for (int j = 0; j < K / 8; j++) {
+        float2 u = *(const float2*)(s.top + 8 * j + at.column);
+#pragma unroll
+        for (int b = 0; b < 2; b++)
+          along[b] += residual[4 * j + 2 * b] * u.x + residual[4 * j + 2 * b + 1] * u.y;
+      }
+#pragma unroll
+      for (int b = 0; b < 2; b++) along[b] = quad_sum(along[b]) * it.tau[b];
+    }
+#endif
+#pragma unroll
+    for (int j = 0; j < K / 8; j++) {
+#if ADAPTIVE
+      float2 u = DEFLATED ? *(const float2*)(s.top + 8 * j + at.column) : float2{0.f, 0.f};
+#endif
+#pragma unroll
+      for (int b = 0; b < 2; b++) {
+        float low = residual[4 * j + 2 * b], high = residual[4 * j + 2 * b + 1];
+#if ADAPTIVE
+        if (DEFLATED) low -= along[b] * u.x, high -= along[b] * u.y;
+#endif
+        low = gain * low + keep * low_half(d[2 * j + b]);
+        high = gain * high + keep * high_half(d[2 * j + b]);
+        d[2 * j + b] = pack(low, high);
+        zeta_d[2 * j + b] = times(d[2 * j + b], zeta[b]);
+      }
+    }
+    if (i == it.steps) break;
+    omega = 4.f / (4.f - it.rho2 * omega), gain = omega, keep = omega - 1.f;
+    float scores[C / 2];
+    mma_begin();
+    product<K, 1, true, C>(scores, d, k, false);
+    mma_commit();
+    product<K, -1, true, K>(residual, zeta_d, h, true);
+    mma_commit();
+#pragma unroll
+    for (int j = 0; j < K / 4; j++) {
+      x[2 * j] += low_half(d[j]);
+      x[2 * j + 1] += high_half(d[j]);
+    }
+    mma_wait<1>();
+    hold(scores);
+    u32 p[C / 4];
+#pragma unroll
+    for (int n = 0; n < C / 16; n++) {
+      uint4 w = s.weights[n * THREADS + at.thread];
+      const u32* words = (const u32*)&w;
+#pragma unroll
+      for (int m = 0; m < 4; m++)
+        p[4 * n + m] = times(pack(scores[8 * n + 2 * m], scores[8 * n + 2 * m + 1]), words[m]);
+    }
+    mma_begin();
+    product<C, -1, false, C>(residual, p, k, true);
+    mma_commit();
+    mma_wait<0>();
+    hold(residual);
+#pragma unroll
+    for (int j = 0; j < K / 4; j++) {
+      residual[2 * j] -= lambda * low_half(d[j]);
+      residual[2 * j + 1] -= lambda * high_half(d[j]);
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < K / 4; j++) {
+    x[2 * j] += low_half(d[j]);
+    x[2 * j + 1] += high_half(d[j]);
+  }
+}

@@ -1,0 +1,296 @@
+// One chunk of one head: its arguments, its tiles in shared memory, decays, norms.
+//
+// A block is one warpgroup and works on C = 64 tokens. K, V, BF16 (else float16 inputs) and ADAPTIVE are
+// set when compiling. Names are those of docs/maths.md; *16 is a float16 copy divided by a scale.
+
+constexpr int C = 64;
+constexpr int THREADS = 128;
+constexpr float TINY = 1e-30f;  // below it a tile, or a row, counts as zero, and its scale as one
+
+struct Arguments {
+  const u16 *q, *k, *v;                     // [tokens, H, K], [tokens, HK, K], [tokens, HV, V]
+  const float *g, *gk, *alpha, *beta;       // [tokens, H] or null
+  const u16 *h_states, *u_states;           // [M, H', K, K], [M, H', K, V] float16: chunk-start states / scale
+  const float *h_scales, *h_norms;          // [M, H', h_blocks]
+  const float *u_scales;                    // [M, H', V / 64]
+  const long long *chunk_start;             // [M]
+  const int *chunk_length;                  // [M]
+  u16 *o;                                   // [tokens, H, V]
+  u16 *x;                                   // [tokens, H, K] float16: x_t / x_scale_t
+  float *x_scale;                           // [tokens, H]
+  int *steps;                               // [M, H] or null: steps taken
+  // the derivative's
+  const u16 *d_o;                           // [tokens, H, V]
+  u16 *dq;                                  // [tokens, H, K]
+  float *d_alpha;                           // [tokens, H] or null
+  u16 *y;                                   // [tokens, H, K] float16: y_t / y_scale_t
+  float *y_scale;                           // [tokens, H]
+  float *w, *key_weight;                    // [tokens, H]: 2a <x_t, y_t> / F_t; sum_t zeta_t w_t W_tj
+  float *start_weight;                      // [M, H']: sum_t zeta_t^2 w_t
+  float *start_u, *start_h;                 // [tokens, H]: zeta_t z_t.(U_[c] do_t) scale; x_t.H_[c] y_t
+  float scale, ridge_ratio, empty_below;
+  int num_iter, heads, key_heads, value_heads, first_head, group_heads, first_chunk;
+  int h_blocks;
+  int stagger, multiprocessors;  // ns that every second block of the first wave waits; see stagger_blocks
+};
+
+DEVICE float low_half(u32 x) {
+  float y;
+  asm("{.reg .f16 l, h;\n mov.b32 {l, h}, %1;\n cvt.f32.f16 %0, l;}" : "=f"(y) : "r"(x));
+  return y;
+}
+DEVICE float high_half(u32 x) {
+  float y;
+  asm("{.reg .f16 l, h;\n mov.b32 {l, h}, %1;\n cvt.f32.f16 %0, h;}" : "=f"(y) : "r"(x));
+  return y;
+}
+DEVICE u32 pack(float low, float high) {
+  u32 x;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
+  return x;
+}
+DEVICE u32 times(u32 a, u32 b) {
+  u32 x;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));
+  return x;
+}
+
+// Two neighbouring inputs as float32, and back.
+DEVICE float2 widen(u32 x) {
+#if BF16
+  return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};
+#else
+  return {low_half(x), high_half(x)};
+#endif
+}
+DEVICE u32 narrow(float low, float high) {
+#if BF16
+  u32 x;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
+  return x;
+#else
+  return pack(low, high);
+#endif
+}
+
+DEVICE float quad_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+DEVICE float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+DEVICE float warp_sum(float x) {
+#pragma unroll
+  for (int i = 16; i > 0; i >>= 1) x += __shfl_xor_sync(~0u, x, i);
+  return x;
+}
+DEVICE float warp_max(float x) {
+#pragma unroll
+  for (int i = 16; i > 0; i >>= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, i));
+  return x;
+}
+// Over the block; `scratch` [8] floats. Ends and begins with a barrier.
+template <bool MAXIMUM>
+DEVICE float block_reduce(float x, float* scratch) {
+  x = MAXIMUM ? warp_max(x) : warp_sum(x);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+  __syncthreads();
+  float a = scratch[0], b = scratch[1], c = scratch[2], d = scratch[3];
+  return MAXIMUM ? fmaxf(fmaxf(a, b), fmaxf(c, d)) : (a + b) + (c + d);
+}
+
+DEVICE void copy_async(u32 to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(to), "l"(from) : "memory");
+}
+DEVICE void copies_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+template <int PENDING>
+DEVICE void copies_wait() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(PENDING) : "memory");
+}
+
+// Where this block and this thread are.
+struct Place {
+  int chunk, head, thread, lane, column;  // column: this thread's first in a fragment
+  int row[2];                             // this thread's two tokens of the chunk
+  int length;
+  long long start, state;                 // first token; index of the chunk's states among those of a group
+  DEVICE Place(const Arguments& a) {
+    chunk = a.first_chunk + blockIdx.x / a.group_heads;
+    head = a.first_head + blockIdx.x % a.group_heads;
+    state = blockIdx.x;
+    thread = threadIdx.x;
+    lane = thread % 32;
+    row[0] = thread / 32 * 16 + lane / 4;
+    row[1] = row[0] + 8;
+    column = 2 * (lane % 4);
+    start = a.chunk_start[chunk];
+    length = a.chunk_length[chunk];
+  }
+  DEVICE bool valid(int b) const { return row[b] < length; }
+  // The row itself where it is valid, else the chunk's first, which may always be read: no branch around loads.
+  DEVICE int readable(int b) const { return valid(b) ? row[b] : 0; }
+  DEVICE long long token(const Arguments& a, int b) const {
+    return (start + readable(b)) * a.heads + head;
+  }
+};
+
+// Rows of an array [tokens, heads, D] of 16-bit numbers in the places of a left operand, not yet widened.
+template <int D>
+DEVICE void load_raw(u32 (&a)[D / 4], const u16* array, int heads, int head, const Place& at) {
+#pragma unroll
+  for (int b = 0; b < 2; b++) {
+    const u16* from = array + ((at.start + at.readable(b)) * heads + head) * D + at.column;
+#pragma unroll
+    for (int j = 0; j < D / 8; j++) a[2 * j + b] = *(const u32*)(from + 8 * j);
+  }
+}
+
+// The same in float32; zeros past the chunk's end.
+template <int D>
+DEVICE void widen_raw(float (&d)[D / 2], const u32 (&a)[D / 4], const Place& at) {
+#pragma unroll
+  for (int i = 0; i < D / 4; i++) {
+    float2 pair = widen(at.valid(i % 2) ? a[i] : 0);
+    d[2 * i] = pair.x, d[2 * i + 1] = pair.y;
+  }
+}
+
+// A swizzled copy of a square or K x V state [rows, columns] to shared memory.
+template <int ROWS, int COLUMNS>
+DEVICE void copy_state(u32 to, const u16* from, int thread) {
+#pragma unroll
+  for (int i = 0; i < ROWS * COLUMNS / 8 / THREADS; i++) {
+    int piece = i * THREADS + thread, row = piece / (COLUMNS / 8), column = piece % (COLUMNS / 8) * 8;
+    copy_async(to + swizzled(ROWS, row, column), from + row * COLUMNS + column);
+  }
+  copies_commit();
+}
+
+// Rows of keys or values on their way to shared memory: 16-byte pieces, all loads issued together.
+template <int D>
+struct Pieces {
+  static constexpr int N = C * D / 8 / THREADS;
+  uint4 held[N];
+
+  DEVICE void load(const u16* array, int heads, int head, const Place& at) {
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      int piece = i * THREADS + at.thread, row = piece / (D / 8), column = piece % (D / 8) * 8;
+      int from = row < at.length ? row : 0;
+      held[i] = *(const uint4*)(array + ((at.start + from) * heads + head) * D + column);
+      if (row >= at.length) held[i] = uint4{0, 0, 0, 0};
+    }
+  }
+  DEVICE float largest() const {
+    float most = 0.f;
+#pragma unroll
+    for (int i = 0; i < 4 * N; i++) {
+      float2 pair = widen(((const u32*)held)[i]);
+      most = fmaxf(most, fmaxf(fabsf(pair.x), fabsf(pair.y)));
+    }
+    return most;
+  }
+  // Times `factor`, in float16, swizzled.
+  DEVICE void store(unsigned char* to, float factor, const Place& at) const {
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      int piece = i * THREADS + at.thread, row = piece / (D / 8), column = piece % (D / 8) * 8;
+      uint4 scaled;
+#pragma unroll
+      for (int w = 0; w < 4; w++) {
+        float2 pair = widen(((const u32*)&held[i])[w]);
+        ((u32*)&scaled)[w] = pack(pair.x * factor, pair.y * factor);
+      }
+      *(uint4*)(to + swizzled(C, row, column)) = scaled;
+    }
+  }
+};
+
+// Log decay from the chunk's start to every token, `out` [C]; zeros without decay. One warp.
+DEVICE void sum_decays(float* out, const float* g, const Arguments& a, const Place& at) {
+  float pair[2];
+#pragma unroll
+  for (int e = 0; e < 2; e++) {
+    int row = 2 * at.lane + e;
+    pair[e] = g != nullptr && row < at.length ? g[(at.start + row) * a.heads + at.head] : 0.f;
+  }
+  float sum = pair[0] + pair[1];
+#pragma unroll
+  for (int i = 1; i < 32; i <<= 1) {
+    float before = __shfl_up_sync(~0u, sum, i);
+    if (at.lane >= i) sum += before;
+  }
+  out[2 * at.lane] = sum - pair[1];
+  out[2 * at.lane + 1] = sum;
+}
+
+// W_tj = M_jt beta_j^2 as a fragment [C, C].
+DEVICE void weights(float (&w)[C / 2], const float* decay, const float* beta2, const Place& at) {
+  float mine[2] = {decay[at.row[0]], decay[at.row[1]]};
+#pragma unroll
+  for (int j = 0; j < C / 8; j++)
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+      int column = 8 * j + at.column + e;
+      float b = decay[column], beta = beta2[column];
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        float weight = __expf(mine[r] - b) * beta;  // selected: an overflow above the diagonal is no matter
+        w[4 * j + 2 * r + e] = column <= at.row[r] ? weight : 0.f;
+      }
+    }
+}
+
+// What a block keeps in shared memory. U's tile holds (1 - alpha) dz during the derivative's solve.
+struct Shared {
+  unsigned char h[K * K * 2];
+  unsigned char u[K * V * 2 > C * K * 4 ? K * V * 2 : C * K * 4];
+  unsigned char k[C * K * 2];
+  unsigned char v[C * V * 2];
+  uint4 weights[C / 16 * THREADS];  // W / F, a thread's in its own places; before that, (K K^T)^2
+  float decay_h[C], decay_u[C], beta2[C], energy[C], scratch[16];
+#if ADAPTIVE
+  float top[K];  // u, the unit vector of N = nu u u^T
+#endif
+};
+
+// The blocks of a multiprocessor start together; one of each pair waits once, so that from then on the
+// tensor cores work for one while the other loads and stores.
+DEVICE void stagger_blocks(const Arguments& a) {
+  int wave = blockIdx.x / a.multiprocessors;
+  if (a.stagger > 0 && wave > 0 && wave < BLOCKS) __nanosleep(a.stagger * wave);
+}
+
+// Starts the copies of both states.
+DEVICE void copy_states(Shared& s, const Arguments& a, const Place& at) {
+  copy_state<K, K>(shared_address(s.h), a.h_states + at.state * K * K, at.thread);
+  copy_state<K, V>(shared_address(s.u), a.u_states + at.state * K * V, at.thread);
+}
+
+DEVICE void load_gates(Shared& s, const Arguments& a, const Place& at) {
+  int warp = at.thread / 32;
+  if (warp < 2) {
+    sum_decays(warp ? s.decay_u : s.decay_h, warp ? a.g : a.gk, a, at);
+  } else {
+    int row = at.thread - 64;
+    float beta = 1.f;
+    if (a.beta != nullptr) beta = a.beta[(at.start + (row < at.length ? row : 0)) * a.heads + at.head];
+    s.beta2[row] = row < at.length ? beta * beta : 0.f;
+  }
+}
+
+// The largest entries of keys and values (one if all are zero); keys and values / these to shared memory.
+DEVICE void store_tiles(Shared& s, const Pieces<K>& k, const Pieces<V>& v, float& k_max, float& v_max,
+                        const Place& at) {
+  k_max = warp_max(k.largest()), v_max = warp_max(v.largest());
+  if (at.lane == 0) s.scratch[at.thread / 32] = k_max, s.scratch[4 + at.thread / 32] = v_max;
+  __syncthreads();
+  k_max = fmaxf(fmaxf(s.scratch[0], s.scratch[1]), fmaxf(s.scratch[2], s.scratch[3]));
+  v_max = fmaxf(fmaxf(s.scratch[4], s.scratch[5]), fmaxf(s.scratch[6], s.scratch[7]));
+  k_max = k_max > TINY ? k_max : 1.f, v_max = v_max > TINY ? v_max : 1.f;
+  k.store(s.k, 1.f / k_max, at);
+  v.store(s.v, 1.f / v_max, at);
+}

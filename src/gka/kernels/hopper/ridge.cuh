@@ -1,0 +1,75 @@
+// F_t of every token of a chunk (gka/maths/ridge.py).
+
+// F_t of this thread's two tokens and what of it the chunk's own keys give.
+struct Ridge {
+  float fro2[2], own2[2];  // F_t^2; |sum_j W_tj k_j k_j^T|^2
+  float zeta[2], h_scale;
+};
+
+// F_t^2 = zeta_t^2 |H_[c]|^2 + sum_j W_tj (2 zeta_t k_j^T H_[c] k_j + (W (K K^T)^2)_tj), and W.
+// Needs h and k loaded.
+DEVICE Ridge ridge(float (&w)[C / 2], Shared& s, const Arguments& a, const Place& at, float k_max) {
+  Ridge r;
+  r.h_scale = a.h_scales[at.state * a.h_blocks];
+  float h_norm2 = 0.f, k2 = k_max * k_max;
+  for (int i = 0; i < a.h_blocks; i++) h_norm2 += a.h_norms[at.state * a.h_blocks + i];
+  float gram[C / 2];
+  {
+    float kh[K / 2];
+    mma_begin();
+    product_shared<K, C, C>(gram, shared_address(s.k), shared_address(s.k));
+    product_shared<K, C, K>(kh, shared_address(s.k), shared_address(s.h));
+    mma_commit();
+    weights(w, s.decay_h, s.beta2, at);
+    mma_wait<0>();
+    hold(gram), hold(kh);
+    u32 key_place = at.row[0] * 128 + ((at.row[0] & 7) << 4) + at.column * 2;  // swizzled(C, row, column)
+#pragma unroll
+    for (int b = 0; b < 2; b++) {
+      float energy = 0.f;
+#pragma unroll
+      for (int j = 0; j < K / 8; j++) {
+        u32 key = *(const u32*)(s.k + (key_place ^ (j & 7) << 4) + (j >> 3) * C * 128 + b * 1024);
+        energy += kh[4 * j + 2 * b] * low_half(key) + kh[4 * j + 2 * b + 1] * high_half(key);
+      }
+      energy = quad_sum(energy);
+      if (at.lane % 4 == 0) s.energy[at.row[b]] = energy * (r.h_scale * k2);
+    }
+  }
+  unsigned char* squares = (unsigned char*)s.weights;
+  u32 place = at.row[0] * 128 + ((at.row[0] & 7) << 4) + at.column * 2;
+#pragma unroll
+  for (int j = 0; j < C / 8; j++)
+#pragma unroll
+    for (int b = 0; b < 2; b++) {
+      float low = gram[4 * j + 2 * b], high = gram[4 * j + 2 * b + 1];
+      *(u32*)(squares + (place ^ j << 4) + b * 1024) = pack(low * low, high * high);
+    }
+  publish_shared();
+  u32 left[C / 4];
+#pragma unroll
+  for (int i = 0; i < C / 4; i++) left[i] = pack(w[2 * i], w[2 * i + 1]);
+  __syncthreads();
+  float pair[C / 2];
+  mma_begin();
+  product<C, 1, true, C>(pair, left, shared_address(squares), false);
+  mma_commit();
+  mma_wait<0>();
+  hold(pair);
+#pragma unroll
+  for (int b = 0; b < 2; b++) {
+    float cross = 0.f, own = 0.f;
+#pragma unroll
+    for (int j = 0; j < C / 8; j++)
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        float weight = w[4 * j + 2 * b + e];
+        cross += weight * s.energy[8 * j + at.column + e];
+        own += weight * pair[4 * j + 2 * b + e];
+      }
+    r.zeta[b] = __expf(s.decay_h[at.row[b]]);
+    r.own2[b] = quad_sum(own) * (k2 * k2);
+    r.fro2[b] = r.zeta[b] * (r.zeta[b] * h_norm2 + 2.f * quad_sum(cross)) + r.own2[b];
+  }
+  return r;
+}

@@ -1,0 +1,91 @@
+// A chunk's ridge systems and their solution (gka/maths/system.py).
+
+// A chunk's systems, ready for `solve`.
+struct System {
+  Iteration it;
+  float fro[2], zeta[2], lambda, h_scale;  // fro: F_t, one where empty
+  float h_factor[2], w_factor[2];          // of H16 and of W as the iteration takes them
+  bool empty[2];
+};
+
+// Bounds of the spectrum, step count, and W / F in shared memory.
+DEVICE System prepare(Shared& s, const Arguments& a, const Place& at, float k_max) {
+  float w[C / 2];
+  Ridge r = ridge(w, s, a, at, k_max);
+  System y;
+  y.h_scale = r.h_scale;
+#pragma unroll
+  for (int b = 0; b < 2; b++) {
+    y.empty[b] = r.fro2[b] < a.empty_below * a.empty_below;
+    y.fro[b] = y.empty[b] ? 1.f : __fsqrt_rn(r.fro2[b]);
+    y.zeta[b] = r.zeta[b];
+    y.it.tau[b] = 0.f;
+  }
+  float rho = 1.f / (1.f + 2.f * a.ridge_ratio);
+  y.it.rho2 = rho * rho, y.it.step = 2.f * rho, y.it.steps = a.num_iter;
+#if ADAPTIVE
+  tighten(y.it, r, w, y.fro, y.empty, s, a, at, k_max);
+#endif
+  y.lambda = a.ridge_ratio * y.it.step;
+  __syncthreads();  // all have read the squares that W / F replaces
+#pragma unroll
+  for (int b = 0; b < 2; b++) {
+    float unit = __fdividef(y.it.step, y.fro[b]);
+    y.h_factor[b] = y.zeta[b] * r.h_scale * unit;
+    y.w_factor[b] = unit * k_max * k_max;
+  }
+#pragma unroll
+  for (int n = 0; n < C / 16; n++) {
+    uint4 four;
+#pragma unroll
+    for (int m = 0; m < 4; m++)
+      ((u32*)&four)[m] = pack(w[8 * n + 2 * m] * y.w_factor[m % 2], w[8 * n + 2 * m + 1] * y.w_factor[m % 2]);
+    s.weights[n * THREADS + at.thread] = four;
+  }
+  return y;
+}
+
+// x_t = p(A_t) rhs_t in place of rhs; zero where the history is empty.
+DEVICE void solve_chunk(float (&x)[K / 2], float (&rhs)[K / 2], Shared& s, const System& y, const Place& at) {
+  float largest[2], factor[2];
+  row_maxima(largest, rhs);
+#pragma unroll
+  for (int b = 0; b < 2; b++) factor[b] = y.empty[b] ? 0.f : __fdividef(1.f, largest[b]);
+#pragma unroll
+  for (int i = 0; i < K / 2; i++) rhs[i] *= factor[i / 2 % 2];
+#if ADAPTIVE
+  if (s.deflated)
+    solve<true>(x, rhs, s, at, y.it, y.h_factor, y.lambda);
+  else
+#endif
+    solve<false>(x, rhs, s, at, y.it, y.h_factor, y.lambda);
+#pragma unroll
+  for (int b = 0; b < 2; b++) factor[b] = largest[b] * __fdividef(y.it.step, y.fro[b]);
+#pragma unroll
+  for (int i = 0; i < K / 2; i++) x[i] *= factor[i / 2 % 2];
+}
+
+// scores o W of U as a left operand. With one decay for both states W is what the solve left, unless the
+// history is so large or small that W / F left float16's range.
+DEVICE void weigh_scores(u32 (&p)[C / 4], const float (&scores)[C / 2], const Shared& s, const Arguments& a,
+                         const System& y, const Place& at) {
+  float least = fminf(y.w_factor[0], y.w_factor[1]), most = fmaxf(y.w_factor[0], y.w_factor[1]);
+  if (a.g == a.gk && least > 1.f / 1024.f && most < 1024.f) {
+    float factor[2] = {__fdividef(1.f, y.w_factor[0]), __fdividef(1.f, y.w_factor[1])};
+#pragma unroll
+    for (int n = 0; n < C / 16; n++) {
+      uint4 four = s.weights[n * THREADS + at.thread];
+#pragma unroll
+      for (int m = 0; m < 4; m++) {
+        u32 w = ((const u32*)&four)[m];
+        int i = 8 * n + 2 * m;
+        p[4 * n + m] = pack(scores[i] * (low_half(w) * factor[m % 2]), scores[i + 1] * (high_half(w) * factor[m % 2]));
+      }
+    }
+  } else {
+    float w[C / 2];
+    weights(w, s.decay_u, s.beta2, at);
+#pragma unroll
+    for (int i = 0; i < C / 4; i++) p[i] = pack(scores[2 * i] * w[2 * i], scores[2 * i + 1] * w[2 * i + 1]);
+  }
+}

@@ -1,0 +1,110 @@
+"""CUDA C++ compiled at run time by NVRTC, which PyTorch's CUDA builds ship, and launched by the driver.
+
+Bound with ctypes: torch's own entry (`torch.cuda._compile_kernel`) is private and changes.
+"""
+
+import ctypes
+import glob
+from pathlib import Path
+
+import torch
+
+
+class CompilationError(RuntimeError):
+    """NVRTC refused a kernel; the message holds its log."""
+
+
+def _library() -> ctypes.CDLL:
+    """libnvrtc of the CUDA version that torch was built for."""
+    version = torch.version.cuda
+    if version is None:
+        raise OSError("this build of torch has no CUDA, and with it no NVRTC")
+    name = f"libnvrtc.so.{version.split('.')[0]}"
+    folder = Path(torch.__file__).parents[1] / "nvidia"
+    for path in (name, *sorted(glob.glob(str(folder / "*" / "lib" / name)))):
+        try:
+            return ctypes.CDLL(path)
+        except OSError:
+            continue
+    raise OSError(f"{name} was not found on the library path or under {folder}")
+
+
+def why_missing() -> str | None:
+    """Why kernels cannot be compiled here; None if they can."""
+    try:
+        _library()
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def compile_cubin(source: str, name: str, arch: str) -> bytes:
+    """Machine code of `source` for `arch` ("sm_90a").
+
+    Raises:
+        CompilationError: with NVRTC's log.
+    """
+    lib = _library()
+    program = ctypes.c_void_p()
+    made = lib.nvrtcCreateProgram(
+        ctypes.byref(program), source.encode(), f"{name}.cu".encode(), 0, None, None
+    )
+    if made:
+        raise CompilationError(f"NVRTC could not start on {name} (error {made}).")
+    try:
+        flags = [f"--gpu-architecture={arch}", "--std=c++17"]
+        options = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
+        if lib.nvrtcCompileProgram(program, len(flags), options):
+            raise CompilationError(f"{name} for {arch}:\n{_read(lib, program, 'ProgramLog')}")
+        return _read_bytes(lib, program, "CUBIN")
+    finally:
+        lib.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _read_bytes(lib: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
+    size = ctypes.c_size_t()
+    getattr(lib, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
+    buffer = ctypes.create_string_buffer(size.value)
+    getattr(lib, f"nvrtcGet{what}")(program, buffer)
+    return buffer.raw
+
+
+def _read(lib: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> str:
+    return _read_bytes(lib, program, what).rstrip(b"\0").decode()
+
+
+class Kernel:
+    """A kernel of one argument, a structure, on the current device."""
+
+    _MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+
+    def __init__(self, cubin: bytes, name: str, threads: int, shared: int) -> None:
+        self.threads, self.shared = threads, shared
+        torch.cuda.current_stream()  # the device's context exists from here on
+        self.driver = ctypes.CDLL("libcuda.so.1")
+        self.module, self.function = ctypes.c_void_p(), ctypes.c_void_p()
+        self._check(self.driver.cuModuleLoadData(ctypes.byref(self.module), cubin), "load")
+        found = self.driver.cuModuleGetFunction(
+            ctypes.byref(self.function), self.module, name.encode()
+        )
+        self._check(found, "find")
+        self._check(
+            self.driver.cuFuncSetAttribute(self.function, self._MAX_DYNAMIC_SHARED_SIZE, shared),
+            "set the shared memory of",
+        )
+
+    def __call__(self, blocks: int, arguments: ctypes.Structure) -> None:
+        """Launch on torch's current stream."""
+        pointer = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        launched = self.driver.cuLaunchKernel(
+            self.function, blocks, 1, 1, self.threads, 1, 1, self.shared, stream, pointer, None
+        )
+        self._check(launched, "launch")
+
+    def _check(self, error: int, doing: str) -> None:
+        if error:
+            text = ctypes.c_char_p()
+            self.driver.cuGetErrorString(error, ctypes.byref(text))
+            reason = text.value.decode() if text.value else "unknown error"
+            raise RuntimeError(f"CUDA could not {doing} a kernel: {reason} ({error}).")
