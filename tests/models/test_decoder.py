@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from gka.models import GKACache, GKAForCausalLM
+from gka.models.naming import CACHE_NAME
 from tolerances import RELATIVE, assert_close
 
 Build = Callable[..., GKAForCausalLM]
@@ -69,7 +70,7 @@ def test_packed_sequences_are_separate(model: GKAForCausalLM, ids: Ids):
     tokens = ids(1, sum(lengths))
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     packed = model(tokens, labels=tokens, cu_seqlens=bounds)
-    assert packed.past_key_values is None
+    assert CACHE_NAME not in packed
     packed.loss.backward()
     gradient = model.model.embed_tokens.weight.grad
     assert gradient is not None
@@ -108,7 +109,7 @@ def test_any_chunking_with_a_cache_equals_one_forward(model: GKAForCausalLM, ids
                 past_key_values=cache,
                 use_cache=True,
             )
-            cache = out.past_key_values
+            cache = out[CACHE_NAME]
             parts.append(out.logits)
     found = torch.cat(parts, 1)
     assert_close(found[0], expected[0], TOLERANCE, "row without padding")
@@ -125,7 +126,7 @@ def test_the_cache_is_updated_in_place(build: Build, ids: Ids):
     """Recurrent states keep their addresses from step to step, as compiled decoding needs."""
     model = build(mixers=["gka", "attention"])
     with torch.no_grad():
-        cache: Any = model(ids(1, 6), use_cache=True).past_key_values
+        cache: Any = model(ids(1, 6), use_cache=True)[CACHE_NAME]
         states = [*cache.layers[0].recurrent_states.values(), *cache.layers[0].conv_states.values()]
         addresses = [state.data_ptr() for state in states if state is not None]
         before = cache.layers[0].recurrent_states[0].clone()
@@ -162,6 +163,46 @@ def test_checkpointing_gives_the_same_gradients(build: Build, ids: Ids, reentran
     assert torch.equal(loss, again)
     assert len(plain) == len(checkpointed) == len(list(model.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(plain, checkpointed, strict=True))
+
+
+def test_checkpointing_refuses_a_cache(build: Build, ids: Ids):
+    """A layer run twice would take its tokens into a cache twice: refused, except without gradients."""
+    model, tokens = build(mixers=["gka", "attention"]), ids(1, 6)
+    expected = model(tokens).logits
+    name = "activation_checkpointing_enable"
+    getattr(model, name, model.gradient_checkpointing_enable)()
+    model.train()
+    for options in ({"use_cache": True}, {"past_key_values": GKACache(model.config)}):
+        with pytest.raises(ValueError, match="a cache would take in the tokens twice"):
+            model(tokens, **options)
+    with torch.no_grad():
+        cache = GKACache(model.config)
+        parts = [model(part, past_key_values=cache).logits for part in tokens.split(3, 1)]
+    assert_close(torch.cat(parts, 1), expected, TOLERANCE)
+
+
+def test_a_cache_has_two_names(build: Build, ids: Ids):
+    """`cache` and `past_key_values` are one argument in every version of transformers, given once."""
+    model, tokens = build(mixers=["gka", "attention"]), ids(1, 6)
+    expected = model(tokens).logits[:, 3:]
+    for body in (model, model.model):
+        for name in ("cache", "past_key_values"):
+            cache = GKACache(model.config)
+            model(tokens[:, :3], **{name: cache})
+            out = body(tokens[:, 3:], **{name: cache})
+            assert out[CACHE_NAME] is cache and cache.get_seq_length() == 6
+            if body is model:
+                assert_close(out.logits, expected, TOLERANCE, name)
+        with pytest.raises(ValueError, match="two names of one argument"):
+            body(tokens, cache=cache, past_key_values=cache)
+
+
+def test_misspelt_arguments_are_refused(build: Build, ids: Ids):
+    """No catch-all swallows a name that forward does not have."""
+    model = build()
+    for body in (model, model.model):
+        with pytest.raises(TypeError, match="cahce"):
+            body(ids(1, 3), cahce=None)
 
 
 def test_compiled_model_gives_the_same(build: Build, ids: Ids):
@@ -205,10 +246,10 @@ def test_a_mask_of_ones_is_no_mask(build: Build, ids: Ids):
         assert torch.equal(out.logits, model(tokens).logits)
         if "attention" in mixers:
             with pytest.raises(ValueError, match="must cover the 7 cached and the 7 new positions"):
-                model(tokens, attention_mask=ones, past_key_values=out.past_key_values)
+                model(tokens, attention_mask=ones, past_key_values=out[CACHE_NAME])
         else:
-            model(tokens, attention_mask=ones, past_key_values=out.past_key_values)
-            assert out.past_key_values.get_seq_length() == 14
+            model(tokens, attention_mask=ones, past_key_values=out[CACHE_NAME])
+            assert out[CACHE_NAME].get_seq_length() == 14
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from gka.models import GKACache, GKAForCausalLM
+from gka.models.naming import CACHE_NAME
 from tolerances import RELATIVE, assert_close
 
 Build = Callable[..., GKAForCausalLM]
@@ -92,14 +93,19 @@ def test_sampling_equals_sampling_without_a_cache(build: Build, ids: Ids):
     assert torch.equal(*found)
 
 
+# transformers asks for the newer name once it has it
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
 @pytest.mark.parametrize("mixers", [["gka", "gka"], HYBRID])
-def test_a_conversation_goes_on_from_its_cache(build: Build, ids: Ids, mixers: list[str]):
+def test_a_conversation_goes_on_from_its_cache(
+    build: Build, ids: Ids, mixers: list[str], name: str
+):
     """A second generate call with the cache of the first equals one over the whole text."""
     model, tokens = build(mixers=mixers), ids(2, 6)
     cache = GKACache(model.config)
-    first = generate(model, tokens, past_key_values=cache)
+    first = generate(model, tokens, **{name: cache})
     longer = torch.cat([first, ids(2, 3, seed=5)], 1)
-    found = generate(model, longer, past_key_values=cache)
+    found = generate(model, longer, **{name: cache})
     assert torch.equal(found, generate(model, longer))
     assert cache.get_seq_length() == found.shape[1] - 1
 
@@ -113,6 +119,15 @@ def test_stops_at_the_end_of_text(build: Build, ids: Ids):
     assert (stopped[0, 9:] == 0).all() and stopped[0, 8] == eos
     until = (free[1, 6:] == eos).long().cumsum(0).eq(0).sum() + 6
     assert torch.equal(stopped[1, :until], free[1, :until])
+
+
+def test_checkpointed_models_generate_while_training(build: Build, ids: Ids):
+    """Samples taken in the middle of training, checkpointing on, are those of evaluation mode."""
+    model, tokens = build(mixers=HYBRID), ids(2, 6)
+    expected = generate(model, tokens)
+    name = "activation_checkpointing_enable"
+    getattr(model, name, model.gradient_checkpointing_enable)()
+    assert torch.equal(generate(model.train(), tokens), expected)
 
 
 def test_chunked_prefill_equals_one_prefill(build: Build, ids: Ids):
@@ -139,9 +154,12 @@ def test_static_cache(build: Build, ids: Ids, mixers: list[str]):
             "'quantized' cannot hold recurrent states",
         ),
         (HYBRID, {"cache_implementation": "offloaded"}, "'offloaded' cannot hold"),
-        (["gka"], {"past_key_values": DynamicCache}, "pass a gka.models.GKACache"),
-        (HYBRID, {"assistant_model": True}, "assisted generation is not supported with stateful"),
+        (["gka"], {CACHE_NAME: DynamicCache}, "pass a gka.models.GKACache"),
+        (HYBRID, {"assistant_model": HYBRID}, "assisted generation is not supported with stateful"),
+        (["attention"], {"assistant_model": ["gka"]}, "recurrent states cannot be rolled back"),
+        (["attention"], {"assistant_model": HYBRID}, "recurrent states cannot be rolled back"),
         (HYBRID, {"output_attentions": True}, "no attention weights"),
+        (HYBRID, {"cahce": 1}, "not used by the model"),
     ],
 )
 def test_what_cannot_work_says_so(
@@ -149,18 +167,19 @@ def test_what_cannot_work_says_so(
 ):
     """Caches that cannot hold the states, and decoding that would roll them back, are refused."""
     model = build(mixers=mixers)
-    if "past_key_values" in options:
-        options = {"past_key_values": DynamicCache(config=model.config)}
+    if CACHE_NAME in options:
+        options = {CACHE_NAME: DynamicCache(config=model.config)}
     if "assistant_model" in options:
-        options = {"assistant_model": build(mixers=mixers)}
+        options = {"assistant_model": build(mixers=options["assistant_model"])}
     with pytest.raises(ValueError, match=message):
         generate(model, ids(1, 4), **options)
 
 
-def test_attention_only_models_can_be_assisted(build: Build, ids: Ids):
+@pytest.mark.parametrize("mixer", ["attention", "swa"])
+def test_attention_only_models_can_be_assisted(build: Build, ids: Ids, mixer: str):
     """Without recurrent layers a draft model may speed up decoding, and changes nothing."""
-    model, tokens = build(mixers=["attention", "attention"]), ids(1, 6)
-    draft = build(mixers=["attention"], seed=4)
+    model, tokens = build(mixers=[mixer, "attention"]), ids(1, 6)
+    draft = build(mixers=[mixer], seed=4)
     assert torch.equal(generate(model, tokens, assistant_model=draft), generate(model, tokens))
 
 

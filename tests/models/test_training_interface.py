@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from gka.models import GKAForCausalLM
+from gka.models.naming import CACHE_NAME
 from tolerances import RELATIVE, assert_close
 
 Build = Callable[..., GKAForCausalLM]
@@ -36,13 +37,13 @@ def test_logits_are_left_out_where_only_the_loss_is_needed(build: Build, ids: Id
     model, tokens = build(), ids(1, 6)
     assert model(tokens, labels=tokens).logits is not None
     assert model(tokens, labels=tokens, return_logits=False).logits is None
-    assert model(tokens, labels=tokens).past_key_values is None
-    assert model(tokens).past_key_values is not None
+    assert CACHE_NAME not in model(tokens, labels=tokens)
+    assert CACHE_NAME in model(tokens)
     model.train()
     assert model(tokens, labels=tokens).logits is None
     assert model(tokens, labels=tokens, return_logits=True).logits.shape == (1, 6, 97)
     assert model(tokens).logits is not None
-    assert model(tokens).past_key_values is None
+    assert CACHE_NAME not in model(tokens)
 
 
 def test_accumulated_batches_equal_one_batch(build: Build, ids: Ids):
@@ -153,3 +154,11 @@ def test_trainer_metrics_see_the_logits(build: Build, ids: Ids, tmp_path: Path):
     )
     assert trainer.evaluate()["eval_tokens"] == 32
     assert seen["logits"].shape == (4, 8, 97)
+
+
+def test_predictions_are_logits_and_no_cache(build: Build, ids: Ids, tmp_path: Path):
+    """Without labels the model returns a cache, under whatever name; Trainer leaves it out."""
+    rows = [{"input_ids": row} for row in ids(4, 8)]
+    trainer = Trainer(build(mixers=["gka", "attention"]), arguments(tmp_path))
+    prediction: Any = trainer.predict(rows)  # pyright: ignore[reportArgumentType]
+    assert prediction.predictions.shape == (4, 8, 97)

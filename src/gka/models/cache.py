@@ -1,7 +1,7 @@
 """The cache of a decoder with recurrent layers, for transformers' `generate`."""
 
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 
 class GKACache(DynamicCache):
@@ -18,6 +18,7 @@ class GKACache(DynamicCache):
         super().__init__(config=config)
         self._tokens = 0
         self._attends = any(isinstance(layer, CacheLayerMixin) for layer in self.layers)
+        self._recurs = any(isinstance(x, LinearAttentionCacheLayerMixin) for x in self.layers)
 
     def advance(self, tokens: int) -> None:
         """Count `tokens` more; called by the model once a forward pass."""
@@ -36,6 +37,40 @@ class GKACache(DynamicCache):
                 layer.keys = layer.values = None
                 layer.is_initialized = False
         self._tokens = 0
+
+    def activate_past_recording(self) -> None:
+        """Keep what a later `crop` needs; called by assisted generation.
+
+        Raises:
+            ValueError: a layer is recurrent.
+        """
+        self._check_rollback()
+        super().activate_past_recording()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens again, as many as `DynamicCache.crop` makes of `tokens_to_remove`.
+
+        Raises:
+            ValueError: a layer is recurrent.
+        """
+        self._check_rollback()
+        super().crop(tokens_to_remove)
+
+    def _check_rollback(self) -> None:
+        if self._recurs:
+            raise ValueError(
+                "recurrent states cannot be rolled back: a model with recurrent layers can neither draft "
+                "for another one nor be assisted; leave assistant_model out"
+            )
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """By layer, whether `generate` must take it that nobody knows how many tokens were seen: never.
+
+        Of a cache of recurrent layers alone transformers 5.24 thinks so, and would feed the tokens that
+        the cache has seen a second time.
+        """
+        return [False] * len(self.layers)
 
     @property
     def is_compileable(self) -> bool:

@@ -11,6 +11,7 @@ from gka.models.cache import GKACache
 from gka.models.configuration import GKAConfig
 from gka.models.decoder import GKAModel, GKAPreTrainedModel
 from gka.models.loss import linear_cross_entropy, mean_loss, next_token_targets
+from gka.models.naming import CACHE_NAME, one_cache
 
 
 class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
@@ -45,6 +46,7 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         cu_seqlens: Tensor | None = None,
         *,
+        cache: Cache | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         return_logits: bool | None = None,
@@ -56,7 +58,7 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
         are left out where labels are given; in evaluation mode they are returned as well.
 
         Args:
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, cu_seqlens,
+            input_ids, attention_mask, position_ids, past_key_values, cache, inputs_embeds, cu_seqlens,
                 output_hidden_states: as in `GKAModel.forward`.
             labels: [B,T] the tokens themselves, -100 where nothing is to be predicted; position t is
                 compared with label t+1, and the last token of a packed sequence with nothing.
@@ -68,16 +70,17 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
             return_logits: None: unless in training mode with labels.
 
         Returns:
-            `loss` (float32), `logits` [B,T',vocab_size] in the model's dtype, `past_key_values`,
-            `hidden_states`; each None where it was not asked for.
+            `loss` (float32), `logits` [B,T',vocab_size] in the model's dtype, `past_key_values`
+            (`cache` since transformers 5.24), `hidden_states`; each None where it was not asked for.
         """
-        if use_cache is None and labels is not None and past_key_values is None:
+        past = one_cache(past_key_values, cache)
+        if use_cache is None and labels is not None and past is None:
             use_cache = False
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=past,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             cu_seqlens=cu_seqlens,
@@ -93,8 +96,8 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,  # pyright: ignore[reportArgumentType]
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
     def _loss(
@@ -122,13 +125,19 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *others: Any, **named: Any
     ) -> None:
         """transformers' choice, except that the dynamic cache is one that counts its tokens."""
-        given = model_kwargs.get("past_key_values")
+        given = one_cache(
+            model_kwargs.pop("past_key_values", None), model_kwargs.pop("cache", None)
+        )
+        if given is not None:
+            model_kwargs[CACHE_NAME] = given
         _check_generation(self.config, generation_config, given)
         super()._prepare_cache_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             generation_config, model_kwargs, *others, **named
         )
-        if given is None and isinstance(model_kwargs.get("past_key_values"), DynamicCache):
-            model_kwargs["past_key_values"] = GKACache(self.config)
+        if given is None and isinstance(model_kwargs.get(CACHE_NAME), DynamicCache):
+            model_kwargs[CACHE_NAME] = cache = GKACache(self.config)
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None, **_: Any) -> Tensor | None:

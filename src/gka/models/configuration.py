@@ -73,7 +73,7 @@ class GKAConfig(PreTrainedConfig):
     """
 
     model_type = "gka"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
 
     vocab_size: int = 32000
     hidden_size: int = 2048

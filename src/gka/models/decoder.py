@@ -14,6 +14,7 @@ from gka.layers import RMSNorm
 from gka.models.cache import GKACache
 from gka.models.configuration import GKAConfig
 from gka.models.initialization import init_module
+from gka.models.naming import CACHE_NAME, one_cache
 from gka.models.pattern import build_mixer
 
 
@@ -42,8 +43,12 @@ class GKADecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = GKAMLP(config)
 
-    def forward(self, hidden_states: Tensor, **context: Any) -> Tensor:
-        mixed, _, _ = self.mixer(self.input_layernorm(hidden_states), **context)
+    def forward(self, hidden_states: Tensor, past: Cache | None, **context: Any) -> Tensor:
+        # Called `past` here: transformers takes a cache under its own names away from checkpointed layers,
+        # by version under different ones and not always.
+        mixed, _, _ = self.mixer(
+            self.input_layernorm(hidden_states), past_key_values=past, **context
+        )
         hidden_states = hidden_states + mixed
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
@@ -56,7 +61,7 @@ class GKAPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["GKADecoderLayer"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values", "cache", "past"]
     _supports_sdpa = True
     # The decay exp(A_log) softplus(. + dt_bias) acts at every token: a half-precision rounding of these few
     # numbers compounds over the sequence. They stay float32 whatever dtype a model is loaded in.
@@ -97,6 +102,8 @@ class GKAModel(GKAPreTrainedModel):
         use_cache: bool | None = None,
         cu_seqlens: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        *,
+        cache: Cache | None = None,
     ) -> BaseModelOutputWithPast:
         """Hidden states of every token.
 
@@ -106,6 +113,7 @@ class GKAModel(GKAPreTrainedModel):
                 past as well, [B,T_past+T] (a model without attention layers needs the last T only).
             position_ids: [B,T] rotary positions. None: counted from the mask, packing and cache.
             past_key_values: a `GKACache`, or another transformers cache built from the configuration.
+            cache: the same argument under its name since transformers 5.24.
             use_cache: return a cache. None: `config.use_cache`, but never in training mode or with packed
                 sequences.
             cu_seqlens: [N+1] bounds of sequences packed into one row (B = 1), without a cache.
@@ -113,40 +121,55 @@ class GKAModel(GKAPreTrainedModel):
                 None: `config.output_hidden_states`.
 
         Returns:
-            `last_hidden_state` [B,T,hidden_size], `past_key_values`, `hidden_states`.
+            `last_hidden_state` [B,T,hidden_size], `past_key_values` (`cache` since transformers 5.24),
+            `hidden_states`.
 
         Raises:
             ValueError: inputs contradict each other; the message names them.
         """
-        _check_inputs(self.config, input_ids, inputs_embeds, past_key_values)
+        past = one_cache(past_key_values, cache)
+        _check_inputs(self.config, input_ids, inputs_embeds, past)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and cu_seqlens is None
+        self._check_recomputation(past, use_cache)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        attention_mask = _without_trivial(attention_mask, past_key_values, hidden_states)
-        if use_cache and past_key_values is None:
-            past_key_values = GKACache(self.config)
+        attention_mask = _without_trivial(attention_mask, past, hidden_states)
+        if use_cache and past is None:
+            past = GKACache(self.config)
         every: list[Tensor] = []
         for layer in self.layers:
             if output_hidden_states:
                 every.append(hidden_states)
             hidden_states = layer(
                 hidden_states,
+                past=past,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 cu_seqlens=cu_seqlens,
                 position_ids=position_ids,
             )
         hidden_states = self.norm(hidden_states)
-        if isinstance(past_key_values, GKACache):
-            past_key_values.advance(hidden_states.shape[1])
+        if isinstance(past, GKACache):
+            past.advance(hidden_states.shape[1])
+        every.append(hidden_states)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values,
-            hidden_states=(*every, hidden_states) if output_hidden_states else None,
+            hidden_states=tuple(every) if output_hidden_states else None,
+            **{CACHE_NAME: past},  # pyright: ignore[reportArgumentType]
         )
+
+    def _check_recomputation(self, past: Any, use_cache: bool) -> None:
+        """Raise `ValueError` where gradient checkpointing would run layers twice on one cache."""
+        checkpointed = self.training and any(
+            getattr(x, "gradient_checkpointing", False) for x in self.layers
+        )
+        if checkpointed and torch.is_grad_enabled() and (use_cache or past is not None):
+            raise ValueError(
+                "gradient checkpointing runs every layer twice, and a cache would take in the tokens twice: "
+                "leave out use_cache and past_key_values, or checkpointing"
+            )
 
 
 def _check_inputs(config: GKAConfig, input_ids: Any, inputs_embeds: Any, cache: Any) -> None:
