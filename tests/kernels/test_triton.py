@@ -24,25 +24,31 @@ CASES = {
 }
 
 
-def problem(heads=(2, 2, 2), dims=(16, 16), tied=True, gates=True, bounds=None) -> dict:
+def problem(
+    heads=(2, 2, 2), dims=(16, 16), tied=True, gates=True, bounds=None, batch=1, length=20
+) -> dict:
     """Inputs on the CPU in float64: unit queries and keys, both initial states, every gate."""
     torch.manual_seed(0)
-    (h, hk, hv), (k_dim, v_dim), n = heads, dims, 1 if bounds is None else len(bounds) - 1
+    (h, hk, hv), (k_dim, v_dim), n = heads, dims, batch if bounds is None else len(bounds) - 1
 
     def rand(*shape: int) -> Tensor:
         return torch.rand(*shape, dtype=torch.float64)
 
     root = torch.randn(n, h, k_dim, k_dim, dtype=torch.float64)
     inputs: dict = {
-        "q": normalize(rand(1, 20, h, k_dim) - 0.5, dim=-1),
-        "k": normalize(rand(1, 20, hk, k_dim) - 0.3, dim=-1),
-        "v": rand(1, 20, hv, v_dim) - 0.5,
+        "q": normalize(rand(batch, length, h, k_dim) - 0.5, dim=-1),
+        "k": normalize(rand(batch, length, hk, k_dim) - 0.3, dim=-1),
+        "v": rand(batch, length, hv, v_dim) - 0.5,
         "h0": root @ root.mT / k_dim,
         "u0": rand(n, h, k_dim, v_dim) - 0.5,
     }
     if gates:
-        inputs |= {"g": -0.3 * rand(1, 20, h), "alpha": rand(1, 20, h), "beta": rand(1, 20, h)}
-        inputs |= {} if tied else {"gk": -0.3 * rand(1, 20, h)}
+        inputs |= {
+            "g": -0.3 * rand(batch, length, h),
+            "alpha": rand(batch, length, h),
+            "beta": rand(batch, length, h),
+        }
+        inputs |= {} if tied else {"gk": -0.3 * rand(batch, length, h)}
     return inputs
 
 
@@ -84,6 +90,28 @@ def test_float32_kernels_equal_the_float64_torch_form(name: str) -> None:
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.to(DEVICE)
     actual = results(inputs, "triton", torch.float32, DEVICE, cu_seqlens=cu_seqlens, **options)
+    for key, value in expected.items():
+        assert_close(actual[key].cpu(), value, 1e-5, f"{name}: {key}")
+
+
+SEGMENTED = {
+    "batch, the last segment and chunk ragged": {"batch": 2, "length": 90},
+    "packed, empty sequences between": {"bounds": [0, 0, 70, 70, 75, 120], "length": 120},
+}
+
+
+@pytest.mark.parametrize("name", SEGMENTED)
+def test_scans_in_segments_equal_the_float64_torch_form(name: str, monkeypatch) -> None:
+    """Where sequences are cut into segments of two chunks, forwards and backwards."""
+    monkeypatch.setattr("gka.kernels.tables.SHORTEST_SEGMENT", 2)
+    case = SEGMENTED[name]
+    bounds = case.get("bounds")
+    inputs = problem(**case)
+    cu_seqlens = None if bounds is None else torch.tensor(bounds)
+    expected = results(inputs, "torch", torch.float64, "cpu", cu_seqlens=cu_seqlens, num_iter=5)
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.to(DEVICE)
+    actual = results(inputs, "triton", torch.float32, DEVICE, cu_seqlens=cu_seqlens, num_iter=5)
     for key, value in expected.items():
         assert_close(actual[key].cpu(), value, 1e-5, f"{name}: {key}")
 

@@ -6,8 +6,8 @@ Every product takes float16 operands that are scaled by their largest entry, gra
 import triton
 import triton.language as tl
 
-from gka.kernels.chunked import column_scales, load_mix, sum_blocks
-from gka.kernels.common import decay_mask, load_gate, load_rows, operand, store_rows
+from gka.kernels.chunked import column_scales, sum_blocks
+from gka.kernels.common import decay_mask, load_gate, load_mix, load_rows, operand, store_rows
 
 
 @triton.jit

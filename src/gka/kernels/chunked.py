@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from gka.kernels.chebyshev import chebyshev
-from gka.kernels.common import decay_mask, load_gate, load_rows, operand, store_rows
+from gka.kernels.common import decay_mask, load_gate, load_mix, load_rows, operand, store_rows
 from gka.kernels.ridge import chunk_system
 
 
@@ -163,16 +163,3 @@ def readout_kernel(
         vn, v_max = operand(load_rows(v, row, HV, h // GV, V, rv, valid), OP)
         now = tl.dot(pn, vn, input_precision=PREC) * (p_max * v_max * k_max)
         store_rows(o, (past + now) * (scale * z_max), row, H, h, V, rv, valid)
-
-
-@triton.jit
-def load_mix(q, x, alpha, row, H, h, K: tl.constexpr, rk, valid):
-    """z = q + alpha (x - q); x where alpha is absent; q where there is no solve."""
-    if x is None:
-        z = load_rows(q, row, H, h, K, rk, valid)
-    else:
-        z = load_rows(x, row, H, h, K, rk, valid)
-        if alpha is not None:
-            raw = load_rows(q, row, H, h, K, rk, valid)
-            z = raw + load_gate(alpha, row, H, h, valid, 1.0)[:, None] * (z - raw)
-    return z

@@ -43,3 +43,22 @@ def operand(x, OP: tl.constexpr):
     largest = tl.max(tl.max(tl.abs(x), 1), 0)
     largest = tl.where(largest > 0.0, largest, 1.0)
     return (x / largest).to(OP), largest
+
+
+@triton.jit
+def inverse(x):
+    """1/x, and 0 where x is 0 or so small that 1/x would not be finite."""
+    return tl.where(x > 1e-37, 1.0 / tl.where(x > 1e-37, x, 1.0), 0.0)
+
+
+@triton.jit
+def load_mix(q, x, alpha, row, H, h, K: tl.constexpr, rk, valid):
+    """z = q + alpha (x - q); x where alpha is absent; q where there is no solve."""
+    if x is None:
+        z = load_rows(q, row, H, h, K, rk, valid)
+    else:
+        z = load_rows(x, row, H, h, K, rk, valid)
+        if alpha is not None:
+            raw = load_rows(q, row, H, h, K, rk, valid)
+            z = raw + load_gate(alpha, row, H, h, valid, 1.0)[:, None] * (z - raw)
+    return z

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from gka.kernels.adjoint import readout_backward_kernel, through_h_kernel, through_u_kernel
 from gka.kernels.chunked import readout_kernel, solve_kernel
-from gka.kernels.moments import moments_kernel, moments_reverse_kernel
+from gka.kernels.moments import moments_kernel, moments_segments_kernel
+from gka.kernels.reverse import moments_reverse_kernel
+from gka.kernels.tables import chunking
 from gka.maths.adjoint import Gradients
 from gka.maths.chunked import Forward, Settings, Tokens
 from gka.maths.ridge import empty_below
@@ -22,41 +24,26 @@ CHUNK_SIZES = (16, 32, 64)
 
 
 @dataclass(frozen=True)
-class Chunking:
-    """Where sequences and chunks lie among the tokens, on the device.
+class Moments:
+    """H or U at chunk starts and after the last.
 
-    start int64 [M] and length int32 [M] of each chunk; first chunk int32 [N+1] and first token
-    int64 [N+1] of each sequence.
+    Attributes:
+        states: S_[c] / scale [M,H,K,width], in the operands' dtype.
+        scales: a bound on |S_[c]| of every block of columns [M,H,blocks]; one for all blocks of H.
+        norms: sums of S_[c]^2 over every block of columns [M,H,blocks]; H only.
+        final: [N,H,K,width].
+        initial_scale: max |S_0| of each head [N,H], None without S_0.
     """
 
-    start: Tensor
-    length: Tensor
-    first: Tensor
-    bounds: Tensor
-    num_chunks: int
-    num_sequences: int
+    states: Tensor
+    scales: Tensor
+    norms: Tensor
+    final: Tensor
+    initial_scale: Tensor | None
 
-
-def chunking(tokens: Tokens, size: int) -> Chunking:
-    batch, length = tokens.q.shape[:2]
-    device = tokens.q.device
-    packed = tokens.cu_seqlens
-    bounds = torch.arange(batch + 1) * length if packed is None else packed.cpu().long()
-    lengths = bounds.diff()
-    counts = (lengths + size - 1) // size
-    first = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    sequence = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    within = (torch.arange(len(sequence)) - first[sequence]) * size
-    start = bounds[sequence] + within
-    valid = (lengths[sequence] - within).clamp(max=size)
-    return Chunking(
-        start.to(device, non_blocking=True),
-        valid.int().to(device, non_blocking=True),
-        first.int().to(device, non_blocking=True),
-        bounds.to(device, non_blocking=True),
-        len(sequence),
-        len(counts),
-    )
+    @property
+    def stored(self) -> tuple[Tensor, Tensor]:
+        return self.states, self.scales
 
 
 class Launch:
@@ -78,8 +65,8 @@ class Launch:
         self.BK = max(16, triton.next_power_of_2(self.K))
         # 64 columns a tile: 32 make triton 3.6 read past its shared memory in through_u_kernel
         self.BV = min(64, max(16, triton.next_power_of_2(self.V)))
-        self.SB = min(32, self.BV)  # columns of U a program scans
-        self.BN = min(32, max(16, triton.next_power_of_2(self.K)))  # columns of H a program scans
+        self.SB = self.BV  # columns of U a program scans
+        self.BN = min(64, self.BK)  # columns of H a program scans
         self.NV, self.NK = triton.cdiv(self.V, self.BV), triton.cdiv(self.K, self.BN)
         self.C = settings.chunk_size
         self.exact = t.q.dtype == torch.float32
@@ -88,7 +75,7 @@ class Launch:
         self.wide_dtype = torch.float32 if self.exact else torch.bfloat16  # range before precision
         self.PREC = "tf32x3" if self.exact else "tf32"
         self.warps = 4
-        self.chunks = chunking(t, self.C)
+        self.chunks = chunking(t, self.C, self.H * (self.NK + self.NV))
         self.M, self.N = self.chunks.num_chunks, self.chunks.num_sequences
         self.gk = t.g if settings.tied else t.gk
         self.solve = settings.num_iter > 0
@@ -114,36 +101,51 @@ class Launch:
         """Scratch for a gate's gradient, float32."""
         return None if x is None else self.empty(*x.shape)
 
-    def moments(self, values: Tensor, g: Tensor | None, s0: Tensor | None, is_h: bool):
-        """Chunk-start states [M,H,K,V], their scales and squared norms, final states."""
-        width = values.shape[-1]
-        block = self.BN if is_h else self.SB
-        blocks = triton.cdiv(width, block)
-        states = self.empty(self.M, self.H, self.K, width, dtype=self.op_dtype)
-        scales, norms = (self.empty(self.M, self.H, blocks) for _ in range(2))
-        final = self.empty(self.N, self.H, self.K, width)
-        s0_scale = None if s0 is None else s0.abs().amax((-1, -2)).contiguous()
-        shared = values.shape[2]
-        moments_kernel[(self.N * self.H, blocks)](
-            self.t.k, values, g, self.t.beta, s0, s0_scale, states, scales, norms, final,
-            self.chunks.bounds, self.chunks.first,
-            H=self.H, HK=self.HK, HV=shared, GK=self.H // self.HK, GV=self.H // shared,
-            K=self.K, V=width, BK=self.BK, BV=block, C=self.C, IS_H=is_h, OP=self.OP, PREC=self.PREC,
-            num_warps=4, num_stages=3,
+    def moments(self, with_h: bool) -> tuple[Moments | None, Moments]:
+        """H (unless not wanted) and U at chunk starts, and final."""
+        t, sizes = self.t, self.options(*SCAN)
+        h = self._states(self.K, self.NK, t.h0) if with_h else None
+        u = self._states(self.V, self.NV, t.u0)
+        sizes["NK"] = 0 if h is None else self.NK
+        place = (self.chunks.segments, self.chunks.bounds, self.chunks.start)
+        programs = (self.chunks.num_segments * self.H, sizes["NK"] + self.NV)
+        launch = sizes | {"num_warps": 4, "num_stages": 3}
+        sums = (None,) * 6
+        if self.chunks.segmented:
+            sums = (*self._sums(self.K, self.NK, h is not None), *self._sums(self.V, self.NV, True))
+            moments_segments_kernel[programs](
+                t.k, t.v, self.gk, t.g, t.beta, *sums, *place, 0, self.H, **launch
+            )
+        of_h = (None,) * 6 if h is None else (t.h0, h.initial_scale, *h.stored, h.norms, h.final)
+        moments_kernel[programs](
+            t.k, t.v, self.gk, t.g, t.beta, *of_h, t.u0, u.initial_scale, *u.stored, u.final,
+            None, None, *sums, *place, 0, self.H, **launch,
         )  # fmt: skip
-        return states, scales, norms, final
+        return h, u
 
-    def moments_h(self):
-        return self.moments(self.t.k, self.gk, self.t.h0, True)
+    def _states(self, width: int, blocks: int, initial: Tensor | None) -> Moments:
+        shape = (self.M, self.H, blocks)
+        return Moments(
+            self.empty(self.M, self.H, self.K, width, dtype=self.op_dtype),
+            self.empty(*shape),
+            self.empty(*shape),
+            self.empty(self.N, self.H, self.K, width),
+            None if initial is None else initial.abs().amax((-1, -2)),
+        )
 
-    def moments_u(self):
-        return self.moments(self.t.v, self.t.g, self.t.u0, False)
+    def _sums(self, width: int, blocks: int, wanted: bool) -> tuple[Tensor | None, ...]:
+        """Scratch for the states that segments add up to: sums, bounds, log decays."""
+        if not wanted:
+            return None, None, None
+        shape = (self.chunks.num_segments, self.H)
+        scales, decays = self.empty(*shape, blocks), self.empty(*shape, blocks)
+        return self.empty(*shape, self.K, width), scales, decays
 
     def options(self, *names: str) -> dict:
         """Compile-time sizes by name, and the launch configuration."""
         sizes = {
-            **self.heads, "K": self.K, "V": self.V, "BK": self.BK, "BV": self.BV, "NK": self.NK,
-            "NV": self.NV, "SB": self.SB,
+            **self.heads, "K": self.K, "V": self.V, "BK": self.BK, "BN": self.BN, "BV": self.BV,
+            "NK": self.NK, "NV": self.NV, "SB": self.SB,
         }  # fmt: skip
         chosen = {name: sizes[name] for name in names}
         return chosen | {"C": self.C, "OP": self.OP, "PREC": self.PREC, "num_stages": 1}
@@ -153,12 +155,13 @@ class Launch:
         t, s = self.t, self.settings
         extra = adjoint or (None,) * 5
         solve_kernel[(self.M * self.H,)](
-            rhs, t.k, self.gk, t.beta, *h, out, *extra, *self.tables, s.ridge_ratio, s.num_iter,
-            empty_below(torch.float32), ADJOINT=bool(adjoint), num_warps=self.warps,
+            rhs, t.k, self.gk, t.beta, *h.stored, h.norms, out, *extra, *self.tables,
+            s.ridge_ratio, s.num_iter, empty_below(torch.float32), ADJOINT=bool(adjoint), num_warps=self.warps,
             **self.options("H", "HK", "GK", "K", "BK", "NK"),
         )  # fmt: skip
 
 
+SCAN = ("H", "HK", "HV", "GK", "GV", "K", "V", "BK", "BN", "BV", "NK", "NV")
 READOUT = ("H", "HK", "HV", "GK", "GV", "K", "V", "BK", "BV", "NV", "SB")
 
 
@@ -166,18 +169,17 @@ def chunk_forward(tokens: Tokens, settings: Settings) -> Forward:
     """`gka.maths.chunked.chunk_forward` on the GPU."""
     run = Launch(tokens, settings)
     t = run.t
-    *h, h_final = run.moments_h() if run.solve or settings.with_h else (None, None)
-    u, u_scales, _, u_final = run.moments_u()
+    h, u = run.moments(run.solve or settings.with_h)
     # float32: the readout of a ridge solution cancels, and 16 bits of x cost 5 times the error of o
     x = run.empty(*t.q.shape) if run.solve else None
     if x is not None:
         run.solve_(t.q, x, h)
     o = run.empty(*t.q.shape[:3], run.V, dtype=t.q.dtype)
     readout_kernel[(run.M * run.H,)](
-        t.q, x, t.k, t.v, t.g, t.alpha, t.beta, u, u_scales, o, *run.tables, settings.scale,
+        t.q, x, t.k, t.v, t.g, t.alpha, t.beta, *u.stored, o, *run.tables, settings.scale,
         num_warps=run.warps, **run.options(*READOUT),
     )  # fmt: skip
-    return Forward(o=o, x=x, h=h_final, u=u_final)
+    return Forward(o=o, x=x, h=None if h is None else h.final, u=u.final)
 
 
 def chunk_backward(
@@ -192,8 +194,7 @@ def chunk_backward(
     run = Launch(tokens, settings)
     t, do = run.t, do.contiguous()
     through_h = run.solve or dh_final is not None
-    h = run.moments_h()[:3] if through_h else (None,) * 3
-    u, u_scales = run.moments_u()[:2]
+    h, u = run.moments(through_h)
     grid = (run.M * run.H,)
     # through the readout
     dq, dalpha = torch.empty_like(t.q), run.like(t.alpha)
@@ -201,7 +202,7 @@ def chunk_backward(
         dalpha.zero_()
     y = run.empty(*t.q.shape, dtype=run.wide_dtype) if run.solve else None
     readout_backward_kernel[grid](
-        t.q, x, t.k, t.v, t.g, t.alpha, t.beta, do, u, u_scales, y, dq, dalpha,
+        t.q, x, t.k, t.v, t.g, t.alpha, t.beta, do, *u.stored, y, dq, dalpha,
         *run.tables, settings.scale, num_warps=run.warps, **run.options(*READOUT),
     )  # fmt: skip
     dk = run.empty(*t.q.shape, dtype=torch.float32 if run.HK < run.H else t.q.dtype)
@@ -209,24 +210,24 @@ def chunk_backward(
     dg_u, dbeta2 = run.like(t.g), run.like(t.beta)
     ends, du0 = _reverse(run, (t.q, x, t.alpha, do), t.g, du_final, settings.scale, run.V)
     through_u_kernel[grid](
-        t.q, x, t.k, t.v, t.g, t.alpha, t.beta, do, u, u_scales, ends, dk, dv, dg_u, dbeta2,
+        t.q, x, t.k, t.v, t.g, t.alpha, t.beta, do, *u.stored, ends, dk, dv, dg_u, dbeta2,
         *run.tables, settings.scale, num_warps=2 * run.warps, **run.options(*READOUT),
     )  # fmt: skip
     del ends, u
     # through the solve
     dg_h, dh0 = run.like(run.gk), None
-    if through_h:
+    if h is not None:
         ridge, w_t = (None,) * 5, None
         if run.solve:
             w_t, key_weight = (run.empty(*t.q.shape[:3]) for _ in range(2))
             start_weight = run.empty(run.M, run.H)
             run.solve_(y, y, h, x, dq, w_t, key_weight, start_weight)
-            ridge = (t.k, key_weight, start_weight, *h[:2])
+            ridge = (t.k, key_weight, start_weight, *h.stored)
         if dh_final is not None:
             dh_final = (dh_final + dh_final.transpose(-1, -2)) / 2
         ends, dh0 = _reverse(run, (None, x, None, y), run.gk, dh_final, -0.5, run.K, ridge)
         through_h_kernel[grid](
-            x, y, w_t, ridge[1], t.k, run.gk, t.beta, *h, ends, dk, dg_h, dbeta2, *run.tables,
+            x, y, w_t, ridge[1], t.k, run.gk, t.beta, *h.stored, h.norms, ends, dk, dg_h, dbeta2, *run.tables,
             SOLVE=run.solve, num_warps=2 * run.warps,
             **run.options("H", "HK", "GK", "K", "BK", "NK"),
         )  # fmt: skip

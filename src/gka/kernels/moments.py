@@ -1,30 +1,113 @@
 """Scans over chunks on the GPU: the moments H and U forwards, their gradients backwards.
 
-One program owns BV columns of one head's state and walks along one sequence, so nothing is
-reduced across programs and the result does not depend on scheduling.
+A sequence is cut into segments of consecutive chunks. `*_segments_kernel` sums what every segment adds
+to a state that starts from zero; the scan itself then begins each segment with the sum of the
+segments before it, in their order. One program owns a block of columns of one head's state in one
+segment, so nothing is reduced across programs and the result does not depend on scheduling.
+
+Stored states are divided by a bound on their entries that is carried along: S <= scale.
 """
 
 import triton
 import triton.language as tl
 
-from gka.kernels.chunked import load_mix
-from gka.kernels.common import load_gate, load_rows, operand
+from gka.kernels.common import inverse, load_gate, load_rows
+
+NEGLIGIBLE: tl.constexpr = tl.constexpr(1e-30)
 
 
 @triton.jit
-def moments_kernel(
+def segment_of(segments, bounds, chunk_start, index):
+    """(sequence, its first and end chunk, its sequence's first and end segment, first token, end token)."""
+    n = tl.load(segments + index * 5)
+    first = tl.load(segments + index * 5 + 1)
+    end = tl.load(segments + index * 5 + 2)
+    before = tl.load(segments + index * 5 + 3)
+    after = tl.load(segments + index * 5 + 4)
+    begin = tl.load(chunk_start + first, mask=first < end, other=0)
+    return n.to(tl.int64), first, end, before, after, begin, tl.load(bounds + n + 1)
+
+
+@triton.jit
+def unit_of(largest, scale, whole):
+    """What operands are divided by: makes them at most one, and S whole / unit no overflow."""
+    return tl.maximum(tl.maximum(largest, scale * whole * NEGLIGIBLE), NEGLIGIBLE)
+
+
+@triton.jit
+def add_chunk(
+    state, scale, k, v, g, beta, row, valid, h, rk, rv, H,
+    HK: tl.constexpr, HV: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, IS_H: tl.constexpr, OP: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """S <- S whole + sum_j w_j k_j v_j^T; returns S, its bound, the log decay, max|k|, max|v|."""
+    kt = load_rows(k, row, HK, h // GK, K, rk, valid)
+    vt = load_rows(v, row, HV, h // GV, V, rv, valid)
+    gate = load_gate(g, row, H, h, valid, 0.0)
+    write = load_gate(beta, row, H, h, valid, 1.0)
+    total = tl.sum(gate, 0)
+    weight = tl.exp(total - tl.cumsum(gate, 0)) * write * write
+    whole = tl.exp(total)
+    # rows scaled to at most one: key rows by their largest entry, value rows by all the rest
+    k_max = tl.max(tl.abs(kt), 1)
+    v_max = k_max if IS_H else tl.max(tl.abs(vt), 1)
+    largest = tl.sum(weight * k_max * v_max, 0)
+    unit = unit_of(largest, scale, whole)
+    kn = kt * inverse(k_max)[:, None]
+    vn = vt * (weight * k_max / unit)[:, None]
+    state = state * (whole / unit)
+    state = tl.dot(tl.trans(kn.to(OP)), vn.to(OP), state, input_precision=PREC) * unit
+    return state, scale * whole + largest, total, tl.max(k_max, 0), tl.max(v_max, 0)
+
+
+@triton.jit
+def sum_segment(
+    k, v, g, beta, sums, sum_scales, sum_decays, segments, bounds, chunk_start, index, block, blocks,
+    base, G, H,
+    HK: tl.constexpr, HV: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr, K: tl.constexpr,
+    V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, IS_H: tl.constexpr,
+    OP: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    segment, j = index // G, (index % G).to(tl.int64)
+    _n, first, end, _before, after, begin, stop = segment_of(segments, bounds, chunk_start, segment)
+    places = tl.arange(0, C)
+    rk = tl.arange(0, BK)
+    rv = block * BV + tl.arange(0, BV)
+    if segment + 1 < after:  # nothing begins with the sum of the last one
+        state = tl.zeros((BK, BV), tl.float32)
+        scale, decay = 0.0, 0.0
+        for c in range(first, end):
+            row = begin + (c - first) * C + places
+            state, scale, total, _k_max, _v_max = add_chunk(
+                state, scale, k, v, g, beta, row, row < stop, base + j, rk, rv, H,
+                HK, HV, GK, GV, K, V, IS_H, OP, PREC,
+            )  # fmt: skip
+            decay += total
+        at = segment * G + j
+        inside = (rk[:, None] < K) & (rv[None, :] < V)
+        tl.store(sums + at * K * V + rk[:, None] * V + rv[None, :], state, mask=inside)
+        tl.store(sum_scales + at * blocks + block, scale)
+        tl.store(sum_decays + at * blocks + block, decay)
+
+
+@triton.jit
+def moments_segments_kernel(
     k,  # [tokens, HK, K]
     v,  # [tokens, HV, V]
-    g,  # [tokens, H] or None
+    gk,  # [tokens, H] or None: decay of H
+    g,  # [tokens, H] or None: decay of U
     beta,  # [tokens, H] or None
-    s0,  # [N, H, K, V] float32 or None
-    s0_scale,  # [N, H] float32, max |s0| of a head; with s0
-    states,  # [M, H, K, V] OP: S_[c] / scale
-    scales,  # [M, H, NV] float32
-    norms,  # [M, H, NV] float32: sum of S_[c]^2 over the columns
-    final,  # [N, H, K, V] float32
+    sums_h,  # [S, G, K, K] float32
+    scales_h,  # [S, G, NK] float32
+    decays_h,  # [S, G, NK] float32, log
+    sums_u,  # [S, G, K, V]
+    scales_u,  # [S, G, NV]
+    decays_u,  # [S, G, NV]
+    segments,  # [S, 5] int32
     bounds,  # [N+1] int64: first token of each sequence
-    first_chunk,  # [N+1] int32
+    chunk_start,  # [M] int64
+    base,  # first head of the G heads
+    G,
     H,
     HK: tl.constexpr,
     HV: tl.constexpr,
@@ -33,15 +116,49 @@ def moments_kernel(
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
+    BN: tl.constexpr,  # columns of H a program owns
     BV: tl.constexpr,
+    NK: tl.constexpr,
+    NV: tl.constexpr,
     C: tl.constexpr,
-    IS_H: tl.constexpr,  # v is k: one scale for all columns
     OP: tl.constexpr,
     PREC: tl.constexpr,
 ):
-    n, h = (tl.program_id(0) // H).to(tl.int64), (tl.program_id(0) % H).to(tl.int64)
-    block = tl.program_id(1)
-    blocks = tl.num_programs(1)
+    """S of every segment but a sequence's last, from zero; the first NK blocks are H's."""
+    index, block = tl.program_id(0), tl.program_id(1)
+    if NK > 0:  # noqa: SIM102 - two conditions, since without H its arrays are None
+        if block < NK:
+            sum_segment(
+                k, k, gk, beta, sums_h, scales_h, decays_h, segments, bounds, chunk_start, index,
+                block, NK, base, G, H, HK, HK, GK, GK, K, K, BK, BN, C, True, OP, PREC,
+            )  # fmt: skip
+    if block >= NK:
+        sum_segment(
+            k, v, g, beta, sums_u, scales_u, decays_u, segments, bounds, chunk_start, index,
+            block - NK, NV, base, G, H, HK, HV, GK, GV, K, V, BK, BV, C, False, OP, PREC,
+        )  # fmt: skip
+
+
+@triton.jit
+def earlier(state, scale, sums, sum_scales, sum_decays, s, j, G, tile, inside, block, blocks, SIZE):
+    """A state followed by one segment."""
+    at = s * G + j
+    whole = tl.exp(tl.load(sum_decays + at * blocks + block))
+    added = tl.load(sums + at * SIZE + tile, mask=inside, other=0.0)
+    return state * whole + added, scale * whole + tl.load(sum_scales + at * blocks + block)
+
+
+@triton.jit
+def scan_segment(
+    k, v, g, beta, s0, s0_scale, states, scales, norms, final, k_maxima, v_maxima,
+    sums, sum_scales, sum_decays, segments, bounds, chunk_start, index, block, blocks, base, G, H,
+    HK: tl.constexpr, HV: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr, K: tl.constexpr,
+    V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, IS_H: tl.constexpr,
+    OP: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    segment, j = index // G, (index % G).to(tl.int64)
+    n, first, end, before, after, begin, stop = segment_of(segments, bounds, chunk_start, segment)
+    h = base + j
     places = tl.arange(0, C)
     rk = tl.arange(0, BK)
     rv = block * BV + tl.arange(0, BV)
@@ -52,118 +169,90 @@ def moments_kernel(
     if s0 is not None:
         state = tl.load(s0 + (n * H + h) * K * V + tile, mask=inside, other=0.0)
         scale = tl.load(s0_scale + n * H + h)
-    first = tl.load(first_chunk + n)
-    last = tl.load(first_chunk + n + 1)
-    begin, length = tl.load(bounds + n), tl.load(bounds + n + 1) - tl.load(bounds + n)
-    for c in range(first, last):
-        ch = c * H + h
-        inverse = tl.where(scale > 0.0, 1.0 / scale, 0.0)
+    if sums is not None:
+        for s in range(before, segment):
+            state, scale = earlier(
+                state, scale, sums, sum_scales, sum_decays, s, j, G, tile, inside, block, blocks, K * V
+            )  # fmt: skip
+    for c in range(first, end):
+        at = c * G + j
         tl.store(
-            states + ch * K * V + tile, (state * inverse).to(states.dtype.element_ty), mask=inside
-        )
-        tl.store(scales + ch * blocks + block, scale)
-        tl.store(norms + ch * blocks + block, tl.sum(tl.sum(state * state, 1), 0))
+            states + at * K * V + tile, (state * inverse(scale)).to(states.dtype.element_ty), mask=inside
+        )  # fmt: skip
+        tl.store(scales + at * blocks + block, scale)
+        if norms is not None:
+            tl.store(norms + at * blocks + block, tl.sum(tl.sum(state * state, 1), 0))
         row = begin + (c - first) * C + places
-        valid = (c - first) * C + places < length
-        kt = load_rows(k, row, HK, h // GK, K, rk, valid)
-        vt = load_rows(v, row, HV, h // GV, V, rv, valid)
-        b = tl.cumsum(load_gate(g, row, H, h, valid, 0.0), 0)
-        total = tl.sum(load_gate(g, row, H, h, valid, 0.0), 0)
-        write = load_gate(beta, row, H, h, valid, 1.0)
-        weight = tl.exp(total - b) * write * write
-        whole = tl.exp(total)
-        # rows scaled to at most one: key rows by their largest entry, value rows by all the rest
-        k_max = tl.max(tl.abs(kt), 1)
-        v_max = k_max if IS_H else tl.max(tl.abs(vt), 1)
-        largest = tl.sum(weight * k_max * v_max, 0)
-        kn = kt * tl.where(k_max > 0.0, 1.0 / k_max, 0.0)[:, None]
-        vn = vt * (weight * k_max * tl.where(largest > 0.0, 1.0 / largest, 0.0))[:, None]
-        added = tl.dot(tl.trans(kn.to(OP)), vn.to(OP), input_precision=PREC)
-        state = state * whole + added * largest
-        scale = scale * whole + largest
-    tl.store(final + (n * H + h) * K * V + tile, state, mask=inside)
+        state, scale, _total, k_max, v_max = add_chunk(
+            state, scale, k, v, g, beta, row, row < stop, h, rk, rv, H,
+            HK, HV, GK, GV, K, V, IS_H, OP, PREC,
+        )  # fmt: skip
+        if k_maxima is not None:
+            tl.store(k_maxima + at, k_max, mask=block == 0)
+            tl.store(v_maxima + at * blocks + block, v_max)
+    if segment + 1 == after:
+        tl.store(final + (n * H + h) * K * V + tile, state, mask=inside)
 
 
 @triton.jit
-def scaled_outer(left, right, weight, OP: tl.constexpr, PREC: tl.constexpr):
-    """sum_t w_t left_t right_t^T with operands scaled to at most one."""
-    ln, l_max = operand(left, OP)
-    rn, r_max = operand(right * weight[:, None], OP)
-    return tl.dot(tl.trans(ln), rn, input_precision=PREC) * (l_max * r_max)
-
-
-@triton.jit
-def moments_reverse_kernel(
-    q,  # [tokens, H, K]: U: with x and alpha it gives z; H: None
-    x,  # [tokens, H, K] or None
-    alpha,  # [tokens, H] or None
-    d,  # [tokens, H, V]: U: do; H: y
-    k,  # [tokens, HK, K] with ridge terms, else None
-    key_weight,  # [tokens, H]: sum_t zeta_t w_t W_tj; with ridge terms
-    start_weight,  # [M, H]: sum_t zeta_t^2 w_t; with ridge terms
-    states,  # [M, H, K, V] H_[c] / scale; with ridge terms
-    scales,  # [M, H, NV]
-    g,  # [tokens, H] or None
-    final,  # [N, H, K, V] float32 or None: gradient of the final state
-    ends,  # [M, H, K, V]: gradient of the state at each chunk's end
-    initial,  # [N, H, K, V] float32: gradient of the initial state
+def moments_kernel(
+    k,
+    v,
+    gk,
+    g,
+    beta,
+    h0,  # [N, H, K, K] float32 or None
+    h0_scale,  # [N, H] float32, max |h0| of a head; with h0
+    h_states,  # [M, G, K, K] OP: H_[c] / scale
+    h_scales,  # [M, G, NK] float32, the same for every block
+    h_norms,  # [M, G, NK] float32: sum of H_[c]^2 over the block's columns
+    h_final,  # [N, H, K, K] float32
+    u0,
+    u0_scale,
+    u_states,  # [M, G, K, V]
+    u_scales,  # [M, G, NV]
+    u_final,
+    k_maxima,  # [M, G] float32 or None: max |k| of the chunk
+    v_maxima,  # [M, G, NV] float32, with k_maxima
+    sums_h,  # what moments_segments_kernel left; None where every sequence is one segment
+    sum_scales_h,
+    sum_decays_h,
+    sums_u,
+    sum_scales_u,
+    sum_decays_u,
+    segments,
     bounds,
-    first_chunk,
-    factor,
+    chunk_start,
+    base,
+    G,
     H,
     HK: tl.constexpr,
+    HV: tl.constexpr,
     GK: tl.constexpr,
+    GV: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
+    BN: tl.constexpr,
     BV: tl.constexpr,
+    NK: tl.constexpr,  # 0 where H is not wanted
+    NV: tl.constexpr,
     C: tl.constexpr,
-    RIDGE: tl.constexpr,
-    LOCAL: tl.constexpr,  # chunks contribute (else only the final state's gradient decays)
     OP: tl.constexpr,
     PREC: tl.constexpr,
 ):
-    n, h = (tl.program_id(0) // H).to(tl.int64), (tl.program_id(0) % H).to(tl.int64)
-    block = tl.program_id(1)
-    blocks = tl.num_programs(1)
-    places = tl.arange(0, C)
-    rk = tl.arange(0, BK)
-    rv = block * BV + tl.arange(0, BV)
-    tile = rk[:, None] * V + rv[None, :]
-    inside = (rk[:, None] < K) & (rv[None, :] < V)
-    grad = tl.zeros((BK, BV), tl.float32)
-    if final is not None:
-        grad = tl.load(final + (n * H + h) * K * V + tile, mask=inside, other=0.0)
-    first = tl.load(first_chunk + n)
-    last = tl.load(first_chunk + n + 1)
-    begin, length = tl.load(bounds + n), tl.load(bounds + n + 1) - tl.load(bounds + n)
-    for i in range(first, last):
-        c = first + last - 1 - i
-        ch = c * H + h
-        tl.store(ends + ch * K * V + tile, grad.to(ends.dtype.element_ty), mask=inside)
-        row = begin + (c - first) * C + places
-        valid = (c - first) * C + places < length
-        gate = load_gate(g, row, H, h, valid, 0.0)
-        zeta = tl.exp(tl.cumsum(gate, 0))
-        grad = grad * tl.exp(tl.sum(gate, 0))
-        if LOCAL:
-            right = load_rows(d, row, H, h, V, rv, valid)
-            if RIDGE:
-                # -1/2 (y x^T + x y^T), and the path through lambda
-                left = load_rows(x, row, H, h, K, rk, valid)
-                local = scaled_outer(left, right, zeta, OP, PREC)
-                left = load_rows(d, row, H, h, K, rk, valid)
-                right = load_rows(x, row, H, h, V, rv, valid)
-                local += scaled_outer(left, right, zeta, OP, PREC)
-                left = load_rows(k, row, HK, h // GK, K, rk, valid)
-                right = load_rows(k, row, HK, h // GK, V, rv, valid)
-                weight = load_gate(key_weight, row, H, h, valid, 0.0)
-                local += scaled_outer(left, right, weight, OP, PREC)
-                stored = tl.load(states + ch * K * V + tile, mask=inside, other=0.0)
-                stored_scale = tl.load(scales + ch * blocks + block)
-                local += stored.to(tl.float32) * (stored_scale * tl.load(start_weight + ch))
-            else:
-                left = load_mix(q, x, alpha, row, H, h, K, rk, valid)
-                local = scaled_outer(left, right, zeta, OP, PREC)
-            grad += factor * local
-    tl.store(initial + (n * H + h) * K * V + tile, grad, mask=inside)
+    """H and U at the start of every chunk, and final states; the first NK blocks are H's."""
+    index, block = tl.program_id(0), tl.program_id(1)
+    if NK > 0:  # noqa: SIM102 - two conditions, since without H its arrays are None
+        if block < NK:
+            scan_segment(
+                k, k, gk, beta, h0, h0_scale, h_states, h_scales, h_norms, h_final, None, None,
+                sums_h, sum_scales_h, sum_decays_h, segments, bounds, chunk_start, index,
+                block, NK, base, G, H, HK, HK, GK, GK, K, K, BK, BN, C, True, OP, PREC,
+            )  # fmt: skip
+    if block >= NK:
+        scan_segment(
+            k, v, g, beta, u0, u0_scale, u_states, u_scales, None, u_final, k_maxima, v_maxima,
+            sums_u, sum_scales_u, sum_decays_u, segments, bounds, chunk_start, index,
+            block - NK, NV, base, G, H, HK, HV, GK, GV, K, V, BK, BV, C, False, OP, PREC,
+        )  # fmt: skip

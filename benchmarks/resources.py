@@ -1,0 +1,136 @@
+"""Registers, spills and shared memory of every kernel, compiled here for chips that need not be here.
+
+`python -m benchmarks.resources --arch 90 --dims 64 128 --dtypes bfloat16` prints one table. The
+launcher runs as on the chip, but its kernels are compiled and not launched.
+"""
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.runtime.jit import JITFunction
+
+from gka.kernels import launch
+from gka.maths.chunked import Settings, Tokens
+
+SHARED_LIMITS = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+REGISTERS = 65536  # of a multiprocessor
+SHARED_OF_PROCESSOR = {80: 164, 86: 100, 89: 100, 90: 228}  # KB
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one compiled kernel takes; blocks is how many fit on a multiprocessor."""
+
+    name: str
+    warps: int
+    registers: int
+    spills: int
+    shared: int
+    blocks: int
+
+
+class _Chip:
+    """A driver that knows its target and nothing else."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+
+@contextmanager
+def compiling_only(arch: int) -> Iterator[list]:
+    """Inside, launches compile for sm_<arch> and are listed as (name, compiled kernel)."""
+    compiled, original = [], JITFunction.run
+
+    def run(self, *args, grid, warmup, **kwargs):
+        kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled.append((self.__name__, kernel))
+        return kernel
+
+    JITFunction.run = run
+    triton.runtime.driver.set_active(_Chip(arch))  # pyright: ignore[reportArgumentType]
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = original
+
+
+def problem(dim: int, dtype: torch.dtype, heads: int = 16, length: int = 2048) -> Tokens:
+    """Tokens of that size with every gate; only shapes and dtypes matter."""
+    q, k, v = (torch.empty(1, length, heads, dim, dtype=dtype) for _ in range(3))
+    gates = [torch.empty(1, length, heads) for _ in range(3)]
+    g, alpha, beta = gates
+    return Tokens(q, k, v, g, None, alpha, beta, None, None, None)
+
+
+def run_all(dim: int, dtype: torch.dtype) -> None:
+    """Every kernel of a forward and a backward pass."""
+    tokens = problem(dim, dtype)
+    settings = Settings(1.0, 0.02, 30, 64, tied=True, with_h=False)
+    out = launch.chunk_forward(tokens, settings)
+    launch.chunk_backward(tokens, out.x, torch.empty_like(tokens.v), None, None, settings)
+
+
+def usage(name: str, kernel, arch: int) -> Usage:
+    registers, spills = _assemble(kernel.asm["ptx"], arch)
+    shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
+    limits = (
+        REGISTERS // (registers * 32 * warps),
+        (SHARED_OF_PROCESSOR[arch] * 1024) // (shared + 1024),
+        64 // warps if arch in (80, 90) else 48 // warps,
+    )
+    return Usage(name, warps, registers, spills, shared, min(limits))
+
+
+def _assemble(ptx: str, arch: int) -> tuple[int, int]:
+    """Registers a thread and bytes spilled (stores), as ptxas tells."""
+    target = re.findall(r"\.target (sm_\w+)", ptx)[0]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [get_ptxas(arch).path, "-v", f"--gpu-name={target}", file.name, "-o", "/dev/null"]
+        told = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    registers = re.findall(r"Used (\d+) registers", told)
+    return int(registers[0]), int(re.findall(r"(\d+) bytes spill stores", told)[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", type=int, nargs="+", default=[90])
+    parser.add_argument("--dims", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
+    args = parser.parse_args()
+    print("| sm | dtype | K = V | kernel | warps | registers | spills | shared | blocks an SM |")
+    print("|---" * 9 + "|")
+    for arch in args.arch:
+        for dtype in args.dtypes:
+            for dim in args.dims:
+                with compiling_only(arch) as compiled:
+                    run_all(dim, getattr(torch, dtype))
+                for u in dict.fromkeys(usage(name, kernel, arch) for name, kernel in compiled):
+                    print(
+                        f"| {arch} | {dtype} | {dim} | {u.name} | {u.warps} | {u.registers} "
+                        f"| {u.spills} | {u.shared} | {u.blocks} |",
+                        flush=True,
+                    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Where sequences, chunks and segments lie among the tokens, as tables on the device."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from gka.maths.chunked import Tokens
+
+SCAN_PROGRAMS = 528  # about what the scans' programs should number together: 4 on each of 132
+SHORTEST_SEGMENT = 8  # chunks; shorter ones cost more to put together than they gain
+
+
+@dataclass(frozen=True)
+class Chunking:
+    """Sequences, their chunks, and the segments of consecutive chunks that scans work on at once.
+
+    Every sequence has at least one segment; an empty one's is empty.
+
+    Attributes:
+        start, length: first token (int64) and number of tokens (int32) of each chunk [M].
+        bounds: first token of each sequence, int64 [N+1].
+        segments: int32 [S, 5]: sequence, first and end chunk, first and end segment of the sequence.
+        first: first chunk of each sequence, int32 [N+1].
+        segmented: a sequence has more than one segment.
+    """
+
+    start: Tensor
+    length: Tensor
+    bounds: Tensor
+    segments: Tensor
+    first: Tensor
+    segmented: bool
+
+    @property
+    def num_chunks(self) -> int:
+        return len(self.start)
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.bounds) - 1
+
+    @property
+    def num_segments(self) -> int:
+        return len(self.segments)
+
+
+def segment_length(num_chunks: int, programs_per_segment: int) -> int:
+    """Chunks a segment: as many segments as fill the chip, none too short."""
+    wanted = max(1, SCAN_PROGRAMS // programs_per_segment)
+    return max(SHORTEST_SEGMENT, -(-num_chunks // wanted))
+
+
+def chunking(tokens: Tokens, size: int, programs_per_segment: int) -> Chunking:
+    """The tables of a call in chunks of `size`, for scans of that many programs a segment."""
+    batch, length = tokens.q.shape[:2]
+    device = tokens.q.device
+    if tokens.cu_seqlens is not None:
+        bounds = getattr(tokens, "cu_seqlens_cpu", None)
+        bounds = tokens.cu_seqlens.cpu() if bounds is None else bounds
+        return _of_packed(bounds.long(), size, programs_per_segment, device)
+    stretch = segment_length(batch * -(-length // size), programs_per_segment)
+    if device.type != "cuda":
+        return _of_batch(batch, length, size, stretch, device)
+    # what is made under capture belongs to that graph alone
+    capturing = torch.cuda.is_current_stream_capturing()
+    make = _of_batch if capturing else _cached
+    stream = torch.cuda.current_stream(device).cuda_stream
+    return make(batch, length, size, stretch, device, stream)
+
+
+def _of_batch(
+    batch: int, length: int, size: int, stretch: int, device: torch.device, stream: int = 0
+) -> Chunking:
+    """Of sequences of one length, computed on the device: nothing is copied there."""
+    count = -(-length // size)  # chunks, and then segments, of a sequence
+    pieces = max(1, -(-count // stretch))
+    chunk = torch.arange(batch * count, device=device)
+    sequence, within = chunk // max(count, 1), chunk % max(count, 1) * size
+    segment = torch.arange(batch * pieces, device=device)
+    of, first = segment // pieces, segment % pieces * stretch
+    columns = (
+        of,
+        of * count + first,
+        of * count + (first + stretch).clamp(max=count),
+        of * pieces,
+        (of + 1) * pieces,
+    )
+    return Chunking(
+        start=sequence * length + within,
+        length=(length - within).clamp(max=size).int(),
+        bounds=torch.arange(batch + 1, device=device) * length,
+        segments=torch.stack(columns, 1).int(),
+        first=(torch.arange(batch + 1, device=device) * count).int(),
+        segmented=pieces > 1,
+    )
+
+
+@lru_cache(maxsize=32)
+def _cached(
+    batch: int, length: int, size: int, stretch: int, device: torch.device, stream: int
+) -> Chunking:
+    return _of_batch(batch, length, size, stretch, device)
+
+
+def _of_packed(
+    bounds: Tensor, size: int, programs_per_segment: int, device: torch.device
+) -> Chunking:
+    """Of packed sequences that `bounds` [N+1], on the CPU, delimits."""
+    lengths = bounds.diff()
+    counts = (lengths + size - 1) // size
+    first = _starts(counts)
+    stretch = segment_length(int(first[-1]), programs_per_segment)
+    pieces = ((counts + stretch - 1) // stretch).clamp(min=1)
+    first_piece = _starts(pieces)
+    sequence = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    within = (torch.arange(len(sequence)) - first[sequence]) * size
+    of = torch.repeat_interleave(torch.arange(len(counts)), pieces)
+    begin = first[of] + (torch.arange(len(of)) - first_piece[of]) * stretch
+    end = torch.minimum(begin + stretch, first[of + 1])
+    columns = (of, begin, end, first_piece[of], first_piece[of + 1])
+    return Chunking(
+        start=_to(bounds[sequence] + within, device),
+        length=_to((lengths[sequence] - within).clamp(max=size).int(), device),
+        bounds=_to(bounds, device),
+        segments=_to(torch.stack(columns, 1).int(), device),
+        first=_to(first.int(), device),
+        segmented=bool((pieces > 1).any()),
+    )
+
+
+def _starts(counts: Tensor) -> Tensor:
+    """Running sums from zero, [N] -> [N+1]."""
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def _to(table: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda":
+        table = table.pin_memory()
+    return table.to(device, non_blocking=True)
