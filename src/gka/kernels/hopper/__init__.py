@@ -20,13 +20,14 @@ _PARTS = ("tensor_cores", "chunk", "fragments", "ridge", "chebyshev", "adaptive"
 _BLOCKS = {64: 3, 128: 2}  # blocks a multiprocessor that the registers leave room for
 _POINTERS = (
     "q", "k", "v", "g", "gk", "alpha", "beta", "h_states", "u_states", "h_scales", "h_norms",
-    "u_scales", "chunk_start", "chunk_length", "o", "x", "x_scale", "steps", "d_o", "dq", "d_alpha",
+    "u_scales", "chunk_start", "chunk_length", "o", "x", "x_scale", "steps", "top",
+    "bounds", "d_o", "dq", "d_alpha",
     "y", "y_scale", "w", "key_weight", "start_weight", "start_u", "start_h",
 )  # fmt: skip
 _FLOATS = ("scale", "ridge_ratio", "empty_below")
 _INTS = (
     "num_iter", "heads", "key_heads", "value_heads", "first_head", "group_heads", "first_chunk",
-    "h_blocks", "u_columns",
+    "h_blocks", "stagger", "multiprocessors",
 )  # fmt: skip
 
 
@@ -61,11 +62,13 @@ def source(kernel: str, key_dim: int, value_dim: int, bfloat16: bool, adaptive: 
     return head + "\n".join(text)
 
 
-def shared_bytes(key_dim: int, value_dim: int) -> int:
-    """Upper bound of the structure Shared in chunk.cuh, with room to align it."""
+def shared_bytes(kernel: str, key_dim: int, value_dim: int) -> int:
+    """Upper bound of what `kernel` keeps in shared memory, with room to align it."""
+    if kernel == "certify":
+        return 2 * key_dim * key_dim + 4 * (2 * key_dim + 8) + 1024
     tiles = 2 * (key_dim * key_dim + CHUNK * (key_dim + value_dim) + CHUNK * CHUNK)
     tiles += max(2 * key_dim * value_dim, 4 * CHUNK * key_dim)
-    return tiles + 4 * (9 * CHUNK + value_dim + 2 * key_dim + 16) + 1024
+    return tiles + 4 * (4 * CHUNK + key_dim + 16) + 1024
 
 
 @functools.cache
@@ -74,7 +77,7 @@ def _kernel(
 ) -> nvrtc.Kernel:
     text = source(kernel, key_dim, value_dim, bfloat16, adaptive)
     cubin = nvrtc.compile_cubin(text, f"gka_{kernel}", "sm_90a")
-    return nvrtc.Kernel(cubin, f"gka_{kernel}", 128, shared_bytes(key_dim, value_dim))
+    return nvrtc.Kernel(cubin, f"gka_{kernel}", 128, shared_bytes(kernel, key_dim, value_dim))
 
 
 def run(kernel: str, like: Tensor, value_dim: int, adaptive: bool, blocks: int, given: Arguments) -> None:

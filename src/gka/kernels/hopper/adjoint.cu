@@ -74,7 +74,7 @@ DEVICE void readout_adjoint(float (&dz)[K / 2], u32 (&d_o)[V / 4], const float (
     start[b] = quad_sum(start[b]) * factor[b];
     d_alpha[b] = quad_sum(d_alpha[b]);
     if (!at.valid(b) || at.lane % 4) continue;
-    a.start_u[at.token(a, b)] = start[b];
+    a.start_u[at.group_token(a, b)] = start[b];
     if (a.d_alpha != nullptr) a.d_alpha[at.token(a, b)] = d_alpha[b];
   }
 }
@@ -105,7 +105,7 @@ DEVICE void hand_back(const float (&w)[2], Shared& s, const Arguments& a, const 
   if (first) s.decay_h[column] = sum;
   __syncthreads();
   if (at.thread < at.length)
-    a.key_weight[(at.start + column) * a.heads + at.head] = sum + s.decay_h[column];
+    a.key_weight[(at.start + column) * a.group_heads + at.head - a.first_head] = sum + s.decay_h[column];
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
@@ -152,7 +152,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   mma_begin();
   product<K, 1, true, K>(h_y, rows, shared_address(s.h), false);
   mma_commit();
-  store_scaled<K>(a.y, a.y_scale, rows, largest, a, at);
+  long long token[2] = {at.token(a, 0), at.token(a, 1)};
+  long long group[2] = {at.group_token(a, 0), at.group_token(a, 1)};
+  store_scaled<K>(a.y, a.y_scale, rows, largest, group, at);
 #pragma unroll
   for (int i = 0; i < K / 8; i++) {
     float4 dz = held[i * THREADS + at.thread];
@@ -165,7 +167,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
   }
   float one[2] = {1.f, 1.f};
-  store_fragment<K>(a.dq, y, one, a, at);
+  store_fragment<K>(a.dq, y, one, token, at);
   mma_wait<0>();
   hold(h_y);
 #pragma unroll
@@ -174,13 +176,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   float w[2];
 #pragma unroll
   for (int b = 0; b < 2; b++) {
-    float x_scale = a.x_scale[at.token(a, b)];
+    float x_scale = a.x_scale[token[b]];
     x_dot_y[b] = quad_sum(x_dot_y[b]) * x_scale;
     start[b] = quad_sum(start[b]) * (x_scale * largest[b] * system.h_scale);
     w[b] = __fdividef(2.f * a.ridge_ratio * x_dot_y[b], system.fro[b]);
     if (system.empty[b] || !at.valid(b)) w[b] = 0.f;
     if (!at.valid(b) || at.lane % 4) continue;
-    a.w[at.token(a, b)] = w[b], a.start_h[at.token(a, b)] = start[b];
+    a.w[group[b]] = w[b], a.start_h[group[b]] = start[b];
   }
   hand_back(w, s, a, system, at);
 }

@@ -5,7 +5,8 @@ struct Iteration {
   float step;    // 2/(L + mu) in units of 1/F_t
   float rho2;    // ((L - mu)/(L + mu))^2
   int steps;
-  float tau[2];  // P^-1 = (1 - tau_t u u^T) / lambda_t; 0 in plain iteration
+  float tau[2];  // P^-1 = (1 - tau_t u u^T) / lambda_t where `deflated`
+  bool deflated;
 };
 
 // x of A_t x_t = rhs_t, up to the factor step/F_t. On entry `residual` holds rhs (largest entry of a row one).

@@ -1,6 +1,6 @@
 // One chunk of one head: its arguments, its tiles in shared memory, decays, norms.
 //
-// A block is one warpgroup and works on C = 64 tokens. K, V, BF16 (else float16 inputs) and ADAPTIVE are
+// A block is one warpgroup and works on C = 64 tokens of one of the H' heads of a group. K, V, BF16 (else float16 inputs) and ADAPTIVE are
 // set when compiling. Names are those of docs/maths.md; *16 is a float16 copy divided by a scale.
 
 constexpr int C = 64;
@@ -19,15 +19,16 @@ struct Arguments {
   u16 *x;                                   // [tokens, H, K] float16: x_t / x_scale_t
   float *x_scale;                           // [tokens, H]
   int *steps;                               // [M, H] or null: steps taken
+  float *top, *bounds;                      // [M, H', K] and [M, H', 3]: what certify.cu found, if ADAPTIVE
   // the derivative's
   const u16 *d_o;                           // [tokens, H, V]
   u16 *dq;                                  // [tokens, H, K]
   float *d_alpha;                           // [tokens, H] or null
-  u16 *y;                                   // [tokens, H, K] float16: y_t / y_scale_t
-  float *y_scale;                           // [tokens, H]
-  float *w, *key_weight;                    // [tokens, H]: 2a <x_t, y_t> / F_t; sum_t zeta_t w_t W_tj
+  u16 *y;                                   // [tokens, H', K] float16: y_t / y_scale_t
+  float *y_scale;                           // [tokens, H']
+  float *w, *key_weight;                    // [tokens, H']: 2a <x_t, y_t> / F_t; sum_t zeta_t w_t W_tj
   float *start_weight;                      // [M, H']: sum_t zeta_t^2 w_t
-  float *start_u, *start_h;                 // [tokens, H]: zeta_t z_t.(U_[c] do_t) scale; x_t.H_[c] y_t
+  float *start_u, *start_h;                 // [tokens, H']: zeta_t z_t.(U_[c] do_t) scale; x_t.H_[c] y_t
   float scale, ridge_ratio, empty_below;
   int num_iter, heads, key_heads, value_heads, first_head, group_heads, first_chunk;
   int h_blocks;
@@ -135,6 +136,9 @@ struct Place {
   DEVICE long long token(const Arguments& a, int b) const {
     return (start + readable(b)) * a.heads + head;
   }
+  DEVICE long long group_token(const Arguments& a, int b) const {
+    return (start + readable(b)) * a.group_heads + head - a.first_head;
+  }
 };
 
 // Rows of an array [tokens, heads, D] of 16-bit numbers in the places of a left operand, not yet widened.
@@ -209,13 +213,14 @@ struct Pieces {
   }
 };
 
-// Log decay from the chunk's start to every token, `out` [C]; zeros without decay. One warp.
+// Log decay from the chunk's start to every token, `out` [C]; zeros without decay. Each warp for itself.
 DEVICE void sum_decays(float* out, const float* g, const Arguments& a, const Place& at) {
-  float pair[2];
+  float pair[2] = {0.f, 0.f};
 #pragma unroll
   for (int e = 0; e < 2; e++) {
     int row = 2 * at.lane + e;
-    pair[e] = g != nullptr && row < at.length ? g[(at.start + row) * a.heads + at.head] : 0.f;
+    if (g != nullptr) pair[e] = g[(at.start + (row < at.length ? row : 0)) * a.heads + at.head];
+    if (row >= at.length) pair[e] = 0.f;
   }
   float sum = pair[0] + pair[1];
 #pragma unroll
@@ -270,16 +275,14 @@ DEVICE void copy_states(Shared& s, const Arguments& a, const Place& at) {
   copy_state<K, V>(shared_address(s.u), a.u_states + at.state * K * V, at.thread);
 }
 
+// Decays and beta^2. Every warp sums, two the same: shuffles stay out of branches.
 DEVICE void load_gates(Shared& s, const Arguments& a, const Place& at) {
-  int warp = at.thread / 32;
-  if (warp < 2) {
-    sum_decays(warp ? s.decay_u : s.decay_h, warp ? a.g : a.gk, a, at);
-  } else {
-    int row = at.thread - 64;
-    float beta = 1.f;
-    if (a.beta != nullptr) beta = a.beta[(at.start + (row < at.length ? row : 0)) * a.heads + at.head];
-    s.beta2[row] = row < at.length ? beta * beta : 0.f;
-  }
+  bool of_u = at.thread / 32 % 2;
+  sum_decays(of_u ? s.decay_u : s.decay_h, of_u ? a.g : a.gk, a, at);
+  int row = at.thread % C;
+  float beta = 1.f;
+  if (a.beta != nullptr) beta = a.beta[(at.start + (row < at.length ? row : 0)) * a.heads + at.head];
+  s.beta2[row] = row < at.length ? beta * beta : 0.f;
 }
 
 // The largest entries of keys and values (one if all are zero); keys and values / these to shared memory.

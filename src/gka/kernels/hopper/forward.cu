@@ -31,6 +31,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   // z = q + alpha (x - q)
   u32 z[K / 4];
   float largest[2], alpha[2];
+  long long token[2] = {at.token(a, 0), at.token(a, 1)};
   {
     u32 q[K / 4];
     load_raw<K>(q, a.q, a.heads, at.head, at);
@@ -38,7 +39,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     copies_wait<0>();
     publish_shared();
     scale_rows(z, largest, x);
-    store_scaled<K>(a.x, a.x_scale, z, largest, a, at);
+    store_scaled<K>(a.x, a.x_scale, z, largest, token, at);
     widen_raw<K>(rhs, q, at);
 #pragma unroll
     for (int i = 0; i < K / 2; i++) x[i] = rhs[i] + alpha[i / 2 % 2] * (x[i] - rhs[i]);
@@ -77,5 +78,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   mma_wait<0>();
   hold(o);
   float factor[2] = {a.scale * size * largest[0], a.scale * size * largest[1]};
-  store_fragment<V>(a.o, o, factor, a, at);
+  store_fragment<V>(a.o, o, factor, token, at);
 }

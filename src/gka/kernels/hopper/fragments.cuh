@@ -31,32 +31,50 @@ DEVICE void row_dots(float (&dot)[2], const float (&a)[N], const float (&b)[N]) 
   dot[0] = quad_sum(dot[0]), dot[1] = quad_sum(dot[1]);
 }
 
-// A left operand [C, D] to an array [tokens, H, D] of float16, its scales to [tokens, H].
+// Of four words of every thread of a quad, word i of thread c to word c of thread i: a thread then holds
+// 16 neighbouring bytes of a row, and stores them at once.
+DEVICE uint4 transpose_quad(u32 w0, u32 w1, u32 w2, u32 w3, int lane) {
+  bool odd = lane & 1, high = lane & 2;
+  u32 a = __shfl_xor_sync(~0u, odd ? w0 : w1, 1), b = __shfl_xor_sync(~0u, odd ? w2 : w3, 1);
+  w0 = odd ? a : w0, w1 = odd ? w1 : a, w2 = odd ? b : w2, w3 = odd ? w3 : b;
+  a = __shfl_xor_sync(~0u, high ? w0 : w2, 2), b = __shfl_xor_sync(~0u, high ? w1 : w3, 2);
+  return uint4{high ? a : w0, high ? b : w1, high ? w2 : a, high ? w3 : b};
+}
+
+// A left operand [C, D] of 16-bit pairs to rows of an array; `token`: indices of the thread's two rows.
 template <int D>
-DEVICE void store_scaled(u16* array, float* scales, const u32 (&a)[D / 4], const float (&largest)[2],
-                         const Arguments& arguments, const Place& at) {
+DEVICE void store_rows(u16* array, const u32 (&a)[D / 4], const long long (&token)[2], const Place& at) {
 #pragma unroll
   for (int b = 0; b < 2; b++) {
-    if (!at.valid(b)) continue;
-    long long token = at.token(arguments, b);
+    u16* to = array + token[b] * D + at.lane % 4 * 8;
 #pragma unroll
-    for (int j = 0; j < D / 8; j++) *(u32*)(array + token * D + 8 * j + at.column) = a[2 * j + b];
-    if (at.lane % 4 == 0) scales[token] = largest[b];
+    for (int g = 0; g < D / 32; g++) {
+      int i = 8 * g + b;
+      uint4 four = transpose_quad(a[i], a[i + 2], a[i + 4], a[i + 6], at.lane);
+      if (at.valid(b)) *(uint4*)(to + 32 * g) = four;
+    }
   }
+}
+
+// The same with the scales of its rows.
+template <int D>
+DEVICE void store_scaled(u16* array, float* scales, const u32 (&a)[D / 4], const float (&largest)[2],
+                         const long long (&token)[2], const Place& at) {
+  store_rows<D>(array, a, token, at);
+#pragma unroll
+  for (int b = 0; b < 2; b++)
+    if (at.valid(b) && at.lane % 4 == 0) scales[token[b]] = largest[b];
 }
 
 // A float32 fragment, times a factor for each row, to an array of the inputs' dtype.
 template <int D>
 DEVICE void store_fragment(u16* array, const float (&d)[D / 2], const float (&factor)[2],
-                           const Arguments& arguments, const Place& at) {
+                           const long long (&token)[2], const Place& at) {
+  u32 pairs[D / 4];
 #pragma unroll
-  for (int b = 0; b < 2; b++) {
-    if (!at.valid(b)) continue;
-    u16* to = array + at.token(arguments, b) * D + at.column;
-#pragma unroll
-    for (int j = 0; j < D / 8; j++)
-      *(u32*)(to + 8 * j) = narrow(d[4 * j + 2 * b] * factor[b], d[4 * j + 2 * b + 1] * factor[b]);
-  }
+  for (int i = 0; i < D / 4; i++)
+    pairs[i] = narrow(d[2 * i] * factor[i % 2], d[2 * i + 1] * factor[i % 2]);
+  store_rows<D>(array, pairs, token, at);
 }
 
 // alpha of the thread's two tokens; one without the gate.

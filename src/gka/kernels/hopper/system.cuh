@@ -19,10 +19,9 @@ DEVICE System prepare(Shared& s, const Arguments& a, const Place& at, float k_ma
     y.empty[b] = r.fro2[b] < a.empty_below * a.empty_below;
     y.fro[b] = y.empty[b] ? 1.f : __fsqrt_rn(r.fro2[b]);
     y.zeta[b] = r.zeta[b];
-    y.it.tau[b] = 0.f;
   }
   float rho = 1.f / (1.f + 2.f * a.ridge_ratio);
-  y.it.rho2 = rho * rho, y.it.step = 2.f * rho, y.it.steps = a.num_iter;
+  y.it.rho2 = rho * rho, y.it.step = 2.f * rho, y.it.steps = a.num_iter, y.it.deflated = false;
 #if ADAPTIVE
   tighten(y.it, r, w, y.fro, y.empty, s, a, at, k_max);
 #endif
@@ -54,7 +53,7 @@ DEVICE void solve_chunk(float (&x)[K / 2], float (&rhs)[K / 2], Shared& s, const
 #pragma unroll
   for (int i = 0; i < K / 2; i++) rhs[i] *= factor[i / 2 % 2];
 #if ADAPTIVE
-  if (s.deflated)
+  if (y.it.deflated)
     solve<true>(x, rhs, s, at, y.it, y.h_factor, y.lambda);
   else
 #endif
