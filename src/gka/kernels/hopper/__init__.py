@@ -21,7 +21,7 @@ _BLOCKS = {64: 3, 128: 2}  # blocks a multiprocessor that the registers leave ro
 _POINTERS = (
     "q", "k", "v", "g", "gk", "alpha", "beta", "h_states", "u_states", "h_scales", "h_norms",
     "u_scales", "chunk_start", "chunk_length", "o", "x", "x_scale", "steps", "top",
-    "bounds", "d_o", "dq", "d_alpha",
+    "trace", "d_o", "dq", "d_alpha",
     "y", "y_scale", "w", "key_weight", "start_weight", "start_u", "start_h",
 )  # fmt: skip
 _FLOATS = ("scale", "ridge_ratio", "empty_below")
@@ -65,10 +65,11 @@ def source(kernel: str, key_dim: int, value_dim: int, bfloat16: bool, adaptive: 
 def shared_bytes(kernel: str, key_dim: int, value_dim: int) -> int:
     """Upper bound of what `kernel` keeps in shared memory, with room to align it."""
     if kernel == "certify":
-        return 2 * key_dim * key_dim + 4 * (2 * key_dim + 8) + 1024
-    tiles = 2 * (key_dim * key_dim + CHUNK * (key_dim + value_dim) + CHUNK * CHUNK)
+        return 2 * key_dim * key_dim + 4 * (key_dim + 8) + 1024
+    widest = max(key_dim, value_dim)
+    tiles = 2 * (key_dim * key_dim + CHUNK * (key_dim + widest) + CHUNK * CHUNK)
     tiles += max(2 * key_dim * value_dim, 4 * CHUNK * key_dim)
-    return tiles + 4 * (4 * CHUNK + key_dim + 16) + 1024
+    return tiles + 4 * (5 * CHUNK + 2 * key_dim + 16) + 1024
 
 
 @functools.cache

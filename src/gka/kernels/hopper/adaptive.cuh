@@ -1,15 +1,17 @@
-// Fewer steps with the same proven bound: certified spectral bounds and a rank-one preconditioner
-// (gka/maths/adaptive.py; proof in docs/numerics.md).
+// Fewer steps with the same proven bound (gka/maths/adaptive.py; proof in docs/numerics.md): the rank-one
+// Nystroem part N_t = strength_t F_t w_t w_t^T <= H_t of every token, and a certified bound of the rest.
 
-// What float16 weights and squares may cost: relative error of F_t^2, and so of |R_t|^2 / F_t^2.
-constexpr float SLACK = 1.f / 512.f;
+// Relative errors: of the chunk's own share of F_t^2, whose weights and squares are float16; of float32 sums;
+// of the operator, whose weights the solve holds in float16.
+constexpr float SLACK_OWN = 1.f / 2048.f, SLACK_SUM = 1.f / 65536.f, SLACK_OPERATOR = 1.f / 2048.f;
+constexpr float THETA_FLOOR = 1.f / 1024.f;
 
-DEVICE float inverse_cosh(float x) { return logf(x + sqrtf(x * x - 1.f)); }
+DEVICE float inverse_cosh(float x) { return logf(x + sqrtf(x * x - 1.f)); }  // of x well above one
 
-// (k_j . u)^2 of every key, in units of one. Two threads a key.
-DEVICE void overlaps(float* out, const Shared& s, const Place& at, float k_max) {
+// k16_j . v and |k16_j|^2 of every key. Two threads a key; v in s.top.
+DEVICE void key_products(Shared& s, const Place& at) {
   int row = at.thread / 2, first = at.thread % 2 * (K / 2);
-  float sum = 0.f;
+  float dot = 0.f, norm2 = 0.f;
 #pragma unroll 2
   for (int j = 0; j < K / 16; j++) {
     int column = first + 8 * j;
@@ -17,46 +19,111 @@ DEVICE void overlaps(float* out, const Shared& s, const Place& at, float k_max) 
 #pragma unroll
     for (int w = 0; w < 4; w++) {
       u32 pair = ((const u32*)&piece)[w];
-      float2 u = *(const float2*)(s.top + column + 2 * w);
-      sum += low_half(pair) * u.x + high_half(pair) * u.y;
+      float2 v = *(const float2*)(s.top + column + 2 * w);
+      float low = low_half(pair), high = high_half(pair);
+      dot += low * v.x + high * v.y, norm2 += low * low + high * high;
     }
   }
-  sum = (sum + __shfl_xor_sync(~0u, sum, 1)) * k_max;
-  if (at.thread % 2 == 0) out[row] = sum * sum;
+  dot += __shfl_xor_sync(~0u, dot, 1), norm2 += __shfl_xor_sync(~0u, norm2, 1);
+  if (at.thread % 2 == 0) s.energy[row] = dot, s.key_norm2[row] = norm2;
 }
 
-// Replaces the plain iteration where a proven bound asks for fewer steps. w: W_tj.
+// Replaces the plain iteration where a proven bound asks for fewer steps; leaves w_t in s.v. w: W_tj.
 DEVICE void tighten(Iteration& it, const Ridge& r, const float (&w)[C / 2], const float (&fro)[2],
                     const bool (&empty)[2], Shared& s, const Arguments& a, const Place& at, float k_max) {
-  const float* bounds = a.bounds + at.state * 3;  // nu, u^T H16 u, |(H16 - N)^2|_F^(1/2)
-  float nu = bounds[0] * r.h_scale, energy = bounds[1] * r.h_scale, remainder = bounds[2] * r.h_scale;
-  if (at.thread < K) s.top[at.thread] = a.top[at.state * K + at.thread];
+  for (int i = at.thread; i < 2 * K; i += THREADS) s.top[i] = a.top[at.state * 2 * K + i];
+  float h_trace = a.trace[at.state] * r.h_scale, k2 = k_max * k_max;
   __syncthreads();  // all have read s.energy, too
-  overlaps(s.energy, s, at, k_max);
+  key_products(s, at);
   __syncthreads();
+  // u_t = H_t v / F_t
+  u32 left[C / 4];
+  float u[K / 2], trace[2] = {0.f, 0.f};
+#pragma unroll
+  for (int j = 0; j < C / 8; j++) {
+    float2 dot = *(const float2*)(s.energy + 8 * j + at.column);
+    float2 norm2 = *(const float2*)(s.key_norm2 + 8 * j + at.column);
+#pragma unroll
+    for (int b = 0; b < 2; b++) {
+      float low = w[4 * j + 2 * b], high = w[4 * j + 2 * b + 1];
+      left[2 * j + b] = pack(low * dot.x, high * dot.y);
+      trace[b] += low * norm2.x + high * norm2.y;
+    }
+  }
+  mma_begin();
+  product<C, 1, false, C>(u, left, shared_address(s.k), false);
+  mma_commit();
+  mma_wait<0>();
+  hold(u);
+  float inverse[2] = {__fdividef(1.f, fro[0]), __fdividef(1.f, fro[1])};
+  float theta[2] = {0.f, 0.f}, norm2[2] = {0.f, 0.f}, strength[2];
+#pragma unroll
+  for (int j = 0; j < K / 8; j++) {
+    float2 v = *(const float2*)(s.top + 8 * j + at.column);
+    float2 h_v = *(const float2*)(s.top + K + 8 * j + at.column);
+#pragma unroll
+    for (int b = 0; b < 2; b++) {
+      int i = 4 * j + 2 * b;
+      float past = r.zeta[b] * r.h_scale * inverse[b], own = k2 * inverse[b];
+      u[i] = past * h_v.x + own * u[i], u[i + 1] = past * h_v.y + own * u[i + 1];
+      theta[b] += u[i] * v.x + u[i + 1] * v.y;
+      norm2[b] += u[i] * u[i] + u[i + 1] * u[i + 1];
+    }
+  }
+  u32 unit[K / 4];
+#pragma unroll
+  for (int b = 0; b < 2; b++) {
+    theta[b] = quad_sum(theta[b]), norm2[b] = quad_sum(norm2[b]);
+    strength[b] = __fdividef(norm2[b], fmaxf(theta[b], 0.f) * (1.f + SLACK_OPERATOR) + THETA_FLOOR);
+    float length = norm2[b] > TINY ? rsqrtf(norm2[b]) : 0.f;
+#pragma unroll
+    for (int j = 0; j < K / 8; j++)
+      unit[2 * j + b] = pack(u[4 * j + 2 * b] * length, u[4 * j + 2 * b + 1] * length);
+  }
+  // w_t^T H_t w_t / F_t
+  float rayleigh[2] = {0.f, 0.f}, along[C / 2];
+  mma_begin();
+  product<K, 1, true, C>(along, unit, shared_address(s.k), false);
+  mma_commit();
+  product<K, 1, true, K>(u, unit, shared_address(s.h), false);
+  mma_commit();
+#pragma unroll
+  for (int n = 0; n < K / 16; n++)
+    ((uint4*)s.v)[n * THREADS + at.thread] =
+        uint4{unit[4 * n], unit[4 * n + 1], unit[4 * n + 2], unit[4 * n + 3]};
+  mma_wait<0>();
+  hold(along), hold(u);
+#pragma unroll
+  for (int b = 0; b < 2; b++) {
+    float past = 0.f, own = 0.f;
+#pragma unroll
+    for (int j = 0; j < K / 8; j++)
+      past += u[4 * j + 2 * b] * low_half(unit[2 * j + b]) + u[4 * j + 2 * b + 1] * high_half(unit[2 * j + b]);
+#pragma unroll
+    for (int j = 0; j < C / 8; j++)
+#pragma unroll
+      for (int e = 0; e < 2; e++)
+        own += w[4 * j + 2 * b + e] * along[4 * j + 2 * b + e] * along[4 * j + 2 * b + e];
+    rayleigh[b] = quad_sum(r.zeta[b] * r.h_scale * past + k2 * own) * inverse[b];
+    trace[b] = (r.zeta[b] * h_trace + k2 * quad_sum(trace[b])) * inverse[b];
+  }
+  // |R_t|_2 / F_t by trace and Frobenius norm (Wolkowicz and Styan)
   float worst = 0.f;
 #pragma unroll
   for (int b = 0; b < 2; b++) {
-    float cross = 0.f;
-#pragma unroll
-    for (int j = 0; j < C / 8; j++) {
-      float2 overlap = *(const float2*)(s.energy + 8 * j + at.column);
-      cross += w[4 * j + 2 * b] * overlap.x + w[4 * j + 2 * b + 1] * overlap.y;
-    }
-    float inverse = __fdividef(1.f, fro[b]);
-    float past = r.zeta[b] * nu * inverse;                                // zeta |N| / F
-    float inner = (r.zeta[b] * energy + quad_sum(cross)) * inverse;       // u^T H_t u / F
-    float by_norm = sqrtf(fmaxf(1.f - 2.f * past * inner + past * past, 0.f) + SLACK);
-    float by_square = (r.zeta[b] * remainder + sqrtf(r.own2[b])) * inverse * (1.f + 2.f * SLACK);
-    if (at.valid(b) && !empty[b]) worst = fmaxf(worst, fminf(by_norm, by_square));
-    it.tau[b] = __fdividef(past, a.ridge_ratio + past);
+    float mean = (trace[b] - strength[b]) * (1.f / K);
+    float square = 1.f - 2.f * strength[b] * rayleigh[b] + strength[b] * strength[b];
+    float slack = SLACK_OWN * r.own2[b] * inverse[b] * inverse[b] + SLACK_SUM;
+    float spread = (1.f - 1.f / K) * fmaxf(square - K * mean * mean, 0.f) + slack;
+    if (at.valid(b) && !empty[b]) worst = fmaxf(worst, mean + sqrtf(spread) + SLACK_OPERATOR);
+    it.tau[b] = __fdividef(strength[b], a.ridge_ratio + strength[b]);
   }
-  float phi = fmaxf(block_reduce<true>(worst, s.scratch), SLACK);
+  float phi = fmaxf(block_reduce<true>(worst, s.scratch), SLACK_OPERATOR);
   float ratio = (a.num_iter + 1) * inverse_cosh(1.f + 2.f * a.ridge_ratio) /
                 inverse_cosh(1.f + 2.f * a.ridge_ratio / fminf(phi, 1.f));
   int steps = (int)ceilf(ratio) - 1;
-  it.deflated = steps < a.num_iter && nu > 0.f;
-  if (steps >= a.num_iter) return;
+  it.deflated = steps < a.num_iter;
+  if (!it.deflated) return;
   float kappa = 1.f + phi / a.ridge_ratio, rho = (kappa - 1.f) / (kappa + 1.f);
   it.steps = steps, it.rho2 = rho * rho, it.step = 2.f / ((kappa + 1.f) * a.ridge_ratio);
 }

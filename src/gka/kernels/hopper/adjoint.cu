@@ -4,8 +4,7 @@
 // dz_t = scale (zeta_t U_[c] do_t + sum_j W_tj (do_t . v_j) k_j), start_t = scale zeta_t z_t.(U_[c] do_t)
 // and d alpha_t = dz_t . (x_t - q_t).
 DEVICE void readout_adjoint(float (&dz)[K / 2], u32 (&d_o)[V / 4], const float (&alpha)[2], Shared& s,
-                            const Arguments& a, const System& system, const Place& at, float k_max,
-                            float v_max) {
+                            const Arguments& a, const Place& at, float k_max, float v_max) {
   float largest[2], scores[C / 2], u_scale[V / 64], u_max = 0.f;
   u32 p[C / 4], q[K / 4], x[K / 4], past[V / 4];
   load_raw<K>(q, a.q, a.heads, at.head, at);
@@ -34,7 +33,7 @@ DEVICE void readout_adjoint(float (&dz)[K / 2], u32 (&d_o)[V / 4], const float (
   mma_commit();
   mma_wait<1>();
   hold(scores);
-  weigh_scores(p, scores, s, a, system, at);
+  weigh_scores(p, scores, s, at);
   mma_wait<0>();
   hold(dz);
   float size = k_max * v_max, factor[2], x_scale[2], start[2] = {0.f, 0.f}, d_alpha[2] = {0.f, 0.f};
@@ -114,12 +113,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   Shared& s = *(Shared*)(raw + (-(int)shared_address(raw) & 1023));
   Place at(a);
   stagger_blocks(a);
-  float k_max, v_max, y[K / 2];
-  float4* held = (float4*)s.u;  // (1 - alpha) dz of this thread, in its own places
-  System system;
+  float k_max, alpha[2], y[K / 2];
+  float4* held = (float4*)s.u;  // dz of this thread, in its own places
+  load_alpha(alpha, a, at);
   {
     u32 d_o[V / 4];
-    float alpha[2], dz[K / 2];
+    float v_max, dz[K / 2];
     {
       Pieces<K> k;
       Pieces<V> v;
@@ -127,23 +126,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       copy_states(s, a, at);
       v.load(a.v, a.value_heads, at.head / (a.heads / a.value_heads), at);
       load_raw<V>(d_o, a.d_o, a.heads, at.head, at);
-      load_alpha(alpha, a, at);
       load_gates(s, a, at);
-      store_tiles(s, k, v, k_max, v_max, at);
+      k_max = store_tile<K>(s.k, k, s.scratch, at);
+      v_max = store_tile<V>(s.v, v, s.scratch, at);
     }
     copies_wait<0>();
     publish_shared();
     __syncthreads();
-    system = prepare(s, a, at, k_max);
-    readout_adjoint(dz, d_o, alpha, s, a, system, at, k_max, v_max);
-    __syncthreads();  // all products with U are done
+    readout_adjoint(dz, d_o, alpha, s, a, at, k_max, v_max);
+    __syncthreads();  // all products with U and V are done
 #pragma unroll
     for (int i = 0; i < K / 8; i++)
-      held[i * THREADS + at.thread] = {dz[4 * i] * (1.f - alpha[0]), dz[4 * i + 1] * (1.f - alpha[0]),
-                                       dz[4 * i + 2] * (1.f - alpha[1]), dz[4 * i + 3] * (1.f - alpha[1])};
+      held[i * THREADS + at.thread] = {dz[4 * i], dz[4 * i + 1], dz[4 * i + 2], dz[4 * i + 3]};
+  }
+  System system = prepare(s, a, at, k_max);
+  {
+    float rhs[K / 2];
 #pragma unroll
-    for (int i = 0; i < K / 2; i++) dz[i] *= alpha[i / 2 % 2];
-    solve_chunk(y, dz, s, system, at);
+    for (int i = 0; i < K / 8; i++) {
+      float4 dz = held[i * THREADS + at.thread];
+      rhs[4 * i] = alpha[0] * dz.x, rhs[4 * i + 1] = alpha[0] * dz.y;
+      rhs[4 * i + 2] = alpha[1] * dz.z, rhs[4 * i + 3] = alpha[1] * dz.w;
+    }
+    solve_chunk(y, rhs, s, system, at);
   }
   u32 rows[K / 4], x[K / 4];
   float largest[2], h_y[K / 2], x_dot_y[2] = {0.f, 0.f}, start[2] = {0.f, 0.f};
@@ -163,7 +168,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     for (int b = 0; b < 2; b++) {
       float y_low = y[4 * i + 2 * b], y_high = y[4 * i + 2 * b + 1];
       x_dot_y[b] += y_low * low_half(x[2 * i + b]) + y_high * high_half(x[2 * i + b]);
-      y[4 * i + 2 * b] = y_low + low[b], y[4 * i + 2 * b + 1] = y_high + high[b];
+      y[4 * i + 2 * b] = y_low + (1.f - alpha[b]) * low[b];
+      y[4 * i + 2 * b + 1] = y_high + (1.f - alpha[b]) * high[b];
     }
   }
   float one[2] = {1.f, 1.f};

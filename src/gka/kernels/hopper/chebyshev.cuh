@@ -5,7 +5,7 @@ struct Iteration {
   float step;    // 2/(L + mu) in units of 1/F_t
   float rho2;    // ((L - mu)/(L + mu))^2
   int steps;
-  float tau[2];  // P^-1 = (1 - tau_t u u^T) / lambda_t where `deflated`
+  float tau[2];  // P_t^-1 = (1 - tau_t w_t w_t^T) / lambda_t where `deflated`
   bool deflated;
 };
 
@@ -22,38 +22,31 @@ DEVICE void solve(float (&x)[K / 2], float (&residual)[K / 2], Shared& s, const 
 #pragma unroll
   for (int i = 0; i < K / 4; i++) d[i] = 0;
   u32 k = shared_address(s.k), h = shared_address(s.h);
-  float omega = 2.f, gain = 1.f, keep = 0.f;  // d <- keep d + gain (1 - tau u u^T) residual
+  float omega = 2.f, gain = 1.f, keep = 0.f;  // d <- keep d + gain (1 - tau w w^T) residual
   for (int i = 0;; i++) {
-#if ADAPTIVE
     float along[2] = {0.f, 0.f};
+    u32 w[DEFLATED ? K / 4 : 1];
     if (DEFLATED) {
 #pragma unroll
-      for (int j = 0; j < K / 8; j++) {
-        float2 u = *(const float2*)(s.top + 8 * j + at.column);
+      for (int n = 0; n < K / 16; n++) {
+        uint4 four = ((const uint4*)s.v)[n * THREADS + at.thread];
 #pragma unroll
-        for (int b = 0; b < 2; b++)
-          along[b] += residual[4 * j + 2 * b] * u.x + residual[4 * j + 2 * b + 1] * u.y;
+        for (int m = 0; m < 4; m++) w[4 * n + m] = ((const u32*)&four)[m];
       }
+#pragma unroll
+      for (int j = 0; j < K / 4; j++)
+        along[j % 2] += residual[2 * j] * low_half(w[j]) + residual[2 * j + 1] * high_half(w[j]);
 #pragma unroll
       for (int b = 0; b < 2; b++) along[b] = quad_sum(along[b]) * it.tau[b];
     }
-#endif
 #pragma unroll
-    for (int j = 0; j < K / 8; j++) {
-#if ADAPTIVE
-      float2 u = DEFLATED ? *(const float2*)(s.top + 8 * j + at.column) : float2{0.f, 0.f};
-#endif
-#pragma unroll
-      for (int b = 0; b < 2; b++) {
-        float low = residual[4 * j + 2 * b], high = residual[4 * j + 2 * b + 1];
-#if ADAPTIVE
-        if (DEFLATED) low -= along[b] * u.x, high -= along[b] * u.y;
-#endif
-        low = gain * low + keep * low_half(d[2 * j + b]);
-        high = gain * high + keep * high_half(d[2 * j + b]);
-        d[2 * j + b] = pack(low, high);
-        zeta_d[2 * j + b] = times(d[2 * j + b], zeta[b]);
-      }
+    for (int j = 0; j < K / 4; j++) {
+      float low = residual[2 * j], high = residual[2 * j + 1];
+      if (DEFLATED) low -= along[j % 2] * low_half(w[j]), high -= along[j % 2] * high_half(w[j]);
+      low = gain * low + keep * low_half(d[j]);
+      high = gain * high + keep * high_half(d[j]);
+      d[j] = pack(low, high);
+      zeta_d[j] = times(d[j], zeta[j % 2]);
     }
     if (i == it.steps) break;
     omega = 4.f / (4.f - it.rho2 * omega), gain = omega, keep = omega - 1.f;

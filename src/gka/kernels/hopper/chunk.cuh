@@ -19,7 +19,7 @@ struct Arguments {
   u16 *x;                                   // [tokens, H, K] float16: x_t / x_scale_t
   float *x_scale;                           // [tokens, H]
   int *steps;                               // [M, H] or null: steps taken
-  float *top, *bounds;                      // [M, H', K] and [M, H', 3]: what certify.cu found, if ADAPTIVE
+  float *top, *trace;                       // [M, H', 2, K] and [M, H']: what certify.cu left, if ADAPTIVE
   // the derivative's
   const u16 *d_o;                           // [tokens, H, V]
   u16 *dq;                                  // [tokens, H, K]
@@ -249,16 +249,16 @@ DEVICE void weights(float (&w)[C / 2], const float* decay, const float* beta2, c
     }
 }
 
-// What a block keeps in shared memory. U's tile holds (1 - alpha) dz during the derivative's solve.
+// What a block keeps in shared memory. U's tile holds dz during the derivative's solve.
 struct Shared {
   unsigned char h[K * K * 2];
   unsigned char u[K * V * 2 > C * K * 4 ? K * V * 2 : C * K * 4];
   unsigned char k[C * K * 2];
-  unsigned char v[C * V * 2];
+  unsigned char v[C * (K > V ? K : V) * 2];  // during an adaptive solve the vectors w_t, a thread's in its places
   uint4 weights[C / 16 * THREADS];  // W / F, a thread's in its own places; before that, (K K^T)^2
   float decay_h[C], decay_u[C], beta2[C], energy[C], scratch[16];
 #if ADAPTIVE
-  float top[K];  // u, the unit vector of N = nu u u^T
+  float top[2 * K], key_norm2[C];  // v and H16 v; |k16_j|^2
 #endif
 };
 
@@ -285,15 +285,11 @@ DEVICE void load_gates(Shared& s, const Arguments& a, const Place& at) {
   s.beta2[row] = row < at.length ? beta * beta : 0.f;
 }
 
-// The largest entries of keys and values (one if all are zero); keys and values / these to shared memory.
-DEVICE void store_tiles(Shared& s, const Pieces<K>& k, const Pieces<V>& v, float& k_max, float& v_max,
-                        const Place& at) {
-  k_max = warp_max(k.largest()), v_max = warp_max(v.largest());
-  if (at.lane == 0) s.scratch[at.thread / 32] = k_max, s.scratch[4 + at.thread / 32] = v_max;
-  __syncthreads();
-  k_max = fmaxf(fmaxf(s.scratch[0], s.scratch[1]), fmaxf(s.scratch[2], s.scratch[3]));
-  v_max = fmaxf(fmaxf(s.scratch[4], s.scratch[5]), fmaxf(s.scratch[6], s.scratch[7]));
-  k_max = k_max > TINY ? k_max : 1.f, v_max = v_max > TINY ? v_max : 1.f;
-  k.store(s.k, 1.f / k_max, at);
-  v.store(s.v, 1.f / v_max, at);
+// Keys or values / their largest entry (one if all are zero) to shared memory; returns that entry.
+template <int D>
+DEVICE float store_tile(unsigned char* to, const Pieces<D>& pieces, float* scratch, const Place& at) {
+  float largest = block_reduce<true>(pieces.largest(), scratch);
+  largest = largest > TINY ? largest : 1.f;
+  pieces.store(to, 1.f / largest, at);
+  return largest;
 }

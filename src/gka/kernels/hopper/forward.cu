@@ -6,19 +6,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   Shared& s = *(Shared*)(raw + (-(int)shared_address(raw) & 1023));
   Place at(a);
   stagger_blocks(a);
+  int value_head = at.head / (a.heads / a.value_heads);
   float k_max, v_max, x[K / 2], rhs[K / 2];
   System system;
   {
     u32 q[K / 4];
     {
       Pieces<K> k;
-      Pieces<V> v;
       k.load(a.k, a.key_heads, at.head / (a.heads / a.key_heads), at);
       copy_states(s, a, at);
-      v.load(a.v, a.value_heads, at.head / (a.heads / a.value_heads), at);
+#if !ADAPTIVE
+      Pieces<V> v;
+      v.load(a.v, a.value_heads, value_head, at);
+#endif
       load_raw<K>(q, a.q, a.heads, at.head, at);
       load_gates(s, a, at);
-      store_tiles(s, k, v, k_max, v_max, at);
+      k_max = store_tile<K>(s.k, k, s.scratch, at);
+#if !ADAPTIVE
+      v_max = store_tile<V>(s.v, v, s.scratch, at);
+#endif
     }
     copies_wait<1>();
     publish_shared();
@@ -36,6 +42,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     u32 q[K / 4];
     load_raw<K>(q, a.q, a.heads, at.head, at);
     load_alpha(alpha, a, at);
+#if ADAPTIVE  // the tile held w_t until now
+    {
+      Pieces<V> v;
+      v.load(a.v, a.value_heads, value_head, at);
+      v_max = store_tile<V>(s.v, v, s.scratch, at);
+    }
+#endif
     copies_wait<0>();
     publish_shared();
     scale_rows(z, largest, x);
@@ -59,7 +72,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   mma_commit();
   mma_wait<1>();
   hold(scores);
-  weigh_scores(p, scores, s, a, system, at);
+  weigh_scores(p, scores, s, at);
   mma_wait<0>();
   hold(o);
   float size = k_max * v_max;

@@ -64,27 +64,10 @@ DEVICE void solve_chunk(float (&x)[K / 2], float (&rhs)[K / 2], Shared& s, const
   for (int i = 0; i < K / 2; i++) x[i] *= factor[i / 2 % 2];
 }
 
-// scores o W of U as a left operand. With one decay for both states W is what the solve left, unless the
-// history is so large or small that W / F left float16's range.
-DEVICE void weigh_scores(u32 (&p)[C / 4], const float (&scores)[C / 2], const Shared& s, const Arguments& a,
-                         const System& y, const Place& at) {
-  float least = fminf(y.w_factor[0], y.w_factor[1]), most = fmaxf(y.w_factor[0], y.w_factor[1]);
-  if (a.g == a.gk && least > 1.f / 1024.f && most < 1024.f) {
-    float factor[2] = {__fdividef(1.f, y.w_factor[0]), __fdividef(1.f, y.w_factor[1])};
+// scores o W of U as a left operand.
+DEVICE void weigh_scores(u32 (&p)[C / 4], const float (&scores)[C / 2], const Shared& s, const Place& at) {
+  float w[C / 2];
+  weights(w, s.decay_u, s.beta2, at);
 #pragma unroll
-    for (int n = 0; n < C / 16; n++) {
-      uint4 four = s.weights[n * THREADS + at.thread];
-#pragma unroll
-      for (int m = 0; m < 4; m++) {
-        u32 w = ((const u32*)&four)[m];
-        int i = 8 * n + 2 * m;
-        p[4 * n + m] = pack(scores[i] * (low_half(w) * factor[m % 2]), scores[i + 1] * (high_half(w) * factor[m % 2]));
-      }
-    }
-  } else {
-    float w[C / 2];
-    weights(w, s.decay_u, s.beta2, at);
-#pragma unroll
-    for (int i = 0; i < C / 4; i++) p[i] = pack(scores[2 * i] * w[2 * i], scores[2 * i + 1] * w[2 * i + 1]);
-  }
+  for (int i = 0; i < C / 4; i++) p[i] = pack(scores[2 * i] * w[2 * i], scores[2 * i + 1] * w[2 * i + 1]);
 }
