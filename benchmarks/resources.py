@@ -85,7 +85,9 @@ def run_all(dim: int, dtype: torch.dtype) -> None:
     tokens = problem(dim, dtype)
     settings = Settings(1.0, 0.02, 30, 64, tied=True, with_h=False)
     out = launch.chunk_forward(tokens, settings)
-    launch.chunk_backward(tokens, out.x, torch.empty_like(tokens.v), None, None, settings)
+    launch.chunk_backward(
+        tokens, out.x, out.x_scale, torch.empty_like(tokens.v), None, None, settings
+    )
 
 
 def usage(name: str, kernel, arch: int) -> Usage:

@@ -1,19 +1,33 @@
 """The derivative's kernels, in the order of gka.maths.adjoint: solve again, then the inputs' gradients.
 
-Every product takes float16 operands that are scaled by their largest entry, gradients included.
+Operands are float16 (float32 for float32 inputs), divided by the largest entry of their chunk where
+their size is not known. Those maxima come from the scans, which read the same tiles.
 """
 
 import triton
 import triton.language as tl
 
-from gka.kernels.chunked import column_scales, sum_blocks
-from gka.kernels.common import decay_mask, load_gate, load_mix, load_rows, operand, store_rows
+from gka.kernels.chunked import sum_blocks
+from gka.kernels.common import (
+    decay_mask,
+    inverse,
+    load_gate,
+    load_mix,
+    load_raw,
+    load_rows,
+    load_scaled,
+    operand,
+    store_gate,
+    store_rows,
+    store_scaled,
+)
 
 
 @triton.jit
 def readout_backward_kernel(
     q,
-    x,  # [tokens, H, K] or None without a solve
+    x,  # [tokens, H, K] or None without a solve: rows divided by x_scale
+    x_scale,  # [tokens, H] float32, with x
     k,
     v,
     g,
@@ -22,12 +36,16 @@ def readout_backward_kernel(
     do,  # [tokens, H, V]
     u_states,
     u_scales,
-    dx,  # [tokens, H, K]: alpha dz; dz itself where alpha is absent; None without a solve
+    dx,  # [tokens, G, K]: alpha dz, or dz where alpha is absent; rows divided by dx_scale; with x
+    dx_scale,  # [tokens, G] float32, with x
     dq,  # [tokens, H, K]: what reaches q past the solve
     dalpha,  # [tokens, H] float32 or None
+    start_u,  # [tokens, G] float32: scale zeta_t z_t^T U_[c] do_t
     chunk_start,
     chunk_len,
     scale,
+    base,
+    G,
     H,
     HK: tl.constexpr,
     HV: tl.constexpr,
@@ -38,16 +56,15 @@ def readout_backward_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     NV: tl.constexpr,
-    SB: tl.constexpr,
     C: tl.constexpr,
     OP: tl.constexpr,
     PREC: tl.constexpr,
 ):
     """dz_t = scale (zeta_t U_[c] do_t + sum_j W_tj (do_t . v_j) k_j), and its shares of x, q, alpha."""
-    m, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
-    mh = m * H + h
+    m, j = (tl.program_id(0) // G).to(tl.int64), tl.program_id(0) % G
+    mh, h = m * G + j, base + j
     places = tl.arange(0, C)
-    row = tl.load(chunk_start + m) + places
+    row = tl.load(chunk_start + m)
     valid = places < tl.load(chunk_len + m)
     rk = tl.arange(0, BK)
     write = load_gate(beta, row, H, h, valid, 1.0)
@@ -64,8 +81,10 @@ def readout_backward_kernel(
         don, do_max = operand(dot, OP)
         vn, v_max = operand(load_rows(v, row, HV, h // GV, V, rv, valid), OP)
         scores += tl.dot(don, tl.trans(vn), input_precision=PREC) * (do_max * v_max)
-        don, do_max = operand(dot * column_scales(u_scales, mh, rv, V, SB)[None, :], OP)
-        dz += tl.dot(don, tl.trans(un), input_precision=PREC) * (zeta * do_max)[:, None]
+        u_scale = tl.load(u_scales + mh * NV + block)
+        dz += tl.dot(don, tl.trans(un), input_precision=PREC) * (zeta * (do_max * u_scale))[:, None]
+    z = load_mix(q, x, x_scale, alpha, row, H, h, K, rk, valid)
+    store_gate(start_u, tl.sum(z * dz, 1) * scale, row, G, j, valid)
     sn, s_max = operand(scores * decay_mask(b, places) * (write * write)[None, :], OP)
     kn, k_max = operand(load_rows(k, row, HK, h // GK, K, rk, valid), OP)
     dz += tl.dot(sn, kn, input_precision=PREC) * (s_max * k_max)
@@ -74,20 +93,33 @@ def readout_backward_kernel(
         store_rows(dq, dz, row, H, h, K, rk, valid)
     else:
         if alpha is None:
-            store_rows(dx, dz, row, H, h, K, rk, valid)
+            store_scaled(dx, dx_scale, dz, row, G, j, K, rk, valid)
             store_rows(dq, dz * 0.0, row, H, h, K, rk, valid)
         else:
             mix = load_gate(alpha, row, H, h, valid, 1.0)
-            gap = load_rows(x, row, H, h, K, rk, valid) - load_rows(q, row, H, h, K, rk, valid)
-            tl.store(dalpha + row * H + h, tl.sum(dz * gap, 1), mask=valid)
-            store_rows(dx, mix[:, None] * dz, row, H, h, K, rk, valid)
+            gap = load_scaled(x, x_scale, row, H, h, K, rk, valid)
+            gap -= load_rows(q, row, H, h, K, rk, valid)
+            store_gate(dalpha, tl.sum(dz * gap, 1), row, H, h, valid)
+            store_scaled(dx, dx_scale, mix[:, None] * dz, row, G, j, K, rk, valid)
             store_rows(dq, (1.0 - mix)[:, None] * dz, row, H, h, K, rk, valid)
 
 
 @triton.jit
-def decay_gradient(pairs, ends, start, whole, beta2, places):
-    """dg_i of a chunk by rectangle sums, as gka.maths.adjoint states it."""
-    after = tl.cumsum(pairs * beta2[None, :], 0, reverse=True)  # sum over t >= i, for each j
+def max_blocks(ptr, index, N: tl.constexpr):
+    """Largest of N consecutive numbers."""
+    largest = 0.0
+    for i in tl.static_range(N):
+        largest = tl.maximum(largest, tl.load(ptr + index * N + i))
+    return largest
+
+
+@triton.jit
+def decay_gradient(pairs, ends, start, whole, beta2, places, PREC: tl.constexpr):
+    """dg_i of a chunk by rectangle sums, as gka.maths.adjoint states it; pairs without beta_j^2."""
+    since = tl.where(places[:, None] <= places[None, :], 1.0, 0.0)
+    after = (
+        tl.dot(since, pairs, input_precision=PREC) * beta2[None, :]
+    )  # sum over t >= i, for each j
     rectangles = tl.sum(tl.where(places[:, None] > places[None, :], after, 0.0), 1)
     before_end = tl.cumsum(ends * beta2, 0) - ends * beta2
     return rectangles + before_end + tl.cumsum(start, 0, reverse=True) + whole
@@ -97,22 +129,34 @@ def decay_gradient(pairs, ends, start, whole, beta2, places):
 def through_u_kernel(
     q,
     x,
+    x_scale,
     k,
     v,
     g,
     alpha,
     beta,
     do,
-    u_states,
-    u_scales,
-    ends,  # [M, H, K, V]: gradient of U at each chunk's end
-    dk,  # [tokens, H, K]: written
-    dv,  # [tokens, H, V]
+    ends,  # [M, G, K, V] OP: gradient E of U at each chunk's end / end_scale
+    end_scales,  # [M, G, NV] float32
+    wholes,  # [M, G, NV] float32: decay over the chunk times <U_[c], E>
+    start_u,  # [tokens, G] float32
+    k_maxima,  # [M, G] float32: max |k| of the chunk
+    v_maxima,  # [M, G, NV]
+    z_maxima,  # [M, G]
+    d_maxima,  # [M, G, NV]: max |do|
+    dk,  # [tokens, dk_heads, K]: written, from head dk_base on
+    dv,  # [tokens, dv_heads, V]
     dg,  # [tokens, H] float32 or None
     dbeta2,  # [tokens, H] float32 or None: gradient of beta^2
     chunk_start,
     chunk_len,
     scale,
+    dk_base,
+    dk_heads,
+    dv_base,
+    dv_heads,
+    base,
+    G,
     H,
     HK: tl.constexpr,
     HV: tl.constexpr,
@@ -123,82 +167,87 @@ def through_u_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     NV: tl.constexpr,
-    SB: tl.constexpr,
     C: tl.constexpr,
     OP: tl.constexpr,
     PREC: tl.constexpr,
 ):
-    m, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
-    mh = m * H + h
+    m, j = (tl.program_id(0) // G).to(tl.int64), tl.program_id(0) % G
+    mh, h = m * G + j, base + j
     places = tl.arange(0, C)
-    row = tl.load(chunk_start + m) + places
+    row = tl.load(chunk_start + m)
     valid = places < tl.load(chunk_len + m)
     rk = tl.arange(0, BK)
+    k_max, z_max = tl.load(k_maxima + mh), tl.load(z_maxima + mh)
+    v_max, d_max = max_blocks(v_maxima, mh, NV), max_blocks(d_maxima, mh, NV)
+    e_max = max_blocks(end_scales, mh, NV)
+    kn = (load_rows(k, row, HK, h // GK, K, rk, valid) * inverse(k_max)).to(OP)
+    zn = (load_mix(q, x, x_scale, alpha, row, H, h, K, rk, valid) * inverse(z_max)).to(OP)
+    b = tl.cumsum(load_gate(g, row, H, h, valid, 0.0), 0)
+    mask = decay_mask(b, places)
+    z_k = tl.dot(zn, tl.trans(kn), input_precision=PREC) * mask  # |.| <= K: in float16's range
+    ln = z_k.to(OP)
     write = load_gate(beta, row, H, h, valid, 1.0)
     beta2 = write * write
-    gate = load_gate(g, row, H, h, valid, 0.0)
-    b = tl.cumsum(gate, 0)
-    total = tl.sum(gate, 0)
-    zeta, to_end, mask = tl.exp(b), tl.exp(total - b), decay_mask(b, places)
-    kt = load_rows(k, row, HK, h // GK, K, rk, valid)
-    kn, k_max = operand(kt, OP)
-    zn, z_max = operand(load_mix(q, x, alpha, row, H, h, K, rk, valid), OP)
-    z_k = tl.dot(zn, tl.trans(kn), input_precision=PREC) * (z_max * k_max)
-    ln, l_max = operand(z_k * mask * beta2[None, :], OP)
+    to_end = tl.exp(tl.sum(load_gate(g, row, H, h, valid, 0.0), 0) - b)
     do_v = tl.zeros((C, C), tl.float32)
     end_v = tl.zeros((C, BK), tl.float32)  # rows E v_j
-    start = tl.zeros((C,), tl.float32)
-    whole = 0.0
     for block in tl.static_range(NV):
         rv = block * BV + tl.arange(0, BV)
         tile = rk[:, None] * V + rv[None, :]
         inside = (rk[:, None] < K) & (rv[None, :] < V)
-        dot = load_rows(do, row, H, h, V, rv, valid) * scale
-        don, do_max = operand(dot, OP)
-        vn, v_max = operand(load_rows(v, row, HV, h // GV, V, rv, valid), OP)
-        do_v += tl.dot(don, tl.trans(vn), input_precision=PREC) * (do_max * v_max)
-        un = tl.load(u_states + mh * K * V + tile, mask=inside, other=0.0)
-        u_scale = column_scales(u_scales, mh, rv, V, SB)
-        zu = tl.dot(zn, un, input_precision=PREC) * (u_scale * z_max)[None, :]
-        start += tl.sum(zu * dot, 1)
-        end = tl.load(ends + mh * K * V + tile, mask=inside, other=0.0).to(tl.float32)
-        whole += tl.sum(tl.sum(un.to(tl.float32) * end, 0) * u_scale, 0)
-        en, e_max = operand(end, OP)
-        end_v += tl.dot(vn, tl.trans(en), input_precision=PREC) * (v_max * e_max)
-        dv_now = tl.dot(tl.trans(ln), don, input_precision=PREC) * (l_max * do_max)
-        dv_end = tl.dot(kn, en, input_precision=PREC) * (beta2 * to_end * (k_max * e_max))[:, None]
-        store_rows(dv, dv_now + dv_end, row, H, h, V, rv, valid)
-    rn, r_max = operand(do_v * mask * beta2[None, :], OP)
-    dk_now = tl.dot(tl.trans(rn), zn, input_precision=PREC) * (r_max * z_max)
-    dk_now += end_v * (beta2 * to_end)[:, None]
-    store_rows(dk, dk_now, row, H, h, K, rk, valid)
-    pairs = mask * z_k * do_v
-    ends_j = to_end * tl.sum(kt * end_v, 1)
+        en = tl.load(ends + mh * K * V + tile, mask=inside, other=0.0)
+        e_scale = tl.load(end_scales + mh * NV + block)
+        vt = load_rows(v, row, HV, h // GV, V, rv, valid) * inverse(v_max)
+        end_v = tl.dot(
+            (vt * (e_scale * inverse(e_max))).to(OP), tl.trans(en), end_v, input_precision=PREC
+        )
+        dv_t = tl.dot(kn, en, input_precision=PREC) * (to_end * (k_max * e_scale))[:, None]
+        dn = (load_rows(do, row, H, h, V, rv, valid) * inverse(d_max)).to(OP)
+        do_v = tl.dot(dn, tl.trans(vt.to(OP)), do_v, input_precision=PREC)
+        dv_t += tl.dot(tl.trans(ln), dn, input_precision=PREC) * (z_max * k_max * d_max * scale)
+        store_rows(dv, dv_t * beta2[:, None], row, dv_heads, dv_base + j, V, rv, valid)
+    rn = (do_v * mask).to(OP)
+    end_v *= (to_end * (v_max * e_max))[:, None]
+    ends_j = tl.sum(kn.to(tl.float32) * end_v, 1) * k_max
+    end_v += tl.dot(tl.trans(rn), zn, input_precision=PREC) * (d_max * v_max * z_max * scale)
+    store_rows(dk, end_v * beta2[:, None], row, dk_heads, dk_base + j, K, rk, valid)
+    pairs = z_k * do_v * ((z_max * k_max) * (d_max * v_max) * scale)
     if dg is not None:
-        grad = decay_gradient(pairs, ends_j, zeta * start, tl.exp(total) * whole, beta2, places)
-        tl.store(dg + row * H + h, grad, mask=valid)
+        start = load_gate(start_u, row, G, j, valid, 0.0)
+        grad = decay_gradient(pairs, ends_j, start, sum_blocks(wholes, mh, NV), beta2, places, PREC)
+        store_gate(dg, grad, row, H, h, valid)
     if dbeta2 is not None:
-        tl.store(dbeta2 + row * H + h, tl.sum(pairs, 0) + ends_j, mask=valid)
+        store_gate(dbeta2, tl.sum(pairs, 0) + ends_j, row, H, h, valid)
 
 
 @triton.jit
 def through_h_kernel(
-    x,  # [tokens, H, K]; with SOLVE
-    y,
-    w_t,
-    key_weight,
+    x,  # [tokens, H, K]: rows divided by x_scale; with SOLVE
+    x_scale,
+    y,  # [tokens, G, K]: rows divided by y_scale
+    y_scale,
+    w_t,  # [tokens, G]
+    start_h,  # [tokens, G]: x_t^T H_[c] y_t
+    key_weight,  # [tokens, G]
     k,
     gk,
     beta,
     h_states,
     h_scales,
     h_norms,
-    ends,  # [M, H, K, K]: gradient of H at each chunk's end
-    dk,  # [tokens, H, K]: added to
+    ends,  # [M, G, K, K] OP: E / end_scale; the gradient of H at each chunk's end is (E + E^T) / 2
+    end_scales,  # [M, G, NK] float32
+    wholes,  # [M, G, NK] float32: decay over the chunk times <H_[c], E>
+    k_maxima,  # [M, G] float32: max |k| of the chunk
+    dk,  # [tokens, dk_heads, K]: added to
     dg,  # [tokens, H] float32 or None: decay of H
     dbeta2,  # [tokens, H] float32 or None: added to
     chunk_start,
     chunk_len,
+    dk_base,
+    dk_heads,
+    base,
+    G,
     H,
     HK: tl.constexpr,
     GK: tl.constexpr,
@@ -210,66 +259,73 @@ def through_h_kernel(
     OP: tl.constexpr,
     PREC: tl.constexpr,
 ):
-    m, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
-    mh = m * H + h
+    m, j = (tl.program_id(0) // G).to(tl.int64), tl.program_id(0) % G
+    mh, h = m * G + j, base + j
     places = tl.arange(0, C)
-    row = tl.load(chunk_start + m) + places
+    row = tl.load(chunk_start + m)
     valid = places < tl.load(chunk_len + m)
     rk = tl.arange(0, BK)
     square = rk[:, None] * K + rk[None, :]
     in_square = (rk[:, None] < K) & (rk[None, :] < K)
+    k_max = tl.load(k_maxima + mh)
+    kn = (load_rows(k, row, HK, h // GK, K, rk, valid) * inverse(k_max)).to(OP)
+    en = tl.load(ends + mh * K * K + square, mask=in_square, other=0.0)
+    b = tl.cumsum(load_gate(gk, row, H, h, valid, 0.0), 0)
+    to_end = tl.exp(tl.sum(load_gate(gk, row, H, h, valid, 0.0), 0) - b)
     write = load_gate(beta, row, H, h, valid, 1.0)
     beta2 = write * write
-    gate = load_gate(gk, row, H, h, valid, 0.0)
-    b = tl.cumsum(gate, 0)
-    total = tl.sum(gate, 0)
-    zeta, to_end, mask = tl.exp(b), tl.exp(total - b), decay_mask(b, places)
-    kt = load_rows(k, row, HK, h // GK, K, rk, valid)
-    kn, k_max = operand(kt, OP)
-    hn = tl.load(h_states + mh * K * K + square, mask=in_square, other=0.0)
-    h_scale = tl.load(h_scales + mh * NK)
-    end = tl.load(ends + mh * K * K + square, mask=in_square, other=0.0).to(tl.float32)
-    whole = tl.sum(tl.sum(hn.to(tl.float32) * end, 1), 0) * (h_scale * tl.exp(total))
-    en, e_max = operand(end, OP)
-    end_k = tl.dot(kn, en, input_precision=PREC) * (k_max * e_max)
-    ends_j = to_end * tl.sum(kt * end_k, 1)
-    grad_k = load_rows(dk, row, H, h, K, rk, valid) + end_k * (2.0 * beta2 * to_end)[:, None]
+    grad_k = tl.dot(kn, en, input_precision=PREC)
+    grad_k = tl.dot(kn, tl.trans(en), grad_k, input_precision=PREC)  # rows (E + E^T) k_j
+    grad_k *= (to_end * (k_max * tl.load(end_scales + mh * NK)))[:, None]
+    ends_j = tl.sum(kn.to(tl.float32) * grad_k, 1) * (0.5 * k_max)
+    grad_k *= beta2[:, None]
     pairs = tl.zeros((C, C), tl.float32)
     start = tl.zeros((C,), tl.float32)
     if SOLVE:
-        weight = mask * (beta2 * k_max * k_max)[None, :]
-        w = tl.load(w_t + row * H + h, mask=valid, other=0.0)
-        xn, x_max = operand(load_rows(x, row, H, h, K, rk, valid), OP)
-        yt = load_rows(y, row, H, h, K, rk, valid)
-        yn, y_max = operand(yt, OP)
-        x_k = tl.dot(xn, tl.trans(kn), input_precision=PREC) * (x_max * k_max)
-        y_k = tl.dot(yn, tl.trans(kn), input_precision=PREC) * (y_max * k_max)
-        ln, l_max = operand(x_k * mask * beta2[None, :], OP)
-        grad_k -= tl.dot(tl.trans(ln), yn, input_precision=PREC) * (l_max * y_max)
-        ln, l_max = operand(y_k * mask * beta2[None, :], OP)
-        grad_k -= tl.dot(tl.trans(ln), xn, input_precision=PREC) * (l_max * x_max)
-        # the ridge's part: W^T diag(w) W over the keys, and a multiple of H_[c] k_j
-        wn, w_max = operand(mask * beta2[None, :], OP)
-        rn, r_max = operand(w[:, None] * mask * beta2[None, :], OP)
-        full = tl.dot(tl.trans(wn), rn, input_precision=PREC) * (w_max * r_max)
-        gram = tl.dot(kn, tl.trans(kn), input_precision=PREC)
-        ln, l_max = operand(full * gram * (k_max * k_max), OP)
-        grad_k -= tl.dot(ln, kn, input_precision=PREC) * (l_max * k_max)
+        hn = tl.load(h_states + mh * K * K + square, mask=in_square, other=0.0)
+        h_scale = tl.load(h_scales + mh * NK)
         kh = tl.dot(kn, hn, input_precision=PREC) * (h_scale * k_max)
-        of_start = tl.load(key_weight + row * H + h, mask=valid, other=0.0)
-        grad_k -= kh * of_start[:, None]
-        # s_j and (W (K K^T)^2)_tj, in units of k_max^2
-        energies = tl.sum(kh * kt, 1)
-        pair = tl.dot(weight, gram * gram, input_precision=PREC) * (k_max * k_max)
-        pairs = -mask * (x_k * y_k + 0.5 * w[:, None] * (zeta[:, None] * energies[None, :] + pair))
-        h_norm2 = sum_blocks(h_norms, mh, NK)
-        inner = zeta * h_norm2 + tl.sum(mask * (beta2 * energies)[None, :], 1)
-        x_h_y = tl.sum(tl.dot(xn, hn, input_precision=PREC) * yt, 1) * (x_max * h_scale)
-        start = -zeta * (x_h_y + 0.5 * w * inner)
-    store_rows(dk, grad_k, row, H, h, K, rk, valid)
+        energies = tl.sum(kh * kn.to(tl.float32), 1) * k_max
+        grad_k -= kh * load_gate(key_weight, row, G, j, valid, 0.0)[:, None]
+        # the ridge's part: W^T diag(w) W over the keys
+        mask = decay_mask(b, places)
+        w = load_gate(w_t, row, G, j, valid, 0.0)
+        w_max, beta2_max = tl.max(tl.abs(w), 0), tl.max(beta2, 0)
+        relative = beta2 * inverse(beta2_max)
+        gram = tl.dot(kn, tl.trans(kn), input_precision=PREC)  # |.| <= K
+        full = tl.dot(
+            tl.trans(mask.to(OP)),
+            (mask * (w * inverse(w_max))[:, None]).to(OP),
+            input_precision=PREC,
+        )  # |.| <= C
+        full = (full * gram * relative[None, :]).to(OP)
+        size = w_max * beta2_max * (k_max * k_max) * k_max
+        grad_k -= tl.dot(full, kn, input_precision=PREC) * (beta2 * size)[:, None]
+        # (W (K K^T)^2)_tj
+        square_gram = (gram * gram * (1.0 / K)).to(OP)
+        pair = tl.dot((mask * relative[None, :]).to(OP), square_gram, input_precision=PREC)
+        pair *= (beta2_max * K) * (k_max * k_max) * (k_max * k_max)
+        zeta = tl.exp(b)
+        pairs = (0.5 * w)[:, None] * (zeta[:, None] * energies[None, :] + pair)
+        inner = zeta * sum_blocks(h_norms, mh, NK) + tl.sum(mask * (beta2 * energies)[None, :], 1)
+        start = -zeta * (load_gate(start_h, row, G, j, valid, 0.0) + 0.5 * w * inner)
+        # the solve's part
+        xn = load_raw(x, row, H, h, K, rk, valid)
+        yn = load_raw(y, row, G, j, K, rk, valid)
+        both = load_gate(x_scale, row, H, h, valid, 0.0) * load_gate(y_scale, row, G, j, valid, 0.0)
+        both_max = tl.max(both, 0)
+        weight = mask * (both * inverse(both_max))[:, None]
+        x_k = tl.dot(xn, tl.trans(kn), input_precision=PREC)
+        now = tl.dot(tl.trans((x_k * weight).to(OP)), yn, input_precision=PREC)
+        y_k = tl.dot(yn, tl.trans(kn), input_precision=PREC)
+        pairs = -mask * (pairs + x_k * y_k * (both * (k_max * k_max))[:, None])
+        now = tl.dot(tl.trans((y_k * weight).to(OP)), xn, now, input_precision=PREC)
+        grad_k -= now * (beta2 * (both_max * k_max))[:, None]
+    grad_k += load_rows(dk, row, dk_heads, dk_base + j, K, rk, valid)
+    store_rows(dk, grad_k, row, dk_heads, dk_base + j, K, rk, valid)
     if dg is not None:
-        grad = decay_gradient(pairs, ends_j, start, whole, beta2, places)
-        tl.store(dg + row * H + h, grad, mask=valid)
+        grad = decay_gradient(pairs, ends_j, start, sum_blocks(wholes, mh, NK), beta2, places, PREC)
+        store_gate(dg, grad, row, H, h, valid)
     if dbeta2 is not None:
-        old = tl.load(dbeta2 + row * H + h, mask=valid, other=0.0)
-        tl.store(dbeta2 + row * H + h, old + tl.sum(pairs, 0) + ends_j, mask=valid)
+        old = load_gate(dbeta2, row, H, h, valid, 0.0)
+        store_gate(dbeta2, old + tl.sum(pairs, 0) + ends_j, row, H, h, valid)

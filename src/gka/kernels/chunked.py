@@ -4,7 +4,18 @@ import triton
 import triton.language as tl
 
 from gka.kernels.chebyshev import chebyshev
-from gka.kernels.common import decay_mask, load_gate, load_mix, load_rows, operand, store_rows
+from gka.kernels.common import (
+    decay_mask,
+    load_gate,
+    load_mix,
+    load_raw,
+    load_rows,
+    load_scaled,
+    operand,
+    store_gate,
+    store_rows,
+    store_scaled,
+)
 from gka.kernels.ridge import chunk_system
 
 
@@ -18,32 +29,32 @@ def sum_blocks(ptr, index, N: tl.constexpr):
 
 
 @triton.jit
-def column_scales(ptr, index, cols, V: tl.constexpr, SB: tl.constexpr):
-    """The scale of each column of a stored U_[c]; one for every SB columns."""
-    return tl.load(ptr + index * ((V + SB - 1) // SB) + cols // SB, mask=cols < V, other=0.0)
-
-
-@triton.jit
 def solve_kernel(
-    rhs,  # [tokens, H, K]: q, or in the derivative dx
+    rhs,  # [tokens, H, K]: q; in the derivative dx [tokens, G, K], rows divided by rhs_scale
+    rhs_scale,  # [tokens, G] float32 or None
     k,  # [tokens, HK, K]
     gk,  # [tokens, H] or None: decay of H
     beta,  # [tokens, H] or None
-    h_states,  # [M, H, K, K] OP
-    h_scales,  # [M, H, NK] float32
-    h_norms,  # [M, H, NK] float32
-    x,  # [tokens, H, K]: the solutions; may be rhs itself
+    h_states,  # [M, G, K, K] OP
+    h_scales,  # [M, G, NK] float32
+    h_norms,  # [M, G, NK] float32
+    x,  # the solutions, like rhs: rows divided by x_scale; may be rhs itself
+    x_scale,  # [tokens, H] float32, or [tokens, G] in the derivative
     # only in the derivative (ADJOINT), where x above is y:
     forward_x,  # [tokens, H, K]
+    forward_scale,  # [tokens, H]
     dq,  # [tokens, H, K]: y is added to it
-    w_t,  # [tokens, H] float32: w_t = 2 a <x_t, y_t> / F_t
-    key_weight,  # [tokens, H] float32: sum_t zeta_t w_t W_tj
-    start_weight,  # [M, H] float32: sum_t zeta_t^2 w_t
+    w_t,  # [tokens, G] float32: w_t = 2 a <x_t, y_t> / F_t
+    start_h,  # [tokens, G] float32: x_t^T H_[c] y_t
+    key_weight,  # [tokens, G] float32: sum_t zeta_t w_t W_tj
+    start_weight,  # [M, G] float32: sum_t zeta_t^2 w_t
     chunk_start,
     chunk_len,
     ridge_ratio,
     num_iter,
     empty_below,
+    base,  # first head of the G heads
+    G,
     H,
     HK: tl.constexpr,
     GK: tl.constexpr,
@@ -56,10 +67,10 @@ def solve_kernel(
     PREC: tl.constexpr,
 ):
     """x_t = p_r(A_t) rhs_t for one chunk of one head: ridge and solve."""
-    m, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
-    mh = m * H + h
+    m, j = (tl.program_id(0) // G).to(tl.int64), tl.program_id(0) % G
+    mh, h = m * G + j, base + j
     places = tl.arange(0, C)
-    row = tl.load(chunk_start + m) + places
+    row = tl.load(chunk_start + m)
     valid = places < tl.load(chunk_len + m)
     rk = tl.arange(0, BK)
     square = rk[:, None] * K + rk[None, :]
@@ -77,7 +88,10 @@ def solve_kernel(
     f = tl.sqrt(tl.where(empty, 1.0, fro2))
     rho = 1.0 / (1.0 + 2.0 * ridge_ratio)
     unit = 2.0 * rho / f  # 2/(L + mu)
-    right = load_rows(rhs, row, H, h, K, rk, valid)
+    if ADJOINT:
+        right = load_scaled(rhs, rhs_scale, row, G, j, K, rk, valid)
+    else:
+        right = load_rows(rhs, row, H, h, K, rk, valid)
     largest = tl.max(tl.abs(right), 1)
     largest = tl.where(largest > 0.0, largest, 1.0)
     solution = chebyshev(
@@ -93,36 +107,46 @@ def solve_kernel(
         PREC,
     )
     solution *= (unit * largest)[:, None]
-    store_rows(x, solution, row, H, h, K, rk, valid)
     if ADJOINT:
-        w = tl.sum(load_rows(forward_x, row, H, h, K, rk, valid) * solution, 1)
+        store_scaled(x, x_scale, solution, row, G, j, K, rk, valid)
+        raw = load_raw(forward_x, row, H, h, K, rk, valid)
+        x_size = load_gate(forward_scale, row, H, h, valid, 0.0)
+        w = tl.sum(raw.to(tl.float32) * solution, 1) * x_size
         w = tl.where(empty, 0.0, 2.0 * ridge_ratio * w / f)
+        x_h = tl.dot(raw.to(OP), hn, input_precision=PREC)
+        x_h_y = tl.sum(x_h * solution, 1) * (x_size * h_scale)
         write = load_gate(beta, row, H, h, valid, 1.0)
         b = tl.cumsum(load_gate(gk, row, H, h, valid, 0.0), 0)
         zeta = tl.exp(b)
         of_keys = tl.sum((zeta * w)[:, None] * decay_mask(b, places), 0) * write * write
-        tl.store(w_t + row * H + h, w, mask=valid)
-        tl.store(key_weight + row * H + h, of_keys, mask=valid)
+        store_gate(w_t, w, row, G, j, valid)
+        store_gate(start_h, x_h_y, row, G, j, valid)
+        store_gate(key_weight, of_keys, row, G, j, valid)
         tl.store(start_weight + mh, tl.sum(zeta * zeta * w, 0))
         solution += load_rows(dq, row, H, h, K, rk, valid)
         store_rows(dq, solution, row, H, h, K, rk, valid)
+    else:
+        store_scaled(x, x_scale, solution, row, H, h, K, rk, valid)
 
 
 @triton.jit
 def readout_kernel(
     q,  # [tokens, H, K]
-    x,  # [tokens, H, K] or None without a solve
+    x,  # [tokens, H, K] or None without a solve: rows divided by x_scale
+    x_scale,  # [tokens, H] float32, with x
     k,  # [tokens, HK, K]
     v,  # [tokens, HV, V]
     g,  # [tokens, H] or None: decay of U
     alpha,  # [tokens, H] or None
     beta,  # [tokens, H] or None
-    u_states,  # [M, H, K, V] OP
-    u_scales,  # [M, H, V / SB] float32
+    u_states,  # [M, G, K, V] OP
+    u_scales,  # [M, G, NV] float32
     o,  # [tokens, H, V]
     chunk_start,
     chunk_len,
     scale,
+    base,
+    G,
     H,
     HK: tl.constexpr,
     HV: tl.constexpr,
@@ -133,21 +157,20 @@ def readout_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     NV: tl.constexpr,
-    SB: tl.constexpr,
     C: tl.constexpr,
     OP: tl.constexpr,
     PREC: tl.constexpr,
 ):
     """o_t = scale U_t^T z_t for one chunk of one head: mix and readout."""
-    m, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
-    mh = m * H + h
+    m, j = (tl.program_id(0) // G).to(tl.int64), tl.program_id(0) % G
+    mh, h = m * G + j, base + j
     places = tl.arange(0, C)
-    row = tl.load(chunk_start + m) + places
+    row = tl.load(chunk_start + m)
     valid = places < tl.load(chunk_len + m)
     rk = tl.arange(0, BK)
     write = load_gate(beta, row, H, h, valid, 1.0)
     kn, k_max = operand(load_rows(k, row, HK, h // GK, K, rk, valid), OP)
-    z = load_mix(q, x, alpha, row, H, h, K, rk, valid)
+    z = load_mix(q, x, x_scale, alpha, row, H, h, K, rk, valid)
     zn, z_max = operand(z, OP)
     b = tl.cumsum(load_gate(g, row, H, h, valid, 0.0), 0)
     zeta = tl.exp(b)
@@ -159,7 +182,7 @@ def readout_kernel(
         inside = (rk[:, None] < K) & (rv[None, :] < V)
         un = tl.load(u_states + mh * K * V + tile, mask=inside, other=0.0)
         past = tl.dot(zn, un, input_precision=PREC)
-        past *= zeta[:, None] * column_scales(u_scales, mh, rv, V, SB)[None, :]
+        past *= (zeta * tl.load(u_scales + mh * NV + block))[:, None]
         vn, v_max = operand(load_rows(v, row, HV, h // GV, V, rv, valid), OP)
         now = tl.dot(pn, vn, input_precision=PREC) * (p_max * v_max * k_max)
         store_rows(o, (past + now) * (scale * z_max), row, H, h, V, rv, valid)

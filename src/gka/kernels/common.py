@@ -5,19 +5,49 @@ import triton.language as tl
 
 
 @triton.jit
+def row_tile(row, heads, head, dim: tl.constexpr, cols, rows_valid):
+    """Start, offsets and mask of a chunk's rows in a [tokens, heads, dim] array.
+
+    row is the chunk's first token (int64). Offsets from the start fit 32 bits; the column mask is
+    left out where every column exists, for each mask costs registers.
+    """
+    places = tl.arange(0, rows_valid.shape[0])
+    start = (row * heads + head) * dim
+    offsets = places[:, None] * (heads * dim) + cols[None, :]
+    mask = rows_valid[:, None]
+    if cols.shape[0] * tl.cdiv(dim, cols.shape[0]) != dim:
+        mask = mask & (cols[None, :] < dim)
+    return start, offsets, mask
+
+
+@triton.jit
+def load_raw(ptr, row, heads, head, dim: tl.constexpr, cols, rows_valid):
+    """Rows of one head of a [tokens, heads, dim] array; zeros past the chunk and past dim."""
+    start, offsets, mask = row_tile(row, heads, head, dim, cols, rows_valid)
+    return tl.load(ptr + start + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
 def load_rows(ptr, row, heads, head, dim: tl.constexpr, cols, rows_valid):
-    """Rows of one head of a [tokens, heads, dim] array as float32; zeros past the chunk and past dim."""
-    offsets = (row[:, None] * heads + head) * dim + cols[None, :]
-    mask = rows_valid[:, None] & (cols[None, :] < dim)
-    return tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    """load_raw as float32."""
+    return load_raw(ptr, row, heads, head, dim, cols, rows_valid).to(tl.float32)
+
+
+@triton.jit
+def row_maxima(raw):
+    """max |x| of every row, float32. Magnitudes are ordered as their bits are: 16-bit x stay packed."""
+    if raw.dtype.primitive_bitwidth == 16:
+        largest = tl.max(raw.to(tl.int16, bitcast=True) & 0x7FFF, 1)
+        return largest.to(tl.int16).to(raw.dtype, bitcast=True).to(tl.float32)
+    else:  # noqa: RET505 - a compile-time branch
+        return tl.max(tl.abs(raw), 1)
 
 
 @triton.jit
 def store_rows(ptr, value, row, heads, head, dim: tl.constexpr, cols, rows_valid):
     """The inverse of load_rows, rounded to the array's dtype."""
-    offsets = (row[:, None] * heads + head) * dim + cols[None, :]
-    mask = rows_valid[:, None] & (cols[None, :] < dim)
-    tl.store(ptr + offsets, value.to(ptr.dtype.element_ty), mask=mask)
+    start, offsets, mask = row_tile(row, heads, head, dim, cols, rows_valid)
+    tl.store(ptr + start + offsets, value.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -26,8 +56,16 @@ def load_gate(ptr, row, heads, head, rows_valid, default: tl.constexpr):
     if ptr is None:
         gate = tl.where(rows_valid, default, 0.0)
     else:
-        gate = tl.load(ptr + row * heads + head, mask=rows_valid, other=0.0).to(tl.float32)
+        at = ptr + (row * heads + head) + tl.arange(0, rows_valid.shape[0]) * heads
+        gate = tl.load(at, mask=rows_valid, other=0.0).to(tl.float32)
     return gate
+
+
+@triton.jit
+def store_gate(ptr, value, row, heads, head, rows_valid):
+    """One number a token of one head."""
+    at = ptr + (row * heads + head) + tl.arange(0, rows_valid.shape[0]) * heads
+    tl.store(at, value, mask=rows_valid)
 
 
 @triton.jit
@@ -52,13 +90,28 @@ def inverse(x):
 
 
 @triton.jit
-def load_mix(q, x, alpha, row, H, h, K: tl.constexpr, rk, valid):
-    """z = q + alpha (x - q); x where alpha is absent; q where there is no solve."""
+def load_mix(q, x, x_scale, alpha, row, H, h, K: tl.constexpr, rk, valid):
+    """z = q + alpha (x - q) as float32; x where alpha is absent; q where there is no solve."""
     if x is None:
         z = load_rows(q, row, H, h, K, rk, valid)
     else:
-        z = load_rows(x, row, H, h, K, rk, valid)
+        z = load_scaled(x, x_scale, row, H, h, K, rk, valid)
         if alpha is not None:
             raw = load_rows(q, row, H, h, K, rk, valid)
             z = raw + load_gate(alpha, row, H, h, valid, 1.0)[:, None] * (z - raw)
     return z
+
+
+@triton.jit
+def load_scaled(ptr, scale, row, heads, head, dim: tl.constexpr, cols, rows_valid):
+    """Rows that store_scaled wrote, float32."""
+    rows = load_rows(ptr, row, heads, head, dim, cols, rows_valid)
+    return rows * load_gate(scale, row, heads, head, rows_valid, 0.0)[:, None]
+
+
+@triton.jit
+def store_scaled(ptr, scale, value, row, heads, head, dim: tl.constexpr, cols, rows_valid):
+    """Every row divided by its largest entry, which goes to `scale`: 16 bits then hold any size."""
+    largest = tl.max(tl.abs(value), 1)
+    store_rows(ptr, value * inverse(largest)[:, None], row, heads, head, dim, cols, rows_valid)
+    store_gate(scale, largest, row, heads, head, rows_valid)

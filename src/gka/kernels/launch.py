@@ -4,6 +4,8 @@
 # pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
 
 from dataclasses import dataclass
+from functools import partial
+from math import lcm
 
 import torch
 import triton
@@ -12,42 +14,88 @@ from torch import Tensor
 
 from gka.kernels.adjoint import readout_backward_kernel, through_h_kernel, through_u_kernel
 from gka.kernels.chunked import readout_kernel, solve_kernel
+from gka.kernels.configs import config
 from gka.kernels.moments import moments_kernel, moments_segments_kernel
-from gka.kernels.reverse import moments_reverse_kernel
+from gka.kernels.reverse import reverse_h_kernel, reverse_u_kernel
 from gka.kernels.tables import chunking
 from gka.maths.adjoint import Gradients
 from gka.maths.chunked import Forward, Settings, Tokens
 from gka.maths.ridge import empty_below
 
-MAX_HEAD_DIM = 128  # beyond it the derivative's kernels outgrow shared memory
 CHUNK_SIZES = (16, 32, 64)
+CHUNK_HEADS = 792  # chunks times heads that the derivative works on together: bounds its scratch
 
 
 @dataclass(frozen=True)
 class Moments:
-    """H or U at chunk starts and after the last.
+    """H or U of some heads at chunk starts, and after the last chunk.
 
     Attributes:
-        states: S_[c] / scale [M,H,K,width], in the operands' dtype.
-        scales: a bound on |S_[c]| of every block of columns [M,H,blocks]; one for all blocks of H.
-        norms: sums of S_[c]^2 over every block of columns [M,H,blocks]; H only.
-        final: [N,H,K,width].
-        initial_scale: max |S_0| of each head [N,H], None without S_0.
+        states: S_[c] / scale [M,G,K,width], in the operands' dtype.
+        scales: a bound on |S_[c]| of every block of columns [M,G,blocks]; one for all blocks of H.
+        norms: sums of S_[c]^2 over every block of columns [M,G,blocks]; H only.
+        final: [N,H,K,width]; None where it is not wanted.
     """
 
     states: Tensor
     scales: Tensor
     norms: Tensor
-    final: Tensor
-    initial_scale: Tensor | None
+    final: Tensor | None
 
     @property
     def stored(self) -> tuple[Tensor, Tensor]:
         return self.states, self.scales
 
 
+@dataclass(frozen=True)
+class Maxima:
+    """Largest magnitudes in a chunk's rows: of k and z [M,G], of blocks of v and do [M,G,NV]."""
+
+    k: Tensor
+    v: Tensor
+    z: Tensor
+    d: Tensor
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Gradients of a state at chunk ends, divided by their scales, and decay * <S_[c], E> of every chunk."""
+
+    states: Tensor
+    scales: Tensor
+    wholes: Tensor
+
+    @property
+    def stored(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.states, self.scales, self.wholes
+
+
+@dataclass(frozen=True)
+class Adjoint:
+    """What the solve's derivative leaves for the gradients: y and numbers per token or chunk, of G heads."""
+
+    y: Tensor
+    y_scale: Tensor
+    w_t: Tensor
+    start_h: Tensor
+    key_weight: Tensor
+    start_weight: Tensor
+
+
+@dataclass(frozen=True)
+class Heads:
+    """G heads of the H, from head `base` on, that are worked on together."""
+
+    base: int
+    count: int
+
+    @property
+    def args(self) -> tuple[int, int]:
+        return self.base, self.count
+
+
 class Launch:
-    """One call's sizes and launch configuration."""
+    """One call's sizes, tables and scratch memory."""
 
     def __init__(self, tokens: Tokens, settings: Settings) -> None:
         given = vars(tokens).items()
@@ -56,227 +104,338 @@ class Launch:
         _, _, self.H, self.K = t.q.shape
         self.V = t.v.shape[-1]
         self.HK, self.HV = t.k.shape[2], t.v.shape[2]
-        if max(self.K, self.V) > MAX_HEAD_DIM or settings.chunk_size not in CHUNK_SIZES:
+        if settings.chunk_size not in CHUNK_SIZES:
             raise RuntimeError(
-                f'backend="triton" runs head dimensions up to {MAX_HEAD_DIM} and chunk sizes '
-                f"{CHUNK_SIZES}; got K = {self.K}, V = {self.V}, chunk_size = {settings.chunk_size}. "
-                'Use backend="torch".'
+                f'backend="triton" runs chunk sizes {CHUNK_SIZES}; got chunk_size = '
+                f'{settings.chunk_size}. Use backend="torch".'
             )
         self.BK = max(16, triton.next_power_of_2(self.K))
         # 64 columns a tile: 32 make triton 3.6 read past its shared memory in through_u_kernel
         self.BV = min(64, max(16, triton.next_power_of_2(self.V)))
-        self.SB = self.BV  # columns of U a program scans
         self.BN = min(64, self.BK)  # columns of H a program scans
         self.NV, self.NK = triton.cdiv(self.V, self.BV), triton.cdiv(self.K, self.BN)
         self.C = settings.chunk_size
         self.exact = t.q.dtype == torch.float32
         self.OP = tl.float32 if self.exact else tl.float16
         self.op_dtype = torch.float32 if self.exact else torch.float16
-        self.wide_dtype = torch.float32 if self.exact else torch.bfloat16  # range before precision
         self.PREC = "tf32x3" if self.exact else "tf32"
-        self.warps = 4
-        self.chunks = chunking(t, self.C, self.H * (self.NK + self.NV))
-        self.M, self.N = self.chunks.num_chunks, self.chunks.num_sequences
         self.gk = t.g if settings.tied else t.gk
         self.solve = settings.num_iter > 0
+        self.groups = [Heads(0, self.H)]
+        self._scratch: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._set_tables(self.H)
+
+    def _set_tables(self, heads: int) -> None:
+        self.chunks = chunking(self.t, self.C, heads * (self.NK + self.NV))
+        self.M, self.N = self.chunks.num_chunks, self.chunks.num_sequences
+
+    def split_heads(self) -> None:
+        """Work on groups of heads from here on: scratch for one at a time, whole groups of shared heads."""
+        shared = lcm(self.H // self.HK, self.H // self.HV)
+        parts = max(1, -(-self.M * self.H // CHUNK_HEADS))
+        count = min(self.H, -(-self.H // parts // shared) * shared)
+        starts = range(0, self.H, count)
+        self.groups = [Heads(base, min(count, self.H - base)) for base in starts]
+        self._set_tables(count)
 
     @property
     def tables(self) -> tuple[Tensor, Tensor]:
         return self.chunks.start, self.chunks.length
 
     @property
-    def heads(self) -> dict:
-        return {
-            "H": self.H,
-            "HK": self.HK,
-            "HV": self.HV,
-            "GK": self.H // self.HK,
-            "GV": self.H // self.HV,
-        }
+    def segments(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.chunks.segments, self.chunks.bounds, self.chunks.start
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, device=self.t.q.device, dtype=dtype)
 
+    def scratch(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Memory that the next group of heads reuses under the same name."""
+        size = torch.Size(shape).numel()
+        held = self._scratch.get((name, dtype))
+        if held is None or held.numel() < size:
+            held = self._scratch[name, dtype] = self.empty(size, dtype=dtype)
+        return held[:size].view(shape)
+
     def like(self, x: Tensor | None) -> Tensor | None:
-        """Scratch for a gate's gradient, float32."""
+        """Memory for a gate's gradient, float32."""
         return None if x is None else self.empty(*x.shape)
 
-    def moments(self, with_h: bool) -> tuple[Moments | None, Moments]:
-        """H (unless not wanted) and U at chunk starts, and final."""
-        t, sizes = self.t, self.options(*SCAN)
-        h = self._states(self.K, self.NK, t.h0) if with_h else None
-        u = self._states(self.V, self.NV, t.u0)
-        sizes["NK"] = 0 if h is None else self.NK
-        place = (self.chunks.segments, self.chunks.bounds, self.chunks.start)
-        programs = (self.chunks.num_segments * self.H, sizes["NK"] + self.NV)
-        launch = sizes | {"num_warps": 4, "num_stages": 3}
-        sums = (None,) * 6
+    def options(self, kernel: str, *names: str) -> dict:
+        """Compile-time sizes by name, and the launch configuration."""
+        sizes = {
+            "H": self.H, "HK": self.HK, "HV": self.HV, "GK": self.H // self.HK, "GV": self.H // self.HV,
+            "K": self.K, "V": self.V, "BK": self.BK, "BN": self.BN, "BV": self.BV, "NK": self.NK,
+            "NV": self.NV, "C": self.C, "OP": self.OP, "PREC": self.PREC,
+        }  # fmt: skip
+        chosen = {name: sizes[name] for name in (*names, "C", "OP", "PREC")}
+        widest = max(self.BK, triton.next_power_of_2(self.V))
+        return chosen | config(kernel, widest, self.exact, self.t.q.device)
+
+    def moments(
+        self, heads: Heads, with_h: bool, maxima: Maxima | None = None
+    ) -> tuple[Moments | None, Moments]:
+        """H (unless not wanted) and U at chunk starts; final too where no maxima are asked for."""
+        t, options = self.t, self.options("moments", *SCAN)
+        new = partial(self._moments, heads, final=maxima is None)
+        h = new("h", self.K, self.NK) if with_h else None
+        u = new("u", self.V, self.NV)
+        options["NK"] = 0 if h is None else self.NK
+        programs = (self.chunks.num_segments * heads.count, options["NK"] + self.NV)
+        sums_h = self._sums(heads, "h", self.K, self.NK, h is not None)
+        sums_u = self._sums(heads, "u", self.V, self.NV, True)
+        gates = (self.gk, t.g, t.beta)
         if self.chunks.segmented:
-            sums = (*self._sums(self.K, self.NK, h is not None), *self._sums(self.V, self.NV, True))
             moments_segments_kernel[programs](
-                t.k, t.v, self.gk, t.g, t.beta, *sums, *place, 0, self.H, **launch
+                t.k, t.v, *gates, *sums_h, *sums_u, *self.segments, *heads.args, **options
             )
-        of_h = (None,) * 6 if h is None else (t.h0, h.initial_scale, *h.stored, h.norms, h.final)
+        of_h = (None,) * 4 if h is None else (*h.stored, h.norms, h.final)
+        largest = (None, None) if maxima is None else (maxima.k, maxima.v)
         moments_kernel[programs](
-            t.k, t.v, self.gk, t.g, t.beta, *of_h, t.u0, u.initial_scale, *u.stored, u.final,
-            None, None, *sums, *place, 0, self.H, **launch,
+            t.k, t.v, *gates, *_initial(t.h0), *of_h, *_initial(t.u0), *u.stored, u.final, *largest,
+            *sums_h, *sums_u, *self.segments, *heads.args, **options,
         )  # fmt: skip
         return h, u
 
-    def _states(self, width: int, blocks: int, initial: Tensor | None) -> Moments:
-        shape = (self.M, self.H, blocks)
+    def _moments(self, heads: Heads, name: str, width: int, blocks: int, final: bool) -> Moments:
+        shape = (self.M, heads.count)
         return Moments(
-            self.empty(self.M, self.H, self.K, width, dtype=self.op_dtype),
-            self.empty(*shape),
-            self.empty(*shape),
-            self.empty(self.N, self.H, self.K, width),
-            None if initial is None else initial.abs().amax((-1, -2)),
+            self.scratch(name, *shape, self.K, width, dtype=self.op_dtype),
+            self.scratch(f"{name} scales", *shape, blocks),
+            self.scratch(f"{name} norms", *shape, blocks),
+            self.empty(self.N, self.H, self.K, width) if final else None,
         )
 
-    def _sums(self, width: int, blocks: int, wanted: bool) -> tuple[Tensor | None, ...]:
+    def _sums(self, heads: Heads, name: str, width: int, blocks: int, wanted: bool):
         """Scratch for the states that segments add up to: sums, bounds, log decays."""
-        if not wanted:
+        if not wanted or not self.chunks.segmented:
             return None, None, None
-        shape = (self.chunks.num_segments, self.H)
-        scales, decays = self.empty(*shape, blocks), self.empty(*shape, blocks)
-        return self.empty(*shape, self.K, width), scales, decays
+        shape = (self.chunks.num_segments, heads.count)
+        scales, decays = (
+            self.scratch(f"{name} sum {of}", *shape, blocks) for of in ("scales", "decays")
+        )
+        return self.scratch(f"{name} sums", *shape, self.K, width), scales, decays
 
-    def options(self, *names: str) -> dict:
-        """Compile-time sizes by name, and the launch configuration."""
-        sizes = {
-            **self.heads, "K": self.K, "V": self.V, "BK": self.BK, "BN": self.BN, "BV": self.BV,
-            "NK": self.NK, "NV": self.NV, "SB": self.SB,
-        }  # fmt: skip
-        chosen = {name: sizes[name] for name in names}
-        return chosen | {"C": self.C, "OP": self.OP, "PREC": self.PREC, "num_stages": 1}
+    def maxima(self, heads: Heads) -> Maxima:
+        shape = (self.M, heads.count)
+        return Maxima(
+            k=self.scratch("max k", *shape),
+            v=self.scratch("max v", *shape, self.NV),
+            z=self.scratch("max z", *shape),
+            d=self.scratch("max do", *shape, self.NV),
+        )
 
-    def solve_(self, rhs: Tensor, out: Tensor, h, *adjoint: Tensor) -> None:
-        """x = p_r(A) rhs into `out`; `adjoint` are the extra arrays of the derivative."""
+    def solve_(self, heads: Heads, rhs, h: Moments, out, *adjoint: Tensor) -> None:
+        """x = p_r(A) rhs into `out`, both with their scales; `adjoint`: the derivative's other arrays."""
         t, s = self.t, self.settings
-        extra = adjoint or (None,) * 5
-        solve_kernel[(self.M * self.H,)](
-            rhs, t.k, self.gk, t.beta, *h.stored, h.norms, out, *extra, *self.tables,
-            s.ridge_ratio, s.num_iter, empty_below(torch.float32), ADJOINT=bool(adjoint), num_warps=self.warps,
-            **self.options("H", "HK", "GK", "K", "BK", "NK"),
+        extra = adjoint or (None,) * 7
+        solve_kernel[(self.M * heads.count,)](
+            *rhs, t.k, self.gk, t.beta, *h.stored, h.norms, *out, *extra, *self.tables,
+            s.ridge_ratio, s.num_iter, empty_below(torch.float32), *heads.args,
+            ADJOINT=bool(adjoint), **self.options("solve", "H", "HK", "GK", "K", "BK", "NK"),
         )  # fmt: skip
 
 
 SCAN = ("H", "HK", "HV", "GK", "GV", "K", "V", "BK", "BN", "BV", "NK", "NV")
-READOUT = ("H", "HK", "HV", "GK", "GV", "K", "V", "BK", "BV", "NV", "SB")
+READOUT = ("H", "HK", "HV", "GK", "GV", "K", "V", "BK", "BV", "NV")
+
+
+def _initial(state: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """A boundary state [N,H,K,V] as float32, and the largest entry of each head."""
+    if state is None:
+        return None, None
+    state = state.float().contiguous()
+    return state, state.abs().amax((-1, -2))
 
 
 def chunk_forward(tokens: Tokens, settings: Settings) -> Forward:
-    """`gka.maths.chunked.chunk_forward` on the GPU."""
+    """`gka.maths.chunked.chunk_forward` on the GPU; rows of x are divided by `x_scale`."""
     run = Launch(tokens, settings)
-    t = run.t
-    h, u = run.moments(run.solve or settings.with_h)
-    # float32: the readout of a ridge solution cancels, and 16 bits of x cost 5 times the error of o
-    x = run.empty(*t.q.shape) if run.solve else None
-    if x is not None:
-        run.solve_(t.q, x, h)
+    t, (heads,) = run.t, run.groups
+    h, u = run.moments(heads, run.solve or settings.with_h)
+    x = x_scale = None
+    if run.solve:
+        x, x_scale = run.empty(*t.q.shape, dtype=run.op_dtype), run.empty(*t.q.shape[:3])
+        run.solve_(heads, (t.q, None), h, (x, x_scale))
     o = run.empty(*t.q.shape[:3], run.V, dtype=t.q.dtype)
     readout_kernel[(run.M * run.H,)](
-        t.q, x, t.k, t.v, t.g, t.alpha, t.beta, *u.stored, o, *run.tables, settings.scale,
-        num_warps=run.warps, **run.options(*READOUT),
+        t.q, x, x_scale, t.k, t.v, t.g, t.alpha, t.beta, *u.stored, o, *run.tables, settings.scale,
+        *heads.args, **run.options("readout", *READOUT),
     )  # fmt: skip
-    return Forward(o=o, x=x, h=None if h is None else h.final, u=u.final)
+    return Forward(o=o, x=x, h=None if h is None else h.final, u=u.final, x_scale=x_scale)
 
 
 def chunk_backward(
     tokens: Tokens,
     x: Tensor | None,
+    x_scale: Tensor | None,
     do: Tensor,
     dh_final: Tensor | None,
     du_final: Tensor | None,
     settings: Settings,
 ) -> Gradients:
-    """`gka.maths.adjoint.chunk_backward` on the GPU."""
+    """`gka.maths.adjoint.chunk_backward` on the GPU; x and x_scale as `chunk_forward` gave them."""
     run = Launch(tokens, settings)
-    t, do = run.t, do.contiguous()
-    through_h = run.solve or dh_final is not None
-    h, u = run.moments(through_h)
-    grid = (run.M * run.H,)
-    # through the readout
-    dq, dalpha = torch.empty_like(t.q), run.like(t.alpha)
-    if dalpha is not None and not run.solve:
-        dalpha.zero_()
-    y = run.empty(*t.q.shape, dtype=run.wide_dtype) if run.solve else None
-    readout_backward_kernel[grid](
-        t.q, x, t.k, t.v, t.g, t.alpha, t.beta, do, *u.stored, y, dq, dalpha,
-        *run.tables, settings.scale, num_warps=run.warps, **run.options(*READOUT),
-    )  # fmt: skip
-    dk = run.empty(*t.q.shape, dtype=torch.float32 if run.HK < run.H else t.q.dtype)
-    dv = run.empty(*t.q.shape[:3], run.V, dtype=torch.float32 if run.HV < run.H else t.q.dtype)
-    dg_u, dbeta2 = run.like(t.g), run.like(t.beta)
-    ends, du0 = _reverse(run, (t.q, x, t.alpha, do), t.g, du_final, settings.scale, run.V)
-    through_u_kernel[grid](
-        t.q, x, t.k, t.v, t.g, t.alpha, t.beta, do, *u.stored, ends, dk, dv, dg_u, dbeta2,
-        *run.tables, settings.scale, num_warps=2 * run.warps, **run.options(*READOUT),
-    )  # fmt: skip
-    del ends, u
-    # through the solve
-    dg_h, dh0 = run.like(run.gk), None
-    if h is not None:
-        ridge, w_t = (None,) * 5, None
-        if run.solve:
-            w_t, key_weight = (run.empty(*t.q.shape[:3]) for _ in range(2))
-            start_weight = run.empty(run.M, run.H)
-            run.solve_(y, y, h, x, dq, w_t, key_weight, start_weight)
-            ridge = (t.k, key_weight, start_weight, *h.stored)
-        if dh_final is not None:
-            dh_final = (dh_final + dh_final.transpose(-1, -2)) / 2
-        ends, dh0 = _reverse(run, (None, x, None, y), run.gk, dh_final, -0.5, run.K, ridge)
-        through_h_kernel[grid](
-            x, y, w_t, ridge[1], t.k, run.gk, t.beta, *h.stored, h.norms, ends, dk, dg_h, dbeta2, *run.tables,
-            SOLVE=run.solve, num_warps=2 * run.warps,
-            **run.options("H", "HK", "GK", "K", "BK", "NK"),
+    run.split_heads()
+    if x is not None and x_scale is None:  # of the recurrent form
+        x_scale = x.abs().amax(-1)
+        x = (x / x_scale.clamp_min(1e-37)[..., None]).to(run.op_dtype)
+    back = _Backward(run, x, x_scale, do.contiguous(), _initial(dh_final), _initial(du_final))
+    for heads in run.groups:
+        back.through(heads)
+    return back.collect()
+
+
+class _Backward:
+    """The caller's gradients and the order in which a group of heads adds its part to them."""
+
+    def __init__(self, run: Launch, x, x_scale, do: Tensor, dh_final, du_final) -> None:
+        self.run, self.x, self.x_scale, self.do = run, x, x_scale, do
+        self.dh_final, self.du_final = dh_final, du_final
+        self.with_h = run.solve or dh_final[0] is not None
+        t = run.t
+        self.dq, self.dk, self.dv = (torch.empty_like(x) for x in (t.q, t.k, t.v))
+        self.dg_u, self.dbeta2, self.dalpha = run.like(t.g), run.like(t.beta), run.like(t.alpha)
+        self.dg_h = run.like(run.gk)
+        if self.dalpha is not None and not run.solve:
+            self.dalpha.zero_()
+        if self.dg_h is not None and not self.with_h:
+            self.dg_h.zero_()
+        self.du0 = None if t.u0 is None else run.empty(*t.u0.shape)
+        self.dh0 = None if t.h0 is None or not self.with_h else run.empty(*t.h0.shape)
+
+    def through(self, heads: Heads) -> None:
+        """All of a group's gradients; U and its gradient are done with before E of H takes their memory."""
+        run = self.run
+        maxima = run.maxima(heads)
+        h, u = run.moments(heads, self.with_h, maxima)
+        start_u = run.scratch("start u", *run.t.q.shape[:2], heads.count)
+        adjoint = self._adjoint(heads)
+        self._readout(heads, u, start_u, adjoint)
+        dk, dv = self._shared_heads(heads)
+        self._through_u(heads, u, maxima, start_u, dk, dv)
+        if h is not None:
+            self._through_h(heads, h, maxima, adjoint, dk)
+        for grad, part, of in ((self.dk, dk, run.HK), (self.dv, dv, run.HV)):
+            if of < run.H:
+                first, share = heads.base * of // run.H, run.H // of
+                total = part[0].unflatten(2, (-1, share)).sum(3)
+                grad[:, :, first : first + heads.count // share] = total
+
+    def _adjoint(self, heads: Heads) -> Adjoint | None:
+        run = self.run
+        if not run.solve:
+            return None
+        shape = (*run.t.q.shape[:2], heads.count)
+        numbers = (run.scratch(f"adjoint {i}", *shape) for i in range(4))
+        y = run.scratch("y", *shape, run.K, dtype=run.op_dtype)
+        return Adjoint(y, *numbers, start_weight=run.scratch("start weight", run.M, heads.count))
+
+    def _shared_heads(self, heads: Heads):
+        """Where dk and dv go: (array, first head, heads); scratch where heads share, summed afterwards."""
+        run = self.run
+        places = []
+        for grad, name, of in ((self.dk, "dk", run.HK), (self.dv, "dv", run.HV)):
+            if of == run.H:
+                places.append((grad, heads.base, run.H))
+            else:
+                shape = (*run.t.q.shape[:2], heads.count, grad.shape[-1])
+                places.append((run.scratch(name, *shape), 0, heads.count))
+        return places
+
+    def _readout(self, heads: Heads, u: Moments, start_u: Tensor, adjoint: Adjoint | None) -> None:
+        run, t = self.run, self.run.t
+        dx = (None, None) if adjoint is None else (adjoint.y, adjoint.y_scale)
+        readout_backward_kernel[(run.M * heads.count,)](
+            t.q, self.x, self.x_scale, t.k, t.v, t.g, t.alpha, t.beta, self.do, *u.stored, *dx, self.dq,
+            self.dalpha, start_u, *run.tables, run.settings.scale, *heads.args,
+            **run.options("readout_backward", *READOUT),
         )  # fmt: skip
-    elif dg_h is not None:
-        dg_h.zero_()
-    return _collect(run, dq, dk, dv, dg_u, dg_h, dalpha, dbeta2, dh0, du0)
 
+    def _through_u(self, heads: Heads, u: Moments, maxima: Maxima, start_u: Tensor, dk, dv) -> None:
+        run, t = self.run, self.run.t
+        read = (t.q, self.x, self.x_scale, t.alpha, self.do, t.g, *u.stored, *self.du_final)
+        ends = self._ends(heads, run.V, run.NV)
+        sums = run._sums(heads, "u", run.V, run.NV, True)
+        options = run.options("reverse_u", "H", "K", "V", "BK", "BV")
+        written = (*ends.stored, maxima.z, maxima.d, self.du0)
+        self._scan(
+            reverse_u_kernel, heads, run.NV, read, written, sums, options, run.settings.scale
+        )
+        through_u_kernel[(run.M * heads.count,)](
+            t.q, self.x, self.x_scale, t.k, t.v, t.g, t.alpha, t.beta, self.do, *ends.stored, start_u,
+            maxima.k, maxima.v, maxima.z, maxima.d, dk[0], dv[0], self.dg_u, self.dbeta2, *run.tables,
+            run.settings.scale, *dk[1:], *dv[1:], *heads.args, **run.options("through_u", *READOUT),
+        )  # fmt: skip
 
-def _reverse(run: Launch, arrays, g, final, factor, width, ridge=(None,) * 5):
-    """Gradients of the states at chunk ends [M,H,K,width] and of the initial state."""
-    block = run.SB if arrays[0] is not None else run.BN
-    ends = run.empty(run.M, run.H, run.K, width, dtype=run.wide_dtype)
-    initial = run.empty(run.N, run.H, run.K, width)
-    final = None if final is None else final.float().contiguous()
-    moments_reverse_kernel[(run.N * run.H, triton.cdiv(width, block))](
-        *arrays, *ridge, g, final, ends, initial, run.chunks.bounds, run.chunks.first, factor,
-        H=run.H, HK=run.HK, GK=run.H // run.HK, K=run.K, V=width, BK=run.BK, BV=block, C=run.C,
-        RIDGE=ridge[0] is not None, LOCAL=arrays[3] is not None, OP=run.OP, PREC=run.PREC,
-        num_warps=4, num_stages=2,
-    )  # fmt: skip
-    return ends, initial
+    def _through_h(
+        self, heads: Heads, h: Moments, maxima: Maxima, adjoint: Adjoint | None, dk
+    ) -> None:
+        run, t = self.run, self.run.t
+        a, x = adjoint, (self.x, self.x_scale)
+        of_tokens = of_scan = (None,) * 5
+        if a is not None:
+            y = (a.y, a.y_scale)
+            numbers = (a.w_t, a.start_h, a.key_weight)
+            run.solve_(heads, y, h, y, *x, self.dq, *numbers, a.start_weight)
+            of_tokens = (*y, *numbers)
+            of_scan = (*y, t.k, maxima.k, a.key_weight, a.start_weight)
+        else:
+            x, of_scan = (None, None), (None,) * 6
+        ends = self._ends(heads, run.K, run.NK)
+        sums = run._sums(heads, "h", run.K, run.NK, True)
+        options = run.options("reverse_h", "H", "HK", "GK", "K", "BK", "BN")
+        read = (*x, *of_scan, run.gk, *h.stored, *self.dh_final)
+        self._scan(reverse_h_kernel, heads, run.NK, read, (*ends.stored, self.dh0), sums, options)
+        through_h_kernel[(run.M * heads.count,)](
+            *x, *of_tokens, t.k, run.gk, t.beta, *h.stored, h.norms, *ends.stored, maxima.k, dk[0],
+            self.dg_h, self.dbeta2, *run.tables, *dk[1:], *heads.args, SOLVE=run.solve,
+            **run.options("through_h", "H", "HK", "GK", "K", "BK", "NK"),
+        )  # fmt: skip
 
+    def _ends(self, heads: Heads, width: int, blocks: int) -> Ends:
+        run, shape = self.run, (self.run.M, heads.count)
+        states = run.scratch("ends", *shape, run.K, width, dtype=run.op_dtype)
+        return Ends(states, *(run.scratch(n, *shape, blocks) for n in ("end scales", "wholes")))
 
-def _collect(run: Launch, dq, dk, dv, dg_u, dg_h, dalpha, dbeta2, dh0, du0) -> Gradients:
-    """Sums over heads that share, gates in their dtypes."""
-    t = run.t
+    def _scan(
+        self, kernel, heads: Heads, blocks: int, read, written, sums, options, *factor
+    ) -> None:
+        """Both passes of a reverse scan."""
+        run = self.run
+        programs = (run.chunks.num_segments * heads.count, blocks)
+        launch = partial(
+            kernel[programs], *read, *written, *sums, *run.segments, *factor, *heads.args, **options
+        )
+        if run.chunks.segmented:
+            launch(SUM=True)
+        launch(SUM=False)
 
-    def shared(grad: Tensor, like: Tensor) -> Tensor:
-        heads = like.shape[2]
-        if heads < run.H:
-            grad = grad.unflatten(2, (heads, run.H // heads)).sum(3)
-        return grad.to(like.dtype)
+    def collect(self) -> Gradients:
+        """Gradients in their inputs' dtypes."""
+        t, dg_u, dg_h = self.run.t, self.dg_u, self.dg_h
+        if self.run.settings.tied and dg_u is not None and dg_h is not None:
+            dg_u = dg_u + dg_h
+        dbeta = None
+        if self.dbeta2 is not None and t.beta is not None:
+            dbeta = 2.0 * t.beta.float() * self.dbeta2
+        dh0 = self.dh0
+        if dh0 is not None:  # H is symmetric, and so is its gradient
+            dh0 = (dh0 + dh0.transpose(-1, -2)) / 2
+        elif t.h0 is not None:
+            dh0 = torch.zeros_like(t.h0)
 
-    def cast(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
-        return None if like is None or grad is None else grad.to(like.dtype)
+        def cast(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
+            return None if like is None or grad is None else grad.to(like.dtype)
 
-    if run.settings.tied and dg_u is not None and dg_h is not None:
-        dg_u = dg_u + dg_h
-    dbeta = None if dbeta2 is None or t.beta is None else 2.0 * t.beta.float() * dbeta2
-    if t.h0 is not None and dh0 is None:
-        dh0 = torch.zeros_like(t.h0)
-    return Gradients(
-        q=dq,
-        k=shared(dk, t.k),
-        v=shared(dv, t.v),
-        g=cast(dg_u, t.g),
-        gk=cast(dg_h, t.gk),
-        alpha=cast(dalpha, t.alpha),
-        beta=cast(dbeta, t.beta),
-        h0=cast(dh0, t.h0),
-        u0=cast(du0, t.u0),
-    )
+        return Gradients(
+            q=self.dq,
+            k=self.dk,
+            v=self.dv,
+            g=cast(dg_u, t.g),
+            gk=cast(dg_h, t.gk),
+            alpha=cast(self.dalpha, t.alpha),
+            beta=cast(dbeta, t.beta),
+            h0=cast(dh0, t.h0),
+            u0=cast(self.du0, t.u0),
+        )

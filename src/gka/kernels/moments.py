@@ -11,7 +11,7 @@ Stored states are divided by a bound on their entries that is carried along: S <
 import triton
 import triton.language as tl
 
-from gka.kernels.common import inverse, load_gate, load_rows
+from gka.kernels.common import inverse, load_gate, load_raw, row_maxima
 
 NEGLIGIBLE: tl.constexpr = tl.constexpr(1e-30)
 
@@ -41,20 +41,20 @@ def add_chunk(
     K: tl.constexpr, V: tl.constexpr, IS_H: tl.constexpr, OP: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """S <- S whole + sum_j w_j k_j v_j^T; returns S, its bound, the log decay, max|k|, max|v|."""
-    kt = load_rows(k, row, HK, h // GK, K, rk, valid)
-    vt = load_rows(v, row, HV, h // GV, V, rv, valid)
+    kt = load_raw(k, row, HK, h // GK, K, rk, valid)
+    vt = load_raw(v, row, HV, h // GV, V, rv, valid)
     gate = load_gate(g, row, H, h, valid, 0.0)
     write = load_gate(beta, row, H, h, valid, 1.0)
     total = tl.sum(gate, 0)
     weight = tl.exp(total - tl.cumsum(gate, 0)) * write * write
     whole = tl.exp(total)
     # rows scaled to at most one: key rows by their largest entry, value rows by all the rest
-    k_max = tl.max(tl.abs(kt), 1)
-    v_max = k_max if IS_H else tl.max(tl.abs(vt), 1)
+    k_max = row_maxima(kt)
+    v_max = k_max if IS_H else row_maxima(vt)
     largest = tl.sum(weight * k_max * v_max, 0)
     unit = unit_of(largest, scale, whole)
-    kn = kt * inverse(k_max)[:, None]
-    vn = vt * (weight * k_max / unit)[:, None]
+    kn = kt.to(tl.float32) * inverse(k_max)[:, None]
+    vn = vt.to(tl.float32) * (weight * k_max / unit)[:, None]
     state = state * (whole / unit)
     state = tl.dot(tl.trans(kn.to(OP)), vn.to(OP), state, input_precision=PREC) * unit
     return state, scale * whole + largest, total, tl.max(k_max, 0), tl.max(v_max, 0)
@@ -77,9 +77,9 @@ def sum_segment(
         state = tl.zeros((BK, BV), tl.float32)
         scale, decay = 0.0, 0.0
         for c in range(first, end):
-            row = begin + (c - first) * C + places
+            row = begin + (c - first) * C
             state, scale, total, _k_max, _v_max = add_chunk(
-                state, scale, k, v, g, beta, row, row < stop, base + j, rk, rv, H,
+                state, scale, k, v, g, beta, row, row + places < stop, base + j, rk, rv, H,
                 HK, HV, GK, GV, K, V, IS_H, OP, PREC,
             )  # fmt: skip
             decay += total
@@ -182,16 +182,17 @@ def scan_segment(
         tl.store(scales + at * blocks + block, scale)
         if norms is not None:
             tl.store(norms + at * blocks + block, tl.sum(tl.sum(state * state, 1), 0))
-        row = begin + (c - first) * C + places
+        row = begin + (c - first) * C
         state, scale, _total, k_max, v_max = add_chunk(
-            state, scale, k, v, g, beta, row, row < stop, h, rk, rv, H,
+            state, scale, k, v, g, beta, row, row + places < stop, h, rk, rv, H,
             HK, HV, GK, GV, K, V, IS_H, OP, PREC,
         )  # fmt: skip
         if k_maxima is not None:
             tl.store(k_maxima + at, k_max, mask=block == 0)
             tl.store(v_maxima + at * blocks + block, v_max)
-    if segment + 1 == after:
-        tl.store(final + (n * H + h) * K * V + tile, state, mask=inside)
+    if final is not None:  # noqa: SIM102 - the compiler's condition, then the program's
+        if segment + 1 == after:
+            tl.store(final + (n * H + h) * K * V + tile, state, mask=inside)
 
 
 @triton.jit
@@ -206,7 +207,7 @@ def moments_kernel(
     h_states,  # [M, G, K, K] OP: H_[c] / scale
     h_scales,  # [M, G, NK] float32, the same for every block
     h_norms,  # [M, G, NK] float32: sum of H_[c]^2 over the block's columns
-    h_final,  # [N, H, K, K] float32
+    h_final,  # [N, H, K, K] float32 or None
     u0,
     u0_scale,
     u_states,  # [M, G, K, V]

@@ -1,91 +1,249 @@
-"""Scans over chunks backwards: the gradients of H and U at chunk ends."""
+"""Scans over chunks backwards: the gradients E of H and U at chunk ends, in segments as the moments.
+
+E of H is kept without its transpose: E + E^T is twice the gradient, H being symmetric, and one product
+of y and x does. Stored E are divided by a bound that is carried along, as the moments are.
+"""
 
 import triton
 import triton.language as tl
 
-from gka.kernels.common import load_gate, load_mix, load_rows, operand
+from gka.kernels.common import inverse, load_gate, load_mix, load_raw, row_maxima
+from gka.kernels.moments import earlier, segment_of, unit_of
 
 
 @triton.jit
-def scaled_outer(left, right, weight, OP: tl.constexpr, PREC: tl.constexpr):
-    """sum_t w_t left_t right_t^T with operands scaled to at most one."""
-    ln, l_max = operand(left, OP)
-    rn, r_max = operand(right * weight[:, None], OP)
-    return tl.dot(tl.trans(ln), rn, input_precision=PREC) * (l_max * r_max)
+def hand_back_u(
+    grad, bound, whole, zeta, q, x, x_scale, alpha, do, row, valid, h, rk, rv, H, factor,
+    K: tl.constexpr, V: tl.constexpr, OP: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """E <- E whole + factor sum_t zeta_t z_t do_t^T; returns E, its bound, max|z|, max|do|."""
+    z = load_mix(q, x, x_scale, alpha, row, H, h, K, rk, valid)
+    right = load_raw(do, row, H, h, V, rv, valid)
+    z_max, d_max = row_maxima(z), row_maxima(right)
+    weight = factor * zeta * z_max
+    largest = tl.sum(tl.abs(weight) * d_max, 0)
+    unit = unit_of(largest, bound, whole)
+    zn = (z * inverse(z_max)[:, None]).to(OP)
+    dn = (right.to(tl.float32) * (weight / unit)[:, None]).to(OP)
+    grad = tl.dot(tl.trans(zn), dn, grad * (whole / unit), input_precision=PREC) * unit
+    return grad, bound * whole + largest, tl.max(z_max, 0), tl.max(d_max, 0)
 
 
 @triton.jit
-def moments_reverse_kernel(
-    q,  # [tokens, H, K]: U: with x and alpha it gives z; H: None
-    x,  # [tokens, H, K] or None
+def hand_back_h(
+    grad, bound, whole, zeta, x, x_scale, y, y_scale, k, k_max, key_weight, start_weight, stored, scale,
+    row, valid, h, j, rk, rv, H, G, HK: tl.constexpr, GK: tl.constexpr, K: tl.constexpr,
+    OP: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """E <- E whole - sum_t zeta_t y_t x_t^T - (K^T diag(key_weight) K + start_weight H_[c]) / 2."""
+    both = (
+        zeta * load_gate(x_scale, row, H, h, valid, 0.0) * load_gate(y_scale, row, G, j, valid, 0.0)
+    )
+    of_keys = 0.5 * load_gate(key_weight, row, G, j, valid, 0.0) * (k_max * k_max)
+    of_start = 0.5 * start_weight * scale
+    largest = tl.sum(both + tl.abs(of_keys), 0) + tl.abs(of_start)
+    unit = unit_of(largest, bound, whole)
+    grad = grad * (whole / unit) - stored.to(tl.float32) * (of_start / unit)
+    left = load_raw(y, row, G, j, K, rk, valid)
+    right = load_raw(x, row, H, h, K, rv, valid).to(tl.float32) * (-both / unit)[:, None]
+    grad = tl.dot(tl.trans(left), right.to(OP), grad, input_precision=PREC)
+    less = inverse(k_max)
+    left = load_raw(k, row, HK, h // GK, K, rk, valid).to(tl.float32) * less
+    right = load_raw(k, row, HK, h // GK, K, rv, valid).to(tl.float32) * less
+    right = (right * (-of_keys / unit)[:, None]).to(OP)
+    grad = tl.dot(tl.trans(left.to(OP)), right, grad, input_precision=PREC) * unit
+    return grad, bound * whole + largest
+
+
+@triton.jit
+def reverse_u_kernel(
+    q,  # [tokens, H, K]
+    x,  # [tokens, H, K] or None: rows divided by x_scale
+    x_scale,  # [tokens, H] float32, with x
     alpha,  # [tokens, H] or None
-    d,  # [tokens, H, V]: U: do; H: y
-    k,  # [tokens, HK, K] with ridge terms, else None
-    key_weight,  # [tokens, H]: sum_t zeta_t w_t W_tj; with ridge terms
-    start_weight,  # [M, H]: sum_t zeta_t^2 w_t; with ridge terms
-    states,  # [M, H, K, V] H_[c] / scale; with ridge terms
-    scales,  # [M, H, NV]
+    do,  # [tokens, H, V]
     g,  # [tokens, H] or None
+    states,  # [M, G, K, V]: U_[c] / scale
+    scales,  # [M, G, NV]
     final,  # [N, H, K, V] float32 or None: gradient of the final state
-    ends,  # [M, H, K, V]: gradient of the state at each chunk's end
-    initial,  # [N, H, K, V] float32: gradient of the initial state
+    final_scale,  # [N, H] float32, its largest entry; with it
+    ends,  # [M, G, K, V] OP: E / end_scale
+    end_scales,  # [M, G, NV] float32
+    wholes,  # [M, G, NV] float32: decay over the chunk times <S_[c], E>, of the block's columns
+    z_maxima,  # [M, G] float32: max |z| of the chunk
+    d_maxima,  # [M, G, NV] float32: max |do|
+    initial,  # [N, H, K, V] float32 or None: gradient of the initial state
+    sums,  # [S, G, K, V] float32: E that each segment hands back; None where all sequences are one
+    sum_scales,
+    sum_decays,
+    segments,
     bounds,
-    first_chunk,
+    chunk_start,
     factor,
+    base,
+    G,
     H,
-    HK: tl.constexpr,
-    GK: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
     C: tl.constexpr,
-    RIDGE: tl.constexpr,
-    LOCAL: tl.constexpr,  # chunks contribute (else only the final state's gradient decays)
+    SUM: tl.constexpr,  # only write `sums`
     OP: tl.constexpr,
     PREC: tl.constexpr,
 ):
-    n, h = (tl.program_id(0) // H).to(tl.int64), (tl.program_id(0) % H).to(tl.int64)
-    block = tl.program_id(1)
-    blocks = tl.num_programs(1)
+    segment, j = tl.program_id(0) // G, (tl.program_id(0) % G).to(tl.int64)
+    block, blocks = tl.program_id(1), tl.num_programs(1)
+    n, first, end, before, after, begin, stop = segment_of(segments, bounds, chunk_start, segment)
+    h = base + j
     places = tl.arange(0, C)
     rk = tl.arange(0, BK)
     rv = block * BV + tl.arange(0, BV)
     tile = rk[:, None] * V + rv[None, :]
     inside = (rk[:, None] < K) & (rv[None, :] < V)
     grad = tl.zeros((BK, BV), tl.float32)
-    if final is not None:
-        grad = tl.load(final + (n * H + h) * K * V + tile, mask=inside, other=0.0)
-    first = tl.load(first_chunk + n)
-    last = tl.load(first_chunk + n + 1)
-    begin, length = tl.load(bounds + n), tl.load(bounds + n + 1) - tl.load(bounds + n)
-    for i in range(first, last):
-        c = first + last - 1 - i
-        ch = c * H + h
-        tl.store(ends + ch * K * V + tile, grad.to(ends.dtype.element_ty), mask=inside)
-        row = begin + (c - first) * C + places
-        valid = (c - first) * C + places < length
+    bound, decay = 0.0, 0.0
+    if SUM:
+        if segment == before:  # nothing comes before the first
+            end = first
+    else:
+        if final is not None:
+            grad = tl.load(final + (n * H + h) * K * V + tile, mask=inside, other=0.0)
+            bound = tl.load(final_scale + n * H + h)
+        if sums is not None:
+            for i in range(segment + 1, after):
+                s = segment + after - i
+                grad, bound = earlier(
+                    grad, bound, sums, sum_scales, sum_decays, s, j, G, tile, inside, block, blocks, K * V
+                )  # fmt: skip
+    for i in range(first, end):
+        c = first + end - 1 - i
+        at = c * G + j
+        row = begin + (c - first) * C
+        valid = row + places < stop
         gate = load_gate(g, row, H, h, valid, 0.0)
-        zeta = tl.exp(tl.cumsum(gate, 0))
-        grad = grad * tl.exp(tl.sum(gate, 0))
-        if LOCAL:
-            right = load_rows(d, row, H, h, V, rv, valid)
-            if RIDGE:
-                # -1/2 (y x^T + x y^T), and the path through lambda
-                left = load_rows(x, row, H, h, K, rk, valid)
-                local = scaled_outer(left, right, zeta, OP, PREC)
-                left = load_rows(d, row, H, h, K, rk, valid)
-                right = load_rows(x, row, H, h, V, rv, valid)
-                local += scaled_outer(left, right, zeta, OP, PREC)
-                left = load_rows(k, row, HK, h // GK, K, rk, valid)
-                right = load_rows(k, row, HK, h // GK, V, rv, valid)
-                weight = load_gate(key_weight, row, H, h, valid, 0.0)
-                local += scaled_outer(left, right, weight, OP, PREC)
-                stored = tl.load(states + ch * K * V + tile, mask=inside, other=0.0)
-                stored_scale = tl.load(scales + ch * blocks + block)
-                local += stored.to(tl.float32) * (stored_scale * tl.load(start_weight + ch))
-            else:
-                left = load_mix(q, x, alpha, row, H, h, K, rk, valid)
-                local = scaled_outer(left, right, zeta, OP, PREC)
-            grad += factor * local
-    tl.store(initial + (n * H + h) * K * V + tile, grad, mask=inside)
+        total = tl.sum(gate, 0)
+        zeta, whole = tl.exp(tl.cumsum(gate, 0)), tl.exp(total)
+        if not SUM:
+            scaled = (grad * inverse(bound)).to(ends.dtype.element_ty)
+            tl.store(ends + at * K * V + tile, scaled, mask=inside)
+            tl.store(end_scales + at * blocks + block, bound)
+            stored = tl.load(states + at * K * V + tile, mask=inside, other=0.0).to(tl.float32)
+            inner = tl.sum(tl.sum(stored * grad, 1), 0) * tl.load(scales + at * blocks + block)
+            tl.store(wholes + at * blocks + block, inner * whole)
+        grad, bound, z_max, d_max = hand_back_u(
+            grad, bound, whole, zeta, q, x, x_scale, alpha, do, row, valid, h, rk, rv, H, factor,
+            K, V, OP, PREC,
+        )  # fmt: skip
+        decay += total
+        if not SUM:
+            tl.store(z_maxima + at, z_max, mask=block == 0)
+            tl.store(d_maxima + at * blocks + block, d_max)
+    if SUM:
+        at = segment * G + j
+        if segment > before:
+            tl.store(sums + at * K * V + tile, grad, mask=inside)
+            tl.store(sum_scales + at * blocks + block, bound)
+            tl.store(sum_decays + at * blocks + block, decay)
+    if initial is not None and not SUM:  # noqa: SIM102 - the compiler's condition, then the program's
+        if segment == before:
+            tl.store(initial + (n * H + h) * K * V + tile, grad, mask=inside)
+
+
+@triton.jit
+def reverse_h_kernel(
+    x,  # [tokens, H, K] or None without a solve: then the final state's gradient decays, no more
+    x_scale,  # [tokens, H]
+    y,  # [tokens, G, K]: rows divided by y_scale
+    y_scale,  # [tokens, G]
+    k,  # [tokens, HK, K]
+    k_maxima,  # [M, G]: max |k| of the chunk
+    key_weight,  # [tokens, G]: sum_t zeta_t w_t W_tj
+    start_weight,  # [M, G]: sum_t zeta_t^2 w_t
+    gk,  # [tokens, H] or None
+    states,
+    scales,
+    final,
+    final_scale,
+    ends,  # E: the gradient is (E + E^T) / 2
+    end_scales,  # the same for every block
+    wholes,
+    initial,  # E, too
+    sums,
+    sum_scales,
+    sum_decays,
+    segments,
+    bounds,
+    chunk_start,
+    base,
+    G,
+    H,
+    HK: tl.constexpr,
+    GK: tl.constexpr,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    BN: tl.constexpr,
+    C: tl.constexpr,
+    SUM: tl.constexpr,
+    OP: tl.constexpr,
+    PREC: tl.constexpr,
+):
+    segment, j = tl.program_id(0) // G, (tl.program_id(0) % G).to(tl.int64)
+    block, blocks = tl.program_id(1), tl.num_programs(1)
+    n, first, end, before, after, begin, stop = segment_of(segments, bounds, chunk_start, segment)
+    h = base + j
+    places = tl.arange(0, C)
+    rk = tl.arange(0, BK)
+    rv = block * BN + tl.arange(0, BN)
+    tile = rk[:, None] * K + rv[None, :]
+    inside = (rk[:, None] < K) & (rv[None, :] < K)
+    grad = tl.zeros((BK, BN), tl.float32)
+    bound, decay = 0.0, 0.0
+    if SUM:
+        if segment == before:
+            end = first
+    else:
+        if final is not None:
+            grad = tl.load(final + (n * H + h) * K * K + tile, mask=inside, other=0.0)
+            bound = tl.load(final_scale + n * H + h)
+        if sums is not None:
+            for i in range(segment + 1, after):
+                s = segment + after - i
+                grad, bound = earlier(
+                    grad, bound, sums, sum_scales, sum_decays, s, j, G, tile, inside, block, blocks, K * K
+                )  # fmt: skip
+    for i in range(first, end):
+        c = first + end - 1 - i
+        at = c * G + j
+        row = begin + (c - first) * C
+        valid = row + places < stop
+        gate = load_gate(gk, row, H, h, valid, 0.0)
+        total = tl.sum(gate, 0)
+        zeta, whole = tl.exp(tl.cumsum(gate, 0)), tl.exp(total)
+        stored = tl.load(states + at * K * K + tile, mask=inside, other=0.0)
+        scale = tl.load(scales + at * blocks + block)
+        if not SUM:
+            scaled = (grad * inverse(bound)).to(ends.dtype.element_ty)
+            tl.store(ends + at * K * K + tile, scaled, mask=inside)
+            tl.store(end_scales + at * blocks + block, bound)
+            inner = tl.sum(tl.sum(stored.to(tl.float32) * grad, 1), 0) * scale
+            tl.store(wholes + at * blocks + block, inner * whole)
+        if x is None:
+            grad *= whole
+            bound *= whole
+        else:
+            grad, bound = hand_back_h(
+                grad, bound, whole, zeta, x, x_scale, y, y_scale, k, tl.load(k_maxima + at),
+                key_weight, tl.load(start_weight + at), stored, scale, row, valid, h, j, rk, rv, H, G,
+                HK, GK, K, OP, PREC,
+            )  # fmt: skip
+        decay += total
+    if SUM:
+        at = segment * G + j
+        if segment > before:
+            tl.store(sums + at * K * K + tile, grad, mask=inside)
+            tl.store(sum_scales + at * blocks + block, bound)
+            tl.store(sum_decays + at * blocks + block, decay)
+    if initial is not None and not SUM:  # noqa: SIM102 - the compiler's condition, then the program's
+        if segment == before:
+            tl.store(initial + (n * H + h) * K * K + tile, grad, mask=inside)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gka.maths.chunked import Tokens
 
-SCAN_PROGRAMS = 528  # about what the scans' programs should number together: 4 on each of 132
+SCAN_PROGRAMS = 396  # about what the scans' programs should number together: 3 on each of 132
 SHORTEST_SEGMENT = 8  # chunks; shorter ones cost more to put together than they gain
 
 
@@ -22,7 +22,6 @@ class Chunking:
         start, length: first token (int64) and number of tokens (int32) of each chunk [M].
         bounds: first token of each sequence, int64 [N+1].
         segments: int32 [S, 5]: sequence, first and end chunk, first and end segment of the sequence.
-        first: first chunk of each sequence, int32 [N+1].
         segmented: a sequence has more than one segment.
     """
 
@@ -30,7 +29,6 @@ class Chunking:
     length: Tensor
     bounds: Tensor
     segments: Tensor
-    first: Tensor
     segmented: bool
 
     @property
@@ -92,7 +90,6 @@ def _of_batch(
         length=(length - within).clamp(max=size).int(),
         bounds=torch.arange(batch + 1, device=device) * length,
         segments=torch.stack(columns, 1).int(),
-        first=(torch.arange(batch + 1, device=device) * count).int(),
         segmented=pieces > 1,
     )
 
@@ -125,7 +122,6 @@ def _of_packed(
         length=_to((lengths[sequence] - within).clamp(max=size).int(), device),
         bounds=_to(bounds, device),
         segments=_to(torch.stack(columns, 1).int(), device),
-        first=_to(first.int(), device),
         segmented=bool((pieces > 1).any()),
     )
 

@@ -132,12 +132,20 @@ class Chunks:
 
 @dataclass(frozen=True)
 class Forward:
-    """o [B,T,H,V]; solutions x [B,T,H,K] (None without a solve); final states (h None unless formed)."""
+    """What a forward pass leaves.
+
+    Attributes:
+        o: [B,T,H,V].
+        x: the solutions [B,T,H,K], None without a solve.
+        h, u: final states; h is None unless it is formed.
+        x_scale: what the rows of x are divided by [B,T,H]; None where they are not.
+    """
 
     o: Tensor
     x: Tensor | None
     h: Tensor | None
     u: Tensor
+    x_scale: Tensor | None = None
 
 
 def chunk_forward(tokens: Tokens, settings: Settings) -> Forward:

@@ -26,18 +26,32 @@ class Backend:
     Attributes:
         name: as users give it.
         forward: implementation of each mode.
-        backward: the derivative, shared by the modes, since they compute the same map.
+        backward: the derivative, shared by the modes, since they compute the same map. Takes the
+            tokens, the solutions x and their scales as a forward left them, the gradients of o and
+            of the final states, and the settings.
         refusal: why the backend cannot run a call on tokens like these; None if it can.
         automatic: whether backend="auto" may choose it.
+        scaled_dtype: dtype in which mode "chunk" keeps x for inputs of a dtype, rows divided by
+            their scale; None where x is kept in the working precision, without scales.
     """
 
     name: str
     forward: dict[Mode, Callable[[Tokens, Settings], Forward]]
     backward: Callable[
-        [Tokens, Tensor | None, Tensor, Tensor | None, Tensor | None, Settings], Gradients
+        [
+            Tokens,
+            Tensor | None,
+            Tensor | None,
+            Tensor,
+            Tensor | None,
+            Tensor | None,
+            Settings,
+        ],
+        Gradients,
     ]
     refusal: Callable[[torch.device, torch.dtype], str | None]
     automatic: bool = True
+    scaled_dtype: Callable[[torch.dtype], torch.dtype] | None = None
 
 
 # In order of preference for backend="auto".
@@ -52,11 +66,15 @@ def register_backend(backend: Backend, *, first: bool = False) -> None:
     _BACKENDS = mine | others if first else others | mine
 
 
+def _torch_backward(tokens: Tokens, x: Tensor | None, x_scale: Tensor | None, *rest) -> Gradients:
+    return chunk_backward(tokens, x, *rest)
+
+
 register_backend(
     Backend(
         name="torch",
         forward={"chunk": chunk_forward, "recurrent": recurrent_forward},
-        backward=chunk_backward,
+        backward=_torch_backward,
         refusal=lambda device, dtype: None,
     )
 )
@@ -92,6 +110,7 @@ register_backend(
         backward=_triton_backward,
         refusal=_triton_refusal,
         automatic=False,
+        scaled_dtype=lambda dtype: torch.float32 if dtype == torch.float32 else torch.float16,
     )
 )
 

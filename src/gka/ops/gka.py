@@ -174,7 +174,7 @@ def _run(
             )  # fmt: skip
         return o, state if output_final_state else None
     tied = gk is not None and gk is g
-    o, _, h, u = GKAFunction.apply(
+    o, _, _, h, u = GKAFunction.apply(
         q, k, v, g, None if tied else gk, alpha, beta, h0, u0, cu_seqlens,
         scale, float(ridge_ratio), num_iter, chunk_size, tied, with_h and output_final_state, mode,
         backend,

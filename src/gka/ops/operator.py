@@ -44,8 +44,11 @@ def forward_op(
     with_h: bool,
     mode: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(o, x, final H, final U); x is empty without a solve, H where it is not formed."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(o, x, x's scales, final H, final U).
+
+    x is empty without a solve, its scales where its rows are not scaled, H where it is not formed.
+    """
     if cu_seqlens is not None:
         check_bounds(cu_seqlens, q.shape[1])
     tokens = Tokens(q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens)
@@ -55,7 +58,8 @@ def forward_op(
         run = get_backend(backend).forward["recurrent" if mode == "recurrent" else "chunk"]
         out = run(tokens, settings)
     # contiguous, as the fake implementation promises the compiler
-    return out.o.contiguous(), _optional(out.x, out.u), _optional(out.h, out.u), out.u.contiguous()
+    x, x_scale, h = (_optional(y, out.u) for y in (out.x, out.x_scale, out.h))
+    return out.o.contiguous(), x, x_scale, h, out.u.contiguous()
 
 
 @forward_op.register_fake
@@ -67,11 +71,14 @@ def _(
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     solve = num_iter > 0
+    scaled = get_backend(backend).scaled_dtype if solve and mode != "recurrent" else None
     x_shape = (batch, length, heads, key_dim) if solve else (0,)
+    scale_shape = (batch, length, heads) if scaled else (0,)
     h_shape = (sequences, heads, key_dim, key_dim) if solve or with_h else (0,)
     return (
         q.new_empty(batch, length, heads, v.shape[-1]),
-        q.new_empty(x_shape, dtype=work),
+        q.new_empty(x_shape, dtype=scaled(q.dtype) if scaled else work),
+        q.new_empty(scale_shape, dtype=work),
         q.new_empty(h_shape, dtype=work),
         q.new_empty((sequences, heads, key_dim, v.shape[-1]), dtype=work),
     )
@@ -90,6 +97,7 @@ def backward_op(
     u0: Tensor | None,
     cu_seqlens: Tensor | None,
     x: Tensor,
+    x_scale: Tensor,
     do: Tensor,
     dh: Tensor | None,
     du: Tensor | None,
@@ -107,7 +115,8 @@ def backward_op(
     note_backend(backend)
     with torch.amp.autocast(q.device.type, enabled=False):
         solutions = x if num_iter > 0 else None
-        grads = get_backend(backend).backward(tokens, solutions, do, dh, du, settings)
+        scales = x_scale if x_scale.numel() > 0 else None
+        grads = get_backend(backend).backward(tokens, solutions, scales, do, dh, du, settings)
     optional = (grads.g, grads.gk, grads.alpha, grads.beta, grads.h0, grads.u0)
     heads = (grads.q.contiguous(), grads.k.contiguous(), grads.v.contiguous())
     return [*heads, *(_optional(grad, do) for grad in optional)]
@@ -115,7 +124,7 @@ def backward_op(
 
 @backward_op.register_fake
 def _(
-    q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, x, do, dh, du,
+    q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, x, x_scale, do, dh, du,
     scale, ridge_ratio, num_iter, chunk_size, tied, with_h, backend,
 ):  # fmt: skip
     def like(given: Tensor | None) -> Tensor:
@@ -197,24 +206,24 @@ class GKAFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         *numbers, _mode, backend = inputs[_NUM_TENSORS:]
-        _, x, h, _ = output
-        ctx.mark_non_differentiable(x)
-        ctx.save_for_backward(*inputs[:_NUM_TENSORS], x)
+        _, x, x_scale, h, _ = output
+        ctx.mark_non_differentiable(x, x_scale)
+        ctx.save_for_backward(*inputs[:_NUM_TENSORS], x, x_scale)
         ctx.numbers = (*numbers, backend)
         ctx.has_h = h.numel() > 0
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, *grads):
-        do, _, dh, du = grads
-        *tensors, x = ctx.saved_tensors
+        do, _, _, dh, du = grads
+        *tensors, x, x_scale = ctx.saved_tensors
         q, v = tensors[0], tensors[2]
         if do is None:
             do = q.new_zeros(*q.shape[:3], v.shape[-1])
         dh = dh if ctx.has_h else None
         # Compiled graphs never differentiate a backward, and Dynamo cannot trace one Function in another.
         derive = backward_op if torch.compiler.is_compiling() else GKABackward.apply
-        grads = derive(*tensors, x, do.contiguous(), dh, du, *ctx.numbers)
+        grads = derive(*tensors, x, x_scale, do.contiguous(), dh, du, *ctx.numbers)
         given = tensors[: len(grads)]
         wanted = (None if t is None else grad for grad, t in zip(grads, given, strict=True))
         return *wanted, None, *(None for _ in range(len(ctx.numbers) + 1))

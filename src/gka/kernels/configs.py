@@ -1,0 +1,44 @@
+"""Launch configurations: warps, pipeline stages and register caps by chip class, kernel and head width.
+
+Made with `python -m benchmarks.resources`, which tells what each takes.
+"""
+
+import torch
+
+# kernel -> (warps, stages, cap on registers or None) for heads up to 64, 128 and 256 wide
+Table = dict[str, tuple[tuple[int, int, int | None], ...]]
+
+HOPPER: Table = {
+    "moments": ((4, 3, None), (4, 3, 168), (8, 2, None)),
+    "solve": ((4, 1, None), (4, 1, None), (8, 1, None)),
+    "readout": ((4, 1, None), (4, 1, None), (8, 1, None)),
+    "readout_backward": ((4, 1, None), (4, 1, None), (8, 1, None)),
+    "reverse_u": ((4, 2, None), (4, 2, None), (8, 1, None)),
+    "reverse_h": ((4, 2, None), (4, 2, None), (8, 1, None)),
+    "through_u": ((4, 1, None), (4, 1, None), (8, 1, None)),
+    "through_h": ((4, 1, None), (4, 1, None), (8, 1, None)),
+}
+AMPERE: Table = HOPPER
+SMALL: Table = HOPPER  # 100 KB of shared memory a multiprocessor
+
+WIDTHS = (64, 128, 256)
+
+
+def table_of(capability: tuple[int, int]) -> Table:
+    """The configurations for a chip of that compute capability."""
+    if capability[0] >= 9:
+        return HOPPER
+    return AMPERE if capability == (8, 0) else SMALL
+
+
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """A GPU's compute capability; that of Hopper where the kernels are interpreted."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+def config(kernel: str, width: int, exact: bool, device: torch.device) -> dict:
+    """Launch options of a kernel for heads of that width; `exact`: float32 operands."""
+    bucket = next(i for i, limit in enumerate(WIDTHS) if width <= limit)
+    warps, stages, registers = table_of(capability_of(device))[kernel][bucket]
+    options = {"num_warps": warps, "num_stages": 1 if exact else stages}
+    return options if registers is None else options | {"maxnreg": registers}
