@@ -1,14 +1,14 @@
 """The chunk-wise form against the token-by-token reference on this CPU: `python -m benchmarks.cpu`.
 
 Time of forward + backward by length, their ratio measured in one process with the two interleaved,
-and peak memory, each in a fresh process. Writes cpu.json and cpu.png, prints a table.
+and peak memory (Linux only, see `benchmarks.memory`), each in a fresh process. Writes cpu.json and
+cpu.png, prints a table.
 """
 
 import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from benchmarks.memory import peak_added
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -27,6 +28,7 @@ from gka.ops import chunk_gka
 HEADS, DIM = 2, 64
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 BOTH = (256, 512, 2048)  # lengths at which the reference is run too, which is slow
+LONG = 1024  # from here on what each call costs whatever its length is small beside the rest
 BACKENDS = {"chunk-wise": "torch", "token by token": "reference"}
 
 
@@ -47,19 +49,21 @@ def forward_backward(leaves: list[Tensor], form: str) -> float:
     return time.perf_counter() - begin
 
 
-def peak_memory(length: int, form: str) -> float:
-    """MiB that forward + backward adds to the largest resident size of a fresh process."""
+def peak_memory(length: int, form: str) -> float | None:
+    """MiB that forward + backward adds to the resident size of a fresh process at its highest.
+
+    None where the system does not tell.
+    """
     command = [sys.executable, "-m", "benchmarks.cpu", "--peak", form, str(length)]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(child.stdout)
 
 
 def print_peak(form: str, length: int) -> None:
     """The body of `peak_memory`'s process."""
     forward_backward(inputs(64), form)  # what is loaded on first use does not count
     leaves = inputs(length)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    forward_backward(leaves, form)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(json.dumps(peak_added(lambda: forward_backward(leaves, form))))
 
 
 def measure(repeats: int, console: Console) -> list[dict]:
@@ -87,19 +91,22 @@ def spread(values: list[float]) -> tuple[float, float, float]:
     return min(values), statistics.median(values), max(values)
 
 
-def growth(rows: list[dict]) -> float:
-    """Exponent p of time ~ T^p between the shortest and the longest sequence, least squares in logs."""
+def growth(rows: list[dict], least: int = 0) -> float:
+    """Exponent p of time ~ T^p over the lengths from `least` on, least squares in logs."""
+    rows = [row for row in rows if row["length"] >= least]
     x = torch.tensor([row["length"] for row in rows]).double().log()
-    y = (
-        torch.tensor([statistics.median(row["seconds"]["chunk-wise"]) for row in rows])
-        .double()
-        .log()
-    )
+    times = [statistics.median(row["seconds"]["chunk-wise"]) for row in rows]
+    y = torch.tensor(times).double().log()
     x, y = x - x.mean(), y - y.mean()
     return (x @ y / (x @ x)).item()
 
 
-def show(rows: list[dict], exponent: float, console: Console) -> None:
+def exponents(rows: list[dict]) -> dict[str, float]:
+    """`growth` over all lengths and over the long ones, by the length each starts at."""
+    return {str(least): growth(rows, least) for least in (rows[0]["length"], LONG)}
+
+
+def show(rows: list[dict], fitted: dict[str, float], console: Console) -> None:
     table = Table(title=f"forward + backward, H = {HEADS}, K = V = {DIM}, float32, 30 steps")
     names = ("T", "chunk-wise s (min-max)", "us a token", "MiB", "token by token s", "MiB")
     names = (*names, "ratio (min-max)")
@@ -109,18 +116,22 @@ def show(rows: list[dict], exponent: float, console: Console) -> None:
         fast, slow = (row["seconds"].get(form) for form in BACKENDS)
         least, median, most = spread(fast)
         cells = [str(row["length"]), f"{median:.3f} ({least:.3f}-{most:.3f})"]
-        cells += [f"{median / row['length'] * 1e6:.0f}", f"{row['mebibytes']['chunk-wise']:.0f}"]
+        cells += [f"{median / row['length'] * 1e6:.0f}", _mib(row["mebibytes"]["chunk-wise"])]
         if slow:
-            memory = row["mebibytes"]["token by token"]
-            cells += [f"{statistics.median(slow):.2f}", f"{memory:.0f}"]
+            cells += [f"{statistics.median(slow):.2f}", _mib(row["mebibytes"]["token by token"])]
             cells.append("{1:.0f}x ({0:.0f}-{2:.0f})".format(*spread(row["ratios"])))
         table.add_row(*cells)
     console.print(table)
-    per_token = [statistics.median(row["seconds"]["chunk-wise"]) / row["length"] for row in rows]
-    console.print(
-        f"chunk-wise time grows as T^{exponent:.2f}; "
-        f"the dearest token costs {max(per_token) / min(per_token):.2f} times the cheapest"
-    )
+    powers = ", ".join(f"T^{power:.2f} from T = {least}" for least, power in fitted.items())
+    console.print(f"chunk-wise time grows as {powers} on; T^1 is linear")
+    if None in (found for row in rows for found in row["mebibytes"].values()):
+        console.print(
+            "memory: not measured, /proc/self/clear_refs cannot be written on this system"
+        )
+
+
+def _mib(memory: float | None) -> str:
+    return "not measured" if memory is None else f"{memory:.1f}"
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -136,16 +147,20 @@ def plot(rows: list[dict], path: Path) -> None:
         seconds = [statistics.median(row["seconds"][form]) for row in part]
         memory = [row["mebibytes"][form] for row in part]
         for axis, values in zip(axes, (seconds, memory), strict=True):
-            axis.plot(lengths, values, color=color, marker=marker, label=form)
-    for axis, label in zip(
-        axes, ("seconds, forward + backward", "peak memory added, MiB"), strict=True
-    ):
-        axis.set(xscale="log", yscale="log", xlabel="tokens T", ylabel=label)
+            if None not in values:
+                axis.plot(lengths, values, color=color, marker=marker, label=form)
+    labels = "seconds, forward + backward", "peak memory added, MiB"
+    for axis, label in zip(axes, labels, strict=True):
+        axis.set(xscale="log", xlabel="tokens T", ylabel=label)
+        if axis.lines:
+            axis.set_yscale("log")
+        else:
+            axis.set_title("not measured on this system", y=0.5)
         axis.set_xticks(LENGTHS, [str(n) for n in LENGTHS])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=90)
 
 
 def main() -> None:
@@ -171,10 +186,10 @@ def main() -> None:
     console = Console()
     begin = time.perf_counter()
     rows = measure(options.repeats, console)
-    exponent = growth(rows)
-    show(rows, exponent, console)
+    fitted = exponents(rows)
+    show(rows, fitted, console)
     options.output.mkdir(parents=True, exist_ok=True)
-    result = {"machine": machine, "heads": HEADS, "dim": DIM, "exponent": exponent, "rows": rows}
+    result = {"machine": machine, "heads": HEADS, "dim": DIM, "exponents": fitted, "rows": rows}
     (options.output / "cpu.json").write_text(json.dumps(result, indent=1) + "\n")
     plot(rows, options.output / "cpu.png")
     console.print(

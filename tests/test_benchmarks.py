@@ -2,10 +2,12 @@
 
 import importlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 
@@ -16,6 +18,7 @@ def cpu(monkeypatch):
     module = importlib.import_module("benchmarks.cpu")
     monkeypatch.setattr(module, "LENGTHS", (64, 128))
     monkeypatch.setattr(module, "BOTH", (64,))
+    monkeypatch.setattr(module, "LONG", 32)
     monkeypatch.setattr(module, "peak_memory", lambda length, form: float(length))
     return module
 
@@ -31,21 +34,62 @@ def test_results_are_written_in_full(cpu, monkeypatch, tmp_path, capsys):
     fast, slow = both["seconds"].values()
     assert both["ratios"] == [b / a for a, b in zip(fast, slow, strict=True)] and len(fast) == 2
     assert alone["mebibytes"] == {"chunk-wise": 128.0}
-    assert isinstance(result["exponent"], float)
+    assert result["exponents"].keys() == {"64", "32"}
     assert (tmp_path / "cpu.png").stat().st_size > 10_000
     assert "grows as T^" in capsys.readouterr().out
 
 
+def rows_of(times):
+    return [{"length": n, "seconds": {"chunk-wise": [t]}} for n, t in times.items()]
+
+
 def test_growth_is_the_exponent(cpu):
     """Times proportional to T^1.5 give 1.5."""
-    rows = [{"length": n, "seconds": {"chunk-wise": [n**1.5]}} for n in (64, 128, 512)]
-    assert cpu.growth(rows) == pytest.approx(1.5)
+    assert cpu.growth(rows_of({n: n**1.5 for n in (64, 128, 512)})) == pytest.approx(1.5)
 
 
-def test_peak_memory_is_printed_as_a_number(cpu, capsys):
-    """The child process prints the MiB that a pass added: a number, not negative."""
+def test_a_fixed_cost_is_told_from_growth(cpu, monkeypatch):
+    """A cost of each call hides linear growth at short lengths; the fit over the long ones shows it."""
+    monkeypatch.setattr(cpu, "LONG", 1000)
+    fitted = cpu.exponents(rows_of({n: 1000 + n for n in (64, 256, 100_000, 200_000)}))
+    assert fitted["64"] < 0.8 and fitted["1000"] == pytest.approx(1, abs=0.01)
+
+
+def test_peak_memory_is_printed_as_json(cpu, capsys):
+    """The child process prints the MiB that a pass added, or null where that cannot be measured."""
     cpu.print_peak("chunk-wise", 64)
-    assert float(capsys.readouterr().out) >= 0
+    added = json.loads(capsys.readouterr().out)
+    assert added is None or added >= 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux resets a peak")
+def test_peak_memory_is_the_work_s_own():
+    """What a process held before is not counted, however much it was at its height; what the work holds
+    is, also if it is freed before the end."""
+    code = (
+        "import torch\nfrom benchmarks.memory import peak_added\n"
+        "torch.ones(96 * 2**18).sum()\n"  # 96 MiB, freed
+        "print(peak_added(lambda: torch.ones(32 * 2**18).sum()))"  # 32 MiB, freed too
+    )
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    if out.stdout == "None\n":
+        pytest.skip("/proc/self/clear_refs cannot be written here")
+    assert 30 <= float(out.stdout) < 40, out.stderr
+
+
+def test_memory_that_cannot_be_measured_is_said_so(cpu, monkeypatch, tmp_path, capsys):
+    """Without a way to reset the peak there is no figure: null in JSON, and words in the table."""
+    memory = importlib.import_module("benchmarks.memory")
+    monkeypatch.setattr(memory, "_RESET", tmp_path / "no" / "clear_refs")
+    assert memory.peak_added(lambda: torch.ones(10)) is None
+    monkeypatch.setattr(cpu, "peak_memory", lambda length, form: None)
+    monkeypatch.setattr(sys, "argv", ["cpu", "--output", str(tmp_path), "--repeats", "1"])
+    cpu.main()
+    assert json.loads((tmp_path / "cpu.json").read_text())["rows"][0]["mebibytes"] == {
+        "chunk-wise": None,
+        "token by token": None,
+    }
+    assert "memory: not measured" in capsys.readouterr().out
 
 
 def test_repeats_must_be_positive(cpu, monkeypatch, capsys):
