@@ -7,6 +7,7 @@ from gka.layers.heads import split_heads
 from gka.layers.norms import working_dtype
 from gka.layers.recurrent import RecurrentMixer, Run
 from gka.ops import chunk_gka, fused_recurrent_gka, why_unavailable
+from gka.ops.checks import check_solver
 
 
 class GatedKalmaNet(RecurrentMixer):
@@ -39,6 +40,7 @@ class GatedKalmaNet(RecurrentMixer):
         layer_idx: the layer's place in a cache.
         norm_eps: epsilon of the output norm.
         backend: of the ops: "auto", "torch" or "reference".
+        solver: of the ops: "chebyshev", or "adaptive", fewer steps within the same error bound.
 
     Raises:
         ValueError: sizes or options that do not fit; the message names which.
@@ -67,6 +69,7 @@ class GatedKalmaNet(RecurrentMixer):
         layer_idx: int | None = None,
         norm_eps: float = 1e-6,
         backend: str = "auto",
+        solver: str = "chebyshev",
     ):
         if num_iter < 0:
             raise ValueError(f"num_iter must be 0 or more, got {num_iter}")
@@ -85,6 +88,7 @@ class GatedKalmaNet(RecurrentMixer):
         self.num_iter = num_iter
         why_unavailable(backend)  # refuses unknown names
         self.backend = backend
+        self.solver = check_solver(solver)
         if use_beta_gate:
             self.b_proj = nn.Linear(hidden_size, self.num_expanded_heads)
         if use_alpha_connection:
@@ -106,5 +110,6 @@ class GatedKalmaNet(RecurrentMixer):
             q, k, v, g, gk, alpha, self.scale, self.ridge_ratio, self.num_iter,
             initial_state=(run.states[0], run.states[1]) if run.states else None,
             output_final_state=run.keep, cu_seqlens=run.cu_seqlens, beta=beta, backend=self.backend,
+            solver=self.solver,
         )  # fmt: skip
         return o, states or ()

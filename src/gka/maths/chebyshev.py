@@ -5,8 +5,12 @@ so rho = (L - mu)/(L + mu) = 1/(1 + 2a) and the weights omega_i are the same for
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 from torch import Tensor
+
+Solver = Literal["chebyshev", "adaptive"]
 
 
 def chebyshev_weights(ridge_ratio: float, num_iter: int) -> list[float]:
@@ -59,21 +63,81 @@ def chebyshev_solve(
     return x
 
 
+class Plan(Protocol):
+    """How the residual form chooses its updates d; every solver is one.
+
+    Attributes:
+        num_iter: steps n.
+    """
+
+    @property
+    def num_iter(self) -> int: ...
+
+    def first(self, q: Tensor) -> Tensor:
+        """d_0 = x_0, a new tensor [..., K]."""
+        ...
+
+    def next_(self, d: Tensor, residual: Tensor, i: int) -> None:
+        """d_{i-1} -> d_i in place, from the residual of x_{i-1}, i = 1..n."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Chebyshev iteration on the spectrum [a F_t, (1 + a) F_t]: the same weights for every token.
+
+    Attributes:
+        step: 2/(L + mu) = 2/((1 + 2a) F_t), [..., 1].
+        weights: omega_1 .. omega_r.
+    """
+
+    step: Tensor
+    weights: list[float]
+
+    @classmethod
+    def of(cls, fro: Tensor, ridge_ratio: float, num_iter: int) -> "Plain":
+        """Of F_t > 0 [...]."""
+        step = 2.0 / ((1.0 + 2.0 * ridge_ratio) * fro.unsqueeze(-1))
+        return cls(step, chebyshev_weights(ridge_ratio, num_iter))
+
+    @property
+    def num_iter(self) -> int:
+        return len(self.weights)
+
+    def first(self, q: Tensor) -> Tensor:
+        return self.step * q
+
+    def next_(self, d: Tensor, residual: Tensor, i: int) -> None:
+        omega = self.weights[i - 1]
+        d.mul_(omega - 1.0).addcmul_(self.step, residual, value=omega)
+
+
+def iterate_(apply_h: Callable[[Tensor], Tensor], q: Tensor, lamb: Tensor, plan: Plan) -> Tensor:
+    """The residual form with its three arrays updated in place; not differentiable, `q` untouched.
+
+    Args:
+        apply_h: the product with H_t of every row of its argument, [..., K] -> [..., K]. It may
+            return a buffer of its own: it is read before the next call.
+        q: right-hand sides [..., K], zero where the history is empty.
+        lamb: lambda_t > 0, [...].
+        plan: the updates of each step.
+
+    Returns:
+        x [..., K] in q's dtype.
+    """
+    lamb = lamb.unsqueeze(-1)
+    residual = q.clone()
+    d = plan.first(q)
+    x = d.clone()
+    for i in range(1, plan.num_iter + 1):
+        residual.sub_(apply_h(d)).addcmul_(lamb, d, value=-1.0)
+        plan.next_(d, residual, i)
+        x.add_(d)
+    return x
+
+
 def chebyshev_solve_(
     apply_h: Callable[[Tensor], Tensor], q: Tensor, fro: Tensor, ridge_ratio: float, num_iter: int
 ) -> Tensor:
-    """`chebyshev_solve` with its three arrays updated in place; not differentiable, `q` untouched.
-
-    `apply_h` may return a buffer of its own: it is read before the next call.
-    """
-    fro = fro.unsqueeze(-1)
-    step = 2.0 / ((1.0 + 2.0 * ridge_ratio) * fro)
-    lamb = ridge_ratio * fro
-    residual = q.clone()
-    d = step * q
-    x = d.clone()
-    for omega in chebyshev_weights(ridge_ratio, num_iter):
-        residual.sub_(apply_h(d)).addcmul_(lamb, d, value=-1.0)
-        d.mul_(omega - 1.0).addcmul_(step, residual, value=omega)
-        x.add_(d)
-    return x
+    """`chebyshev_solve` by `iterate_`."""
+    return iterate_(apply_h, q, ridge_ratio * fro, Plain.of(fro, ridge_ratio, num_iter))

@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from gka.maths.chebyshev import Solver
 from gka.maths.layout import ChunkLayout, chunk_layout
 from gka.maths.moments import Decay, chunk_moments, scan
 from gka.maths.readout import mix, readout
@@ -28,10 +29,11 @@ class Settings:
     Attributes:
         scale: factor of the readout.
         ridge_ratio: a in lambda_t = a F_t.
-        num_iter: Chebyshev steps; 0 leaves the ridge out (x_t = q_t).
+        num_iter: Chebyshev steps r; 0 leaves the ridge out (x_t = q_t).
         chunk_size: C.
         tied: H decays with g (gk is not given then).
         with_h: form H also where no solve needs it (its final state is wanted).
+        solver: r steps for all, or per chunk the fewest with the same error bound (`adaptive`).
     """
 
     scale: float
@@ -40,6 +42,7 @@ class Settings:
     chunk_size: int
     tied: bool
     with_h: bool
+    solver: Solver = "chebyshev"
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,11 @@ class Chunks:
             weights = weights * self.beta[rows].square().unsqueeze(-2)
         return System(self.k[rows], self.states_h[0][rows], self.decay_h[rows].zeta, weights)
 
+    def solve(self, system: System, q: Tensor) -> Tensor:
+        """x_t of the tokens of some chunks, by the settings' solver."""
+        s = self.settings
+        return system.solve(q, s.ridge_ratio, s.num_iter, s.solver)
+
     def weights_u(self, rows: slice) -> Tensor:
         """W_tj of U [M,H,C,C]."""
         mask = self.decay_u[rows].mask
@@ -158,7 +166,7 @@ def chunk_forward(tokens: Tokens, settings: Settings) -> Forward:
         q = chunks.q[rows]
         z = q
         if x is not None:
-            x[rows] = chunks.system(rows).solve(q, settings.ridge_ratio, settings.num_iter)
+            x[rows] = chunks.solve(chunks.system(rows), q)
             z = mix(q, x[rows], None if chunks.alpha is None else chunks.alpha[rows])
         u, zeta = chunks.states_u[0][rows], chunks.decay_u[rows].zeta
         o[rows] = readout(z, chunks.k[rows], chunks.v[rows], u, zeta, chunks.weights_u(rows))

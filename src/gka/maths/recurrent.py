@@ -9,6 +9,7 @@ from gka.maths.chebyshev import chebyshev_solve_
 from gka.maths.chunked import Forward, Settings, Tokens
 from gka.maths.readout import mix
 from gka.maths.ridge import split_empty
+from gka.maths.system import System
 
 
 def recurrent_forward(tokens: Tokens, settings: Settings) -> Forward:
@@ -94,6 +95,10 @@ def _update(state: Tensor, gamma: Tensor | None, k: Tensor, v: Tensor) -> None:
 
 
 def _solve(h: Tensor, q: Tensor, settings: Settings) -> Tensor:
+    if settings.solver == "adaptive":
+        system = System.of_state(h)
+        x = system.solve(q.unsqueeze(-2), settings.ridge_ratio, settings.num_iter, settings.solver)
+        return x.squeeze(-2)
     fro, empty = split_empty(h.square().sum((-2, -1)))
     q = q.masked_fill(empty.unsqueeze(-1), 0.0)
 

@@ -6,7 +6,8 @@ from functools import cached_property
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from gka.maths.chebyshev import chebyshev_solve_
+from gka.maths.adaptive import Adaptive
+from gka.maths.chebyshev import Solver, chebyshev_solve_, iterate_
 from gka.maths.grouped import shared_matmul
 from gka.maths.ridge import empty_below, frobenius_squared, key_energies, split_empty
 
@@ -56,6 +57,13 @@ class System:
         )
         self.fro, self.empty = split_empty(squared)
 
+    @classmethod
+    def of_state(cls, h: Tensor) -> "System":
+        """The system of H [B,H,K,K] itself: a chunk of one token, whose key is in H already."""
+        batch, heads, dim, _ = h.shape
+        nothing = h.new_zeros(batch, heads, 1, 1)
+        return cls(h.new_zeros(batch, 1, 1, dim), h, h.new_ones(batch, heads, 1), nothing)
+
     @cached_property
     def relative(self) -> Relative:
         fro, key_norms = self.fro, self.k.square().sum(-1)
@@ -74,7 +82,15 @@ class System:
         scores = shared_matmul(x, self.k_t).mul_(self.weights)
         return shared_matmul(scores, self.k).addcmul_(self.zeta.unsqueeze(-1), x @ self.h)
 
-    def solve(self, q: Tensor, ridge_ratio: float, num_iter: int) -> Tensor:
-        """x_t = p_r(A_t) q_t, zero where the history is empty."""
+    def solve(
+        self, q: Tensor, ridge_ratio: float, num_iter: int, solver: Solver = "chebyshev"
+    ) -> Tensor:
+        """x_t within the error bound of r = num_iter steps, zero where the history is empty.
+
+        x_t is a symmetric matrix times q_t: p_r(A_t), or p_n(P_t^-1 A_t) P_t^-1 (`adaptive`).
+        """
         q = q.masked_fill(self.empty.unsqueeze(-1), 0.0)
+        if solver == "adaptive":
+            plan = Adaptive.of(self, ridge_ratio, num_iter)
+            return iterate_(self.apply, q, ridge_ratio * self.fro, plan)
         return chebyshev_solve_(self.apply, q, self.fro, ridge_ratio, num_iter)

@@ -11,6 +11,7 @@ from transformers.activations import ACT2FN
 
 from gka.errors import InputError
 from gka.layers.heads import split_heads, value_dim
+from gka.maths.chebyshev import Solver
 from gka.models.pattern import SOFTMAX_MIXERS, attention_heads
 from gka.ops.backends import known_backends
 
@@ -39,6 +40,10 @@ def check_sizes(config: GKAConfig) -> None:
     if config.backend not in known_backends():
         raise InputError(
             f"backend: expected one of {', '.join(known_backends())}, got {config.backend!r}"
+        )
+    if config.solver not in get_args(Solver):
+        raise InputError(
+            f"solver: expected one of {', '.join(get_args(Solver))}, got {config.solver!r}"
         )
     if any(name not in SOFTMAX_MIXERS for name in config.pattern):
         _check_recurrent(config)

@@ -52,8 +52,8 @@ class GKAConfig(PreTrainedConfig):
         head_dim, num_heads, num_kv_heads, num_v_heads, expand_v: head sizes and counts of the recurrent
             mixers, as in `gka.layers.GatedKalmaNet`.
         use_beta_gate, use_alpha_connection, use_v_conv, use_forgetting_gate, use_forgetting_gate_kk,
-            gla_rescale, ridge_ratio, num_iter, use_gate, conv_size, backend: as in `GatedKalmaNet`; the
-            other recurrent mixers take those that they have.
+            gla_rescale, ridge_ratio, num_iter, use_gate, conv_size, backend, solver: as in `GatedKalmaNet`;
+            the other recurrent mixers take those that they have.
         attention_num_heads, attention_num_kv_heads, attention_head_dim: of the softmax mixers. None: those
             of the recurrent mixers (and with `attention_num_heads` alone, that many key-value heads).
         sliding_window: tokens that "swa" attends to, the current one among them.
@@ -98,6 +98,7 @@ class GKAConfig(PreTrainedConfig):
     use_gate: bool = True
     conv_size: int = 4
     backend: str = "auto"
+    solver: str = "chebyshev"
     attention_num_heads: int | None = None
     attention_num_kv_heads: int | None = None
     attention_head_dim: int | None = None

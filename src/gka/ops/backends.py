@@ -5,12 +5,13 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from gka.maths.adjoint import Gradients, chunk_backward
+from gka.maths.chebyshev import Solver
 from gka.maths.chunked import Forward, Settings, Tokens, chunk_forward
 from gka.maths.recurrent import recurrent_forward
 
@@ -33,6 +34,7 @@ class Backend:
         automatic: whether backend="auto" may choose it.
         scaled_dtype: dtype in which mode "chunk" keeps x for inputs of a dtype, rows divided by
             their scale; None where x is kept in the working precision, without scales.
+        solvers: the solvers it has.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Backend:
     refusal: Callable[[torch.device, torch.dtype], str | None]
     automatic: bool = True
     scaled_dtype: Callable[[torch.dtype], torch.dtype] | None = None
+    solvers: tuple[Solver, ...] = ("chebyshev",)
 
 
 # In order of preference for backend="auto".
@@ -76,6 +79,7 @@ register_backend(
         forward={"chunk": chunk_forward, "recurrent": recurrent_forward},
         backward=_torch_backward,
         refusal=lambda device, dtype: None,
+        solvers=get_args(Solver),
     )
 )
 
@@ -125,43 +129,55 @@ def known_backends() -> tuple[str, ...]:
 
 
 def why_unavailable(
-    name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    name: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    solver: Solver = "chebyshev",
 ) -> str | None:
-    """Why `name` cannot run inputs of this device and dtype; None if it can.
+    """Why `name` cannot run inputs of this device and dtype with this solver; None if it can.
 
     Raises:
         ValueError: no backend has that name.
     """
     if name not in known_backends():
         raise ValueError(f"backend must be one of {', '.join(known_backends())}; got {name!r}.")
-    if name in ("auto", "reference"):
+    if name == "auto":
+        return None
+    solvers = ("chebyshev",) if name == "reference" else _BACKENDS[name].solvers
+    if solver not in solvers:
+        return f"it has no solver={solver!r}, only {', '.join(solvers)}."
+    if name == "reference":
         return None
     return _BACKENDS[name].refusal(torch.device(device), dtype)
 
 
 def available_backends(
-    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    solver: Solver = "chebyshev",
 ) -> list[str]:
-    """Backends that can run inputs of this device and dtype, the one "auto" takes first."""
+    """Backends that can run such inputs with this solver, the one "auto" takes first."""
     ordered = sorted(_BACKENDS, key=lambda name: not _BACKENDS[name].automatic)
     names = [*ordered, "reference"]
-    return [name for name in names if why_unavailable(name, device, dtype) is None]
+    return [name for name in names if why_unavailable(name, device, dtype, solver) is None]
 
 
-def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
+def resolve_backend(
+    name: str, device: torch.device, dtype: torch.dtype, solver: Solver = "chebyshev"
+) -> str:
     """The backend that `name` means here.
 
     Raises:
         ValueError: no backend has that name.
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
-    reason = why_unavailable(name, device, dtype)
+    reason = why_unavailable(name, device, dtype, solver)
     if reason is not None:
         raise RuntimeError(
             f"backend={name!r} cannot run this call: {reason} "
-            f"Available here: {', '.join(available_backends(device, dtype))}."
+            f"Available here: {', '.join(available_backends(device, dtype, solver))}."
         )
-    return available_backends(device, dtype)[0] if name == "auto" else name
+    return available_backends(device, dtype, solver)[0] if name == "auto" else name
 
 
 def note_backend(name: str) -> None:

@@ -2,9 +2,12 @@
 
 import itertools
 import math
+from typing import get_args
 
 import torch
 from torch import Tensor
+
+from gka.maths.chebyshev import Solver
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
@@ -91,6 +94,14 @@ def check_numbers(
         raise ValueError(f"scale must be finite; got {scale}.")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be >= 1; got {chunk_size}.")
+
+
+def check_solver(solver: str) -> Solver:
+    """A name of a solver, and its type."""
+    for known in get_args(Solver):
+        if solver == known:
+            return known
+    raise ValueError(f"solver must be one of {', '.join(get_args(Solver))}; got {solver!r}.")
 
 
 def check_cu_seqlens(q: Tensor, cu_seqlens: Tensor | None) -> int:

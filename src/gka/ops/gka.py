@@ -30,6 +30,7 @@ def chunk_gka(
     beta: Tensor | None = None,
     backend: str = "auto",
     chunk_size: int = 64,
+    solver: str = "chebyshev",
 ) -> tuple[Tensor, State | None]:
     """Gated KalmaNet over whole sequences, chunk by chunk (arXiv 2511.21016, section 4).
 
@@ -51,14 +52,17 @@ def chunk_gka(
         alpha: mix gate [B,T,H]. None: 1, the ridge solution itself.
         scale: factor of the readout. None: K^-1/2.
         ridge_ratio: a > 0 in lambda_t = a |H_t|_F.
-        num_iter: Chebyshev steps. 0 leaves the ridge out: gated linear attention.
+        num_iter: Chebyshev steps r. 0 leaves the ridge out: gated linear attention.
         initial_state: (h_kk [N,H,K,K], h_kv [N,H,K,V]) before the first token, float32 (float64 for
             float64 inputs); h_kk symmetric. N is B, or the number of packed sequences.
         output_final_state: return the states after the last token too.
         cu_seqlens: bounds of packed sequences, int64 [N+1] from 0 to T, with B = 1.
         beta: write gate [B,T,H]: scales k and v of each head without copying them.
         backend: "auto", "torch" (chunk-wise, any device) or "reference" (token by token, slow).
-        chunk_size: tokens a chunk; a matter of speed and memory, not of the result.
+        chunk_size: tokens a chunk; a matter of speed and memory, not of the result (with
+            solver="adaptive": not beyond the error bound of num_iter steps).
+        solver: "chebyshev" takes num_iter steps; "adaptive" takes, per chunk and head, the fewest
+            whose proven error bound is that of num_iter steps (docs/numerics.md).
 
     Returns:
         o [B,T,H,V] in q's dtype, and (h_kk, h_kv) or None.
@@ -70,7 +74,7 @@ def chunk_gka(
     return _run(
         "chunk", q, k, v, g, gk, alpha, beta, scale=scale, ridge_ratio=ridge_ratio,
         num_iter=num_iter, initial_state=initial_state, output_final_state=output_final_state,
-        cu_seqlens=cu_seqlens, backend=backend, chunk_size=chunk_size,
+        cu_seqlens=cu_seqlens, backend=backend, chunk_size=chunk_size, solver=solver,
     )  # fmt: skip
 
 
@@ -90,16 +94,18 @@ def fused_recurrent_gka(
     *,
     beta: Tensor | None = None,
     backend: str = "auto",
+    solver: str = "chebyshev",
 ) -> tuple[Tensor, State | None]:
     """Gated KalmaNet token by token: the same map as `chunk_gka`, meant for decoding.
 
     Arguments, results and errors are those of `chunk_gka`, and so is the gradient, which is formed
-    chunk by chunk. Cost per token is constant, with no chunk to fill up.
+    chunk by chunk. Cost per token is constant, with no chunk to fill up. With solver="adaptive" each
+    token is a chunk of its own, so its number of steps may differ from that of `chunk_gka`.
     """
     return _run(
         "recurrent", q, k, v, g, gk, alpha, beta, scale=scale, ridge_ratio=ridge_ratio,
         num_iter=num_iter, initial_state=initial_state, output_final_state=output_final_state,
-        cu_seqlens=cu_seqlens, backend=backend, chunk_size=64,
+        cu_seqlens=cu_seqlens, backend=backend, chunk_size=64, solver=solver,
     )  # fmt: skip
 
 
@@ -149,6 +155,7 @@ def _run(
     cu_seqlens: Tensor | None,
     backend: str,
     chunk_size: int,
+    solver: str = "chebyshev",
     with_h: bool = True,
 ) -> tuple[Tensor, State | None]:
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -161,7 +168,7 @@ def _run(
     h0, u0 = _check_initial_state(initial_state, sequences, q, v, with_h)
     if os.environ.get("GKA_DEBUG") == "1":
         checks.check_values(q=q, k=k, v=v, g=g, gk=gk, alpha=alpha, beta=beta, h_kk=h0, h_kv=u0)
-    backend = resolve_backend(backend, q.device, q.dtype)
+    backend = resolve_backend(backend, q.device, q.dtype, checks.check_solver(solver))
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if backend == "reference":
         note_backend(backend)
@@ -176,8 +183,8 @@ def _run(
     tied = gk is not None and gk is g
     o, _, _, h, u = GKAFunction.apply(
         q, k, v, g, None if tied else gk, alpha, beta, h0, u0, cu_seqlens,
-        scale, float(ridge_ratio), num_iter, chunk_size, tied, with_h and output_final_state, mode,
-        backend,
+        scale, float(ridge_ratio), num_iter, chunk_size, tied, with_h and output_final_state,
+        solver, mode, backend,
     )  # fmt: skip
     return o, (h, u) if output_final_state else None
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from gka.maths.chunked import Settings, Tokens
+from gka.ops import checks
 from gka.ops.backends import get_backend, note_backend
-from gka.ops.checks import check_bounds
 
 _OptionalTensors = list[Tensor | None]
 
@@ -18,6 +18,15 @@ def _tokens(inputs: _OptionalTensors) -> Tokens:
     q, k, v, *rest = inputs
     assert q is not None and k is not None and v is not None
     return Tokens(q, k, v, *rest)
+
+
+def _settings(
+    scale: float, ridge_ratio: float, num_iter: int, chunk_size: int, tied: bool, with_h: bool,
+    solver: str,
+) -> Settings:  # fmt: skip
+    return Settings(
+        scale, ridge_ratio, num_iter, chunk_size, tied, with_h, checks.check_solver(solver)
+    )
 
 
 def _optional(x: Tensor | None, like: Tensor) -> Tensor:
@@ -42,6 +51,7 @@ def forward_op(
     chunk_size: int,
     tied: bool,
     with_h: bool,
+    solver: str,
     mode: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -50,9 +60,9 @@ def forward_op(
     x is empty without a solve, its scales where its rows are not scaled, H where it is not formed.
     """
     if cu_seqlens is not None:
-        check_bounds(cu_seqlens, q.shape[1])
+        checks.check_bounds(cu_seqlens, q.shape[1])
     tokens = Tokens(q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens)
-    settings = Settings(scale, ridge_ratio, num_iter, chunk_size, tied, with_h)
+    settings = _settings(scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver)
     note_backend(backend)
     with torch.amp.autocast(q.device.type, enabled=False):
         run = get_backend(backend).forward["recurrent" if mode == "recurrent" else "chunk"]
@@ -65,7 +75,7 @@ def forward_op(
 @forward_op.register_fake
 def _(
     q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens,
-    scale, ridge_ratio, num_iter, chunk_size, tied, with_h, mode, backend,
+    scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver, mode, backend,
 ):  # fmt: skip
     batch, length, heads, key_dim = q.shape
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -107,11 +117,12 @@ def backward_op(
     chunk_size: int,
     tied: bool,
     with_h: bool,
+    solver: str,
     backend: str,
 ) -> list[Tensor]:
     """Gradients of q, k, v, g, gk, alpha, beta, h0, u0; empty where the input is None."""
     tokens = Tokens(q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens)
-    settings = Settings(scale, ridge_ratio, num_iter, chunk_size, tied, with_h)
+    settings = _settings(scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver)
     note_backend(backend)
     with torch.amp.autocast(q.device.type, enabled=False):
         solutions = x if num_iter > 0 else None
@@ -125,7 +136,7 @@ def backward_op(
 @backward_op.register_fake
 def _(
     q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, x, x_scale, do, dh, du,
-    scale, ridge_ratio, num_iter, chunk_size, tied, with_h, backend,
+    scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver, backend,
 ):  # fmt: skip
     def like(given: Tensor | None) -> Tensor:
         return do.new_empty(0) if given is None else given.new_empty(given.shape)
@@ -196,11 +207,11 @@ class GKAFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens,
-        scale, ridge_ratio, num_iter, chunk_size, tied, with_h, mode, backend,
+        scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver, mode, backend,
     ):  # fmt: skip
         return forward_op(
             q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens,
-            scale, ridge_ratio, num_iter, chunk_size, tied, with_h, mode, backend,
+            scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver, mode, backend,
         )  # fmt: skip
 
     @staticmethod
