@@ -30,6 +30,7 @@ def chunk_gka(
     beta: Tensor | None = None,
     backend: str = "auto",
     chunk_size: int = 64,
+    cu_seqlens_cpu: Tensor | None = None,
 ) -> tuple[Tensor, State | None]:
     """Gated KalmaNet over whole sequences, chunk by chunk (arXiv 2511.21016, section 4).
 
@@ -59,6 +60,8 @@ def chunk_gka(
         beta: write gate [B,T,H]: scales k and v of each head without copying them.
         backend: "auto", "torch" (chunk-wise, any device) or "reference" (token by token, slow).
         chunk_size: tokens a chunk; a matter of speed and memory, not of the result.
+        cu_seqlens_cpu: a copy of cu_seqlens on the CPU. With it the call does not wait for the device
+            to read the lengths. It must hold the same values (GKA_DEBUG=1 checks that).
 
     Returns:
         o [B,T,H,V] in q's dtype, and (h_kk, h_kv) or None.
@@ -70,7 +73,7 @@ def chunk_gka(
     return _run(
         "chunk", q, k, v, g, gk, alpha, beta, scale=scale, ridge_ratio=ridge_ratio,
         num_iter=num_iter, initial_state=initial_state, output_final_state=output_final_state,
-        cu_seqlens=cu_seqlens, backend=backend, chunk_size=chunk_size,
+        cu_seqlens=cu_seqlens, cu_seqlens_cpu=cu_seqlens_cpu, backend=backend, chunk_size=chunk_size,
     )  # fmt: skip
 
 
@@ -90,6 +93,7 @@ def fused_recurrent_gka(
     *,
     beta: Tensor | None = None,
     backend: str = "auto",
+    cu_seqlens_cpu: Tensor | None = None,
 ) -> tuple[Tensor, State | None]:
     """Gated KalmaNet token by token: the same map as `chunk_gka`, meant for decoding.
 
@@ -99,7 +103,7 @@ def fused_recurrent_gka(
     return _run(
         "recurrent", q, k, v, g, gk, alpha, beta, scale=scale, ridge_ratio=ridge_ratio,
         num_iter=num_iter, initial_state=initial_state, output_final_state=output_final_state,
-        cu_seqlens=cu_seqlens, backend=backend, chunk_size=64,
+        cu_seqlens=cu_seqlens, cu_seqlens_cpu=cu_seqlens_cpu, backend=backend, chunk_size=64,
     )  # fmt: skip
 
 
@@ -150,6 +154,7 @@ def _run(
     backend: str,
     chunk_size: int,
     with_h: bool = True,
+    cu_seqlens_cpu: Tensor | None = None,
 ) -> tuple[Tensor, State | None]:
     for name, x in (("q", q), ("k", k), ("v", v)):
         checks.check_tensor(name, x)
@@ -158,24 +163,27 @@ def _run(
     checks.check_gates(q, g=g, gk=gk, alpha=alpha, beta=beta)
     checks.check_numbers(ridge_ratio, num_iter, chunk_size, scale)
     sequences = checks.check_cu_seqlens(q, cu_seqlens)
+    checks.check_cu_seqlens_cpu(cu_seqlens, cu_seqlens_cpu)
     h0, u0 = _check_initial_state(initial_state, sequences, q, v, with_h)
     if os.environ.get("GKA_DEBUG") == "1":
         checks.check_values(q=q, k=k, v=v, g=g, gk=gk, alpha=alpha, beta=beta, h_kk=h0, h_kv=u0)
+        checks.check_same_bounds(cu_seqlens, cu_seqlens_cpu)
     backend = resolve_backend(backend, q.device, q.dtype)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if backend == "reference":
         note_backend(backend)
-        if cu_seqlens is not None:
-            checks.check_bounds(cu_seqlens, q.shape[1])
+        bounds = cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu
+        if bounds is not None:
+            checks.check_bounds(bounds, q.shape[1])
         with torch.amp.autocast(q.device.type, enabled=False):
             o, state = reference_gka(
-                q, k, v, g, gk, alpha, beta, (h0, u0), cu_seqlens,
+                q, k, v, g, gk, alpha, beta, (h0, u0), bounds,
                 scale=scale, ridge_ratio=ridge_ratio, num_iter=num_iter,
             )  # fmt: skip
         return o, state if output_final_state else None
     tied = gk is not None and gk is g
     o, _, h, u = GKAFunction.apply(
-        q, k, v, g, None if tied else gk, alpha, beta, h0, u0, cu_seqlens,
+        q, k, v, g, None if tied else gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu,
         scale, float(ridge_ratio), num_iter, chunk_size, tied, with_h and output_final_state, mode,
         backend,
     )  # fmt: skip

@@ -1,0 +1,57 @@
+"""With a CPU copy of cu_seqlens the device's own is not read, so nothing waits for the device."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from gka.ops.gka import chunk_gka, fused_recurrent_gka
+from problems import chunkwise, differentiate, make_problem
+
+LENGTHS = [3, 0, 70, 1]
+
+
+@pytest.mark.parametrize("op", [chunk_gka, fused_recurrent_gka])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_only_the_copy_is_read(op, backend):
+    """Output, states and all gradients follow the copy, even where cu_seqlens itself holds nothing of use."""
+    problem = make_problem(0, (4, 2, 1), (8, 5), decay="separate", lengths=LENGTHS)
+    assert problem.cu_seqlens is not None
+    copy = problem.cu_seqlens.clone()
+    options = {"op": op, "backend": backend, "num_iter": 5}
+    results, grads = differentiate(chunkwise, problem, **options)
+    problem.cu_seqlens.zero_()
+    found, found_grads = differentiate(chunkwise, problem, cu_seqlens_cpu=copy, **options)
+    for x, y in zip([*found, *found_grads.values()], [*results, *grads.values()], strict=True):
+        assert torch.equal(x, y)
+
+
+def test_it_compiles_and_may_be_int32():
+    """torch.compile(fullgraph=True) passes the copy through, forward and backward."""
+    problem = make_problem(0, lengths=LENGTHS, dtype=torch.float32)
+    assert problem.cu_seqlens is not None
+    copy = problem.cu_seqlens.int()
+
+    def loss(q, k, v, cu_seqlens, copy):
+        o, state = chunk_gka(
+            q, k, v, cu_seqlens=cu_seqlens, cu_seqlens_cpu=copy, output_final_state=True
+        )
+        assert state is not None
+        return o.square().sum() + state[0].sum()
+
+    inputs = [x.requires_grad_() for x in (problem.q, problem.k, problem.v)]
+    expected = torch.autograd.grad(loss(*inputs, problem.cu_seqlens, None), inputs)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(compiled(*inputs, torch.zeros_like(copy), copy), inputs)
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("op", [chunk_gka, fused_recurrent_gka])
+def test_a_profile_names_the_regions(op):
+    """A profile of a training step shows gka.forward and gka.backward, once for each call."""
+    p = make_problem(20, dtype=torch.float32)
+    q = p.q.requires_grad_()
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        op(q, p.k, p.v)[0].sum().backward()
+    counts = {event.key: event.count for event in trace.key_averages()}
+    assert counts.get("gka.forward") == 1 and counts.get("gka.backward") == 1
