@@ -31,7 +31,7 @@ def test_it_compiles_and_may_be_int32():
     assert problem.cu_seqlens is not None
     copy = problem.cu_seqlens.int()
 
-    def loss(q, k, v, cu_seqlens, copy):
+    def loss(cu_seqlens, copy, q, k, v):
         o, state = chunk_gka(
             q, k, v, cu_seqlens=cu_seqlens, cu_seqlens_cpu=copy, output_final_state=True
         )
@@ -39,9 +39,9 @@ def test_it_compiles_and_may_be_int32():
         return o.square().sum() + state[0].sum()
 
     inputs = [x.requires_grad_() for x in (problem.q, problem.k, problem.v)]
-    expected = torch.autograd.grad(loss(*inputs, problem.cu_seqlens, None), inputs)
+    expected = torch.autograd.grad(loss(problem.cu_seqlens, None, *inputs), inputs)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    found = torch.autograd.grad(compiled(*inputs, torch.zeros_like(copy), copy), inputs)
+    found = torch.autograd.grad(compiled(torch.zeros_like(copy), copy, *inputs), inputs)
     for x, y in zip(found, expected, strict=True):
         assert torch.equal(x, y)
 
