@@ -73,9 +73,9 @@ def test_strong_decay_and_empty_history() -> None:
     everything is finite and right."""
     problem = make_problem(200, dims=(128, 128), batch=2)
     assert problem.g is not None and problem.h0 is not None and problem.u0 is not None
-    problem.g[:, ::7] = -100.0
+    problem.g[:, 3::7] = -100.0
     problem.k[:, :70] = 0.0
-    problem.k[:, 100::5] = 0.0
+    problem.k[:, 100::7] = 0.0  # not where all is forgotten: float32 has no (e^-100)^2
     problem = replace(problem, h0=torch.zeros_like(problem.h0), u0=torch.zeros_like(problem.u0))
     problem = on_device(problem, BF16)
     results = run(problem)
