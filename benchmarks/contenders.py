@@ -36,6 +36,7 @@ class Size:
 class Inputs:
     """q, k, v [B,T,H,D] bfloat16; g, alpha, beta [B,T,H] float32; lamb [H,D] of MesaNet; do of the output."""
 
+    do: Tensor
     q: Tensor
     k: Tensor
     v: Tensor
@@ -44,7 +45,6 @@ class Inputs:
     beta: Tensor
     beta16: Tensor
     lamb: Tensor
-    do: Tensor
 
 
 def features(kind: str, *shape: int, device: str) -> Tensor:
@@ -65,9 +65,8 @@ def make_inputs(size: Size, keys: str, device: str) -> Inputs:
     q, k = (features(keys, b, t, h, d, device=device) for _ in range(2))
     v, do = (torch.randn(b, t, h, d, device=device, dtype=torch.bfloat16) for _ in range(2))
     lamb = 0.25 + torch.rand(h, d, device=device)
-    return Inputs(
-        *(x.requires_grad_() for x in (q, k, v, g, alpha, beta, beta.bfloat16(), lamb)), do
-    )
+    leaves = (q, k, v, g, alpha, beta, beta.bfloat16(), lamb)
+    return Inputs(do, *(x.requires_grad_() for x in leaves))
 
 
 class NotAvailable(Exception):
@@ -158,6 +157,7 @@ def load_attention() -> Callable[[Inputs], Tensor]:
 
 BASELINE = "gated_delta_rule"
 """The peer that ratios are to."""
+BASELINE_LAYER = "fla.layers.GatedDeltaNet"
 
 PEERS = {
     peer.name: peer
@@ -205,10 +205,10 @@ def peer_layer(size: LayerSize) -> nn.Module:
 
 
 def layers(backend: str, peers: bool) -> dict[str, Callable[[LayerSize], nn.Module]]:
-    """Builders by name, the peer first, since ratios are to it."""
+    """Builders by name."""
     found: dict[str, Callable[[LayerSize], nn.Module]] = {}
     if peers:
-        found["fla.layers.GatedDeltaNet"] = peer_layer
+        found[BASELINE_LAYER] = peer_layer
     for solver in SOLVERS:
         found[f"GatedKalmaNet, {solver}"] = lambda size, s=solver: our_layer(size, s, backend)
     return found

@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from benchmarks.stopwatch import Call, Stopwatch
 
 from gka.ops.backends import resolve_backend
 
+Make = Callable[[], dict[str, Call]]
 TUNING_SHARE = (
     0.5  # of the time limit, for compiling the peers' kernels before anything is measured
 )
@@ -66,7 +68,7 @@ class Bench:
         device = torch.device(options.device)
         self.backend = resolve_backend(options.backend, device, torch.bfloat16)
         self.result = {
-            "command": "python -m benchmarks.gpu " + " ".join(options.arguments),
+            "command": options.command,
             "date": datetime.date.today().isoformat(), "commit": options.commit or commit(),
             "versions": versions(), "card": self.card(), "backend": self.backend,
             "keys": options.keys, "groups": [],
@@ -152,15 +154,18 @@ class Bench:
         found, entry = self.first(
             f"{size}: {contender.name}",
             lambda: passes(contender.load(), inputs, contender.leaves),
-            own,
+            lambda: own,
         )
         if contender.flops is not None:
             entry["flops"] = contender.flops(size)
         entries[contender.name] = entry
         return found
 
-    def first(self, what: str, make, own: int) -> tuple[dict[str, Call], dict]:
-        """The calls that `make` gives, after a first run of each, and an entry with their seconds and memory."""
+    def first(self, what: str, make: Make, own: Callable[[], int]) -> tuple[dict[str, Call], dict]:
+        """The calls that `make` gives, after a first run of each, and an entry: their seconds and memory.
+
+        `own` bytes were there before and count as memory of the calls.
+        """
         if self.left <= 0:
             limit = self.options.limit_seconds
             return {}, {"status": "not run", "message": f"the limit of {limit:.0f} s was reached"}
@@ -174,7 +179,7 @@ class Bench:
             absent = isinstance(error, NotAvailable)
             return {}, {"status": "not run" if absent else "failed", "message": reason(error)}
         self.say(f"{what}: first calls " + ", ".join(f"{s:.1f} s" for s in seconds.values()))
-        peak = None if peak is None else peak + own
+        peak = None if peak is None else peak + own()
         return found, {"status": "ok", "first_call_s": seconds, "peak_bytes": peak}
 
     def measure(self, what: str, calls: dict, entries: dict[str, dict]) -> None:
@@ -206,7 +211,11 @@ class Bench:
                 state["layer"] = build(size).to(self.options.device, torch.bfloat16)
                 return layer_passes(state["layer"], size, self.options.device)
 
-            found, entry = self.first(f"layer, {size}: {name}", make, 0)
+            def own(state=state) -> int:
+                weights = sum(p.nbytes for p in state["layer"].parameters())
+                return weights + 2 * 2 * size.length * size.hidden
+
+            found, entry = self.first(f"layer, {size}: {name}", make, own)
             if "layer" in state:
                 entry["parameters"] = sum(p.numel() for p in state["layer"].parameters())
             entries[name] = entry

@@ -76,10 +76,22 @@ def parse(description: str) -> argparse.Namespace:
     add("--device", default="cuda", help="cpu tries the command out")
     add("--compile", nargs=3, metavar=("PEER", "H", "D"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.arguments = sys.argv[1:]
+    options.command = command(sys.argv[1:])
     if options.device == "cuda" and not options.stored and not torch.cuda.is_available():
         parser.error("there is no GPU that torch can use.")
     return defaults(options)
+
+
+def command(arguments: list[str]) -> str:
+    """What was typed, without where the results go."""
+    kept, skip = [], False
+    for word in arguments:
+        name, _, value = word.partition("=")
+        if skip or name in ("--output", "--update", "--commit"):
+            skip = not skip and not value
+            continue
+        kept.append(word)
+    return " ".join(["python -m benchmarks.gpu", *kept])
 
 
 def parse_layer(text: str) -> LayerSize:
@@ -98,5 +110,5 @@ def defaults(options: argparse.Namespace) -> argparse.Namespace:
         options.layer = not quick
     found = options.sizes or (SHAPES[:2] if quick else SHAPES)
     widths = options.dims or ([128] if quick else [128, 64])
-    options.sizes = [Size(*shape, dim) for dim in widths for shape in found]
+    options.sizes = [Size(b, t, h, dim) for dim in widths for b, t, h in found]
     return options

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.contenders import BASELINE
+from benchmarks.contenders import BASELINE, BASELINE_LAYER
 
 BEGIN, END = "<!-- gpu results: begin -->", "<!-- gpu results: end -->"
 HEAD = (
@@ -84,7 +84,7 @@ def layer_rows(result: dict) -> Iterator[list[str]]:
     if not group:
         return
     entries = shown(group)
-    base = next(iter(entries.values()), {})
+    base = entries.get(BASELINE_LAYER, {})
     for name, entry in entries.items():
         parameters = entry.get("parameters")
         count = "" if parameters is None else f" ({parameters / 1e6:.1f} M parameters)"
@@ -127,7 +127,7 @@ def facts(result: dict) -> list[str]:
     return [
         f"{card['name']}; {used}; commit {result['commit'] or 'unknown'}; {result['date']}.{measured}",
         f'backend="{result["backend"]}", bfloat16, 30 steps, keys: {result["keys"]}. '
-        f"Ratios are to {BASELINE} (layers: to the first), in the same rounds. "
+        f"Ratios are to {BASELINE} (layers: {BASELINE_LAYER}), in the same rounds. "
         "A star: the host needs longer to launch the kernels than the device to run them.",
     ]
 

@@ -23,7 +23,9 @@ def profile_kernels(call: Call, watch: Stopwatch, loop_flops: float, peak: float
         (event.self_device_time_total if watch.cuda else event.self_cpu_time_total, event)
         for event in trace.key_averages()
     ]
-    events = sorted(((us, e) for us, e in events if us > 0), key=lambda pair: -pair[0])
+    regions = ("gka.", "ProfilerStep")  # which contain kernels that are listed themselves
+    kernels = [(us, e) for us, e in events if us > 0 and not e.key.startswith(regions)]
+    events = sorted(kernels, key=lambda pair: -pair[0])
     total = sum(us for us, _ in events)
     lines = [f"{'us':>10} {'calls':>6} {'share':>6}  name"]
     for us, event in events:
