@@ -156,7 +156,7 @@ class Bench:
             lambda: passes(contender.load(), inputs, contender.leaves),
             lambda: own,
         )
-        if contender.flops is not None:
+        if found and contender.flops is not None:
             entry["flops"] = contender.flops(size)
         entries[contender.name] = entry
         return found

@@ -206,7 +206,8 @@ def plot(result: dict, path: Path) -> bool:
         axis.set(xscale="log", xlabel=f"{which}, ms", yticks=range(len(sizes)), yticklabels=sizes)
         axis.grid(alpha=0.3)
     axes[0].invert_yaxis()
-    axes[1].legend(frameon=False, fontsize=8)
+    if axes[1].collections:
+        axes[1].legend(frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     return True
