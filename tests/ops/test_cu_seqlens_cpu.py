@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from gka.ops.gka import chunk_gka, fused_recurrent_gka
+from gka.ops.delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+from gka.ops.gka import chunk_gka, chunk_simple_gla, fused_recurrent_gka
 from problems import chunkwise, differentiate, make_problem
 
 LENGTHS = [3, 0, 70, 1]
@@ -23,6 +24,22 @@ def test_only_the_copy_is_read(op, backend):
     found, found_grads = differentiate(chunkwise, problem, cu_seqlens_cpu=copy, **options)
     for x, y in zip([*found, *found_grads.values()], [*results, *grads.values()], strict=True):
         assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize(
+    "op", [chunk_simple_gla, chunk_gated_delta_rule, fused_recurrent_gated_delta_rule]
+)
+def test_other_ops_read_only_the_copy(op):
+    """The ops of the other memories take the copy too, and refuse one that is not of this cu_seqlens."""
+    p = make_problem(0, lengths=LENGTHS)
+    assert p.cu_seqlens is not None
+    copy = p.cu_seqlens.clone()
+    expected, state = op(p.q, p.k, p.v, p.g, cu_seqlens=copy, output_final_state=True)
+    options = {"cu_seqlens": torch.zeros_like(copy), "output_final_state": True}
+    found, same = op(p.q, p.k, p.v, p.g, cu_seqlens_cpu=copy, **options)
+    assert torch.equal(found, expected) and torch.equal(state, same)
+    with pytest.raises(ValueError, match="cu_seqlens_cpu must have cu_seqlens' shape"):
+        op(p.q, p.k, p.v, p.g, cu_seqlens_cpu=copy[1:], **options)
 
 
 def test_it_compiles_and_may_be_int32():

@@ -120,6 +120,7 @@ def chunk_simple_gla(
     beta: Tensor | None = None,
     backend: str = "auto",
     chunk_size: int = 64,
+    cu_seqlens_cpu: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gated linear attention with a scalar decay a head: `chunk_gka` without its ridge.
 
@@ -130,7 +131,7 @@ def chunk_simple_gla(
     o, final = _run(
         "chunk", q, k, v, g, None, None, beta, scale=scale, ridge_ratio=1.0, num_iter=0,
         initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
-        backend=backend, chunk_size=chunk_size, with_h=False,
+        cu_seqlens_cpu=cu_seqlens_cpu, backend=backend, chunk_size=chunk_size, with_h=False,
     )  # fmt: skip
     return o, None if final is None else final[1]
 
