@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 RUNS ?= runs
 JOBS ?= 2
 
-.PHONY: help install run test lint types imports check test-gpu bench clean
+.PHONY: help install run test lint types imports check test-gpu bench-gpu bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -45,8 +45,12 @@ imports: install ## imports run downwards only
 
 check: lint types imports test ## everything CI runs
 
-test-gpu: ## the kernels' tests on this machine's GPU, with the python that has torch and triton
-	PYTHONPATH=src $(PYTHON) -m pytest tests/kernels
+# on a GPU: the python that has torch and triton, not .venv, whose torch is for CPUs
+test-gpu: ## the kernels' tests on this machine's GPU
+	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m pytest tests/kernels -s --durations=5
+
+bench-gpu: ## the op and the layer against their peers on this machine's GPU: BENCH="--quick"
+	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.gpu --output $(RUNS)/bench-gpu $(BENCH)
 
 bench: install ## chunk-wise against token by token on this CPU
 	$(BIN)/python -m benchmarks.cpu --output $(RUNS)/bench

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from gka.layers import MIXERS, build_mixer
+from gka.layers.recurrent import RecurrentMixer
 from tolerances import RELATIVE, assert_close, relative_error
 
 EXACT = 1e-9
@@ -103,6 +104,24 @@ def test_packed_sequences_do_not_see_each_other(mixer, tokens):
         gradients(mixer, packed.square().sum()), gradients(mixer, *alone), strict=True
     ):
         assert_close(got, expected, EXACT)
+
+
+def test_packed_sequences_need_not_wait_for_the_device(mixer, tokens, monkeypatch):
+    """With cu_seqlens_cpu a recurrent mixer never reads cu_seqlens back, and gives the same result."""
+    if not isinstance(mixer, RecurrentMixer):
+        pytest.skip("attention reads nothing back and takes no copy")
+    bounds, x = torch.tensor([0, 0, 1, 4, 20, 20, 90]), tokens(1, 90)
+    expected = mixer(x, cu_seqlens=bounds)[0]
+    copy, read = bounds.clone(), torch.Tensor.tolist
+
+    def tolist(self):
+        assert self.data_ptr() != bounds.data_ptr(), "cu_seqlens was read"
+        return read(self)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", tolist)
+    assert torch.equal(mixer(x, cu_seqlens=bounds, cu_seqlens_cpu=copy)[0], expected)
+    with pytest.raises(AssertionError, match="was read"):
+        mixer(x, cu_seqlens=bounds)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

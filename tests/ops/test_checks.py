@@ -76,6 +76,17 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({**ONE, "cu_seqlens": bounds(1, 6)}, V, "cu_seqlens must start with 0"),
     ({**ONE, "cu_seqlens": bounds(0, 3, 6), "initial_state": (H0[:1], U0[:1])}, V,
      r"h_kk.* must have shape \[2, 4, 8, 8\]; got \[1, 4, 8, 8\]"),
+    ({**ONE, "cu_seqlens_cpu": bounds(0, 6)}, V, "cu_seqlens_cpu is the CPU copy of cu_seqlens: pass"),
+    ({**ONE, "cu_seqlens": bounds(0, 6), "cu_seqlens_cpu": [0, 6]}, T,
+     "cu_seqlens_cpu must be a torch.Tensor; got list"),
+    ({**ONE, "cu_seqlens": bounds(0, 6), "cu_seqlens_cpu": bounds(0, 6).to("meta")}, T,
+     "cu_seqlens_cpu must be on the CPU; got meta"),
+    ({**ONE, "cu_seqlens": bounds(0, 6), "cu_seqlens_cpu": bounds(0, 3, 6)}, V,
+     r"cu_seqlens_cpu must have cu_seqlens' shape \[2\]; got \[3\]"),
+    ({**ONE, "cu_seqlens": bounds(0, 6), "cu_seqlens_cpu": torch.tensor([0.0, 6.0])}, T,
+     "cu_seqlens_cpu must be int64 or int32"),
+    ({**ONE, "cu_seqlens": bounds(0, 6), "cu_seqlens_cpu": bounds(0, 5)}, V,
+     r"cu_seqlens must start with 0 and end with T = 6; got 0 .. 5"),
 ]  # fmt: skip
 
 
@@ -134,6 +145,15 @@ def test_values_are_checked_on_request(case, monkeypatch):
     monkeypatch.setenv("GKA_DEBUG", "1")
     with pytest.raises(ValueError, match=message):
         chunk_gka(**{**X, **change})
+
+
+def test_a_wrong_copy_of_the_lengths_is_found_on_request(monkeypatch):
+    """GKA_DEBUG=1 compares cu_seqlens_cpu with cu_seqlens; without it cu_seqlens is not read."""
+    packed = {**ONE, "cu_seqlens": bounds(0, 2, 6), "cu_seqlens_cpu": bounds(0, 3, 6)}
+    chunk_gka(**packed)
+    monkeypatch.setenv("GKA_DEBUG", "1")
+    with pytest.raises(ValueError, match=r"must equal cu_seqlens \[0, 2, 6\]; got \[0, 3, 6\]"):
+        chunk_gka(**packed)
 
 
 def test_debug_lets_good_values_pass(monkeypatch):

@@ -58,6 +58,7 @@ class DeltaNet(RecurrentMixer):
         o, state = op(
             q, k, v, g, beta, initial_state=run.states[0] if run.states else None,
             output_final_state=run.keep, cu_seqlens=run.cu_seqlens,
+            cu_seqlens_cpu=run.cu_seqlens_cpu,
         )  # fmt: skip
         return o, () if state is None else (state,)
 

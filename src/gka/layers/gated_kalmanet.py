@@ -111,5 +111,6 @@ class GatedKalmaNet(RecurrentMixer):
             initial_state=(run.states[0], run.states[1]) if run.states else None,
             output_final_state=run.keep, cu_seqlens=run.cu_seqlens, beta=beta, backend=self.backend,
             solver=self.solver,
+            cu_seqlens_cpu=run.cu_seqlens_cpu,
         )  # fmt: skip
         return o, states or ()

@@ -54,6 +54,6 @@ class GatedLinearAttention(RecurrentMixer):
         o, state = chunk_simple_gla(
             q, k, v, g, initial_state=run.states[0] if run.states else None,
             output_final_state=run.keep, cu_seqlens=run.cu_seqlens, backend=self.backend,
-            chunk_size=q.shape[1] if run.stepwise else 64,
+            chunk_size=q.shape[1] if run.stepwise else 64, cu_seqlens_cpu=run.cu_seqlens_cpu,
         )  # fmt: skip
         return o, () if state is None else (state,)

@@ -31,6 +31,7 @@ class Run:
         keep: whether the final states are wanted.
         stepwise: few tokens from a cache without gradient: token by token is cheaper than a chunk.
         cu_seqlens: bounds of packed sequences.
+        cu_seqlens_cpu: their copy on the CPU.
         padding: places whose keys and log decays must be zero.
     """
 
@@ -38,6 +39,7 @@ class Run:
     keep: bool
     stepwise: bool
     cu_seqlens: Tensor | None
+    cu_seqlens_cpu: Tensor | None
     padding: Padding | None
 
 
@@ -151,6 +153,7 @@ class RecurrentMixer(nn.Module):
         use_cache: bool = False,
         cu_seqlens: Tensor | None = None,
         position_ids: Tensor | None = None,
+        cu_seqlens_cpu: Tensor | None = None,
     ) -> tuple[Tensor, None, Any]:
         """Mix the tokens.
 
@@ -163,6 +166,7 @@ class RecurrentMixer(nn.Module):
                 used and updated whatever this says.
             cu_seqlens: bounds [N+1] of sequences packed into B = 1; not with a mask or cache.
             position_ids: part of every mixer's call; a recurrence has its order and needs no positions.
+            cu_seqlens_cpu: a copy of cu_seqlens on the CPU; with it nothing waits for the device.
 
         Returns:
             Output [B,T,hidden_size], None (there are no attention weights), and the cache.
@@ -177,7 +181,8 @@ class RecurrentMixer(nn.Module):
         x = hidden_states if padding is None else padding.align(hidden_states)
 
         q, k, v = (self._heads(name, x, layer, padding, cu_seqlens) for name in "qkv")
-        run = self._plan(layer, padding, cu_seqlens, x.shape[1])
+        bounds = (cu_seqlens, cu_seqlens_cpu)
+        run = self._plan(layer, padding, bounds, x.shape[1])
         o, states = self.mix(q, k, v, self.log_decay(x, padding), x, run)
         for idx, state in enumerate(states):
             layer.update_recurrent_state(state.detach(), idx)
@@ -233,14 +238,18 @@ class RecurrentMixer(nn.Module):
         return y if group == 1 else y.repeat_interleave(group, dim=2)
 
     def _plan(
-        self, layer: Any, padding: Padding | None, cu_seqlens: Tensor | None, length: int
+        self,
+        layer: Any,
+        padding: Padding | None,
+        bounds: tuple[Tensor | None, Tensor | None],
+        length: int,
     ) -> Run:
         cached = [] if layer is None else [
             read_state(layer.recurrent_states, i) for i in range(self.num_states)
         ]  # fmt: skip
         states = tuple(s for s in cached if s is not None)
         few = length <= DECODE_TOKENS and not torch.is_grad_enabled()
-        return Run(states, layer is not None, few and layer is not None, cu_seqlens, padding)
+        return Run(states, layer is not None, few and layer is not None, *bounds, padding)
 
     def _readout(self, o: Tensor, x: Tensor) -> Tensor:
         """Norm of each head, gated by SiLU(g_proj x) if there is a gate: [B,T,H,V] -> [B,T,H*V]."""

@@ -47,7 +47,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What comes in: q [B,T,H,K], k [B,T,Hk,K], v [B,T,Hv,V], gates [B,T,H] or None, states or None."""
+    """What comes in: q [B,T,H,K], k [B,T,Hk,K], v [B,T,Hv,V], gates [B,T,H] or None, states or None.
+
+    cu_seqlens [N+1] bounds packed sequences; with its CPU copy nothing is read back from the device.
+    """
 
     q: Tensor
     k: Tensor
@@ -59,6 +62,7 @@ class Tokens:
     h0: Tensor | None
     u0: Tensor | None
     cu_seqlens: Tensor | None
+    cu_seqlens_cpu: Tensor | None = None
 
     @property
     def work_dtype(self) -> torch.dtype:
@@ -72,7 +76,7 @@ class Chunks:
         batch, length, self.heads, self.head_dim = tokens.q.shape
         self.tokens, self.settings = tokens, settings
         self.layout: ChunkLayout = chunk_layout(
-            batch, length, settings.chunk_size, tokens.cu_seqlens
+            batch, length, settings.chunk_size, tokens.cu_seqlens, tokens.cu_seqlens_cpu
         )
         self.q = self.cut(tokens.q)
         self.k = self.cut(tokens.k)

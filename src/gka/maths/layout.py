@@ -76,7 +76,9 @@ class ChunkLayout:
         for i in reversed(order) if reverse else order:
             alive = [n for n, count in enumerate(counts) if count > i]
             rows = [self.offsets[n] + i for n in alive]
-            yield torch.tensor(alive, device=device), torch.tensor(rows, device=device)
+            # a copy that is not non-blocking would make the host wait for the device
+            both = torch.tensor([alive, rows]).to(device, non_blocking=True)
+            yield both[0], both[1]
 
     def blocks(self, chunks_per_block: int) -> Iterator[slice]:
         """Slices of the M chunks, at most `chunks_per_block` long."""
@@ -85,18 +87,25 @@ class ChunkLayout:
 
 
 def chunk_layout(
-    batch: int, length: int, chunk_size: int, cu_seqlens: Tensor | None = None
+    batch: int,
+    length: int,
+    chunk_size: int,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
 ) -> ChunkLayout:
-    """The layout of B sequences of T tokens, or of the packed sequences that cu_seqlens [N+1] bounds."""
+    """The layout of B sequences of T tokens, or of the packed sequences that cu_seqlens [N+1] bounds.
+
+    Given its CPU copy, cu_seqlens is not read, and the host does not wait for its device.
+    """
     if cu_seqlens is None:
         per_sequence = -(-length // chunk_size)
         offsets = tuple(n * per_sequence for n in range(batch + 1))
         return ChunkLayout(chunk_size, batch, length, offsets)
-    bounds = cu_seqlens.tolist()
+    bounds = (cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu).tolist()
     offsets = [0]
     slots = []
     for begin, end in itertools.pairwise(bounds):
         slots.append(torch.arange(end - begin) + offsets[-1] * chunk_size)
         offsets.append(offsets[-1] + -(-(end - begin) // chunk_size))
-    placed = torch.cat(slots).to(cu_seqlens.device)
+    placed = torch.cat(slots).to(cu_seqlens.device, non_blocking=True)
     return ChunkLayout(chunk_size, batch, length, tuple(offsets), placed)

@@ -16,7 +16,8 @@ def recurrent_forward(tokens: Tokens, settings: Settings) -> Forward:
     """The map of `reference` with the state in place; same results as `chunk_forward`."""
     if tokens.cu_seqlens is None:
         return _sequence(tokens, settings)
-    bounds = tokens.cu_seqlens.tolist()
+    known = tokens.cu_seqlens if tokens.cu_seqlens_cpu is None else tokens.cu_seqlens_cpu
+    bounds = known.tolist()
     parts = [
         _sequence(_slice(tokens, n, begin, end), settings)
         for n, (begin, end) in enumerate(itertools.pairwise(bounds))

@@ -125,6 +125,31 @@ def check_cu_seqlens(q: Tensor, cu_seqlens: Tensor | None) -> int:
     return cu_seqlens.numel() - 1
 
 
+def check_cu_seqlens_cpu(cu_seqlens: Tensor | None, copy: Tensor | None) -> None:
+    """The CPU copy of cu_seqlens has its length and lies on the CPU; `check_bounds` reads its values."""
+    if copy is None:
+        return
+    if cu_seqlens is None:
+        raise ValueError("cu_seqlens_cpu is the CPU copy of cu_seqlens: pass cu_seqlens too.")
+    check_tensor("cu_seqlens_cpu", copy)
+    if copy.device.type != "cpu":
+        raise TypeError(f"cu_seqlens_cpu must be on the CPU; got {copy.device}.")
+    if copy.shape != cu_seqlens.shape:
+        raise ValueError(
+            f"cu_seqlens_cpu must have cu_seqlens' shape {_shape(cu_seqlens)}; got {_shape(copy)}."
+        )
+    if copy.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"cu_seqlens_cpu must be int64 or int32; got {copy.dtype}.")
+
+
+def check_same_bounds(cu_seqlens: Tensor | None, copy: Tensor | None) -> None:
+    """Debug check (GKA_DEBUG=1), since it reads the device: the copy holds what cu_seqlens holds."""
+    if cu_seqlens is not None and copy is not None and cu_seqlens.tolist() != copy.tolist():
+        raise ValueError(
+            f"cu_seqlens_cpu must equal cu_seqlens {cu_seqlens.tolist()}; got {copy.tolist()}."
+        )
+
+
 def check_bounds(cu_seqlens: Tensor, length: int) -> None:
     """Values of cu_seqlens: reads them, so it runs where they are read anyway."""
     bounds = cu_seqlens.tolist()

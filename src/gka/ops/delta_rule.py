@@ -24,6 +24,8 @@ def chunk_gated_delta_rule(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    *,
+    cu_seqlens_cpu: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """S_t = gamma_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T, o_t = scale S_t^T q_t, by chunks.
 
@@ -40,6 +42,7 @@ def chunk_gated_delta_rule(
         initial_state: S_0 [N,H,K,V]; None for zeros.
         output_final_state: whether to return the states after each sequence's last token.
         cu_seqlens: bounds [N+1] of sequences packed into B = 1; None for N = B sequences of T.
+        cu_seqlens_cpu: its copy on the CPU; with it the call does not wait for the device to read it.
 
     Returns:
         o [B,T,H,V] in the dtype of q, and the final states [N,H,K,V] or None.
@@ -47,11 +50,11 @@ def chunk_gated_delta_rule(
     Raises:
         ValueError, TypeError: a shape, range or dtype is wrong; the message names the argument.
     """
-    q, state = _prepare(q, k, v, g, beta, initial_state, cu_seqlens)
+    q, state = _prepare(q, k, v, g, beta, initial_state, cu_seqlens, cu_seqlens_cpu)
     g = q.new_zeros(q.shape[:3]) if g is None else g
     beta = q.new_ones(q.shape[:3]) if beta is None else beta
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    layout = chunk_layout(q.shape[0], q.shape[1], CHUNK_SIZE, cu_seqlens)
+    layout = chunk_layout(q.shape[0], q.shape[1], CHUNK_SIZE, cu_seqlens, cu_seqlens_cpu)
     dtype = state.dtype
     with torch.amp.autocast(q.device.type, enabled=False):
         o, state = delta_rule_chunks(
@@ -71,12 +74,15 @@ def fused_recurrent_gated_delta_rule(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    *,
+    cu_seqlens_cpu: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`chunk_gated_delta_rule` token by token: the same arguments and results, for decoding a few tokens."""
-    q, state = _prepare(q, k, v, g, beta, initial_state, cu_seqlens)
+    q, state = _prepare(q, k, v, g, beta, initial_state, cu_seqlens, cu_seqlens_cpu)
     k, v = _expand_heads(k, q.shape[2]), _expand_heads(v, q.shape[2])
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    bounds = None if cu_seqlens is None else cu_seqlens.tolist()
+    known = cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu
+    bounds = None if known is None else known.tolist()
     inputs = [None if x is None else x.to(state.dtype) for x in (q, k, v, g, beta)]
     with torch.amp.autocast(q.device.type, enabled=False):
         o, state = _each_sequence(inputs, state, scale, bounds)
@@ -111,6 +117,7 @@ def _prepare(
     beta: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    cu_seqlens_cpu: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Check the call. Queries with all H heads, and the initial states in the dtype to compute in."""
     if all(x.dim() == 4 for x in (q, k, v)) and max(k.shape[2], v.shape[2]) % q.shape[2] == 0:
@@ -118,8 +125,9 @@ def _prepare(
     checks.check_heads(q, k, v)
     checks.check_gates(q, g=g, beta=beta)
     sequences = checks.check_cu_seqlens(q, cu_seqlens)
+    checks.check_cu_seqlens_cpu(cu_seqlens, cu_seqlens_cpu)
     if cu_seqlens is not None:
-        checks.check_bounds(cu_seqlens, q.shape[1])
+        checks.check_bounds(cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu, q.shape[1])
     shape = (sequences, q.shape[2], q.shape[3], v.shape[3])
     if initial_state is None:
         return q, q.new_zeros(shape, dtype=torch.promote_types(q.dtype, torch.float32))

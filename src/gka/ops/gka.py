@@ -31,6 +31,7 @@ def chunk_gka(
     backend: str = "auto",
     chunk_size: int = 64,
     solver: str = "chebyshev",
+    cu_seqlens_cpu: Tensor | None = None,
 ) -> tuple[Tensor, State | None]:
     """Gated KalmaNet over whole sequences, chunk by chunk (arXiv 2511.21016, section 4).
 
@@ -63,6 +64,8 @@ def chunk_gka(
             solver="adaptive": not beyond the error bound of num_iter steps).
         solver: "chebyshev" takes num_iter steps; "adaptive" takes, per chunk and head, the fewest
             whose proven error bound is that of num_iter steps (docs/numerics.md).
+        cu_seqlens_cpu: a copy of cu_seqlens on the CPU. With it the call does not wait for the device
+            to read the lengths. It must hold the same values (GKA_DEBUG=1 checks that).
 
     Returns:
         o [B,T,H,V] in q's dtype, and (h_kk, h_kv) or None.
@@ -74,7 +77,8 @@ def chunk_gka(
     return _run(
         "chunk", q, k, v, g, gk, alpha, beta, scale=scale, ridge_ratio=ridge_ratio,
         num_iter=num_iter, initial_state=initial_state, output_final_state=output_final_state,
-        cu_seqlens=cu_seqlens, backend=backend, chunk_size=chunk_size, solver=solver,
+        cu_seqlens=cu_seqlens, cu_seqlens_cpu=cu_seqlens_cpu, backend=backend, chunk_size=chunk_size,
+        solver=solver,
     )  # fmt: skip
 
 
@@ -95,6 +99,7 @@ def fused_recurrent_gka(
     beta: Tensor | None = None,
     backend: str = "auto",
     solver: str = "chebyshev",
+    cu_seqlens_cpu: Tensor | None = None,
 ) -> tuple[Tensor, State | None]:
     """Gated KalmaNet token by token: the same map as `chunk_gka`, meant for decoding.
 
@@ -105,7 +110,8 @@ def fused_recurrent_gka(
     return _run(
         "recurrent", q, k, v, g, gk, alpha, beta, scale=scale, ridge_ratio=ridge_ratio,
         num_iter=num_iter, initial_state=initial_state, output_final_state=output_final_state,
-        cu_seqlens=cu_seqlens, backend=backend, chunk_size=64, solver=solver,
+        cu_seqlens=cu_seqlens, cu_seqlens_cpu=cu_seqlens_cpu, backend=backend, chunk_size=64,
+        solver=solver,
     )  # fmt: skip
 
 
@@ -122,6 +128,7 @@ def chunk_simple_gla(
     beta: Tensor | None = None,
     backend: str = "auto",
     chunk_size: int = 64,
+    cu_seqlens_cpu: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gated linear attention with a scalar decay a head: `chunk_gka` without its ridge.
 
@@ -132,7 +139,7 @@ def chunk_simple_gla(
     o, final = _run(
         "chunk", q, k, v, g, None, None, beta, scale=scale, ridge_ratio=1.0, num_iter=0,
         initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
-        backend=backend, chunk_size=chunk_size, with_h=False,
+        cu_seqlens_cpu=cu_seqlens_cpu, backend=backend, chunk_size=chunk_size, with_h=False,
     )  # fmt: skip
     return o, None if final is None else final[1]
 
@@ -157,6 +164,7 @@ def _run(
     chunk_size: int,
     solver: str = "chebyshev",
     with_h: bool = True,
+    cu_seqlens_cpu: Tensor | None = None,
 ) -> tuple[Tensor, State | None]:
     for name, x in (("q", q), ("k", k), ("v", v)):
         checks.check_tensor(name, x)
@@ -165,24 +173,27 @@ def _run(
     checks.check_gates(q, g=g, gk=gk, alpha=alpha, beta=beta)
     checks.check_numbers(ridge_ratio, num_iter, chunk_size, scale)
     sequences = checks.check_cu_seqlens(q, cu_seqlens)
+    checks.check_cu_seqlens_cpu(cu_seqlens, cu_seqlens_cpu)
     h0, u0 = _check_initial_state(initial_state, sequences, q, v, with_h)
     if os.environ.get("GKA_DEBUG") == "1":
         checks.check_values(q=q, k=k, v=v, g=g, gk=gk, alpha=alpha, beta=beta, h_kk=h0, h_kv=u0)
+        checks.check_same_bounds(cu_seqlens, cu_seqlens_cpu)
     backend = resolve_backend(backend, q.device, q.dtype, checks.check_solver(solver))
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if backend == "reference":
         note_backend(backend)
-        if cu_seqlens is not None:
-            checks.check_bounds(cu_seqlens, q.shape[1])
+        bounds = cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu
+        if bounds is not None:
+            checks.check_bounds(bounds, q.shape[1])
         with torch.amp.autocast(q.device.type, enabled=False):
             o, state = reference_gka(
-                q, k, v, g, gk, alpha, beta, (h0, u0), cu_seqlens,
+                q, k, v, g, gk, alpha, beta, (h0, u0), bounds,
                 scale=scale, ridge_ratio=ridge_ratio, num_iter=num_iter,
             )  # fmt: skip
         return o, state if output_final_state else None
     tied = gk is not None and gk is g
     o, _, _, h, u = GKAFunction.apply(
-        q, k, v, g, None if tied else gk, alpha, beta, h0, u0, cu_seqlens,
+        q, k, v, g, None if tied else gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu,
         scale, float(ridge_ratio), num_iter, chunk_size, tied, with_h and output_final_state,
         solver, mode, backend,
     )  # fmt: skip

@@ -6,6 +6,7 @@ do not exist, because operators return tensors only.
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from gka.maths.chunked import Settings, Tokens
 from gka.ops import checks
@@ -45,6 +46,7 @@ def forward_op(
     h0: Tensor | None,
     u0: Tensor | None,
     cu_seqlens: Tensor | None,
+    cu_seqlens_cpu: Tensor | None,
     scale: float,
     ridge_ratio: float,
     num_iter: int,
@@ -60,11 +62,11 @@ def forward_op(
     x is empty without a solve, its scales where its rows are not scaled, H where it is not formed.
     """
     if cu_seqlens is not None:
-        checks.check_bounds(cu_seqlens, q.shape[1])
-    tokens = Tokens(q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens)
+        checks.check_bounds(cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu, q.shape[1])
+    tokens = Tokens(q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu)
     settings = _settings(scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver)
     note_backend(backend)
-    with torch.amp.autocast(q.device.type, enabled=False):
+    with torch.amp.autocast(q.device.type, enabled=False), record_function("gka.forward"):
         run = get_backend(backend).forward["recurrent" if mode == "recurrent" else "chunk"]
         out = run(tokens, settings)
     # contiguous, as the fake implementation promises the compiler
@@ -74,7 +76,7 @@ def forward_op(
 
 @forward_op.register_fake
 def _(
-    q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens,
+    q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu,
     scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver, mode, backend,
 ):  # fmt: skip
     batch, length, heads, key_dim = q.shape
@@ -106,6 +108,7 @@ def backward_op(
     h0: Tensor | None,
     u0: Tensor | None,
     cu_seqlens: Tensor | None,
+    cu_seqlens_cpu: Tensor | None,
     x: Tensor,
     x_scale: Tensor,
     do: Tensor,
@@ -121,10 +124,10 @@ def backward_op(
     backend: str,
 ) -> list[Tensor]:
     """Gradients of q, k, v, g, gk, alpha, beta, h0, u0; empty where the input is None."""
-    tokens = Tokens(q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens)
+    tokens = Tokens(q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu)
     settings = _settings(scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver)
     note_backend(backend)
-    with torch.amp.autocast(q.device.type, enabled=False):
+    with torch.amp.autocast(q.device.type, enabled=False), record_function("gka.backward"):
         solutions = x if num_iter > 0 else None
         scales = x_scale if x_scale.numel() > 0 else None
         grads = get_backend(backend).backward(tokens, solutions, scales, do, dh, du, settings)
@@ -135,7 +138,7 @@ def backward_op(
 
 @backward_op.register_fake
 def _(
-    q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, x, x_scale, do, dh, du,
+    q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu, x, x_scale, do, dh, du,
     scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver, backend,
 ):  # fmt: skip
     def like(given: Tensor | None) -> Tensor:
@@ -144,14 +147,14 @@ def _(
     return [like(given) for given in (q, k, v, g, gk, alpha, beta, h0, u0)]
 
 
-_NUM_TENSORS = 10  # q .. cu_seqlens come first
+_CU_SEQLENS, _NUM_TENSORS = 9, 11  # q .. cu_seqlens, cu_seqlens_cpu come first
 
 
 def _vmap(op):
     """The vmap rule of an operator: the mapped dimension joins the batch, and leaves it again."""
 
     def rule(info, in_dims, *inputs):
-        if inputs[_NUM_TENSORS - 1] is not None:
+        if inputs[_CU_SEQLENS] is not None:
             raise RuntimeError(
                 "torch.vmap cannot map over packed sequences: "
                 "pack them all with one cu_seqlens, or pass sequences of one length as a batch."
@@ -206,11 +209,11 @@ class GKAFunction(torch.autograd.Function):
     # Spelt out: without gradients Dynamo tells by their number whether a context comes first.
     @staticmethod
     def forward(
-        q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens,
+        q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu,
         scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver, mode, backend,
     ):  # fmt: skip
         return forward_op(
-            q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens,
+            q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu,
             scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver, mode, backend,
         )  # fmt: skip
 
@@ -237,4 +240,5 @@ class GKAFunction(torch.autograd.Function):
         grads = derive(*tensors, x, x_scale, do.contiguous(), dh, du, *ctx.numbers)
         given = tensors[: len(grads)]
         wanted = (None if t is None else grad for grad, t in zip(grads, given, strict=True))
-        return *wanted, None, *(None for _ in range(len(ctx.numbers) + 1))
+        bounds = (None, None)
+        return *wanted, *bounds, *(None for _ in range(len(ctx.numbers) + 1))

@@ -81,10 +81,17 @@ def _kernel(
     return nvrtc.Kernel(cubin, f"gka_{kernel}", 128, shared_bytes(kernel, key_dim, value_dim))
 
 
-def run(kernel: str, like: Tensor, value_dim: int, adaptive: bool, blocks: int, given: Arguments) -> None:
+def run(
+    kernel: str, like: Tensor, value_dim: int, adaptive: bool, blocks: int, given: Arguments
+) -> None:
     """Launch `kernel` ("forward" or "adjoint") for inputs like q = `like` on their device."""
     with torch.cuda.device(like.device):
         launch = _kernel(
-            like.device.index, kernel, like.shape[-1], value_dim, like.dtype == torch.bfloat16, adaptive
+            like.device.index,
+            kernel,
+            like.shape[-1],
+            value_dim,
+            like.dtype == torch.bfloat16,
+            adaptive,
         )
         launch(blocks, given)

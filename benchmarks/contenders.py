@@ -1,0 +1,218 @@
+"""Who is measured on a GPU: this library's op and layer and their peers, one registry."""
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import normalize, scaled_dot_product_attention, silu
+
+from gka.layers import GatedKalmaNet
+from gka.ops import chunk_gka
+
+NUM_ITER, CHUNK = 30, 64
+MEAN = 0.5  # of what goes through SiLU, for keys with a common direction
+SOLVERS = ("chebyshev", "adaptive")
+
+
+@dataclass(frozen=True)
+class Size:
+    """B sequences of T tokens, H heads, K = V = dim."""
+
+    batch: int
+    length: int
+    heads: int
+    dim: int
+
+    def __str__(self) -> str:
+        return f"{self.batch} x {self.length} x {self.heads}, D = {self.dim}"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """q, k, v [B,T,H,D] bfloat16; g, alpha, beta [B,T,H] float32; lamb [H,D] of MesaNet; do of the output."""
+
+    do: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    alpha: Tensor
+    beta: Tensor
+    beta16: Tensor
+    lamb: Tensor
+
+
+def features(kind: str, *shape: int, device: str) -> Tensor:
+    """Unit vectors in bfloat16: of Gaussians, of their SiLU, or of the SiLU of Gaussians with a mean."""
+    x = torch.randn(*shape, device=device)
+    if kind != "gaussian":
+        x = silu(x + MEAN if kind == "silu-mean" else x)
+    return normalize(x, dim=-1).bfloat16()
+
+
+def make_inputs(size: Size, keys: str, device: str) -> Inputs:
+    """Random inputs as a layer makes them: log decays from -1e-3 to -1e-1, of a scale that is the head's."""
+    torch.manual_seed(0)
+    b, t, h, d = size.batch, size.length, size.heads, size.dim
+    scale = 10.0 ** (-3 + 2 * torch.rand(h, device=device))
+    g = -(scale * (0.5 + torch.rand(b, t, h, device=device))).clamp(1e-3, 1e-1)
+    alpha, beta = (torch.rand(b, t, h, device=device) for _ in range(2))
+    q, k = (features(keys, b, t, h, d, device=device) for _ in range(2))
+    v, do = (torch.randn(b, t, h, d, device=device, dtype=torch.bfloat16) for _ in range(2))
+    lamb = 0.25 + torch.rand(h, d, device=device)
+    leaves = (q, k, v, g, alpha, beta, beta.bfloat16(), lamb)
+    return Inputs(do, *(x.requires_grad_() for x in leaves))
+
+
+class NotAvailable(Exception):
+    """A contender that cannot run here, and why."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One function to measure.
+
+    Attributes:
+        name: as in tables and options.
+        leaves: names of the inputs it takes and that its backward pass differentiates.
+        load: imports it, and gives output = call(inputs). Raises NotAvailable.
+        flops: of the forward pass on a size, where the number of its steps is known.
+    """
+
+    name: str
+    leaves: tuple[str, ...]
+    load: Callable[[], Callable[[Inputs], Tensor]]
+    flops: Callable[[Size], float] | None = None
+
+
+def step_flops(dim: int) -> int:
+    """Of one step of the solve for one token and head: H_[c] x, and the chunk's own keys, 2 K^2 + 4 C K."""
+    return 2 * dim**2 + 4 * CHUNK * dim
+
+
+def forward_flops(size: Size) -> float:
+    """Of `chunk_gka` with K = V and 30 steps, for all tokens and heads.
+
+    A token and head: 30 (2 K^2 + 4 C K) in the solve; 2 K^2 + 2 K V to add to H and U; 2 C K for the
+    scores of its keys and 2 K^2 for H_[c] k, both of F; 2 C K + 2 C V + 2 K V in the readout.
+    """
+    d = size.dim
+    rest = 8 * d**2 + 6 * CHUNK * d
+    return float(size.batch * size.length * size.heads * (NUM_ITER * step_flops(d) + rest))
+
+
+def ours(solver: str, backend: str) -> Contender:
+    def load() -> Callable[[Inputs], Tensor]:
+        known = "solver" in inspect.signature(chunk_gka).parameters
+        if solver != "chebyshev" and not known:
+            raise NotAvailable("not available: chunk_gka has no argument solver")
+        more: dict[str, Any] = {"solver": solver} if known else {}
+
+        def call(x: Inputs) -> Tensor:
+            o, _ = chunk_gka(
+                x.q, x.k, x.v, x.g, x.g, x.alpha, num_iter=NUM_ITER, beta=x.beta, backend=backend,
+                **more,
+            )  # fmt: skip
+            return o
+
+        return call
+
+    flops = forward_flops if solver == "chebyshev" else None
+    return Contender(f"chunk_gka, {solver}", ("q", "k", "v", "g", "alpha", "beta"), load, flops)
+
+
+def load_delta_rule() -> Callable[[Inputs], Tensor]:
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # pyright: ignore[reportMissingImports]
+
+    return lambda x: chunk_gated_delta_rule(x.q, x.k, x.v, x.g, x.beta16)[0]
+
+
+def load_simple_gla() -> Callable[[Inputs], Tensor]:
+    from fla.ops.simple_gla import chunk_simple_gla  # pyright: ignore[reportMissingImports]
+
+    return lambda x: chunk_simple_gla(x.q, x.k, x.v, x.g)[0]
+
+
+def load_mesa_net() -> Callable[[Inputs], Tensor]:
+    from fla.ops.mesa_net import chunk_mesa_net  # pyright: ignore[reportMissingImports]
+
+    return lambda x: chunk_mesa_net(x.q, x.k, x.v, x.g, x.beta, x.lamb, max_CG_iteration=NUM_ITER)[
+        0
+    ]
+
+
+def load_attention() -> Callable[[Inputs], Tensor]:
+    def call(x: Inputs) -> Tensor:
+        q, k, v = (y.transpose(1, 2) for y in (x.q, x.k, x.v))
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+    return call
+
+
+BASELINE = "gated_delta_rule"
+"""The peer that ratios are to."""
+BASELINE_LAYER = "fla.layers.GatedDeltaNet"
+
+PEERS = {
+    peer.name: peer
+    for peer in (
+        Contender(BASELINE, ("q", "k", "v", "g", "beta16"), load_delta_rule),
+        Contender("simple_gla", ("q", "k", "v", "g"), load_simple_gla),
+        Contender("sdpa", ("q", "k", "v"), load_attention),
+        Contender("mesa_net", ("q", "k", "v", "g", "beta", "lamb"), load_mesa_net),
+    )
+}
+FROM_FLA = (BASELINE, "simple_gla", "mesa_net")
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """One sequence through one layer."""
+
+    hidden: int
+    heads: int
+    dim: int
+    length: int
+
+    def __str__(self) -> str:
+        return f"hidden {self.hidden}, {self.heads} heads of {self.dim}, 1 x {self.length}"
+
+
+def our_layer(size: LayerSize, solver: str, backend: str) -> nn.Module:
+    known = "solver" in inspect.signature(GatedKalmaNet).parameters
+    if solver != "chebyshev" and not known:
+        raise NotAvailable("not available: GatedKalmaNet has no argument solver")
+    more: dict[str, Any] = {"solver": solver} if known else {}
+    return GatedKalmaNet(
+        size.hidden, head_dim=size.dim, num_heads=size.heads, num_iter=NUM_ITER, backend=backend,
+        **more,
+    )  # fmt: skip
+
+
+def peer_layer(size: LayerSize) -> nn.Module:
+    """FLA's Gated DeltaNet layer with values as wide as keys, as ours has them (its own default is twice)."""
+    from fla.layers import GatedDeltaNet  # pyright: ignore[reportMissingImports]
+
+    return GatedDeltaNet(
+        hidden_size=size.hidden, expand_v=1.0, head_dim=size.dim, num_heads=size.heads, mode="chunk"
+    )
+
+
+def layers(backend: str, peers: bool) -> dict[str, Callable[[LayerSize], nn.Module]]:
+    """Builders by name."""
+    found: dict[str, Callable[[LayerSize], nn.Module]] = {}
+    if peers:
+        found[BASELINE_LAYER] = peer_layer
+    for solver in SOLVERS:
+        found[f"GatedKalmaNet, {solver}"] = lambda size, s=solver: our_layer(size, s, backend)
+    return found
+
+
+def matmul_flops(n: int) -> float:
+    return 2.0 * math.pow(n, 3)

@@ -1,0 +1,101 @@
+"""Times of calls that are measured in turn, so that all of them see the same machine."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+Call = Callable[[], object]
+ROUNDS, WARM_UP = 5, 3
+CACHE_BYTES = 256 << 20  # several times the second-level cache
+HEAD_START = 20_000_000  # cycles, about 10 ms, that the device waits while the host launches
+
+
+@dataclass
+class Times:
+    """Milliseconds of every repeat: on the device by round, and on the host until all is launched."""
+
+    device: list[list[float]] = field(default_factory=list)
+    host: list[float] = field(default_factory=list)
+
+    def medians(self) -> list[float]:
+        return [statistics.median(part) for part in self.device]
+
+    def as_json(self) -> dict:
+        repeats = [x for part in self.device for x in part]
+        return {
+            "ms": self.device, "median": statistics.median(repeats), "min": min(repeats),
+            "max": max(repeats), "host_ms": statistics.median(self.host) if self.host else None,
+        }  # fmt: skip
+
+
+class Stopwatch:
+    """Times on one device: CUDA events around each call, the cache emptied before it; on a CPU its clock."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = torch.device(device).type == "cuda"
+        size = CACHE_BYTES if self.cuda else 1
+        self.cache = torch.empty(size, dtype=torch.int8, device=device)
+
+    def wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def once(self, call: Call) -> float:
+        """Seconds of one call and all that it does."""
+        self.wait()
+        begin = time.perf_counter()
+        call()
+        self.wait()
+        return time.perf_counter() - begin
+
+    def repeat(self, call: Call, repeats: int) -> tuple[list[float], list[float]]:
+        """Milliseconds on the device and on the host of calls that follow each other without waiting.
+
+        The host gets a head start, as it has in a training loop of many layers: the device never
+        waits for it, and what it needs itself is told apart.
+        """
+        if not self.cuda:
+            return [1e3 * self.once(call) for _ in range(repeats)], []
+        host, events = [], []
+        self.wait()
+        torch.cuda._sleep(HEAD_START)
+        for _ in range(repeats):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self.cache.zero_()
+            begin = time.perf_counter()
+            start.record()
+            call()
+            end.record()
+            host.append(1e3 * (time.perf_counter() - begin))
+            events.append((start, end))
+        self.wait()
+        return [start.elapsed_time(end) for start, end in events], host
+
+    def interleaved(self, calls: dict[str, Call], seconds: float) -> dict[str, Times]:
+        """Every call, warm already, for about `seconds` each: in ROUNDS rounds, in turn within each."""
+        times = {name: Times() for name in calls}
+        repeats = {}
+        for name, call in calls.items():
+            estimate = min(self.once(call) for _ in range(WARM_UP))
+            repeats[name] = max(1, min(40, int(seconds / ROUNDS / max(estimate, 1e-6))))
+        for _ in range(ROUNDS):
+            for name, call in calls.items():
+                device, host = self.repeat(call, repeats[name])
+                times[name].device.append(device)
+                times[name].host += host
+        return times
+
+    def peak_bytes(self, call: Call) -> int | None:
+        """Bytes of device memory that the call takes at most, beyond what is held before it."""
+        if not self.cuda:
+            return None
+        self.wait()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        self.wait()
+        return torch.cuda.max_memory_allocated() - before

@@ -1,0 +1,143 @@
+"""On a GPU: outputs, states and all gradients of the kernels against the torch form in float64."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from on_gpu import (
+    DEVICE,
+    SOLVERS,
+    assert_all_close,
+    float64,
+    gpu_problem,
+    like_a_layer,
+    on_device,
+    run,
+    upstream,
+)
+from problems import make_problem
+from tolerances import RELATIVE, relative_error
+
+pytestmark = pytest.mark.gpu
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+PACKED = [0, 1, 15, 64, 200, 500]
+GROUPED = (4, 2, 1)
+
+# Few on purpose: every combination of dtype, head dims, heads and options compiles its own kernels.
+CASES: dict[str, dict[str, Any]] = {
+    "bfloat16 128 x 128, two sequences": {"dtype": BF16, "dims": (128, 128), "batch": 2},
+    "float32 128 x 128": {"dtype": F32, "dims": (128, 128)},
+    "float16 64 x 64": {"dtype": F16, "dims": (64, 64)},
+    "bfloat16 64 x 128, grouped, packed, decay of H only, beta": {
+        "dtype": BF16, "dims": (64, 128), "heads": GROUPED, "lengths": PACKED,
+        "decay": "of H only", "gates": "b",
+    },
+    "float32 20 x 96, grouped, packed, separate decays": {
+        "dtype": F32, "dims": (20, 96), "heads": GROUPED, "lengths": PACKED, "decay": "separate",
+    },
+    "bfloat16 96 x 200, no decay, no gates, no states": {
+        "dtype": BF16, "dims": (96, 200), "decay": "absent", "gates": "", "states": False,
+    },
+    "float16 200 x 20, decay of U only, alpha": {
+        "dtype": F16, "dims": (200, 20), "decay": "of U only", "gates": "a",
+    },
+    "bfloat16 256 x 256": {"dtype": BF16, "dims": (256, 256)},
+    "float32 16 x 256, separate decays": {"dtype": F32, "dims": (16, 256), "decay": "separate"},
+    "bfloat16 64 x 64, no ridge": {"dtype": BF16, "dims": (64, 64), "num_iter": 0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_result_is_that_of_float64(name: str) -> None:
+    """Head dims from 16 to 256, dtypes, gates, decays, grouped heads and packed sequences: each result
+    is within its dtype's tolerance of float64."""
+    case = dict(CASES[name])
+    dtype, num_iter = case.pop("dtype"), case.pop("num_iter", 30)
+    problem = gpu_problem(200, dtype, **case)
+    expected = float64(problem, num_iter=num_iter)
+    assert_all_close(run(problem, num_iter=num_iter), expected, RELATIVE[dtype], name)
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 500, 1000])
+def test_any_length(length: int) -> None:
+    """Lengths around the chunk's and far from it."""
+    problem = gpu_problem(length, BF16, dims=(128, 128), batch=2)
+    assert_all_close(run(problem), float64(problem), RELATIVE[BF16])
+
+
+def test_strong_decay_and_empty_history() -> None:
+    """Decays of e^-100 that empty the memory, zero keys, and a history that starts with none:
+    everything is finite and right."""
+    problem = make_problem(200, dims=(128, 128), batch=2)
+    assert problem.g is not None and problem.h0 is not None and problem.u0 is not None
+    problem.g[:, 3::7] = -100.0
+    problem.k[:, :70] = 0.0
+    problem.k[:, 100::7] = 0.0  # not where all is forgotten: float32 has no (e^-100)^2
+    problem = replace(problem, h0=torch.zeros_like(problem.h0), u0=torch.zeros_like(problem.u0))
+    problem = on_device(problem, BF16)
+    results = run(problem)
+    assert_all_close(results, float64(problem), RELATIVE[BF16])
+    assert (results["o"][:, :70] == 0).all()
+
+
+def test_every_form_of_an_upstream_gradient() -> None:
+    """Only the output, only H or only U is differentiated: the others' gradients count as zero."""
+    problem = gpu_problem(200, BF16, dims=(128, 128), batch=2)
+    every = upstream(problem)
+    for kept in range(3):
+        weights = tuple(w if i == kept else torch.zeros_like(w) for i, w in enumerate(every))
+        exact = run(problem.map(lambda x: x.double()), weights, backend="torch")
+        assert_all_close(run(problem, weights), exact, RELATIVE[BF16], f"result {kept} alone:")
+
+
+@pytest.mark.skipif(not SOLVERS, reason="chunk_gka has no solver argument")
+def test_adaptive_solver_keeps_its_bound() -> None:
+    """With the bound of 60 steps, far below float32's rounding, "adaptive" is exact to that rounding."""
+    problem = gpu_problem(200, F32, dims=(128, 128))
+    exact = float64(problem, num_iter=120)
+    found = run(problem, num_iter=60, solver="adaptive")
+    assert_all_close(found, exact, RELATIVE[F32])
+
+
+# Relative 2-norm errors of the operator released with the paper, on inputs like these.
+CEILING = {
+    "x": 2.4e-3, "o": 1.1e-2, "dq": 1.2e-2, "dk": 3.4e-2, "dv": 2.6e-2, "dalpha": 1.8e-2,
+    "dg": 1.3e-2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("solver", SOLVERS or [None])
+def test_no_less_accurate_than_the_released_operator(solver: str | None) -> None:
+    """bfloat16, K = V = 128, T = 512, 4 heads, 30 steps, SiLU keys with a mean, against the exact solution
+    for the same inputs: no result is further off than the released operator's."""
+    settings = {} if solver is None else {"solver": solver}
+    problem = like_a_layer(512, 4, 128, BF16)
+    scale = 128**-0.5
+    weights = upstream(problem)
+    silent = (weights[0], torch.zeros_like(weights[1]), torch.zeros_like(weights[2]))
+    wide = problem.map(lambda x: x.double())
+    exact = run(wide, silent, num_iter=120, scale=scale, backend="torch")
+    found = run(problem, silent, num_iter=30, scale=scale, **settings)
+    errors = {name: relative_error(found[name], exact[name]) for name in CEILING if name != "x"}
+    errors["x"] = error_of_x(settings)
+    print(f"\nrelative errors, solver={solver or 'default'} (ceiling):")
+    for name, ceiling in CEILING.items():
+        print(f"  {name:7} {errors[name]:.2e} ({ceiling:.1e})")
+    worse = {name: error for name, error in errors.items() if not error <= CEILING[name]}
+    assert not worse, f"further off than {CEILING}: {worse}"
+
+
+def error_of_x(settings: dict[str, Any]) -> float:
+    """The solutions, read out through U = I: no values, no decay of U, no mix. Rounding of o included."""
+    problem = like_a_layer(512, 4, 128, BF16)
+    eye = torch.eye(128, device=DEVICE).expand(1, 4, 128, 128).contiguous()
+    problem = replace(
+        problem, v=torch.zeros_like(problem.v), gk=problem.g, g=None, alpha=None, tied=False,
+        h0=torch.zeros_like(eye), u0=eye,
+    )  # fmt: skip
+    wide = problem.map(lambda x: x.double())
+    exact = run(wide, num_iter=120, backend="torch")["o"]
+    return relative_error(run(problem, num_iter=30, **settings)["o"], exact)

@@ -1,0 +1,171 @@
+"""The GPU's benchmark, tried out on a CPU at small sizes: what it records, writes and says."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--device", "cpu", "--sizes", "1x96x2,2x32x1", "--dims", "16", "--seconds", "0.01"]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import gpu
+
+    return gpu
+
+
+@pytest.fixture
+def run(gpu, monkeypatch, tmp_path):
+    """The command with these arguments; its gpu.json."""
+
+    def call(*arguments: str) -> dict:
+        monkeypatch.setattr(sys, "argv", ["gpu", "--output", str(tmp_path), *arguments])
+        gpu.main()
+        return json.loads((tmp_path / "gpu.json").read_text())
+
+    return call
+
+
+def contender(gpu, name: str, leaves, call):
+    return gpu.Contender(name, leaves, lambda: call)
+
+
+def test_what_is_written(run, tmp_path, capsys):
+    """Every repeat of both passes of op, peer and layer, on what it was measured, table, plot, profile."""
+    result = run(*SMALL, "--peers", "sdpa", "--layer-size", "32x2x16x64", "--profile")
+    assert [g["size"] for g in result["groups"]] == ["1 x 96 x 2, D = 16", "2 x 32 x 1, D = 16"]
+    for group in [*result["groups"], result["layer"]]:
+        ran = {n: e for n, e in group["contenders"].items() if e["status"] == "ok"}
+        assert ran
+        for entry in ran.values():
+            for which in ("forward", "forward+backward"):
+                times = entry[which]
+                repeats = [x for part in times["ms"] for x in part]
+                assert len(times["ms"]) == 5
+                assert times["min"] == min(repeats) <= times["median"] <= max(repeats)
+    assert {"chunk_gka, chebyshev", "sdpa"} <= result["groups"][0]["contenders"].keys()
+    assert "GatedKalmaNet, chebyshev" in result["layer"]["contenders"]
+    assert result["versions"]["torch"] and result["backend"] == "torch"
+    assert str(tmp_path) not in result["command"] and "--sizes 1x96x2,2x32x1" in result["command"]
+    text = (tmp_path / "gpu.md").read_text()
+    assert "| 2 x 32 x 1, D = 16 | sdpa |" in text
+    assert (tmp_path / "gpu.png").stat().st_size > 10_000
+    assert "aten::" in (tmp_path / "profile.txt").read_text()
+    assert "1 x 96 x 2, D = 16" in capsys.readouterr().out
+
+
+def test_a_failure_is_recorded_and_the_rest_goes_on(run, gpu, monkeypatch, tmp_path):
+    """A peer that raises, in its import or in its backward pass, is listed with its message; ratios to the
+    baseline are formed in its absence from nothing else."""
+
+    def broken(x):
+        raise OSError("no such kernel")
+
+    def missing():
+        raise ImportError("not installed")
+
+    peers = {
+        "gated_delta_rule": contender(gpu, "gated_delta_rule", ("q",), lambda x: x.q * x.do),
+        "simple_gla": contender(gpu, "simple_gla", ("q",), broken),
+        "mesa_net": gpu.Contender("mesa_net", ("q",), missing),
+        "sdpa": contender(gpu, "sdpa", ("q", "beta"), lambda x: x.q * 2),  # beta has no gradient
+    }
+    monkeypatch.setattr(gpu.registry, "PEERS", peers)
+    result = run(*SMALL, "--no-layer")
+    first, _, later, _ = result["groups"]
+    assert first["contenders"]["gated_delta_rule"]["status"] == "ok"
+    failed = first["contenders"]["simple_gla"]
+    assert failed == {"status": "failed", "message": "OSError: no such kernel"}
+    assert first["contenders"]["sdpa"]["status"] == "failed"
+    assert "not installed" in later["contenders"]["mesa_net"]["message"]
+    assert later["repeated"] and later["contenders"]["gated_delta_rule"]["status"] == "ok"
+    text = (tmp_path / "gpu.md").read_text()
+    assert text.count("| gated_delta_rule |") == 2
+    assert "- simple_gla failed: OSError: no such kernel (1 x 96 x 2, D = 16; 2 x 32" in text
+
+
+def test_the_time_limit(run):
+    """Nothing is begun after the limit, and what was not run says so."""
+    result = run(*SMALL, "--no-layer", "--limit-seconds", "0")
+    for group in result["groups"]:
+        for entry in group["contenders"].values():
+            assert entry == {"status": "not run", "message": "the limit of 0 s was reached"}
+
+
+def test_the_page_is_updated_between_its_markers(run, tmp_path):
+    """--update replaces what stands between the markers and nothing else, again and again, from a stored run
+    too; a page without markers is refused."""
+    run(*SMALL, "--peers", "none", "--no-layer")
+    page = tmp_path / "page.md"
+    begin, end = "<!-- gpu results: begin -->", "<!-- gpu results: end -->"
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    for _ in range(2):
+        run("--from", str(tmp_path / "gpu.json"), "--update", str(page))
+        text = page.read_text()
+        assert text.startswith(f"before\n{begin}\n") and text.endswith(f"{end}\nafter\n")
+        assert "old" not in text and text.count("| chunk_gka, chebyshev |") == 2
+    page.write_text("no markers")
+    with pytest.raises(ValueError, match="gpu results: begin"):
+        run("--from", str(tmp_path / "gpu.json"), "--update", str(page))
+    assert page.read_text() == "no markers"
+
+
+def test_the_documentation_has_the_markers(gpu):
+    """docs/performance.md can be updated."""
+    text = (ROOT / "docs" / "performance.md").read_text()
+    assert text.index(gpu.gpu_report.BEGIN) < text.index(gpu.gpu_report.END)
+
+
+def test_work_is_counted_as_documented(gpu):
+    """65.5 kFLOP a step and 2.15 MFLOP in all for a token and head at D = 128."""
+    assert gpu.registry.step_flops(128) == 65_536
+    assert gpu.registry.forward_flops(gpu.Size(1, 1, 1, 128)) == 30 * 65_536 + 180_224
+
+
+def entry(median: float) -> dict:
+    times = {
+        "ms": [[median]] * 5, "median": median, "min": median, "max": median, "host_ms": 2.0,
+    }  # fmt: skip
+    return {"status": "ok", "forward": times, "forward+backward": times}
+
+
+def test_ratios_growth_and_the_star(gpu):
+    """A ratio is that of the rounds; 131072 tokens against 16 x 8192; a star marks a host that is slower."""
+    report = gpu.gpu_report
+    ratio = {"ms": [[2.0, 4.0, 90.0], [6.0]]}, {"ms": [[2.0], [2.0]]}
+    assert report.ratio(*ratio) == "2.50 (2.00-3.00)"
+    shapes = [(8192, 1.0), (131072, 20.0)]
+    groups = [
+        {
+            "size": str(t), "shape": {"batch": 1, "length": t, "heads": 16, "dim": 64},
+            "contenders": {"ours": entry(ms)},
+        }
+        for t, ms in shapes
+    ]  # fmt: skip
+    lines = list(report.growth({"groups": groups}))
+    assert lines[0] == "ours, D = 64, forward: 131072 tokens take 1.25 times 16 x 8192 tokens"
+    assert report.span(entry(1.0)["forward"]).startswith("1.000* ")
+    assert report.span(entry(3.0)["forward"]).startswith("3.000 ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sizes", "8192x16", "--device", "cpu"], "sizes are BxTxH"),
+        (["--dims", "many", "--device", "cpu"], "dims are numbers"),
+        (["--peers", "mamba", "--device", "cpu"], "there are gated_delta_rule.*got 'mamba'"),
+        (["--device", "cuda"], "no GPU that torch can use"),
+    ],
+)
+def test_wrong_options_are_refused_by_name(run, arguments, message, capsys, monkeypatch):
+    """Options that make no sense end the command with status 2, before anything runs."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments)
+    assert stop.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
