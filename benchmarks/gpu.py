@@ -30,7 +30,7 @@ from benchmarks.gpu_options import LAYER, parse
 from benchmarks.kernel_profile import profile_kernels
 from benchmarks.stopwatch import Call, Stopwatch
 
-from gka.ops.backends import resolve_backend
+from gka.ops import backends
 
 Make = Callable[[], dict[str, Call]]
 TUNING_SHARE = (
@@ -66,7 +66,9 @@ class Bench:
         self.options, self.begin = options, time.perf_counter()
         self.watch = Stopwatch(options.device)
         device = torch.device(options.device)
-        self.backend = resolve_backend(options.backend, device, torch.bfloat16)
+        self.backend = backends.resolve_backend(
+            options.backend, backends.Call(device, torch.bfloat16)
+        )
         self.result = {
             "command": options.command,
             "date": datetime.date.today().isoformat(), "commit": options.commit or commit(),

@@ -84,7 +84,7 @@ def test_a_new_backend_slots_in(register, inputs):
             "fast",
             {mode: counted(mode, run) for mode, run in TORCH.forward.items()},
             counted("backward", TORCH.backward),
-            lambda device, dtype: None if dtype == torch.float32 else "float32 only.",
+            lambda call: None if call.dtype == torch.float32 else "float32 only.",
         ),
         first=True,
     )

@@ -15,6 +15,8 @@ from torch import Tensor
 from gka.kernels.adjoint import readout_backward_kernel, through_h_kernel, through_u_kernel
 from gka.kernels.chunked import readout_kernel, solve_kernel
 from gka.kernels.configs import config
+from gka.kernels.hopper.calls import adjoint as hopper_adjoint
+from gka.kernels.hopper.calls import solve_and_readout
 from gka.kernels.moments import moments_kernel, moments_segments_kernel
 from gka.kernels.reverse import reverse_h_kernel, reverse_u_kernel
 from gka.kernels.tables import chunking
@@ -95,11 +97,21 @@ class Heads:
 
 
 class Launch:
-    """One call's sizes, tables and scratch memory."""
+    """One call's sizes, tables and scratch memory.
 
-    def __init__(self, tokens: Tokens, settings: Settings) -> None:
-        given = vars(tokens).items()
-        t = self.t = Tokens(**{n: None if x is None else x.contiguous() for n, x in given})
+    Attributes:
+        given: the tokens as they came; t: contiguous, and for Hopper's kernels aligned, gates float32.
+        hopper: whether those kernels do the solve and the readout.
+    """
+
+    def __init__(self, tokens: Tokens, settings: Settings, hopper: bool) -> None:
+        self.given, self.hopper = tokens, hopper and settings.num_iter > 0
+        given = {n: None if x is None else x.contiguous() for n, x in vars(tokens).items()}
+        if self.hopper:
+            given |= {n: _aligned(given[n]) for n in "qkv"}
+            gates = {n: given[n] for n in ("g", "gk", "alpha", "beta")}
+            given |= {n: None if x is None else x.float() for n, x in gates.items()}
+        t = self.t = Tokens(**given)
         self.settings = settings
         _, _, self.H, self.K = t.q.shape
         self.V = t.v.shape[-1]
@@ -240,6 +252,11 @@ SCAN = ("H", "HK", "HV", "GK", "GV", "K", "V", "BK", "BN", "BV", "NK", "NV")
 READOUT = ("H", "HK", "HV", "GK", "GV", "K", "V", "BK", "BV", "NV")
 
 
+def _aligned(x: Tensor) -> Tensor:
+    """x itself, or a copy where its memory does not start at 16 bytes (a view into a larger tensor)."""
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
 def _initial(state: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """A boundary state [N,H,K,V] as float32, and the largest entry of each head."""
     if state is None:
@@ -248,16 +265,24 @@ def _initial(state: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     return state, state.abs().amax((-1, -2))
 
 
-def chunk_forward(tokens: Tokens, settings: Settings) -> Forward:
-    """`gka.maths.chunked.chunk_forward` on the GPU; rows of x are divided by `x_scale`."""
-    run = Launch(tokens, settings)
+def chunk_forward(tokens: Tokens, settings: Settings, hopper: bool = False) -> Forward:
+    """`gka.maths.chunked.chunk_forward` on the GPU; rows of x are divided by `x_scale`.
+
+    `hopper`: the solve and readout by the kernels of `gka.kernels.hopper`.
+    """
+    run = Launch(tokens, settings, hopper)
     t, (heads,) = run.t, run.groups
     h, u = run.moments(heads, run.solve or settings.with_h)
     x = x_scale = None
     if run.solve:
         x, x_scale = run.empty(*t.q.shape, dtype=run.op_dtype), run.empty(*t.q.shape[:3])
-        run.solve_(heads, (t.q, None), h, (x, x_scale))
     o = run.empty(*t.q.shape[:3], run.V, dtype=t.q.dtype)
+    if run.hopper:
+        assert h is not None and x is not None and x_scale is not None
+        solve_and_readout(run, heads, h, u, x, x_scale, o)
+        return Forward(o=o, x=x, h=h.final, u=u.final, x_scale=x_scale)
+    if run.solve:
+        run.solve_(heads, (t.q, None), h, (x, x_scale))
     readout_kernel[(run.M * run.H,)](
         t.q, x, x_scale, t.k, t.v, t.g, t.alpha, t.beta, *u.stored, o, *run.tables, settings.scale,
         *heads.args, **run.options("readout", *READOUT),
@@ -273,14 +298,17 @@ def chunk_backward(
     dh_final: Tensor | None,
     du_final: Tensor | None,
     settings: Settings,
+    hopper: bool = False,
 ) -> Gradients:
     """`gka.maths.adjoint.chunk_backward` on the GPU; x and x_scale as `chunk_forward` gave them."""
-    run = Launch(tokens, settings)
+    run = Launch(tokens, settings, hopper)
     run.split_heads()
     if x is not None and x_scale is None:  # of the recurrent form
         x_scale = x.abs().amax(-1)
         x = (x / x_scale.clamp_min(1e-37)[..., None]).to(run.op_dtype)
-    back = _Backward(run, x, x_scale, do.contiguous(), _initial(dh_final), _initial(du_final))
+    back = _Backward(
+        run, x, x_scale, _aligned(do.contiguous()), _initial(dh_final), _initial(du_final)
+    )
     for heads in run.groups:
         back.through(heads)
     return back.collect()
@@ -311,7 +339,11 @@ class _Backward:
         h, u = run.moments(heads, self.with_h, maxima)
         start_u = run.scratch("start u", *run.t.q.shape[:2], heads.count)
         adjoint = self._adjoint(heads)
-        self._readout(heads, u, start_u, adjoint)
+        if run.hopper:
+            solutions, grads = (self.x, self.x_scale), (self.dq, self.dalpha)
+            hopper_adjoint(run, heads, h, u, solutions, self.do, grads, adjoint, start_u)
+        else:
+            self._readout(heads, u, start_u, adjoint)
         dk, dv = self._shared_heads(heads)
         self._through_u(heads, u, maxima, start_u, dk, dv)
         if h is not None:
@@ -377,7 +409,8 @@ class _Backward:
         if a is not None:
             y = (a.y, a.y_scale)
             numbers = (a.w_t, a.start_h, a.key_weight)
-            run.solve_(heads, y, h, y, *x, self.dq, *numbers, a.start_weight)
+            if not run.hopper:
+                run.solve_(heads, y, h, y, *x, self.dq, *numbers, a.start_weight)
             of_tokens = (*y, *numbers)
             of_scan = (*y, t.k, maxima.k, a.key_weight, a.start_weight)
         else:
@@ -413,7 +446,7 @@ class _Backward:
 
     def collect(self) -> Gradients:
         """Gradients in their inputs' dtypes."""
-        t, dg_u, dg_h = self.run.t, self.dg_u, self.dg_h
+        t, dg_u, dg_h = self.run.given, self.dg_u, self.dg_h
         if self.run.settings.tied and dg_u is not None and dg_h is not None:
             dg_u = dg_u + dg_h
         dbeta = None

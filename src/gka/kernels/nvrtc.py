@@ -4,6 +4,7 @@ Bound with ctypes: torch's own entry (`torch.cuda._compile_kernel`) is private a
 """
 
 import ctypes
+import functools
 import glob
 from pathlib import Path
 
@@ -14,6 +15,7 @@ class CompilationError(RuntimeError):
     """NVRTC refused a kernel; the message holds its log."""
 
 
+@functools.cache
 def _library() -> ctypes.CDLL:
     """libnvrtc of the CUDA version that torch was built for."""
     version = torch.version.cuda

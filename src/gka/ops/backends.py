@@ -21,6 +21,22 @@ _ran = threading.local()
 
 
 @dataclass(frozen=True)
+class Call:
+    """What a backend must know of a call to tell whether it can run it.
+
+    Attributes:
+        dims: K and V.
+        chunk_size: C.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    solver: Solver = "chebyshev"
+    dims: tuple[int, int] = (128, 128)
+    chunk_size: int = 64
+
+
+@dataclass(frozen=True)
 class Backend:
     """A set of compiled or plain implementations behind the custom operators.
 
@@ -30,8 +46,8 @@ class Backend:
         backward: the derivative, shared by the modes, since they compute the same map. Takes the
             tokens, the solutions x and their scales as a forward left them, the gradients of o and
             of the final states, and the settings.
-        refusal: why the backend cannot run a call on tokens like these; None if it can.
-        automatic: whether backend="auto" may choose it.
+        refusal: why the backend cannot run a call; None if it can.
+        automatic: whether backend="auto" may choose it on a device.
         scaled_dtype: dtype in which mode "chunk" keeps x for inputs of a dtype, rows divided by
             their scale; None where x is kept in the working precision, without scales.
         solvers: the solvers it has.
@@ -51,8 +67,8 @@ class Backend:
         ],
         Gradients,
     ]
-    refusal: Callable[[torch.device, torch.dtype], str | None]
-    automatic: bool = True
+    refusal: Callable[["Call"], str | None]
+    automatic: Callable[[torch.device], bool] = lambda device: True
     scaled_dtype: Callable[[torch.dtype], torch.dtype] | None = None
     solvers: tuple[Solver, ...] = ("chebyshev",)
 
@@ -78,45 +94,67 @@ register_backend(
         name="torch",
         forward={"chunk": chunk_forward, "recurrent": recurrent_forward},
         backward=_torch_backward,
-        refusal=lambda device, dtype: None,
+        refusal=lambda call: None,
         solvers=get_args(Solver),
     )
 )
 
 
-def _triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+def _triton_refusal(call: Call) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed."
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"its kernels need an NVIDIA GPU (or TRITON_INTERPRET=1, slow); got {device}."
-    if dtype == torch.float64:
+    if call.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"its kernels need an NVIDIA GPU (or TRITON_INTERPRET=1, slow); got {call.device}."
+    if call.dtype == torch.float64:
         return "its kernels compute in float32 at best; got float64."
     return None
 
 
-def _triton_forward(tokens: Tokens, settings: Settings) -> Forward:
-    from gka.kernels import launch  # imports triton
+def _hopper_refusal(call: Call) -> str | None:
+    reason = _triton_refusal(
+        call
+    )  # the scans and the gradients of k, v and the decays are Triton's
+    if reason is not None:
+        return reason
+    from gka.kernels import hopper
 
-    return launch.chunk_forward(tokens, settings)
+    return hopper.why_not(call.device, call.dtype, call.dims, call.chunk_size)
 
 
-def _triton_backward(*args) -> Gradients:
-    from gka.kernels import launch
+def _on_gpu(hopper: bool) -> tuple[Callable[..., Forward], Callable[..., Gradients]]:
+    """Forward and backward of the kernels; the modules that import triton are loaded on first use."""
 
-    return launch.chunk_backward(*args)
+    def forward(tokens: Tokens, settings: Settings) -> Forward:
+        from gka.kernels import launch
+
+        return launch.chunk_forward(tokens, settings, hopper)
+
+    def backward(*args) -> Gradients:
+        from gka.kernels import launch
+
+        return launch.chunk_backward(*args, hopper=hopper)
+
+    return forward, backward
 
 
-# Not automatic: its kernels are right on a GPU but not yet as well proved, nor as fast, as they must be.
-register_backend(
-    Backend(
-        name="triton",
-        forward={"chunk": _triton_forward, "recurrent": recurrent_forward},
-        backward=_triton_backward,
-        refusal=_triton_refusal,
-        automatic=False,
-        scaled_dtype=lambda dtype: torch.float32 if dtype == torch.float32 else torch.float16,
+def _register_gpu(name: str, refusal: Callable[[Call], str | None], solvers: tuple[Solver, ...]):
+    forward, backward = _on_gpu(hopper=name == "hopper")
+    register_backend(
+        Backend(
+            name=name,
+            forward={"chunk": forward, "recurrent": recurrent_forward},
+            backward=backward,
+            refusal=refusal,
+            automatic=lambda device: device.type == "cuda",  # interpreted only if asked for by name
+            scaled_dtype=lambda dtype: torch.float32 if dtype == torch.float32 else torch.float16,
+            solvers=solvers,
+        ),
+        first=True,
     )
-)
+
+
+_register_gpu("triton", _triton_refusal, ("chebyshev",))
+_register_gpu("hopper", _hopper_refusal, get_args(Solver))
 
 
 def get_backend(name: str) -> Backend:
@@ -128,56 +166,63 @@ def known_backends() -> tuple[str, ...]:
     return ("auto", *_BACKENDS, "reference")
 
 
+def _why_not(name: str, call: Call) -> str | None:
+    if name == "auto":
+        return None
+    solvers = ("chebyshev",) if name == "reference" else _BACKENDS[name].solvers
+    if call.solver not in solvers:
+        return f"it has no solver={call.solver!r}, only {', '.join(solvers)}."
+    return None if name == "reference" else _BACKENDS[name].refusal(call)
+
+
 def why_unavailable(
     name: str,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     solver: Solver = "chebyshev",
+    dims: tuple[int, int] = (128, 128),
+    chunk_size: int = 64,
 ) -> str | None:
-    """Why `name` cannot run inputs of this device and dtype with this solver; None if it can.
+    """Why `name` cannot run inputs of this device, dtype and K, V = `dims` with this solver; None if it can.
 
     Raises:
         ValueError: no backend has that name.
     """
     if name not in known_backends():
         raise ValueError(f"backend must be one of {', '.join(known_backends())}; got {name!r}.")
-    if name == "auto":
-        return None
-    solvers = ("chebyshev",) if name == "reference" else _BACKENDS[name].solvers
-    if solver not in solvers:
-        return f"it has no solver={solver!r}, only {', '.join(solvers)}."
-    if name == "reference":
-        return None
-    return _BACKENDS[name].refusal(torch.device(device), dtype)
+    return _why_not(name, Call(torch.device(device), dtype, solver, dims, chunk_size))
 
 
 def available_backends(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     solver: Solver = "chebyshev",
+    dims: tuple[int, int] = (128, 128),
+    chunk_size: int = 64,
 ) -> list[str]:
     """Backends that can run such inputs with this solver, the one "auto" takes first."""
-    ordered = sorted(_BACKENDS, key=lambda name: not _BACKENDS[name].automatic)
-    names = [*ordered, "reference"]
-    return [name for name in names if why_unavailable(name, device, dtype, solver) is None]
+    return _available(Call(torch.device(device), dtype, solver, dims, chunk_size))
 
 
-def resolve_backend(
-    name: str, device: torch.device, dtype: torch.dtype, solver: Solver = "chebyshev"
-) -> str:
-    """The backend that `name` means here.
+def _available(call: Call) -> list[str]:
+    ordered = sorted(_BACKENDS, key=lambda name: not _BACKENDS[name].automatic(call.device))
+    return [name for name in (*ordered, "reference") if _why_not(name, call) is None]
+
+
+def resolve_backend(name: str, call: Call) -> str:
+    """The backend that `name` means for a call.
 
     Raises:
         ValueError: no backend has that name.
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
-    reason = why_unavailable(name, device, dtype, solver)
+    reason = why_unavailable(name, call.device, call.dtype, call.solver, call.dims, call.chunk_size)
     if reason is not None:
         raise RuntimeError(
             f"backend={name!r} cannot run this call: {reason} "
-            f"Available here: {', '.join(available_backends(device, dtype, solver))}."
+            f"Available here: {', '.join(_available(call))}."
         )
-    return available_backends(device, dtype, solver)[0] if name == "auto" else name
+    return _available(call)[0] if name == "auto" else name
 
 
 def note_backend(name: str) -> None:

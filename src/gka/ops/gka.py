@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gka.ops import checks
-from gka.ops.backends import Mode, note_backend, resolve_backend
+from gka.ops.backends import Call, Mode, note_backend, resolve_backend
 from gka.ops.operator import GKAFunction
 from gka.ops.reference import reference_gka
 
@@ -59,7 +59,8 @@ def chunk_gka(
         output_final_state: return the states after the last token too.
         cu_seqlens: bounds of packed sequences, int64 [N+1] from 0 to T, with B = 1.
         beta: write gate [B,T,H]: scales k and v of each head without copying them.
-        backend: "auto", "torch" (chunk-wise, any device) or "reference" (token by token, slow).
+        backend: "auto", "hopper" (H100, H200), "triton" (NVIDIA GPUs), "torch" (any device) or
+            "reference" (token by token, slow); `gka.ops.available_backends` lists what can run.
         chunk_size: tokens a chunk; a matter of speed and memory, not of the result (with
             solver="adaptive": not beyond the error bound of num_iter steps).
         solver: "chebyshev" takes num_iter steps; "adaptive" takes, per chunk and head, the fewest
@@ -178,7 +179,9 @@ def _run(
     if os.environ.get("GKA_DEBUG") == "1":
         checks.check_values(q=q, k=k, v=v, g=g, gk=gk, alpha=alpha, beta=beta, h_kk=h0, h_kv=u0)
         checks.check_same_bounds(cu_seqlens, cu_seqlens_cpu)
-    backend = resolve_backend(backend, q.device, q.dtype, checks.check_solver(solver))
+    dims = (q.shape[-1], v.shape[-1])
+    call = Call(q.device, q.dtype, checks.check_solver(solver), dims, chunk_size)
+    backend = resolve_backend(backend, call)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if backend == "reference":
         note_backend(backend)

@@ -17,7 +17,7 @@ from gka.kernels import nvrtc
 DIMS = (64, 128)
 CHUNK = 64
 _PARTS = ("tensor_cores", "chunk", "fragments", "ridge", "chebyshev", "adaptive", "system")
-_BLOCKS = {64: 3, 128: 2}  # blocks a multiprocessor that the registers leave room for
+BLOCKS = {64: 3, 128: 2}  # blocks a multiprocessor that the registers leave room for
 _POINTERS = (
     "q", "k", "v", "g", "gk", "alpha", "beta", "h_states", "u_states", "h_scales", "h_norms",
     "u_scales", "chunk_start", "chunk_length", "o", "x", "x_scale", "steps", "top",
@@ -49,6 +49,19 @@ def arguments(**values: Tensor | float | int | None) -> Arguments:
     return made
 
 
+def why_not(
+    device: torch.device, dtype: torch.dtype, dims: tuple[int, int], chunk: int
+) -> str | None:
+    """Why these kernels cannot run such inputs, K and V being `dims`; None if they can."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return f"its kernels are for Hopper GPUs (H100, H200); got {device}."
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"its kernels take bfloat16 and float16; got {dtype}."
+    if not set(dims) <= set(DIMS) or chunk != CHUNK:
+        return f"its kernels take head dimensions {DIMS} and chunk_size = {CHUNK}; got {dims} and {chunk}."
+    return nvrtc.why_missing()
+
+
 def source(kernel: str, key_dim: int, value_dim: int, bfloat16: bool, adaptive: bool) -> str:
     """One translation unit."""
     folder = Path(__file__).parent
@@ -56,7 +69,7 @@ def source(kernel: str, key_dim: int, value_dim: int, bfloat16: bool, adaptive: 
     text = [path.read_text() for path in (*parts, folder / f"{kernel}.cu")]
     head = (
         f"#define BF16 {int(bfloat16)}\n#define ADAPTIVE {int(adaptive)}\n"
-        f"#define BLOCKS {_BLOCKS[max(key_dim, value_dim)]}\n"
+        f"#define BLOCKS {BLOCKS[max(key_dim, value_dim)]}\n"
         f"constexpr int K = {key_dim}, V = {value_dim};\n"
     )
     return head + "\n".join(text)
