@@ -95,7 +95,9 @@ def test_operators_keep_their_promises(num_iter):
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(forward_op, (*tensors, *numbers, "chunk", "torch"), test_utils=tests)
     o, x, x_scale, h, u = forward_op(*tensors, *numbers, "chunk", "torch")
-    torch.library.opcheck(backward_op, (*tensors, x, x_scale, o, h, u, *numbers, "torch"), test_utils=tests)
+    torch.library.opcheck(
+        backward_op, (*tensors, x, x_scale, o, h, u, *numbers, "torch"), test_utils=tests
+    )
     none = (p.q, p.k, p.v, *[None] * 7)
     torch.library.opcheck(forward_op, (*none, *numbers, "recurrent", "torch"), test_utils=tests)
 
