@@ -44,7 +44,12 @@ def trained(monkeypatch):
             raise interruptions.pop()
         cells.append(cell)
         score = cell.learning_rate if cell.mixer == "gla" else 1 - cell.learning_rate
-        return {"test_accuracy": [score], "validation_accuracy": [score], "parameters": 1}
+        return {
+            "test_accuracy": [score],
+            "validation_accuracy": [score],
+            "parameters": 1,
+            "curve": [[3, 1.0, score]],
+        }
 
     monkeypatch.setattr(mqar_sweep, "train_cell", train)
     return cells
@@ -122,6 +127,7 @@ def test_a_foreign_or_damaged_file_is_refused_and_kept(tmp_path, content):
 def record(rate, seed, validation, test, mixer="gka"):
     cell = {"mixer": mixer, "width": 8, "head_dim": 4, "tasks": ["a", "b"], "seed": seed}
     result = {"validation_accuracy": validation, "test_accuracy": test, "parameters": 10}
+    result["curve"] = [[1, seed, rate]]
     return {"cell": cell | {"learning_rate": rate}, "result": result}
 
 
@@ -143,6 +149,7 @@ def test_the_rate_is_chosen_on_validation_and_the_test_reported():
     assert first["stdev"] == pytest.approx(0.1 * 2**0.5)
     assert (second["mean"], second["stdev"]) == (0.2, 0.0)
     assert gla["test_accuracy"][0]["stdev"] is None
+    assert gka["curves"] == [[[1, 0, 0.1]], [[1, 1, 0.1]]]
 
 
 @pytest.mark.parametrize(

@@ -202,6 +202,7 @@ def summarize(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     The rate is chosen by the VALIDATION accuracy (mean over tasks) of the first seed among the records,
     the accuracies reported are the TEST set's. `at_edge` tells that the best rate is the lowest or
     highest of three or more tried while not every task is at 0.99: a wider grid might do better.
+    `curves` are those of `train_cell`, one a seed.
     """
     first = records[0]["cell"]["seed"]
     best = _best_records([r for r in records if r["cell"]["seed"] == first])
@@ -237,6 +238,7 @@ def _summarize_group(best: dict[str, Any], group: Sequence[dict[str, Any]]) -> d
         "at_edge": len(tried) >= 3 and rate in (min(tried), max(tried)) and not solved,
         "seeds": [r["cell"]["seed"] for r in at_rate],
         "test_accuracy": per_task,
+        "curves": [r["result"]["curve"] for r in at_rate],
         "validation_by_rate": {f"{rate:g}": score for rate, score in tried.items()},
     }
 

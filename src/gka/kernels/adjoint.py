@@ -16,11 +16,13 @@ from gka.kernels.common import (
     load_raw,
     load_rows,
     load_scaled,
+    load_state,
     operand,
     store_gate,
     store_rows,
     store_scaled,
 )
+from gka.kernels.moments import unit_of
 
 
 @triton.jit
@@ -74,9 +76,7 @@ def readout_backward_kernel(
     dz = tl.zeros((C, BK), tl.float32)
     for block in tl.static_range(NV):
         rv = block * BV + tl.arange(0, BV)
-        tile = rk[:, None] * V + rv[None, :]
-        inside = (rk[:, None] < K) & (rv[None, :] < V)
-        un = tl.load(u_states + mh * K * V + tile, mask=inside, other=0.0)
+        un = load_state(u_states + mh * K * V, rk, rv, K, V)
         dot = load_rows(do, row, H, h, V, rv, valid)
         don, do_max = operand(dot, OP)
         vn, v_max = operand(load_rows(v, row, HV, h // GV, V, rv, valid), OP)
@@ -183,9 +183,9 @@ def through_u_kernel(
     kn = (load_rows(k, row, HK, h // GK, K, rk, valid) * inverse(k_max)).to(OP)
     zn = (load_mix(q, x, x_scale, alpha, row, H, h, K, rk, valid) * inverse(z_max)).to(OP)
     b = tl.cumsum(load_gate(g, row, H, h, valid, 0.0), 0)
-    mask = decay_mask(b, places)
-    z_k = tl.dot(zn, tl.trans(kn), input_precision=PREC) * mask  # |.| <= K: in float16's range
-    ln = z_k.to(OP)
+    mask = decay_mask(b, places).to(OP)
+    # |zn kn^T| <= K is in float16's range
+    ln = (tl.dot(zn, tl.trans(kn), input_precision=PREC) * mask.to(tl.float32)).to(OP)
     write = load_gate(beta, row, H, h, valid, 1.0)
     beta2 = write * write
     to_end = tl.exp(tl.sum(load_gate(g, row, H, h, valid, 0.0), 0) - b)
@@ -193,25 +193,22 @@ def through_u_kernel(
     end_v = tl.zeros((C, BK), tl.float32)  # rows E v_j
     for block in tl.static_range(NV):
         rv = block * BV + tl.arange(0, BV)
-        tile = rk[:, None] * V + rv[None, :]
-        inside = (rk[:, None] < K) & (rv[None, :] < V)
-        en = tl.load(ends + mh * K * V + tile, mask=inside, other=0.0)
+        en = load_state(ends + mh * K * V, rk, rv, K, V)
         e_scale = tl.load(end_scales + mh * NV + block)
-        vt = load_rows(v, row, HV, h // GV, V, rv, valid) * inverse(v_max)
-        end_v = tl.dot(
-            (vt * (e_scale * inverse(e_max))).to(OP), tl.trans(en), end_v, input_precision=PREC
-        )
         dv_t = tl.dot(kn, en, input_precision=PREC) * (to_end * (k_max * e_scale))[:, None]
         dn = (load_rows(do, row, H, h, V, rv, valid) * inverse(d_max)).to(OP)
-        do_v = tl.dot(dn, tl.trans(vt.to(OP)), do_v, input_precision=PREC)
         dv_t += tl.dot(tl.trans(ln), dn, input_precision=PREC) * (z_max * k_max * d_max * scale)
         store_rows(dv, dv_t * beta2[:, None], row, dv_heads, dv_base + j, V, rv, valid)
-    rn = (do_v * mask).to(OP)
+        vt = load_rows(v, row, HV, h // GV, V, rv, valid) * inverse(v_max)
+        do_v = tl.dot(dn, tl.trans(vt.to(OP)), do_v, input_precision=PREC)
+        vn = (vt * (e_scale * inverse(e_max))).to(OP)
+        end_v = tl.dot(vn, tl.trans(en), end_v, input_precision=PREC)
     end_v *= (to_end * (v_max * e_max))[:, None]
     ends_j = tl.sum(kn.to(tl.float32) * end_v, 1) * k_max
+    rn = (do_v * mask.to(tl.float32)).to(OP)
     end_v += tl.dot(tl.trans(rn), zn, input_precision=PREC) * (d_max * v_max * z_max * scale)
     store_rows(dk, end_v * beta2[:, None], row, dk_heads, dk_base + j, K, rk, valid)
-    pairs = z_k * do_v * ((z_max * k_max) * (d_max * v_max) * scale)
+    pairs = ln.to(tl.float32) * do_v * ((z_max * k_max) * (d_max * v_max) * scale)
     if dg is not None:
         start = load_gate(start_u, row, G, j, valid, 0.0)
         grad = decay_gradient(pairs, ends_j, start, sum_blocks(wholes, mh, NV), beta2, places, PREC)
@@ -265,62 +262,71 @@ def through_h_kernel(
     row = tl.load(chunk_start + m)
     valid = places < tl.load(chunk_len + m)
     rk = tl.arange(0, BK)
-    square = rk[:, None] * K + rk[None, :]
-    in_square = (rk[:, None] < K) & (rk[None, :] < K)
     k_max = tl.load(k_maxima + mh)
     kn = (load_rows(k, row, HK, h // GK, K, rk, valid) * inverse(k_max)).to(OP)
-    en = tl.load(ends + mh * K * K + square, mask=in_square, other=0.0)
+    en = load_state(ends + mh * K * K, rk, rk, K, K)
+    e_scale = tl.load(end_scales + mh * NK)
     b = tl.cumsum(load_gate(gk, row, H, h, valid, 0.0), 0)
     to_end = tl.exp(tl.sum(load_gate(gk, row, H, h, valid, 0.0), 0) - b)
     write = load_gate(beta, row, H, h, valid, 1.0)
     beta2 = write * write
     grad_k = tl.dot(kn, en, input_precision=PREC)
     grad_k = tl.dot(kn, tl.trans(en), grad_k, input_precision=PREC)  # rows (E + E^T) k_j
-    grad_k *= (to_end * (k_max * tl.load(end_scales + mh * NK)))[:, None]
+    grad_k *= (to_end * (k_max * e_scale))[:, None]
     ends_j = tl.sum(kn.to(tl.float32) * grad_k, 1) * (0.5 * k_max)
     grad_k *= beta2[:, None]
     pairs = tl.zeros((C, C), tl.float32)
     start = tl.zeros((C,), tl.float32)
     if SOLVE:
-        hn = tl.load(h_states + mh * K * K + square, mask=in_square, other=0.0)
+        hn = load_state(h_states + mh * K * K, rk, rk, K, K)
         h_scale = tl.load(h_scales + mh * NK)
+        of_start = load_gate(key_weight, row, G, j, valid, 0.0)
         kh = tl.dot(kn, hn, input_precision=PREC) * (h_scale * k_max)
         energies = tl.sum(kh * kn.to(tl.float32), 1) * k_max
-        grad_k -= kh * load_gate(key_weight, row, G, j, valid, 0.0)[:, None]
-        # the ridge's part: W^T diag(w) W over the keys
-        mask = decay_mask(b, places)
-        w = load_gate(w_t, row, G, j, valid, 0.0)
-        w_max, beta2_max = tl.max(tl.abs(w), 0), tl.max(beta2, 0)
+        grad_k -= kh * of_start[:, None]
+        beta2_max = tl.max(beta2, 0)
         relative = beta2 * inverse(beta2_max)
+        bound = tl.max(tl.abs(of_start), 0) * h_scale + 2.0 * beta2_max * e_scale
+        bound *= k_max * K  # on grad_k
+        mask = decay_mask(b, places).to(OP)
+        # the ridge's part: W^T diag(w) W over the keys, and (W (K K^T)^2)_tj
+        w = load_gate(w_t, row, G, j, valid, 0.0)
+        w_max = tl.max(tl.abs(w), 0)
         gram = tl.dot(kn, tl.trans(kn), input_precision=PREC)  # |.| <= K
-        full = tl.dot(
-            tl.trans(mask.to(OP)),
-            (mask * (w * inverse(w_max))[:, None]).to(OP),
-            input_precision=PREC,
-        )  # |.| <= C
-        full = (full * gram * relative[None, :]).to(OP)
-        size = w_max * beta2_max * (k_max * k_max) * k_max
-        grad_k -= tl.dot(full, kn, input_precision=PREC) * (beta2 * size)[:, None]
-        # (W (K K^T)^2)_tj
+        weighted = (mask.to(tl.float32) * (w * inverse(w_max))[:, None]).to(OP)
+        full = tl.dot(tl.trans(mask), weighted, input_precision=PREC)  # |.| <= C
+        full = full * gram * relative[:, None] * (-relative)[None, :]
+        size = w_max * (beta2_max * k_max) * (beta2_max * k_max) * k_max
+        unit = unit_of(size, bound, 1.0)
+        grad_k = (
+            tl.dot((full * (size / unit)).to(OP), kn, grad_k / unit, input_precision=PREC) * unit
+        )
+        bound += size * (C * C * K)
         square_gram = (gram * gram * (1.0 / K)).to(OP)
-        pair = tl.dot((mask * relative[None, :]).to(OP), square_gram, input_precision=PREC)
-        pair *= (beta2_max * K) * (k_max * k_max) * (k_max * k_max)
+        weighted = (mask.to(tl.float32) * relative[None, :]).to(OP)
+        pairs = tl.dot(weighted, square_gram, input_precision=PREC)
+        pairs *= (beta2_max * K) * (k_max * k_max) * (k_max * k_max)
         zeta = tl.exp(b)
-        pairs = (0.5 * w)[:, None] * (zeta[:, None] * energies[None, :] + pair)
-        inner = zeta * sum_blocks(h_norms, mh, NK) + tl.sum(mask * (beta2 * energies)[None, :], 1)
+        pairs = (0.5 * w)[:, None] * (zeta[:, None] * energies[None, :] + pairs)
+        inner = zeta * sum_blocks(h_norms, mh, NK)
+        inner += tl.sum(mask.to(tl.float32) * (beta2 * energies)[None, :], 1)
         start = -zeta * (load_gate(start_h, row, G, j, valid, 0.0) + 0.5 * w * inner)
         # the solve's part
         xn = load_raw(x, row, H, h, K, rk, valid)
         yn = load_raw(y, row, G, j, K, rk, valid)
         both = load_gate(x_scale, row, H, h, valid, 0.0) * load_gate(y_scale, row, G, j, valid, 0.0)
         both_max = tl.max(both, 0)
-        weight = mask * (both * inverse(both_max))[:, None]
+        size = both_max * (k_max * beta2_max)
+        unit = unit_of(size, bound, 1.0)
+        of_row, of_column = both * inverse(both_max) * (size / unit), -relative
         x_k = tl.dot(xn, tl.trans(kn), input_precision=PREC)
-        now = tl.dot(tl.trans((x_k * weight).to(OP)), yn, input_precision=PREC)
         y_k = tl.dot(yn, tl.trans(kn), input_precision=PREC)
-        pairs = -mask * (pairs + x_k * y_k * (both * (k_max * k_max))[:, None])
-        now = tl.dot(tl.trans((y_k * weight).to(OP)), xn, now, input_precision=PREC)
-        grad_k -= now * (beta2 * (both_max * k_max))[:, None]
+        pairs = -mask.to(tl.float32) * (pairs + x_k * y_k * (both * (k_max * k_max))[:, None])
+        weight = mask.to(tl.float32) * of_row[:, None] * of_column[None, :]
+        x_k = (x_k * weight).to(OP)
+        y_k = (y_k * weight).to(OP)
+        grad_k = tl.dot(tl.trans(x_k), yn, grad_k / unit, input_precision=PREC)
+        grad_k = tl.dot(tl.trans(y_k), xn, grad_k, input_precision=PREC) * unit
     grad_k += load_rows(dk, row, dk_heads, dk_base + j, K, rk, valid)
     store_rows(dk, grad_k, row, dk_heads, dk_base + j, K, rk, valid)
     if dg is not None:

@@ -11,6 +11,7 @@ from gka.kernels.common import (
     load_raw,
     load_rows,
     load_scaled,
+    load_state,
     operand,
     store_gate,
     store_rows,
@@ -73,14 +74,12 @@ def solve_kernel(
     row = tl.load(chunk_start + m)
     valid = places < tl.load(chunk_len + m)
     rk = tl.arange(0, BK)
-    square = rk[:, None] * K + rk[None, :]
-    in_square = (rk[:, None] < K) & (rk[None, :] < K)
     write = load_gate(beta, row, H, h, valid, 1.0)
     kn, k_max = operand(load_rows(k, row, HK, h // GK, K, rk, valid), OP)
     b = tl.cumsum(load_gate(gk, row, H, h, valid, 0.0), 0)
     zeta = tl.exp(b)
     weight = decay_mask(b, places) * (write * write * k_max * k_max)[None, :]
-    hn = tl.load(h_states + mh * K * K + square, mask=in_square, other=0.0)
+    hn = load_state(h_states + mh * K * K, rk, rk, K, K)
     h_scale = tl.load(h_scales + mh * NK)
     h_norm2 = sum_blocks(h_norms, mh, NK)
     _, _, fro2 = chunk_system(kn, hn, h_scale, h_norm2, zeta, weight, PREC)
@@ -178,9 +177,7 @@ def readout_kernel(
     pn, p_max = operand(tl.dot(zn, tl.trans(kn), input_precision=PREC) * weight, OP)
     for block in tl.static_range(NV):
         rv = block * BV + tl.arange(0, BV)
-        tile = rk[:, None] * V + rv[None, :]
-        inside = (rk[:, None] < K) & (rv[None, :] < V)
-        un = tl.load(u_states + mh * K * V + tile, mask=inside, other=0.0)
+        un = load_state(u_states + mh * K * V, rk, rv, K, V)
         past = tl.dot(zn, un, input_precision=PREC)
         past *= (zeta * tl.load(u_scales + mh * NV + block))[:, None]
         vn, v_max = operand(load_rows(v, row, HV, h // GV, V, rv, valid), OP)

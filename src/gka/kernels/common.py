@@ -44,6 +44,29 @@ def row_maxima(raw):
 
 
 @triton.jit
+def load_state(ptr, rk, rv, K: tl.constexpr, V: tl.constexpr):
+    """Columns rv of a [K, V] state in its own dtype; zeros past K and V, which cost a mask only there."""
+    at = ptr + (rk[:, None] * V + rv[None, :])
+    whole = rk.shape[0] * tl.cdiv(K, rk.shape[0]) == K
+    if whole and rv.shape[0] * tl.cdiv(V, rv.shape[0]) == V:
+        return tl.load(at)
+    else:  # noqa: RET505 - a compile-time branch
+        return tl.load(at, mask=(rk[:, None] < K) & (rv[None, :] < V), other=0.0)
+
+
+@triton.jit
+def store_state(ptr, value, rk, rv, K: tl.constexpr, V: tl.constexpr):
+    """The inverse of load_state, rounded to the array's dtype."""
+    at = ptr + (rk[:, None] * V + rv[None, :])
+    value = value.to(ptr.dtype.element_ty)
+    whole = rk.shape[0] * tl.cdiv(K, rk.shape[0]) == K
+    if whole and rv.shape[0] * tl.cdiv(V, rv.shape[0]) == V:
+        tl.store(at, value)
+    else:
+        tl.store(at, value, mask=(rk[:, None] < K) & (rv[None, :] < V))
+
+
+@triton.jit
 def store_rows(ptr, value, row, heads, head, dim: tl.constexpr, cols, rows_valid):
     """The inverse of load_rows, rounded to the array's dtype."""
     start, offsets, mask = row_tile(row, heads, head, dim, cols, rows_valid)

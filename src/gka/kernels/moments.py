@@ -11,7 +11,7 @@ Stored states are divided by a bound on their entries that is carried along: S <
 import triton
 import triton.language as tl
 
-from gka.kernels.common import inverse, load_gate, load_raw, row_maxima
+from gka.kernels.common import inverse, load_gate, load_raw, load_state, row_maxima, store_state
 
 NEGLIGIBLE: tl.constexpr = tl.constexpr(1e-30)
 
@@ -84,8 +84,7 @@ def sum_segment(
             )  # fmt: skip
             decay += total
         at = segment * G + j
-        inside = (rk[:, None] < K) & (rv[None, :] < V)
-        tl.store(sums + at * K * V + rk[:, None] * V + rv[None, :], state, mask=inside)
+        store_state(sums + at * K * V, state, rk, rv, K, V)
         tl.store(sum_scales + at * blocks + block, scale)
         tl.store(sum_decays + at * blocks + block, decay)
 
@@ -140,11 +139,14 @@ def moments_segments_kernel(
 
 
 @triton.jit
-def earlier(state, scale, sums, sum_scales, sum_decays, s, j, G, tile, inside, block, blocks, SIZE):
+def earlier(
+    state, scale, sums, sum_scales, sum_decays, s, j, G, rk, rv, block, blocks,
+    K: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
     """A state followed by one segment."""
     at = s * G + j
     whole = tl.exp(tl.load(sum_decays + at * blocks + block))
-    added = tl.load(sums + at * SIZE + tile, mask=inside, other=0.0)
+    added = load_state(sums + at * K * V, rk, rv, K, V)
     return state * whole + added, scale * whole + tl.load(sum_scales + at * blocks + block)
 
 
@@ -162,23 +164,19 @@ def scan_segment(
     places = tl.arange(0, C)
     rk = tl.arange(0, BK)
     rv = block * BV + tl.arange(0, BV)
-    tile = rk[:, None] * V + rv[None, :]
-    inside = (rk[:, None] < K) & (rv[None, :] < V)
     state = tl.zeros((BK, BV), tl.float32)
     scale = 0.0
     if s0 is not None:
-        state = tl.load(s0 + (n * H + h) * K * V + tile, mask=inside, other=0.0)
+        state = load_state(s0 + (n * H + h) * K * V, rk, rv, K, V)
         scale = tl.load(s0_scale + n * H + h)
     if sums is not None:
         for s in range(before, segment):
             state, scale = earlier(
-                state, scale, sums, sum_scales, sum_decays, s, j, G, tile, inside, block, blocks, K * V
+                state, scale, sums, sum_scales, sum_decays, s, j, G, rk, rv, block, blocks, K, V
             )  # fmt: skip
     for c in range(first, end):
         at = c * G + j
-        tl.store(
-            states + at * K * V + tile, (state * inverse(scale)).to(states.dtype.element_ty), mask=inside
-        )  # fmt: skip
+        store_state(states + at * K * V, state * inverse(scale), rk, rv, K, V)
         tl.store(scales + at * blocks + block, scale)
         if norms is not None:
             tl.store(norms + at * blocks + block, tl.sum(tl.sum(state * state, 1), 0))
@@ -192,7 +190,7 @@ def scan_segment(
             tl.store(v_maxima + at * blocks + block, v_max)
     if final is not None:  # noqa: SIM102 - the compiler's condition, then the program's
         if segment + 1 == after:
-            tl.store(final + (n * H + h) * K * V + tile, state, mask=inside)
+            store_state(final + (n * H + h) * K * V, state, rk, rv, K, V)
 
 
 @triton.jit

@@ -7,7 +7,15 @@ of y and x does. Stored E are divided by a bound that is carried along, as the m
 import triton
 import triton.language as tl
 
-from gka.kernels.common import inverse, load_gate, load_mix, load_raw, row_maxima
+from gka.kernels.common import (
+    inverse,
+    load_gate,
+    load_mix,
+    load_raw,
+    load_state,
+    row_maxima,
+    store_state,
+)
 from gka.kernels.moments import earlier, segment_of, unit_of
 
 
@@ -99,8 +107,6 @@ def reverse_u_kernel(
     places = tl.arange(0, C)
     rk = tl.arange(0, BK)
     rv = block * BV + tl.arange(0, BV)
-    tile = rk[:, None] * V + rv[None, :]
-    inside = (rk[:, None] < K) & (rv[None, :] < V)
     grad = tl.zeros((BK, BV), tl.float32)
     bound, decay = 0.0, 0.0
     if SUM:
@@ -108,13 +114,13 @@ def reverse_u_kernel(
             end = first
     else:
         if final is not None:
-            grad = tl.load(final + (n * H + h) * K * V + tile, mask=inside, other=0.0)
+            grad = load_state(final + (n * H + h) * K * V, rk, rv, K, V)
             bound = tl.load(final_scale + n * H + h)
         if sums is not None:
             for i in range(segment + 1, after):
                 s = segment + after - i
                 grad, bound = earlier(
-                    grad, bound, sums, sum_scales, sum_decays, s, j, G, tile, inside, block, blocks, K * V
+                    grad, bound, sums, sum_scales, sum_decays, s, j, G, rk, rv, block, blocks, K, V
                 )  # fmt: skip
     for i in range(first, end):
         c = first + end - 1 - i
@@ -125,10 +131,9 @@ def reverse_u_kernel(
         total = tl.sum(gate, 0)
         zeta, whole = tl.exp(tl.cumsum(gate, 0)), tl.exp(total)
         if not SUM:
-            scaled = (grad * inverse(bound)).to(ends.dtype.element_ty)
-            tl.store(ends + at * K * V + tile, scaled, mask=inside)
+            store_state(ends + at * K * V, grad * inverse(bound), rk, rv, K, V)
             tl.store(end_scales + at * blocks + block, bound)
-            stored = tl.load(states + at * K * V + tile, mask=inside, other=0.0).to(tl.float32)
+            stored = load_state(states + at * K * V, rk, rv, K, V).to(tl.float32)
             inner = tl.sum(tl.sum(stored * grad, 1), 0) * tl.load(scales + at * blocks + block)
             tl.store(wholes + at * blocks + block, inner * whole)
         grad, bound, z_max, d_max = hand_back_u(
@@ -142,12 +147,12 @@ def reverse_u_kernel(
     if SUM:
         at = segment * G + j
         if segment > before:
-            tl.store(sums + at * K * V + tile, grad, mask=inside)
+            store_state(sums + at * K * V, grad, rk, rv, K, V)
             tl.store(sum_scales + at * blocks + block, bound)
             tl.store(sum_decays + at * blocks + block, decay)
     if initial is not None and not SUM:  # noqa: SIM102 - the compiler's condition, then the program's
         if segment == before:
-            tl.store(initial + (n * H + h) * K * V + tile, grad, mask=inside)
+            store_state(initial + (n * H + h) * K * V, grad, rk, rv, K, V)
 
 
 @triton.jit
@@ -195,8 +200,6 @@ def reverse_h_kernel(
     places = tl.arange(0, C)
     rk = tl.arange(0, BK)
     rv = block * BN + tl.arange(0, BN)
-    tile = rk[:, None] * K + rv[None, :]
-    inside = (rk[:, None] < K) & (rv[None, :] < K)
     grad = tl.zeros((BK, BN), tl.float32)
     bound, decay = 0.0, 0.0
     if SUM:
@@ -204,13 +207,13 @@ def reverse_h_kernel(
             end = first
     else:
         if final is not None:
-            grad = tl.load(final + (n * H + h) * K * K + tile, mask=inside, other=0.0)
+            grad = load_state(final + (n * H + h) * K * K, rk, rv, K, K)
             bound = tl.load(final_scale + n * H + h)
         if sums is not None:
             for i in range(segment + 1, after):
                 s = segment + after - i
                 grad, bound = earlier(
-                    grad, bound, sums, sum_scales, sum_decays, s, j, G, tile, inside, block, blocks, K * K
+                    grad, bound, sums, sum_scales, sum_decays, s, j, G, rk, rv, block, blocks, K, K
                 )  # fmt: skip
     for i in range(first, end):
         c = first + end - 1 - i
@@ -220,11 +223,10 @@ def reverse_h_kernel(
         gate = load_gate(gk, row, H, h, valid, 0.0)
         total = tl.sum(gate, 0)
         zeta, whole = tl.exp(tl.cumsum(gate, 0)), tl.exp(total)
-        stored = tl.load(states + at * K * K + tile, mask=inside, other=0.0)
+        stored = load_state(states + at * K * K, rk, rv, K, K)
         scale = tl.load(scales + at * blocks + block)
         if not SUM:
-            scaled = (grad * inverse(bound)).to(ends.dtype.element_ty)
-            tl.store(ends + at * K * K + tile, scaled, mask=inside)
+            store_state(ends + at * K * K, grad * inverse(bound), rk, rv, K, K)
             tl.store(end_scales + at * blocks + block, bound)
             inner = tl.sum(tl.sum(stored.to(tl.float32) * grad, 1), 0) * scale
             tl.store(wholes + at * blocks + block, inner * whole)
@@ -241,9 +243,9 @@ def reverse_h_kernel(
     if SUM:
         at = segment * G + j
         if segment > before:
-            tl.store(sums + at * K * K + tile, grad, mask=inside)
+            store_state(sums + at * K * K, grad, rk, rv, K, K)
             tl.store(sum_scales + at * blocks + block, bound)
             tl.store(sum_decays + at * blocks + block, decay)
     if initial is not None and not SUM:  # noqa: SIM102 - the compiler's condition, then the program's
         if segment == before:
-            tl.store(initial + (n * H + h) * K * K + tile, grad, mask=inside)
+            store_state(initial + (n * H + h) * K * K, grad, rk, rv, K, K)
