@@ -15,7 +15,7 @@ def row_tile(row, heads, head, dim: tl.constexpr, cols, rows_valid):
     start = (row * heads + head) * dim
     offsets = places[:, None] * (heads * dim) + cols[None, :]
     mask = rows_valid[:, None]
-    if cols.shape[0] * tl.cdiv(dim, cols.shape[0]) != dim:
+    if dim % cols.shape[0] != 0:
         mask = mask & (cols[None, :] < dim)
     return start, offsets, mask
 
@@ -47,8 +47,7 @@ def row_maxima(raw):
 def load_state(ptr, rk, rv, K: tl.constexpr, V: tl.constexpr):
     """Columns rv of a [K, V] state in its own dtype; zeros past K and V, which cost a mask only there."""
     at = ptr + (rk[:, None] * V + rv[None, :])
-    whole = rk.shape[0] * tl.cdiv(K, rk.shape[0]) == K
-    if whole and rv.shape[0] * tl.cdiv(V, rv.shape[0]) == V:
+    if K % rk.shape[0] == 0 and V % rv.shape[0] == 0:
         return tl.load(at)
     else:  # noqa: RET505 - a compile-time branch
         return tl.load(at, mask=(rk[:, None] < K) & (rv[None, :] < V), other=0.0)
@@ -59,8 +58,7 @@ def store_state(ptr, value, rk, rv, K: tl.constexpr, V: tl.constexpr):
     """The inverse of load_state, rounded to the array's dtype."""
     at = ptr + (rk[:, None] * V + rv[None, :])
     value = value.to(ptr.dtype.element_ty)
-    whole = rk.shape[0] * tl.cdiv(K, rk.shape[0]) == K
-    if whole and rv.shape[0] * tl.cdiv(V, rv.shape[0]) == V:
+    if K % rk.shape[0] == 0 and V % rv.shape[0] == 0:
         tl.store(at, value)
     else:
         tl.store(at, value, mask=(rk[:, None] < K) & (rv[None, :] < V))
