@@ -21,6 +21,7 @@ CASES = {
     "no gates": {"gates": False, "heads": (2, 1, 2)},
     "packed, one sequence empty": {"bounds": [0, 0, 1, 20]},
     "no ridge": {"num_iter": 0},
+    "wide heads, their states in quarters": {"heads": (1, 1, 1), "dims": (200, 132)},
 }
 
 

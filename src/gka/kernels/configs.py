@@ -18,8 +18,12 @@ HOPPER: Table = {
     "through_u": ((4, 1, None), (4, 1, None), (8, 1, None)),
     "through_h": ((4, 1, None), (4, 1, None), (8, 1, None)),
 }
-AMPERE: Table = HOPPER
-SMALL: Table = HOPPER  # 100 KB of shared memory a multiprocessor
+# without warp-group products 4 warps hold too little of a gradient kernel's tiles
+AMPERE: Table = HOPPER | {
+    "through_u": ((4, 1, None), (8, 1, None), (8, 1, None)),
+    "through_h": ((4, 1, None), (8, 1, None), (8, 1, None)),
+}
+SMALL: Table = AMPERE  # 100 KB of shared memory a multiprocessor
 
 WIDTHS = (64, 128, 256)
 

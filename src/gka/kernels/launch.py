@@ -118,6 +118,7 @@ class Launch:
         self.exact = t.q.dtype == torch.float32
         self.OP = tl.float32 if self.exact else tl.float16
         self.op_dtype = torch.float32 if self.exact else torch.float16
+        self.tiled = (64 if self.exact else 128) < self.BK  # a K x K state outgrows shared memory
         self.PREC = "tf32x3" if self.exact else "tf32"
         self.gk = t.g if settings.tied else t.gk
         self.solve = settings.num_iter > 0
@@ -166,7 +167,7 @@ class Launch:
         sizes = {
             "H": self.H, "HK": self.HK, "HV": self.HV, "GK": self.H // self.HK, "GV": self.H // self.HV,
             "K": self.K, "V": self.V, "BK": self.BK, "BN": self.BN, "BV": self.BV, "NK": self.NK,
-            "NV": self.NV, "C": self.C, "OP": self.OP, "PREC": self.PREC,
+            "NV": self.NV, "TILED": self.tiled, "C": self.C, "OP": self.OP, "PREC": self.PREC,
         }  # fmt: skip
         chosen = {name: sizes[name] for name in (*names, "C", "OP", "PREC")}
         widest = max(self.BK, triton.next_power_of_2(self.V))
@@ -232,7 +233,7 @@ class Launch:
         solve_kernel[(self.M * heads.count,)](
             *rhs, t.k, self.gk, t.beta, *h.stored, h.norms, *out, *extra, *self.tables,
             s.ridge_ratio, s.num_iter, empty_below(torch.float32), *heads.args,
-            ADJOINT=bool(adjoint), **self.options("solve", "H", "HK", "GK", "K", "BK", "NK"),
+            ADJOINT=bool(adjoint), **self.options("solve", "H", "HK", "GK", "K", "BK", "NK", "TILED"),
         )  # fmt: skip
 
 
@@ -390,7 +391,7 @@ class _Backward:
         through_h_kernel[(run.M * heads.count,)](
             *x, *of_tokens, t.k, run.gk, t.beta, *h.stored, h.norms, *ends.stored, maxima.k, dk[0],
             self.dg_h, self.dbeta2, *run.tables, *dk[1:], *heads.args, SOLVE=run.solve,
-            **run.options("through_h", "H", "HK", "GK", "K", "BK", "NK"),
+            **run.options("through_h", "H", "HK", "GK", "K", "BK", "NK", "TILED"),
         )  # fmt: skip
 
     def _ends(self, heads: Heads, width: int, blocks: int) -> Ends:
