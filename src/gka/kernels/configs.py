@@ -23,7 +23,8 @@ AMPERE: Table = HOPPER | {
     "through_u": ((4, 1, None), (8, 1, None), (8, 1, None)),
     "through_h": ((4, 1, None), (8, 1, None), (8, 1, None)),
 }
-SMALL: Table = AMPERE  # 100 KB of shared memory a multiprocessor
+SMALL: Table = AMPERE | {"through_u": ((4, 1, None), (8, 1, None), (4, 1, None))}
+# 100 KB of shared memory a multiprocessor
 
 WIDTHS = (64, 128, 256)
 
