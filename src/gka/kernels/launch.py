@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gka.kernels.adjoint import readout_backward_kernel, through_h_kernel, through_u_kernel
 from gka.kernels.chunked import readout_kernel, solve_kernel
-from gka.kernels.configs import config
+from gka.kernels.configs import config, widest
 from gka.kernels.moments import moments_kernel, moments_segments_kernel
 from gka.kernels.reverse import reverse_h_kernel, reverse_u_kernel
 from gka.kernels.tables import chunking
@@ -109,6 +109,12 @@ class Launch:
                 f'backend="triton" runs chunk sizes {CHUNK_SIZES}; got chunk_size = '
                 f'{settings.chunk_size}. Use backend="torch".'
             )
+        limit = widest(t.q.dtype == torch.float32, t.q.device)
+        if max(self.K, self.V) > limit:
+            raise RuntimeError(
+                f'backend="triton" runs {t.q.dtype} heads up to {limit} wide on this chip; got '
+                f'K = {self.K}, V = {self.V}. Use bfloat16 or float16 inputs, or backend="torch".'
+            )
         self.BK = max(16, triton.next_power_of_2(self.K))
         # 64 columns a tile: 32 make triton 3.6 read past its shared memory in through_u_kernel
         self.BV = min(64, max(16, triton.next_power_of_2(self.V)))
@@ -170,8 +176,8 @@ class Launch:
             "NV": self.NV, "TILED": self.tiled, "C": self.C, "OP": self.OP, "PREC": self.PREC,
         }  # fmt: skip
         chosen = {name: sizes[name] for name in (*names, "C", "OP", "PREC")}
-        widest = max(self.BK, triton.next_power_of_2(self.V))
-        return chosen | config(kernel, widest, self.exact, self.t.q.device)
+        width = max(self.BK, triton.next_power_of_2(self.V))
+        return chosen | config(kernel, width, self.exact, self.t.q.device)
 
     def moments(
         self, heads: Heads, with_h: bool, maxima: Maxima | None = None
