@@ -9,7 +9,8 @@ import pytest
 
 pytest.importorskip("triton", reason="the kernels need the package triton")
 ROOT = Path(__file__).parents[2]
-CASES = [(90, 128, "bfloat16"), (80, 256, "bfloat16"), (89, 128, "bfloat16"), (89, 64, "float32")]
+# the tightest of each chip; `python -m benchmarks.resources --shared` takes any others
+CASES = [(90, 128, "bfloat16"), (89, 256, "bfloat16")]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"sm_{c[0]}-{c[1]}-{c[2]}")
