@@ -1,10 +1,14 @@
 """Registers, spills and shared memory of every kernel, compiled here for chips that need not be here.
 
 `python -m benchmarks.resources --arch 90 --dims 64 128 --dtypes bfloat16` prints one table. The
-launcher runs as on the chip, but its kernels are compiled and not launched.
+launcher runs as on the chip, but its kernels are compiled and not launched. `--shared` stops before
+the assembler, which takes most of the time, and tells shared memory alone; it needs a TRITON_CACHE_DIR
+of its own, for what it leaves there cannot run.
 """
 
 import argparse
+import itertools
+import os
 import re
 import subprocess
 import tempfile
@@ -15,10 +19,10 @@ from dataclasses import dataclass
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
+from triton.backends.nvidia.compiler import CUDABackend, get_ptxas
 from triton.runtime.jit import JITFunction
 
-from gka.kernels import launch
+from gka.kernels import configs, launch
 from gka.maths.chunked import Settings, Tokens
 
 SHARED_LIMITS = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
@@ -57,7 +61,7 @@ class _Chip:
 @contextmanager
 def compiling_only(arch: int) -> Iterator[list]:
     """Inside, launches compile for sm_<arch> and are listed as (name, compiled kernel)."""
-    compiled, original = [], JITFunction.run
+    compiled, original, capability_of = [], JITFunction.run, configs.capability_of
 
     def run(self, *args, grid, warmup, **kwargs):
         kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
@@ -65,11 +69,13 @@ def compiling_only(arch: int) -> Iterator[list]:
         return kernel
 
     JITFunction.run = run
+    configs.capability_of = lambda device: divmod(arch, 10)
     triton.runtime.driver.set_active(_Chip(arch))  # pyright: ignore[reportArgumentType]
     try:
         yield compiled
     finally:
         JITFunction.run = original
+        configs.capability_of = capability_of
 
 
 def problem(dim: int, dtype: torch.dtype, heads: int = 16, length: int = 2048) -> Tokens:
@@ -113,12 +119,28 @@ def _assemble(ptx: str, arch: int) -> tuple[int, int]:
     return int(registers[0]), int(re.findall(r"(\d+) bytes spill stores", told)[0])
 
 
+def shared_table(arch: int, dim: int, dtype: str) -> None:
+    """One line a kernel: its shared memory and what the chip allows."""
+    with compiling_only(arch) as compiled:
+        run_all(dim, getattr(torch, dtype))
+    for name, kernel in compiled:
+        print(arch, dim, dtype, name, kernel.metadata.shared, SHARED_LIMITS[arch], flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", default=[90])
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
+    parser.add_argument("--shared", action="store_true", help="shared memory alone")
     args = parser.parse_args()
+    if args.shared:
+        if "TRITON_CACHE_DIR" not in os.environ:
+            parser.error("--shared needs TRITON_CACHE_DIR: a directory to be thrown away.")
+        CUDABackend.make_cubin = lambda *_: b""  # pyright: ignore[reportAttributeAccessIssue]
+        for case in itertools.product(args.arch, args.dims, args.dtypes):
+            shared_table(*case)
+        return
     print("| sm | dtype | K = V | kernel | warps | registers | spills | shared | blocks an SM |")
     print("|---" * 9 + "|")
     for arch in args.arch:

@@ -21,6 +21,7 @@ CASES = {
     "no gates": {"gates": False, "heads": (2, 1, 2)},
     "packed, one sequence empty": {"bounds": [0, 0, 1, 20]},
     "no ridge": {"num_iter": 0},
+    "wide heads, their states in quarters": {"heads": (1, 1, 1), "dims": (200, 132)},
 }
 
 
@@ -82,6 +83,8 @@ def results(inputs: dict, backend: str, dtype: torch.dtype, device: str, **optio
 def test_float32_kernels_equal_the_float64_torch_form(name: str) -> None:
     """In float32 every output, state and gradient is within 1e-5 of the float64 result."""
     case = dict(CASES[name])
+    if DEVICE == "cuda" and max(case.get("dims", (0,))) > 128:
+        pytest.skip("float32 heads this wide fit no chip")
     num_iter, bounds = case.pop("num_iter", 5), case.get("bounds")
     inputs = problem(**case)
     options: dict = {"num_iter": num_iter}
@@ -142,3 +145,11 @@ def test_what_it_cannot_run_is_refused_with_the_reason() -> None:
     q = torch.randn(1, 8, 1, 16, device=DEVICE)
     with pytest.raises(RuntimeError, match="chunk_size = 24"):
         chunk_gka(q, q, q, backend="triton", chunk_size=24)
+
+
+def test_heads_too_wide_for_a_chip_are_refused(monkeypatch) -> None:
+    """float32 tiles of 256 columns outgrow every chip's shared memory: the error says what fits."""
+    monkeypatch.setattr("gka.kernels.launch.widest", lambda exact, device: 128)
+    q = torch.randn(1, 8, 1, 160, device=DEVICE)
+    with pytest.raises(RuntimeError, match=r"up to 128 wide.*K = 160"):
+        chunk_gka(q, q, q, backend="triton")

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from gka.kernels.chunked import sum_blocks
 from gka.kernels.common import (
+    add_product,
     decay_mask,
     inverse,
     load_gate,
@@ -204,7 +205,8 @@ def through_u_kernel(
         vn = (vt * (e_scale * inverse(e_max))).to(OP)
         end_v = tl.dot(vn, tl.trans(en), end_v, input_precision=PREC)
     end_v *= (to_end * (v_max * e_max))[:, None]
-    ends_j = tl.sum(kn.to(tl.float32) * end_v, 1) * k_max
+    # k again: kept from above it would hold registers through the loop
+    ends_j = tl.sum(load_rows(k, row, HK, h // GK, K, rk, valid) * end_v, 1)
     rn = (do_v * mask.to(tl.float32)).to(OP)
     end_v += tl.dot(tl.trans(rn), zn, input_precision=PREC) * (d_max * v_max * z_max * scale)
     store_rows(dk, end_v * beta2[:, None], row, dk_heads, dk_base + j, K, rk, valid)
@@ -252,6 +254,7 @@ def through_h_kernel(
     BK: tl.constexpr,
     NK: tl.constexpr,
     C: tl.constexpr,
+    TILED: tl.constexpr,  # read E and H_[c] in quarters
     SOLVE: tl.constexpr,
     OP: tl.constexpr,
     PREC: tl.constexpr,
@@ -264,24 +267,28 @@ def through_h_kernel(
     rk = tl.arange(0, BK)
     k_max = tl.load(k_maxima + mh)
     kn = (load_rows(k, row, HK, h // GK, K, rk, valid) * inverse(k_max)).to(OP)
-    en = load_state(ends + mh * K * K, rk, rk, K, K)
+    e_ptr = ends + mh * K * K
+    en = None if TILED else load_state(e_ptr, rk, rk, K, K)
     e_scale = tl.load(end_scales + mh * NK)
     b = tl.cumsum(load_gate(gk, row, H, h, valid, 0.0), 0)
     to_end = tl.exp(tl.sum(load_gate(gk, row, H, h, valid, 0.0), 0) - b)
     write = load_gate(beta, row, H, h, valid, 1.0)
     beta2 = write * write
-    grad_k = tl.dot(kn, en, input_precision=PREC)
-    grad_k = tl.dot(kn, tl.trans(en), grad_k, input_precision=PREC)  # rows (E + E^T) k_j
+    grad_k = tl.zeros((C, BK), tl.float32)
+    grad_k = add_product(grad_k, kn, en, e_ptr, K, TILED, False, PREC)
+    grad_k = add_product(grad_k, kn, en, e_ptr, K, TILED, True, PREC)  # rows (E + E^T) k_j
     grad_k *= (to_end * (k_max * e_scale))[:, None]
     ends_j = tl.sum(kn.to(tl.float32) * grad_k, 1) * (0.5 * k_max)
     grad_k *= beta2[:, None]
     pairs = tl.zeros((C, C), tl.float32)
     start = tl.zeros((C,), tl.float32)
     if SOLVE:
-        hn = load_state(h_states + mh * K * K, rk, rk, K, K)
+        h_ptr = h_states + mh * K * K
+        hn = None if TILED else load_state(h_ptr, rk, rk, K, K)
         h_scale = tl.load(h_scales + mh * NK)
         of_start = load_gate(key_weight, row, G, j, valid, 0.0)
-        kh = tl.dot(kn, hn, input_precision=PREC) * (h_scale * k_max)
+        kh = tl.zeros((C, BK), tl.float32)
+        kh = add_product(kh, kn, hn, h_ptr, K, TILED, False, PREC) * (h_scale * k_max)
         energies = tl.sum(kh * kn.to(tl.float32), 1) * k_max
         grad_k -= kh * of_start[:, None]
         beta2_max = tl.max(beta2, 0)

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from gka.kernels.chebyshev import chebyshev
 from gka.kernels.common import (
+    add_product,
     decay_mask,
     load_gate,
     load_mix,
@@ -63,6 +64,7 @@ def solve_kernel(
     BK: tl.constexpr,
     NK: tl.constexpr,
     C: tl.constexpr,
+    TILED: tl.constexpr,  # read H_[c] in quarters wherever it is needed
     ADJOINT: tl.constexpr,
     OP: tl.constexpr,
     PREC: tl.constexpr,
@@ -79,10 +81,13 @@ def solve_kernel(
     b = tl.cumsum(load_gate(gk, row, H, h, valid, 0.0), 0)
     zeta = tl.exp(b)
     weight = decay_mask(b, places) * (write * write * k_max * k_max)[None, :]
-    hn = load_state(h_states + mh * K * K, rk, rk, K, K)
+    h_ptr = h_states + mh * K * K
+    hn = None if TILED else load_state(h_ptr, rk, rk, K, K)
     h_scale = tl.load(h_scales + mh * NK)
     h_norm2 = sum_blocks(h_norms, mh, NK)
-    _, _, fro2 = chunk_system(kn, hn, h_scale, h_norm2, zeta, weight, PREC)
+    _, _, fro2 = chunk_system(
+        kn, hn, h_ptr, h_scale, h_norm2, zeta, weight, K, TILED, PREC
+    )  # fmt: skip
     empty = fro2 < empty_below * empty_below
     f = tl.sqrt(tl.where(empty, 1.0, fro2))
     rho = 1.0 / (1.0 + 2.0 * ridge_ratio)
@@ -97,11 +102,14 @@ def solve_kernel(
         tl.where(empty[:, None], 0.0, right / largest[:, None]),
         kn,
         hn,
+        h_ptr,
         zeta * h_scale * unit,
         weight * unit[:, None],
         2.0 * ridge_ratio * rho,
         rho * rho,
         num_iter,
+        K,
+        TILED,
         OP,
         PREC,
     )
@@ -112,7 +120,8 @@ def solve_kernel(
         x_size = load_gate(forward_scale, row, H, h, valid, 0.0)
         w = tl.sum(raw.to(tl.float32) * solution, 1) * x_size
         w = tl.where(empty, 0.0, 2.0 * ridge_ratio * w / f)
-        x_h = tl.dot(raw.to(OP), hn, input_precision=PREC)
+        x_h = tl.zeros(solution.shape, tl.float32)
+        x_h = add_product(x_h, raw, hn, h_ptr, K, TILED, False, PREC)
         x_h_y = tl.sum(x_h * solution, 1) * (x_size * h_scale)
         write = load_gate(beta, row, H, h, valid, 1.0)
         b = tl.cumsum(load_gate(gk, row, H, h, valid, 0.0), 0)

@@ -54,6 +54,55 @@ def load_state(ptr, rk, rv, K: tl.constexpr, V: tl.constexpr):
 
 
 @triton.jit
+def halves(x):
+    """Left and right columns of x."""
+    rows: tl.constexpr = x.shape[0]
+    columns: tl.constexpr = x.shape[1]
+    return tl.split(tl.permute(tl.reshape(x, (rows, 2, columns // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def add_quarter(
+    acc, x, ptr, first: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, TRANS: tl.constexpr,
+    PREC: tl.constexpr,
+):  # fmt: skip
+    """acc + x S of the rows (TRANS: columns) of S that x's columns meet, from `first` on."""
+    if first < K:
+        some = first + tl.arange(0, BK // 4)
+        every = tl.arange(0, BK)
+        if TRANS:
+            inside = (every[:, None] < K) & (some[None, :] < K)
+            tile = tl.load(ptr + (every[:, None] * K + some[None, :]), mask=inside, other=0.0)
+            acc = tl.dot(x, tl.trans(tile), acc, input_precision=PREC)
+        else:
+            inside = (some[:, None] < K) & (every[None, :] < K)
+            tile = tl.load(ptr + (some[:, None] * K + every[None, :]), mask=inside, other=0.0)
+            acc = tl.dot(x, tile, acc, input_precision=PREC)
+    return acc
+
+
+@triton.jit
+def add_product(
+    acc, x, s, ptr, K: tl.constexpr, TILED: tl.constexpr, TRANS: tl.constexpr, PREC: tl.constexpr
+):
+    """acc + x S (TRANS: x S^T) of a state S [K, K]: held in s or, TILED, read from ptr in quarters."""
+    if TILED:
+        BK: tl.constexpr = x.shape[1]
+        left, right = halves(x)
+        x0, x1 = halves(left)
+        x2, x3 = halves(right)
+        acc = add_quarter(acc, x0, ptr, 0, K, BK, TRANS, PREC)
+        acc = add_quarter(acc, x1, ptr, BK // 4, K, BK, TRANS, PREC)
+        acc = add_quarter(acc, x2, ptr, BK // 2, K, BK, TRANS, PREC)
+        acc = add_quarter(acc, x3, ptr, BK // 4 * 3, K, BK, TRANS, PREC)
+    elif TRANS:
+        acc = tl.dot(x, tl.trans(s), acc, input_precision=PREC)
+    else:
+        acc = tl.dot(x, s, acc, input_precision=PREC)
+    return acc
+
+
+@triton.jit
 def store_state(ptr, value, rk, rv, K: tl.constexpr, V: tl.constexpr):
     """The inverse of load_state, rounded to the array's dtype."""
     at = ptr + (rk[:, None] * V + rv[None, :])

@@ -18,8 +18,13 @@ HOPPER: Table = {
     "through_u": ((4, 1, None), (4, 1, None), (8, 1, None)),
     "through_h": ((4, 1, None), (4, 1, None), (8, 1, None)),
 }
-AMPERE: Table = HOPPER
-SMALL: Table = HOPPER  # 100 KB of shared memory a multiprocessor
+# without warp-group products 4 warps hold too little of a gradient kernel's tiles
+AMPERE: Table = HOPPER | {
+    "through_u": ((4, 1, None), (8, 1, None), (8, 1, None)),
+    "through_h": ((4, 1, None), (8, 1, None), (8, 1, None)),
+}
+# 100 KB of shared memory a multiprocessor
+SMALL: Table = AMPERE | {"through_u": ((4, 1, None), (8, 1, None), (4, 1, None))}
 
 WIDTHS = (64, 128, 256)
 
@@ -34,6 +39,13 @@ def table_of(capability: tuple[int, int]) -> Table:
 def capability_of(device: torch.device) -> tuple[int, int]:
     """A GPU's compute capability; that of Hopper where the kernels are interpreted."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+def widest(exact: bool, device: torch.device) -> int:
+    """The widest heads whose tiles fit the chip's shared memory; `exact`: float32 operands."""
+    if not exact or device.type != "cuda":
+        return WIDTHS[-1]
+    return 128 if capability_of(device)[0] >= 9 else 64
 
 
 def config(kernel: str, width: int, exact: bool, device: torch.device) -> dict:

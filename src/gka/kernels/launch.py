@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gka.kernels.adjoint import readout_backward_kernel, through_h_kernel, through_u_kernel
 from gka.kernels.chunked import readout_kernel, solve_kernel
-from gka.kernels.configs import config
+from gka.kernels.configs import config, widest
 from gka.kernels.hopper.calls import adjoint as hopper_adjoint
 from gka.kernels.hopper.calls import solve_and_readout
 from gka.kernels.moments import moments_kernel, moments_segments_kernel
@@ -121,6 +121,12 @@ class Launch:
                 f'backend="triton" runs chunk sizes {CHUNK_SIZES}; got chunk_size = '
                 f'{settings.chunk_size}. Use backend="torch".'
             )
+        limit = widest(t.q.dtype == torch.float32, t.q.device)
+        if max(self.K, self.V) > limit:
+            raise RuntimeError(
+                f'backend="triton" runs {t.q.dtype} heads up to {limit} wide on this chip; got '
+                f'K = {self.K}, V = {self.V}. Use bfloat16 or float16 inputs, or backend="torch".'
+            )
         self.BK = max(16, triton.next_power_of_2(self.K))
         # 64 columns a tile: 32 make triton 3.6 read past its shared memory in through_u_kernel
         self.BV = min(64, max(16, triton.next_power_of_2(self.V)))
@@ -130,6 +136,7 @@ class Launch:
         self.exact = t.q.dtype == torch.float32
         self.OP = tl.float32 if self.exact else tl.float16
         self.op_dtype = torch.float32 if self.exact else torch.float16
+        self.tiled = (64 if self.exact else 128) < self.BK  # a K x K state outgrows shared memory
         self.PREC = "tf32x3" if self.exact else "tf32"
         self.gk = t.g if settings.tied else t.gk
         self.solve = settings.num_iter > 0
@@ -178,11 +185,11 @@ class Launch:
         sizes = {
             "H": self.H, "HK": self.HK, "HV": self.HV, "GK": self.H // self.HK, "GV": self.H // self.HV,
             "K": self.K, "V": self.V, "BK": self.BK, "BN": self.BN, "BV": self.BV, "NK": self.NK,
-            "NV": self.NV, "C": self.C, "OP": self.OP, "PREC": self.PREC,
+            "NV": self.NV, "TILED": self.tiled, "C": self.C, "OP": self.OP, "PREC": self.PREC,
         }  # fmt: skip
         chosen = {name: sizes[name] for name in (*names, "C", "OP", "PREC")}
-        widest = max(self.BK, triton.next_power_of_2(self.V))
-        return chosen | config(kernel, widest, self.exact, self.t.q.device)
+        width = max(self.BK, triton.next_power_of_2(self.V))
+        return chosen | config(kernel, width, self.exact, self.t.q.device)
 
     def moments(
         self, heads: Heads, with_h: bool, maxima: Maxima | None = None
@@ -244,7 +251,7 @@ class Launch:
         solve_kernel[(self.M * heads.count,)](
             *rhs, t.k, self.gk, t.beta, *h.stored, h.norms, *out, *extra, *self.tables,
             s.ridge_ratio, s.num_iter, empty_below(torch.float32), *heads.args,
-            ADJOINT=bool(adjoint), **self.options("solve", "H", "HK", "GK", "K", "BK", "NK"),
+            ADJOINT=bool(adjoint), **self.options("solve", "H", "HK", "GK", "K", "BK", "NK", "TILED"),
         )  # fmt: skip
 
 
@@ -423,7 +430,7 @@ class _Backward:
         through_h_kernel[(run.M * heads.count,)](
             *x, *of_tokens, t.k, run.gk, t.beta, *h.stored, h.norms, *ends.stored, maxima.k, dk[0],
             self.dg_h, self.dbeta2, *run.tables, *dk[1:], *heads.args, SOLVE=run.solve,
-            **run.options("through_h", "H", "HK", "GK", "K", "BK", "NK"),
+            **run.options("through_h", "H", "HK", "GK", "K", "BK", "NK", "TILED"),
         )  # fmt: skip
 
     def _ends(self, heads: Heads, width: int, blocks: int) -> Ends:

@@ -1,0 +1,30 @@
+"""The kernels compile for chips that are not here, in the shared memory those have."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the kernels need the package triton")
+ROOT = Path(__file__).parents[2]
+# the tightest of each chip; `python -m benchmarks.resources --shared` takes any others
+CASES = [(90, 128, "bfloat16"), (89, 256, "bfloat16")]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"sm_{c[0]}-{c[1]}-{c[2]}")
+def test_every_kernel_fits_the_chips_shared_memory(case: tuple[int, int, str], tmp_path) -> None:
+    """A forward and a backward pass compiled for an H100, A100 or RTX 40 stay within a block's limit."""
+    arch, dim, dtype = map(str, case)
+    command = [sys.executable, "-m", "benchmarks.resources", "--shared"]
+    command += ["--arch", arch, "--dims", dim, "--dtypes", dtype]
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "src")))
+    env = {**os.environ, "PYTHONPATH": paths, "TRITON_CACHE_DIR": str(tmp_path)}
+    env["TRITON_INTERPRET"] = "0"
+    told = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    lines = [line.split() for line in told.stdout.splitlines()]
+    assert {"moments_kernel", "solve_kernel", "through_h_kernel"} <= {line[3] for line in lines}
+    over = [line for line in lines if int(line[4]) > int(line[5])]
+    assert not over, over
