@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gka.maths.chebyshev import iterate_
+from gka.maths.chebyshev import chebyshev_solve_, iterate_
 from gka.maths.nystroem import Nystroem, nystroem
 
 if TYPE_CHECKING:
-    from gka.maths.system import System
+    from gka.maths.system import Products, System
 
 
 # A step with N_t costs about a sixth more than a plain one (CPU); chunks that save less run plain.
@@ -107,18 +107,22 @@ class Adaptive:
 
 
 class Units:
-    """The pairs (chunk, key head) as rows of their own, those with the most steps first.
+    """The pairs (chunk, key head) as rows of their own: the plain ones first, then by falling steps.
 
     Attributes:
-        longest: steps of each row, falling.
+        plain: how many rows run r plain steps in all their heads.
+        longest: steps of each of the other rows, falling.
     """
 
-    def __init__(self, counts: Tensor, key_heads: int) -> None:
-        """Of n [M,H] of each chunk and head."""
+    def __init__(self, counts: Tensor, key_heads: int, num_iter: int) -> None:
+        """Of n [M,H] of each chunk and head, r = num_iter."""
         self.key_heads, self.chunks = key_heads, counts.shape[0]
-        longest = counts.unflatten(1, (key_heads, -1)).amax(-1).flatten()
+        grouped = counts.unflatten(1, (key_heads, -1)).flatten(0, 1)  # [U,H/Hk]
+        plain = (grouped == num_iter).all(-1)
+        longest = grouped.amax(-1) + plain  # r + 1 for the plain ones
         self.order = longest.argsort(descending=True, stable=True)
-        self.longest: list[int] = longest[self.order].tolist()
+        self.plain = int(plain.sum())
+        self.longest: list[int] = longest[self.order].tolist()[self.plain :]
 
     def take(self, x: Tensor) -> Tensor:
         """[M,H,...] -> [U,H/Hk,...]; keys [M,Hk,...] -> [U,1,...]."""
@@ -142,17 +146,36 @@ class Units:
 def adaptive_solve(system: "System", q: Tensor, ridge_ratio: float, num_iter: int) -> Tensor:
     """x_t [M,H,C,K] of the systems of some chunks, q zero where the history is empty."""
     part = nystroem(system)
-    units = Units(steps(part.phi.amax(-1).double(), ridge_ratio, num_iter), system.k.shape[1])
-    fro, q, products = units.take(system.fro), units.take(q), system.products.map(units.take)
-    plan = Adaptive.of(part.map(units.take), fro, ridge_ratio, num_iter)
-    lamb, residual, d = ridge_ratio * fro.unsqueeze(-1), q.clone(), plan.first(q)
-    x = d.clone()
-    for rows, span in units.spans():
+    counts = steps(part.phi.amax(-1).double(), ridge_ratio, num_iter)
+    units = Units(counts, system.k.shape[1], num_iter)
+    q, fro, products = units.take(q), units.take(system.fro), system.products.map(units.take)
+    part, x, p = part.map(units.take), torch.empty_like(q), units.plain
+    if p > 0:
+        plain = products.map(lambda y: y[:p])
+        x[:p] = chebyshev_solve_(plain, q[:p], fro[:p], ridge_ratio, num_iter)
+    if units.longest:
+        plan = Adaptive.of(part.map(lambda y: y[p:]), fro[p:], ridge_ratio, num_iter)
+        x[p:] = plan.first(q[p:])
+        lamb = ridge_ratio * fro[p:].unsqueeze(-1)
+        _iterate(products.map(lambda y: y[p:]), lamb, plan, q[p:], x[p:], units.spans())
+    return units.put(x)
+
+
+def _iterate(
+    products: "Products",
+    lamb: Tensor,
+    plan: Adaptive,
+    q: Tensor,
+    x: Tensor,
+    spans: list[tuple[int, range]],
+) -> None:
+    """x_0 -> x_n in place: each span of steps on the rows that are still at work."""
+    residual, d = q.clone(), x.clone()
+    for rows, span in spans:
         iterate_(
             products.map(lambda y, rows=rows: y[:rows]), lamb[:rows], plan.leading(rows),
             residual[:rows], d[:rows], x[:rows], span,
         )  # fmt: skip
-    return units.put(x)
 
 
 def solver_steps(system: "System", ridge_ratio: float, num_iter: int) -> Tensor:
