@@ -131,6 +131,28 @@ def test_operator_is_symmetric(kind):
     assert_close(left, right, 1e-12)
 
 
+def test_a_token_whose_history_the_common_vector_misses():
+    """Without memory (gk = -1000) one key orthogonal to all others of its chunk has N_t = 0 and phi_t = 1,
+    also where v^T H_t v is zero or rounding, and its solution is finite and within the bound."""
+    for tilt in (0.0, 1e-7):
+        k = torch.zeros(1, 16, 1, 8)
+        k[..., 0] = 1.0
+        k[:, 9] = torch.tensor([tilt, 1, 0, 0, 0, 0, 0, 0])
+        gk = torch.full((1, 16, 1), -1000.0)
+        tokens = Tokens(k + 0.5, k, k, None, gk, None, None, None, None, None)
+        chunks = Chunks(tokens, Settings(1.0, RATIO, STEPS, 16, False, True))
+        s = chunks.system(slice(None))
+        part = nystroem(s)
+        assert part.strength[0, 0, 9] < 1e-6 and part.phi[0, 0, 9] > 0.999
+        h = formed(s)
+        exact = exact_solve(h, chunks.q.double(), RATIO * s.fro.double())
+        e = adaptive_solve(s, chunks.q, RATIO, STEPS).double() - exact
+        lamb = RATIO * s.fro.double()
+        assert (a_norm(e, h, lamb) / a_norm(exact, h, lamb)).max() < 1.01 * chebyshev_bound(
+            0.02, 30
+        )
+
+
 def test_plain_runs_where_nothing_is_saved():
     """Two equal eigenvalues leave half of H after one is taken out: n = r = 2, and x is the plain
     iteration's, bit by bit."""
