@@ -1,4 +1,4 @@
-"""The tables of docs/numerics.md: `python -m benchmarks.numerics [name ...]`, about a minute on one core.
+"""The tables of docs/numerics.md: `python -m benchmarks.numerics [name ...]`, minutes on one core.
 
 Every table compares against float64, prints Markdown and depends on the seed alone.
 """
@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.nn.functional import normalize, silu
 
 from gka.maths.chebyshev import chebyshev_bound, chebyshev_solve, chebyshev_weights
+from gka.maths.chunked import Chunks, Settings, Tokens
 from gka.maths.exact import exact_solve
-from gka.ops import chunk_gka, chunk_simple_gla
+from gka.ops import chunk_gka, chunk_simple_gla, solver_steps
+from gka.ops.checks import check_solver
 from gka.ops.reference import reference_gka
 
 SEED = 0
@@ -199,8 +201,74 @@ def failures() -> None:
     table(["a", "(1+a)/a", "r = 10", "r = 30", "r = 100"], rows)
 
 
+def family(kind: str, length: int, dim: int) -> Tensor:
+    """Unit keys [1,T,1,K] of a family of data."""
+    k = torch.randn(1, length, 1, dim, dtype=torch.float64)
+    if kind == "SiLU":
+        k = silu(k)
+    elif kind == "SiLU, mean 1":
+        k = silu(k + 1.0)
+    elif kind == "SiLU of power law":
+        k = silu(3.0 * k * torch.arange(1, dim + 1) ** -0.5)
+    elif kind == "64 clusters":
+        k = torch.randn(64, dim, dtype=torch.float64)[torch.randint(64, (1, length, 1))] + 0.1 * k
+    elif kind == "rank 8":
+        k = k[..., :8] @ torch.randn(8, dim, dtype=torch.float64)
+    elif kind == "one key":
+        k = k[:, :1].expand(k.shape)
+    return normalize(k, dim=-1).float()
+
+
+def solve_errors(k: Tensor, q: Tensor, gk: Tensor, solver: str) -> tuple[float, float]:
+    """Largest A-norm error of x over tokens and its relative 2-norm error, float32 against exact."""
+    settings = Settings(1.0, 0.02, 30, 64, False, True, check_solver(solver))
+    chunks = Chunks(Tokens(q, k, k, None, gk, None, None, None, None, None), settings)
+    largest, error, size = 0.0, 0.0, 0.0
+    for rows in chunks.blocks():
+        s = chunks.system(rows)
+        k_, zeta = s.k.double(), s.zeta.double()[..., None, None]
+        h = zeta * s.h.double().unsqueeze(2)
+        h = h + torch.einsum("mhtj,mhjk,mhjl->mhtkl", s.weights.double(), k_, k_)
+        lamb = 0.02 * h.square().sum((-2, -1)).sqrt()
+        exact = exact_solve(h, chunks.q[rows].double(), lamb)
+        e = chunks.solve(s, chunks.q[rows]).double() - exact
+        norms = [
+            (torch.einsum("...k,...kl,...l->...", y, h, y) + lamb * y.square().sum(-1)).sqrt()
+            for y in (e, exact)
+        ]
+        largest = max(largest, (norms[0] / norms[1]).max().item())
+        error, size = error + e.square().sum().item(), size + exact.square().sum().item()
+    return largest, (error / size) ** 0.5
+
+
+def steps() -> None:
+    """Table 7: steps of solver="adaptive" for the error bound of 30, and errors of both solvers."""
+    rows = []
+    kinds = (
+        "Gaussian",
+        "SiLU",
+        "SiLU, mean 1",
+        "SiLU of power law",
+        "64 clusters",
+        "rank 8",
+        "one key",
+    )
+    for kind, decay in itertools.product(kinds, (-1e-4, -1e-3, -1e-2, -1e-1, -1.0)):
+        torch.manual_seed(SEED)
+        k, q = family(kind, 4096, 128), family("Gaussian", 4096, 128)
+        gk = torch.full((1, 4096, 1), decay)
+        counts = solver_steps(k, gk)[0, ::64, 0].double()
+        errors = [solve_errors(k, q, gk, solver) for solver in ("chebyshev", "adaptive")]
+        cells = [f"{error:.1e}" for both in zip(*errors, strict=True) for error in both]
+        rows.append([kind, decay, f"{counts.mean():.1f}", int(counts.max()), *cells])
+    table(
+        ["keys", "gk", "mean n", "max n", "A-norm, plain", "adaptive", "2-norm, plain", "adaptive"],
+        rows,
+    )
+
+
 TABLES: dict[str, Callable[[], None]] = {
-    f.__name__: f for f in (bound, forms, dtypes, convention, decay_gradient, failures)
+    f.__name__: f for f in (bound, forms, dtypes, convention, decay_gradient, failures, steps)
 }
 
 

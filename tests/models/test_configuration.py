@@ -60,11 +60,12 @@ def test_options_reach_the_layers():
     config = GKAConfig(
         vocab_size=11, hidden_size=32, head_dim=8, num_heads=4, num_kv_heads=2, ridge_ratio=0.1,
         num_iter=7, conv_size=3, expand_v=2.0, norm_eps=1e-4, use_beta_gate=False, backend="torch",
-        sliding_window=9, rope_theta=99.0, attention_num_heads=2, attention_head_dim=6,
+        solver="adaptive", sliding_window=9, rope_theta=99.0, attention_num_heads=2, attention_head_dim=6,
         attention_num_kv_heads=1, qk_norm=False, mixers=["gka", "swa", "attention"],
     )  # fmt: skip
     gka, swa, attention = mixers_of(config)
     assert (gka.num_iter, gka.ridge_ratio, gka.backend) == (7, 0.1, "torch")
+    assert gka.solver == "adaptive"
     assert (gka.num_heads, gka.num_k_heads, gka.head_v_dim, gka.layer_idx) == (4, 2, 16, 0)
     assert gka.q_conv1d.width == 3 and gka.o_norm.eps == 1e-4 and not hasattr(gka, "b_proj")
     assert (swa.window_size, swa.num_heads, swa.num_kv_heads, swa.head_dim) == (9, 2, 1, 6)
@@ -115,6 +116,7 @@ def test_softmax_heads_default_to_the_recurrent_ones():
         ({"mixers": "gka"}, "mixers: expected a list of str or None"),
         ({"hidden_act": "sillu"}, "no activation called 'sillu'"),
         ({"backend": "cuda"}, "backend: expected one of auto.*'cuda'"),
+        ({"solver": "cg"}, "solver: expected one of chebyshev, adaptive, got 'cg'"),
         ({"model_type": "llama"}, "model_type: .*'llama'"),
         ({"num_hidden_layers": 1, "layer_types": ["full_attention"]}, "layer_types follows from"),
     ],

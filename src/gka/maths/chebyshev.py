@@ -64,14 +64,7 @@ def chebyshev_solve(
 
 
 class Plan(Protocol):
-    """How the residual form chooses its updates d; every solver is one.
-
-    Attributes:
-        num_iter: steps n.
-    """
-
-    @property
-    def num_iter(self) -> int: ...
+    """How the residual form chooses its updates d; every solver is one."""
 
     def first(self, q: Tensor) -> Tensor:
         """d_0 = x_0, a new tensor [..., K]."""
@@ -94,16 +87,6 @@ class Plain:
     step: Tensor
     weights: list[float]
 
-    @classmethod
-    def of(cls, fro: Tensor, ridge_ratio: float, num_iter: int) -> "Plain":
-        """Of F_t > 0 [...]."""
-        step = 2.0 / ((1.0 + 2.0 * ridge_ratio) * fro.unsqueeze(-1))
-        return cls(step, chebyshev_weights(ridge_ratio, num_iter))
-
-    @property
-    def num_iter(self) -> int:
-        return len(self.weights)
-
     def first(self, q: Tensor) -> Tensor:
         return self.step * q
 
@@ -112,32 +95,39 @@ class Plain:
         d.mul_(omega - 1.0).addcmul_(self.step, residual, value=omega)
 
 
-def iterate_(apply_h: Callable[[Tensor], Tensor], q: Tensor, lamb: Tensor, plan: Plan) -> Tensor:
-    """The residual form with its three arrays updated in place; not differentiable, `q` untouched.
+def iterate_(
+    apply_h: Callable[[Tensor], Tensor],
+    lamb: Tensor,
+    plan: Plan,
+    residual: Tensor,
+    d: Tensor,
+    x: Tensor,
+    steps: range,
+) -> None:
+    """Some steps of the residual form, its three arrays updated in place; not differentiable.
 
     Args:
         apply_h: the product with H_t of every row of its argument, [..., K] -> [..., K]. It may
             return a buffer of its own: it is read before the next call.
-        q: right-hand sides [..., K], zero where the history is empty.
-        lamb: lambda_t > 0, [...].
+        lamb: lambda_t [..., 1].
         plan: the updates of each step.
-
-    Returns:
-        x [..., K] in q's dtype.
+        residual, d, x: [..., K]; before step 1: q, plan.first(q) and that again.
+        steps: their numbers, from 1.
     """
-    lamb = lamb.unsqueeze(-1)
-    residual = q.clone()
-    d = plan.first(q)
-    x = d.clone()
-    for i in range(1, plan.num_iter + 1):
+    for i in steps:
         residual.sub_(apply_h(d)).addcmul_(lamb, d, value=-1.0)
         plan.next_(d, residual, i)
         x.add_(d)
-    return x
 
 
 def chebyshev_solve_(
     apply_h: Callable[[Tensor], Tensor], q: Tensor, fro: Tensor, ridge_ratio: float, num_iter: int
 ) -> Tensor:
-    """`chebyshev_solve` by `iterate_`."""
-    return iterate_(apply_h, q, ridge_ratio * fro, Plain.of(fro, ridge_ratio, num_iter))
+    """`chebyshev_solve` with its arrays updated in place; not differentiable, `q` untouched."""
+    fro = fro.unsqueeze(-1)
+    weights = chebyshev_weights(ridge_ratio, num_iter)
+    plan = Plain(2.0 / ((1.0 + 2.0 * ridge_ratio) * fro), weights)
+    d = plan.first(q)
+    x = d.clone()
+    iterate_(apply_h, ridge_ratio * fro, plan, q.clone(), d, x, range(1, num_iter + 1))
+    return x

@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from gka.maths.adaptive import solver_steps
 from gka.maths.chebyshev import Solver
 from gka.maths.layout import ChunkLayout, chunk_layout
 from gka.maths.moments import Decay, chunk_moments, scan
@@ -158,6 +159,16 @@ class Forward:
     h: Tensor | None
     u: Tensor
     x_scale: Tensor | None = None
+
+
+def token_steps(tokens: Tokens, settings: Settings) -> Tensor:
+    """Steps that solver="adaptive" takes in each token's chunk, int64 [B,T,H]."""
+    chunks = Chunks(tokens, settings)
+    steps = torch.empty_like(chunks.decay_h.zeta, dtype=torch.int64)
+    for rows in chunks.blocks():
+        system = chunks.system(rows)
+        steps[rows] = solver_steps(system, settings.ridge_ratio, settings.num_iter).unsqueeze(-1)
+    return chunks.join(steps)
 
 
 def chunk_forward(tokens: Tokens, settings: Settings) -> Forward:

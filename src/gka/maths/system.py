@@ -1,13 +1,14 @@
 """The ridge systems (H_t + lambda_t I) x_t = q_t of some chunks, H_t never formed (section 4.2.1)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from gka.maths.adaptive import Adaptive
-from gka.maths.chebyshev import Solver, chebyshev_solve_, iterate_
+from gka.maths.adaptive import adaptive_solve
+from gka.maths.chebyshev import Solver, chebyshev_solve_
 from gka.maths.grouped import shared_matmul
 from gka.maths.ridge import empty_below, frobenius_squared, key_energies, split_empty
 
@@ -29,6 +30,27 @@ class Relative:
     h: Tensor
     of_keys: Tensor
     of_start: Tensor
+
+
+@dataclass(frozen=True)
+class Products:
+    """The map x_t -> H_t x_t = zeta_t H_[c] x_t + sum_j W_tj (k_j . x_t) k_j of rows x_t [M,H,C,K].
+
+    Attributes: as of `System`.
+    """
+
+    k: Tensor
+    h: Tensor
+    zeta: Tensor
+    weights: Tensor
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Products":
+        """The products of some of the chunks or heads."""
+        return Products(change(self.k), change(self.h), change(self.zeta), change(self.weights))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        scores = shared_matmul(x, self.k.transpose(-1, -2)).mul_(self.weights)
+        return shared_matmul(scores, self.k).addcmul_(self.zeta.unsqueeze(-1), x @ self.h)
 
 
 class System:
@@ -77,10 +99,13 @@ class System:
             of_start=self.zeta * norm.unsqueeze(-1) / fro,
         )
 
+    @property
+    def products(self) -> Products:
+        return Products(self.k, self.h, self.zeta, self.weights)
+
     def apply(self, x: Tensor) -> Tensor:
-        """H_t x_t = zeta_t H_[c] x_t + sum_j W_tj (k_j . x_t) k_j for rows x_t [M,H,C,K]."""
-        scores = shared_matmul(x, self.k_t).mul_(self.weights)
-        return shared_matmul(scores, self.k).addcmul_(self.zeta.unsqueeze(-1), x @ self.h)
+        """H_t x_t of rows x_t [M,H,C,K]."""
+        return self.products(x)
 
     def solve(
         self, q: Tensor, ridge_ratio: float, num_iter: int, solver: Solver = "chebyshev"
@@ -91,6 +116,5 @@ class System:
         """
         q = q.masked_fill(self.empty.unsqueeze(-1), 0.0)
         if solver == "adaptive":
-            plan = Adaptive.of(self, ridge_ratio, num_iter)
-            return iterate_(self.apply, q, ridge_ratio * self.fro, plan)
-        return chebyshev_solve_(self.apply, q, self.fro, ridge_ratio, num_iter)
+            return adaptive_solve(self, q, ridge_ratio, num_iter)
+        return chebyshev_solve_(self.products, q, self.fro, ridge_ratio, num_iter)

@@ -2,6 +2,7 @@
 
 from gka.ops.backends import available_backends, last_backend, why_unavailable
 from gka.ops.gka import chunk_gka, chunk_simple_gla, fused_recurrent_gka
+from gka.ops.steps import solver_steps
 
 __all__ = [
     "chunk_gka",
@@ -10,4 +11,5 @@ __all__ = [
     "available_backends",
     "why_unavailable",
     "last_backend",
+    "solver_steps",
 ]
