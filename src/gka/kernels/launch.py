@@ -15,8 +15,7 @@ from torch import Tensor
 from gka.kernels.adjoint import readout_backward_kernel, through_h_kernel, through_u_kernel
 from gka.kernels.chunked import readout_kernel, solve_kernel
 from gka.kernels.configs import config, widest
-from gka.kernels.hopper.calls import adjoint as hopper_adjoint
-from gka.kernels.hopper.calls import solve_and_readout
+from gka.kernels.hopper import calls as hopper
 from gka.kernels.moments import moments_kernel, moments_segments_kernel
 from gka.kernels.reverse import reverse_h_kernel, reverse_u_kernel
 from gka.kernels.tables import chunking
@@ -101,11 +100,11 @@ class Launch:
 
     Attributes:
         given: the tokens as they came; t: contiguous, and for Hopper's kernels aligned, gates float32.
-        hopper: whether those kernels do the solve and the readout.
+        hopper: whether those kernels do the scans, the solve and the readout.
     """
 
-    def __init__(self, tokens: Tokens, settings: Settings, hopper: bool) -> None:
-        self.given, self.hopper = tokens, hopper and settings.num_iter > 0
+    def __init__(self, tokens: Tokens, settings: Settings, on_hopper: bool) -> None:
+        self.given, self.hopper = tokens, on_hopper and settings.num_iter > 0
         given = {n: None if x is None else x.contiguous() for n, x in vars(tokens).items()}
         if self.hopper:
             given |= {n: _aligned(given[n]) for n in "qkv"}
@@ -145,7 +144,9 @@ class Launch:
         self._set_tables(self.H)
 
     def _set_tables(self, heads: int) -> None:
-        self.chunks = chunking(self.t, self.C, heads * (self.NK + self.NV))
+        # a Hopper block holds a whole state; two fit where three of the others' do
+        programs = heads * (3 if self.hopper else self.NK + self.NV)
+        self.chunks = chunking(self.t, self.C, programs)
         self.M, self.N = self.chunks.num_chunks, self.chunks.num_sequences
 
     def split_heads(self) -> None:
@@ -203,6 +204,10 @@ class Launch:
         programs = (self.chunks.num_segments * heads.count, options["NK"] + self.NV)
         sums_h = self._sums(heads, "h", self.K, self.NK, h is not None)
         sums_u = self._sums(heads, "u", self.V, self.NV, True)
+        if self.hopper and h is not None:
+            initial = (_initial(t.h0), _initial(t.u0))
+            hopper.scan_states(self, heads, (h, u), initial, (sums_h, sums_u), maxima)
+            return h, u
         gates = (self.gk, t.g, t.beta)
         if self.chunks.segmented:
             moments_segments_kernel[programs](
@@ -272,12 +277,12 @@ def _initial(state: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     return state, state.abs().amax((-1, -2))
 
 
-def chunk_forward(tokens: Tokens, settings: Settings, hopper: bool = False) -> Forward:
+def chunk_forward(tokens: Tokens, settings: Settings, on_hopper: bool = False) -> Forward:
     """`gka.maths.chunked.chunk_forward` on the GPU; rows of x are divided by `x_scale`.
 
-    `hopper`: the solve and readout by the kernels of `gka.kernels.hopper`.
+    `on_hopper`: scans, solve and readout by the kernels of `gka.kernels.hopper`.
     """
-    run = Launch(tokens, settings, hopper)
+    run = Launch(tokens, settings, on_hopper)
     t, (heads,) = run.t, run.groups
     h, u = run.moments(heads, run.solve or settings.with_h)
     x = x_scale = None
@@ -286,7 +291,7 @@ def chunk_forward(tokens: Tokens, settings: Settings, hopper: bool = False) -> F
     o = run.empty(*t.q.shape[:3], run.V, dtype=t.q.dtype)
     if run.hopper:
         assert h is not None and x is not None and x_scale is not None
-        solve_and_readout(run, heads, h, u, x, x_scale, o)
+        hopper.solve_and_readout(run, heads, h, u, x, x_scale, o)
         return Forward(o=o, x=x, h=h.final, u=u.final, x_scale=x_scale)
     if run.solve:
         run.solve_(heads, (t.q, None), h, (x, x_scale))
@@ -305,10 +310,10 @@ def chunk_backward(
     dh_final: Tensor | None,
     du_final: Tensor | None,
     settings: Settings,
-    hopper: bool = False,
+    on_hopper: bool = False,
 ) -> Gradients:
     """`gka.maths.adjoint.chunk_backward` on the GPU; x and x_scale as `chunk_forward` gave them."""
-    run = Launch(tokens, settings, hopper)
+    run = Launch(tokens, settings, on_hopper)
     run.split_heads()
     if x is not None and x_scale is None:  # of the recurrent form
         x_scale = x.abs().amax(-1)
@@ -348,7 +353,7 @@ class _Backward:
         adjoint = self._adjoint(heads)
         if run.hopper:
             solutions, grads = (self.x, self.x_scale), (self.dq, self.dalpha)
-            hopper_adjoint(run, heads, h, u, solutions, self.do, grads, adjoint, start_u)
+            hopper.adjoint(run, heads, h, u, solutions, self.do, grads, adjoint, start_u)
         else:
             self._readout(heads, u, start_u, adjoint)
         dk, dv = self._shared_heads(heads)
@@ -397,10 +402,13 @@ class _Backward:
         ends = self._ends(heads, run.V, run.NV)
         sums = run._sums(heads, "u", run.V, run.NV, True)
         options = run.options("reverse_u", "H", "K", "V", "BK", "BV")
-        written = (*ends.stored, maxima.z, maxima.d, self.du0)
-        self._scan(
-            reverse_u_kernel, heads, run.NV, read, written, sums, options, run.settings.scale
-        )
+        if run.hopper:
+            edges, solutions = (self.du_final, self.du0), (self.x, self.x_scale)
+            hopper.scan_u_back(run, heads, u, ends, edges, sums, solutions, self.do, maxima)
+        else:
+            written = (*ends.stored, maxima.z, maxima.d, self.du0)
+            factor = run.settings.scale
+            self._scan(reverse_u_kernel, heads, run.NV, read, written, sums, options, factor)
         through_u_kernel[(run.M * heads.count,)](
             t.q, self.x, self.x_scale, t.k, t.v, t.g, t.alpha, t.beta, self.do, *ends.stored, start_u,
             maxima.k, maxima.v, maxima.z, maxima.d, dk[0], dv[0], self.dg_u, self.dbeta2, *run.tables,
@@ -426,7 +434,11 @@ class _Backward:
         sums = run._sums(heads, "h", run.K, run.NK, True)
         options = run.options("reverse_h", "H", "HK", "GK", "K", "BK", "BN")
         read = (*x, *of_scan, run.gk, *h.stored, *self.dh_final)
-        self._scan(reverse_h_kernel, heads, run.NK, read, (*ends.stored, self.dh0), sums, options)
+        if run.hopper:
+            hopper.scan_h_back(run, heads, h, ends, (self.dh_final, self.dh0), sums, x, a)
+        else:
+            written = (*ends.stored, self.dh0)
+            self._scan(reverse_h_kernel, heads, run.NK, read, written, sums, options)
         through_h_kernel[(run.M * heads.count,)](
             *x, *of_tokens, t.k, run.gk, t.beta, *h.stored, h.norms, *ends.stored, maxima.k, dk[0],
             self.dg_h, self.dbeta2, *run.tables, *dk[1:], *heads.args, SOLVE=run.solve,
