@@ -23,6 +23,12 @@ DEVICE u32 times(u32 a, u32 b) {
   return x;
 }
 
+DEVICE u32 max_pair(u32 a, u32 b) {  // of pairs of 16-bit unsigned integers
+  u32 x;
+  asm("max.u16x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));
+  return x;
+}
+
 // Two neighbouring inputs as float32, and back.
 DEVICE float2 widen(u32 x) {
 #if BF16
