@@ -28,19 +28,23 @@ struct Shared {
 // Each thread's own 16-byte pieces of a [C, D] tile; a row lies in D/8 neighbouring lanes.
 template <int D>
 struct Pieces {
-  static constexpr int N = C * D / 8 / THREADS, LANES = D / 8;
-  DEVICE static int row(int i) { return (i * THREADS + threadIdx.x) / LANES; }
-  DEVICE static u32 place(int i) { return swizzled(C, row(i), threadIdx.x % LANES * 8); }
+  static constexpr int LANES = D / 8, STEP = THREADS / LANES, N = C / STEP;
+  static_assert(STEP % 8 == 0);  // one swizzle for all pieces of a thread
+  DEVICE static int row(int i) { return threadIdx.x / LANES + i * STEP; }
+  DEVICE static u32 place(int i) {
+    return swizzled(C, threadIdx.x / LANES, threadIdx.x % LANES * 8) + i * STEP * 128;
+  }
   // Starts copying rows of one head of [tokens, heads, D]; zeros past the chunk's end.
   DEVICE static void copy(unsigned char* to, const u16* array, long long start, int heads, int head, int length) {
     u32 address = shared_address(to);
+    const u16* first = array + (start * heads + head) * D + threadIdx.x % LANES * 8;
+    int stride = heads * D;
 #pragma unroll
     for (int i = 0; i < N; i++) {
-      int from = row(i) < length ? row(i) : 0;
-      const u16* source = array + ((start + from) * heads + head) * D + threadIdx.x % LANES * 8;
-      int bytes = row(i) < length ? 16 : 0;
+      bool valid = row(i) < length;
+      const u16* source = first + (valid ? row(i) * stride : 0);
       asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(address + place(i)), "l"(source),
-                   "r"(bytes) : "memory");
+                   "r"(valid ? 16 : 0) : "memory");
     }
   }
   DEVICE static void read(float (&d)[8], const unsigned char* from, int i, bool half) {
