@@ -277,12 +277,13 @@ def cost() -> None:
             torch.stack([family(name, 2048, 128)[0, :, 0] for _ in range(4)], 1)[None].float()
             for name in (kind, "Gaussian", "Gaussian")
         )
-        leaves = [x.requires_grad_() for x in (q, k, v)]
+        leaves = tuple(x.requires_grad_() for x in (q, k, v))
         g = torch.full((1, 2048, 4), decay)
 
         def passes(solver: str, leaves=leaves, g=g) -> tuple[float, float]:
+            q, k, v = leaves
             begin = time.process_time()
-            o, _ = chunk_gka(*leaves, g, g, solver=solver)
+            o, _ = chunk_gka(q, k, v, g, g, solver=solver)
             middle = time.process_time()
             torch.autograd.grad(o.sum(), leaves)
             return middle - begin, time.process_time() - begin
