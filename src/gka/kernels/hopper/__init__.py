@@ -23,6 +23,8 @@ _POINTERS = (
     "u_scales", "chunk_start", "chunk_length", "o", "x", "x_scale", "steps", "top",
     "trace", "d_o", "dq", "d_alpha",
     "y", "y_scale", "w", "key_weight", "start_weight", "start_u", "start_h",
+    "u_ends", "h_ends", "u_end_scales", "u_wholes", "h_end_scales", "h_wholes", "k_maxima", "z_maxima",
+    "v_maxima", "d_maxima", "dk", "dv", "dg", "dgk", "d_beta2",
 )  # fmt: skip
 _FLOATS = ("scale", "ridge_ratio", "empty_below")
 _INTS = (
