@@ -16,6 +16,7 @@ from gka.kernels.adjoint import readout_backward_kernel, through_h_kernel, throu
 from gka.kernels.chunked import readout_kernel, solve_kernel
 from gka.kernels.configs import config, widest
 from gka.kernels.hopper.calls import adjoint as hopper_adjoint
+from gka.kernels.hopper.calls import gradients as hopper_gradients
 from gka.kernels.hopper.calls import solve_and_readout
 from gka.kernels.moments import moments_kernel, moments_segments_kernel
 from gka.kernels.reverse import reverse_h_kernel, reverse_u_kernel
@@ -340,7 +341,7 @@ class _Backward:
         self.dh0 = None if t.h0 is None or not self.with_h else run.empty(*t.h0.shape)
 
     def through(self, heads: Heads) -> None:
-        """All of a group's gradients; U and its gradient are done with before E of H takes their memory."""
+        """All of a group's gradients; U is done with before E of H takes memory."""
         run = self.run
         maxima = run.maxima(heads)
         h, u = run.moments(heads, self.with_h, maxima)
@@ -352,9 +353,13 @@ class _Backward:
         else:
             self._readout(heads, u, start_u, adjoint)
         dk, dv = self._shared_heads(heads)
-        self._through_u(heads, u, maxima, start_u, dk, dv)
-        if h is not None:
-            self._through_h(heads, h, maxima, adjoint, dk)
+        ends_u = self._scan_u(heads, u, maxima)
+        if run.hopper:
+            self._hopper_gradients(heads, h, maxima, ends_u, adjoint, start_u, (dk[0], dv[0]))
+        else:
+            self._through_u(heads, ends_u, maxima, start_u, dk, dv)
+            if h is not None:
+                self._through_h(heads, h, maxima, adjoint, dk)
         for grad, part, of in ((self.dk, dk, run.HK), (self.dv, dv, run.HV)):
             if of < run.H:
                 first, share = heads.base * of // run.H, run.H // of
@@ -391,52 +396,85 @@ class _Backward:
             **run.options("readout_backward", *READOUT),
         )  # fmt: skip
 
-    def _through_u(self, heads: Heads, u: Moments, maxima: Maxima, start_u: Tensor, dk, dv) -> None:
+    def _scan_u(self, heads: Heads, u: Moments, maxima: Maxima) -> Ends:
+        """E of U, and the maxima of z and do."""
         run, t = self.run, self.run.t
         read = (t.q, self.x, self.x_scale, t.alpha, self.do, t.g, *u.stored, *self.du_final)
-        ends = self._ends(heads, run.V, run.NV)
+        ends = self._ends(heads, "ends", run.V, run.NV)
         sums = run._sums(heads, "u", run.V, run.NV, True)
         options = run.options("reverse_u", "H", "K", "V", "BK", "BV")
         written = (*ends.stored, maxima.z, maxima.d, self.du0)
         self._scan(
             reverse_u_kernel, heads, run.NV, read, written, sums, options, run.settings.scale
         )
+        return ends
+
+    def _through_u(self, heads: Heads, ends: Ends, maxima: Maxima, start_u: Tensor, dk, dv) -> None:
+        run, t = self.run, self.run.t
         through_u_kernel[(run.M * heads.count,)](
             t.q, self.x, self.x_scale, t.k, t.v, t.g, t.alpha, t.beta, self.do, *ends.stored, start_u,
             maxima.k, maxima.v, maxima.z, maxima.d, dk[0], dv[0], self.dg_u, self.dbeta2, *run.tables,
             run.settings.scale, *dk[1:], *dv[1:], *heads.args, **run.options("through_u", *READOUT),
         )  # fmt: skip
 
-    def _through_h(
-        self, heads: Heads, h: Moments, maxima: Maxima, adjoint: Adjoint | None, dk
-    ) -> None:
-        run, t = self.run, self.run.t
-        a, x = adjoint, (self.x, self.x_scale)
-        of_tokens = of_scan = (None,) * 5
+    def _scan_h(
+        self, heads: Heads, h: Moments, maxima: Maxima, adjoint: Adjoint | None, name: str
+    ) -> Ends:
+        """E of H, in the scratch of this name."""
+        run, t, a = self.run, self.run.t, adjoint
+        x, of_scan = (None, None), (None,) * 6
         if a is not None:
-            y = (a.y, a.y_scale)
-            numbers = (a.w_t, a.start_h, a.key_weight)
-            if not run.hopper:
-                run.solve_(heads, y, h, y, *x, self.dq, *numbers, a.start_weight)
-            of_tokens = (*y, *numbers)
-            of_scan = (*y, t.k, maxima.k, a.key_weight, a.start_weight)
-        else:
-            x, of_scan = (None, None), (None,) * 6
-        ends = self._ends(heads, run.K, run.NK)
+            x = (self.x, self.x_scale)
+            of_scan = (a.y, a.y_scale, t.k, maxima.k, a.key_weight, a.start_weight)
+        ends = self._ends(heads, name, run.K, run.NK)
         sums = run._sums(heads, "h", run.K, run.NK, True)
         options = run.options("reverse_h", "H", "HK", "GK", "K", "BK", "BN")
         read = (*x, *of_scan, run.gk, *h.stored, *self.dh_final)
         self._scan(reverse_h_kernel, heads, run.NK, read, (*ends.stored, self.dh0), sums, options)
+        return ends
+
+    def _through_h(
+        self, heads: Heads, h: Moments, maxima: Maxima, adjoint: Adjoint | None, dk
+    ) -> None:
+        run, t, a = self.run, self.run.t, adjoint
+        x, of_tokens = (None, None), (None,) * 5
+        if a is not None:
+            x, y, numbers = (
+                (self.x, self.x_scale),
+                (a.y, a.y_scale),
+                (a.w_t, a.start_h, a.key_weight),
+            )
+            run.solve_(heads, y, h, y, *x, self.dq, *numbers, a.start_weight)
+            of_tokens = (*y, *numbers)
+        ends = self._scan_h(heads, h, maxima, adjoint, "ends")
         through_h_kernel[(run.M * heads.count,)](
             *x, *of_tokens, t.k, run.gk, t.beta, *h.stored, h.norms, *ends.stored, maxima.k, dk[0],
             self.dg_h, self.dbeta2, *run.tables, *dk[1:], *heads.args, SOLVE=run.solve,
             **run.options("through_h", "H", "HK", "GK", "K", "BK", "NK", "TILED"),
         )  # fmt: skip
 
-    def _ends(self, heads: Heads, width: int, blocks: int) -> Ends:
+    def _hopper_gradients(
+        self, heads: Heads, h: Moments | None, maxima: Maxima, ends_u: Ends, adjoint: Adjoint | None,
+        start_u: Tensor, grads: tuple[Tensor, Tensor],
+    ) -> None:  # fmt: skip
+        """Through both moments at once; E of H takes the memory of U, which is done with."""
+        assert h is not None and adjoint is not None and self.x is not None
+        ends = ends_u, self._scan_h(heads, h, maxima, adjoint, "u")
+        tokens = {
+            "d_o": self.do, "y": adjoint.y, "y_scale": adjoint.y_scale, "w": adjoint.w_t,
+            "key_weight": adjoint.key_weight, "start_u": start_u, "start_h": adjoint.start_h,
+        }  # fmt: skip
+        out = {
+            "dk": grads[0], "dv": grads[1], "dg": self.dg_u, "dgk": self.dg_h, "d_beta2": self.dbeta2,
+        }  # fmt: skip
+        hopper_gradients(self.run, heads, h, ends, maxima, (self.x, self.x_scale), tokens, out)
+
+    def _ends(self, heads: Heads, name: str, width: int, blocks: int) -> Ends:
+        """Scratch for E: its states under this name, since those of U and H need not both be alive."""
         run, shape = self.run, (self.run.M, heads.count)
-        states = run.scratch("ends", *shape, run.K, width, dtype=run.op_dtype)
-        return Ends(states, *(run.scratch(n, *shape, blocks) for n in ("end scales", "wholes")))
+        states = run.scratch(name, *shape, run.K, width, dtype=run.op_dtype)
+        numbers = (run.scratch(f"{name} end {of}", *shape, blocks) for of in ("scales", "wholes"))
+        return Ends(states, *numbers)
 
     def _scan(
         self, kernel, heads: Heads, blocks: int, read, written, sums, options, *factor

@@ -1,8 +1,9 @@
-"""The solve and readout of a chunk, and their adjoint, in CUDA C++ for Hopper (sm_90a).
+"""The solve and readout of a chunk, their adjoint and the gradients, in CUDA C++ for Hopper (sm_90a).
 
-Two kernels of one warpgroup a chunk and head: `forward.cu` (ridge, solve, mix, readout) and `adjoint.cu`
-(readout's and mix's adjoint, solve). Tensor cores take float16 operands, each scaled by its largest entry.
-Nothing here chooses or differentiates; `arguments` mirrors the structure in chunk.cuh.
+Three kernels of one warpgroup a chunk and head: `forward.cu` (ridge, solve, mix, readout), `adjoint.cu`
+(readout's and mix's adjoint, solve) and `gradients.cu` (of keys, values, decays and write gate). Tensor
+cores take float16 operands, each scaled by its largest entry. Nothing here chooses or differentiates;
+`arguments` mirrors the structure in chunk.cuh.
 """
 
 import ctypes
@@ -82,6 +83,9 @@ def shared_bytes(kernel: str, key_dim: int, value_dim: int) -> int:
     if kernel == "certify":
         return 2 * key_dim * key_dim + 4 * (key_dim + 8) + 1024
     widest = max(key_dim, value_dim)
+    if kernel == "gradients":
+        tiles = key_dim * widest + CHUNK * (2 * key_dim + widest) + 2 * CHUNK * CHUNK
+        return 2 * tiles + 4 * 15 * CHUNK + 1024
     tiles = 2 * (key_dim * key_dim + CHUNK * (key_dim + widest) + CHUNK * CHUNK)
     tiles += max(2 * key_dim * value_dim, 4 * CHUNK * key_dim)
     return tiles + 4 * (5 * CHUNK + 2 * key_dim + 16) + 1024
@@ -99,7 +103,7 @@ def _kernel(
 def run(
     kernel: str, like: Tensor, value_dim: int, adaptive: bool, blocks: int, given: Arguments
 ) -> None:
-    """Launch `kernel` ("forward" or "adjoint") for inputs like q = `like` on their device."""
+    """Launch `kernel` ("forward", "adjoint" or "gradients") for inputs like q = `like` on their device."""
     with torch.cuda.device(like.device):
         launch = _kernel(
             like.device.index,

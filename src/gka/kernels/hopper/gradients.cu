@@ -273,6 +273,7 @@ DEVICE void mask_pairs(float (&pairs)[C / 2], const float (&d_v)[C / 2], float p
         mask = column + e <= at.row[b] ? mask : 0.f;
         z_k[e] = pairs[i] * mask, masked[e] = d_v[i] * mask;
         pairs[i] = z_k[e] * d_v[i];
+        asm volatile("" : "+f"(pairs[i]));  // now: later would keep both factors
       }
       unsigned char* to = s.v + (place ^ j << 4) + b * 1024;
       *(u32*)to = pack(z_k[0] * part_v, z_k[1] * part_v);
@@ -354,12 +355,14 @@ DEVICE void through_u(float (&dk)[K / 2], float (&d_beta2)[2], Tiles& s, const L
   copy_rows(d_o, a.y, a.group_heads, at.head - a.first_head, again(at));
   float factor[2] = {s.beta2[at.row[0]], s.beta2[at.row[1]]};
 #pragma unroll
-  for (int b = 0; b < 2; b++) to_end[b] = factor[b] * unit_k, factor[b] *= unit_v;
-#pragma unroll
-  for (int i = 0; i < K / 2; i++) dk[i] *= to_end[i / 2 % 2];
+  for (int b = 0; b < 2; b++) factor[b] *= unit_v;
   store_gradient<V>(a.dv, a.value_heads < a.heads, dv, factor, a, again(at));
   sum_pairs(pairs, (most.z * most.k) * (most.d * most.v) * a.scale, s, again(at));
   store_decay(a.dg, d_beta2, s.start_u, sum_of<V / 64>(a.u_wholes, at.state), s, a, again(at));
+  factor[0] = s.beta2[at.row[0]] * unit_k, factor[1] = s.beta2[at.row[1]] * unit_k;
+#pragma unroll
+  for (int i = 0; i < K / 2; i++) dk[i] *= factor[i / 2 % 2];
+  hold(dk);
 }
 
 // Largest magnitude of C numbers; every warp for itself.
