@@ -195,17 +195,18 @@ DEVICE void sum_pairs(const float (&pairs)[C / 2], float factor, Tiles& s, const
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(low) : "f"(rest[1]), "f"(rest[0]));
     unsigned char* to = s.v + (place ^ i / 2 << 4) + i % 2 * 1024;
     *(u32*)to = high, *(u32*)(to + C * C * 2) = low;
-    int past = i / 2 * 8 + at.column - at.row[i % 2];  // 1 where column >= row
-    since[i] = past >= 0 ? 0x3f803f80u : past == -1 ? 0x3f800000u : 0u;
+    int missing = max(16 * (at.row[i % 2] - at.column - i / 2 * 8), 0);  // bits: 1 where column >= row
+    asm("shl.b32 %0, %1, %2;" : "=r"(since[i]) : "r"(0x3f803f80u), "r"(missing));
     asm volatile("" : "+r"(since[i]));  // made before the product begins
   }
   publish_shared();
   __syncthreads();
+  u64 right = descriptor(s.tile(0), C * 128, 1024);
   float after[C / 2];  // sum over t >= i, for each j
   mma_begin();
 #pragma unroll
   for (int k = 0; k < 2 * C / 16; k++)
-    mma_bfloat16(after, since + k % (C / 16) * 4, descriptor(s.tile(0) + k * 2048, C * 128, 1024), k > 0);
+    mma_bfloat16(after, since + k % (C / 16) * 4, advance(right, k * 2048), k > 0);
   mma_commit();
   mma_wait<0>();
   hold(after);
@@ -217,7 +218,8 @@ DEVICE void sum_pairs(const float (&pairs)[C / 2], float factor, Tiles& s, const
       int column = 8 * j + at.column + e;
       float beta2 = s.beta2[column];
 #pragma unroll
-      for (int b = 0; b < 2; b++) sum[b] += column < at.row[b] ? after[4 * j + 2 * b + e] * beta2 : 0.f;
+      for (int b = 0; b < 2; b++)
+        if (8 * j + e < at.row[b] - at.column) sum[b] += after[4 * j + 2 * b + e] * beta2;
       if (at.row[0] == 0) s.columns[column] = after[4 * j + e] * factor;
     }
   sum[0] = quad_sum(sum[0]), sum[1] = quad_sum(sum[1]);
@@ -419,10 +421,11 @@ DEVICE void ridge_operands(u32 (&full)[C / 4], u32 (&left)[C / 4], const float (
 DEVICE void weigh_pairs(float (&pairs)[C / 2], const float (&x_k)[C / 2], const float (&y_k)[C / 2], float size,
                         float k2, float less, float h_norm2, Tiles& s, const Place& at) {
   u32 place = first_word(at);
-  float half_w[2], zeta[2], both[2], part[2], inner[2] = {0.f, 0.f};
+  float half_w[2], zeta[2], both[2], part[2], of_start[2], of_own[2], inner[2] = {0.f, 0.f};
 #pragma unroll
   for (int b = 0; b < 2; b++) {
     half_w[b] = 0.5f * s.w[at.row[b]], zeta[b] = exponential(s.decay_h[at.row[b]]);
+    of_start[b] = half_w[b] * zeta[b], of_own[b] = half_w[b] * size;
     both[b] = s.both[at.row[b]];
     part[b] = both[b] * less, both[b] *= k2;
   }
@@ -440,9 +443,10 @@ DEVICE void weigh_pairs(float (&pairs)[C / 2], const float (&x_k)[C / 2], const 
       for (int e = 0; e < 2; e++) {
         int i = 4 * j + 2 * b + e;
         inner[b] += mask[e] * written[e];
-        float of_ridge = half_w[b] * (zeta[b] * energy[e] + pairs[i] * size);
+        float of_ridge = of_start[b] * energy[e] + of_own[b] * pairs[i];
         pairs[i] = -mask[e] * (of_ridge + x_k[i] * y_k[i] * both[b]);
-        of_x[e] = x_k[i] * (mask[e] * part[b]), of_y[e] = y_k[i] * (mask[e] * part[b]);
+        mask[e] *= part[b];
+        of_x[e] = x_k[i] * mask[e], of_y[e] = y_k[i] * mask[e];
       }
       *(u32*)to = pack(of_x[0], of_x[1]);
       *(u32*)(to + C * C * 2) = pack(of_y[0], of_y[1]);

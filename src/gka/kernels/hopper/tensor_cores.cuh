@@ -20,6 +20,12 @@ DEVICE u64 descriptor(u32 address, u32 leading, u32 stride) {
          1ull << 62;
 }
 
+// The descriptor `bytes` further on: only its low word, which holds the address, changes.
+DEVICE u64 advance(u64 d, u32 bytes) {
+  asm("{.reg .u32 l, h;\n mov.b64 {l, h}, %0;\n add.u32 l, l, %1;\n mov.b64 %0, {l, h};}" : "+l"(d) : "r"(bytes >> 4));
+  return d;
+}
+
 // Byte offset of (row, column) in a swizzled array of `rows` rows.
 DEVICE u32 swizzled(int rows, int row, int column) {
   return (column >> 6) * rows * 128 + row * 128 + ((((column & 63) >> 3) ^ (row & 7)) << 4) +
@@ -165,11 +171,11 @@ DEVICE void mma(float (&d)[64], u64 a, u64 b, int accumulate) {
 // ALONG_ROWS: B's entry (k, n) lies at row n, column k (a transposed right factor); else at row k, column n.
 template <int K, int SIGN, bool ALONG_ROWS, int ROWS, int N>
 DEVICE void product(float (&d)[N], const u32* a, u32 b, bool accumulate) {
+  u64 right = descriptor(b, ALONG_ROWS ? 16 : ROWS * 128, 1024);
 #pragma unroll
   for (int k = 0; k < K / 16; k++) {
-    u64 right = ALONG_ROWS ? descriptor(b + (k >> 2) * ROWS * 128 + (k & 3) * 32, 16, 1024)
-                           : descriptor(b + k * 2048, ROWS * 128, 1024);
-    mma<SIGN, ALONG_ROWS ? 0 : 1>(d, a + 4 * k, right, accumulate || k > 0);
+    u32 step = ALONG_ROWS ? (k >> 2) * ROWS * 128 + (k & 3) * 32 : k * 2048;
+    mma<SIGN, ALONG_ROWS ? 0 : 1>(d, a + 4 * k, advance(right, step), accumulate || k > 0);
   }
 }
 
@@ -177,13 +183,13 @@ DEVICE void product(float (&d)[N], const u32* a, u32 b, bool accumulate) {
 // [K of A_ROWS, 64], B as in `product`.
 template <int K, bool LEFT_TRANSPOSED, bool ALONG_ROWS, int A_ROWS, int ROWS, int N>
 DEVICE void product_shared(float (&d)[N], u32 a, u32 b, bool accumulate) {
+  u64 left = descriptor(a, LEFT_TRANSPOSED ? A_ROWS * 128 : 16, 1024);
+  u64 right = descriptor(b, ALONG_ROWS ? 16 : ROWS * 128, 1024);
 #pragma unroll
   for (int k = 0; k < K / 16; k++) {
-    u64 left = LEFT_TRANSPOSED ? descriptor(a + k * 2048, A_ROWS * 128, 1024)
-                               : descriptor(a + (k >> 2) * A_ROWS * 128 + (k & 3) * 32, 16, 1024);
-    u64 right = ALONG_ROWS ? descriptor(b + (k >> 2) * ROWS * 128 + (k & 3) * 32, 16, 1024)
-                           : descriptor(b + k * 2048, ROWS * 128, 1024);
-    mma<LEFT_TRANSPOSED, ALONG_ROWS ? 0 : 1>(d, left, right, accumulate || k > 0);
+    u32 on = LEFT_TRANSPOSED ? k * 2048 : (k >> 2) * A_ROWS * 128 + (k & 3) * 32;
+    u32 step = ALONG_ROWS ? (k >> 2) * ROWS * 128 + (k & 3) * 32 : k * 2048;
+    mma<LEFT_TRANSPOSED, ALONG_ROWS ? 0 : 1>(d, advance(left, on), advance(right, step), accumulate || k > 0);
   }
 }
 
