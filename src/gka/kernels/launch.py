@@ -102,7 +102,7 @@ class Launch:
 
     Attributes:
         given: the tokens as they came; t: contiguous, and for Hopper's kernels aligned, gates float32.
-        hopper: whether those kernels do the solve and the readout.
+        hopper: whether those kernels do the solve, the readout and the gradients.
     """
 
     def __init__(self, tokens: Tokens, settings: Settings, hopper: bool) -> None:
