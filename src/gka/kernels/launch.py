@@ -100,7 +100,7 @@ class Launch:
 
     Attributes:
         given: the tokens as they came; t: contiguous, and for Hopper's kernels aligned, gates float32.
-        hopper: whether those kernels do the scans, the solve and the readout.
+        hopper: whether those kernels do all the work.
     """
 
     def __init__(self, tokens: Tokens, settings: Settings, on_hopper: bool) -> None:
@@ -345,7 +345,7 @@ class _Backward:
         self.dh0 = None if t.h0 is None or not self.with_h else run.empty(*t.h0.shape)
 
     def through(self, heads: Heads) -> None:
-        """All of a group's gradients; U and its gradient are done with before E of H takes their memory."""
+        """All of a group's gradients; U is done with before E of H takes memory."""
         run = self.run
         maxima = run.maxima(heads)
         h, u = run.moments(heads, self.with_h, maxima)
@@ -357,12 +357,12 @@ class _Backward:
         else:
             self._readout(heads, u, start_u, adjoint)
         dk, dv = self._shared_heads(heads)
-        ends = None
         if run.hopper:
-            ends = self._hopper_ends(heads, h, u, adjoint, maxima)
-        self._through_u(heads, u, maxima, start_u, dk, dv, ends[1] if ends else None)
-        if h is not None:
-            self._through_h(heads, h, maxima, adjoint, dk, ends[0] if ends else None)
+            self._on_hopper(heads, h, u, maxima, adjoint, start_u, (dk[0], dv[0]))
+        else:
+            self._through_u(heads, self._scan_u(heads, u, maxima), maxima, start_u, dk, dv)
+            if h is not None:
+                self._through_h(heads, h, maxima, adjoint, dk)
         for grad, part, of in ((self.dk, dk, run.HK), (self.dv, dv, run.HV)):
             if of < run.H:
                 first, share = heads.base * of // run.H, run.H // of
@@ -399,87 +399,94 @@ class _Backward:
             **run.options("readout_backward", *READOUT),
         )  # fmt: skip
 
-    def _hopper_ends(
-        self, heads: Heads, h: Moments, u: Moments, adjoint: Adjoint, maxima: Maxima
-    ) -> tuple[Ends, Ends]:
-        """E of H and U by one scan; that of U takes U's place."""
-        run = self.run
-        of_h = self._ends(heads, "h", run.K, run.NK)
-        of_u = self._ends(heads, "u", run.V, run.NV, u.states)
-        edges = (self.dh_final, self.dh0), (self.du_final, self.du0)
-        sums = (
-            run._sums(heads, "h", run.K, run.NK, True),
-            run._sums(heads, "u", run.V, run.NV, True),
-        )
-        solutions = (self.x, self.x_scale)
-        hopper.scan_back(
-            run, heads, (h, u), (of_h, of_u), edges, sums, solutions, self.do, adjoint, maxima
-        )
-        return of_h, of_u
-
-    def _through_u(
-        self, heads: Heads, u: Moments, maxima: Maxima, start_u: Tensor, dk, dv, ends: Ends | None
-    ) -> None:
+    def _scan_u(self, heads: Heads, u: Moments, maxima: Maxima) -> Ends:
+        """E of U, and the maxima of z and do."""
         run, t = self.run, self.run.t
-        if ends is None:
-            ends = self._ends(heads, "", run.V, run.NV)
-            read = (t.q, self.x, self.x_scale, t.alpha, self.do, t.g, *u.stored, *self.du_final)
-            sums = run._sums(heads, "u", run.V, run.NV, True)
-            options = run.options("reverse_u", "H", "K", "V", "BK", "BV")
-            written = (*ends.stored, maxima.z, maxima.d, self.du0)
-            factor = run.settings.scale
-            self._scan(reverse_u_kernel, heads, run.NV, read, written, sums, options, factor)
+        read = (t.q, self.x, self.x_scale, t.alpha, self.do, t.g, *u.stored, *self.du_final)
+        ends = self._ends(heads, "ends", run.V, run.NV)
+        sums = run._sums(heads, "u", run.V, run.NV, True)
+        options = run.options("reverse_u", "H", "K", "V", "BK", "BV")
+        written = (*ends.stored, maxima.z, maxima.d, self.du0)
+        self._scan(
+            reverse_u_kernel, heads, run.NV, read, written, sums, options, run.settings.scale
+        )
+        return ends
+
+    def _through_u(self, heads: Heads, ends: Ends, maxima: Maxima, start_u: Tensor, dk, dv) -> None:
+        run, t = self.run, self.run.t
         through_u_kernel[(run.M * heads.count,)](
             t.q, self.x, self.x_scale, t.k, t.v, t.g, t.alpha, t.beta, self.do, *ends.stored, start_u,
             maxima.k, maxima.v, maxima.z, maxima.d, dk[0], dv[0], self.dg_u, self.dbeta2, *run.tables,
             run.settings.scale, *dk[1:], *dv[1:], *heads.args, **run.options("through_u", *READOUT),
         )  # fmt: skip
 
-    def _through_h(
-        self,
-        heads: Heads,
-        h: Moments,
-        maxima: Maxima,
-        adjoint: Adjoint | None,
-        dk,
-        ends: Ends | None,
-    ) -> None:
-        run, t = self.run, self.run.t
-        a, x = adjoint, (self.x, self.x_scale)
-        of_tokens = of_scan = (None,) * 5
+    def _scan_h(self, heads: Heads, h: Moments, maxima: Maxima, adjoint: Adjoint | None) -> Ends:
+        """E of H, in the memory of E of U, which is done with."""
+        run, t, a = self.run, self.run.t, adjoint
+        x, of_scan = (None, None), (None,) * 6
         if a is not None:
-            y = (a.y, a.y_scale)
-            numbers = (a.w_t, a.start_h, a.key_weight)
-            if not run.hopper:
-                run.solve_(heads, y, h, y, *x, self.dq, *numbers, a.start_weight)
+            x = (self.x, self.x_scale)
+            of_scan = (a.y, a.y_scale, t.k, maxima.k, a.key_weight, a.start_weight)
+        ends = self._ends(heads, "ends", run.K, run.NK)
+        sums = run._sums(heads, "h", run.K, run.NK, True)
+        options = run.options("reverse_h", "H", "HK", "GK", "K", "BK", "BN")
+        read = (*x, *of_scan, run.gk, *h.stored, *self.dh_final)
+        self._scan(reverse_h_kernel, heads, run.NK, read, (*ends.stored, self.dh0), sums, options)
+        return ends
+
+    def _through_h(
+        self, heads: Heads, h: Moments, maxima: Maxima, adjoint: Adjoint | None, dk
+    ) -> None:
+        run, t, a = self.run, self.run.t, adjoint
+        x, of_tokens = (None, None), (None,) * 5
+        if a is not None:
+            x, y, numbers = (
+                (self.x, self.x_scale),
+                (a.y, a.y_scale),
+                (a.w_t, a.start_h, a.key_weight),
+            )
+            run.solve_(heads, y, h, y, *x, self.dq, *numbers, a.start_weight)
             of_tokens = (*y, *numbers)
-            of_scan = (*y, t.k, maxima.k, a.key_weight, a.start_weight)
-        else:
-            x, of_scan = (None, None), (None,) * 6
-        if ends is None:
-            ends = self._ends(heads, "", run.K, run.NK)
-            sums = run._sums(heads, "h", run.K, run.NK, True)
-            options = run.options("reverse_h", "H", "HK", "GK", "K", "BK", "BN")
-            read = (*x, *of_scan, run.gk, *h.stored, *self.dh_final)
-            written = (*ends.stored, self.dh0)
-            self._scan(reverse_h_kernel, heads, run.NK, read, written, sums, options)
+        ends = self._scan_h(heads, h, maxima, adjoint)
         through_h_kernel[(run.M * heads.count,)](
             *x, *of_tokens, t.k, run.gk, t.beta, *h.stored, h.norms, *ends.stored, maxima.k, dk[0],
             self.dg_h, self.dbeta2, *run.tables, *dk[1:], *heads.args, SOLVE=run.solve,
             **run.options("through_h", "H", "HK", "GK", "K", "BK", "NK", "TILED"),
         )  # fmt: skip
 
+    def _on_hopper(
+        self, heads: Heads, h: Moments | None, u: Moments, maxima: Maxima, adjoint: Adjoint | None,
+        start_u: Tensor, grads: tuple[Tensor, Tensor],
+    ) -> None:  # fmt: skip
+        """Both reverse scans and the gradients through both moments; E of U takes the place of U."""
+        assert h is not None and adjoint is not None and self.x is not None
+        run, x = self.run, (self.x, self.x_scale)
+        of_h = self._ends(heads, "h ends", run.K, run.NK)
+        of_u = self._ends(heads, "u ends", run.V, run.NV, u.states)
+        edges = (self.dh_final, self.dh0), (self.du_final, self.du0)
+        sums = (
+            run._sums(heads, "h", run.K, run.NK, True),
+            run._sums(heads, "u", run.V, run.NV, True),
+        )
+        hopper.scan_back(run, heads, (h, u), (of_h, of_u), edges, sums, x, self.do, adjoint, maxima)
+        tokens = {
+            "d_o": self.do, "y": adjoint.y, "y_scale": adjoint.y_scale, "w": adjoint.w_t,
+            "key_weight": adjoint.key_weight, "start_u": start_u, "start_h": adjoint.start_h,
+        }  # fmt: skip
+        out = {
+            "dk": grads[0], "dv": grads[1], "dg": self.dg_u, "dgk": self.dg_h, "d_beta2": self.dbeta2,
+        }  # fmt: skip
+        hopper.gradients(run, heads, h, (of_u, of_h), maxima, x, tokens, out)
+
     def _ends(
         self, heads: Heads, name: str, width: int, blocks: int, states: Tensor | None = None
     ) -> Ends:
-        """Memory for E of the state `name`, in the place of `states` if given."""
+        """Memory for E: scratch of this name, its states in the place of `states` if given."""
         run, shape = self.run, (self.run.M, heads.count)
         if states is None:
-            states = run.scratch(f"{name} ends", *shape, run.K, width, dtype=run.op_dtype)
-        scales, wholes = (
-            run.scratch(f"{name} {of}", *shape, blocks) for of in ("end scales", "wholes")
-        )
-        return Ends(states, scales, wholes)
+            states = run.scratch(name, *shape, run.K, width, dtype=run.op_dtype)
+        numbers = (run.scratch(f"{name} {of}", *shape, blocks) for of in ("scales", "wholes"))
+        return Ends(states, *numbers)
 
     def _scan(
         self, kernel, heads: Heads, blocks: int, read, written, sums, options, *factor

@@ -1,8 +1,9 @@
-"""The solve and readout of a chunk, and their adjoint, in CUDA C++ for Hopper (sm_90a).
+"""The solve and readout of a chunk, their adjoint and the gradients, in CUDA C++ for Hopper (sm_90a).
 
-Two kernels of one warpgroup a chunk and head: `forward.cu` (ridge, solve, mix, readout) and `adjoint.cu`
-(readout's and mix's adjoint, solve). Tensor cores take float16 operands, each scaled by its largest entry.
-Nothing here chooses or differentiates; `arguments` mirrors the structure in chunk.cuh.
+Three kernels of one warpgroup a chunk and head: `forward.cu` (ridge, solve, mix, readout), `adjoint.cu`
+(readout's and mix's adjoint, solve) and `gradients.cu` (of keys, values, decays and write gate). Tensor
+cores take float16 operands, each scaled by its largest entry. Nothing here chooses or differentiates;
+`arguments` mirrors the structure in chunk.cuh.
 """
 
 import ctypes
@@ -32,6 +33,8 @@ _POINTERS = (
     "u_scales", "chunk_start", "chunk_length", "o", "x", "x_scale", "steps", "top",
     "trace", "d_o", "dq", "d_alpha",
     "y", "y_scale", "w", "key_weight", "start_weight", "start_u", "start_h",
+    "u_ends", "h_ends", "u_end_scales", "u_wholes", "h_end_scales", "h_wholes", "k_maxima", "z_maxima",
+    "v_maxima", "d_maxima", "dk", "dv", "dg", "dgk", "d_beta2",
 )  # fmt: skip
 _FLOATS = ("scale", "ridge_ratio", "empty_below")
 _INTS = (
@@ -134,6 +137,9 @@ def shared_bytes(kernel: str, key_dim: int, value_dim: int) -> int:
         return 2 * CHUNK * tiles + 4 * (8 * CHUNK + 16) + 1024
     if kernel == "certify":
         return 2 * key_dim * key_dim + 4 * (key_dim + 8) + 1024
+    if kernel == "gradients":
+        tiles = key_dim * widest + CHUNK * (2 * key_dim + widest) + 2 * CHUNK * CHUNK
+        return 2 * tiles + 4 * 15 * CHUNK + 1024
     tiles = 2 * (key_dim * key_dim + CHUNK * (key_dim + widest) + CHUNK * CHUNK)
     tiles += max(2 * key_dim * value_dim, 4 * CHUNK * key_dim)
     return tiles + 4 * (5 * CHUNK + 2 * key_dim + 16) + 1024

@@ -47,16 +47,53 @@ def adjoint(
     _run(run, heads, "adjoint", given)
 
 
+def gradients(
+    run: "Launch",
+    heads: "Heads",
+    h: "Moments",
+    ends: tuple["Ends", "Ends"],
+    maxima: "Maxima",
+    forward: tuple[Tensor, Tensor],
+    tokens: dict[str, Tensor],
+    out: dict[str, Tensor | None],
+) -> None:
+    """dk, dv, d(beta^2) and both decays' gradients of every token: `gradients.cu`.
+
+    Args:
+        ends: of U and H, both alive.
+        forward: x and x_scale as `solve_and_readout` left them.
+        tokens: by the names of chunk.cuh, do and what `adjoint` left of every token.
+        out: "dk", "dv", "dg", "dgk", "d_beta2", written; dk and dv of shared heads [B,T,G,D] float32.
+    """
+    t, (of_u, of_h) = run.t, ends
+    given: dict = _places(run, heads) | {
+        "q": t.q, "k": t.k, "v": t.v, "g": t.g, "gk": run.gk, "alpha": t.alpha, "beta": t.beta,
+        "h_states": h.states, "h_scales": h.scales, "h_norms": h.norms, "scale": run.settings.scale,
+        "x": forward[0], "x_scale": forward[1], "u_ends": of_u.states, "u_end_scales": of_u.scales,
+        "u_wholes": of_u.wholes, "h_ends": of_h.states, "h_end_scales": of_h.scales,
+        "h_wholes": of_h.wholes, "k_maxima": maxima.k, "v_maxima": maxima.v, "z_maxima": maxima.z,
+        "d_maxima": maxima.d,
+    }  # fmt: skip
+    _run(run, heads, "gradients", given | tokens | out)
+
+
+def _places(run: "Launch", heads: "Heads") -> dict:
+    """Chunks and heads of a launch."""
+    return {
+        "chunk_start": run.chunks.start, "chunk_length": run.chunks.length, "heads": run.H,
+        "key_heads": run.HK, "value_heads": run.HV, "first_head": heads.base,
+        "group_heads": heads.count, "first_chunk": 0, "h_blocks": run.NK,
+    }  # fmt: skip
+
+
 def _common(run: "Launch", heads: "Heads", h: "Moments", u: "Moments") -> dict:
     """What both kernels read; with the adaptive solver also what certify.cu finds of the states."""
     t, s = run.t, run.settings
-    given = {
+    given = _places(run, heads) | {
         "q": t.q, "k": t.k, "v": t.v, "g": t.g, "gk": run.gk, "alpha": t.alpha, "beta": t.beta,
         "h_states": h.states, "h_scales": h.scales, "h_norms": h.norms, "u_states": u.states,
-        "u_scales": u.scales, "chunk_start": run.chunks.start, "chunk_length": run.chunks.length,
-        "scale": s.scale, "ridge_ratio": s.ridge_ratio, "empty_below": empty_below(torch.float32),
-        "num_iter": s.num_iter, "heads": run.H, "key_heads": run.HK, "value_heads": run.HV,
-        "first_head": heads.base, "group_heads": heads.count, "first_chunk": 0, "h_blocks": run.NK,
+        "u_scales": u.scales, "scale": s.scale, "ridge_ratio": s.ridge_ratio,
+        "empty_below": empty_below(torch.float32), "num_iter": s.num_iter,
     }  # fmt: skip
     if s.solver == "adaptive":
         given["top"] = run.scratch("top", run.M, heads.count, 2, run.K)
@@ -77,7 +114,7 @@ def _run(run: "Launch", heads: "Heads", kernel: str, given: dict) -> None:
         "multiprocessors": multiprocessors,
     }
     arguments = hopper.fill(hopper.Arguments(), given | waiting)
-    adaptive = run.settings.solver == "adaptive"
+    adaptive = run.settings.solver == "adaptive" and kernel != "gradients"  # which has no solve
     hopper.run(kernel, run.t.q, run.V, adaptive, (blocks, 1), arguments)
 
 

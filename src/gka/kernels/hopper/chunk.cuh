@@ -28,6 +28,14 @@ struct Arguments {
   float *w, *key_weight;                    // [tokens, H']: 2a <x_t, y_t> / F_t; sum_t zeta_t w_t W_tj
   float *start_weight;                      // [M, H']: sum_t zeta_t^2 w_t
   float *start_u, *start_h;                 // [tokens, H']: zeta_t z_t.(U_[c] do_t) scale; x_t.H_[c] y_t
+  // the gradients'
+  const u16 *u_ends, *h_ends;               // [M, H', K, V], [M, H', K, K] float16: E / scale; of H unsymmetrised
+  const float *u_end_scales, *u_wholes;     // [M, H', V / 64]: the scales; decay over the chunk <U_[c], E>
+  const float *h_end_scales, *h_wholes;     // [M, H', h_blocks]
+  const float *k_maxima, *z_maxima;         // [M, H']: the chunk's largest entries
+  const float *v_maxima, *d_maxima;         // [M, H', V / 64]
+  void *dk, *dv;                            // as k and v or, of shared heads, [tokens, H', K or V] float32
+  float *dg, *dgk, *d_beta2;                // [tokens, H] or null
   float scale, ridge_ratio, empty_below;
   int num_iter, heads, key_heads, value_heads, first_head, group_heads, first_chunk;
   int h_blocks;
@@ -99,29 +107,31 @@ DEVICE void widen_raw(float (&d)[D / 2], const u32 (&a)[D / 4], const Place& at)
 // eight rows apart, so their swizzle is the same.
 template <int ROWS, int COLUMNS>
 DEVICE void copy_state(u32 to, const u16* from, int thread) {
-  constexpr int STEP = THREADS / (COLUMNS / 8);
-  static_assert(STEP % 8 == 0);
-  to += swizzled(ROWS, thread / (COLUMNS / 8), thread % (COLUMNS / 8) * 8);
-  from += thread * 8;
+  constexpr int STEP = THREADS * 8 / COLUMNS;  // rows a step: whole swizzle patterns
+  u32 row = (u32)thread / (COLUMNS / 8), column = (u32)thread % (COLUMNS / 8) * 8;
+  to += swizzled(ROWS, row, column), from += row * COLUMNS + column;
 #pragma unroll
-  for (int i = 0; i < ROWS / STEP; i++) copy_async(to + i * STEP * 128, from + i * THREADS * 8);
+  for (int i = 0; i < ROWS / STEP; i++) copy_async(to + i * STEP * 128, from + i * STEP * COLUMNS);
   copies_commit();
 }
 
 // Rows of keys or values on their way to shared memory: 16-byte pieces, all loads issued together.
 template <int D>
 struct Pieces {
-  static constexpr int N = C * D / 8 / THREADS, STEP = THREADS / (D / 8);
-  uint4 held[N];
+  static constexpr int STEP = THREADS * 8 / D, N = C / STEP;  // rows a step: whole swizzle patterns
+  uint4 held[N];  // past the chunk's end the first row again
+
+  DEVICE static int row(int i, const Place& at) { return i * STEP + (u32)at.thread / (D / 8); }
+  DEVICE static int column(const Place& at) { return (u32)at.thread % (D / 8) * 8; }
+  DEVICE static u32 place(const Place& at) { return swizzled(C, row(0, at), column(at)); }
 
   DEVICE void load(const u16* array, int heads, int head, const Place& at) {
-    const u16* first = array + (at.start * heads + head) * D + at.thread % (D / 8) * 8;
-    int row = at.thread / (D / 8), stride = heads * D;
+    const u16* from = array + (at.start * heads + head) * D + column(at);
+    u32 step = heads * D;
 #pragma unroll
     for (int i = 0; i < N; i++) {
-      bool valid = row + i * STEP < at.length;
-      held[i] = *(const uint4*)(first + (valid ? row + i * STEP : 0) * stride);
-      if (!valid) held[i] = uint4{0, 0, 0, 0};
+      u32 offset = row(i, at) < at.length ? row(i, at) * step : 0;
+      held[i] = *(const uint4*)(from + offset);
     }
   }
   DEVICE float largest() const {
@@ -133,17 +143,17 @@ struct Pieces {
     }
     return most;
   }
-  // Times `factor`, in float16, swizzled.
+  // Times `factor`, in float16, swizzled; zeros past the chunk's end.
   DEVICE void store(unsigned char* to, float factor, const Place& at) const {
-    static_assert(STEP % 8 == 0);  // one swizzle for all pieces of a thread
-    to += swizzled(C, at.thread / (D / 8), at.thread % (D / 8) * 8);
+    to += place(at);
 #pragma unroll
     for (int i = 0; i < N; i++) {
+      float scale = row(i, at) < at.length ? factor : 0.f;
       uint4 scaled;
 #pragma unroll
       for (int w = 0; w < 4; w++) {
         float2 pair = widen(((const u32*)&held[i])[w]);
-        ((u32*)&scaled)[w] = pack(pair.x * factor, pair.y * factor);
+        ((u32*)&scaled)[w] = pack(pair.x * scale, pair.y * scale);
       }
       *(uint4*)(to + i * STEP * 128) = scaled;
     }

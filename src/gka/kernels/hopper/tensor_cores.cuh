@@ -20,6 +20,12 @@ DEVICE u64 descriptor(u32 address, u32 leading, u32 stride) {
          1ull << 62;
 }
 
+// The descriptor `bytes` further on: only its low word, which holds the address, changes.
+DEVICE u64 advance(u64 d, u32 bytes) {
+  asm("{.reg .u32 l, h;\n mov.b64 {l, h}, %0;\n add.u32 l, l, %1;\n mov.b64 %0, {l, h};}" : "+l"(d) : "r"(bytes >> 4));
+  return d;
+}
+
 // Byte offset of (row, column) in a swizzled array of `rows` rows.
 DEVICE u32 swizzled(int rows, int row, int column) {
   return (column >> 6) * rows * 128 + row * 128 + ((((column & 63) >> 3) ^ (row & 7)) << 4) +
@@ -62,8 +68,8 @@ DEVICE void mma(float (&d)[32], const u32* a, u64 b, int accumulate) {
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(SIGN), "n"(TRANSPOSED));
 }
 
-// The same with a in shared memory, [64, 16] as in a right operand, or [16, 64] if TRANSPOSED_LEFT.
-template <int TRANSPOSED_LEFT, int TRANSPOSED>
+// The same with a in shared memory: rows as in a right operand or, LEFT_TRANSPOSED, columns.
+template <int LEFT_TRANSPOSED, int TRANSPOSED>
 DEVICE void mma(float (&d)[32], u64 a, u64 b, int accumulate) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
@@ -79,7 +85,26 @@ DEVICE void mma(float (&d)[32], u64 a, u64 b, int accumulate) {
         "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
         "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
         "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-      : "l"(a), "l"(b), "r"(accumulate), "n"(TRANSPOSED_LEFT), "n"(TRANSPOSED));
+      : "l"(a), "l"(b), "r"(accumulate), "n"(LEFT_TRANSPOSED), "n"(TRANSPOSED));
+}
+
+// d [64, 64] (+)= a [64, 16] b [16, 64] in bfloat16, a in registers, b's entry (k, n) at row k, column n.
+DEVICE void mma_bfloat16(float (&d)[32], const u32* a, u64 b, int accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "{%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]),
+        "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
+        "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]),
+        "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
+        "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
 }
 
 // d [64, 128] (+)= SIGN a [64, 16] b [16, 128], a in registers.
@@ -112,8 +137,8 @@ DEVICE void mma(float (&d)[64], const u32* a, u64 b, int accumulate) {
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(SIGN), "n"(TRANSPOSED));
 }
 
-// The same with a in shared memory, [64, 16] as in a right operand, or [16, 64] if TRANSPOSED_LEFT.
-template <int TRANSPOSED_LEFT, int TRANSPOSED>
+// The same with a in shared memory: rows as in a right operand or, LEFT_TRANSPOSED, columns.
+template <int LEFT_TRANSPOSED, int TRANSPOSED>
 DEVICE void mma(float (&d)[64], u64 a, u64 b, int accumulate) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
@@ -139,28 +164,37 @@ DEVICE void mma(float (&d)[64], u64 a, u64 b, int accumulate) {
         "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
         "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]),
         "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-      : "l"(a), "l"(b), "r"(accumulate), "n"(TRANSPOSED_LEFT), "n"(TRANSPOSED));
+      : "l"(a), "l"(b), "r"(accumulate), "n"(LEFT_TRANSPOSED), "n"(TRANSPOSED));
 }
 
 // d (+)= SIGN a B over K rows of B. a: fragments [64, K]. B: `rows` rows in shared memory, whole columns.
 // ALONG_ROWS: B's entry (k, n) lies at row n, column k (a transposed right factor); else at row k, column n.
 template <int K, int SIGN, bool ALONG_ROWS, int ROWS, int N>
 DEVICE void product(float (&d)[N], const u32* a, u32 b, bool accumulate) {
+  u64 right = descriptor(b, ALONG_ROWS ? 16 : ROWS * 128, 1024);
 #pragma unroll
   for (int k = 0; k < K / 16; k++) {
-    u64 right = ALONG_ROWS ? descriptor(b + (k >> 2) * ROWS * 128 + (k & 3) * 32, 16, 1024)
-                           : descriptor(b + k * 2048, ROWS * 128, 1024);
-    mma<SIGN, ALONG_ROWS ? 0 : 1>(d, a + 4 * k, right, accumulate || k > 0);
+    u32 step = ALONG_ROWS ? (k >> 2) * ROWS * 128 + (k & 3) * 32 : k * 2048;
+    mma<SIGN, ALONG_ROWS ? 0 : 1>(d, a + 4 * k, advance(right, step), accumulate || k > 0);
   }
 }
 
-// d = A B^T, both in shared memory with K columns, A at `a` [64 of A_ROWS, K], B [ROWS, K].
-template <int K, int A_ROWS, int ROWS, int N>
-DEVICE void product_shared(float (&d)[N], u32 a, u32 b) {
+// d (+)= A B over K columns of A, both in shared memory, A at `a` [64 of A_ROWS, K], or LEFT_TRANSPOSED
+// [K of A_ROWS, 64], B as in `product`.
+template <int K, bool LEFT_TRANSPOSED, bool ALONG_ROWS, int A_ROWS, int ROWS, int N>
+DEVICE void product_shared(float (&d)[N], u32 a, u32 b, bool accumulate) {
+  u64 left = descriptor(a, LEFT_TRANSPOSED ? A_ROWS * 128 : 16, 1024);
+  u64 right = descriptor(b, ALONG_ROWS ? 16 : ROWS * 128, 1024);
 #pragma unroll
   for (int k = 0; k < K / 16; k++) {
-    u64 left = descriptor(a + (k >> 2) * A_ROWS * 128 + (k & 3) * 32, 16, 1024);
-    u64 right = descriptor(b + (k >> 2) * ROWS * 128 + (k & 3) * 32, 16, 1024);
-    mma<0, 0>(d, left, right, k > 0);
+    u32 on = LEFT_TRANSPOSED ? k * 2048 : (k >> 2) * A_ROWS * 128 + (k & 3) * 32;
+    u32 step = ALONG_ROWS ? (k >> 2) * ROWS * 128 + (k & 3) * 32 : k * 2048;
+    mma<LEFT_TRANSPOSED, ALONG_ROWS ? 0 : 1>(d, advance(left, on), advance(right, step), accumulate || k > 0);
   }
+}
+
+// d = A B^T, both with K columns.
+template <int K, int A_ROWS, int ROWS, int N>
+DEVICE void product_shared(float (&d)[N], u32 a, u32 b) {
+  product_shared<K, false, true, A_ROWS, ROWS>(d, a, b, false);
 }
