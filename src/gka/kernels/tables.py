@@ -9,7 +9,7 @@ from torch import Tensor
 from gka.maths.chunked import Tokens
 
 SCAN_PROGRAMS = 396  # about what the scans' programs should number together: 3 on each of 132
-SHORTEST_SEGMENT = 8  # chunks; shorter ones cost more to put together than they gain
+SHORTEST_SEGMENT = 6  # chunks; shorter ones cost more to put together than they gain
 
 
 @dataclass(frozen=True)

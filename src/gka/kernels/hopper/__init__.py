@@ -59,7 +59,7 @@ _SIDE_POINTERS = (
 )  # fmt: skip
 _SCAN_POINTERS = (
     "k", "v", "q", "x", "d_o", "y", "alpha", "beta", "x_scale", "y_scale", "key_weight",
-    "start_weight", "first_maxima", "second_maxima", "segments", "chunk_start", "chunk_length",
+    "start_weight", "first_maxima", "second_maxima", "key_maxima", "segments", "chunk_start", "chunk_length",
 )  # fmt: skip
 _SCAN_INTS = (
     "heads", "key_heads", "value_heads", "first_head", "group_heads", "segment_count", "sum_only",

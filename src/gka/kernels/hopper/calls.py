@@ -176,7 +176,7 @@ def scan_back(
         "h": sides[0], "u": sides[1], "q": t.q, "k": t.k, "alpha": t.alpha, "x": forward[0],
         "x_scale": forward[1], "d_o": do, "y": of.y, "y_scale": of.y_scale,
         "key_weight": of.key_weight, "start_weight": of.start_weight, "first_maxima": maxima.z,
-        "second_maxima": maxima.d,
+        "second_maxima": maxima.d, "key_maxima": maxima.k,
     }  # fmt: skip
     _scan(run, heads, "back", given)
 

@@ -1,33 +1,50 @@
 // Between the two launches of a scan in segments: the sum of every segment gives way to the state that the
 // segment begins with. A thread carries four entries of one head's state along a sequence's segments.
 
+constexpr int BATCH = 8;
+
 DEVICE void combine(const ScanArguments& a, const Side& side, int width, int in_group) {
   int entry = 4 * (blockIdx.x % (K * width / 512) * 128 + threadIdx.x), count = a.segment_count;
   long long size = (long long)K * width;
   float4 carried = {0.f, 0.f, 0.f, 0.f};
   float bound = 0.f;
   int sequence = -1;
-#pragma unroll 4
-  for (int i = 0; i < count; i++) {
-    int segment = BACKWARDS ? count - 1 - i : i;
-    const int* row = a.segments + 5 * segment;
-    bool last = BACKWARDS ? segment == row[3] : segment + 1 == row[4];
-    long long at = (long long)segment * a.group_heads + in_group;
-    float4 *place = (float4*)(side.sums + at * size + entry), sum = {0.f, 0.f, 0.f, 0.f};
-    float sum_bound = 0.f, whole = 0.f;
-    if (!last) sum = *place, sum_bound = side.sum_bounds[at], whole = __expf(side.sum_decays[at]);
-    if (row[0] != sequence) {  // begins with the caller's state, or with nothing
-      sequence = row[0];
-      long long given = (long long)sequence * a.heads + a.first_head + in_group;
-      bound = side.boundary == nullptr ? 0.f : side.boundary_max[given];
-      carried = float4{0.f, 0.f, 0.f, 0.f};
-      if (side.boundary != nullptr) carried = *(const float4*)(side.boundary + given * size + entry);
+#pragma unroll 1
+  for (int first = 0; first < count; first += BATCH) {
+    float4 sum[BATCH];
+    float sum_bound[BATCH], whole[BATCH];
+    int of[BATCH];
+    bool last[BATCH];
+#pragma unroll
+    for (int i = 0; i < BATCH; i++) {  // all loads before the first store
+      int segment = min(first + i, count - 1);
+      segment = BACKWARDS ? count - 1 - segment : segment;
+      const int* row = a.segments + 5 * segment;
+      long long at = (long long)segment * a.group_heads + in_group;
+      of[i] = row[0], last[i] = BACKWARDS ? segment == row[3] : segment + 1 == row[4];
+      sum[i] = *(const float4*)(side.sums + at * size + entry);
+      sum_bound[i] = side.sum_bounds[at], whole[i] = side.sum_decays[at];
     }
-    *place = carried;
-    if (entry == 0) side.start_bounds[at] = bound;
-    carried = float4{carried.x * whole + sum.x, carried.y * whole + sum.y, carried.z * whole + sum.z,
-                     carried.w * whole + sum.w};
-    bound = bound * whole + sum_bound;
+#pragma unroll
+    for (int i = 0; i < BATCH; i++) {
+      if (first + i >= count) break;
+      int segment = BACKWARDS ? count - 1 - first - i : first + i;
+      long long at = (long long)segment * a.group_heads + in_group;
+      if (of[i] != sequence) {  // begins with the caller's state, or with nothing
+        sequence = of[i];
+        long long given = (long long)sequence * a.heads + a.first_head + in_group;
+        bound = side.boundary == nullptr ? 0.f : side.boundary_max[given];
+        carried = float4{0.f, 0.f, 0.f, 0.f};
+        if (side.boundary != nullptr) carried = *(const float4*)(side.boundary + given * size + entry);
+      }
+      *(float4*)(side.sums + at * size + entry) = carried;
+      if (entry == 0) side.start_bounds[at] = bound;
+      if (last[i]) continue;  // nothing goes on from it, and its sum was not written
+      float factor = __expf(whole[i]);
+      carried = float4{carried.x * factor + sum[i].x, carried.y * factor + sum[i].y,
+                       carried.z * factor + sum[i].z, carried.w * factor + sum[i].w};
+      bound = bound * factor + sum_bound[i];
+    }
   }
 }
 

@@ -38,12 +38,6 @@ DEVICE u32 again(u32 address) {
   return address;
 }
 
-// exp(x), zero where that is no normal number.
-DEVICE float exponential(float x) {
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(x * 1.44269504f));
-  return x;
-}
-
 DEVICE float inverse(float x) { return x > 1e-37f ? __fdividef(1.f, x) : 0.f; }
 
 template <int N>
@@ -281,7 +275,7 @@ DEVICE void mask_pairs(float (&pairs)[C / 2], const float (&d_v)[C / 2], float p
 #pragma unroll
       for (int e = 0; e < 2; e++) {
         int i = 4 * j + 2 * b + e;
-        float mask = exponential(mine[b] - theirs[e]);  // selected: an overflow above the diagonal is no matter
+        float mask = power_of_two(mine[b] - theirs[e]);  // selected: an overflow above the diagonal is no matter
         mask = column + e <= at.row[b] ? mask : 0.f;
         z_k[e] = pairs[i] * mask, masked[e] = d_v[i] * mask;
         pairs[i] = z_k[e] * d_v[i];
@@ -334,7 +328,7 @@ DEVICE void through_u(float (&dk)[K / 2], float (&d_beta2)[2], Tiles& s, const L
     dots_with_keys(ends, dk, s, at);
 #pragma unroll
     for (int b = 0; b < 2; b++) {
-      to_end[b] = exponential(s.decay_u[C - 1] - s.decay_u[at.row[b]]);
+      to_end[b] = power_of_two(s.decay_u[C - 1] - s.decay_u[at.row[b]]);
       if (at.lane % 4 == 0) s.ends[at.row[b]] = ends[b] * (to_end[b] * bound_k * most.k);
     }
 #pragma unroll
@@ -396,7 +390,7 @@ DEVICE void store_masks(Tiles& s, float less, const Place& at) {
       float mask[2];
 #pragma unroll
       for (int e = 0; e < 2; e++) {
-        mask[e] = exponential(mine[b] - theirs[e]);
+        mask[e] = power_of_two(mine[b] - theirs[e]);
         mask[e] = column + e <= at.row[b] ? mask[e] : 0.f;
       }
       unsigned char* to = s.v + (place ^ j << 4) + b * 1024;
@@ -434,7 +428,7 @@ DEVICE void weigh_pairs(float (&pairs)[C / 2], const float (&x_k)[C / 2], const 
   float half_w[2], zeta[2], both[2], part[2], of_start[2], of_own[2], inner[2] = {0.f, 0.f};
 #pragma unroll
   for (int b = 0; b < 2; b++) {
-    half_w[b] = 0.5f * s.w[at.row[b]], zeta[b] = exponential(s.decay_h[at.row[b]]);
+    half_w[b] = 0.5f * s.w[at.row[b]], zeta[b] = power_of_two(s.decay_h[at.row[b]]);
     of_start[b] = half_w[b] * zeta[b], of_own[b] = half_w[b] * size;
     both[b] = s.both[at.row[b]];
     part[b] = both[b] * less, both[b] *= k2;
@@ -502,7 +496,7 @@ DEVICE void through_h(float (&dk)[K / 2], float (&d_beta2)[2], Tiles& s, float k
     dots_with_keys(ends, d, s, at);
 #pragma unroll
     for (int b = 0; b < 2; b++) {
-      size[b] = exponential(s.decay_h[C - 1] - s.decay_h[at.row[b]]) * (k_max * e_scale);
+      size[b] = power_of_two(s.decay_h[C - 1] - s.decay_h[at.row[b]]) * (k_max * e_scale);
       if (at.lane % 4 == 0) s.ends[at.row[b]] = ends[b] * (size[b] * k_max * 0.5f);
       size[b] *= beta2[b];
     }

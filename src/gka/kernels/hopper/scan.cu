@@ -13,6 +13,7 @@ enum Kind { STATES, U_BACK, H_BACK };
 // What the rows of a chunk are weighted with; two sets, for the next chunk's are made during this one.
 struct Gates {
   float weight[C], first[C], second[C], total;
+  float largest, sum;  // H_BACK: of its weights, with keys of size one
 };
 
 struct Shared {
@@ -109,7 +110,7 @@ struct GateLoads {
       if (!valid) g[e] = a[e] = b[e] = 0.f;
     }
   }
-  DEVICE void store(Gates& to, float scale) const {
+  DEVICE void store(Gates& to, float scale, float key_max) const {
     int lane = threadIdx.x % 32;
     float sum = g[0] + g[1];
 #pragma unroll
@@ -128,6 +129,15 @@ struct GateLoads {
         to.weight[row] = __expf(log_decay[e]) * scale, to.first[row] = a[e], to.second[row] = b[e];
       else
         to.weight[row] = __expf(log_decay[e]) * a[e], to.first[row] = .5f * b[e];
+    }
+    if constexpr (KIND == H_BACK) {  // the rows' sizes are known: x and y have one, keys that of the chunk
+      float most = 0.f, all = 0.f;
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        float both = fabsf(__expf(log_decay[e]) * a[e]), keys = fabsf(.5f * b[e]) * key_max * key_max;
+        most = fmaxf(most, fmaxf(both, keys)), all += both + keys;
+      }
+      to.largest = warp_max(most), to.sum = warp_sum(all);
     }
   }
 };
@@ -269,6 +279,9 @@ DEVICE void scan(Shared& s, const ScanArguments& a, const Side& side, const Walk
   auto length_of = [&](int c) { return c == at.end - 1 ? last_length : C; };
   [[maybe_unused]] int key_head = at.head / (a.heads / a.key_heads);
   [[maybe_unused]] int value_head = at.head / (a.heads / a.value_heads);
+  auto key_max_of = [&](int c) {
+    return KIND == H_BACK ? a.key_maxima[(long long)c * a.group_heads + at.in_group] : 0.f;
+  };
   GateLoads<KIND> gates;
   auto copy = [&](int c) {  // starts what a chunk needs
     int length = length_of(c);
@@ -297,7 +310,7 @@ DEVICE void scan(Shared& s, const ScanArguments& a, const Side& side, const Walk
     copy(c), copy_late(c);
     if (warp == 0) {
       gates.load(a, side.g, start_of(c), length_of(c), at.head);
-      gates.store(s.gates[0], a.scale);
+      gates.store(s.gates[0], a.scale, key_max_of(c));
     }
   }
   __syncthreads();
@@ -306,9 +319,11 @@ DEVICE void scan(Shared& s, const ScanArguments& a, const Side& side, const Walk
     int chunk = chunk_of(i);
     long long mh = (long long)chunk * a.group_heads + at.in_group;
     bool more = i + 1 < count;
+    float next_key_max = 0.f;
     if (more && warp == 0) {
       int c = chunk_of(i + 1);
       gates.load(a, side.g, start_of(c), length_of(c), at.head);
+      next_key_max = key_max_of(c);
     }
     const Gates& gate = s.gates[i % 2];
     float whole = __expf(gate.total), of_start = 0.f, stored_bound = 0.f;
@@ -337,7 +352,7 @@ DEVICE void scan(Shared& s, const ScanArguments& a, const Side& side, const Walk
 #pragma unroll
         for (int e = 0; e < 8; e++) z[n][e] = q[e] + alpha * (x[e] * x_scale - q[e]);
         Pieces<K>::row_max(z[n], s.first_max, n);
-      } else {
+      } else if constexpr (KIND == STATES) {
         Pieces<K>::raw_row_max(s.raw[0], s.first_max, n);
       }
     }
@@ -351,24 +366,27 @@ DEVICE void scan(Shared& s, const ScanArguments& a, const Side& side, const Walk
       if (to != nullptr) to[mh * BLOCKS_OF_STATE + threadIdx.x] = threadIdx.x ? 0.f : block_total(s);
     }
     // the largest weight, and what the chunk adds to the bound of the state's entries
-    float largest = 0.f, sum = 0.f, first_most = 0.f, second_most = 0.f;
+    float largest = gate.largest, sum = gate.sum, key_max = 0.f;
+    if constexpr (KIND == H_BACK) {
+      key_max = key_max_of(chunk);
+      largest = fmaxf(largest, fabsf(of_start)), sum += fabsf(of_start);
+    } else {
+      float first_most = 0.f, second_most = 0.f;
+      largest = sum = 0.f;
 #pragma unroll
-    for (int e = 0; e < 2; e++) {
-      int row = 2 * (threadIdx.x % 32) + e;
-      float first = s.first_max[row], second = OF_H ? first : s.second_max[row];
-      float most = fabsf(gate.weight[row]) * first * second, total = most;
-      if constexpr (KIND == H_BACK) {
-        float of_keys = fabsf(gate.first[row]) * first * first;
-        most = fmaxf(fabsf(gate.weight[row]), of_keys), total = fabsf(gate.weight[row]) + of_keys;
+      for (int e = 0; e < 2; e++) {
+        int row = 2 * (threadIdx.x % 32) + e;
+        float first = s.first_max[row], second = OF_H ? first : s.second_max[row];
+        float most = fabsf(gate.weight[row]) * first * second;
+        largest = fmaxf(largest, most), sum += most;
+        first_most = fmaxf(first_most, first), second_most = fmaxf(second_most, second);
       }
-      largest = fmaxf(largest, most), sum += total;
-      first_most = fmaxf(first_most, first), second_most = fmaxf(second_most, second);
-    }
-    largest = fmaxf(warp_max(largest), fabsf(of_start)), sum = warp_sum(sum) + fabsf(of_start);
-    if (a.first_maxima != nullptr && !a.sum_only && !OF_H && warp == 0) {
-      first_most = warp_max(first_most), second_most = warp_max(second_most);
-      if (threadIdx.x == 0) a.first_maxima[mh] = first_most;
-      if (threadIdx.x < V / 64) a.second_maxima[mh * (V / 64) + threadIdx.x] = second_most;
+      largest = warp_max(largest), sum = warp_sum(sum);
+      if (a.first_maxima != nullptr && !a.sum_only && !OF_H && warp == 0) {
+        first_most = warp_max(first_most), second_most = warp_max(second_most);
+        if (threadIdx.x == 0) a.first_maxima[mh] = first_most;
+        if (threadIdx.x < V / 64) a.second_maxima[mh * (V / 64) + threadIdx.x] = second_most;
+      }
     }
     // the unit decays with the state, which is touched only where float16 weights would leave their range
     float next = unit * whole;
@@ -385,7 +403,7 @@ DEVICE void scan(Shared& s, const ScanArguments& a, const Side& side, const Walk
 #pragma unroll
     for (int n = 0; n < Pieces<K>::N; n++) {
       int row = Pieces<K>::row(n);
-      float most = s.first_max[row];
+      float most = KIND == H_BACK ? key_max : s.first_max[row];
       if constexpr (KIND == U_BACK) {
         Pieces<K>::write(s.left, n, z[n], inverse(most));
       } else {
@@ -413,7 +431,7 @@ DEVICE void scan(Shared& s, const ScanArguments& a, const Side& side, const Walk
     }
     if (more) {
       copy(chunk_of(i + 1));  // each thread has read its own pieces
-      if (warp == 0) gates.store(s.gates[(i + 1) % 2], a.scale);
+      if (warp == 0) gates.store(s.gates[(i + 1) % 2], a.scale, next_key_max);
     }
     publish_shared();
     __syncthreads();
