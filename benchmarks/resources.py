@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import torch
 import triton
@@ -22,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend, get_ptxas
 from triton.runtime.jit import JITFunction
 
-from gka.kernels import configs, launch
+from gka.kernels import configs, launch, plan
 from gka.maths.chunked import Settings, Tokens
 
 SHARED_LIMITS = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
@@ -59,23 +60,29 @@ class _Chip:
 
 
 @contextmanager
+def as_if_on(arch: int) -> Iterator[None]:
+    """Inside, Triton compiles for sm_<arch>, in the configurations of that chip."""
+    triton.runtime.driver.set_active(_Chip(arch))  # pyright: ignore[reportArgumentType]
+    with patch.object(configs, "capability_of", lambda device: divmod(arch, 10)):
+        yield
+
+
+@contextmanager
 def compiling_only(arch: int) -> Iterator[list]:
     """Inside, launches compile for sm_<arch> and are listed as (name, compiled kernel)."""
-    compiled, original, capability_of = [], JITFunction.run, configs.capability_of
+    compiled, original = [], JITFunction.run
 
     def run(self, *args, grid, warmup, **kwargs):
         kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
         compiled.append((self.__name__, kernel))
         return kernel
 
-    JITFunction.run = run
-    configs.capability_of = lambda device: divmod(arch, 10)
-    triton.runtime.driver.set_active(_Chip(arch))  # pyright: ignore[reportArgumentType]
+    plan.plan_of.cache_clear()  # nothing has been compiled before
     try:
-        yield compiled
+        with as_if_on(arch), patch.object(JITFunction, "run", run):
+            yield compiled
     finally:
-        JITFunction.run = original
-        configs.capability_of = capability_of
+        plan.plan_of.cache_clear()
 
 
 def problem(dim: int, dtype: torch.dtype, heads: int = 16, length: int = 2048) -> Tokens:
