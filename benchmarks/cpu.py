@@ -111,7 +111,7 @@ def show(rows: list[dict], fitted: dict[str, float], console: Console) -> None:
     names = ("T", "chunk-wise s (min-max)", "us a token", "MiB", "token by token s", "MiB")
     names = (*names, "ratio (min-max)")
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for row in rows:
         fast, slow = (row["seconds"].get(form) for form in BACKENDS)
         least, median, most = spread(fast)

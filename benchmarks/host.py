@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -38,7 +39,7 @@ class _Kernel(nvrtc.Kernel):
     def __init__(self, cubin: bytes, name: str, threads: int, shared: int) -> None:
         pass
 
-    def __call__(self, blocks: int, arguments) -> None:
+    def __call__(self, blocks: int, sides: int, arguments) -> None:
         pass
 
 
@@ -69,7 +70,7 @@ def launching_nothing(arch: int = 90) -> Iterator[None]:
             backends._BACKENDS = registered
 
 
-def layer_inputs(length: int, heads: int, dim: int) -> dict[str, Tensor]:
+def layer_inputs(length: int, heads: int, dim: int) -> dict[str, Any]:
     """bfloat16 heads and float32 gates, as the layer makes them; values do not matter."""
     shape = (1, length, heads, dim)
     made = {n: torch.zeros(shape, dtype=torch.bfloat16) for n in "qkv"}

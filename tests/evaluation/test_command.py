@@ -1,8 +1,11 @@
 """`gka recall` and `gka mqar` from the command line."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import typer
@@ -47,6 +50,50 @@ def test_mqar_trains_reports_and_does_not_train_twice(tmp_path):
     again = run(TINY_MQAR, *output)
     assert again.exit_code == 0
     assert json.loads((tmp_path / "mqar.json").read_text())["cells"] == content["cells"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals and process groups of POSIX")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_sweep_leaves_no_process_behind(number, tmp_path):
+    """SIGTERM and Ctrl-C, also where a shell has switched that off for background jobs, end the trainings
+    of every process, with status 128 + signal and word of how to go on."""
+    line = (
+        "mqar --mixers gla,deltanet --sizes 8x8 --learning-rates 0.01 --seeds 1 --steps 1000000"
+        " --processes 2 --output"
+    )
+    code = "from gka.cli import main; main()"
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, *line.split(), str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while _group_size(child.pid) < 4:  # the command, two trainings, their resource tracker
+            assert child.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        child.send_signal(number)
+        output, _ = child.communicate(timeout=60)
+        assert child.returncode == 128 + number
+        assert "Run the same command again to go on" in output
+        deadline = time.monotonic() + 30
+        while _group_size(child.pid) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert _group_size(child.pid) == 0
+    finally:
+        if _group_size(child.pid):
+            os.killpg(child.pid, signal.SIGKILL)
+
+
+def _group_size(group: int) -> int:
+    """Processes alive in a process group."""
+    table = subprocess.run(
+        ["ps", "-eo", "pgid=,stat="], capture_output=True, text=True, check=True
+    ).stdout
+    rows = [line.split() for line in table.splitlines()]
+    return sum(int(pgid) == group and not stat.startswith("Z") for pgid, stat in rows)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,10 @@
 """`gka recall` and `gka mqar`: options to settings, results to files. Heavy imports come last."""
 
 import os
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -15,7 +18,6 @@ if TYPE_CHECKING:
     from gka.evaluation.mqar_sweep import Sweep
 
 Number = TypeVar("Number", int, float)
-_INTERRUPTED = 130  # the shell's convention: 128 + SIGINT
 
 
 def recall(
@@ -122,6 +124,32 @@ def _run_recall(
     _tell(console, folder, "recall")
 
 
+class _Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM; `signal` is which."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.signal = number
+
+
+@contextmanager
+def _stopping_by_signal() -> Iterator[None]:
+    """SIGINT and SIGTERM raise `_Stopped`, so that trainings in other processes are ended too."""
+
+    def stop(number: int, _frame: Any) -> None:
+        raise _Stopped(number)
+
+    former = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            former[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
 def _run_mqar(sweep: "Sweep", folder: Path, processes: int, device: str) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -135,7 +163,7 @@ def _run_mqar(sweep: "Sweep", folder: Path, processes: int, device: str) -> None
     console, file = Console(), folder / "mqar.json"
     columns = TextColumn("trainings"), BarColumn(), MofNCompleteColumn(), Elapsed()
     try:
-        with Progress(*columns, console=console) as progress:
+        with _stopping_by_signal(), Progress(*columns, console=console) as progress:
             bar = progress.add_task("", total=len(sweep))
 
             def show(cell: Cell, result: dict[str, Any]) -> None:
@@ -145,10 +173,10 @@ def _run_mqar(sweep: "Sweep", folder: Path, processes: int, device: str) -> None
                 progress.advance(bar)
 
             content = run_sweep(sweep, file, processes=processes, device=device, on_cell=show)
-    except KeyboardInterrupt:
+    except _Stopped as stopped:
         console.print(f"Stopped. Finished trainings are kept in {file}.", soft_wrap=True)
         console.print("Run the same command again to go on.")
-        raise typer.Exit(_INTERRUPTED) from None
+        raise typer.Exit(128 + stopped.signal) from None
     plot_mqar(content, folder / "mqar.png")
     for table in mqar_tables(content):
         console.print(table)

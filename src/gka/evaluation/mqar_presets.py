@@ -4,7 +4,7 @@ from gka.evaluation.mqar import MQARTask
 from gka.evaluation.mqar_cell import Budget
 from gka.evaluation.mqar_sweep import Sweep
 
-# "gla+attention" is the ceiling where "attention", which has no convolution, does not learn in time.
+# "gla+attention": convolutions for "attention", which has none of its own and does not learn in time.
 _COMPARED = ("gka", "gla", "deltanet", "gated_deltanet", "attention", "gla+attention")
 
 

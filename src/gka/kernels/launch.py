@@ -12,8 +12,7 @@ from gka.kernels import configs
 from gka.kernels.adjoint import readout_backward_kernel, through_h_kernel, through_u_kernel
 from gka.kernels.chunked import readout_kernel, solve_kernel
 from gka.kernels.configs import widest
-from gka.kernels.hopper.calls import adjoint as hopper_adjoint
-from gka.kernels.hopper.calls import solve_and_readout
+from gka.kernels.hopper import calls as hopper
 from gka.kernels.moments import moments_kernel, moments_segments_kernel
 from gka.kernels.plan import Kind, Plan, plan_of
 from gka.kernels.reverse import reverse_h_kernel, reverse_u_kernel
@@ -99,15 +98,15 @@ class Launch:
 
     Attributes:
         given: the tokens as they came; t: contiguous and aligned, gates float32 for Hopper's kernels.
-        hopper: whether those kernels do the solve and the readout.
+        hopper: whether those kernels do the scans, the solve and the readout.
         signature: what compiled kernels depend on beside the plan: which arguments there are, of what
             dtype, and the integers among them.
     """
 
-    def __init__(self, tokens: Tokens, settings: Settings, hopper: bool) -> None:
+    def __init__(self, tokens: Tokens, settings: Settings, on_hopper: bool) -> None:
         self.given, self.settings = tokens, settings
         self.solve = settings.num_iter > 0
-        self.hopper = hopper and self.solve
+        self.hopper = on_hopper and self.solve
         t = self.t = _prepared(tokens, self.hopper)
         plan = self.plan = _plan(t, settings.chunk_size)
         self.H, self.HK, self.HV, self.K, self.V = plan.H, plan.HK, plan.HV, plan.K, plan.V
@@ -120,7 +119,9 @@ class Launch:
         self._set_tables(self.H)
 
     def _set_tables(self, heads: int) -> None:
-        self.chunks = chunking(self.t, self.plan.C, heads * (self.NK + self.NV))
+        # a Hopper block holds a whole state; two fit where three of the others' do
+        programs = heads * (3 if self.hopper else self.NK + self.NV)
+        self.chunks = chunking(self.t, self.plan.C, programs)
         self.M, self.N = self.chunks.num_chunks, self.chunks.num_sequences
 
     def split_heads(self) -> None:
@@ -179,6 +180,10 @@ class Launch:
         programs = (self.chunks.num_segments * heads.count, blocks + self.NV)
         sums_h = self._sums(heads, "h", self.K, self.NK, h is not None)
         sums_u = self._sums(heads, "u", self.V, self.NV, True)
+        if self.hopper and h is not None:
+            initial = (_initial(t.h0), _initial(t.u0))
+            hopper.scan_states(self, heads, (h, u), initial, (sums_h, sums_u), maxima)
+            return h, u
         gates = (self.gk, t.g, t.beta)
         if self.chunks.segmented:
             args = (t.k, t.v, *gates, *sums_h, *sums_u, *self.segments)
@@ -291,12 +296,12 @@ def _initial(state: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     return state, state.abs().amax((-1, -2))
 
 
-def chunk_forward(tokens: Tokens, settings: Settings, hopper: bool = False) -> Forward:
+def chunk_forward(tokens: Tokens, settings: Settings, on_hopper: bool = False) -> Forward:
     """`gka.maths.chunked.chunk_forward` on the GPU; rows of x are divided by `x_scale`.
 
-    `hopper`: the solve and readout by the kernels of `gka.kernels.hopper`.
+    `on_hopper`: scans, solve and readout by the kernels of `gka.kernels.hopper`.
     """
-    run = Launch(tokens, settings, hopper)
+    run = Launch(tokens, settings, on_hopper)
     t, (heads,) = run.t, run.groups
     h, u = run.moments(heads, run.solve or settings.with_h)
     x = x_scale = None
@@ -305,7 +310,7 @@ def chunk_forward(tokens: Tokens, settings: Settings, hopper: bool = False) -> F
     o = run.empty(*t.q.shape[:3], run.V, dtype=t.q.dtype)
     if run.hopper:
         assert h is not None and x is not None and x_scale is not None
-        solve_and_readout(run, heads, h, u, x, x_scale, o)
+        hopper.solve_and_readout(run, heads, h, u, x, x_scale, o)
         return Forward(o=o, x=x, h=h.final, u=u.final, x_scale=x_scale)
     if run.solve:
         run.solve_(heads, (t.q, None), h, (x, x_scale))
@@ -324,10 +329,10 @@ def chunk_backward(
     dh_final: Tensor | None,
     du_final: Tensor | None,
     settings: Settings,
-    hopper: bool = False,
+    on_hopper: bool = False,
 ) -> Gradients:
     """`gka.maths.adjoint.chunk_backward` on the GPU; x and x_scale as `chunk_forward` gave them."""
-    run = Launch(tokens, settings, hopper)
+    run = Launch(tokens, settings, on_hopper)
     run.split_heads()
     if x is not None and x_scale is None:  # of the recurrent form
         x_scale = x.abs().amax(-1)
@@ -367,7 +372,7 @@ class _Backward:
         adjoint = self._adjoint(heads)
         if run.hopper:
             solutions, grads = (self.x, self.x_scale), (self.dq, self.dalpha)
-            hopper_adjoint(run, heads, h, u, solutions, self.do, grads, adjoint, start_u)
+            hopper.adjoint(run, heads, h, u, solutions, self.do, grads, adjoint, start_u)
         else:
             self._readout(heads, u, start_u, adjoint)
         dk, dv = self._shared_heads(heads)
@@ -417,13 +422,17 @@ class _Backward:
         read = (t.q, self.x, self.x_scale, t.alpha, self.do, t.g, *u.stored, *self.du_final)
         ends = self._ends(heads, run.V, run.NV)
         sums = run._sums(heads, "u", run.V, run.NV, True)
-        written = (*ends.stored, maxima.z, maxima.d, self.du0)
-        scale = run.settings.scale
-        self._scan(reverse_u_kernel, heads, run.NV, read, written, sums, "reverse_u", scale)
+        if run.hopper:
+            edges, solutions = (self.du_final, self.du0), (self.x, self.x_scale)
+            hopper.scan_u_back(run, heads, u, ends, edges, sums, solutions, self.do, maxima)
+        else:
+            written = (*ends.stored, maxima.z, maxima.d, self.du0)
+            factor = run.settings.scale
+            self._scan(reverse_u_kernel, heads, run.NV, read, written, sums, "reverse_u", factor)
         args = (
             t.q, self.x, self.x_scale, t.k, t.v, t.g, t.alpha, t.beta, self.do, *ends.stored, start_u,
             maxima.k, maxima.v, maxima.z, maxima.d, dk[0], dv[0], self.dg_u, self.dbeta2, *run.tables,
-            scale, *dk[1:], *dv[1:],
+            run.settings.scale, *dk[1:], *dv[1:],
         )  # fmt: skip
         run.launch(through_u_kernel, "through_u", (run.M * heads.count,), heads, args)
 
@@ -445,8 +454,11 @@ class _Backward:
         ends = self._ends(heads, run.K, run.NK)
         sums = run._sums(heads, "h", run.K, run.NK, True)
         read = (*x, *of_scan, run.gk, *h.stored, *self.dh_final)
-        written = (*ends.stored, self.dh0)
-        self._scan(reverse_h_kernel, heads, run.NK, read, written, sums, "reverse_h")
+        if run.hopper:
+            hopper.scan_h_back(run, heads, h, ends, (self.dh_final, self.dh0), sums, x, a)
+        else:
+            written = (*ends.stored, self.dh0)
+            self._scan(reverse_h_kernel, heads, run.NK, read, written, sums, "reverse_h")
         args = (
             *x, *of_tokens, t.k, run.gk, t.beta, *h.stored, h.norms, *ends.stored, maxima.k, dk[0],
             self.dg_h, self.dbeta2, *run.tables, *dk[1:],

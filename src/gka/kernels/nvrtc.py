@@ -95,12 +95,12 @@ class Kernel:
             "set the shared memory of",
         )
 
-    def __call__(self, blocks: int, arguments: ctypes.Structure) -> None:
-        """Launch on torch's current stream."""
+    def __call__(self, blocks: int, sides: int, arguments: ctypes.Structure) -> None:
+        """Launch on a grid of blocks x sides, on torch's current stream."""
         pointer = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         launched = self.driver.cuLaunchKernel(
-            self.function, blocks, 1, 1, self.threads, 1, 1, self.shared, stream, pointer, None
+            self.function, blocks, sides, 1, self.threads, 1, 1, self.shared, stream, pointer, None
         )
         self._check(launched, "launch")
 

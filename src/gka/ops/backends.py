@@ -121,24 +121,24 @@ def _hopper_refusal(call: Call) -> str | None:
     return hopper.why_not(call.device, call.dtype, call.dims, call.chunk_size)
 
 
-def _on_gpu(hopper: bool) -> tuple[Callable[..., Forward], Callable[..., Gradients]]:
+def _on_gpu(on_hopper: bool) -> tuple[Callable[..., Forward], Callable[..., Gradients]]:
     """Forward and backward of the kernels; the modules that import triton are loaded on first use."""
 
     def forward(tokens: Tokens, settings: Settings) -> Forward:
         from gka.kernels import launch
 
-        return launch.chunk_forward(tokens, settings, hopper)
+        return launch.chunk_forward(tokens, settings, on_hopper)
 
     def backward(*args) -> Gradients:
         from gka.kernels import launch
 
-        return launch.chunk_backward(*args, hopper=hopper)
+        return launch.chunk_backward(*args, on_hopper=on_hopper)
 
     return forward, backward
 
 
 def _register_gpu(name: str, refusal: Callable[[Call], str | None], solvers: tuple[Solver, ...]):
-    forward, backward = _on_gpu(hopper=name == "hopper")
+    forward, backward = _on_gpu(on_hopper=name == "hopper")
     register_backend(
         Backend(
             name=name,

@@ -16,7 +16,16 @@ from gka.kernels import nvrtc
 
 DIMS = (64, 128)
 CHUNK = 64
-_PARTS = ("tensor_cores", "chunk", "fragments", "ridge", "chebyshev", "adaptive", "system")
+_PARTS = (
+    "tensor_cores",
+    "numbers",
+    "chunk",
+    "fragments",
+    "ridge",
+    "chebyshev",
+    "adaptive",
+    "system",
+)
 BLOCKS = {64: 3, 128: 2}  # blocks a multiprocessor that the registers leave room for
 _POINTERS = (
     "q", "k", "v", "g", "gk", "alpha", "beta", "h_states", "u_states", "h_scales", "h_norms",
@@ -41,12 +50,44 @@ class Arguments(ctypes.Structure):
     ]
 
 
-def arguments(**values: Tensor | float | int | None) -> Arguments:
-    """The structure from tensors and numbers by name; pointers not named are null."""
-    made = Arguments()
+_SIDE_POINTERS = (
+    "g", "boundary", "boundary_max", "states", "bounds", "norms", "last", "sums", "sum_bounds",
+    "sum_decays",
+)  # fmt: skip
+_SCAN_POINTERS = (
+    "k", "v", "q", "x", "d_o", "y", "alpha", "beta", "x_scale", "y_scale", "key_weight",
+    "start_weight", "first_maxima", "second_maxima", "stored", "stored_bounds", "wholes", "segments",
+    "chunk_start", "chunk_length",
+)  # fmt: skip
+_SCAN_INTS = ("heads", "key_heads", "value_heads", "first_head", "group_heads", "sum_only")
+
+
+class Side(ctypes.Structure):
+    """scan.cu's structure of the same name: one of the two states, or its gradient."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in _SIDE_POINTERS]
+
+
+class ScanArguments(ctypes.Structure):
+    """scan.cu's structure of the same name."""
+
+    _fields_ = [
+        ("h", Side),
+        ("u", Side),
+        *((name, ctypes.c_void_p) for name in _SCAN_POINTERS),
+        ("scale", ctypes.c_float),
+        *((name, ctypes.c_int) for name in _SCAN_INTS),
+    ]
+
+
+Given = Arguments | ScanArguments | Side
+
+
+def fill(structure: Given, values: dict[str, Tensor | Side | float | int | None]) -> Given:
+    """Its fields from tensors and numbers by name; pointers not named, or None, are null."""
     for name, value in values.items():
-        setattr(made, name, value.data_ptr() if isinstance(value, Tensor) else value)
-    return made
+        setattr(structure, name, value.data_ptr() if isinstance(value, Tensor) else value)
+    return structure
 
 
 def why_not(
@@ -62,14 +103,20 @@ def why_not(
     return nvrtc.why_missing()
 
 
+SCANS = ("scan_states", "scan_u_back", "scan_h_back")  # scan.cu's KIND 0, 1, 2
+
+
 def source(kernel: str, key_dim: int, value_dim: int, bfloat16: bool, adaptive: bool) -> str:
-    """One translation unit."""
+    """One translation unit: `kernel` is a file's name here, or one of SCANS."""
     folder = Path(__file__).parent
-    parts = [folder / f"{p}.cuh" for p in _PARTS if adaptive or p != "adaptive"]
-    text = [path.read_text() for path in (*parts, folder / f"{kernel}.cu")]
+    scan = kernel in SCANS
+    parts = [p for p in _PARTS if adaptive or p != "adaptive"]
+    names = ["tensor_cores.cuh", "numbers.cuh", "scan.cu"] if scan else [f"{p}.cuh" for p in parts]
+    text = [(folder / name).read_text() for name in (*names, *([] if scan else [f"{kernel}.cu"]))]
     head = (
         f"#define BF16 {int(bfloat16)}\n#define ADAPTIVE {int(adaptive)}\n"
         f"#define BLOCKS {BLOCKS[max(key_dim, value_dim)]}\n"
+        f"#define KIND {SCANS.index(kernel) if scan else -1}\n"
         f"constexpr int K = {key_dim}, V = {value_dim};\n"
     )
     return head + "\n".join(text)
@@ -77,9 +124,16 @@ def source(kernel: str, key_dim: int, value_dim: int, bfloat16: bool, adaptive: 
 
 def shared_bytes(kernel: str, key_dim: int, value_dim: int) -> int:
     """Upper bound of what `kernel` keeps in shared memory, with room to align it."""
+    widest = max(key_dim, value_dim)
+    if kernel in SCANS:
+        tiles = {
+            "scan_states": key_dim + 3 * widest,
+            "scan_u_back": key_dim + 4 * widest,
+            "scan_h_back": 5 * key_dim + widest,
+        }
+        return 2 * CHUNK * tiles[kernel] + 4 * (8 * CHUNK + 16) + 1024
     if kernel == "certify":
         return 2 * key_dim * key_dim + 4 * (key_dim + 8) + 1024
-    widest = max(key_dim, value_dim)
     tiles = 2 * (key_dim * key_dim + CHUNK * (key_dim + widest) + CHUNK * CHUNK)
     tiles += max(2 * key_dim * value_dim, 4 * CHUNK * key_dim)
     return tiles + 4 * (5 * CHUNK + 2 * key_dim + 16) + 1024
@@ -89,22 +143,20 @@ def shared_bytes(kernel: str, key_dim: int, value_dim: int) -> int:
 def _kernel(
     device: int, kernel: str, key_dim: int, value_dim: int, bfloat16: bool, adaptive: bool
 ) -> nvrtc.Kernel:
-    text = source(kernel, key_dim, value_dim, bfloat16, adaptive)
-    cubin = nvrtc.compile_cubin(text, f"gka_{kernel}", "sm_90a")
-    return nvrtc.Kernel(cubin, f"gka_{kernel}", 128, shared_bytes(kernel, key_dim, value_dim))
+    name = f"gka_{'scan' if kernel in SCANS else kernel}"
+    cubin = nvrtc.compile_cubin(
+        source(kernel, key_dim, value_dim, bfloat16, adaptive), name, "sm_90a"
+    )
+    threads = 2 * key_dim if kernel in SCANS else 128
+    return nvrtc.Kernel(cubin, name, threads, shared_bytes(kernel, key_dim, value_dim))
 
 
 def run(
-    kernel: str, like: Tensor, value_dim: int, adaptive: bool, blocks: int, given: Arguments
+    kernel: str, like: Tensor, value_dim: int, adaptive: bool, blocks: tuple[int, int], given: Given
 ) -> None:
-    """Launch `kernel` ("forward" or "adjoint") for inputs like q = `like` on their device."""
+    """Launch `kernel` on that many blocks (x, y) for inputs like q = `like`, on their device."""
     with torch.cuda.device(like.device):
-        launch = _kernel(
-            like.device.index,
-            kernel,
-            like.shape[-1],
-            value_dim,
-            like.dtype == torch.bfloat16,
-            adaptive,
+        bfloat16 = like.dtype == torch.bfloat16
+        _kernel(like.device.index, kernel, like.shape[-1], value_dim, bfloat16, adaptive)(
+            *blocks, given
         )
-        launch(blocks, given)

@@ -9,7 +9,7 @@ from gka.kernels import hopper
 from gka.maths.ridge import empty_below
 
 if TYPE_CHECKING:
-    from gka.kernels.launch import Adjoint, Heads, Launch, Moments
+    from gka.kernels.launch import Adjoint, Ends, Heads, Launch, Maxima, Moments
 
 STAGGER = 20_000  # ns that one block of a pair waits once; tried from 5 to 30 us (docs/log.md)
 
@@ -76,5 +76,97 @@ def _run(run: "Launch", heads: "Heads", kernel: str, given: dict) -> None:
         "stagger": STAGGER if blocks >= 4 * resident else 0,
         "multiprocessors": multiprocessors,
     }
-    arguments = hopper.arguments(**(given | waiting))
-    hopper.run(kernel, run.t.q, run.V, run.settings.solver == "adaptive", blocks, arguments)
+    arguments = hopper.fill(hopper.Arguments(), given | waiting)
+    adaptive = run.settings.solver == "adaptive"
+    hopper.run(kernel, run.t.q, run.V, adaptive, (blocks, 1), arguments)
+
+
+Sums = tuple[Tensor | None, Tensor | None, Tensor | None]
+Boundary = tuple[Tensor | None, Tensor | None]
+
+
+def scan_states(
+    run: "Launch",
+    heads: "Heads",
+    states: tuple["Moments", "Moments"],
+    initial: tuple[Boundary, Boundary],
+    sums: tuple[Sums, Sums],
+    maxima: "Maxima | None",
+) -> None:
+    """H and U at chunk starts, and final: both passes of `scan.cu` forwards."""
+    t = run.t
+    sides = [
+        _side(g, boundary, (s.states, s.scales, s.norms), s.final, parts)
+        for g, s, boundary, parts in zip((run.gk, t.g), states, initial, sums, strict=True)
+    ]
+    largest = (None, None) if maxima is None else (maxima.k, maxima.v)
+    given = {"h": sides[0], "u": sides[1], "k": t.k, "v": t.v, "beta": t.beta}
+    given |= {"first_maxima": largest[0], "second_maxima": largest[1]}
+    _scan(run, heads, "scan_states", given)
+
+
+def scan_u_back(
+    run: "Launch",
+    heads: "Heads",
+    u: "Moments",
+    ends: "Ends",
+    edges: tuple[Boundary, Tensor | None],
+    sums: Sums,
+    forward: tuple[Tensor, Tensor],
+    do: Tensor,
+    maxima: "Maxima",
+) -> None:
+    """The gradient of U at chunk ends; edges: final state's gradient, initial one's (written)."""
+    t = run.t
+    side = _side(t.g, edges[0], (ends.states, ends.scales, None), edges[1], sums)
+    given = {
+        "u": side, "q": t.q, "alpha": t.alpha, "x": forward[0], "x_scale": forward[1], "d_o": do,
+        "stored": u.states, "stored_bounds": u.scales, "wholes": ends.wholes,
+        "first_maxima": maxima.z, "second_maxima": maxima.d,
+    }  # fmt: skip
+    _scan(run, heads, "scan_u_back", given)
+
+
+def scan_h_back(
+    run: "Launch",
+    heads: "Heads",
+    h: "Moments",
+    ends: "Ends",
+    edges: tuple[Boundary, Tensor | None],
+    sums: Sums,
+    forward: tuple[Tensor, Tensor],
+    of: "Adjoint",
+) -> None:
+    """The gradient E of H at chunk ends, not symmetrised; edges as in `scan_u_back`."""
+    side = _side(run.gk, edges[0], (ends.states, ends.scales, None), edges[1], sums)
+    given = {
+        "h": side, "k": run.t.k, "x": forward[0], "x_scale": forward[1], "y": of.y,
+        "y_scale": of.y_scale, "key_weight": of.key_weight, "start_weight": of.start_weight,
+        "stored": h.states, "stored_bounds": h.scales, "wholes": ends.wholes,
+    }  # fmt: skip
+    _scan(run, heads, "scan_h_back", given)
+
+
+def _side(
+    g: Tensor | None, boundary: Boundary, out, last: Tensor | None, sums: Sums
+) -> hopper.Side:
+    names = ("g", "boundary", "boundary_max", "states", "bounds", "norms", "last", "sums")
+    names = (*names, "sum_bounds", "sum_decays")
+    side = hopper.Side()
+    hopper.fill(side, dict(zip(names, (g, *boundary, *out, last, *sums), strict=True)))
+    return side
+
+
+def _scan(run: "Launch", heads: "Heads", kernel: str, given: dict) -> None:
+    """First the segments' sums where a sequence has several, then the scan."""
+    given |= {
+        "segments": run.chunks.segments, "chunk_start": run.chunks.start,
+        "chunk_length": run.chunks.length, "scale": run.settings.scale, "heads": run.H,
+        "key_heads": run.HK, "value_heads": run.HV, "first_head": heads.base,
+        "group_heads": heads.count,
+    }  # fmt: skip
+    arguments = hopper.fill(hopper.ScanArguments(), given)
+    blocks = (run.chunks.num_segments * heads.count, 2 if kernel == "scan_states" else 1)
+    for sum_only in (1, 0) if run.chunks.segmented else (0,):
+        hopper.fill(arguments, {"sum_only": sum_only})
+        hopper.run(kernel, run.t.q, run.V, False, blocks, arguments)

@@ -5,7 +5,6 @@
 
 constexpr int C = 64;
 constexpr int THREADS = 128;
-constexpr float TINY = 1e-30f;  // below it a tile, or a row, counts as zero, and its scale as one
 
 struct Arguments {
   const u16 *q, *k, *v;                     // [tokens, H, K], [tokens, HK, K], [tokens, HV, V]
@@ -35,63 +34,6 @@ struct Arguments {
   int stagger, multiprocessors;  // ns that every second block of the first wave waits; see stagger_blocks
 };
 
-DEVICE float low_half(u32 x) {
-  float y;
-  asm("{.reg .f16 l, h;\n mov.b32 {l, h}, %1;\n cvt.f32.f16 %0, l;}" : "=f"(y) : "r"(x));
-  return y;
-}
-DEVICE float high_half(u32 x) {
-  float y;
-  asm("{.reg .f16 l, h;\n mov.b32 {l, h}, %1;\n cvt.f32.f16 %0, h;}" : "=f"(y) : "r"(x));
-  return y;
-}
-DEVICE u32 pack(float low, float high) {
-  u32 x;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
-  return x;
-}
-DEVICE u32 times(u32 a, u32 b) {
-  u32 x;
-  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));
-  return x;
-}
-
-// Two neighbouring inputs as float32, and back.
-DEVICE float2 widen(u32 x) {
-#if BF16
-  return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};
-#else
-  return {low_half(x), high_half(x)};
-#endif
-}
-DEVICE u32 narrow(float low, float high) {
-#if BF16
-  u32 x;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
-  return x;
-#else
-  return pack(low, high);
-#endif
-}
-
-DEVICE float quad_sum(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
-DEVICE float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-DEVICE float warp_sum(float x) {
-#pragma unroll
-  for (int i = 16; i > 0; i >>= 1) x += __shfl_xor_sync(~0u, x, i);
-  return x;
-}
-DEVICE float warp_max(float x) {
-#pragma unroll
-  for (int i = 16; i > 0; i >>= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, i));
-  return x;
-}
 // Over the block; `scratch` [8] floats. Ends and begins with a barrier.
 template <bool MAXIMUM>
 DEVICE float block_reduce(float x, float* scratch) {
@@ -101,15 +43,6 @@ DEVICE float block_reduce(float x, float* scratch) {
   __syncthreads();
   float a = scratch[0], b = scratch[1], c = scratch[2], d = scratch[3];
   return MAXIMUM ? fmaxf(fmaxf(a, b), fmaxf(c, d)) : (a + b) + (c + d);
-}
-
-DEVICE void copy_async(u32 to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(to), "l"(from) : "memory");
-}
-DEVICE void copies_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
-template <int PENDING>
-DEVICE void copies_wait() {
-  asm volatile("cp.async.wait_group %0;\n" ::"n"(PENDING) : "memory");
 }
 
 // Where this block and this thread are.

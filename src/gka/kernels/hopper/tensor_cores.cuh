@@ -62,15 +62,15 @@ DEVICE void mma(float (&d)[32], const u32* a, u64 b, int accumulate) {
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(SIGN), "n"(TRANSPOSED));
 }
 
-// The same with a in shared memory, rows as in a right operand.
-template <int TRANSPOSED>
+// The same with a in shared memory, [64, 16] as in a right operand, or [16, 64] if TRANSPOSED_LEFT.
+template <int TRANSPOSED_LEFT, int TRANSPOSED>
 DEVICE void mma(float (&d)[32], u64 a, u64 b, int accumulate) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "%32, %33, p, 1, 1, 0, %35;\n}\n"
+      "%32, %33, p, 1, 1, %35, %36;\n}\n"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]),
         "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
         "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
@@ -79,7 +79,7 @@ DEVICE void mma(float (&d)[32], u64 a, u64 b, int accumulate) {
         "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
         "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
         "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-      : "l"(a), "l"(b), "r"(accumulate), "n"(TRANSPOSED));
+      : "l"(a), "l"(b), "r"(accumulate), "n"(TRANSPOSED_LEFT), "n"(TRANSPOSED));
 }
 
 // d [64, 128] (+)= SIGN a [64, 16] b [16, 128], a in registers.
@@ -112,8 +112,8 @@ DEVICE void mma(float (&d)[64], const u32* a, u64 b, int accumulate) {
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(SIGN), "n"(TRANSPOSED));
 }
 
-// The same with a in shared memory, rows as in a right operand.
-template <int TRANSPOSED>
+// The same with a in shared memory, [64, 16] as in a right operand, or [16, 64] if TRANSPOSED_LEFT.
+template <int TRANSPOSED_LEFT, int TRANSPOSED>
 DEVICE void mma(float (&d)[64], u64 a, u64 b, int accumulate) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
@@ -122,7 +122,7 @@ DEVICE void mma(float (&d)[64], u64 a, u64 b, int accumulate) {
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31,"
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47,"
       "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "%64, %65, p, 1, 1, 0, %67;\n}\n"
+      "%64, %65, p, 1, 1, %67, %68;\n}\n"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]),
         "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
         "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
@@ -139,7 +139,7 @@ DEVICE void mma(float (&d)[64], u64 a, u64 b, int accumulate) {
         "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
         "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]),
         "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-      : "l"(a), "l"(b), "r"(accumulate), "n"(TRANSPOSED));
+      : "l"(a), "l"(b), "r"(accumulate), "n"(TRANSPOSED_LEFT), "n"(TRANSPOSED));
 }
 
 // d (+)= SIGN a B over K rows of B. a: fragments [64, K]. B: `rows` rows in shared memory, whole columns.
@@ -161,6 +161,6 @@ DEVICE void product_shared(float (&d)[N], u32 a, u32 b) {
   for (int k = 0; k < K / 16; k++) {
     u64 left = descriptor(a + (k >> 2) * A_ROWS * 128 + (k & 3) * 32, 16, 1024);
     u64 right = descriptor(b + (k >> 2) * ROWS * 128 + (k & 3) * 32, 16, 1024);
-    mma<0>(d, left, right, k > 0);
+    mma<0, 0>(d, left, right, k > 0);
   }
 }

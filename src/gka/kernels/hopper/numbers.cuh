@@ -1,0 +1,80 @@
+// Numbers of 16 bits, reductions over lanes, copies to shared memory. BF16: the inputs are bfloat16, else float16.
+
+constexpr float TINY = 1e-30f;  // below it a tile, or a row, counts as zero, and its scale as one
+
+DEVICE float low_half(u32 x) {
+  float y;
+  asm("{.reg .f16 l, h;\n mov.b32 {l, h}, %1;\n cvt.f32.f16 %0, l;}" : "=f"(y) : "r"(x));
+  return y;
+}
+DEVICE float high_half(u32 x) {
+  float y;
+  asm("{.reg .f16 l, h;\n mov.b32 {l, h}, %1;\n cvt.f32.f16 %0, h;}" : "=f"(y) : "r"(x));
+  return y;
+}
+DEVICE u32 pack(float low, float high) {
+  u32 x;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
+  return x;
+}
+DEVICE u32 times(u32 a, u32 b) {
+  u32 x;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));
+  return x;
+}
+
+// Two neighbouring inputs as float32, and back.
+DEVICE float2 widen(u32 x) {
+#if BF16
+  return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};
+#else
+  return {low_half(x), high_half(x)};
+#endif
+}
+DEVICE u32 narrow(float low, float high) {
+#if BF16
+  u32 x;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
+  return x;
+#else
+  return pack(low, high);
+#endif
+}
+
+DEVICE float quad_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+DEVICE float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+DEVICE float warp_sum(float x) {
+#pragma unroll
+  for (int i = 16; i > 0; i >>= 1) x += __shfl_xor_sync(~0u, x, i);
+  return x;
+}
+DEVICE float warp_max(float x) {
+#pragma unroll
+  for (int i = 16; i > 0; i >>= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, i));
+  return x;
+}
+
+DEVICE void copy_async(u32 to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(to), "l"(from) : "memory");
+}
+DEVICE void copies_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+template <int PENDING>
+DEVICE void copies_wait() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(PENDING) : "memory");
+}
+
+// Of four words of every thread of a quad, word i of thread c to word c of thread i: a thread then holds
+// 16 neighbouring bytes of a row, and stores them at once.
+DEVICE uint4 transpose_quad(u32 w0, u32 w1, u32 w2, u32 w3, int lane) {
+  bool odd = lane & 1, high = lane & 2;
+  u32 a = __shfl_xor_sync(~0u, odd ? w0 : w1, 1), b = __shfl_xor_sync(~0u, odd ? w2 : w3, 1);
+  w0 = odd ? a : w0, w1 = odd ? w1 : a, w2 = odd ? b : w2, w3 = odd ? w3 : b;
+  a = __shfl_xor_sync(~0u, high ? w0 : w2, 2), b = __shfl_xor_sync(~0u, high ? w1 : w3, 2);
+  return uint4{high ? a : w0, high ? b : w1, high ? w2 : a, high ? w3 : b};
+}
