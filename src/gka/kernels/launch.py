@@ -1,5 +1,8 @@
 """From tokens to kernel launches: sizes, scratch memory and order. The kernels know nothing of these."""
 
+# With a solve there are x, H and the adjoint's arrays; the types do not tell.
+# pyright: reportArgumentType=false
+
 from dataclasses import dataclass
 from functools import partial
 from math import lcm, prod
@@ -114,8 +117,12 @@ class Launch:
         self.gk = t.g if settings.tied else t.gk
         self.groups = [Heads(0, self.H)]
         optional = (t.g, self.gk, t.alpha, t.beta, t.h0, t.u0)
-        self.signature = (settings.num_iter, *(None if x is None else x.dtype for x in optional))
+        self.signature: tuple = (
+            settings.num_iter,
+            *(None if x is None else x.dtype for x in optional),
+        )
         self._scratch: dict[str, Tensor] = {}
+        self.arguments: dict = {}  # of Hopper's kernels, by name
         self._set_tables(self.H)
 
     def _set_tables(self, heads: int) -> None:
@@ -158,10 +165,10 @@ class Launch:
         return torch.empty(shape, device=self.t.q.device, dtype=dtype)
 
     def scratch(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Flat memory for that many numbers, which the next group of heads reuses under the same name."""
+        """Memory of that shape for the first group of heads; the next, no larger, reuse it under its name."""
         held = self._scratch.get(name)
-        if held is None or held.numel() < prod(shape):
-            held = self._scratch[name] = self.empty(prod(shape), dtype=dtype)
+        if held is None:
+            held = self._scratch[name] = self.empty(*shape, dtype=dtype)
         return held
 
     def like(self, x: Tensor | None) -> Tensor | None:
@@ -352,7 +359,7 @@ class _Backward:
         self.dh_final, self.du_final = dh_final, du_final
         self.with_h = run.solve or dh_final[0] is not None
         t = run.t
-        run.signature += (do.dtype, dh_final[0] is None, du_final[0] is None)
+        run.signature = (*run.signature, do.dtype, dh_final[0] is None, du_final[0] is None)
         self.dq, self.dk, self.dv = (torch.empty_like(x) for x in (t.q, t.k, t.v))
         self.dg_u, self.dbeta2, self.dalpha = run.like(t.g), run.like(t.beta), run.like(t.alpha)
         self.dg_h = run.like(run.gk)
@@ -383,7 +390,7 @@ class _Backward:
             if of < run.H:
                 first, share = heads.base * of // run.H, run.H // of
                 shape = (*grad.shape[:2], heads.count // share, share, grad.shape[-1])
-                total = part[0][: prod(shape)].view(shape).sum(3)
+                total = part[0].view(-1)[: prod(shape)].view(shape).sum(3)
                 grad[:, :, first : first + heads.count // share] = total
 
     def _adjoint(self, heads: Heads) -> Adjoint | None:
@@ -420,7 +427,7 @@ class _Backward:
     def _through_u(self, heads: Heads, u: Moments, maxima: Maxima, start_u: Tensor, dk, dv) -> None:
         run, t = self.run, self.run.t
         read = (t.q, self.x, self.x_scale, t.alpha, self.do, t.g, *u.stored, *self.du_final)
-        ends = self._ends(heads, run.V, run.NV)
+        ends = self._ends(heads)
         sums = run._sums(heads, "u", run.V, run.NV, True)
         if run.hopper:
             edges, solutions = (self.du_final, self.du0), (self.x, self.x_scale)
@@ -451,7 +458,7 @@ class _Backward:
             of_scan = (*y, t.k, maxima.k, a.key_weight, a.start_weight)
         else:
             x, of_scan = (None, None), (None,) * 6
-        ends = self._ends(heads, run.K, run.NK)
+        ends = self._ends(heads)
         sums = run._sums(heads, "h", run.K, run.NK, True)
         read = (*x, *of_scan, run.gk, *h.stored, *self.dh_final)
         if run.hopper:
@@ -466,8 +473,10 @@ class _Backward:
         grid = (run.M * heads.count,)
         run.launch(through_h_kernel, "through_h", grid, heads, args, SOLVE=run.solve)
 
-    def _ends(self, heads: Heads, width: int, blocks: int) -> Ends:
+    def _ends(self, heads: Heads) -> Ends:
         run, shape = self.run, (self.run.M, heads.count)
+        # E of H takes the memory that E of U had
+        width, blocks = max(run.K, run.V), max(run.NK, run.NV)
         states = run.scratch("ends", *shape, run.K, width, dtype=run.op_dtype)
         return Ends(states, *(run.scratch(n, *shape, blocks) for n in ("end scales", "wholes")))
 
@@ -486,10 +495,10 @@ class _Backward:
         """Gradients in their inputs' dtypes."""
         t, dg_u, dg_h = self.run.given, self.dg_u, self.dg_h
         if self.run.settings.tied and dg_u is not None and dg_h is not None:
-            dg_u = dg_u + dg_h
+            dg_u += dg_h
         dbeta = None
         if self.dbeta2 is not None and t.beta is not None:
-            dbeta = 2.0 * t.beta.float() * self.dbeta2
+            dbeta = self.dbeta2.mul_(t.beta).mul_(2.0)
         dh0 = self.dh0
         if dh0 is not None:  # H is symmetric, and so is its gradient
             dh0 = (dh0 + dh0.transpose(-1, -2)) / 2

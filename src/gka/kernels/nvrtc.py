@@ -75,6 +75,9 @@ def _read(lib: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> str:
     return _read_bytes(lib, program, what).rstrip(b"\0").decode()
 
 
+_Pointer = ctypes.c_void_p * 1
+
+
 class Kernel:
     """A kernel of one argument, a structure, on the current device."""
 
@@ -84,6 +87,7 @@ class Kernel:
         self.threads, self.shared = threads, shared
         torch.cuda.current_stream()  # the device's context exists from here on
         self.driver = ctypes.CDLL("libcuda.so.1")
+        self.launch = self.driver.cuLaunchKernel
         self.module, self.function = ctypes.c_void_p(), ctypes.c_void_p()
         self._check(self.driver.cuModuleLoadData(ctypes.byref(self.module), cubin), "load")
         found = self.driver.cuModuleGetFunction(
@@ -97,12 +101,13 @@ class Kernel:
 
     def __call__(self, blocks: int, sides: int, arguments: ctypes.Structure) -> None:
         """Launch on a grid of blocks x sides, on torch's current stream."""
-        pointer = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        launched = self.driver.cuLaunchKernel(
+        pointer = _Pointer(ctypes.addressof(arguments))
+        launched = self.launch(
             self.function, blocks, sides, 1, self.threads, 1, 1, self.shared, stream, pointer, None
         )
-        self._check(launched, "launch")
+        if launched:
+            self._check(launched, "launch")
 
     def _check(self, error: int, doing: str) -> None:
         if error:

@@ -4,6 +4,8 @@ One pair serves every mode and backend. States enter as None and leave as empty 
 do not exist, because operators return tensors only.
 """
 
+import inspect
+
 import torch
 from torch import Tensor
 from torch.profiler import record_function
@@ -242,3 +244,8 @@ class GKAFunction(torch.autograd.Function):
         wanted = (None if t is None else grad for grad, t in zip(grads, given, strict=True))
         bounds = (None, None)
         return *wanted, *bounds, *(None for _ in range(len(ctx.numbers) + 1))
+
+
+# apply() asks for the signature at every call, and finding it takes as long as several launches
+for _function in (GKAFunction.forward, GKABackward.forward):
+    _function.__signature__ = inspect.signature(_function)

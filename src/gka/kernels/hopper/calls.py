@@ -1,5 +1,7 @@
 """The Hopper kernels in the place of their Triton counterparts: arguments from a call's sizes and scratch."""
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +20,11 @@ def solve_and_readout(
     run: "Launch", heads: "Heads", h: "Moments", u: "Moments", x: Tensor, x_scale: Tensor, o: Tensor
 ) -> None:
     """x_t and o_t of every token: `forward.cu`."""
-    given = _common(run, heads, h, u) | {"o": o, "x": x, "x_scale": x_scale}
+
+    def given() -> dict:
+        return _common(run, h, u) | {"o": o, "x": x, "x_scale": x_scale}
+
+    _certify(run, heads, h, u)
     _run(run, heads, "forward", given)
 
 
@@ -39,15 +45,19 @@ def adjoint(
         forward: x and x_scale as `solve_and_readout` left them.
         grads: dq and d alpha, written.
     """
-    given = _common(run, heads, h, u) | {
-        "x": forward[0], "x_scale": forward[1], "d_o": do, "dq": grads[0], "d_alpha": grads[1],
-        "y": out.y, "y_scale": out.y_scale, "w": out.w_t, "key_weight": out.key_weight,
-        "start_weight": out.start_weight, "start_u": start_u, "start_h": out.start_h,
-    }  # fmt: skip
+
+    def given() -> dict:
+        return _common(run, h, u) | {
+            "x": forward[0], "x_scale": forward[1], "d_o": do, "dq": grads[0], "d_alpha": grads[1],
+            "y": out.y, "y_scale": out.y_scale, "w": out.w_t, "key_weight": out.key_weight,
+            "start_weight": out.start_weight, "start_u": start_u, "start_h": out.start_h,
+        }  # fmt: skip
+
+    _certify(run, heads, h, u)
     _run(run, heads, "adjoint", given)
 
 
-def _common(run: "Launch", heads: "Heads", h: "Moments", u: "Moments") -> dict:
+def _common(run: "Launch", h: "Moments", u: "Moments") -> dict:
     """What both kernels read; with the adaptive solver also what certify.cu finds of the states."""
     t, s = run.t, run.settings
     given = {
@@ -56,29 +66,47 @@ def _common(run: "Launch", heads: "Heads", h: "Moments", u: "Moments") -> dict:
         "u_scales": u.scales, "chunk_start": run.chunks.start, "chunk_length": run.chunks.length,
         "scale": s.scale, "ridge_ratio": s.ridge_ratio, "empty_below": empty_below(torch.float32),
         "num_iter": s.num_iter, "heads": run.H, "key_heads": run.HK, "value_heads": run.HV,
-        "first_head": heads.base, "group_heads": heads.count, "first_chunk": 0, "h_blocks": run.NK,
+        "first_chunk": 0, "h_blocks": run.NK, "multiprocessors": _multiprocessors(t.q.device),
     }  # fmt: skip
     if s.solver == "adaptive":
-        given["top"] = run.scratch("top", run.M, heads.count, 2, run.K)
-        given["trace"] = run.scratch("trace", run.M, heads.count)
-        _run(run, heads, "certify", given)
+        count = run.groups[0].count
+        given["top"] = run.scratch("top", run.M, count, 2, run.K)
+        given["trace"] = run.scratch("trace", run.M, count)
     return given
 
 
-def _run(run: "Launch", heads: "Heads", kernel: str, given: dict) -> None:
+def _certify(run: "Launch", heads: "Heads", h: "Moments", u: "Moments") -> None:
+    """What the adaptive solver's bound needs of the states: `certify.cu`."""
+    if run.settings.solver == "adaptive":
+        _run(run, heads, "certify", lambda: _common(run, h, u))
+
+
+def _run(run: "Launch", heads: "Heads", kernel: str, given: Callable[[], dict]) -> None:
     blocks = run.M * heads.count
     if blocks == 0:
         return
-    multiprocessors = torch.cuda.get_device_properties(run.t.q.device).multi_processor_count
-    resident = hopper.BLOCKS[max(run.K, run.V)] * multiprocessors
+    arguments = _arguments(run, heads, kernel, hopper.Arguments, given)
+    resident = hopper.BLOCKS[max(run.K, run.V)] * arguments.multiprocessors
     # only long runs of blocks gain by the wait
-    waiting = {
-        "stagger": STAGGER if blocks >= 4 * resident else 0,
-        "multiprocessors": multiprocessors,
-    }
-    arguments = hopper.fill(hopper.Arguments(), given | waiting)
+    arguments.stagger = STAGGER if blocks >= 4 * resident else 0
     adaptive = run.settings.solver == "adaptive"
     hopper.run(kernel, run.t.q, run.V, adaptive, (blocks, 1), arguments)
+
+
+def _arguments(
+    run: "Launch", heads: "Heads", kernel: str, structure: type, given: Callable[[], dict]
+):
+    """A kernel's arguments: made for the first group of heads; the next differ in the heads alone."""
+    held = run.arguments.get(kernel)
+    if held is None:
+        held = run.arguments[kernel] = hopper.fill(structure(), given())
+    held.first_head, held.group_heads = heads.args
+    return held
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 Sums = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -95,13 +123,18 @@ def scan_states(
 ) -> None:
     """H and U at chunk starts, and final: both passes of `scan.cu` forwards."""
     t = run.t
-    sides = [
-        _side(g, boundary, (s.states, s.scales, s.norms), s.final, parts)
-        for g, s, boundary, parts in zip((run.gk, t.g), states, initial, sums, strict=True)
-    ]
-    largest = (None, None) if maxima is None else (maxima.k, maxima.v)
-    given = {"h": sides[0], "u": sides[1], "k": t.k, "v": t.v, "beta": t.beta}
-    given |= {"first_maxima": largest[0], "second_maxima": largest[1]}
+
+    def given() -> dict:
+        sides = [
+            _side(g, boundary, (s.states, s.scales, s.norms), s.final, parts)
+            for g, s, boundary, parts in zip((run.gk, t.g), states, initial, sums, strict=True)
+        ]
+        largest = (None, None) if maxima is None else (maxima.k, maxima.v)
+        return {
+            "h": sides[0], "u": sides[1], "k": t.k, "v": t.v, "beta": t.beta,
+            "first_maxima": largest[0], "second_maxima": largest[1],
+        }  # fmt: skip
+
     _scan(run, heads, "scan_states", given)
 
 
@@ -118,12 +151,15 @@ def scan_u_back(
 ) -> None:
     """The gradient of U at chunk ends; edges: final state's gradient, initial one's (written)."""
     t = run.t
-    side = _side(t.g, edges[0], (ends.states, ends.scales, None), edges[1], sums)
-    given = {
-        "u": side, "q": t.q, "alpha": t.alpha, "x": forward[0], "x_scale": forward[1], "d_o": do,
+
+    def given() -> dict:
+        side = _side(t.g, edges[0], (ends.states, ends.scales, None), edges[1], sums)
+        return {
+            "u": side, "q": t.q, "alpha": t.alpha, "x": forward[0], "x_scale": forward[1], "d_o": do,
         "stored": u.states, "stored_bounds": u.scales, "wholes": ends.wholes,
         "first_maxima": maxima.z, "second_maxima": maxima.d,
-    }  # fmt: skip
+        }  # fmt: skip
+
     _scan(run, heads, "scan_u_back", given)
 
 
@@ -138,12 +174,15 @@ def scan_h_back(
     of: "Adjoint",
 ) -> None:
     """The gradient E of H at chunk ends, not symmetrised; edges as in `scan_u_back`."""
-    side = _side(run.gk, edges[0], (ends.states, ends.scales, None), edges[1], sums)
-    given = {
-        "h": side, "k": run.t.k, "x": forward[0], "x_scale": forward[1], "y": of.y,
+
+    def given() -> dict:
+        side = _side(run.gk, edges[0], (ends.states, ends.scales, None), edges[1], sums)
+        return {
+            "h": side, "k": run.t.k, "x": forward[0], "x_scale": forward[1], "y": of.y,
         "y_scale": of.y_scale, "key_weight": of.key_weight, "start_weight": of.start_weight,
         "stored": h.states, "stored_bounds": h.scales, "wholes": ends.wholes,
-    }  # fmt: skip
+        }  # fmt: skip
+
     _scan(run, heads, "scan_h_back", given)
 
 
@@ -157,16 +196,18 @@ def _side(
     return side
 
 
-def _scan(run: "Launch", heads: "Heads", kernel: str, given: dict) -> None:
+def _scan(run: "Launch", heads: "Heads", kernel: str, given: Callable[[], dict]) -> None:
     """First the segments' sums where a sequence has several, then the scan."""
-    given |= {
-        "segments": run.chunks.segments, "chunk_start": run.chunks.start,
-        "chunk_length": run.chunks.length, "scale": run.settings.scale, "heads": run.H,
-        "key_heads": run.HK, "value_heads": run.HV, "first_head": heads.base,
-        "group_heads": heads.count,
-    }  # fmt: skip
-    arguments = hopper.fill(hopper.ScanArguments(), given)
-    blocks = (run.chunks.num_segments * heads.count, 2 if kernel == "scan_states" else 1)
-    for sum_only in (1, 0) if run.chunks.segmented else (0,):
-        hopper.fill(arguments, {"sum_only": sum_only})
+    chunks = run.chunks
+
+    def all_given() -> dict:
+        return given() | {
+            "segments": chunks.segments, "chunk_start": chunks.start, "chunk_length": chunks.length,
+            "scale": run.settings.scale, "heads": run.H, "key_heads": run.HK, "value_heads": run.HV,
+        }  # fmt: skip
+
+    arguments = _arguments(run, heads, kernel, hopper.ScanArguments, all_given)
+    blocks = (chunks.num_segments * heads.count, 2 if kernel == "scan_states" else 1)
+    for sum_only in (1, 0) if chunks.segmented else (0,):
+        arguments.sum_only = sum_only
         hopper.run(kernel, run.t.q, run.V, False, blocks, arguments)
