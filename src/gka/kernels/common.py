@@ -15,7 +15,7 @@ def row_tile(row, heads, head, dim: tl.constexpr, cols, rows_valid):
     start = (row * heads + head) * dim
     offsets = places[:, None] * (heads * dim) + cols[None, :]
     mask = rows_valid[:, None]
-    if dim % cols.shape[0] != 0:
+    if (cols.shape[0] + dim) % cols.shape[0] != 0:  # the interpreter knows no int % constexpr
         mask = mask & (cols[None, :] < dim)
     return start, offsets, mask
 
@@ -47,7 +47,7 @@ def row_maxima(raw):
 def load_state(ptr, rk, rv, K: tl.constexpr, V: tl.constexpr):
     """Columns rv of a [K, V] state in its own dtype; zeros past K and V, which cost a mask only there."""
     at = ptr + (rk[:, None] * V + rv[None, :])
-    if K % rk.shape[0] == 0 and V % rv.shape[0] == 0:
+    if (rk.shape[0] + K) % rk.shape[0] == 0 and (rv.shape[0] + V) % rv.shape[0] == 0:
         return tl.load(at)
     else:  # noqa: RET505 - a compile-time branch
         return tl.load(at, mask=(rk[:, None] < K) & (rv[None, :] < V), other=0.0)
@@ -107,7 +107,7 @@ def store_state(ptr, value, rk, rv, K: tl.constexpr, V: tl.constexpr):
     """The inverse of load_state, rounded to the array's dtype."""
     at = ptr + (rk[:, None] * V + rv[None, :])
     value = value.to(ptr.dtype.element_ty)
-    if K % rk.shape[0] == 0 and V % rv.shape[0] == 0:
+    if (rk.shape[0] + K) % rk.shape[0] == 0 and (rv.shape[0] + V) % rv.shape[0] == 0:
         tl.store(at, value)
     else:
         tl.store(at, value, mask=(rk[:, None] < K) & (rv[None, :] < V))
