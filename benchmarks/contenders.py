@@ -15,7 +15,7 @@ from gka.layers import GatedKalmaNet
 from gka.ops import chunk_gka
 
 NUM_ITER, CHUNK = 30, 64
-MEAN = 0.5  # of what goes through SiLU, for keys with a common direction
+MEAN = 1.0  # of what goes through SiLU, for keys with a common direction
 SOLVERS = ("chebyshev", "adaptive")
 
 

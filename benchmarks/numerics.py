@@ -5,6 +5,7 @@ Every table compares against float64, prints Markdown and depends on the seed al
 
 import itertools
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -267,8 +268,35 @@ def steps() -> None:
     )
 
 
+def cost() -> None:
+    """Table 8: processor time of solver="adaptive" over "chebyshev", median and range of 5 repeats."""
+    rows = []
+    for kind, decay in itertools.product(("SiLU", "SiLU, mean 1"), (-1e-3, -1e-2, -1e-1)):
+        torch.manual_seed(SEED)
+        k, q, v = (
+            torch.stack([family(name, 2048, 128)[0, :, 0] for _ in range(4)], 1)[None].float()
+            for name in (kind, "Gaussian", "Gaussian")
+        )
+        leaves = tuple(x.requires_grad_() for x in (q, k, v))
+        g = torch.full((1, 2048, 4), decay)
+
+        def passes(solver: str, leaves=leaves, g=g) -> tuple[float, float]:
+            q, k, v = leaves
+            begin = time.process_time()
+            o, _ = chunk_gka(q, k, v, g, g, solver=solver)
+            middle = time.process_time()
+            torch.autograd.grad(o.sum(), leaves)
+            return middle - begin, time.process_time() - begin
+
+        passes("adaptive")
+        pairs = [(passes("adaptive"), passes("chebyshev")) for _ in range(5)]
+        ratios = [sorted(a[i] / b[i] for a, b in pairs) for i in (0, 1)]
+        rows.append([kind, decay, *(f"{r[2]:.2f} ({r[0]:.2f}-{r[-1]:.2f})" for r in ratios)])
+    table(["keys", "g", "forward", "forward and backward"], rows)
+
+
 TABLES: dict[str, Callable[[], None]] = {
-    f.__name__: f for f in (bound, forms, dtypes, convention, decay_gradient, failures, steps)
+    f.__name__: f for f in (bound, forms, dtypes, convention, decay_gradient, failures, steps, cost)
 }
 
 

@@ -4,6 +4,12 @@ import triton
 import triton.language as tl
 
 
+@triton.constexpr_function
+def divides(block, size):
+    """Whether blocks fill the size exactly, at compile time."""
+    return size % block == 0
+
+
 @triton.jit
 def row_tile(row, heads, head, dim: tl.constexpr, cols, rows_valid):
     """Start, offsets and mask of a chunk's rows in a [tokens, heads, dim] array.
@@ -15,7 +21,7 @@ def row_tile(row, heads, head, dim: tl.constexpr, cols, rows_valid):
     start = (row * heads + head) * dim
     offsets = places[:, None] * (heads * dim) + cols[None, :]
     mask = rows_valid[:, None]
-    if (cols.shape[0] + dim) % cols.shape[0] != 0:  # the interpreter knows no int % constexpr
+    if not divides(cols.shape[0], dim):
         mask = mask & (cols[None, :] < dim)
     return start, offsets, mask
 
@@ -47,7 +53,7 @@ def row_maxima(raw):
 def load_state(ptr, rk, rv, K: tl.constexpr, V: tl.constexpr):
     """Columns rv of a [K, V] state in its own dtype; zeros past K and V, which cost a mask only there."""
     at = ptr + (rk[:, None] * V + rv[None, :])
-    if (rk.shape[0] + K) % rk.shape[0] == 0 and (rv.shape[0] + V) % rv.shape[0] == 0:
+    if divides(rk.shape[0], K) and divides(rv.shape[0], V):
         return tl.load(at)
     else:  # noqa: RET505 - a compile-time branch
         return tl.load(at, mask=(rk[:, None] < K) & (rv[None, :] < V), other=0.0)
@@ -107,7 +113,7 @@ def store_state(ptr, value, rk, rv, K: tl.constexpr, V: tl.constexpr):
     """The inverse of load_state, rounded to the array's dtype."""
     at = ptr + (rk[:, None] * V + rv[None, :])
     value = value.to(ptr.dtype.element_ty)
-    if (rk.shape[0] + K) % rk.shape[0] == 0 and (rv.shape[0] + V) % rv.shape[0] == 0:
+    if divides(rk.shape[0], K) and divides(rv.shape[0], V):
         tl.store(at, value)
     else:
         tl.store(at, value, mask=(rk[:, None] < K) & (rv[None, :] < V))

@@ -383,9 +383,12 @@ class _Backward:
         else:
             self._readout(heads, u, start_u, adjoint)
         dk, dv = self._shared_heads(heads)
-        self._through_u(heads, u, maxima, start_u, dk, dv)
+        ends = None
+        if run.hopper:
+            ends = self._hopper_ends(heads, h, u, adjoint, maxima)
+        self._through_u(heads, u, maxima, start_u, dk, dv, ends[1] if ends else None)
         if h is not None:
-            self._through_h(heads, h, maxima, adjoint, dk)
+            self._through_h(heads, h, maxima, adjoint, dk, ends[0] if ends else None)
         for grad, part, of in ((self.dk, dk, run.HK), (self.dv, dv, run.HV)):
             if of < run.H:
                 first, share = heads.base * of // run.H, run.H // of
@@ -424,15 +427,32 @@ class _Backward:
         grid = (run.M * heads.count,)
         run.launch(readout_backward_kernel, "readout_backward", grid, heads, args)
 
-    def _through_u(self, heads: Heads, u: Moments, maxima: Maxima, start_u: Tensor, dk, dv) -> None:
+    def _hopper_ends(
+        self, heads: Heads, h: Moments, u: Moments, adjoint: Adjoint, maxima: Maxima
+    ) -> tuple[Ends, Ends]:
+        """E of H and U by one scan; that of U takes U's place."""
+        run = self.run
+        of_h = self._ends(heads, "h")
+        of_u = self._ends(heads, "u", u.states)
+        edges = (self.dh_final, self.dh0), (self.du_final, self.du0)
+        sums = (
+            run._sums(heads, "h", run.K, run.NK, True),
+            run._sums(heads, "u", run.V, run.NV, True),
+        )
+        solutions = (self.x, self.x_scale)
+        hopper.scan_back(
+            run, heads, (h, u), (of_h, of_u), edges, sums, solutions, self.do, adjoint, maxima
+        )
+        return of_h, of_u
+
+    def _through_u(
+        self, heads: Heads, u: Moments, maxima: Maxima, start_u: Tensor, dk, dv, ends: Ends | None
+    ) -> None:
         run, t = self.run, self.run.t
-        read = (t.q, self.x, self.x_scale, t.alpha, self.do, t.g, *u.stored, *self.du_final)
-        ends = self._ends(heads)
-        sums = run._sums(heads, "u", run.V, run.NV, True)
-        if run.hopper:
-            edges, solutions = (self.du_final, self.du0), (self.x, self.x_scale)
-            hopper.scan_u_back(run, heads, u, ends, edges, sums, solutions, self.do, maxima)
-        else:
+        if ends is None:
+            ends = self._ends(heads, "")
+            read = (t.q, self.x, self.x_scale, t.alpha, self.do, t.g, *u.stored, *self.du_final)
+            sums = run._sums(heads, "u", run.V, run.NV, True)
             written = (*ends.stored, maxima.z, maxima.d, self.du0)
             factor = run.settings.scale
             self._scan(reverse_u_kernel, heads, run.NV, read, written, sums, "reverse_u", factor)
@@ -444,7 +464,13 @@ class _Backward:
         run.launch(through_u_kernel, "through_u", (run.M * heads.count,), heads, args)
 
     def _through_h(
-        self, heads: Heads, h: Moments, maxima: Maxima, adjoint: Adjoint | None, dk
+        self,
+        heads: Heads,
+        h: Moments,
+        maxima: Maxima,
+        adjoint: Adjoint | None,
+        dk,
+        ends: Ends | None,
     ) -> None:
         run, t = self.run, self.run.t
         a, x = adjoint, (self.x, self.x_scale)
@@ -458,12 +484,10 @@ class _Backward:
             of_scan = (*y, t.k, maxima.k, a.key_weight, a.start_weight)
         else:
             x, of_scan = (None, None), (None,) * 6
-        ends = self._ends(heads)
-        sums = run._sums(heads, "h", run.K, run.NK, True)
-        read = (*x, *of_scan, run.gk, *h.stored, *self.dh_final)
-        if run.hopper:
-            hopper.scan_h_back(run, heads, h, ends, (self.dh_final, self.dh0), sums, x, a)
-        else:
+        if ends is None:
+            ends = self._ends(heads, "")
+            sums = run._sums(heads, "h", run.K, run.NK, True)
+            read = (*x, *of_scan, run.gk, *h.stored, *self.dh_final)
             written = (*ends.stored, self.dh0)
             self._scan(reverse_h_kernel, heads, run.NK, read, written, sums, "reverse_h")
         args = (
@@ -473,12 +497,16 @@ class _Backward:
         grid = (run.M * heads.count,)
         run.launch(through_h_kernel, "through_h", grid, heads, args, SOLVE=run.solve)
 
-    def _ends(self, heads: Heads) -> Ends:
+    def _ends(self, heads: Heads, name: str, states: Tensor | None = None) -> Ends:
+        """Memory for E of either state, in the place of `states` if given; one name is one memory."""
         run, shape = self.run, (self.run.M, heads.count)
-        # E of H takes the memory that E of U had
         width, blocks = max(run.K, run.V), max(run.NK, run.NV)
-        states = run.scratch("ends", *shape, run.K, width, dtype=run.op_dtype)
-        return Ends(states, *(run.scratch(n, *shape, blocks) for n in ("end scales", "wholes")))
+        if states is None:
+            states = run.scratch(f"{name} ends", *shape, run.K, width, dtype=run.op_dtype)
+        scales, wholes = (
+            run.scratch(f"{name} {of}", *shape, blocks) for of in ("end scales", "wholes")
+        )
+        return Ends(states, scales, wholes)
 
     def _scan(
         self, kernel, heads: Heads, blocks: int, read, written, sums, name: str, *factor

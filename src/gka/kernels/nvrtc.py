@@ -6,7 +6,7 @@ Bound with ctypes: torch's own entry (`torch.cuda._compile_kernel`) is private a
 import ctypes
 import functools
 import glob
-from pathlib import Path
+import importlib.util
 
 import torch
 
@@ -17,18 +17,20 @@ class CompilationError(RuntimeError):
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    """libnvrtc of the CUDA version that torch was built for."""
+    """libnvrtc of the CUDA version that torch was built for; of any version where torch has no CUDA, which
+    then compiles but cannot launch."""
     version = torch.version.cuda
-    if version is None:
-        raise OSError("this build of torch has no CUDA, and with it no NVRTC")
-    name = f"libnvrtc.so.{version.split('.')[0]}"
-    folder = Path(torch.__file__).parents[1] / "nvidia"
-    for path in (name, *sorted(glob.glob(str(folder / "*" / "lib" / name)))):
+    name = f"libnvrtc.so.{version.split('.')[0] if version else '[0-9]*'}"
+    wheels = importlib.util.find_spec("nvidia")  # where NVIDIA's Python packages keep libraries
+    folders = list(wheels.submodule_search_locations or ()) if wheels else []
+    found = [path for folder in folders for path in sorted(glob.glob(f"{folder}/*/lib/{name}"))]
+    for path in (name, *found):
         try:
             return ctypes.CDLL(path)
         except OSError:
             continue
-    raise OSError(f"{name} was not found on the library path or under {folder}")
+    where = " or ".join(["the library path", *folders])
+    raise OSError(f"{name} was not found on {where} (pip install nvidia-cuda-nvrtc)")
 
 
 def why_missing() -> str | None:

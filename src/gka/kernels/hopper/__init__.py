@@ -53,24 +53,25 @@ class Arguments(ctypes.Structure):
 
 _SIDE_POINTERS = (
     "g", "boundary", "boundary_max", "states", "bounds", "norms", "last", "sums", "sum_bounds",
-    "sum_decays",
+    "sum_decays", "start_bounds", "stored", "stored_bounds", "wholes",
 )  # fmt: skip
 _SCAN_POINTERS = (
     "k", "v", "q", "x", "d_o", "y", "alpha", "beta", "x_scale", "y_scale", "key_weight",
-    "start_weight", "first_maxima", "second_maxima", "stored", "stored_bounds", "wholes", "segments",
-    "chunk_start", "chunk_length",
+    "start_weight", "first_maxima", "second_maxima", "segments", "chunk_start", "chunk_length",
 )  # fmt: skip
-_SCAN_INTS = ("heads", "key_heads", "value_heads", "first_head", "group_heads", "sum_only")
+_SCAN_INTS = (
+    "heads", "key_heads", "value_heads", "first_head", "group_heads", "segment_count", "sum_only",
+)  # fmt: skip
 
 
 class Side(ctypes.Structure):
-    """scan.cu's structure of the same name: one of the two states, or its gradient."""
+    """scan.cuh's structure of the same name: one of the two states, or its gradient."""
 
     _fields_ = [(name, ctypes.c_void_p) for name in _SIDE_POINTERS]
 
 
 class ScanArguments(ctypes.Structure):
-    """scan.cu's structure of the same name."""
+    """scan.cuh's structure of the same name."""
 
     _fields_ = [
         ("h", Side),
@@ -104,20 +105,21 @@ def why_not(
     return nvrtc.why_missing()
 
 
-SCANS = ("scan_states", "scan_u_back", "scan_h_back")  # scan.cu's KIND 0, 1, 2
+SCANS = ("scan_states", "scan_back", "combine_states", "combine_back")
 
 
 def source(kernel: str, key_dim: int, value_dim: int, bfloat16: bool, adaptive: bool) -> str:
-    """One translation unit: `kernel` is a file's name here, or one of SCANS."""
+    """One translation unit: `kernel` is a file's name here, or one of SCANS (scan.cu, combine.cu)."""
     folder = Path(__file__).parent
-    scan = kernel in SCANS
     parts = [p for p in _PARTS if adaptive or p != "adaptive"]
-    names = ["tensor_cores.cuh", "numbers.cuh", "scan.cu"] if scan else [f"{p}.cuh" for p in parts]
-    text = [(folder / name).read_text() for name in (*names, *([] if scan else [f"{kernel}.cu"]))]
+    names = [*(f"{p}.cuh" for p in parts), f"{kernel}.cu"]
+    if kernel in SCANS:
+        names = ["tensor_cores.cuh", "numbers.cuh", "scan.cuh", f"{kernel.split('_')[0]}.cu"]
+    text = [(folder / name).read_text() for name in names]
     head = (
         f"#define BF16 {int(bfloat16)}\n#define ADAPTIVE {int(adaptive)}\n"
         f"#define BLOCKS {BLOCKS[max(key_dim, value_dim)]}\n"
-        f"#define KIND {SCANS.index(kernel) if scan else -1}\n"
+        f"#define BACKWARDS {int(kernel.endswith('_back'))}\n"
         f"constexpr int K = {key_dim}, V = {value_dim};\n"
     )
     return head + "\n".join(text)
@@ -126,13 +128,11 @@ def source(kernel: str, key_dim: int, value_dim: int, bfloat16: bool, adaptive: 
 def shared_bytes(kernel: str, key_dim: int, value_dim: int) -> int:
     """Upper bound of what `kernel` keeps in shared memory, with room to align it."""
     widest = max(key_dim, value_dim)
+    if kernel.startswith("combine"):
+        return 0
     if kernel in SCANS:
-        tiles = {
-            "scan_states": key_dim + 3 * widest,
-            "scan_u_back": key_dim + 4 * widest,
-            "scan_h_back": 5 * key_dim + widest,
-        }
-        return 2 * CHUNK * tiles[kernel] + 4 * (8 * CHUNK + 16) + 1024
+        tiles = key_dim + (5 if kernel == "scan_back" else 3) * widest
+        return 2 * CHUNK * tiles + 4 * (8 * CHUNK + 16) + 1024
     if kernel == "certify":
         return 2 * key_dim * key_dim + 4 * (key_dim + 8) + 1024
     tiles = 2 * (key_dim * key_dim + CHUNK * (key_dim + widest) + CHUNK * CHUNK)
@@ -144,11 +144,11 @@ def shared_bytes(kernel: str, key_dim: int, value_dim: int) -> int:
 def _kernel(
     device: int, kernel: str, key_dim: int, value_dim: int, bfloat16: bool, adaptive: bool
 ) -> nvrtc.Kernel:
-    name = f"gka_{'scan' if kernel in SCANS else kernel}"
+    name = f"gka_{kernel.split('_')[0]}"
     cubin = nvrtc.compile_cubin(
         source(kernel, key_dim, value_dim, bfloat16, adaptive), name, "sm_90a"
     )
-    threads = 2 * key_dim if kernel in SCANS else 128
+    threads = 2 * key_dim if kernel.startswith("scan") else 128
     return nvrtc.Kernel(cubin, name, threads, shared_bytes(kernel, key_dim, value_dim))
 
 

@@ -44,7 +44,7 @@ DEVICE void readout_adjoint(float (&dz)[K / 2], u32 (&d_o)[V / 4], const float (
   }
 #pragma unroll
   for (int b = 0; b < 2; b++) {
-    float from_past = __fdividef(__expf(s.decay_u[at.row[b]]) * u_max, size);
+    float from_past = __fdividef(power_of_two(s.decay_u[at.row[b]]) * u_max, size);
 #pragma unroll
     for (int j = 0; j < K / 8; j++) {
       int i = 4 * j + 2 * b;

@@ -121,13 +121,15 @@ def scan_states(
     sums: tuple[Sums, Sums],
     maxima: "Maxima | None",
 ) -> None:
-    """H and U at chunk starts, and final: both passes of `scan.cu` forwards."""
+    """H and U at chunk starts, and final."""
     t = run.t
 
     def given() -> dict:
         sides = [
-            _side(g, boundary, (s.states, s.scales, s.norms), s.final, parts)
-            for g, s, boundary, parts in zip((run.gk, t.g), states, initial, sums, strict=True)
+            _side(run, heads, name, g, boundary, (s.states, s.scales, s.norms), s.final, parts)
+            for name, g, s, boundary, parts in zip(
+                "hu", (run.gk, t.g), states, initial, sums, strict=True
+            )
         ]
         largest = (None, None) if maxima is None else (maxima.k, maxima.v)
         return {
@@ -135,79 +137,76 @@ def scan_states(
             "first_maxima": largest[0], "second_maxima": largest[1],
         }  # fmt: skip
 
-    _scan(run, heads, "scan_states", given)
+    _scan(run, heads, "states", given)
 
 
-def scan_u_back(
+def scan_back(
     run: "Launch",
     heads: "Heads",
-    u: "Moments",
-    ends: "Ends",
-    edges: tuple[Boundary, Tensor | None],
-    sums: Sums,
+    states: tuple["Moments", "Moments"],
+    ends: tuple["Ends", "Ends"],
+    edges: tuple[tuple[Boundary, Tensor | None], tuple[Boundary, Tensor | None]],
+    sums: tuple[Sums, Sums],
     forward: tuple[Tensor, Tensor],
     do: Tensor,
+    of: "Adjoint",
     maxima: "Maxima",
 ) -> None:
-    """The gradient of U at chunk ends; edges: final state's gradient, initial one's (written)."""
-    t = run.t
 
     def given() -> dict:
-        side = _side(t.g, edges[0], (ends.states, ends.scales, None), edges[1], sums)
+        t = run.t
+        sides = []
+        for name, g, s, e, (boundary, initial), parts in zip(
+            "hu", (run.gk, t.g), states, ends, edges, sums, strict=True
+        ):
+            out = (e.states, e.scales, None)
+            side = _side(run, heads, name, g, boundary, out, initial, parts)
+            hopper.fill(side, {"stored": s.states, "stored_bounds": s.scales, "wholes": e.wholes})
+            sides.append(side)
         return {
-            "u": side, "q": t.q, "alpha": t.alpha, "x": forward[0], "x_scale": forward[1], "d_o": do,
-        "stored": u.states, "stored_bounds": u.scales, "wholes": ends.wholes,
-        "first_maxima": maxima.z, "second_maxima": maxima.d,
+            "h": sides[0], "u": sides[1], "q": t.q, "k": t.k, "alpha": t.alpha, "x": forward[0],
+            "x_scale": forward[1], "d_o": do, "y": of.y, "y_scale": of.y_scale,
+            "key_weight": of.key_weight, "start_weight": of.start_weight, "first_maxima": maxima.z,
+            "second_maxima": maxima.d,
         }  # fmt: skip
 
-    _scan(run, heads, "scan_u_back", given)
-
-
-def scan_h_back(
-    run: "Launch",
-    heads: "Heads",
-    h: "Moments",
-    ends: "Ends",
-    edges: tuple[Boundary, Tensor | None],
-    sums: Sums,
-    forward: tuple[Tensor, Tensor],
-    of: "Adjoint",
-) -> None:
-    """The gradient E of H at chunk ends, not symmetrised; edges as in `scan_u_back`."""
-
-    def given() -> dict:
-        side = _side(run.gk, edges[0], (ends.states, ends.scales, None), edges[1], sums)
-        return {
-            "h": side, "k": run.t.k, "x": forward[0], "x_scale": forward[1], "y": of.y,
-        "y_scale": of.y_scale, "key_weight": of.key_weight, "start_weight": of.start_weight,
-        "stored": h.states, "stored_bounds": h.scales, "wholes": ends.wholes,
-        }  # fmt: skip
-
-    _scan(run, heads, "scan_h_back", given)
+    _scan(run, heads, "back", given)
 
 
 def _side(
-    g: Tensor | None, boundary: Boundary, out, last: Tensor | None, sums: Sums
+    run: "Launch", heads: "Heads", name: str, g, boundary: Boundary, out, last, sums: Sums
 ) -> hopper.Side:
+    starts = None
+    if sums[0] is not None:
+        starts = run.scratch(f"{name} starts", run.chunks.num_segments, heads.count)
+    values = (g, *boundary, *out, last, *sums, starts)
     names = ("g", "boundary", "boundary_max", "states", "bounds", "norms", "last", "sums")
-    names = (*names, "sum_bounds", "sum_decays")
+    names = (*names, "sum_bounds", "sum_decays", "start_bounds")
     side = hopper.Side()
-    hopper.fill(side, dict(zip(names, (g, *boundary, *out, last, *sums), strict=True)))
+    hopper.fill(side, dict(zip(names, values, strict=True)))
     return side
 
 
-def _scan(run: "Launch", heads: "Heads", kernel: str, given: Callable[[], dict]) -> None:
-    """First the segments' sums where a sequence has several, then the scan."""
+def _scan(run: "Launch", heads: "Heads", direction: str, given: Callable[[], dict]) -> None:
+    """Where a sequence has several segments first their sums, and what comes before each."""
     chunks = run.chunks
 
     def all_given() -> dict:
         return given() | {
             "segments": chunks.segments, "chunk_start": chunks.start, "chunk_length": chunks.length,
             "scale": run.settings.scale, "heads": run.H, "key_heads": run.HK, "value_heads": run.HV,
+            "segment_count": chunks.num_segments,
         }  # fmt: skip
 
-    arguments = _arguments(run, heads, kernel, hopper.ScanArguments, all_given)
-    blocks = (chunks.num_segments * heads.count, 2 if kernel == "scan_states" else 1)
-    for sum_only in (1, 0) if chunks.segmented else (0,):
-        arguments.sum_only = sum_only
-        hopper.run(kernel, run.t.q, run.V, False, blocks, arguments)
+    arguments = _arguments(run, heads, direction, hopper.ScanArguments, all_given)
+    blocks = (chunks.num_segments * heads.count, 2)
+
+    def launch(kernel: str, blocks: tuple[int, int]) -> None:
+        hopper.run(f"{kernel}_{direction}", run.t.q, run.V, False, blocks, arguments)
+
+    if chunks.segmented:
+        arguments.sum_only = 1
+        launch("scan", blocks)
+        launch("combine", (run.K * max(run.K, run.V) // 512 * heads.count, 2))
+    arguments.sum_only = 0
+    launch("scan", blocks)

@@ -79,7 +79,7 @@ template <int D>
 DEVICE void load_raw(u32 (&a)[D / 4], const u16* array, int heads, int head, const Place& at) {
 #pragma unroll
   for (int b = 0; b < 2; b++) {
-    const u16* from = array + ((at.start + at.readable(b)) * heads + head) * D + at.column;
+    const u16* from = array + (at.start * heads + head) * D + at.readable(b) * (heads * D) + at.column;
 #pragma unroll
     for (int j = 0; j < D / 8; j++) a[2 * j + b] = *(const u32*)(from + 8 * j);
   }
@@ -95,30 +95,33 @@ DEVICE void widen_raw(float (&d)[D / 2], const u32 (&a)[D / 4], const Place& at)
   }
 }
 
-// A swizzled copy of a square or K x V state [rows, columns] to shared memory.
+// A swizzled copy of a state [rows, columns] to shared memory. Pieces that one thread copies are a multiple of
+// eight rows apart, so their swizzle is the same.
 template <int ROWS, int COLUMNS>
 DEVICE void copy_state(u32 to, const u16* from, int thread) {
+  constexpr int STEP = THREADS / (COLUMNS / 8);
+  static_assert(STEP % 8 == 0);
+  to += swizzled(ROWS, thread / (COLUMNS / 8), thread % (COLUMNS / 8) * 8);
+  from += thread * 8;
 #pragma unroll
-  for (int i = 0; i < ROWS * COLUMNS / 8 / THREADS; i++) {
-    int piece = i * THREADS + thread, row = piece / (COLUMNS / 8), column = piece % (COLUMNS / 8) * 8;
-    copy_async(to + swizzled(ROWS, row, column), from + row * COLUMNS + column);
-  }
+  for (int i = 0; i < ROWS / STEP; i++) copy_async(to + i * STEP * 128, from + i * THREADS * 8);
   copies_commit();
 }
 
 // Rows of keys or values on their way to shared memory: 16-byte pieces, all loads issued together.
 template <int D>
 struct Pieces {
-  static constexpr int N = C * D / 8 / THREADS;
+  static constexpr int N = C * D / 8 / THREADS, STEP = THREADS / (D / 8);
   uint4 held[N];
 
   DEVICE void load(const u16* array, int heads, int head, const Place& at) {
+    const u16* first = array + (at.start * heads + head) * D + at.thread % (D / 8) * 8;
+    int row = at.thread / (D / 8), stride = heads * D;
 #pragma unroll
     for (int i = 0; i < N; i++) {
-      int piece = i * THREADS + at.thread, row = piece / (D / 8), column = piece % (D / 8) * 8;
-      int from = row < at.length ? row : 0;
-      held[i] = *(const uint4*)(array + ((at.start + from) * heads + head) * D + column);
-      if (row >= at.length) held[i] = uint4{0, 0, 0, 0};
+      bool valid = row + i * STEP < at.length;
+      held[i] = *(const uint4*)(first + (valid ? row + i * STEP : 0) * stride);
+      if (!valid) held[i] = uint4{0, 0, 0, 0};
     }
   }
   DEVICE float largest() const {
@@ -132,21 +135,22 @@ struct Pieces {
   }
   // Times `factor`, in float16, swizzled.
   DEVICE void store(unsigned char* to, float factor, const Place& at) const {
+    static_assert(STEP % 8 == 0);  // one swizzle for all pieces of a thread
+    to += swizzled(C, at.thread / (D / 8), at.thread % (D / 8) * 8);
 #pragma unroll
     for (int i = 0; i < N; i++) {
-      int piece = i * THREADS + at.thread, row = piece / (D / 8), column = piece % (D / 8) * 8;
       uint4 scaled;
 #pragma unroll
       for (int w = 0; w < 4; w++) {
         float2 pair = widen(((const u32*)&held[i])[w]);
         ((u32*)&scaled)[w] = pack(pair.x * factor, pair.y * factor);
       }
-      *(uint4*)(to + swizzled(C, row, column)) = scaled;
+      *(uint4*)(to + i * STEP * 128) = scaled;
     }
   }
 };
 
-// Log decay from the chunk's start to every token, `out` [C]; zeros without decay. Each warp for itself.
+// Log decay to base 2 from the chunk's start to every token, `out` [C]; zeros without decay. Each warp for itself.
 DEVICE void sum_decays(float* out, const float* g, const Arguments& a, const Place& at) {
   float pair[2] = {0.f, 0.f};
 #pragma unroll
@@ -161,8 +165,8 @@ DEVICE void sum_decays(float* out, const float* g, const Arguments& a, const Pla
     float before = __shfl_up_sync(~0u, sum, i);
     if (at.lane >= i) sum += before;
   }
-  out[2 * at.lane] = sum - pair[1];
-  out[2 * at.lane + 1] = sum;
+  out[2 * at.lane] = (sum - pair[1]) * LOG2_E;
+  out[2 * at.lane + 1] = sum * LOG2_E;
 }
 
 // W_tj = M_jt beta_j^2 as a fragment [C, C].
@@ -176,7 +180,7 @@ DEVICE void weights(float (&w)[C / 2], const float* decay, const float* beta2, c
       float b = decay[column], beta = beta2[column];
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        float weight = __expf(mine[r] - b) * beta;  // selected: an overflow above the diagonal is no matter
+        float weight = power_of_two(mine[r] - b) * beta;  // selected: an overflow above the diagonal is no matter
         w[4 * j + 2 * r + e] = column <= at.row[r] ? weight : 0.f;
       }
     }

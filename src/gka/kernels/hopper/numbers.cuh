@@ -2,6 +2,13 @@
 
 constexpr float TINY = 1e-30f;  // below it a tile, or a row, counts as zero, and its scale as one
 
+constexpr float LOG2_E = 1.44269504f;
+DEVICE float power_of_two(float x) {  // one instruction; zero where float32 has only subnormal numbers
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 DEVICE float low_half(u32 x) {
   float y;
   asm("{.reg .f16 l, h;\n mov.b32 {l, h}, %1;\n cvt.f32.f16 %0, l;}" : "=f"(y) : "r"(x));
@@ -20,6 +27,12 @@ DEVICE u32 pack(float low, float high) {
 DEVICE u32 times(u32 a, u32 b) {
   u32 x;
   asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));
+  return x;
+}
+
+DEVICE u32 max_pair(u32 a, u32 b) {  // of pairs of 16-bit unsigned integers
+  u32 x;
+  asm("max.u16x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));
   return x;
 }
 

@@ -67,7 +67,7 @@ DEVICE Ridge ridge(float (&w)[C / 2], Shared& s, const Arguments& a, const Place
         cross += weight * s.energy[8 * j + at.column + e];
         own += weight * pair[4 * j + 2 * b + e];
       }
-    r.zeta[b] = __expf(s.decay_h[at.row[b]]);
+    r.zeta[b] = power_of_two(s.decay_h[at.row[b]]);
     r.own2[b] = quad_sum(own) * (k2 * k2);
     r.fro2[b] = r.zeta[b] * (r.zeta[b] * h_norm2 + 2.f * quad_sum(cross)) + r.own2[b];
   }

@@ -1,0 +1,31 @@
+// Arguments of the scans over chunks.
+
+// One of the two states, or its gradient. W is its number of columns, K for H and V for U.
+struct Side {
+  const float *g;         // log decay [tokens, H] or null
+  const float *boundary;      // [N, H, K, W] or null: the initial state; backwards the final one's gradient
+  const float *boundary_max;  // [N, H]: largest magnitude of it
+  u16 *states;            // [M, G, K, W] float16: as a chunk finds it / its bound; backwards E at its end
+  float *bounds;          // [M, G, W / 64]
+  float *norms;           // [M, G, W / 64] or null: sums of squares, all in the first
+  float *last;            // [N, H, K, W] or null: the final state; backwards the initial one's gradient
+  float *sums;                  // [S, G, K, W] or null with one segment each: of a segment alone, then what
+                                // comes before it
+  float *sum_bounds, *sum_decays, *start_bounds;  // [S, G]: of a segment's sum; of what comes before it
+  const u16 *stored;            // backwards [M, G, K, W]: the chunk-start states / stored_bounds; E of U may
+                                // be written over U
+  const float *stored_bounds;   // [M, G, W / 64]
+  float *wholes;                // backwards [M, G, W / 64]: decay times <S_[c], E>, in the first
+};
+
+struct ScanArguments {
+  Side h, u;
+  const u16 *k, *v, *q, *x, *d_o, *y;  // x [tokens, H, K], y [tokens, G, K]: float16, rows / their scales
+  const float *alpha, *beta, *x_scale, *y_scale, *key_weight, *start_weight;
+  float *first_maxima, *second_maxima;  // [M, G] and [M, G, V / 64] or null: of k and v; backwards z and do
+  const int *segments;                  // [S, 5]: sequence, chunks from, to, segments from, to
+  const long long *chunk_start;
+  const int *chunk_length;
+  float scale;
+  int heads, key_heads, value_heads, first_head, group_heads, segment_count, sum_only;
+};
