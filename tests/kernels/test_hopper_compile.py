@@ -1,14 +1,13 @@
 """The CUDA C++ kernels compile for Hopper within what a multiprocessor holds (NVRTC; no GPU needed)."""
 
-import re
-import subprocess
+import importlib
 from pathlib import Path
 
 import pytest
 
 from gka.kernels import hopper, nvrtc
 
-triton = pytest.importorskip("triton", reason="its cuobjdump reads what a kernel takes")
+pytest.importorskip("triton", reason="its cuobjdump reads what a kernel takes")
 pytestmark = pytest.mark.skipif(
     nvrtc.why_missing() is not None, reason=f"no NVRTC: {nvrtc.why_missing()}"
 )
@@ -35,27 +34,23 @@ def name_of(case: tuple) -> str:
     return f"{kernel}-{key_dim}-{value_dim}{'-adaptive' * adaptive}{'' if bfloat16 else '-float16'}"
 
 
-def resources(cubin: bytes, folder: Path) -> dict[str, int]:
-    """Registers and bytes of stack a thread, by cuobjdump."""
-    path = folder / "kernel.cubin"
-    path.write_bytes(cubin)
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    command = [str(tool), "--dump-resource-usage", str(path)]
-    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return {name: int(number) for name, number in re.findall(r"(REG|STACK):(\d+)", told)}
+@pytest.fixture
+def resources(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+    return importlib.import_module("benchmarks.resources")
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
-def test_blocks_that_should_be_resident_fit(case: tuple, tmp_path: Path) -> None:
-    """Registers and shared memory leave room for BLOCKS blocks of a solve, and one of a scan, and
+def test_blocks_that_should_be_resident_fit(case: tuple, resources) -> None:
+    """Registers and shared memory leave room for BLOCKS blocks of a solve and two of any other kernel, and
     next to nothing is spilled."""
     kernel, dims, adaptive, bfloat16 = case
-    source = hopper.source(kernel, *dims, bfloat16, adaptive)
-    used = resources(nvrtc.compile_cubin(source, kernel, "sm_90a"), tmp_path)
-    blocks = hopper.BLOCKS[max(dims)] if kernel in SOLVES else 1
+    source = hopper.source(kernel, dims[0], dims[1], bfloat16, adaptive)
+    registers, stack = resources.usage_of_cubin(nvrtc.compile_cubin(source, kernel, "sm_90a"))
+    blocks = hopper.BLOCKS[max(dims)] if kernel in SOLVES else 2
     threads = 2 * dims[0] if kernel.startswith("scan") else 128
-    assert used["REG"] * threads * blocks <= REGISTERS, used
-    assert used["STACK"] <= STACK, used
+    assert registers * threads * blocks <= REGISTERS
+    assert stack <= STACK
     assert blocks * (hopper.shared_bytes(kernel, *dims) + RESERVED) <= SHARED
 
 

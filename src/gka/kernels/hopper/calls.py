@@ -152,9 +152,16 @@ def scan_back(
     of: "Adjoint",
     maxima: "Maxima",
 ) -> None:
+    """The gradients E of H and U at chunk ends; that of H is not symmetrised.
+
+    Args:
+        ends: written; E of U may lie where U does.
+        edges: of each state the final one's gradient, and the initial one's, which is written.
+        forward: x and x_scale.
+    """
+    t = run.t
 
     def given() -> dict:
-        t = run.t
         sides = []
         for name, g, s, e, (boundary, initial), parts in zip(
             "hu", (run.gk, t.g), states, ends, edges, sums, strict=True
