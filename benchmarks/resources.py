@@ -15,6 +15,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import triton
@@ -22,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend, get_ptxas
 from triton.runtime.jit import JITFunction
 
-from gka.kernels import configs, launch
+from gka.kernels import configs, hopper, launch, nvrtc, plan
 from gka.maths.chunked import Settings, Tokens
 
 SHARED_LIMITS = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
@@ -59,23 +61,29 @@ class _Chip:
 
 
 @contextmanager
+def as_if_on(arch: int) -> Iterator[None]:
+    """Inside, Triton compiles for sm_<arch>, in the configurations of that chip."""
+    triton.runtime.driver.set_active(_Chip(arch))  # pyright: ignore[reportArgumentType]
+    with patch.object(configs, "capability_of", lambda device: divmod(arch, 10)):
+        yield
+
+
+@contextmanager
 def compiling_only(arch: int) -> Iterator[list]:
     """Inside, launches compile for sm_<arch> and are listed as (name, compiled kernel)."""
-    compiled, original, capability_of = [], JITFunction.run, configs.capability_of
+    compiled, original = [], JITFunction.run
 
     def run(self, *args, grid, warmup, **kwargs):
         kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
         compiled.append((self.__name__, kernel))
         return kernel
 
-    JITFunction.run = run
-    configs.capability_of = lambda device: divmod(arch, 10)
-    triton.runtime.driver.set_active(_Chip(arch))  # pyright: ignore[reportArgumentType]
+    plan.plan_of.cache_clear()  # nothing has been compiled before
     try:
-        yield compiled
+        with as_if_on(arch), patch.object(JITFunction, "run", run):
+            yield compiled
     finally:
-        JITFunction.run = original
-        configs.capability_of = capability_of
+        plan.plan_of.cache_clear()
 
 
 def problem(dim: int, dtype: torch.dtype, heads: int = 16, length: int = 2048) -> Tokens:
@@ -99,12 +107,45 @@ def run_all(dim: int, dtype: torch.dtype) -> None:
 def usage(name: str, kernel, arch: int) -> Usage:
     registers, spills = _assemble(kernel.asm["ptx"], arch)
     shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
-    limits = (
+    blocks = _blocks(registers, shared, warps, arch)
+    return Usage(name, warps, registers, spills, shared, blocks)
+
+
+def usage_of_cubin(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack (nearly all of it spills) a thread, as cuobjdump tells."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.findall(r"REG:(\d+) STACK:(\d+)", told)[0]
+    return int(found[0]), int(found[1])
+
+
+def hopper_usages(dim: int, dtype: str) -> Iterator[Usage]:
+    """The CUDA C++ kernels for heads of that width, as NVRTC compiles them; none where they do not apply."""
+    if dim not in hopper.DIMS or dtype == "float32" or nvrtc.why_missing() is not None:
+        return
+    for kernel in ("forward", "adjoint", "certify", *hopper.SCANS):
+        for adaptive in (False, True) if kernel in ("forward", "adjoint") else (False,):
+            source = hopper.source(kernel, dim, dim, dtype == "bfloat16", adaptive)
+            registers, stack = usage_of_cubin(nvrtc.compile_cubin(source, kernel, "sm_90a"))
+            warps = dim // 16 if kernel.startswith("scan") else 4
+            shared = hopper.shared_bytes(kernel, dim, dim)
+            name = f"hopper {kernel}{' adaptive' if adaptive else ''}"
+            yield Usage(
+                name, warps, registers, stack, shared, _blocks(registers, shared, warps, 90)
+            )
+
+
+def _blocks(registers: int, shared: int, warps: int, arch: int) -> int:
+    """How many fit on a multiprocessor."""
+    return min(
         REGISTERS // (registers * 32 * warps),
         (SHARED_OF_PROCESSOR[arch] * 1024) // (shared + 1024),
         64 // warps if arch in (80, 90) else 48 // warps,
     )
-    return Usage(name, warps, registers, spills, shared, min(limits))
 
 
 def _assemble(ptx: str, arch: int) -> tuple[int, int]:
@@ -148,7 +189,8 @@ def main() -> None:
             for dim in args.dims:
                 with compiling_only(arch) as compiled:
                     run_all(dim, getattr(torch, dtype))
-                for u in dict.fromkeys(usage(name, kernel, arch) for name, kernel in compiled):
+                used = dict.fromkeys(usage(name, kernel, arch) for name, kernel in compiled)
+                for u in (*used, *(hopper_usages(dim, dtype) if arch == 90 else ())):
                     print(
                         f"| {arch} | {dtype} | {dim} | {u.name} | {u.warps} | {u.registers} "
                         f"| {u.spills} | {u.shared} | {u.blocks} |",

@@ -1,20 +1,26 @@
 """One way to run the kernels, and the float64 torch form beside them, on the same rounded inputs."""
 
-import inspect
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, silu
 
-from gka.ops import chunk_gka, last_backend
+from gka.ops import last_backend, why_unavailable
 from problems import Problem, chunkwise, make_problem
 from tolerances import assert_close
 
 DEVICE, BACKEND = "cuda", "triton"
 HEADS = ("q", "k", "v")
-SOLVERS = ("chebyshev", "adaptive") if "solver" in inspect.signature(chunk_gka).parameters else ()
+BACKENDS = ("triton", "hopper")
+# every backend with every solver that it has
+SETTINGS = [
+    {"backend": "triton"},
+    {"backend": "hopper"},
+    {"backend": "hopper", "solver": "adaptive"},
+]
 
 
 def on_device(problem: Problem, dtype: torch.dtype) -> Problem:
@@ -65,12 +71,21 @@ def upstream(problem: Problem, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     return o.to(p.q.dtype), h, u
 
 
+def skip_unless_available(problem: Problem, backend: str) -> None:
+    """Skips the test where the backend cannot run such inputs on this machine, with its reason."""
+    dims = (problem.q.shape[-1], problem.v.shape[-1])
+    reason = why_unavailable(backend, problem.q.device, problem.q.dtype, dims=dims)
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
+
+
 def run(problem: Problem, weights: tuple[Tensor, ...] | None = None, **settings: Any) -> dict:
     """o, h, u and the gradient d<name> of every input, by the kernels unless told otherwise.
 
     `weights` are the gradients of o, h and u. The gradient of h0 is symmetrised, as H is.
     """
     settings = {"backend": BACKEND, **settings}
+    skip_unless_available(problem, settings["backend"])
     leaves = problem.leaves()
     outputs = chunkwise(leaves, **settings)
     assert last_backend() == settings["backend"]

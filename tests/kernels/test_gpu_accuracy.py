@@ -7,14 +7,16 @@ import pytest
 import torch
 
 from on_gpu import (
+    BACKENDS,
     DEVICE,
-    SOLVERS,
+    SETTINGS,
     assert_all_close,
     float64,
     gpu_problem,
     like_a_layer,
     on_device,
     run,
+    skip_unless_available,
     upstream,
 )
 from problems import make_problem
@@ -50,25 +52,32 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# those that Hopper's kernels take, grouped heads, packed sequences and both 16-bit dtypes among them
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CASES)
-def test_every_result_is_that_of_float64(name: str) -> None:
+def test_every_result_is_that_of_float64(name: str, backend: str) -> None:
     """Head dims from 16 to 256, dtypes, gates, decays, grouped heads and packed sequences: each result
     is within its dtype's tolerance of float64."""
     case = dict(CASES[name])
     dtype, num_iter = case.pop("dtype"), case.pop("num_iter", 30)
     problem = gpu_problem(200, dtype, **case)
+    skip_unless_available(problem, backend)
     expected = float64(problem, num_iter=num_iter)
-    assert_all_close(run(problem, num_iter=num_iter), expected, RELATIVE[dtype], name)
+    assert_all_close(
+        run(problem, num_iter=num_iter, backend=backend), expected, RELATIVE[dtype], name
+    )
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 500, 1000])
-def test_any_length(length: int) -> None:
+def test_any_length(length: int, backend: str) -> None:
     """Lengths around the chunk's and far from it."""
     problem = gpu_problem(length, BF16, dims=(128, 128), batch=2)
-    assert_all_close(run(problem), float64(problem), RELATIVE[BF16])
+    assert_all_close(run(problem, backend=backend), float64(problem), RELATIVE[BF16])
 
 
-def test_strong_decay_and_empty_history() -> None:
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_strong_decay_and_empty_history(settings: dict) -> None:
     """Decays of e^-100 that empty the memory, zero keys, and a history that starts with none:
     everything is finite and right."""
     problem = make_problem(200, dims=(128, 128), batch=2)
@@ -78,7 +87,7 @@ def test_strong_decay_and_empty_history() -> None:
     problem.k[:, 100::7] = 0.0  # not where all is forgotten: float32 has no (e^-100)^2
     problem = replace(problem, h0=torch.zeros_like(problem.h0), u0=torch.zeros_like(problem.u0))
     problem = on_device(problem, BF16)
-    results = run(problem)
+    results = run(problem, **settings)
     assert_all_close(results, float64(problem), RELATIVE[BF16])
     assert (results["o"][:, :70] == 0).all()
 
@@ -93,15 +102,6 @@ def test_every_form_of_an_upstream_gradient() -> None:
         assert_all_close(run(problem, weights), exact, RELATIVE[BF16], f"result {kept} alone:")
 
 
-@pytest.mark.skipif(not SOLVERS, reason="chunk_gka has no solver argument")
-def test_adaptive_solver_keeps_its_bound() -> None:
-    """With the bound of 60 steps, far below float32's rounding, "adaptive" is exact to that rounding."""
-    problem = gpu_problem(200, F32, dims=(128, 128))
-    exact = float64(problem, num_iter=120)
-    found = run(problem, num_iter=60, solver="adaptive")
-    assert_all_close(found, exact, RELATIVE[F32])
-
-
 # Relative 2-norm errors of the operator released with the paper, on inputs like these.
 CEILING = {
     "x": 2.4e-3, "o": 1.1e-2, "dq": 1.2e-2, "dk": 3.4e-2, "dv": 2.6e-2, "dalpha": 1.8e-2,
@@ -109,11 +109,10 @@ CEILING = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("solver", SOLVERS or [None])
-def test_no_less_accurate_than_the_released_operator(solver: str | None) -> None:
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_no_less_accurate_than_the_released_operator(settings: dict) -> None:
     """bfloat16, K = V = 128, T = 512, 4 heads, 30 steps, SiLU keys with a mean, against the exact solution
     for the same inputs: no result is further off than the released operator's."""
-    settings = {} if solver is None else {"solver": solver}
     problem = like_a_layer(512, 4, 128, BF16)
     scale = 128**-0.5
     weights = upstream(problem)
@@ -123,7 +122,7 @@ def test_no_less_accurate_than_the_released_operator(solver: str | None) -> None
     found = run(problem, silent, num_iter=30, scale=scale, **settings)
     errors = {name: relative_error(found[name], exact[name]) for name in CEILING if name != "x"}
     errors["x"] = error_of_x(settings)
-    print(f"\nrelative errors, solver={solver or 'default'} (ceiling):")
+    print(f"\nrelative errors, {settings} (ceiling):")
     for name, ceiling in CEILING.items():
         print(f"  {name:7} {errors[name]:.2e} ({ceiling:.1e})")
     worse = {name: error for name, error in errors.items() if not error <= CEILING[name]}

@@ -13,14 +13,15 @@ from torch.nn.functional import normalize
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from gka.ops import chunk_gka
+from gka.ops import chunk_gka, why_unavailable
 from on_gpu import (
-    BACKEND,
+    BACKENDS,
     DEVICE,
-    SOLVERS,
+    SETTINGS,
     assert_same_bits,
     gpu_problem,
     run,
+    skip_unless_available,
     upstream,
 )
 from problems import Problem, chunkwise
@@ -29,7 +30,6 @@ from tolerances import RELATIVE, assert_close
 pytestmark = pytest.mark.gpu
 
 BF16 = torch.bfloat16
-SETTINGS = [{"solver": name} for name in SOLVERS] or [{}]
 
 
 def problem(length: int = 200, **options: Any) -> Problem:
@@ -93,29 +93,33 @@ def test_compiled_equals_eager(settings):
     assert_same_bits(run(inputs, op=compiled, **settings), expected)
 
 
-def test_cuda_graph_of_the_forward_pass():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cuda_graph_of_the_forward_pass(backend):
     """A captured forward pass, replayed on new values, gives what an eager call gives on them."""
     inputs, others = problem(), problem(seed=1)
 
     def forward() -> tuple[Tensor, ...]:
-        return chunkwise(inputs, backend=BACKEND)
+        return chunkwise(inputs, backend=backend)
 
+    skip_unless_available(inputs, backend)
     graph, outputs = capture(forward)
-    expected = chunkwise(others, backend=BACKEND)
+    expected = chunkwise(others, backend=backend)
     overwrite(inputs, others)
     graph.replay()
     for name, x, y in zip("ohu", outputs, expected, strict=True):
         assert torch.equal(x, y), name
 
 
-def test_cuda_graph_of_a_training_step():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cuda_graph_of_a_training_step(backend):
     """Forward and backward captured together: replayed on new values, all gradients are the eager ones."""
     others = problem(seed=1)
     inputs = problem().leaves()
     weights = upstream(inputs)
+    skip_unless_available(inputs, backend)
 
     def step() -> tuple[Tensor, ...]:
-        outputs = chunkwise(inputs, backend=BACKEND)
+        outputs = chunkwise(inputs, backend=backend)
         return torch.autograd.grad(outputs, list(inputs.tensors().values()), weights)
 
     graph, grads = capture(step)
@@ -157,7 +161,8 @@ def test_checkpointing():
     assert_same_bits(run(inputs, op=checkpointed), run(inputs))
 
 
-def test_strides():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides(backend):
     """Inputs that are slices or transposed views give what contiguous ones give, bit for bit."""
     inputs = problem()
 
@@ -165,10 +170,10 @@ def test_strides():
         wide = torch.stack([x, x + 1], -1).transpose(0, 1).contiguous().transpose(0, 1)
         return wide[..., 0]
 
-    expected = run(inputs)
+    expected = run(inputs, backend=backend)
     views = {name: strided(x).requires_grad_() for name, x in inputs.tensors().items()}
     assert not any(x.is_contiguous() for x in views.values())
-    outputs = chunkwise(replace(inputs, **views), backend=BACKEND)
+    outputs = chunkwise(replace(inputs, **views), backend=backend)
     weights = tuple(strided(w) for w in upstream(inputs))
     grads = torch.autograd.grad(outputs, list(views.values()), weights)
     found = dict(zip("ohu", outputs, strict=True))
@@ -188,13 +193,14 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("backend", [BACKEND, "torch"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "torch"])
 def test_packed_sequences_without_waiting(backend):
     """Given the CPU copy of lengths that it has not seen before, a training step never waits for the
     device; without the copy it has to."""
     first, second = [0, 1, 15, 64, 200, 500], [300, 0, 80, 100, 200, 100]
     for lengths in (first, second):
         inputs = problem(batch=1, lengths=lengths).leaves()
+        skip_unless_available(inputs, backend)
         weights, tensors = upstream(inputs), list(inputs.tensors().values())
         assert inputs.cu_seqlens is not None
         copy = inputs.cu_seqlens.cpu()
@@ -208,13 +214,14 @@ def test_packed_sequences_without_waiting(backend):
         chunkwise(inputs, backend=backend)
 
 
-def test_a_batch_without_waiting():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_batch_without_waiting(backend):
     """Sequences that are not packed never make the host wait, in neither pass."""
     inputs = problem().leaves()
     weights = upstream(inputs)
-    run(inputs, weights)
+    run(inputs, weights, backend=backend)
     with no_waiting():
-        outputs = chunkwise(inputs, backend=BACKEND)
+        outputs = chunkwise(inputs, backend=backend)
         torch.autograd.grad(outputs, list(inputs.tensors().values()), weights)
 
 
@@ -234,7 +241,8 @@ LONG, LAST = 17_200 * 64, 2048
 LONG_GIB = 60
 
 
-def test_more_than_2_to_31_elements():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_more_than_2_to_31_elements(backend):
     """Queries, states and outputs of over 2^31 elements: the last outputs and the final states are those of a
     run over the last tokens alone, everything before being forgotten (decay e^-90)."""
     torch.cuda.empty_cache()
@@ -250,7 +258,10 @@ def test_more_than_2_to_31_elements():
     g = torch.full((1, LONG, 16), -0.05, device=DEVICE)
     alpha = torch.rand(1, LONG, 16, generator=generator, device=DEVICE)
     assert q.numel() > 2**31
-    options: dict[str, Any] = {"output_final_state": True, "backend": BACKEND}
+    reason = why_unavailable(backend, DEVICE, BF16)
+    if reason is not None:
+        pytest.skip(reason)
+    options: dict[str, Any] = {"output_final_state": True, "backend": backend}
     o, final = chunk_gka(q, k, v, g, g, alpha, **options)
     assert final is not None
     last_o = o[:, -200:].clone()

@@ -3,6 +3,8 @@
 Made with `python -m benchmarks.resources`, which tells what each takes.
 """
 
+import functools
+
 import torch
 
 # kernel -> (warps, stages, cap on registers or None) for heads up to 64, 128 and 256 wide
@@ -36,6 +38,7 @@ def table_of(capability: tuple[int, int]) -> Table:
     return AMPERE if capability == (8, 0) else SMALL
 
 
+@functools.cache
 def capability_of(device: torch.device) -> tuple[int, int]:
     """A GPU's compute capability; that of Hopper where the kernels are interpreted."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)

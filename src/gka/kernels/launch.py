@@ -1,22 +1,23 @@
 """From tokens to kernel launches: sizes, scratch memory and order. The kernels know nothing of these."""
 
-# Triton declares a launch with the kernel's device types and without its launch options.
-# pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
+# With a solve there are x, H and the adjoint's arrays; the types do not tell.
+# pyright: reportArgumentType=false
 
 from dataclasses import dataclass
 from functools import partial
-from math import lcm
+from math import lcm, prod
+from typing import Any, overload
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from gka.kernels import configs
 from gka.kernels.adjoint import readout_backward_kernel, through_h_kernel, through_u_kernel
 from gka.kernels.chunked import readout_kernel, solve_kernel
-from gka.kernels.configs import config, widest
+from gka.kernels.configs import widest
 from gka.kernels.hopper import calls as hopper
 from gka.kernels.moments import moments_kernel, moments_segments_kernel
+from gka.kernels.plan import Kind, Plan, plan_of
 from gka.kernels.reverse import reverse_h_kernel, reverse_u_kernel
 from gka.kernels.tables import chunking
 from gka.maths.adjoint import Gradients
@@ -99,54 +100,35 @@ class Launch:
     """One call's sizes, tables and scratch memory.
 
     Attributes:
-        given: the tokens as they came; t: contiguous, and for Hopper's kernels aligned, gates float32.
+        given: the tokens as they came; t: contiguous and aligned, gates float32 for Hopper's kernels.
         hopper: whether those kernels do all the work.
+        signature: what compiled kernels depend on beside the plan: which arguments there are, of what
+            dtype, and the integers among them.
     """
 
     def __init__(self, tokens: Tokens, settings: Settings, on_hopper: bool) -> None:
-        self.given, self.hopper = tokens, on_hopper and settings.num_iter > 0
-        given = {n: None if x is None else x.contiguous() for n, x in vars(tokens).items()}
-        if self.hopper:
-            given |= {n: _aligned(given[n]) for n in "qkv"}
-            gates = {n: given[n] for n in ("g", "gk", "alpha", "beta")}
-            given |= {n: None if x is None else x.float() for n, x in gates.items()}
-        t = self.t = Tokens(**given)
-        self.settings = settings
-        _, _, self.H, self.K = t.q.shape
-        self.V = t.v.shape[-1]
-        self.HK, self.HV = t.k.shape[2], t.v.shape[2]
-        if settings.chunk_size not in CHUNK_SIZES:
-            raise RuntimeError(
-                f'backend="triton" runs chunk sizes {CHUNK_SIZES}; got chunk_size = '
-                f'{settings.chunk_size}. Use backend="torch".'
-            )
-        limit = widest(t.q.dtype == torch.float32, t.q.device)
-        if max(self.K, self.V) > limit:
-            raise RuntimeError(
-                f'backend="triton" runs {t.q.dtype} heads up to {limit} wide on this chip; got '
-                f'K = {self.K}, V = {self.V}. Use bfloat16 or float16 inputs, or backend="torch".'
-            )
-        self.BK = max(16, triton.next_power_of_2(self.K))
-        # 64 columns a tile: 32 make triton 3.6 read past its shared memory in through_u_kernel
-        self.BV = min(64, max(16, triton.next_power_of_2(self.V)))
-        self.BN = min(64, self.BK)  # columns of H a program scans
-        self.NV, self.NK = triton.cdiv(self.V, self.BV), triton.cdiv(self.K, self.BN)
-        self.C = settings.chunk_size
-        self.exact = t.q.dtype == torch.float32
-        self.OP = tl.float32 if self.exact else tl.float16
-        self.op_dtype = torch.float32 if self.exact else torch.float16
-        self.tiled = (64 if self.exact else 128) < self.BK  # a K x K state outgrows shared memory
-        self.PREC = "tf32x3" if self.exact else "tf32"
-        self.gk = t.g if settings.tied else t.gk
+        self.given, self.settings = tokens, settings
         self.solve = settings.num_iter > 0
+        self.hopper = on_hopper and self.solve
+        t = self.t = _prepared(tokens, self.hopper)
+        plan = self.plan = _plan(t, settings.chunk_size)
+        self.H, self.HK, self.HV, self.K, self.V = plan.H, plan.HK, plan.HV, plan.K, plan.V
+        self.NK, self.NV, self.op_dtype = plan.NK, plan.NV, plan.op_dtype
+        self.gk = t.g if settings.tied else t.gk
         self.groups = [Heads(0, self.H)]
-        self._scratch: dict[tuple[str, torch.dtype], Tensor] = {}
+        optional = (t.g, self.gk, t.alpha, t.beta, t.h0, t.u0)
+        self.signature: tuple = (
+            settings.num_iter,
+            *(None if x is None else x.dtype for x in optional),
+        )
+        self._scratch: dict[str, Tensor] = {}
+        self.arguments: dict = {}  # of Hopper's kernels, by name
         self._set_tables(self.H)
 
     def _set_tables(self, heads: int) -> None:
         # a Hopper block holds a whole state; two fit where three of the others' do
         programs = heads * (3 if self.hopper else self.NK + self.NV)
-        self.chunks = chunking(self.t, self.C, programs)
+        self.chunks = chunking(self.t, self.plan.C, programs)
         self.M, self.N = self.chunks.num_chunks, self.chunks.num_sequences
 
     def split_heads(self) -> None:
@@ -154,6 +136,8 @@ class Launch:
         shared = lcm(self.H // self.HK, self.H // self.HV)
         parts = max(1, -(-self.M * self.H // CHUNK_HEADS))
         count = min(self.H, -(-self.H // parts // shared) * shared)
+        if count == self.H:
+            return
         starts = range(0, self.H, count)
         self.groups = [Heads(base, min(count, self.H - base)) for base in starts]
         self._set_tables(count)
@@ -166,42 +150,41 @@ class Launch:
     def segments(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.chunks.segments, self.chunks.bounds, self.chunks.start
 
+    def launch(
+        self, kernel, name: str, grid: tuple[int, ...], heads: Heads, args: tuple, **more: Any
+    ) -> None:
+        """Launch a kernel on `args`, the heads and, at compile time, the plan's sizes and `more`.
+
+        Args:
+            name: of the kernel's options.
+        """
+        signature = (self.signature, self.chunks.segmented, heads)
+        self.plan.launcher(kernel, name, signature, **more)(grid, *args, *heads.args)
+
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, device=self.t.q.device, dtype=dtype)
 
     def scratch(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Memory that the next group of heads reuses under the same name."""
-        size = torch.Size(shape).numel()
-        held = self._scratch.get((name, dtype))
-        if held is None or held.numel() < size:
-            held = self._scratch[name, dtype] = self.empty(size, dtype=dtype)
-        return held[:size].view(shape)
+        """Memory of that shape for the first group of heads; the next, no larger, reuse it under its name."""
+        held = self._scratch.get(name)
+        if held is None:
+            held = self._scratch[name] = self.empty(*shape, dtype=dtype)
+        return held
 
     def like(self, x: Tensor | None) -> Tensor | None:
         """Memory for a gate's gradient, float32."""
         return None if x is None else self.empty(*x.shape)
 
-    def options(self, kernel: str, *names: str) -> dict:
-        """Compile-time sizes by name, and the launch configuration."""
-        sizes = {
-            "H": self.H, "HK": self.HK, "HV": self.HV, "GK": self.H // self.HK, "GV": self.H // self.HV,
-            "K": self.K, "V": self.V, "BK": self.BK, "BN": self.BN, "BV": self.BV, "NK": self.NK,
-            "NV": self.NV, "TILED": self.tiled, "C": self.C, "OP": self.OP, "PREC": self.PREC,
-        }  # fmt: skip
-        chosen = {name: sizes[name] for name in (*names, "C", "OP", "PREC")}
-        width = max(self.BK, triton.next_power_of_2(self.V))
-        return chosen | config(kernel, width, self.exact, self.t.q.device)
-
     def moments(
         self, heads: Heads, with_h: bool, maxima: Maxima | None = None
     ) -> tuple[Moments | None, Moments]:
         """H (unless not wanted) and U at chunk starts; final too where no maxima are asked for."""
-        t, options = self.t, self.options("moments", *SCAN)
+        t = self.t
         new = partial(self._moments, heads, final=maxima is None)
         h = new("h", self.K, self.NK) if with_h else None
         u = new("u", self.V, self.NV)
-        options["NK"] = 0 if h is None else self.NK
-        programs = (self.chunks.num_segments * heads.count, options["NK"] + self.NV)
+        blocks = 0 if h is None else self.NK
+        programs = (self.chunks.num_segments * heads.count, blocks + self.NV)
         sums_h = self._sums(heads, "h", self.K, self.NK, h is not None)
         sums_u = self._sums(heads, "u", self.V, self.NV, True)
         if self.hopper and h is not None:
@@ -210,15 +193,15 @@ class Launch:
             return h, u
         gates = (self.gk, t.g, t.beta)
         if self.chunks.segmented:
-            moments_segments_kernel[programs](
-                t.k, t.v, *gates, *sums_h, *sums_u, *self.segments, *heads.args, **options
-            )
+            args = (t.k, t.v, *gates, *sums_h, *sums_u, *self.segments)
+            self.launch(moments_segments_kernel, "moments", programs, heads, args, NK=blocks)
         of_h = (None,) * 4 if h is None else (*h.stored, h.norms, h.final)
         largest = (None, None) if maxima is None else (maxima.k, maxima.v)
-        moments_kernel[programs](
+        args = (
             t.k, t.v, *gates, *_initial(t.h0), *of_h, *_initial(t.u0), *u.stored, u.final, *largest,
-            *sums_h, *sums_u, *self.segments, *heads.args, **options,
+            *sums_h, *sums_u, *self.segments,
         )  # fmt: skip
+        self.launch(moments_kernel, "moments", programs, heads, args, NK=blocks)
         return h, u
 
     def _moments(self, heads: Heads, name: str, width: int, blocks: int, final: bool) -> Moments:
@@ -253,19 +236,62 @@ class Launch:
         """x = p_r(A) rhs into `out`, both with their scales; `adjoint`: the derivative's other arrays."""
         t, s = self.t, self.settings
         extra = adjoint or (None,) * 7
-        solve_kernel[(self.M * heads.count,)](
+        args = (
             *rhs, t.k, self.gk, t.beta, *h.stored, h.norms, *out, *extra, *self.tables,
-            s.ridge_ratio, s.num_iter, empty_below(torch.float32), *heads.args,
-            ADJOINT=bool(adjoint), **self.options("solve", "H", "HK", "GK", "K", "BK", "NK", "TILED"),
+            s.ridge_ratio, s.num_iter, empty_below(torch.float32),
         )  # fmt: skip
+        grid = (self.M * heads.count,)
+        self.launch(solve_kernel, "solve", grid, heads, args, ADJOINT=bool(adjoint))
 
 
-SCAN = ("H", "HK", "HV", "GK", "GV", "K", "V", "BK", "BN", "BV", "NK", "NV")
-READOUT = ("H", "HK", "HV", "GK", "GV", "K", "V", "BK", "BV", "NV")
+def _plan(t: Tokens, chunk_size: int) -> Plan:
+    """The plan of such tokens.
+
+    Raises:
+        RuntimeError: no kernel runs that chunk size, or heads that wide.
+    """
+    (*_, heads, key_dim), value_dim = t.q.shape, t.v.shape[-1]
+    if chunk_size not in CHUNK_SIZES:
+        raise RuntimeError(
+            f'backend="triton" runs chunk sizes {CHUNK_SIZES}; got chunk_size = '
+            f'{chunk_size}. Use backend="torch".'
+        )
+    limit = widest(t.q.dtype == torch.float32, t.q.device)
+    if max(key_dim, value_dim) > limit:
+        raise RuntimeError(
+            f'backend="triton" runs {t.q.dtype} heads up to {limit} wide on this chip; got '
+            f'K = {key_dim}, V = {value_dim}. Use bfloat16 or float16 inputs, or backend="torch".'
+        )
+    counts, device = (heads, t.k.shape[2], t.v.shape[2]), t.q.device
+    dims, capability = (key_dim, value_dim), configs.capability_of(device)
+    return plan_of(Kind(counts, dims, t.q.dtype, chunk_size, device, capability))
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """x itself, or a copy where its memory does not start at 16 bytes (a view into a larger tensor)."""
+def _prepared(tokens: Tokens, float_gates: bool) -> Tokens:
+    """Contiguous and aligned, as compiled kernels take for granted."""
+    t = tokens
+
+    def gate(x: Tensor | None) -> Tensor | None:
+        x = _aligned(x)
+        return None if x is None else x.float() if float_gates else x
+
+    return Tokens(
+        _aligned(t.q), _aligned(t.k), _aligned(t.v), gate(t.g), gate(t.gk), gate(t.alpha), gate(t.beta),
+        _aligned(t.h0), _aligned(t.u0), t.cu_seqlens, t.cu_seqlens_cpu,
+    )  # fmt: skip
+
+
+@overload
+def _aligned(x: Tensor) -> Tensor: ...
+@overload
+def _aligned(x: None) -> None: ...
+@overload
+def _aligned(x: Tensor | None) -> Tensor | None: ...
+def _aligned(x: Tensor | None) -> Tensor | None:
+    """x, contiguous; a copy where its memory does not start at 16 bytes (a view into a larger tensor)."""
+    if x is None:
+        return None
+    x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
@@ -273,7 +299,7 @@ def _initial(state: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """A boundary state [N,H,K,V] as float32, and the largest entry of each head."""
     if state is None:
         return None, None
-    state = state.float().contiguous()
+    state = _aligned(state.float())
     return state, state.abs().amax((-1, -2))
 
 
@@ -295,10 +321,10 @@ def chunk_forward(tokens: Tokens, settings: Settings, on_hopper: bool = False) -
         return Forward(o=o, x=x, h=h.final, u=u.final, x_scale=x_scale)
     if run.solve:
         run.solve_(heads, (t.q, None), h, (x, x_scale))
-    readout_kernel[(run.M * run.H,)](
+    args = (
         t.q, x, x_scale, t.k, t.v, t.g, t.alpha, t.beta, *u.stored, o, *run.tables, settings.scale,
-        *heads.args, **run.options("readout", *READOUT),
     )  # fmt: skip
+    run.launch(readout_kernel, "readout", (run.M * run.H,), heads, args)
     return Forward(o=o, x=x, h=None if h is None else h.final, u=u.final, x_scale=x_scale)
 
 
@@ -318,9 +344,8 @@ def chunk_backward(
     if x is not None and x_scale is None:  # of the recurrent form
         x_scale = x.abs().amax(-1)
         x = (x / x_scale.clamp_min(1e-37)[..., None]).to(run.op_dtype)
-    back = _Backward(
-        run, x, x_scale, _aligned(do.contiguous()), _initial(dh_final), _initial(du_final)
-    )
+    x, x_scale, do = _aligned(x), _aligned(x_scale), _aligned(do)
+    back = _Backward(run, x, x_scale, do, _initial(dh_final), _initial(du_final))
     for heads in run.groups:
         back.through(heads)
     return back.collect()
@@ -334,6 +359,7 @@ class _Backward:
         self.dh_final, self.du_final = dh_final, du_final
         self.with_h = run.solve or dh_final[0] is not None
         t = run.t
+        run.signature = (*run.signature, do.dtype, dh_final[0] is None, du_final[0] is None)
         self.dq, self.dk, self.dv = (torch.empty_like(x) for x in (t.q, t.k, t.v))
         self.dg_u, self.dbeta2, self.dalpha = run.like(t.g), run.like(t.beta), run.like(t.alpha)
         self.dg_h = run.like(run.gk)
@@ -345,7 +371,7 @@ class _Backward:
         self.dh0 = None if t.h0 is None or not self.with_h else run.empty(*t.h0.shape)
 
     def through(self, heads: Heads) -> None:
-        """All of a group's gradients; U is done with before E of H takes memory."""
+        """All of a group's gradients."""
         run = self.run
         maxima = run.maxima(heads)
         h, u = run.moments(heads, self.with_h, maxima)
@@ -360,13 +386,14 @@ class _Backward:
         if run.hopper:
             self._on_hopper(heads, h, u, maxima, adjoint, start_u, (dk[0], dv[0]))
         else:
-            self._through_u(heads, self._scan_u(heads, u, maxima), maxima, start_u, dk, dv)
+            self._through_u(heads, u, maxima, start_u, dk, dv)
             if h is not None:
                 self._through_h(heads, h, maxima, adjoint, dk)
         for grad, part, of in ((self.dk, dk, run.HK), (self.dv, dv, run.HV)):
             if of < run.H:
                 first, share = heads.base * of // run.H, run.H // of
-                total = part[0].unflatten(2, (-1, share)).sum(3)
+                shape = (*grad.shape[:2], heads.count // share, share, grad.shape[-1])
+                total = part[0].view(-1)[: prod(shape)].view(shape).sum(3)
                 grad[:, :, first : first + heads.count // share] = total
 
     def _adjoint(self, heads: Heads) -> Adjoint | None:
@@ -393,66 +420,12 @@ class _Backward:
     def _readout(self, heads: Heads, u: Moments, start_u: Tensor, adjoint: Adjoint | None) -> None:
         run, t = self.run, self.run.t
         dx = (None, None) if adjoint is None else (adjoint.y, adjoint.y_scale)
-        readout_backward_kernel[(run.M * heads.count,)](
+        args = (
             t.q, self.x, self.x_scale, t.k, t.v, t.g, t.alpha, t.beta, self.do, *u.stored, *dx, self.dq,
-            self.dalpha, start_u, *run.tables, run.settings.scale, *heads.args,
-            **run.options("readout_backward", *READOUT),
+            self.dalpha, start_u, *run.tables, run.settings.scale,
         )  # fmt: skip
-
-    def _scan_u(self, heads: Heads, u: Moments, maxima: Maxima) -> Ends:
-        """E of U, and the maxima of z and do."""
-        run, t = self.run, self.run.t
-        read = (t.q, self.x, self.x_scale, t.alpha, self.do, t.g, *u.stored, *self.du_final)
-        ends = self._ends(heads, "ends", run.V, run.NV)
-        sums = run._sums(heads, "u", run.V, run.NV, True)
-        options = run.options("reverse_u", "H", "K", "V", "BK", "BV")
-        written = (*ends.stored, maxima.z, maxima.d, self.du0)
-        self._scan(
-            reverse_u_kernel, heads, run.NV, read, written, sums, options, run.settings.scale
-        )
-        return ends
-
-    def _through_u(self, heads: Heads, ends: Ends, maxima: Maxima, start_u: Tensor, dk, dv) -> None:
-        run, t = self.run, self.run.t
-        through_u_kernel[(run.M * heads.count,)](
-            t.q, self.x, self.x_scale, t.k, t.v, t.g, t.alpha, t.beta, self.do, *ends.stored, start_u,
-            maxima.k, maxima.v, maxima.z, maxima.d, dk[0], dv[0], self.dg_u, self.dbeta2, *run.tables,
-            run.settings.scale, *dk[1:], *dv[1:], *heads.args, **run.options("through_u", *READOUT),
-        )  # fmt: skip
-
-    def _scan_h(self, heads: Heads, h: Moments, maxima: Maxima, adjoint: Adjoint | None) -> Ends:
-        """E of H, in the memory of E of U, which is done with."""
-        run, t, a = self.run, self.run.t, adjoint
-        x, of_scan = (None, None), (None,) * 6
-        if a is not None:
-            x = (self.x, self.x_scale)
-            of_scan = (a.y, a.y_scale, t.k, maxima.k, a.key_weight, a.start_weight)
-        ends = self._ends(heads, "ends", run.K, run.NK)
-        sums = run._sums(heads, "h", run.K, run.NK, True)
-        options = run.options("reverse_h", "H", "HK", "GK", "K", "BK", "BN")
-        read = (*x, *of_scan, run.gk, *h.stored, *self.dh_final)
-        self._scan(reverse_h_kernel, heads, run.NK, read, (*ends.stored, self.dh0), sums, options)
-        return ends
-
-    def _through_h(
-        self, heads: Heads, h: Moments, maxima: Maxima, adjoint: Adjoint | None, dk
-    ) -> None:
-        run, t, a = self.run, self.run.t, adjoint
-        x, of_tokens = (None, None), (None,) * 5
-        if a is not None:
-            x, y, numbers = (
-                (self.x, self.x_scale),
-                (a.y, a.y_scale),
-                (a.w_t, a.start_h, a.key_weight),
-            )
-            run.solve_(heads, y, h, y, *x, self.dq, *numbers, a.start_weight)
-            of_tokens = (*y, *numbers)
-        ends = self._scan_h(heads, h, maxima, adjoint)
-        through_h_kernel[(run.M * heads.count,)](
-            *x, *of_tokens, t.k, run.gk, t.beta, *h.stored, h.norms, *ends.stored, maxima.k, dk[0],
-            self.dg_h, self.dbeta2, *run.tables, *dk[1:], *heads.args, SOLVE=run.solve,
-            **run.options("through_h", "H", "HK", "GK", "K", "BK", "NK", "TILED"),
-        )  # fmt: skip
+        grid = (run.M * heads.count,)
+        run.launch(readout_backward_kernel, "readout_backward", grid, heads, args)
 
     def _on_hopper(
         self, heads: Heads, h: Moments | None, u: Moments, maxima: Maxima, adjoint: Adjoint | None,
@@ -461,14 +434,13 @@ class _Backward:
         """Both reverse scans and the gradients through both moments; E of U takes the place of U."""
         assert h is not None and adjoint is not None and self.x is not None
         run, x = self.run, (self.x, self.x_scale)
-        of_h = self._ends(heads, "h ends", run.K, run.NK)
-        of_u = self._ends(heads, "u ends", run.V, run.NV, u.states)
+        ends = self._ends(heads, "h"), self._ends(heads, "u", u.states)
         edges = (self.dh_final, self.dh0), (self.du_final, self.du0)
         sums = (
             run._sums(heads, "h", run.K, run.NK, True),
             run._sums(heads, "u", run.V, run.NV, True),
         )
-        hopper.scan_back(run, heads, (h, u), (of_h, of_u), edges, sums, x, self.do, adjoint, maxima)
+        hopper.scan_back(run, heads, (h, u), ends, edges, sums, x, self.do, adjoint, maxima)
         tokens = {
             "d_o": self.do, "y": adjoint.y, "y_scale": adjoint.y_scale, "w": adjoint.w_t,
             "key_weight": adjoint.key_weight, "start_u": start_u, "start_h": adjoint.start_h,
@@ -476,39 +448,76 @@ class _Backward:
         out = {
             "dk": grads[0], "dv": grads[1], "dg": self.dg_u, "dgk": self.dg_h, "d_beta2": self.dbeta2,
         }  # fmt: skip
-        hopper.gradients(run, heads, h, (of_u, of_h), maxima, x, tokens, out)
+        hopper.gradients(run, heads, h, ends, maxima, x, tokens, out)
 
-    def _ends(
-        self, heads: Heads, name: str, width: int, blocks: int, states: Tensor | None = None
-    ) -> Ends:
-        """Memory for E: scratch of this name, its states in the place of `states` if given."""
+    def _through_u(self, heads: Heads, u: Moments, maxima: Maxima, start_u: Tensor, dk, dv) -> None:
+        run, t = self.run, self.run.t
+        ends = self._ends(heads, "")
+        read = (t.q, self.x, self.x_scale, t.alpha, self.do, t.g, *u.stored, *self.du_final)
+        sums = run._sums(heads, "u", run.V, run.NV, True)
+        written = (*ends.stored, maxima.z, maxima.d, self.du0)
+        factor = run.settings.scale
+        self._scan(reverse_u_kernel, heads, run.NV, read, written, sums, "reverse_u", factor)
+        args = (
+            t.q, self.x, self.x_scale, t.k, t.v, t.g, t.alpha, t.beta, self.do, *ends.stored, start_u,
+            maxima.k, maxima.v, maxima.z, maxima.d, dk[0], dv[0], self.dg_u, self.dbeta2, *run.tables,
+            run.settings.scale, *dk[1:], *dv[1:],
+        )  # fmt: skip
+        run.launch(through_u_kernel, "through_u", (run.M * heads.count,), heads, args)
+
+    def _through_h(
+        self, heads: Heads, h: Moments, maxima: Maxima, adjoint: Adjoint | None, dk
+    ) -> None:
+        run, t, a = self.run, self.run.t, adjoint
+        x, of_tokens, of_scan = (None, None), (None,) * 5, (None,) * 6
+        if a is not None:
+            x, y = (self.x, self.x_scale), (a.y, a.y_scale)
+            numbers = (a.w_t, a.start_h, a.key_weight)
+            run.solve_(heads, y, h, y, *x, self.dq, *numbers, a.start_weight)
+            of_tokens = (*y, *numbers)
+            of_scan = (*y, t.k, maxima.k, a.key_weight, a.start_weight)
+        ends = self._ends(heads, "")  # the memory of E of U, which is done with
+        sums = run._sums(heads, "h", run.K, run.NK, True)
+        read = (*x, *of_scan, run.gk, *h.stored, *self.dh_final)
+        written = (*ends.stored, self.dh0)
+        self._scan(reverse_h_kernel, heads, run.NK, read, written, sums, "reverse_h")
+        args = (
+            *x, *of_tokens, t.k, run.gk, t.beta, *h.stored, h.norms, *ends.stored, maxima.k, dk[0],
+            self.dg_h, self.dbeta2, *run.tables, *dk[1:],
+        )  # fmt: skip
+        grid = (run.M * heads.count,)
+        run.launch(through_h_kernel, "through_h", grid, heads, args, SOLVE=run.solve)
+
+    def _ends(self, heads: Heads, name: str, states: Tensor | None = None) -> Ends:
+        """Memory for E of either state, in the place of `states` if given; one name is one memory."""
         run, shape = self.run, (self.run.M, heads.count)
+        width, blocks = max(run.K, run.V), max(run.NK, run.NV)
         if states is None:
-            states = run.scratch(name, *shape, run.K, width, dtype=run.op_dtype)
-        numbers = (run.scratch(f"{name} {of}", *shape, blocks) for of in ("scales", "wholes"))
-        return Ends(states, *numbers)
+            states = run.scratch(f"{name} ends", *shape, run.K, width, dtype=run.op_dtype)
+        scales, wholes = (
+            run.scratch(f"{name} {of}", *shape, blocks) for of in ("end scales", "wholes")
+        )
+        return Ends(states, scales, wholes)
 
     def _scan(
-        self, kernel, heads: Heads, blocks: int, read, written, sums, options, *factor
+        self, kernel, heads: Heads, blocks: int, read, written, sums, name: str, *factor
     ) -> None:
         """Both passes of a reverse scan."""
         run = self.run
         programs = (run.chunks.num_segments * heads.count, blocks)
-        launch = partial(
-            kernel[programs], *read, *written, *sums, *run.segments, *factor, *heads.args, **options
-        )
+        args = (*read, *written, *sums, *run.segments, *factor)
         if run.chunks.segmented:
-            launch(SUM=True)
-        launch(SUM=False)
+            run.launch(kernel, name, programs, heads, args, SUM=True)
+        run.launch(kernel, name, programs, heads, args, SUM=False)
 
     def collect(self) -> Gradients:
         """Gradients in their inputs' dtypes."""
         t, dg_u, dg_h = self.run.given, self.dg_u, self.dg_h
         if self.run.settings.tied and dg_u is not None and dg_h is not None:
-            dg_u = dg_u + dg_h
+            dg_u += dg_h
         dbeta = None
         if self.dbeta2 is not None and t.beta is not None:
-            dbeta = 2.0 * t.beta.float() * self.dbeta2
+            dbeta = self.dbeta2.mul_(t.beta).mul_(2.0)
         dh0 = self.dh0
         if dh0 is not None:  # H is symmetric, and so is its gradient
             dh0 = (dh0 + dh0.transpose(-1, -2)) / 2

@@ -6,7 +6,7 @@ Bound with ctypes: torch's own entry (`torch.cuda._compile_kernel`) is private a
 import ctypes
 import functools
 import glob
-from pathlib import Path
+import importlib.util
 
 import torch
 
@@ -17,18 +17,20 @@ class CompilationError(RuntimeError):
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    """libnvrtc of the CUDA version that torch was built for."""
+    """libnvrtc of the CUDA version that torch was built for; of any version where torch has no CUDA, which
+    then compiles but cannot launch."""
     version = torch.version.cuda
-    if version is None:
-        raise OSError("this build of torch has no CUDA, and with it no NVRTC")
-    name = f"libnvrtc.so.{version.split('.')[0]}"
-    folder = Path(torch.__file__).parents[1] / "nvidia"
-    for path in (name, *sorted(glob.glob(str(folder / "*" / "lib" / name)))):
+    name = f"libnvrtc.so.{version.split('.')[0] if version else '[0-9]*'}"
+    wheels = importlib.util.find_spec("nvidia")  # where NVIDIA's Python packages keep libraries
+    folders = list(wheels.submodule_search_locations or ()) if wheels else []
+    found = [path for folder in folders for path in sorted(glob.glob(f"{folder}/*/lib/{name}"))]
+    for path in (name, *found):
         try:
             return ctypes.CDLL(path)
         except OSError:
             continue
-    raise OSError(f"{name} was not found on the library path or under {folder}")
+    where = " or ".join(["the library path", *folders])
+    raise OSError(f"{name} was not found on {where} (pip install nvidia-cuda-nvrtc)")
 
 
 def why_missing() -> str | None:
@@ -75,6 +77,9 @@ def _read(lib: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> str:
     return _read_bytes(lib, program, what).rstrip(b"\0").decode()
 
 
+_Pointer = ctypes.c_void_p * 1
+
+
 class Kernel:
     """A kernel of one argument, a structure, on the current device."""
 
@@ -84,6 +89,7 @@ class Kernel:
         self.threads, self.shared = threads, shared
         torch.cuda.current_stream()  # the device's context exists from here on
         self.driver = ctypes.CDLL("libcuda.so.1")
+        self.launch = self.driver.cuLaunchKernel
         self.module, self.function = ctypes.c_void_p(), ctypes.c_void_p()
         self._check(self.driver.cuModuleLoadData(ctypes.byref(self.module), cubin), "load")
         found = self.driver.cuModuleGetFunction(
@@ -97,12 +103,13 @@ class Kernel:
 
     def __call__(self, blocks: int, sides: int, arguments: ctypes.Structure) -> None:
         """Launch on a grid of blocks x sides, on torch's current stream."""
-        pointer = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        launched = self.driver.cuLaunchKernel(
+        pointer = _Pointer(ctypes.addressof(arguments))
+        launched = self.launch(
             self.function, blocks, sides, 1, self.threads, 1, 1, self.shared, stream, pointer, None
         )
-        self._check(launched, "launch")
+        if launched:
+            self._check(launched, "launch")
 
     def _check(self, error: int, doing: str) -> None:
         if error:

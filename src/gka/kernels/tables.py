@@ -1,7 +1,7 @@
 """Where sequences, chunks and segments lie among the tokens, as tables on the device."""
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -31,15 +31,15 @@ class Chunking:
     segments: Tensor
     segmented: bool
 
-    @property
+    @cached_property
     def num_chunks(self) -> int:
         return len(self.start)
 
-    @property
+    @cached_property
     def num_sequences(self) -> int:
         return len(self.bounds) - 1
 
-    @property
+    @cached_property
     def num_segments(self) -> int:
         return len(self.segments)
 

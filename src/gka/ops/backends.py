@@ -4,6 +4,7 @@ import importlib.util
 import os
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -121,18 +122,25 @@ def _hopper_refusal(call: Call) -> str | None:
     return hopper.why_not(call.device, call.dtype, call.dims, call.chunk_size)
 
 
+def _current(device: torch.device) -> AbstractContextManager:
+    """Launches go to the current device: inside, the inputs' own."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def _on_gpu(on_hopper: bool) -> tuple[Callable[..., Forward], Callable[..., Gradients]]:
     """Forward and backward of the kernels; the modules that import triton are loaded on first use."""
 
     def forward(tokens: Tokens, settings: Settings) -> Forward:
         from gka.kernels import launch
 
-        return launch.chunk_forward(tokens, settings, on_hopper)
+        with _current(tokens.q.device):
+            return launch.chunk_forward(tokens, settings, on_hopper)
 
-    def backward(*args) -> Gradients:
+    def backward(tokens: Tokens, *args) -> Gradients:
         from gka.kernels import launch
 
-        return launch.chunk_backward(*args, on_hopper=on_hopper)
+        with _current(tokens.q.device):
+            return launch.chunk_backward(tokens, *args, on_hopper=on_hopper)
 
     return forward, backward
 

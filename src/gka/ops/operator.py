@@ -4,6 +4,10 @@ One pair serves every mode and backend. States enter as None and leave as empty 
 do not exist, because operators return tensors only.
 """
 
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.profiler import record_function
@@ -30,12 +34,28 @@ def _settings(
     )
 
 
+def _no_autocast(device: str) -> AbstractContextManager:
+    enabled = torch.is_autocast_enabled(device)
+    return torch.amp.autocast(device, enabled=False) if enabled else nullcontext()
+
+
 def _optional(x: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if x is None else x.contiguous()
 
 
-@torch.library.custom_op("gka::forward", mutates_args=())
-def forward_op(
+_LIBRARY = torch.library.Library("gka", "DEF")
+
+
+def _operator(function: Callable) -> torch._ops.OpOverload:
+    """gka::<function's name>, mutating nothing. Without the layers that torch.library.custom_op puts around
+    each call (a derivative, which GKAFunction has, and checks): they cost the host as much as launches."""
+    schema = torch.library.infer_schema(function, mutates_args=())
+    _LIBRARY.define(function.__name__ + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(function.__name__, function, "CompositeExplicitAutograd")
+    return getattr(torch.ops.gka, function.__name__).default
+
+
+def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -66,7 +86,7 @@ def forward_op(
     tokens = Tokens(q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu)
     settings = _settings(scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver)
     note_backend(backend)
-    with torch.amp.autocast(q.device.type, enabled=False), record_function("gka.forward"):
+    with _no_autocast(q.device.type), record_function("gka.forward"):
         run = get_backend(backend).forward["recurrent" if mode == "recurrent" else "chunk"]
         out = run(tokens, settings)
     # contiguous, as the fake implementation promises the compiler
@@ -74,7 +94,10 @@ def forward_op(
     return out.o.contiguous(), x, x_scale, h, out.u.contiguous()
 
 
-@forward_op.register_fake
+forward_op = _operator(forward)
+
+
+@torch.library.register_fake(forward_op)
 def _(
     q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu,
     scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver, mode, backend,
@@ -96,8 +119,7 @@ def _(
     )
 
 
-@torch.library.custom_op("gka::backward", mutates_args=())
-def backward_op(
+def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -127,7 +149,7 @@ def backward_op(
     tokens = Tokens(q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu)
     settings = _settings(scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver)
     note_backend(backend)
-    with torch.amp.autocast(q.device.type, enabled=False), record_function("gka.backward"):
+    with _no_autocast(q.device.type), record_function("gka.backward"):
         solutions = x if num_iter > 0 else None
         scales = x_scale if x_scale.numel() > 0 else None
         grads = get_backend(backend).backward(tokens, solutions, scales, do, dh, du, settings)
@@ -136,7 +158,10 @@ def backward_op(
     return [*heads, *(_optional(grad, do) for grad in optional)]
 
 
-@backward_op.register_fake
+backward_op = _operator(backward)
+
+
+@torch.library.register_fake(backward_op)
 def _(
     q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu, x, x_scale, do, dh, du,
     scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver, backend,
@@ -173,8 +198,8 @@ def _vmap(op):
     return rule
 
 
-forward_op.register_vmap(_vmap(forward_op))
-backward_op.register_vmap(_vmap(backward_op))
+torch.library.register_vmap(forward_op, _vmap(forward_op))
+torch.library.register_vmap(backward_op, _vmap(backward_op))
 
 
 class GKABackward(torch.autograd.Function):
@@ -242,3 +267,8 @@ class GKAFunction(torch.autograd.Function):
         wanted = (None if t is None else grad for grad, t in zip(grads, given, strict=True))
         bounds = (None, None)
         return *wanted, *bounds, *(None for _ in range(len(ctx.numbers) + 1))
+
+
+# apply() asks for the signature at every call, and finding it takes as long as several launches
+for _function in (GKAFunction.forward, GKABackward.forward):
+    _function.__signature__ = inspect.signature(_function)

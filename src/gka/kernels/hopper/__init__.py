@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gka.kernels import nvrtc
+from gka.kernels.configs import capability_of
 
 DIMS = (64, 128)
 CHUNK = 64
@@ -98,7 +99,7 @@ def why_not(
     device: torch.device, dtype: torch.dtype, dims: tuple[int, int], chunk: int
 ) -> str | None:
     """Why these kernels cannot run such inputs, K and V being `dims`; None if they can."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+    if device.type != "cuda" or capability_of(device) != (9, 0):
         return f"its kernels are for Hopper GPUs (H100, H200); got {device}."
     if dtype not in (torch.bfloat16, torch.float16):
         return f"its kernels take bfloat16 and float16; got {dtype}."
@@ -160,9 +161,8 @@ def _kernel(
 def run(
     kernel: str, like: Tensor, value_dim: int, adaptive: bool, blocks: tuple[int, int], given: Given
 ) -> None:
-    """Launch `kernel` on that many blocks (x, y) for inputs like q = `like`, on their device."""
-    with torch.cuda.device(like.device):
-        bfloat16 = like.dtype == torch.bfloat16
-        _kernel(like.device.index, kernel, like.shape[-1], value_dim, bfloat16, adaptive)(
-            *blocks, given
-        )
+    """Launch `kernel` on that many blocks (x, y) for inputs like q = `like`, on the current device."""
+    bfloat16 = like.dtype == torch.bfloat16
+    _kernel(like.device.index, kernel, like.shape[-1], value_dim, bfloat16, adaptive)(
+        *blocks, given
+    )

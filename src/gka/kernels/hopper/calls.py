@@ -1,5 +1,7 @@
 """The Hopper kernels in the place of their Triton counterparts: arguments from a call's sizes and scratch."""
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +20,11 @@ def solve_and_readout(
     run: "Launch", heads: "Heads", h: "Moments", u: "Moments", x: Tensor, x_scale: Tensor, o: Tensor
 ) -> None:
     """x_t and o_t of every token: `forward.cu`."""
-    given = _common(run, heads, h, u) | {"o": o, "x": x, "x_scale": x_scale}
+
+    def given() -> dict:
+        return _common(run, h, u) | {"o": o, "x": x, "x_scale": x_scale}
+
+    _certify(run, heads, h, u)
     _run(run, heads, "forward", given)
 
 
@@ -39,11 +45,15 @@ def adjoint(
         forward: x and x_scale as `solve_and_readout` left them.
         grads: dq and d alpha, written.
     """
-    given = _common(run, heads, h, u) | {
-        "x": forward[0], "x_scale": forward[1], "d_o": do, "dq": grads[0], "d_alpha": grads[1],
-        "y": out.y, "y_scale": out.y_scale, "w": out.w_t, "key_weight": out.key_weight,
-        "start_weight": out.start_weight, "start_u": start_u, "start_h": out.start_h,
-    }  # fmt: skip
+
+    def given() -> dict:
+        return _common(run, h, u) | {
+            "x": forward[0], "x_scale": forward[1], "d_o": do, "dq": grads[0], "d_alpha": grads[1],
+            "y": out.y, "y_scale": out.y_scale, "w": out.w_t, "key_weight": out.key_weight,
+            "start_weight": out.start_weight, "start_u": start_u, "start_h": out.start_h,
+        }  # fmt: skip
+
+    _certify(run, heads, h, u)
     _run(run, heads, "adjoint", given)
 
 
@@ -60,62 +70,84 @@ def gradients(
     """dk, dv, d(beta^2) and both decays' gradients of every token: `gradients.cu`.
 
     Args:
-        ends: of U and H, both alive.
+        ends: of H and U, both alive.
         forward: x and x_scale as `solve_and_readout` left them.
         tokens: by the names of chunk.cuh, do and what `adjoint` left of every token.
         out: "dk", "dv", "dg", "dgk", "d_beta2", written; dk and dv of shared heads [B,T,G,D] float32.
     """
-    t, (of_u, of_h) = run.t, ends
-    given: dict = _places(run, heads) | {
-        "q": t.q, "k": t.k, "v": t.v, "g": t.g, "gk": run.gk, "alpha": t.alpha, "beta": t.beta,
-        "h_states": h.states, "h_scales": h.scales, "h_norms": h.norms, "scale": run.settings.scale,
-        "x": forward[0], "x_scale": forward[1], "u_ends": of_u.states, "u_end_scales": of_u.scales,
-        "u_wholes": of_u.wholes, "h_ends": of_h.states, "h_end_scales": of_h.scales,
-        "h_wholes": of_h.wholes, "k_maxima": maxima.k, "v_maxima": maxima.v, "z_maxima": maxima.z,
-        "d_maxima": maxima.d,
-    }  # fmt: skip
-    _run(run, heads, "gradients", given | tokens | out)
+
+    def given() -> dict:
+        t, (of_h, of_u) = run.t, ends
+        read: dict = _places(run) | {
+            "q": t.q, "k": t.k, "v": t.v, "g": t.g, "gk": run.gk, "alpha": t.alpha, "beta": t.beta,
+            "h_states": h.states, "h_scales": h.scales, "h_norms": h.norms,
+            "scale": run.settings.scale, "x": forward[0], "x_scale": forward[1],
+            "u_ends": of_u.states, "u_end_scales": of_u.scales, "u_wholes": of_u.wholes,
+            "h_ends": of_h.states, "h_end_scales": of_h.scales, "h_wholes": of_h.wholes,
+            "k_maxima": maxima.k, "v_maxima": maxima.v, "z_maxima": maxima.z, "d_maxima": maxima.d,
+        }  # fmt: skip
+        return read | tokens | out
+
+    _run(run, heads, "gradients", given)
 
 
-def _places(run: "Launch", heads: "Heads") -> dict:
+def _places(run: "Launch") -> dict:
     """Chunks and heads of a launch."""
     return {
         "chunk_start": run.chunks.start, "chunk_length": run.chunks.length, "heads": run.H,
-        "key_heads": run.HK, "value_heads": run.HV, "first_head": heads.base,
-        "group_heads": heads.count, "first_chunk": 0, "h_blocks": run.NK,
+        "key_heads": run.HK, "value_heads": run.HV, "first_chunk": 0, "h_blocks": run.NK,
+        "multiprocessors": _multiprocessors(run.t.q.device),
     }  # fmt: skip
 
 
-def _common(run: "Launch", heads: "Heads", h: "Moments", u: "Moments") -> dict:
-    """What both kernels read; with the adaptive solver also what certify.cu finds of the states."""
+def _common(run: "Launch", h: "Moments", u: "Moments") -> dict:
+    """What solve and adjoint read; with the adaptive solver also what certify.cu finds of the states."""
     t, s = run.t, run.settings
-    given = _places(run, heads) | {
+    given = _places(run) | {
         "q": t.q, "k": t.k, "v": t.v, "g": t.g, "gk": run.gk, "alpha": t.alpha, "beta": t.beta,
         "h_states": h.states, "h_scales": h.scales, "h_norms": h.norms, "u_states": u.states,
         "u_scales": u.scales, "scale": s.scale, "ridge_ratio": s.ridge_ratio,
         "empty_below": empty_below(torch.float32), "num_iter": s.num_iter,
     }  # fmt: skip
     if s.solver == "adaptive":
-        given["top"] = run.scratch("top", run.M, heads.count, 2, run.K)
-        given["trace"] = run.scratch("trace", run.M, heads.count)
-        _run(run, heads, "certify", given)
+        count = run.groups[0].count
+        given["top"] = run.scratch("top", run.M, count, 2, run.K)
+        given["trace"] = run.scratch("trace", run.M, count)
     return given
 
 
-def _run(run: "Launch", heads: "Heads", kernel: str, given: dict) -> None:
+def _certify(run: "Launch", heads: "Heads", h: "Moments", u: "Moments") -> None:
+    """What the adaptive solver's bound needs of the states: `certify.cu`."""
+    if run.settings.solver == "adaptive":
+        _run(run, heads, "certify", lambda: _common(run, h, u))
+
+
+def _run(run: "Launch", heads: "Heads", kernel: str, given: Callable[[], dict]) -> None:
     blocks = run.M * heads.count
     if blocks == 0:
         return
-    multiprocessors = torch.cuda.get_device_properties(run.t.q.device).multi_processor_count
-    resident = hopper.BLOCKS[max(run.K, run.V)] * multiprocessors
+    arguments = _arguments(run, heads, kernel, hopper.Arguments, given)
+    resident = hopper.BLOCKS[max(run.K, run.V)] * arguments.multiprocessors
     # only long runs of blocks gain by the wait
-    waiting = {
-        "stagger": STAGGER if blocks >= 4 * resident else 0,
-        "multiprocessors": multiprocessors,
-    }
-    arguments = hopper.fill(hopper.Arguments(), given | waiting)
+    arguments.stagger = STAGGER if blocks >= 4 * resident else 0
     adaptive = run.settings.solver == "adaptive" and kernel != "gradients"  # which has no solve
     hopper.run(kernel, run.t.q, run.V, adaptive, (blocks, 1), arguments)
+
+
+def _arguments(
+    run: "Launch", heads: "Heads", kernel: str, structure: type, given: Callable[[], dict]
+):
+    """A kernel's arguments: made for the first group of heads; the next differ in the heads alone."""
+    held = run.arguments.get(kernel)
+    if held is None:
+        held = run.arguments[kernel] = hopper.fill(structure(), given())
+    held.first_head, held.group_heads = heads.args
+    return held
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 Sums = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -132,15 +164,20 @@ def scan_states(
 ) -> None:
     """H and U at chunk starts, and final."""
     t = run.t
-    sides = [
-        _side(run, heads, name, g, boundary, (s.states, s.scales, s.norms), s.final, parts)
-        for name, g, s, boundary, parts in zip(
-            "hu", (run.gk, t.g), states, initial, sums, strict=True
-        )
-    ]
-    largest = (None, None) if maxima is None else (maxima.k, maxima.v)
-    given = {"h": sides[0], "u": sides[1], "k": t.k, "v": t.v, "beta": t.beta}
-    given |= {"first_maxima": largest[0], "second_maxima": largest[1]}
+
+    def given() -> dict:
+        sides = [
+            _side(run, heads, name, g, boundary, (s.states, s.scales, s.norms), s.final, parts)
+            for name, g, s, boundary, parts in zip(
+                "hu", (run.gk, t.g), states, initial, sums, strict=True
+            )
+        ]
+        largest = (None, None) if maxima is None else (maxima.k, maxima.v)
+        return {
+            "h": sides[0], "u": sides[1], "k": t.k, "v": t.v, "beta": t.beta,
+            "first_maxima": largest[0], "second_maxima": largest[1],
+        }  # fmt: skip
+
     _scan(run, heads, "states", given)
 
 
@@ -164,20 +201,23 @@ def scan_back(
         forward: x and x_scale.
     """
     t = run.t
-    sides = []
-    for name, g, s, e, (boundary, initial), parts in zip(
-        "hu", (run.gk, t.g), states, ends, edges, sums, strict=True
-    ):
-        out = (e.states, e.scales, None)
-        side = _side(run, heads, name, g, boundary, out, initial, parts)
-        hopper.fill(side, {"stored": s.states, "stored_bounds": s.scales, "wholes": e.wholes})
-        sides.append(side)
-    given = {
-        "h": sides[0], "u": sides[1], "q": t.q, "k": t.k, "alpha": t.alpha, "x": forward[0],
-        "x_scale": forward[1], "d_o": do, "y": of.y, "y_scale": of.y_scale,
-        "key_weight": of.key_weight, "start_weight": of.start_weight, "first_maxima": maxima.z,
-        "second_maxima": maxima.d, "key_maxima": maxima.k,
-    }  # fmt: skip
+
+    def given() -> dict:
+        sides = []
+        for name, g, s, e, (boundary, initial), parts in zip(
+            "hu", (run.gk, t.g), states, ends, edges, sums, strict=True
+        ):
+            out = (e.states, e.scales, None)
+            side = _side(run, heads, name, g, boundary, out, initial, parts)
+            hopper.fill(side, {"stored": s.states, "stored_bounds": s.scales, "wholes": e.wholes})
+            sides.append(side)
+        return {
+            "h": sides[0], "u": sides[1], "q": t.q, "k": t.k, "alpha": t.alpha, "x": forward[0],
+            "x_scale": forward[1], "d_o": do, "y": of.y, "y_scale": of.y_scale,
+            "key_weight": of.key_weight, "start_weight": of.start_weight, "first_maxima": maxima.z,
+            "second_maxima": maxima.d, "key_maxima": maxima.k,
+        }  # fmt: skip
+
     _scan(run, heads, "back", given)
 
 
@@ -195,22 +235,26 @@ def _side(
     return side
 
 
-def _scan(run: "Launch", heads: "Heads", direction: str, given: dict) -> None:
+def _scan(run: "Launch", heads: "Heads", direction: str, given: Callable[[], dict]) -> None:
     """Where a sequence has several segments first their sums, and what comes before each."""
-    given |= {
-        "segments": run.chunks.segments, "chunk_start": run.chunks.start,
-        "chunk_length": run.chunks.length, "scale": run.settings.scale, "heads": run.H,
-        "key_heads": run.HK, "value_heads": run.HV, "first_head": heads.base,
-        "group_heads": heads.count, "segment_count": run.chunks.num_segments, "sum_only": 1,
-    }  # fmt: skip
-    arguments = hopper.fill(hopper.ScanArguments(), given)
-    blocks = (run.chunks.num_segments * heads.count, 2)
+    chunks = run.chunks
+
+    def all_given() -> dict:
+        return given() | {
+            "segments": chunks.segments, "chunk_start": chunks.start, "chunk_length": chunks.length,
+            "scale": run.settings.scale, "heads": run.H, "key_heads": run.HK, "value_heads": run.HV,
+            "segment_count": chunks.num_segments,
+        }  # fmt: skip
+
+    arguments = _arguments(run, heads, direction, hopper.ScanArguments, all_given)
+    blocks = (chunks.num_segments * heads.count, 2)
 
     def launch(kernel: str, blocks: tuple[int, int]) -> None:
         hopper.run(f"{kernel}_{direction}", run.t.q, run.V, False, blocks, arguments)
 
-    if run.chunks.segmented:
+    if chunks.segmented:
+        arguments.sum_only = 1
         launch("scan", blocks)
         launch("combine", (run.K * max(run.K, run.V) // 512 * heads.count, 2))
-    hopper.fill(arguments, {"sum_only": 0})
+    arguments.sum_only = 0
     launch("scan", blocks)

@@ -1,0 +1,70 @@
+"""The CUDA C++ kernels compile for Hopper within what a multiprocessor holds (NVRTC; no GPU needed)."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from gka.kernels import hopper, nvrtc
+
+pytest.importorskip("triton", reason="its cuobjdump reads what a kernel takes")
+pytestmark = pytest.mark.skipif(
+    nvrtc.why_missing() is not None, reason=f"no NVRTC: {nvrtc.why_missing()}"
+)
+SHARED = 227 * 1024  # bytes of a multiprocessor that blocks can have
+RESERVED = 1024  # of them each block's own
+REGISTERS = 65536
+STACK = (
+    256  # bytes a thread, nearly all spilled registers; the most is 184 (adjoint, K = 128, V = 64)
+)
+SOLVES = ("forward", "adjoint")
+# every kernel at both widths, both solvers, both 16-bit dtypes, and mixed dims: about 30 s on a core
+CASES = [
+    *((kernel, dims, adaptive, True) for kernel in SOLVES for dims in ((64, 64), (128, 128))
+      for adaptive in (False, True)),
+    *((kernel, dims, False, True) for kernel in ("certify", *hopper.SCANS)
+      for dims in ((64, 64), (128, 128))),
+    *((kernel, dims, False, False) for kernel in (*SOLVES, *hopper.SCANS)
+      for dims in ((64, 128), (128, 64))),
+]  # fmt: skip
+
+
+def name_of(case: tuple) -> str:
+    kernel, (key_dim, value_dim), adaptive, bfloat16 = case
+    return f"{kernel}-{key_dim}-{value_dim}{'-adaptive' * adaptive}{'' if bfloat16 else '-float16'}"
+
+
+@pytest.fixture
+def resources(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+    return importlib.import_module("benchmarks.resources")
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_blocks_that_should_be_resident_fit(case: tuple, resources) -> None:
+    """Registers and shared memory leave room for BLOCKS blocks of a solve and two of any other kernel, and
+    next to nothing is spilled."""
+    kernel, dims, adaptive, bfloat16 = case
+    source = hopper.source(kernel, dims[0], dims[1], bfloat16, adaptive)
+    registers, stack = resources.usage_of_cubin(nvrtc.compile_cubin(source, kernel, "sm_90a"))
+    blocks = hopper.BLOCKS[max(dims)] if kernel in SOLVES else 2
+    threads = 2 * dims[0] if kernel.startswith("scan") else 128
+    assert registers * threads * blocks <= REGISTERS
+    assert stack <= STACK
+    assert blocks * (hopper.shared_bytes(kernel, *dims) + RESERVED) <= SHARED
+
+
+@pytest.mark.parametrize("kernel", SOLVES)
+@pytest.mark.parametrize("dims", [(64, 64), (64, 128), (128, 64), (128, 128)], ids=str)
+def test_shared_memory_asked_for_holds_the_structure(kernel: str, dims: tuple[int, int]) -> None:
+    """sizeof(Shared), with 1023 bytes to align it, is within `shared_bytes`, with the adaptive solver too."""
+    limit = hopper.shared_bytes(kernel, *dims)
+    source = hopper.source(kernel, *dims, True, True)
+    source += f'\nstatic_assert(sizeof(Shared) + 1023 <= {limit}, "shared_bytes is too small");\n'
+    nvrtc.compile_cubin(source, kernel, "sm_90a")
+
+
+def test_what_is_no_program_is_refused_with_the_log() -> None:
+    """The error holds NVRTC's own words."""
+    with pytest.raises(nvrtc.CompilationError, match=r"undefined_name"):
+        nvrtc.compile_cubin("__global__ void f() { undefined_name(); }", "f", "sm_90a")
