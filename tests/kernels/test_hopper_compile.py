@@ -22,9 +22,9 @@ SOLVES = ("forward", "adjoint")
 CASES = [
     *((kernel, dims, adaptive, True) for kernel in SOLVES for dims in ((64, 64), (128, 128))
       for adaptive in (False, True)),
-    *((kernel, dims, False, True) for kernel in ("certify", *hopper.SCANS)
+    *((kernel, dims, False, True) for kernel in ("certify", "gradients", *hopper.SCANS)
       for dims in ((64, 64), (128, 128))),
-    *((kernel, dims, False, False) for kernel in (*SOLVES, *hopper.SCANS)
+    *((kernel, dims, False, False) for kernel in (*SOLVES, "gradients", *hopper.SCANS)
       for dims in ((64, 128), (128, 64))),
 ]  # fmt: skip
 

@@ -8,6 +8,7 @@ cores take float16 operands, each scaled by its largest entry. Nothing here choo
 
 import ctypes
 import functools
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -146,16 +147,39 @@ def shared_bytes(kernel: str, key_dim: int, value_dim: int) -> int:
     return tiles + 4 * (5 * CHUNK + 2 * key_dim + 16) + 1024
 
 
+_COMPILERS = ThreadPoolExecutor(max_workers=8, thread_name_prefix="gka-compile")
+KERNELS = ("forward", "adjoint", "gradients", *SCANS)
+
+
+def _name(kernel: str) -> str:
+    """Of its entry point."""
+    return f"gka_{kernel.split('_')[0]}"
+
+
+@functools.cache
+def _cubins(
+    key_dim: int, value_dim: int, bfloat16: bool, adaptive: bool
+) -> dict[str, Future[bytes]]:
+    """All kernels of such inputs, compiled side by side when the first is asked for."""
+    wanted = ("certify", "forward", "adjoint") if adaptive else KERNELS
+    return {
+        kernel: _COMPILERS.submit(
+            nvrtc.compile_cubin,
+            source(kernel, key_dim, value_dim, bfloat16, adaptive),
+            _name(kernel),
+            "sm_90a",
+        )
+        for kernel in wanted
+    }
+
+
 @functools.cache
 def _kernel(
     device: int, kernel: str, key_dim: int, value_dim: int, bfloat16: bool, adaptive: bool
 ) -> nvrtc.Kernel:
-    name = f"gka_{kernel.split('_')[0]}"
-    cubin = nvrtc.compile_cubin(
-        source(kernel, key_dim, value_dim, bfloat16, adaptive), name, "sm_90a"
-    )
+    cubin = _cubins(key_dim, value_dim, bfloat16, adaptive)[kernel].result()
     threads = 2 * key_dim if kernel.startswith("scan") else 128
-    return nvrtc.Kernel(cubin, name, threads, shared_bytes(kernel, key_dim, value_dim))
+    return nvrtc.Kernel(cubin, _name(kernel), threads, shared_bytes(kernel, key_dim, value_dim))
 
 
 def run(
