@@ -149,7 +149,18 @@ def test_what_it_cannot_run_is_refused_with_the_reason() -> None:
 
 def test_heads_too_wide_for_a_chip_are_refused(monkeypatch) -> None:
     """float32 tiles of 256 columns outgrow every chip's shared memory: the error says what fits."""
-    monkeypatch.setattr("gka.kernels.launch.widest", lambda exact, device: 128)
+    monkeypatch.setattr("gka.kernels.configs.widest", lambda exact, device: 128)
     q = torch.randn(1, 8, 1, 160, device=DEVICE)
     with pytest.raises(RuntimeError, match=r"up to 128 wide.*K = 160"):
         chunk_gka(q, q, q, backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "reason"), [((7, 5), None, "compute capability"), ((9, 0), "6.4", "AMD")]
+)
+def test_other_gpus_are_refused(monkeypatch, capability, hip, reason) -> None:
+    """Chips without bfloat16 products, and AMD's, which torch calls "cuda" too, are left to plain torch."""
+    monkeypatch.setattr("gka.kernels.configs.capability_of", lambda device: capability)
+    monkeypatch.setattr("torch.version.hip", hip)
+    assert reason in (why_unavailable("triton", "cuda", torch.bfloat16) or "")
+    assert why_unavailable("torch", "cuda", torch.bfloat16) is None

@@ -29,6 +29,8 @@ AMPERE: Table = HOPPER | {
 SMALL: Table = AMPERE | {"through_u": ((4, 1, None), (8, 1, None), (4, 1, None))}
 
 WIDTHS = (64, 128, 256)
+CHUNK_SIZES = (16, 32, 64)
+OLDEST = (8, 0)  # compute capability: before it there is no bfloat16 product
 
 
 def table_of(capability: tuple[int, int]) -> Table:
@@ -49,6 +51,28 @@ def widest(exact: bool, device: torch.device) -> int:
     if not exact or device.type != "cuda":
         return WIDTHS[-1]
     return 128 if capability_of(device)[0] >= 9 else 64
+
+
+def why_not(
+    device: torch.device, dtype: torch.dtype, dims: tuple[int, int], chunk_size: int
+) -> str | None:
+    """Why the Triton kernels cannot run such inputs, K and V being `dims`; None if they can."""
+    if device.type == "cuda" and torch.version.hip is not None:
+        return (
+            "its kernels were written for NVIDIA GPUs and never run on another; this is one of AMD."
+        )
+    if capability_of(device) < OLDEST:
+        return (
+            f"its kernels need compute capability {OLDEST}; {device} has {capability_of(device)}."
+        )
+    if dtype == torch.float64:
+        return "its kernels compute in float32 at best; got float64."
+    if chunk_size not in CHUNK_SIZES:
+        return f"its kernels take chunk_size in {CHUNK_SIZES}; got chunk_size = {chunk_size}."
+    limit = widest(dtype == torch.float32, device)
+    if max(dims) > limit:
+        return f"its kernels take {dtype} heads up to {limit} wide here; got K = {dims[0]}, V = {dims[1]}."
+    return None
 
 
 def config(kernel: str, width: int, exact: bool, device: torch.device) -> dict:

@@ -14,7 +14,6 @@ from torch import Tensor
 from gka.kernels import configs
 from gka.kernels.adjoint import readout_backward_kernel, through_h_kernel, through_u_kernel
 from gka.kernels.chunked import readout_kernel, solve_kernel
-from gka.kernels.configs import widest
 from gka.kernels.hopper import calls as hopper
 from gka.kernels.moments import moments_kernel, moments_segments_kernel
 from gka.kernels.plan import Kind, Plan, plan_of
@@ -24,7 +23,6 @@ from gka.maths.adjoint import Gradients
 from gka.maths.chunked import Forward, Settings, Tokens
 from gka.maths.ridge import empty_below
 
-CHUNK_SIZES = (16, 32, 64)
 CHUNK_HEADS = 792  # chunks times heads that the derivative works on together: bounds its scratch
 
 
@@ -245,23 +243,8 @@ class Launch:
 
 
 def _plan(t: Tokens, chunk_size: int) -> Plan:
-    """The plan of such tokens.
-
-    Raises:
-        RuntimeError: no kernel runs that chunk size, or heads that wide.
-    """
+    """The plan of such tokens, which configs.why_not has let pass."""
     (*_, heads, key_dim), value_dim = t.q.shape, t.v.shape[-1]
-    if chunk_size not in CHUNK_SIZES:
-        raise RuntimeError(
-            f'backend="triton" runs chunk sizes {CHUNK_SIZES}; got chunk_size = '
-            f'{chunk_size}. Use backend="torch".'
-        )
-    limit = widest(t.q.dtype == torch.float32, t.q.device)
-    if max(key_dim, value_dim) > limit:
-        raise RuntimeError(
-            f'backend="triton" runs {t.q.dtype} heads up to {limit} wide on this chip; got '
-            f'K = {key_dim}, V = {value_dim}. Use bfloat16 or float16 inputs, or backend="torch".'
-        )
     counts, device = (heads, t.k.shape[2], t.v.shape[2]), t.q.device
     dims, capability = (key_dim, value_dim), configs.capability_of(device)
     return plan_of(Kind(counts, dims, t.q.dtype, chunk_size, device, capability))

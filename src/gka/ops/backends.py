@@ -106,17 +106,14 @@ def _triton_refusal(call: Call) -> str | None:
         return "the package triton is not installed."
     if call.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"its kernels need an NVIDIA GPU (or TRITON_INTERPRET=1, slow); got {call.device}."
-    if call.dtype == torch.float64:
-        return "its kernels compute in float32 at best; got float64."
-    return None
+    from gka.kernels import configs
+
+    return configs.why_not(call.device, call.dtype, call.dims, call.chunk_size)
 
 
 def _hopper_refusal(call: Call) -> str | None:
-    reason = _triton_refusal(
-        call
-    )  # the scans and the gradients of k, v and the decays are Triton's
-    if reason is not None:
-        return reason
+    if importlib.util.find_spec("triton") is None:  # runs num_iter = 0, which has no solve
+        return "the package triton is not installed."
     from gka.kernels import hopper
 
     return hopper.why_not(call.device, call.dtype, call.dims, call.chunk_size)

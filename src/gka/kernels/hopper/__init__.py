@@ -100,7 +100,7 @@ def why_not(
     device: torch.device, dtype: torch.dtype, dims: tuple[int, int], chunk: int
 ) -> str | None:
     """Why these kernels cannot run such inputs, K and V being `dims`; None if they can."""
-    if device.type != "cuda" or capability_of(device) != (9, 0):
+    if device.type != "cuda" or torch.version.hip or capability_of(device) != (9, 0):
         return f"its kernels are for Hopper GPUs (H100, H200); got {device}."
     if dtype not in (torch.bfloat16, torch.float16):
         return f"its kernels take bfloat16 and float16; got {dtype}."
