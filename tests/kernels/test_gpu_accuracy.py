@@ -77,6 +77,16 @@ def test_any_length(length: int, backend: str) -> None:
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_groups_of_heads(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The derivative works on a few heads at a time where scratch memory is short: same results."""
+    problem = gpu_problem(1000, BF16, dims=(128, 128), heads=(6, 3, 6))
+    monkeypatch.setattr(
+        "gka.kernels.launch.CHUNK_HEADS", 64
+    )  # 16 chunks: two groups of four and two
+    assert_all_close(run(problem, **settings), float64(problem), RELATIVE[BF16])
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_strong_decay_and_empty_history(settings: dict) -> None:
     """Decays of e^-100 that empty the memory, zero keys, and a history that starts with none:
     everything is finite and right."""

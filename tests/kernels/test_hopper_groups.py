@@ -1,0 +1,98 @@
+"""What the Hopper kernels are launched on, group of heads by group: recorded, not run, so without a GPU."""
+
+import ctypes
+
+import pytest
+import torch
+
+from gka.maths.chunked import Settings, Tokens
+
+pytest.importorskip("triton", reason="the launcher needs the package triton")
+T, HEADS, DIM, CHUNKS = 200, 6, 64, 4
+
+
+def tokens(key_heads: int) -> Tokens:
+    torch.manual_seed(0)
+    q, do = (torch.randn(1, T, HEADS, DIM, dtype=torch.bfloat16) for _ in range(2))
+    k = torch.randn(1, T, key_heads, DIM, dtype=torch.bfloat16)
+    g, alpha, beta = (-torch.rand(1, T, HEADS), *torch.rand(2, 1, T, HEADS))
+    return Tokens(q, k, do, g, None, alpha, beta, None, None, None)
+
+
+def pointers(structure: ctypes.Structure) -> dict:
+    """All addresses, those of structures inside too."""
+    found = {}
+    for name, kind in ((field[0], field[1]) for field in structure._fields_):
+        value = getattr(structure, name)
+        if kind is ctypes.c_void_p:
+            found[name] = value
+        elif isinstance(value, ctypes.Structure):
+            found |= {f"{name}.{inner}": at for inner, at in pointers(value).items()}
+    return found
+
+
+def launches(monkeypatch, key_heads: int, solver: str) -> list[tuple]:
+    """(kernel, blocks, first head, heads, addresses) of a backward pass in groups of at most 4 heads."""
+    from gka.kernels import hopper, launch
+    from gka.kernels.hopper import calls
+
+    made = []
+
+    def record(kernel, like, value_dim, adaptive, blocks, given) -> None:
+        made.append((kernel, blocks, given.first_head, given.group_heads, pointers(given)))
+
+    monkeypatch.setattr(hopper, "run", record)
+    monkeypatch.setattr(calls, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(launch, "CHUNK_HEADS", 4 * CHUNKS)
+    t = tokens(key_heads)
+    settings = Settings(1.0, 0.02, 30, 64, True, False, solver)  # pyright: ignore[reportArgumentType]
+    x = torch.randn(1, T, HEADS, DIM).half()
+    scale = torch.ones(1, T, HEADS)
+    launch.chunk_backward(t, x, scale, torch.ones_like(t.q), None, None, settings, on_hopper=True)
+    return made
+
+
+@pytest.mark.parametrize("key_heads", [6, 3])
+@pytest.mark.parametrize("solver", ["chebyshev", "adaptive"])
+def test_every_group_of_heads_runs_every_kernel(monkeypatch, key_heads, solver) -> None:
+    """Groups cover each head once, in blocks of chunks x heads, and share one set of addresses."""
+    made = launches(monkeypatch, key_heads, solver)
+    kernels = dict.fromkeys(name for name, *_ in made)
+    expected = ["scan_states", "adjoint", "scan_back", "gradients"]
+    assert [k for k in kernels if not k.startswith("combine") and k != "certify"] == expected
+    assert ("certify" in kernels) == (solver == "adaptive")
+    for kernel in ("adjoint", "gradients"):
+        groups = [(first, count) for name, _, first, count, _ in made if name == kernel]
+        assert len(groups) > 1
+        covered = [head for first, count in groups for head in range(first, first + count)]
+        assert covered == list(range(HEADS))
+        blocks = [blocks for name, blocks, *_ in made if name == kernel]
+        assert blocks == [(CHUNKS * count, 1) for _, count in groups]
+        places = [at for name, *_, at in made if name == kernel]
+        assert all(at == places[0] for at in places)
+
+
+def test_kernels_read_what_the_ones_before_wrote(monkeypatch) -> None:
+    """y and its numbers go from adjoint to scan and gradients, states to both, and E from scan to gradients."""
+    at = {name: found for name, *_, found in launches(monkeypatch, 6, "chebyshev")}
+    adjoint, scan, gradients, states = (
+        at[name] for name in ("adjoint", "scan_back", "gradients", "scan_states")
+    )
+    for name in ("y", "y_scale", "key_weight", "x", "x_scale", "d_o"):
+        assert adjoint[name] == scan[name] == gradients[name] is not None, name
+    for name in ("w", "start_u", "start_h"):
+        assert adjoint[name] == gradients[name] is not None, name
+    assert adjoint["start_weight"] == scan["start_weight"] is not None
+    for side in "hu":
+        assert scan[f"{side}.stored"] == states[f"{side}.states"] == adjoint[f"{side}_states"]
+        assert (
+            scan[f"{side}.stored_bounds"] == states[f"{side}.bounds"] == adjoint[f"{side}_scales"]
+        )
+        assert gradients[f"{side}_ends"] == scan[f"{side}.states"]
+        assert gradients[f"{side}_end_scales"] == scan[f"{side}.bounds"]
+        assert gradients[f"{side}_wholes"] == scan[f"{side}.wholes"]
+    assert scan["u.states"] == states["u.states"]  # E of U takes the place of U
+    assert scan["h.states"] != states["h.states"]  # but H is read again
+    assert scan["h.bounds"] != scan["u.bounds"] != states["u.bounds"]
+    assert scan["key_maxima"] == states["first_maxima"] == gradients["k_maxima"]
+    assert scan["first_maxima"] == gradients["z_maxima"] != gradients["k_maxima"]
