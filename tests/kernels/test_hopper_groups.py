@@ -73,7 +73,7 @@ def test_every_group_of_heads_runs_every_kernel(monkeypatch, key_heads, solver) 
 
 
 def test_kernels_read_what_the_ones_before_wrote(monkeypatch) -> None:
-    """y and its numbers go from adjoint to scan and gradients, states to both, and E from scan to gradients."""
+    """y and its numbers go from adjoint to scan and gradients, states to both, E from scan to gradients."""
     at = {name: found for name, *_, found in launches(monkeypatch, 6, "chebyshev")}
     adjoint, scan, gradients, states = (
         at[name] for name in ("adjoint", "scan_back", "gradients", "scan_states")
