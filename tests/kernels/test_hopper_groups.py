@@ -5,6 +5,7 @@ import ctypes
 import pytest
 import torch
 
+from gka.kernels.hopper import KERNELS
 from gka.maths.chunked import Settings, Tokens
 
 pytest.importorskip("triton", reason="the launcher needs the package triton")
@@ -61,6 +62,7 @@ def test_every_group_of_heads_runs_every_kernel(monkeypatch, key_heads, solver) 
     expected = ["scan_states", "adjoint", "scan_back", "gradients"]
     assert [k for k in kernels if not k.startswith("combine") and k != "certify"] == expected
     assert ("certify" in kernels) == (solver == "adaptive")
+    assert set(kernels) <= set(KERNELS)  # those that are compiled together
     for kernel in ("adjoint", "gradients"):
         groups = [(first, count) for name, _, first, count, _ in made if name == kernel]
         assert len(groups) > 1

@@ -1,9 +1,10 @@
-"""The solve and readout of a chunk, their adjoint and the gradients, in CUDA C++ for Hopper (sm_90a).
+"""The op on Hopper (sm_90a) in CUDA C++, a chunk of 64 tokens and a head to a block.
 
-Three kernels of one warpgroup a chunk and head: `forward.cu` (ridge, solve, mix, readout), `adjoint.cu`
-(readout's and mix's adjoint, solve) and `gradients.cu` (of keys, values, decays and write gate). Tensor
-cores take float16 operands, each scaled by its largest entry. Nothing here chooses or differentiates;
-`arguments` mirrors the structure in chunk.cuh.
+`scan.cu` and `combine.cu`: H and U at chunk starts, and their gradients at chunk ends. `certify.cu`: what the
+adaptive solver's bound needs of the states. `forward.cu`: ridge, solve, mix, readout. `adjoint.cu`: readout's
+and mix's adjoint, solve. `gradients.cu`: keys, values, decays, write gate. Tensor cores take float16
+operands, each scaled by its largest entry. Nothing here chooses or differentiates; the structures mirror
+those of chunk.cuh and scan.cuh.
 """
 
 import ctypes
@@ -148,7 +149,8 @@ def shared_bytes(kernel: str, key_dim: int, value_dim: int) -> int:
 
 
 _COMPILERS = ThreadPoolExecutor(max_workers=8, thread_name_prefix="gka-compile")
-KERNELS = ("forward", "adjoint", "gradients", *SCANS)
+SOLVES = ("certify", "forward", "adjoint")  # the kernels that differ with the solver
+KERNELS = (*SOLVES, "gradients", *SCANS)
 
 
 def _name(kernel: str) -> str:
@@ -161,15 +163,15 @@ def _cubins(
     key_dim: int, value_dim: int, bfloat16: bool, adaptive: bool
 ) -> dict[str, Future[bytes]]:
     """All kernels of such inputs, compiled side by side when the first is asked for."""
-    wanted = ("certify", "forward", "adjoint") if adaptive else KERNELS
     return {
         kernel: _COMPILERS.submit(
             nvrtc.compile_cubin,
-            source(kernel, key_dim, value_dim, bfloat16, adaptive),
+            source(kernel, key_dim, value_dim, bfloat16, adaptive and kernel in SOLVES),
             _name(kernel),
             "sm_90a",
         )
-        for kernel in wanted
+        for kernel in KERNELS
+        if adaptive or kernel != "certify"
     }
 
 

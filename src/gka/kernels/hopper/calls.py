@@ -130,8 +130,7 @@ def _run(run: "Launch", heads: "Heads", kernel: str, given: Callable[[], dict]) 
     resident = hopper.BLOCKS[max(run.K, run.V)] * arguments.multiprocessors
     # only long runs of blocks gain by the wait
     arguments.stagger = STAGGER if blocks >= 4 * resident else 0
-    adaptive = run.settings.solver == "adaptive" and kernel != "gradients"  # which has no solve
-    hopper.run(kernel, run.t.q, run.V, adaptive, (blocks, 1), arguments)
+    hopper.run(kernel, run.t.q, run.V, run.settings.solver == "adaptive", (blocks, 1), arguments)
 
 
 def _arguments(
@@ -250,7 +249,8 @@ def _scan(run: "Launch", heads: "Heads", direction: str, given: Callable[[], dic
     blocks = (chunks.num_segments * heads.count, 2)
 
     def launch(kernel: str, blocks: tuple[int, int]) -> None:
-        hopper.run(f"{kernel}_{direction}", run.t.q, run.V, False, blocks, arguments)
+        adaptive = run.settings.solver == "adaptive"
+        hopper.run(f"{kernel}_{direction}", run.t.q, run.V, adaptive, blocks, arguments)
 
     if chunks.segmented:
         arguments.sum_only = 1

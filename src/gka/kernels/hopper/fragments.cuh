@@ -22,15 +22,6 @@ DEVICE void scale_rows(u32 (&a)[N / 2], float (&largest)[2], const float (&d)[N]
   for (int i = 0; i < N / 2; i++) a[i] = pack(d[2 * i] * inverse[i % 2], d[2 * i + 1] * inverse[i % 2]);
 }
 
-// Row dots of two fragments.
-template <int N>
-DEVICE void row_dots(float (&dot)[2], const float (&a)[N], const float (&b)[N]) {
-  dot[0] = dot[1] = 0.f;
-#pragma unroll
-  for (int i = 0; i < N; i++) dot[i / 2 % 2] += a[i] * b[i];
-  dot[0] = quad_sum(dot[0]), dot[1] = quad_sum(dot[1]);
-}
-
 // A left operand [C, D] of 16-bit pairs to rows of an array; `token`: indices of the thread's two rows.
 template <int D>
 DEVICE void store_rows(u16* array, const u32 (&a)[D / 4], const long long (&token)[2], const Place& at) {
