@@ -1,9 +1,11 @@
 """What the Hopper kernels are launched on, group of heads by group: recorded, not run, so without a GPU."""
 
 import ctypes
+import weakref
 
 import pytest
 import torch
+from torch import Tensor
 
 from gka.kernels.hopper import KERNELS
 from gka.maths.chunked import Settings, Tokens
@@ -12,12 +14,12 @@ pytest.importorskip("triton", reason="the launcher needs the package triton")
 T, HEADS, DIM, CHUNKS = 200, 6, 64, 4
 
 
-def tokens(key_heads: int) -> Tokens:
+def tokens(key_heads: int, h0: Tensor | None = None, u0: Tensor | None = None) -> Tokens:
     torch.manual_seed(0)
     q, do = (torch.randn(1, T, HEADS, DIM, dtype=torch.bfloat16) for _ in range(2))
     k = torch.randn(1, T, key_heads, DIM, dtype=torch.bfloat16)
     g, alpha, beta = (-torch.rand(1, T, HEADS), *torch.rand(2, 1, T, HEADS))
-    return Tokens(q, k, do, g, None, alpha, beta, None, None, None)
+    return Tokens(q, k, do, g, None, alpha, beta, h0, u0, None)
 
 
 def pointers(structure: ctypes.Structure) -> dict:
@@ -32,20 +34,23 @@ def pointers(structure: ctypes.Structure) -> dict:
     return found
 
 
-def launches(monkeypatch, key_heads: int, solver: str) -> list[tuple]:
-    """(kernel, blocks, first head, heads, addresses) of a backward pass in groups of at most 4 heads."""
+def launches(monkeypatch, t: Tokens, solver: str, seen=lambda: None) -> list[tuple]:
+    """(kernel, blocks, first head, heads, addresses) of a backward pass in groups of at most 4 heads.
+
+    `seen` is called at every launch.
+    """
     from gka.kernels import hopper, launch
     from gka.kernels.hopper import calls
 
     made = []
 
     def record(kernel, like, value_dim, adaptive, blocks, given) -> None:
+        seen()
         made.append((kernel, blocks, given.first_head, given.group_heads, pointers(given)))
 
     monkeypatch.setattr(hopper, "run", record)
     monkeypatch.setattr(calls, "_multiprocessors", lambda device: 132)
     monkeypatch.setattr(launch, "CHUNK_HEADS", 4 * CHUNKS)
-    t = tokens(key_heads)
     settings = Settings(1.0, 0.02, 30, 64, True, False, solver)  # pyright: ignore[reportArgumentType]
     x = torch.randn(1, T, HEADS, DIM).half()
     scale = torch.ones(1, T, HEADS)
@@ -57,7 +62,7 @@ def launches(monkeypatch, key_heads: int, solver: str) -> list[tuple]:
 @pytest.mark.parametrize("solver", ["chebyshev", "adaptive"])
 def test_every_group_of_heads_runs_every_kernel(monkeypatch, key_heads, solver) -> None:
     """Groups cover each head once, in blocks of chunks x heads, and share one set of addresses."""
-    made = launches(monkeypatch, key_heads, solver)
+    made = launches(monkeypatch, tokens(key_heads), solver)
     kernels = dict.fromkeys(name for name, *_ in made)
     expected = ["scan_states", "adjoint", "scan_back", "gradients"]
     assert [k for k in kernels if not k.startswith("combine") and k != "certify"] == expected
@@ -76,7 +81,7 @@ def test_every_group_of_heads_runs_every_kernel(monkeypatch, key_heads, solver) 
 
 def test_kernels_read_what_the_ones_before_wrote(monkeypatch) -> None:
     """y and its numbers go from adjoint to scan and gradients, states to both, E from scan to gradients."""
-    at = {name: found for name, *_, found in launches(monkeypatch, 6, "chebyshev")}
+    at = {name: found for name, *_, found in launches(monkeypatch, tokens(6), "chebyshev")}
     adjoint, scan, gradients, states = (
         at[name] for name in ("adjoint", "scan_back", "gradients", "scan_states")
     )
@@ -98,3 +103,21 @@ def test_kernels_read_what_the_ones_before_wrote(monkeypatch) -> None:
     assert scan["h.bounds"] != scan["u.bounds"] != states["u.bounds"]
     assert scan["key_maxima"] == states["first_maxima"] == gradients["k_maxima"]
     assert scan["first_maxima"] == gradients["z_maxima"] != gradients["k_maxima"]
+
+
+def test_initial_states_are_measured_once_and_held(monkeypatch) -> None:
+    """Every group reads the same largest entries of the initial states, alive at every launch."""
+    from gka.kernels import launch
+
+    states = (torch.randn(1, HEADS, DIM, DIM), torch.randn(1, HEADS, DIM, DIM))
+    measure, made, alive = launch._initial, [], []
+
+    def measured(state: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        found = measure(state)
+        made.extend(weakref.ref(x) for x in found if x is not None)
+        return found
+
+    monkeypatch.setattr(launch, "_initial", measured)
+    seen = lambda: alive.append([x() is not None for x in made])  # noqa: E731
+    launches(monkeypatch, tokens(6, *states), "chebyshev", seen)
+    assert len(alive) > 2 and all(found == [True] * 4 for found in alive)

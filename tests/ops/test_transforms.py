@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from gka.ops import backends
 from gka.ops.gka import chunk_gka, chunk_simple_gla, fused_recurrent_gka
 from gka.ops.operator import backward_op, forward_op
 from problems import Problem, chunkwise, differentiate, make_problem, upstream
@@ -52,6 +53,21 @@ def test_dynamic_length_does_not_recompile():
     for length in (33, 130, 5):
         compiled(*arguments(length)).backward()
     assert counter.frame_count == graphs > 0
+
+
+def test_the_choice_of_backend_is_not_traced(monkeypatch):
+    """What a backend asks of the machine (packages, libraries, chips) never breaks a graph."""
+
+    @torch.compiler.disable
+    def refusal(call) -> str | None:
+        return "not on this machine."
+
+    absent = backends.Backend("absent", {}, None, refusal)  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(backends, "_BACKENDS", {"absent": absent} | backends._BACKENDS)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    inputs = arguments(70)
+    for x, y in zip(grads(compiled, inputs), grads(loss, inputs), strict=True):
+        assert_close(x, y, RELATIVE[torch.float32])
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")

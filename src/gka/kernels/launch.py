@@ -4,7 +4,7 @@
 # pyright: reportArgumentType=false
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from math import lcm, prod
 from typing import Any, overload
 
@@ -22,6 +22,8 @@ from gka.kernels.tables import chunking
 from gka.maths.adjoint import Gradients
 from gka.maths.chunked import Forward, Settings, Tokens
 from gka.maths.ridge import empty_below
+
+Boundary = tuple[Tensor | None, Tensor | None]  # a state and the largest entry of each head
 
 CHUNK_HEADS = 792  # chunks times heads that the derivative works on together: bounds its scratch
 
@@ -140,6 +142,11 @@ class Launch:
         self.groups = [Heads(base, min(count, self.H - base)) for base in starts]
         self._set_tables(count)
 
+    @cached_property
+    def initial(self) -> tuple[Boundary, Boundary]:
+        """Both initial states; held, since every group of heads reads the same addresses."""
+        return _initial(self.t.h0), _initial(self.t.u0)
+
     @property
     def tables(self) -> tuple[Tensor, Tensor]:
         return self.chunks.start, self.chunks.length
@@ -186,8 +193,7 @@ class Launch:
         sums_h = self._sums(heads, "h", self.K, self.NK, h is not None)
         sums_u = self._sums(heads, "u", self.V, self.NV, True)
         if self.hopper and h is not None:
-            initial = (_initial(t.h0), _initial(t.u0))
-            hopper.scan_states(self, heads, (h, u), initial, (sums_h, sums_u), maxima)
+            hopper.scan_states(self, heads, (h, u), self.initial, (sums_h, sums_u), maxima)
             return h, u
         gates = (self.gk, t.g, t.beta)
         if self.chunks.segmented:
@@ -196,7 +202,7 @@ class Launch:
         of_h = (None,) * 4 if h is None else (*h.stored, h.norms, h.final)
         largest = (None, None) if maxima is None else (maxima.k, maxima.v)
         args = (
-            t.k, t.v, *gates, *_initial(t.h0), *of_h, *_initial(t.u0), *u.stored, u.final, *largest,
+            t.k, t.v, *gates, *self.initial[0], *of_h, *self.initial[1], *u.stored, u.final, *largest,
             *sums_h, *sums_u, *self.segments,
         )  # fmt: skip
         self.launch(moments_kernel, "moments", programs, heads, args, NK=blocks)
@@ -278,7 +284,7 @@ def _aligned(x: Tensor | None) -> Tensor | None:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-def _initial(state: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def _initial(state: Tensor | None) -> Boundary:
     """A boundary state [N,H,K,V] as float32, and the largest entry of each head."""
     if state is None:
         return None, None

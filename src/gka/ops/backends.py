@@ -1,6 +1,7 @@
 """Which implementation runs a call: chosen explicitly, queryable, never silently another one."""
 
 import importlib.util
+import operator
 import os
 import threading
 from collections.abc import Callable
@@ -215,12 +216,30 @@ def _available(call: Call) -> list[str]:
 
 
 def resolve_backend(name: str, call: Call) -> str:
-    """The backend that `name` means for a call.
+    """The backend that `name` means for a call; a constant to torch.compile, which does not look inside.
 
     Raises:
         ValueError: no backend has that name.
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
+    c = call
+    # as plain integers: of symbolic ones torch.compile knows no constant
+    key_dim, value_dim = operator.index(c.dims[0]), operator.index(c.dims[1])
+    return _resolve(name, c.device, c.dtype, c.solver, key_dim, value_dim, c.chunk_size)
+
+
+# spelt out: of a dataclass Dynamo does not know that it is constant
+@torch.compiler.assume_constant_result
+def _resolve(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    solver: Solver,
+    key_dim: int,
+    value_dim: int,
+    chunk_size: int,
+) -> str:
+    call = Call(device, dtype, solver, (key_dim, value_dim), chunk_size)
     reason = why_unavailable(name, call.device, call.dtype, call.solver, call.dims, call.chunk_size)
     if reason is not None:
         raise RuntimeError(
