@@ -6,7 +6,6 @@ from torch import Tensor
 
 from gka.maths.chunked import Tokens
 
-
 Boundary = tuple[Tensor | None, Tensor | None]  # a state and the largest entry of each head
 
 
