@@ -13,6 +13,7 @@ Table = dict[str, tuple[tuple[int, int, int | None], ...]]
 HOPPER: Table = {
     "moments": ((4, 3, None), (4, 3, 168), (8, 2, None)),
     "solve": ((4, 1, None), (4, 1, None), (8, 1, None)),
+    "certify": ((4, 1, None), (4, 1, None), (8, 1, None)),
     "readout": ((4, 1, None), (4, 1, None), (8, 1, None)),
     "readout_backward": ((4, 1, None), (4, 1, None), (8, 1, None)),
     "reverse_u": ((4, 2, None), (4, 2, None), (8, 1, None)),
