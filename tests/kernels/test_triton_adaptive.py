@@ -150,11 +150,10 @@ def test_error_is_within_the_bound_of_plain_steps() -> None:
     inputs = leaning(heads=(1, 1, 1))
     del inputs["alpha"]
     eye = torch.eye(16).double()[None, None]
+    given = {name: value.float().to(DEVICE) for name, value in inputs.items()}
     x = chunk_gka(
-        *(inputs[name].float().to(DEVICE) for name in "qk"),
-        torch.zeros_like(inputs["v"]).float().to(DEVICE),
-        gk=inputs["g"].float().to(DEVICE), beta=inputs["beta"].float().to(DEVICE),
-        initial_state=(inputs["h0"].float().to(DEVICE), eye.float().to(DEVICE)),
+        given["q"], given["k"], torch.zeros_like(given["v"]), gk=given["g"], beta=given["beta"],
+        initial_state=(given["h0"], eye.float().to(DEVICE)),
         scale=1.0, num_iter=STEPS, chunk_size=16, solver="adaptive", backend="triton",
     )[0].cpu().double()  # fmt: skip
     bound = 1.0 / torch.cosh((STEPS + 1) * torch.arccosh(torch.tensor(1.0 + 2 * RATIO).double()))
