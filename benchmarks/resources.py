@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 from unittest.mock import patch
 
 import torch
@@ -25,6 +26,7 @@ from triton.backends.nvidia.compiler import CUDABackend, get_ptxas
 from triton.runtime.jit import JITFunction
 
 from gka.kernels import configs, hopper, launch, nvrtc, plan
+from gka.maths.chebyshev import Solver
 from gka.maths.chunked import Settings, Tokens
 
 SHARED_LIMITS = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
@@ -94,10 +96,10 @@ def problem(dim: int, dtype: torch.dtype, heads: int = 16, length: int = 2048) -
     return Tokens(q, k, v, g, None, alpha, beta, None, None, None)
 
 
-def run_all(dim: int, dtype: torch.dtype) -> None:
+def run_all(dim: int, dtype: torch.dtype, solver: Solver = "chebyshev") -> None:
     """Every kernel of a forward and a backward pass."""
     tokens = problem(dim, dtype)
-    settings = Settings(1.0, 0.02, 30, 64, tied=True, with_h=False)
+    settings = Settings(1.0, 0.02, 30, 64, tied=True, with_h=False, solver=solver)
     out = launch.chunk_forward(tokens, settings)
     launch.chunk_backward(
         tokens, out.x, out.x_scale, torch.empty_like(tokens.v), None, None, settings
@@ -160,11 +162,19 @@ def _assemble(ptx: str, arch: int) -> tuple[int, int]:
     return int(registers[0]), int(re.findall(r"(\d+) bytes spill stores", told)[0])
 
 
+def compile_all(arch: int, dim: int, dtype: str) -> list:
+    """(name, compiled kernel) of both passes with either solver."""
+    found = []
+    for solver in get_args(Solver):
+        with compiling_only(arch) as compiled:
+            run_all(dim, getattr(torch, dtype), solver)
+        found += compiled
+    return found
+
+
 def shared_table(arch: int, dim: int, dtype: str) -> None:
     """One line a kernel: its shared memory and what the chip allows."""
-    with compiling_only(arch) as compiled:
-        run_all(dim, getattr(torch, dtype))
-    for name, kernel in compiled:
+    for name, kernel in compile_all(arch, dim, dtype):
         print(arch, dim, dtype, name, kernel.metadata.shared, SHARED_LIMITS[arch], flush=True)
 
 
@@ -187,8 +197,7 @@ def main() -> None:
     for arch in args.arch:
         for dtype in args.dtypes:
             for dim in args.dims:
-                with compiling_only(arch) as compiled:
-                    run_all(dim, getattr(torch, dtype))
+                compiled = compile_all(arch, dim, dtype)
                 used = dict.fromkeys(usage(name, kernel, arch) for name, kernel in compiled)
                 for u in (*used, *(hopper_usages(dim, dtype) if arch == 90 else ())):
                     print(

@@ -62,6 +62,25 @@ class Adjoint:
 
 
 @dataclass(frozen=True)
+class Certificate:
+    """What the adaptive solver knows of the chunks of G heads.
+
+    Attributes:
+        w: w_t in the operands' dtype [tokens,G,K]; tau: its factor in P_t^-1 [tokens,G].
+        phi, steps: of each chunk [M,G]; steps are int32.
+    """
+
+    w: Tensor
+    tau: Tensor
+    phi: Tensor
+    steps: Tensor
+
+    @property
+    def args(self) -> tuple[Tensor, ...]:
+        return self.w, self.tau, self.phi, self.steps
+
+
+@dataclass(frozen=True)
 class Heads:
     """G heads of the H, from head `base` on, that are worked on together."""
 

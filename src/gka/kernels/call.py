@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from gka.kernels import configs
-from gka.kernels.arrays import Heads, Maxima, Moments
+from gka.kernels.arrays import Certificate, Heads, Maxima, Moments
 from gka.kernels.chunked import solve_kernel
 from gka.kernels.hopper import calls as hopper
 from gka.kernels.inputs import Boundary, boundary, prepared
 from gka.kernels.moments import moments_kernel, moments_segments_kernel
+from gka.kernels.nystroem import certify_kernel
 from gka.kernels.plan import Kind, Plan, plan_of
 from gka.kernels.tables import chunking
 from gka.maths.chunked import Settings, Tokens
@@ -70,7 +71,9 @@ class Launch:
             return
         starts = range(0, self.H, count)
         self.groups = [Heads(base, min(count, self.H - base)) for base in starts]
-        self._set_tables(count)
+        # other segments sum H in another order: its last bits could turn the adaptive solver's steps
+        if self.hopper or self.settings.solver != "adaptive":
+            self._set_tables(count)
 
     @cached_property
     def initial(self) -> tuple[Boundary, Boundary]:
@@ -167,15 +170,37 @@ class Launch:
         )
 
     def solve_(self, heads: Heads, rhs, h: Moments, out, *adjoint: Tensor) -> None:
-        """x = p_r(A) rhs into `out`, both with their scales; `adjoint`: the derivative's other arrays."""
+        """x of A x = rhs into `out`, both with their scales; `adjoint`: the derivative's other arrays."""
         t, s = self.t, self.settings
         extra = adjoint or (None,) * 7
+        adaptive = s.solver == "adaptive"
+        certificate = self.certify(heads, h).args if adaptive else (None,) * 4
         args = (
-            *rhs, t.k, self.gk, t.beta, *h.stored, h.norms, *out, *extra, *self.tables,
-            s.ridge_ratio, s.num_iter, empty_below(torch.float32),
+            *rhs, t.k, self.gk, t.beta, *h.stored, h.norms, *out, *extra, *certificate, *self.tables,
+            *self._system,
         )  # fmt: skip
         grid = (self.M * heads.count,)
-        self.launch(solve_kernel, "solve", grid, heads, args, ADJOINT=bool(adjoint))
+        for part in ("plain", "deflated") if adaptive else ("all",):
+            options = {"ADJOINT": bool(adjoint), "PART": part}
+            self.launch(solve_kernel, "solve", grid, heads, args, **options)
+
+    @property
+    def _system(self) -> tuple[float, int, float]:
+        s = self.settings
+        return s.ridge_ratio, s.num_iter, empty_below(torch.float32)
+
+    def certify(self, heads: Heads, h: Moments) -> Certificate:
+        """N_t and the steps of every chunk, found alike in both passes, since H is summed alike."""
+        t, shape, chunks = self.t, (*self.t.q.shape[:2], heads.count), (self.M, heads.count)
+        found = Certificate(
+            w=self.scratch("w", *shape, self.K, dtype=self.op_dtype),
+            tau=self.scratch("tau", *shape),
+            phi=self.scratch("phi", *chunks),
+            steps=self.scratch("steps", *chunks, dtype=torch.int32),
+        )
+        args = (t.k, self.gk, t.beta, *h.stored, h.norms, *found.args, *self.tables, *self._system)
+        self.launch(certify_kernel, "certify", (self.M * heads.count,), heads, args)
+        return found
 
 
 def _plan(t: Tokens, chunk_size: int) -> Plan:

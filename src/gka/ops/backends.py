@@ -159,7 +159,7 @@ def _register_gpu(name: str, refusal: Callable[[Call], str | None], solvers: tup
     )
 
 
-_register_gpu("triton", _triton_refusal, ("chebyshev",))
+_register_gpu("triton", _triton_refusal, get_args(Solver))
 _register_gpu("hopper", _hopper_refusal, get_args(Solver))
 
 
