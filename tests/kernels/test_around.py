@@ -395,3 +395,106 @@ def test_why_a_layer_runs_plain() -> None:
         handle.remove()
     assert "conv_size" in (why_not_fused(DEVICE, torch.float32, width=9) or "")
     assert "heads up to" in (why_not_fused(DEVICE, torch.float32, (300, 8)) or "")
+
+
+@pytest.fixture(params=["StateCache", "transformers"])
+def cache(request) -> Any:
+    from transformers.cache_utils import Cache, LinearAttentionLayer
+
+    from gka.layers import StateCache
+
+    if request.param == "StateCache":
+        return StateCache()
+    return Cache(layers=[LinearAttentionLayer(number_of_states=3)])
+
+
+def pieces(
+    layer: Any, x: Tensor, cache: Any, cuts: list[int], mask: Tensor | None = None
+) -> Tensor:
+    """Outputs of x cut into calls, the mask covering all that was seen so far."""
+    outputs = []
+    for begin, end in zip([0, *cuts], [*cuts, x.shape[1]], strict=True):
+        seen = None if mask is None else mask[:, :end]
+        outputs.append(layer(x[:, begin:end], attention_mask=seen, past_key_values=cache)[0])
+    return torch.cat(outputs, 1)
+
+
+DECODED = {
+    "gka": {},
+    "gated_deltanet": {},
+    "gka, values not convolved, no gates": OPTIONS["values not convolved, no gates"],
+    "gka, more value heads, width 1": {**OPTIONS["more value heads"], "conv_size": 1},
+}
+
+
+@pytest.mark.parametrize("name", DECODED)
+@torch.no_grad()
+def test_cached_decoding_equals_one_call(name: str, cache, monkeypatch) -> None:
+    """Prefill, then tokens one by one and several at once, each through one launch that updates the
+    convolutions' states where they lie, give what one call of the plain mixer gives in float64."""
+    x, options, kind = inputs(30), DECODED[name], name.split(",")[0]
+    expected = mixer(kind, torch.float64, "cpu", "torch", **options)(x)[0]
+    layer = fused_mixer(kind, monkeypatch, **options)
+    steps, x = count_steps(monkeypatch), x.to(DEVICE).float()
+    first = pieces(layer, x[:, :20], cache, [])
+    places = [s.data_ptr() for s in cache.layers[0].conv_states.values() if s is not None]
+    rest = pieces(layer, x[:, 20:], cache, [1, 2, 5])
+    assert_close(torch.cat([first, rest], 1).cpu(), expected, 10 * EXACT, name)
+    assert steps == [1, 1, 3, 5]
+    assert places == [s.data_ptr() for s in cache.layers[0].conv_states.values() if s is not None]
+
+
+def count_steps(monkeypatch) -> list[int]:
+    """Tokens of every call of the fused step from here on."""
+    from gka.layers import fused
+
+    steps, step = [], fused.step
+
+    def counting(mixer, inputs, *rest):
+        steps.append(inputs[0].shape[1])
+        return step(mixer, inputs, *rest)
+
+    monkeypatch.setattr(fused, "step", counting)
+    return steps
+
+
+@pytest.mark.parametrize("cuts", [[12, 13, 17, 18], [3, 5]])
+@torch.no_grad()
+def test_padded_batches_decode_like_the_plain_mixer(cuts, cache, monkeypatch) -> None:
+    """With padding before, between and behind the tokens of a cached call too."""
+    x = inputs(20, batch=3)
+    mask = torch.ones(3, 20, dtype=torch.long)
+    mask[0, :14] = mask[1, 15:18] = mask[2, 19:] = 0
+    from gka.layers import StateCache
+
+    expected = pieces(mixer("gka", torch.float64, "cpu", "torch"), x, StateCache(), cuts, mask)
+    layer = fused_mixer("gka", monkeypatch)
+    steps = count_steps(monkeypatch)
+    actual = pieces(layer, x.to(DEVICE).float(), cache, cuts, mask.to(DEVICE))
+    assert len(steps) == len(cuts)
+    assert_close(actual.cpu(), expected, 10 * EXACT)
+
+
+@torch.no_grad()
+def test_a_cache_that_was_reset_starts_anew(cache, monkeypatch) -> None:
+    """The first call after a reset is a prefill again, and counts as a past for the next."""
+    layer, x = fused_mixer("gka", monkeypatch), inputs(9).to(DEVICE).float()
+    expected = pieces(layer, x, cache, [4])
+    cache.reset()
+    steps = count_steps(monkeypatch)
+    assert torch.equal(pieces(layer, x, cache, [4]), expected)
+    assert steps == [5]
+
+
+def test_a_step_with_gradient_leaves_the_cache_to_autograd(cache, monkeypatch) -> None:
+    """With gradients enabled a cached call's loss reaches the parameters after later calls."""
+    layer, x = fused_mixer("gka", monkeypatch), inputs(12).to(DEVICE).float()
+    steps = count_steps(monkeypatch)
+    first = layer(x[:, :8], past_key_values=cache)[0]
+    second = layer(x[:, 8:], past_key_values=cache)[0]
+    assert not steps
+    assert_close(torch.cat([first, second], 1), layer(x)[0], 10 * EXACT)
+    grads = torch.autograd.grad(
+        first.square().sum() + second.square().sum(), list(layer.parameters())
+    )
+    assert all(torch.isfinite(grad).all() for grad in grads)

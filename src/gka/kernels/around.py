@@ -17,6 +17,7 @@ from gka.kernels.convolution import convolution_backward_kernel, convolution_ker
 from gka.kernels.gated_norm import gated_norm_backward_kernel, gated_norm_kernel
 from gka.kernels.gates import gates_backward_kernel, gates_kernel
 from gka.kernels.plan import Launcher
+from gka.kernels.step import step_kernel
 
 TILE = 128  # channels of a tile of values, which have no norm and so no heads
 ENOUGH = 1024  # programs that fill any GPU: longer segments only beyond
@@ -191,6 +192,7 @@ class Gates:
 
     @property
     def any(self) -> Tensor:
+        """One of the pre-activations."""
         return next(x for x in self.inputs if x is not None)
 
     def sizes(self) -> dict[str, Any]:
@@ -233,6 +235,27 @@ def gates_backward(given: Gates, grads: Three) -> tuple[Three, Tensor | None, Te
         return out, None, None
     rate, shift = partial.sum(0)
     return out, rate.to(given.A_log.dtype), shift.to(given.dt_bias.dtype)
+
+
+def step(parts: Parts, given: Gates) -> tuple[Three, Three]:
+    """q, k, v and beta, alpha, g of a few tokens; the states of `parts` are updated in place."""
+    sizes, (batch, tokens) = parts.sizes(), parts.shape
+    heads = next((x.shape[-1] for x in given.inputs if x is not None), 0)
+    out = _like(parts.x)
+    beta, alpha, g = (
+        None if x is None else torch.empty_like(x, dtype=torch.float32) for x in given.inputs
+    )
+    args = (
+        *parts.x, *parts.weights, *parts.states, *out,
+        *given.inputs, given.A_log, given.dt_bias, beta, alpha, g, parts.lengths, tokens,
+    )  # fmt: skip
+    more = {
+        "H": heads, "BH": triton.next_power_of_2(max(heads, 1)),
+        "BT": triton.next_power_of_2(tokens), "eps": given.eps, "num_warps": 1,
+    }  # fmt: skip
+    grid = batch * (parts.tiles(sizes) + (heads > 0))
+    launch(step_kernel, grid, args, {**sizes, **more})
+    return out, (beta, alpha, g)
 
 
 def _norm_sizes(x: Tensor, eps: float) -> dict[str, Any]:

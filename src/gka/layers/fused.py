@@ -14,6 +14,7 @@ from gka.ops.convolution import convolve_heads
 from gka.ops.fusion import why_not_fused
 from gka.ops.gated_norm import gated_rms_norm
 from gka.ops.gates import layer_gates
+from gka.ops.layer_step import step_heads_and_gates
 
 if TYPE_CHECKING:
     from gka.layers.recurrent import RecurrentMixer
@@ -102,6 +103,46 @@ def gates(
         projected.get("b"), projected.get("alpha"), projected.get("a"), *decay,
         eps=mixer.beta_eps, lengths=None if padding is None else padding.lengths,
     )  # fmt: skip
+
+
+def can_step(mixer: "RecurrentMixer", layer: Any) -> bool:
+    """Whether the layer's cache holds the states of every convolution, to be updated in place."""
+    started = getattr(layer, "has_previous_state", None)  # transformers' layers keep zeros before
+    for idx, name in enumerate("qkv"):
+        module = getattr(mixer, f"{name}_conv1d", None)
+        if module is None:
+            continue
+        state = layer.conv_states.get(idx)
+        if state is None or state.shape[-1] != module.width or (started and not started[idx]):
+            return False
+    return True
+
+
+def step(
+    mixer: "RecurrentMixer",
+    inputs: tuple[Tensor, Tensor, Tensor],
+    projected: dict[str, Tensor],
+    layer: Any,
+    padding: Padding | None,
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """`heads` and `gates` of a few tokens without gradient; the cache's states are updated in place."""
+    modules = [getattr(mixer, f"{name}_conv1d", None) for name in "qkv"]
+    states = []
+    for idx, module in enumerate(modules):
+        state = None if module is None else layer.conv_states[idx]
+        if state is not None and not state.is_contiguous():
+            state = layer.conv_states[idx] = state.contiguous()
+        states.append(state)
+    wq, wk, wv = (None if module is None else module.weight for module in modules)
+    q, k, v = inputs
+    decay = (mixer.A_log, mixer.dt_bias) if "a" in projected else (None, None)
+    (yq, yk, yv), found = step_heads_and_gates(
+        (q, k, None if wv is None else v), (wq, wk, wv), (states[0], states[1], states[2]),
+        (projected.get("b"), projected.get("alpha"), projected.get("a")), decay, mixer.head_dim,
+        eps=mixer.beta_eps, lengths=None if padding is None else padding.lengths,
+    )  # fmt: skip
+    assert yq is not None and yk is not None
+    return (yq, yk, v if yv is None else yv), found
 
 
 def readout(mixer: "RecurrentMixer", o: Tensor, gate: Tensor | None) -> Tensor:

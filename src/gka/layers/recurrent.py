@@ -204,10 +204,16 @@ class RecurrentMixer(nn.Module):
 
         inputs = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         fuse = self.why_plain(x.device, inputs[0].dtype) is None
-        q, k, v = self._heads(inputs, layer, padding, cu_seqlens, fuse)
-        bounds = (cu_seqlens, cu_seqlens_cpu)
-        run = self._plan(layer, padding, bounds, x.shape[1])
-        o, states = self.mix(q, k, v, self.gates(x, padding, fuse), run)
+        run = self._plan(layer, padding, (cu_seqlens, cu_seqlens_cpu), x.shape[1])
+        if fuse and run.stepwise and fused.can_step(self, layer):
+            projected = self._gate_projections(x)
+            convolved, (beta, alpha, g) = fused.step(self, inputs, projected, layer, padding)
+            q, k, v = self._split(convolved)
+            gates = Gates(g, beta, alpha)
+        else:
+            q, k, v = self._heads(inputs, layer, padding, cu_seqlens, fuse)
+            gates = self.gates(x, padding, fuse)
+        o, states = self.mix(q, k, v, gates, run)
         for idx, state in enumerate(states):
             layer.update_recurrent_state(state.detach(), idx)
 
@@ -246,8 +252,7 @@ class RecurrentMixer(nn.Module):
         beta = sigmoid(b_proj x) + beta_eps, alpha = sigmoid(alpha_proj x),
         g = -exp(A_log) softplus(a_proj x + dt_bias).
         """
-        named = ((name, getattr(self, f"{name}_proj", None)) for name in ("b", "alpha", "a"))
-        projected = {name: projection(x) for name, projection in named if projection is not None}
+        projected = self._gate_projections(x)
         if fuse:
             beta, alpha, g = fused.gates(self, projected, padding)
             return Gates(g, beta, alpha)
@@ -258,6 +263,11 @@ class RecurrentMixer(nn.Module):
             beta=torch.sigmoid(wide["b"]) + self.beta_eps if "b" in wide else None,
             alpha=torch.sigmoid(wide["alpha"]) if "alpha" in wide else None,
         )
+
+    def _gate_projections(self, x: Tensor) -> dict[str, Tensor]:
+        """[B,T,H] of b_proj, alpha_proj and a_proj, of those that the mixer has."""
+        named = ((name, getattr(self, f"{name}_proj", None)) for name in ("b", "alpha", "a"))
+        return {name: projection(x) for name, projection in named if projection is not None}
 
     def _log_decay(self, a: Tensor, padding: Padding | None) -> Tensor:
         """[B,T,H], zero at padding."""
@@ -274,17 +284,19 @@ class RecurrentMixer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Convolve the projections (updating the layer's cache) and split into heads, unit for q and k."""
         if fuse:
-            convolved = fused.heads(self, inputs, layer, padding, cu_seqlens)
-        else:
-            convolved = tuple(
-                self._convolve(name, y, layer, padding, cu_seqlens)
-                for name, y in zip("qkv", inputs, strict=True)
-            )
+            return self._split(fused.heads(self, inputs, layer, padding, cu_seqlens))
+        convolved = (
+            self._convolve(name, y, layer, padding, cu_seqlens)
+            for name, y in zip("qkv", inputs, strict=True)
+        )
+        q, k, v = self._split(tuple(convolved))
+        q, k = unit(q), unit(k)
+        return q, k if padding is None else padding.clear(k), v
+
+    def _split(self, convolved: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """[B,T,channels] of q, k and v into heads; queries as many as there are outputs."""
         dims = (self.head_dim, self.head_dim, self.head_v_dim)
         q, k, v = (y.unflatten(-1, (-1, dim)) for y, dim in zip(convolved, dims, strict=True))
-        if not fuse:
-            q, k = unit(q), unit(k)
-            k = k if padding is None else padding.clear(k)
         group = self.num_expanded_heads // self.num_heads
         return q if group == 1 else q.repeat_interleave(group, dim=2), k, v
 
