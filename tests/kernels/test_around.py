@@ -393,6 +393,8 @@ def test_why_a_layer_runs_plain() -> None:
         with pytest.raises(RuntimeError, match="k_conv1d was replaced or has hooks"):
             layer.why_plain("cpu", torch.float32)
         handle.remove()
+        with pytest.raises(RuntimeError, match=r"transform of torch\.func"):
+            torch.vmap(lambda x: x * (layer.why_plain("cpu", torch.float32) is None))(torch.ones(2))
     assert "conv_size" in (why_not_fused(DEVICE, torch.float32, width=9) or "")
     assert "heads up to" in (why_not_fused(DEVICE, torch.float32, (300, 8)) or "")
 

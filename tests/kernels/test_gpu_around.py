@@ -83,6 +83,14 @@ def test_autocast_gives_the_dtypes_of_plain_modules(monkeypatch):
         assert_close(mine[key], value, RELATIVE[BF16], key)
 
 
+def test_vmap_runs_the_modules():
+    """Under torch.vmap the layer gives what it gives for each part."""
+    layer, x = make_layer(torch.float32), tokens(dtype=torch.float32).unflatten(1, (2, 150))
+    with torch.no_grad():
+        mapped = torch.vmap(lambda y: layer(y)[0])(x)
+        assert_close(mapped, torch.stack([layer(y)[0] for y in x]), RELATIVE[torch.float32])
+
+
 def test_captured_in_a_cuda_graph():
     """Convolutions and norm, forward and backward, replay from a graph to the same bits."""
     q = torch.randn(1, 512, 256, device=DEVICE, dtype=BF16, requires_grad=True)
