@@ -44,10 +44,8 @@ def widest(exact: bool, device: torch.device) -> int:
     return 128 if capability_of(device)[0] >= 9 else 64
 
 
-def why_not(
-    device: torch.device, dtype: torch.dtype, dims: tuple[int, int], chunk_size: int
-) -> str | None:
-    """Why the Triton kernels cannot run such inputs, K and V being `dims`; None if they can."""
+def why_not_chip(device: torch.device) -> str | None:
+    """Why no Triton kernel can run there; None if they can."""
     if device.type == "cuda" and torch.version.hip is not None:
         return (
             "its kernels were written for NVIDIA GPUs and never run on another; this is one of AMD."
@@ -56,6 +54,16 @@ def why_not(
         return (
             f"its kernels need compute capability {OLDEST}; {device} has {capability_of(device)}."
         )
+    return None
+
+
+def why_not(
+    device: torch.device, dtype: torch.dtype, dims: tuple[int, int], chunk_size: int
+) -> str | None:
+    """Why the Triton kernels cannot run such inputs, K and V being `dims`; None if they can."""
+    reason = why_not_chip(device)
+    if reason is not None:
+        return reason
     if dtype == torch.float64:
         return "its kernels compute in float32 at best; got float64."
     if chunk_size not in CHUNK_SIZES:

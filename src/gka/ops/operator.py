@@ -5,7 +5,6 @@ do not exist, because operators return tensors only.
 """
 
 import inspect
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -15,6 +14,7 @@ from torch.profiler import record_function
 from gka.maths.chunked import Settings, Tokens
 from gka.ops import checks
 from gka.ops.backends import get_backend, note_backend
+from gka.ops.library import operator
 
 _OptionalTensors = list[Tensor | None]
 
@@ -41,18 +41,6 @@ def _no_autocast(device: str) -> AbstractContextManager:
 
 def _optional(x: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if x is None else x.contiguous()
-
-
-_LIBRARY = torch.library.Library("gka", "DEF")
-
-
-def _operator(function: Callable) -> torch._ops.OpOverload:
-    """gka::<function's name>, mutating nothing. Without the layers that torch.library.custom_op puts around
-    each call (a derivative, which GKAFunction has, and checks): they cost the host as much as launches."""
-    schema = torch.library.infer_schema(function, mutates_args=())
-    _LIBRARY.define(function.__name__ + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(function.__name__, function, "CompositeExplicitAutograd")
-    return getattr(torch.ops.gka, function.__name__).default
 
 
 def forward(
@@ -94,7 +82,7 @@ def forward(
     return out.o.contiguous(), x, x_scale, h, out.u.contiguous()
 
 
-forward_op = _operator(forward)
+forward_op = operator(forward)
 
 
 @torch.library.register_fake(forward_op)
@@ -158,7 +146,7 @@ def backward(
     return [*heads, *(_optional(grad, do) for grad in optional)]
 
 
-backward_op = _operator(backward)
+backward_op = operator(backward)
 
 
 @torch.library.register_fake(backward_op)
