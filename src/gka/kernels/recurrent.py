@@ -115,7 +115,8 @@ def solve(
     return x
 
 
-@triton.jit
+# a first call of another batch or length finds the kernel compiled
+@triton.jit(do_not_specialize=["num_iter", "length", "pool"])
 def step_kernel(
     q,  # [B, T, H, K], strided
     k,  # [B, T, HK, K], strided
@@ -222,7 +223,7 @@ def step_kernel(
         tl.store(h_at, h, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "pool"])
 def advance_kernel(
     k,  # [B, T, HK, K], strided
     v,  # [B, T, HV, V], strided
