@@ -28,7 +28,9 @@ constexpr int C = K / 4, WARPS = K / 32, GROUPS = V / 4, SLICES = K / GROUPS, RO
 struct Shared {
   float u[K * V];
   float vector[2][K], key[K], z[K], other[K];
-  float value[V], partial[SLICES * V];
+  float value[V], partial[SLICES * V], alpha, gamma_u;
+  float* h_at;
+  char* u_at;
   float sums[5][WARPS][5];
 };
 
@@ -71,6 +73,7 @@ DEVICE void block_sums(float (&x)[N], Shared& s, int slot, int thread) {
 // (H vector)_t.
 DEVICE float product(const float (&h)[4][C], const float* vector, int thread) {
   float sum[4] = {0.f, 0.f, 0.f, 0.f};
+  asm volatile("" : "+r"(thread));  // addresses are formed here: kept over the solve they would be spilled
 #pragma unroll
   for (int m = 0; m < C / 4; m++) {
     float4 d = *(const float4*)(vector + 16 * m + 4 * (thread % 4));
@@ -199,7 +202,7 @@ DEVICE int first_largest(float x, Shared& s, int slot, int thread) {
 // Leaves lambda w + H w in s.other. A column of H and two products find w, a third bounds what it leaves.
 DEVICE void tighten(Plan& plan, const float (&h)[4][C], float q, float fro, float lambda, const StepArguments& a,
                     Shared& s, int thread) {
-  float inverse = 1.f / fro, entry = diagonal(h, thread);
+  float inverse = __fdividef(1.f, fro), entry = diagonal(h, thread);
   publish_row(h, first_largest(entry, s, 1, thread), s.vector[0], thread);
   __syncthreads();
   float v = product(h, s.vector[0], thread) * (inverse * inverse);
@@ -213,20 +216,20 @@ DEVICE void tighten(Plan& plan, const float (&h)[4][C], float q, float fro, floa
   block_sums(sums, s, 2, thread);
   float traces[1] = {entry * inverse};
   block_sums(traces, s, 3, thread);
-  float theta = fmaxf(sums[1], 0.f) / sums[0] * (1.f + SLACK_SUM + SLACK_OPERATOR) + THETA_FLOOR;
-  float strength = sums[2] / sums[0] / theta, rayleigh = sums[3] / sums[2];
+  float theta = __fdividef(fmaxf(sums[1], 0.f), sums[0]) * (1.f + SLACK_SUM + SLACK_OPERATOR) + THETA_FLOOR;
+  float strength = __fdividef(__fdividef(sums[2], sums[0]), theta), rayleigh = __fdividef(sums[3], sums[2]);
   float mean = (traces[0] - strength) * (1.f / K);
   float square = 1.f - 2.f * strength * rayleigh + strength * strength;
   float spread = (1.f - 1.f / K) * fmaxf(square - K * mean * mean, 0.f) + SLACK_SUM;
   float phi = fminf(mean + sqrtf(spread) + SLACK_SUM + SLACK_OPERATOR, 1.f);
-  float ratio = arcosh_1p(2.f * a.ridge_ratio) / arcosh_1p(2.f * a.ridge_ratio / phi);
+  float gap = __fdividef(2.f * a.ridge_ratio, phi), rho = __fdividef(1.f, 1.f + gap);
+  float ratio = __fdividef(arcosh_1p(2.f * a.ridge_ratio), arcosh_1p(gap));
   int steps = max((int)ceilf((a.num_iter + 1) * ratio) - 1, 0);
   // a length of zero or beyond float32, which a history that is not empty does not have, runs plain
   if (6 * steps > 5 * a.num_iter || !(strength >= 0.f) || !(sums[2] > 0.f)) return;
   float length = rsqrtf(sums[2]), w = u * length;
-  float rho = 1.f / (1.f + 2.f * a.ridge_ratio / phi);
-  plan = Plan{steps, 2.f / ((phi + 2.f * a.ridge_ratio) * fro), rho * rho,
-              strength / (a.ridge_ratio + strength) * w, sums[4] * length, true};
+  plan = Plan{steps, __fdividef(2.f, (phi + 2.f * a.ridge_ratio) * fro), rho * rho,
+              __fdividef(strength, a.ridge_ratio + strength) * w, sums[4] * length, true};
   s.other[thread] = lambda * w + h_u * fro * length;
 }
 #endif
@@ -332,7 +335,7 @@ struct Token {
   float q, k, v[(V + K - 1) / K], alpha, gamma_h, gamma_u;
 };
 
-DEVICE Token load_token(const StepArguments& a, long long batch, long long token, int head, int thread) {
+DEVICE Token load_token(const StepArguments& a, int batch, int token, int head, int thread) {
   auto at = [&](const View& v, int h) { return batch * v.batch + token * v.token + h * v.head; };
   auto gate = [&](const View& v, float otherwise) {
     return v.data ? ((const float*)v.data)[at(v, head)] : otherwise;
@@ -354,70 +357,73 @@ DEVICE Token load_token(const StepArguments& a, long long batch, long long token
 extern "C" __global__ void __launch_bounds__(K, BLOCKS) gka_step(const __grid_constant__ StepArguments a) {
   extern __shared__ __align__(16) unsigned char raw[];
   Shared& s = *(Shared*)raw;
-  int thread = threadIdx.x, head = blockIdx.x % a.heads;
-  long long sequence = blockIdx.x / a.heads, begin = 0, place = sequence;
-  int count = a.length;
+  int thread = threadIdx.x, head = blockIdx.x % a.heads, sequence = blockIdx.x / a.heads;
+  int begin = 0, count = a.length;
+  long long place = sequence;
   if (a.bounds) {
     const long long* bounds = (const long long*)a.bounds;
-    begin = bounds[sequence], count = (int)(bounds[sequence + 1] - begin);
+    begin = (int)bounds[sequence], count = (int)bounds[sequence + 1] - begin;
   }
   if (a.indices)
     place = a.wide_indices ? ((const long long*)a.indices)[sequence] : ((const int*)a.indices)[sequence];
-  long long batch = a.bounds ? 0 : sequence;
-  long long out = ((a.bounds ? begin : sequence * a.length) * a.heads + head);  // rows of o and x
+  int batch = a.bounds ? 0 : sequence;
+  auto row = [&](int t) { return ((long long)batch * a.length + begin + t) * a.heads + head; };  // of o and x
   if (count <= 0) return;
   if (place < 0 || place >= a.pool) {  // a free slot
-    for (int t = 0; t < count; t++, out += a.heads) {
-      for (int i = thread; i < V; i += K) store_output(a.o, out * V + i, 0.f);
-      if (a.x) a.x[out * K + thread] = 0.f;
+    for (int t = 0; t < count; t++) {
+      for (int i = thread; i < V; i += K) store_output(a.o, row(t) * V + i, 0.f);
+      if (a.x) a.x[row(t) * K + thread] = 0.f;
     }
     return;
   }
-  constexpr int SIZE = U16 ? 2 : 4;
-  float* h_at = a.h ? a.h + place * a.h_stride + (long long)head * K * K : nullptr;
-  char* u_at = (char*)a.u + (place * a.u_stride + (long long)head * K * V) * SIZE;
   Token now = load_token(a, batch, begin, head, thread);
+  // what waits for the solve's end waits in shared memory: H fills the registers
+  float* h_at = a.h ? a.h + place * a.h_stride + (long long)head * K * K : nullptr;
+  char* u_at = (char*)a.u + (place * a.u_stride + (long long)head * K * V) * (U16 ? 2 : 4);
+  if (thread == 0) s.h_at = h_at, s.u_at = u_at;
   float h[4][C];
-  if (h_at) load_h(h, h_at, thread);
+  if (a.h) load_h(h, h_at, thread);
   const bool packed = U16 && count == 1;
   if (U16 && !packed)
     widen_u(s, (const u32*)u_at, thread);
   else
-    fetch_u(s, u_at, K * V * SIZE, thread);
+    fetch_u(s, u_at, K * V * (U16 ? 2 : 4), thread);
 
 #pragma unroll 1
-  for (int t = 0; t < count; t++, out += a.heads) {
+  for (int t = 0; t < count; t++) {
     bool last = t == count - 1;
-    s.key[thread] = now.k;
+    s.key[thread] = now.k, s.z[thread] = now.q;
+    if (thread == 0) s.alpha = now.alpha, s.gamma_u = now.gamma_u;
 #pragma unroll
     for (int i = 0; i < (V + K - 1) / K; i++)
       if (thread + i * K < V) s.value[thread + i * K] = now.v[i];
     __syncthreads();
-    float z = now.q;
-    if (h_at) {
+    float z = s.z[thread];
+    if (a.h) {
       float squares[1] = {update_h(h, now.gamma_h, s, thread)};
-      if (last && a.commit) store_h(h_at, h, thread);
+      if (last && a.commit) store_h(s.h_at, h, thread);
       if (a.num_iter > 0) {
         block_sums(squares, s, 0, thread);
         float x = 0.f;
-        if (squares[0] >= a.empty_below * a.empty_below) x = solve_state(h, now.q, sqrtf(squares[0]), a, s, thread);
-        if (a.x) a.x[out * K + thread] = x;
-        z = a.alpha.data ? now.q + now.alpha * (x - now.q) : x;
+        if (squares[0] >= a.empty_below * a.empty_below) x = solve_state(h, z, sqrtf(squares[0]), a, s, thread);
+        if (a.x) a.x[row(t) * K + thread] = x;
+        float q = s.z[thread];
+        z = a.alpha.data ? q + s.alpha * (x - q) : x;
       }
     }
     s.z[thread] = z * a.scale;
     copies_wait<0>();
     __syncthreads();
-    char* to = last && a.commit ? u_at : nullptr;
-    float4 sum = packed ? update_u<U16>(s, now.gamma_u, to, false, thread)
-                        : update_u<false>(s, now.gamma_u, to, !last, thread);
+    char* to = last && a.commit ? s.u_at : nullptr;
+    float4 sum = packed ? update_u<U16>(s, s.gamma_u, to, false, thread)
+                        : update_u<false>(s, s.gamma_u, to, !last, thread);
     *(float4*)(s.partial + thread / GROUPS * V + 4 * (thread % GROUPS)) = sum;
     __syncthreads();
     for (int i = thread; i < V; i += K) {
       float o = 0.f;
 #pragma unroll
       for (int n = 0; n < SLICES; n++) o += s.partial[n * V + i];
-      store_output(a.o, out * V + i, o);
+      store_output(a.o, row(t) * V + i, o);
     }
     if (!last) now = load_token(a, batch, begin + t + 1, head, thread);
   }

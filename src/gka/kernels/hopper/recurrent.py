@@ -74,7 +74,7 @@ def source(dims: tuple[int, int], dtype: torch.dtype, u_dtype: torch.dtype, adap
 def shared_bytes(dims: tuple[int, int]) -> int:
     """Upper bound of sizeof(Shared)."""
     key_dim, value_dim = dims
-    return 4 * (key_dim * value_dim + 9 * key_dim + value_dim + 5 * 5 * key_dim // 32)
+    return 4 * (key_dim * value_dim + 9 * key_dim + value_dim + 5 * 5 * key_dim // 32 + 8)
 
 
 @functools.cache
