@@ -11,10 +11,12 @@ if TYPE_CHECKING:
     from gka.layers import MIXERS, GatedKalmaNet, StateCache
     from gka.models import GKAConfig, GKAForCausalLM, GKAModel
     from gka.ops import (
+        advance_states_,
         available_backends,
         chunk_gka,
         chunk_simple_gla,
         fused_recurrent_gka,
+        fused_recurrent_gka_,
         last_backend,
         why_unavailable,
     )
@@ -25,6 +27,8 @@ _HOMES = {
     "gka.ops": (
         "chunk_gka",
         "fused_recurrent_gka",
+        "fused_recurrent_gka_",
+        "advance_states_",
         "chunk_simple_gla",
         "available_backends",
         "why_unavailable",
@@ -38,6 +42,8 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "chunk_gka",
     "fused_recurrent_gka",
+    "fused_recurrent_gka_",
+    "advance_states_",
     "chunk_simple_gla",
     "available_backends",
     "why_unavailable",

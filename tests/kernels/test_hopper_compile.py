@@ -1,11 +1,14 @@
 """The CUDA C++ kernels compile for Hopper within what a multiprocessor holds (NVRTC; no GPU needed)."""
 
+import ctypes
 import importlib
 from pathlib import Path
 
 import pytest
+import torch
 
 from gka.kernels import hopper, nvrtc
+from gka.kernels.hopper import recurrent
 
 pytest.importorskip("triton", reason="its cuobjdump reads what a kernel takes")
 pytestmark = pytest.mark.skipif(
@@ -66,3 +69,19 @@ def test_what_is_no_program_is_refused_with_the_log() -> None:
     """The error holds NVRTC's own words."""
     with pytest.raises(nvrtc.CompilationError, match=r"undefined_name"):
         nvrtc.compile_cubin("__global__ void f() { undefined_name(); }", "f", "sm_90a")
+
+
+@pytest.mark.parametrize("dims", list(recurrent.BLOCKS), ids=str)
+def test_blocks_of_the_token_kernel_fit(dims: tuple[int, int], resources) -> None:
+    """The kernel that takes single tokens keeps H in registers but for some words, BLOCKS blocks a
+    multiprocessor, and its structures are as Python lays them out."""
+    size, shared = ctypes.sizeof(recurrent.StepArguments), recurrent.shared_bytes(dims)
+    for adaptive in (False, True):
+        source = recurrent.source(dims, torch.bfloat16, torch.bfloat16, adaptive)
+        source += (
+            f"\nstatic_assert(sizeof(StepArguments) == {size} && sizeof(Shared) <= {shared});\n"
+        )
+        registers, stack = resources.usage_of_cubin(nvrtc.compile_cubin(source, "step", "sm_90a"))
+        assert registers * dims[0] * recurrent.BLOCKS[dims] <= REGISTERS
+        assert stack <= 96
+        assert recurrent.BLOCKS[dims] * (shared + RESERVED) <= SHARED

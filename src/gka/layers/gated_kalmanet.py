@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from gka.layers.heads import split_heads
 from gka.layers.recurrent import Gates, RecurrentMixer, Run
-from gka.ops import chunk_gka, fused_recurrent_gka, why_unavailable
+from gka.ops import chunk_gka, fused_recurrent_gka, fused_recurrent_gka_, why_unavailable
 from gka.ops.checks import check_solver
 
 
@@ -15,7 +15,8 @@ class GatedKalmaNet(RecurrentMixer):
     beta = sigmoid(b_proj) + 1e-6, alpha = sigmoid(alpha_proj) and
     g = -exp(A_log) softplus(a_proj + dt_bias) gate `chunk_gka`; its readout goes through a gated
     RMSNorm and o_proj. Cached calls of up to `recurrent.DECODE_TOKENS` tokens without gradient
-    run `fused_recurrent_gka`, the same map token by token; all others run `chunk_gka`.
+    run the same map token by token, `fused_recurrent_gka_`, on the cache's own memory once it holds
+    states; all others run `chunk_gka`.
 
     Args:
         hidden_size: width of the hidden states.
@@ -99,10 +100,16 @@ class GatedKalmaNet(RecurrentMixer):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         # gk is g, the same tensor: that is how the op knows that one decay serves both states
         gk = gates.g if self.use_forgetting_gate_kk else None
+        given = (q, k, v, gates.g, gk, gates.alpha, self.scale, self.ridge_ratio, self.num_iter)
+        if run.in_place and self.backend != "reference":  # which keeps no states in place
+            o = fused_recurrent_gka_(
+                *given, state=(run.states[0], run.states[1]), beta=gates.beta, backend=self.backend,
+                solver=self.solver,
+            )  # fmt: skip
+            return o, ()
         op = fused_recurrent_gka if run.stepwise else chunk_gka
         o, states = op(
-            q, k, v, gates.g, gk, gates.alpha, self.scale, self.ridge_ratio, self.num_iter,
-            initial_state=(run.states[0], run.states[1]) if run.states else None,
+            *given, initial_state=(run.states[0], run.states[1]) if run.states else None,
             output_final_state=run.keep, cu_seqlens=run.cu_seqlens, beta=gates.beta, backend=self.backend,
             solver=self.solver,
             cu_seqlens_cpu=run.cu_seqlens_cpu,

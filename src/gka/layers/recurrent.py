@@ -43,6 +43,16 @@ class Run:
     cu_seqlens_cpu: Tensor | None
     padding: Padding | None
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the cached states may be updated where they are, and then need not be returned.
+
+        Tensors made in inference mode may not, outside it.
+        """
+        if not (self.stepwise and self.states):
+            return False
+        return torch.is_inference_mode_enabled() or not any(s.is_inference() for s in self.states)
+
 
 @dataclass(frozen=True)
 class Gates:
@@ -231,7 +241,8 @@ class RecurrentMixer(nn.Module):
             run: states and circumstances.
 
         Returns:
-            o [B,T,H,V], and the final states if `run.keep`, else ().
+            o [B,T,H,V], and the final states if `run.keep`, else (); () too where it updated `run.states`
+            in place.
         """
         raise NotImplementedError
 

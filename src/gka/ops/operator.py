@@ -34,9 +34,19 @@ def _settings(
     )
 
 
-def _no_autocast(device: str) -> AbstractContextManager:
+def no_autocast(device: str) -> AbstractContextManager:
+    """Inside, operators compute in the dtypes of their inputs."""
     enabled = torch.is_autocast_enabled(device)
     return torch.amp.autocast(device, enabled=False) if enabled else nullcontext()
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under torch.autocast the heads take its dtype, as they would for a matrix product."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 def _optional(x: Tensor | None, like: Tensor) -> Tensor:
@@ -74,7 +84,7 @@ def forward(
     tokens = Tokens(q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu)
     settings = _settings(scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver)
     note_backend(backend)
-    with _no_autocast(q.device.type), record_function("gka.forward"):
+    with no_autocast(q.device.type), record_function("gka.forward"):
         run = get_backend(backend).forward["recurrent" if mode == "recurrent" else "chunk"]
         out = run(tokens, settings)
     # contiguous, as the fake implementation promises the compiler
@@ -137,7 +147,7 @@ def backward(
     tokens = Tokens(q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu)
     settings = _settings(scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver)
     note_backend(backend)
-    with _no_autocast(q.device.type), record_function("gka.backward"):
+    with no_autocast(q.device.type), record_function("gka.backward"):
         solutions = x if num_iter > 0 else None
         scales = x_scale if x_scale.numel() > 0 else None
         grads = get_backend(backend).backward(tokens, solutions, scales, do, dh, du, settings)
