@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,14 @@ CASES = [
 ]  # fmt: skip
 
 
+VERBOSE = ("--ptxas-options=-v",)
+
+
+def serialised(log: str) -> list[str]:
+    """The assembler's notes C7510 to C7519: products made to wait for each other, or waits put in."""
+    return [line for line in log.splitlines() if re.search(r"\(C751\d\)", line)]
+
+
 def name_of(case: tuple) -> str:
     kernel, (key_dim, value_dim), adaptive, bfloat16 = case
     return f"{kernel}-{key_dim}-{value_dim}{'-adaptive' * adaptive}{'' if bfloat16 else '-float16'}"
@@ -43,16 +52,29 @@ def resources(monkeypatch):
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_blocks_that_should_be_resident_fit(case: tuple, resources) -> None:
-    """Registers and shared memory leave room for BLOCKS blocks of a solve and two of any other kernel, and
-    next to nothing is spilled."""
+    """Registers and shared memory leave room for BLOCKS blocks of a solve and two of any other kernel, next
+    to nothing is spilled, and the assembler leaves warp-group products asynchronous."""
     kernel, dims, adaptive, bfloat16 = case
     source = hopper.source(kernel, dims[0], dims[1], bfloat16, adaptive)
-    registers, stack = resources.usage_of_cubin(nvrtc.compile_cubin(source, kernel, "sm_90a"))
+    cubin, log = nvrtc.compile_with_notes(source, kernel, "sm_90a", *VERBOSE)
+    assert not serialised(log), serialised(log)
+    registers, stack = resources.usage_of_cubin(cubin)
     blocks = hopper.BLOCKS[max(dims)] if kernel in SOLVES else 2
     threads = 2 * dims[0] if kernel.startswith("scan") else 128
     assert registers * threads * blocks <= REGISTERS
     assert stack <= STACK
     assert blocks * (hopper.shared_bytes(kernel, *dims) + RESERVED) <= SHARED
+
+
+def test_a_product_that_is_not_waited_for_is_noticed() -> None:
+    """The assembler does tell, in the log that the test above reads: here of a wait taken out."""
+    source, wait = (
+        hopper.source("forward", 64, 64, True, False),
+        "mma_wait<0>();\n    hold(residual);",
+    )
+    assert wait in source
+    _, log = nvrtc.compile_with_notes(source.replace(wait, ""), "forward", "sm_90a", *VERBOSE)
+    assert serialised(log)
 
 
 @pytest.mark.parametrize("kernel", SOLVES)
