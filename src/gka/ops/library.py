@@ -19,6 +19,6 @@ def operator(function: Callable, mutates: tuple[str, ...] = ()) -> torch._ops.Op
 
 
 def keep_signature(*functions: type[torch.autograd.Function]) -> None:
-    """apply() asks for forward's signature at every call, and finding it takes as long as several launches."""
+    """apply() asks for forward's signature at every call, which takes the host as long as launches."""
     for function in functions:
         function.forward.__signature__ = inspect.signature(function.forward)
