@@ -13,6 +13,7 @@ from gka.ops.convolution import convolve_heads
 from gka.ops.fusion import why_not_fused
 from gka.ops.gated_norm import gated_rms_norm
 from gka.ops.gates import layer_gates
+from gka.ops.layer_step import step_heads_and_gates
 from tolerances import RELATIVE, assert_close
 
 pytest.importorskip("triton", reason="the kernels need the package triton")
@@ -375,6 +376,26 @@ def test_a_second_derivative_is_refused_with_what_to_do(monkeypatch) -> None:
         grad.sum().backward()
 
 
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    """The kernels trust shapes, so the functions check them, and name what does not fit."""
+    x, w, h = torch.ones(1, 5, 8), torch.ones(8, 1, 4), torch.ones(1, 5, 2)
+    with pytest.raises(ValueError, match="k has 8 channels, which are no heads of 3"):
+        convolve_heads((x[..., :6], x, x), (w[:6], w, w), 3)
+    with pytest.raises(ValueError, match=r"the weight of v must be \[8, 1, 4\]"):
+        convolve_heads((x, x, x), (w, w, w[:6]), 8)
+    with pytest.raises(ValueError, match=r"the state of q must be \[1, 8, 4\]"):
+        convolve_heads((x, x, None), (w, w, None), 8, (torch.ones(2, 8, 4), None, None))
+    with pytest.raises(ValueError, match="a needs A_log"):
+        layer_gates(a=h)
+    with pytest.raises(ValueError, match=r"alpha must be \[1, 5, 2\]"):
+        layer_gates(h, h[:, :3])
+    with pytest.raises(ValueError, match="gate must have as many elements"):
+        gated_rms_norm(x, x[:, :2], torch.ones(8), 1e-6)
+    with pytest.raises(ValueError, match="updated in place"):
+        states = (torch.ones(1, 8, 8)[..., :4], torch.ones(1, 8, 4), None)
+        step_heads_and_gates((x, x, None), (w, w, None), states, (h, None, None), (None, None), 8)
+
+
 def test_why_a_layer_runs_plain() -> None:
     """The layer tells: for a backend, a device, a dtype, a width or a module that must be called itself."""
     layer = mixer("gka", torch.float32, "cpu", "torch")
@@ -401,13 +422,12 @@ def test_why_a_layer_runs_plain() -> None:
 
 @pytest.fixture(params=["StateCache", "transformers"])
 def cache(request) -> Any:
-    from transformers.cache_utils import Cache, LinearAttentionLayer
-
     from gka.layers import StateCache
 
     if request.param == "StateCache":
         return StateCache()
-    return Cache(layers=[LinearAttentionLayer(number_of_states=3)])
+    caches = pytest.importorskip("transformers.cache_utils")
+    return caches.Cache(layers=[caches.LinearAttentionLayer(number_of_states=3)])
 
 
 def pieces(

@@ -50,7 +50,8 @@ def why_plain(
 
 def _why_called(mixer: "RecurrentMixer") -> str | None:
     """Modules must be called themselves: someone replaced one or listens to it, or transforms the call."""
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack():
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    if not torch.compiler.is_compiling() and functorch.peek_interpreter_stack():
         return "inside a transform of torch.func or torch.vmap modules are called one by one."
     for name in ("q_conv1d", "k_conv1d", "v_conv1d", "o_norm"):
         module = getattr(mixer, name, None)

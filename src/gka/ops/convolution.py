@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from gka.ops.fusion import current, refuse_second
-from gka.ops.library import operator
+from gka.ops.fusion import check_shape, current, refuse_second
+from gka.ops.library import keep_signature, operator
 
 
 def past_tokens(cu_seqlens: Tensor, length: int, width: int) -> Tensor:
@@ -139,11 +139,42 @@ class ShortConvolutions(torch.autograd.Function):
         return *wanted, *(None for _ in range(6))
 
 
+Parts = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def check_parts(inputs: Parts, weights: Parts, states: Parts, head_dim: int) -> None:
+    """Inputs [B,T,C], weights [C,1,W] and states [B,C,W] of q, k and v fit together.
+
+    Raises:
+        ValueError: one does not, or q or k is missing; the message names it.
+    """
+    q, w = inputs[0], weights[0]
+    if q is None or inputs[1] is None or w is None or q.dim() != 3 or w.dim() != 3:
+        raise ValueError(
+            "q and k [batch,tokens,channels] and their weights [channels,1,width] are needed."
+        )
+    for name, x, weight, state in zip("qkv", inputs, weights, states, strict=True):
+        if (x is None) != (weight is None):
+            raise ValueError(f"{name} and its weight come together or not at all.")
+        if x is None:
+            continue
+        check_shape(name, x, (*q.shape[:2], x.shape[-1]))
+        check_shape(f"the weight of {name}", weight, (x.shape[-1], 1, w.shape[-1]))
+        check_shape(f"the state of {name}", state, (q.shape[0], x.shape[-1], w.shape[-1]))
+        if name != "v" and x.shape[-1] % head_dim:
+            raise ValueError(
+                f"{name} has {x.shape[-1]} channels, which are no heads of {head_dim}."
+            )
+
+
+keep_signature(ShortConvolutions, _Backward)
+
+
 def convolve_heads(
     inputs: tuple[Tensor, Tensor, Tensor | None],
     weights: tuple[Tensor, Tensor, Tensor | None],
     head_dim: int,
-    states: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
+    states: Parts = (None, None, None),
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -162,7 +193,11 @@ def convolve_heads(
 
     Returns:
         q, k, v [B,T,C] in the inputs' dtypes; v None where it was.
+
+    Raises:
+        ValueError: shapes that do not fit; the message names which.
     """
+    check_parts(inputs, weights, states, head_dim)
     q, k, v = (None if x is None else x.contiguous() for x in inputs)
     wq, wk, wv = (None if w is None else w.contiguous() for w in weights)
     sq, sk, sv = (None if s is None else s.detach().contiguous() for s in states)

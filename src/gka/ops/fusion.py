@@ -41,6 +41,16 @@ def why_not_fused(
     return configs.why_not_chip(device)
 
 
+def check_shape(name: str, x: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Kernels trust their arguments' shapes.
+
+    Raises:
+        ValueError: x has another shape.
+    """
+    if x is not None and x.shape != shape:
+        raise ValueError(f"{name} must be {list(shape)}; got {list(x.shape)}.")
+
+
 def current(x: Tensor) -> AbstractContextManager:
     """Launches go to the current device: inside, that of x."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from gka.ops.fusion import current, refuse_second
-from gka.ops.library import operator
+from gka.ops.fusion import check_shape, current, refuse_second
+from gka.ops.library import keep_signature, operator
 
 
 def gated_norm(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
@@ -78,6 +78,9 @@ class GatedNorm(torch.autograd.Function):
         return *(grad if need else None for grad, need in zip(found, needed, strict=False)), None
 
 
+keep_signature(GatedNorm, _Backward)
+
+
 def gated_rms_norm(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     """weight * x / sqrt(mean(x^2) + eps) over the last dimension, times SiLU(gate), fused.
 
@@ -86,6 +89,14 @@ def gated_rms_norm(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -
 
     Returns:
         The shape and dtype of x.
+
+    Raises:
+        ValueError: a gate or weight that does not fit x.
     """
+    check_shape("weight", weight, (x.shape[-1],))
+    if gate is not None and gate.numel() != x.numel():
+        raise ValueError(
+            f"gate must have as many elements as x {list(x.shape)}; got {list(gate.shape)}."
+        )
     gate = None if gate is None else gate.contiguous()
     return GatedNorm.apply(x.contiguous(), gate, weight.contiguous(), eps)

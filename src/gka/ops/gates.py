@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from gka.ops.fusion import current, refuse_second
-from gka.ops.library import operator
+from gka.ops.fusion import check_shape, current, refuse_second
+from gka.ops.library import keep_signature, operator
 
 
 def gates(
@@ -102,6 +102,31 @@ class GatesFunction(torch.autograd.Function):
         return *wanted, None, None
 
 
+def check_gates(
+    inputs: tuple[Tensor | None, Tensor | None, Tensor | None],
+    decay: tuple[Tensor | None, Tensor | None],
+) -> None:
+    """Pre-activations of beta, alpha and g share one shape [B,T,H]; A_log and dt_bias are [H], with g's.
+
+    Raises:
+        ValueError: one does not fit; the message names it.
+    """
+    shapes = [x.shape for x in inputs if x is not None]
+    if shapes and len(shapes[0]) != 3:
+        raise ValueError(f"gates are [batch,tokens,heads]; got {list(shapes[0])}.")
+    for name, x in zip(("b", "alpha", "a"), inputs, strict=True):
+        check_shape(name, x, tuple(shapes[0]) if shapes else ())
+    if inputs[2] is None:
+        return
+    for name, x in zip(("A_log", "dt_bias"), decay, strict=True):
+        if x is None:
+            raise ValueError(f"a needs {name}.")
+        check_shape(name, x, (shapes[0][-1],))
+
+
+keep_signature(GatesFunction, _Backward)
+
+
 def layer_gates(
     b: Tensor | None = None,
     alpha: Tensor | None = None,
@@ -122,12 +147,18 @@ def layer_gates(
 
     Returns:
         beta, alpha, g [B,T,H] float32, None where their pre-activation is.
+
+    Raises:
+        ValueError: shapes that do not fit; the message names which.
     """
+    check_gates((b, alpha, a), (A_log, dt_bias))
     b, alpha, a = (None if x is None else x.contiguous() for x in (b, alpha, a))
     if b is None and alpha is None and a is None:
         return None, None, None
     if a is None:
         A_log = dt_bias = None
+    elif A_log is not None and dt_bias is not None:
+        A_log, dt_bias = A_log.contiguous(), dt_bias.contiguous()
     rest = iter(GatesFunction.apply(b, alpha, a, A_log, dt_bias, lengths, eps))
     beta, alpha, g = (None if x is None else next(rest) for x in (b, alpha, a))
     return beta, alpha, g

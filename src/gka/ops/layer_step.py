@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
+from gka.ops.convolution import check_parts
 from gka.ops.fusion import current
+from gka.ops.gates import check_gates
 from gka.ops.library import operator
 
 Three = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -68,7 +70,17 @@ def step_heads_and_gates(
 
     Returns:
         (q, k, v) and (beta, alpha, g), each None where its input is. No gradient flows through.
+
+    Raises:
+        ValueError: shapes that do not fit, or a state that is missing or not contiguous.
     """
+    check_parts(inputs, weights, states, head_dim)
+    check_gates(gates, decay)
+    for name, given, state in zip("qkv", inputs, states, strict=True):
+        if given is not None and (state is None or not state.is_contiguous()):
+            raise ValueError(
+                f"the state of {name} is updated in place and must be there, contiguous."
+            )
     x, pre = (tuple(None if y is None else y.contiguous() for y in ys) for ys in (inputs, gates))
     w = tuple(None if y is None else y.contiguous() for y in weights)
     found = iter(step_op(*x, *w, *states, *pre, *decay, lengths, head_dim, eps))

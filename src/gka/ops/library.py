@@ -1,5 +1,6 @@
 """How this package's operators are made known to torch."""
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -15,3 +16,9 @@ def operator(function: Callable, mutates: tuple[str, ...] = ()) -> torch._ops.Op
     _LIBRARY.define(function.__name__ + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(function.__name__, function, "CompositeExplicitAutograd")
     return getattr(torch.ops.gka, function.__name__).default
+
+
+def keep_signature(*functions: type[torch.autograd.Function]) -> None:
+    """apply() asks for forward's signature at every call, which takes the host as long as launches."""
+    for function in functions:
+        function.forward.__signature__ = inspect.signature(function.forward)

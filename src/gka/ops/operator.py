@@ -4,7 +4,6 @@ One pair serves every mode and backend. States enter as None and leave as empty 
 do not exist, because operators return tensors only.
 """
 
-import inspect
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -14,7 +13,7 @@ from torch.profiler import record_function
 from gka.maths.chunked import Settings, Tokens
 from gka.ops import checks
 from gka.ops.backends import get_backend, note_backend
-from gka.ops.library import operator
+from gka.ops.library import keep_signature, operator
 
 _OptionalTensors = list[Tensor | None]
 
@@ -267,6 +266,4 @@ class GKAFunction(torch.autograd.Function):
         return *wanted, *bounds, *(None for _ in range(len(ctx.numbers) + 1))
 
 
-# apply() asks for the signature at every call, and finding it takes as long as several launches
-for _function in (GKAFunction.forward, GKABackward.forward):
-    _function.__signature__ = inspect.signature(_function)
+keep_signature(GKAFunction, GKABackward)
