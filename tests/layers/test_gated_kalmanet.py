@@ -1,6 +1,7 @@
 """The layer against the released one, and each of its options."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -248,9 +249,8 @@ def test_unknown_options_are_refused():
 @pytest.mark.parametrize("kind", ["StateCache", "transformers"])
 def test_decoding_updates_the_caches_own_memory(kind, tokens):
     """Cached tokens leave the states where they are, in either kind of cache, and change them."""
-    if kind == "StateCache":
-        cache = StateCache()
-    else:
+    cache: Any = StateCache()
+    if kind == "transformers":
         from transformers.cache_utils import Cache, LinearAttentionLayer
 
         cache = Cache(layers=[LinearAttentionLayer(number_of_states=3)])
