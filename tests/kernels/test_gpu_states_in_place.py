@@ -48,12 +48,13 @@ def test_equals_chunk_gka_in_float64(backend: str, dims: tuple[int, int], length
     """Every width, dtype, both storages of U, pools, grouped heads and separate decays, at 30 steps."""
     skip_unless_available(backend, dims)
     options: dict = {"dims": dims, "heads": (4, 2, 1), "places": [3, -1, 0, 1]}
-    check(make_pool(length, **options), F32, F32, backend)
     check(make_pool(length, gates="g gk a b", tied=False, **options), BF16, BF16, backend)
-    check(make_pool(length, gates="", **options), F16, F32, backend)
+    if dims == (128, 128):  # each is a kernel to be compiled
+        check(make_pool(length, **options), F32, F32, backend)
+        check(make_pool(length, gates="", **options), F16, F32, backend)
 
 
-@pytest.mark.parametrize("dims", [(20, 40), (7, 33), (96, 200), (256, 256)], ids=str)
+@pytest.mark.parametrize("dims", [(7, 33), (96, 200), (256, 256)], ids=str)
 def test_other_widths_run_the_triton_kernel(dims: tuple[int, int]) -> None:
     """ "auto" takes the Triton kernel where the Hopper one has no such width."""
     pool = make_pool(2, dims=dims)

@@ -101,7 +101,8 @@ def test_blocks_run_by_threads_equal_the_torch_form(name: str, compiled) -> None
     wanted, ours = pool.fresh(), pool.fresh()
     t = wanted.tokens
     gates = (t.get("g"), None if pool.tied else t.get("gk"), t.get("alpha"), t.get("beta"))
-    tokens = Tokens(t["q"].float(), t["k"].float(), t["v"].float(), *gates, None, None, None)
+    q, k, v = (t[n].float() for n in "qkv")
+    tokens = Tokens(q, k, v, *gates, None, None, None)
     x_wanted = torch.zeros(t["q"].shape, dtype=F32)
     o_wanted = step_(tokens, settings, States(wanted.h, wanted.u, wanted.indices), commit, x_wanted)
     library = compiled((64, 64), dtype, u_dtype, solver == "adaptive")

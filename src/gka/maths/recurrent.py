@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gka.maths.chebyshev import chebyshev_solve_
+from gka.maths.adaptive import Adaptive
+from gka.maths.chebyshev import chebyshev_solve_, iterate_
 from gka.maths.chunked import Forward, Settings, Tokens
+from gka.maths.nystroem import nystroem
 from gka.maths.readout import mix
 from gka.maths.ridge import split_empty
 from gka.maths.system import System
@@ -200,15 +202,24 @@ def _update(state: Tensor, gamma: Tensor | None, k: Tensor, v: Tensor) -> None:
 
 
 def _solve(h: Tensor, q: Tensor, settings: Settings) -> Tensor:
+    """x [B,H,K]. H is symmetric, and on a CPU a row times a matrix is several times as fast as H d."""
     if settings.solver == "adaptive":
-        system = System.of_state(h)
-        x = system.solve(q.unsqueeze(-2), settings.ridge_ratio, settings.num_iter, settings.solver)
-        return x.squeeze(-2)
+        return _solve_adaptively(h, q, settings)
     fro, empty = split_empty(torch.linalg.vector_norm(h, dim=(-2, -1)).square())
     q = q.masked_fill(empty.unsqueeze(-1), 0.0)
 
     def apply(d: Tensor) -> Tensor:
-        # H is symmetric, and on a CPU a row times a matrix is several times as fast as H d
         return (d.unsqueeze(-2) @ h).squeeze(-2)
 
     return chebyshev_solve_(apply, q, fro, settings.ridge_ratio, settings.num_iter)
+
+
+def _solve_adaptively(h: Tensor, q: Tensor, settings: Settings) -> Tensor:
+    """`adaptive_solve` of chunks of one token, heads that need fewer steps stand still."""
+    system = System.of_state(h)
+    q = q.unsqueeze(-2).masked_fill(system.empty.unsqueeze(-1), 0.0)
+    plan = Adaptive.of(nystroem(system), system.fro, settings.ridge_ratio, settings.num_iter)
+    x, lamb = plan.first(q), settings.ridge_ratio * system.fro.unsqueeze(-1)
+    steps = range(1, plan.keep.shape[0] + 1)
+    iterate_(lambda d: d @ h, lamb, plan, q.clone(), x.clone(), x, steps)
+    return x.squeeze(-2)
