@@ -1,7 +1,9 @@
 """`gka evaluate`: grids of cells over saved models, from the command line."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,24 @@ def test_finished_cells_are_not_run_again(folders, tmp_path, monkeypatch):
                     "--output", tmp_path)  # fmt: skip
     assert done.exit_code == 0 and len(ran) == 2 and len(cells(tmp_path)) == 10
     assert "640" not in done.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_evaluation_says_how_to_go_on(folders, tmp_path, monkeypatch, number):
+    """SIGTERM and Ctrl-C end the command with status 128 + signal, and keep what was finished."""
+    real, ran = run._run_cell, []
+
+    def stopping(*given):
+        if ran:
+            os.kill(os.getpid(), number)
+        ran.append(given)
+        return real(*given)
+
+    monkeypatch.setattr(run, "_run_cell", stopping)
+    done = evaluate(folders["ours"], *SMALL, "--output", tmp_path)
+    assert done.exit_code == 128 + number, done.output
+    assert "Run the same command again to go on" in done.output
+    assert len(cells(tmp_path)) == 1 and not list(tmp_path.glob("*.png"))
 
 
 def test_a_model_that_changed_is_asked_again(folders, tmp_path):
