@@ -158,7 +158,10 @@ def test_a_run_is_found_by_its_folder(folders, tmp_path):
         (["--tasks", "needle,needle"], "tasks is"),
         (["--lengths", "255"], "lengths holds 255"),
         (["--lengths", "4k"], "--lengths"),
-        (["--lengths", "256", "--tasks", "facts-3"], "task facts-3: length 256 is too short"),
+        (
+            ["--lengths", "256", "--tasks", "needle,facts-3"],
+            "task facts-3: length 256 is too short",
+        ),
         (["--depths", "0,2"], "depths"),
         (["--samples", "0"], "samples is 0"),
         (["--seed", "-1"], "seed is -1"),

@@ -22,6 +22,17 @@ def test_prompts_have_exactly_the_asked_tokens(task: str, haystack: Haystack):
             assert len(draw_sample(task, length, 0.3, 0, index, haystack).ids) == length
 
 
+def test_prompts_begin_as_the_tokenizer_begins_texts(tokenizers, haystack: Haystack):
+    """A first token that the tokenizer puts before every text is before every prompt, and counted."""
+    sample = draw_sample("needle", 640, 0.3, 0, 0, haystack)
+    spaced = haystack.pieces.tokenizer is tokenizers["spaced"]
+    begin = [tokenizers["spaced"].bos_token_id] if spaced else []
+    assert haystack.pieces.start == begin
+    for ids in (sample.ids, sample.bare):
+        assert ids[: len(begin)] == begin
+        assert haystack.pieces.decode(ids[len(begin) :]).lstrip().startswith("Remember")
+
+
 @pytest.mark.parametrize("task", ONCE)
 def test_answers_stand_once_in_the_prompt(task: str, haystack: Haystack):
     """Codes and last words are in the prompt exactly once, so they can only come from there."""

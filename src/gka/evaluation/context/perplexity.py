@@ -26,15 +26,25 @@ def bucket_edges(length: int) -> list[int]:
 
 
 def window(length: int, seed: int, index: int, haystack: Haystack) -> list[Line]:
-    """Lines of exactly `length` tokens together; the same for every model with the same tokenizer."""
-    return haystack.take(length, Random(f"perplexity {length} {seed} {index}"))
+    """Lines of exactly `length` tokens together, with those that the tokenizer puts before a text.
+
+    The same for every model with the same tokenizer.
+    """
+    text = length - len(haystack.pieces.start)
+    return haystack.take(text, Random(f"perplexity {length} {seed} {index}"))
 
 
-def measure(lines: Sequence[Line], reader: Reader) -> dict[str, list[float]]:
-    """Bits and bytes of a window in each bucket; the first token is not predicted and not counted."""
-    ids = [i for line in lines for i in line.ids]
+def measure(lines: Sequence[Line], reader: Reader, start: Sequence[int]) -> dict[str, list[float]]:
+    """Bits and bytes of a window in each bucket; the first token is not predicted and not counted.
+
+    Args:
+        lines: the window.
+        reader: the model.
+        start: ids that its tokenizer puts before every text.
+    """
+    ids = [*start, *(i for line in lines for i in line.ids)]
     losses = reader.token_losses(ids).double() / math.log(2)
-    sizes = _token_bytes(lines)[1:]
+    sizes = ([0.0] * len(start) + _token_bytes(lines))[1:]
     edges = bucket_edges(len(ids))
     spans = [(a - 1, b - 1) for a, b in pairwise(edges)]
     return {

@@ -228,12 +228,12 @@ def _run_cell(cell: Cell, subject: Subject, grader: Grader) -> dict[str, Any]:
     """Result and samples of a cell."""
     began = time.perf_counter()
     if cell.task == PERPLEXITY:
-        samples = [
-            perplexity.measure(
-                perplexity.window(cell.length, cell.seed, i, subject.haystack), grader.reader
-            )
+        windows = (
+            perplexity.window(cell.length, cell.seed, i, subject.haystack)
             for i in range(cell.samples)
-        ]
+        )
+        start = subject.haystack.pieces.start
+        samples = [perplexity.measure(lines, grader.reader, start) for lines in windows]
         result = perplexity.summarize(samples, cell.length)
     else:
         samples = [_graded(cell, i, subject.haystack, grader) for i in range(cell.samples)]

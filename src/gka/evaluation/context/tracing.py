@@ -20,9 +20,8 @@ def variables(setting: Setting) -> Draft:
     for chain, value in zip((names[: HOPS + 1], names[HOPS + 1 :]), values, strict=True):
         lines = [f"Set {chain[0]} to {value}.\n"]
         lines += [f"Set {b} to {a}.\n" for a, b in pairwise(chain)]
-        places = sorted(rng.random() for _ in lines)
+        places = sorted(rng.random() for _ in lines)  # no name before what it holds
         inserts += zip(places, lines, strict=True)
-    inserts.sort(key=lambda insert: insert[0])  # so that names never come before what they hold
     return Draft(
         head="Remember what each name is set to.\n",
         inserts=inserts,
