@@ -8,6 +8,7 @@ import typer
 
 from gka.errors import InputError
 from gka.evaluation.command import mqar, recall
+from gka.evaluation.evaluate_command import evaluate, lm_eval
 from gka.training.command import generate, train
 
 app = typer.Typer(
@@ -18,8 +19,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, generate, recall, mqar):
+for command in (train, generate, recall, mqar, evaluate):
     app.command()(command)
+# its arguments, --help too, are the harness's own
+app.command(
+    "lm-eval",
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    },
+)(lm_eval)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
