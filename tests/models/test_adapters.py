@@ -209,6 +209,18 @@ def test_their_name_is_ours_too(tmp_path: Path):
         ),
         (foreign.hybrid_config("qwen3", "SWA", swa_config={}), "swa_config: window_size"),
         (
+            foreign.hybrid_config("qwen3", "GKA", gka_config="small"),
+            "config.json of a hybrid_qwen3 model cannot be used: ",
+        ),
+        (
+            foreign.hybrid_config("qwen3", "GKA", hidden_size="wide"),
+            "config.json of a hybrid_qwen3 model cannot be used: .*hidden_size",
+        ),
+        (
+            foreign.hybrid_config("qwen3", "GKA", hidden_size=-3),
+            "hidden_size: expected more than 0",
+        ),
+        (
             foreign.hybrid_config("llama", "*-GKA", mlp_bias=True),
             "mlp_bias: MLPs with biases are not supported",
         ),
