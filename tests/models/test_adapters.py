@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import foreign
 from gka.errors import InputError
 from gka.models import GKAConfig, GKAForCausalLM, GKAModel, save_as
-from gka.models.adapters import ADAPTERS
+from gka.models.adapters import ADAPTERS, load
+from gka.models.adapters.save import foreign_config
 from tolerances import relative_error
 
 Ids = Callable[..., Tensor]
@@ -39,11 +40,15 @@ HYBRIDS: dict[str, dict[str, Any]] = {
 FLAS: dict[str, dict[str, Any]] = {
     "fla gka": foreign.fla_config("gka"),
     "fla gka and attention": foreign.fla_config("gka", [1]),
+    "fla gka and windows": foreign.fla_config(
+        "gka", attn=foreign.fla_attention([0, 2], qkv_bias=True, window_size=6, rope_theta=99.0)
+    ),
     "fla gated deltanet": foreign.fla_config("gated_deltanet", [0]),
 }
 EVERY = HYBRIDS | FLAS
 FORMATS = {name: config["model_type"] for name, config in HYBRIDS.items()} | {
-    "fla gka": "fla", "fla gka and attention": "fla", "fla gated deltanet": "fla_gated_deltanet",
+    "fla gka": "fla", "fla gka and attention": "fla", "fla gka and windows": "fla",
+    "fla gated deltanet": "fla_gated_deltanet",
 }  # fmt: skip
 
 
@@ -165,6 +170,11 @@ def test_the_configuration_is_read_whole(tmp_path: Path):
     assert swa.window_size == 7 and attention.window_size is None
     assert gdn.o_norm.eps == 1e-3 and gdn.num_k_heads == 2
     assert attention.rope_theta == 1e6 and attention.q_norm.eps == 1e-5
+    again = foreign_config(model.config, "hybrid_qwen3")  # checks that nothing is lost
+    assert again["gka_config"]["num_v_heads"] == 2 and again["gdn_config"]["num_v_heads"] == 2
+    windows = GKAConfig.from_dict(FLAS["fla gka and windows"])
+    assert (windows.mixers, windows.sliding_window) == (["swa", "gka", "swa"], 6)
+    assert windows.attention_bias and windows.rope_theta == 99.0
     assert GKAConfig.from_dict(theirs, num_iter=5).num_iter == 5
     assert GKAConfig.from_dict(HYBRIDS["every layer"]).mixer_overrides == {
         "gka": {"norm_eps": 1e-6}
@@ -186,6 +196,17 @@ def test_their_name_is_ours_too(tmp_path: Path):
     [
         (foreign.hybrid_config("qwen3", "*DA-GKA"), "fused layer of the distillation stage"),
         (foreign.hybrid_config("qwen3", "*-GKA*"), "'GKA\\*' is a fused layer"),
+        (
+            foreign.hybrid_config("qwen3", "*-GKA", layer_types=["GKA", "*"]),
+            "layer_types .* contradict hybrid_override_pattern",
+        ),
+        (
+            foreign.fla_config(
+                "gka",
+                attn=[foreign.fla_attention([0]), foreign.fla_attention([1], rope_theta=5.0)],
+            ),
+            "specifications whose options differ",
+        ),
         (foreign.hybrid_config("qwen3", "*-M2"), "unknown layer 'M2'; known: \\*, GKA, SWA, GDN"),
         (
             foreign.hybrid_config("qwen3", "*-GKA", num_hidden_layers=3),
@@ -287,6 +308,18 @@ def test_damaged_checkpoints_are_refused(kind: str, auto: bool, tmp_path: Path):
     message = tampered(kind, tmp_path)
     with pytest.raises(InputError, match=message):
         (AutoModelForCausalLM if auto else GKAForCausalLM).from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["missing key", "left over"])
+def test_what_the_loader_notices_is_refused_too(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Files that are not in a local folder are checked by transformers' loader alone: as strictly."""
+    tampered(kind, tmp_path)
+    monkeypatch.setattr(load, "check_stored", lambda *_: None)
+    what = {"missing key": "missing: .*dt_bias", "left over": "left over: .*q_proj"}[kind]
+    with pytest.raises(InputError, match=f"weights are {what}"):
+        GKAForCausalLM.from_pretrained(tmp_path)
 
 
 def test_unsafe_weights_are_not_read(tmp_path: Path):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -183,6 +183,26 @@ def test_experts_that_do_not_fit(changes: dict[str, Any], message: str):
     GKAConfig(mixers=["gka", "gka"], moe=moe)
     with pytest.raises(InputError, match=message):
         GKAConfig(mixers=["gka", "gka"], moe=moe | changes)
+
+
+@pytest.mark.parametrize("mix", [False, True])
+def test_expansions_start_as_repetitions(mix: bool, tmp_path: Path):
+    """In a new model, and where a stored one lacks them, learned expansions repeat the heads."""
+    config = GKAConfig(
+        vocab_size=97, hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=8, mixers=["gka"], kv_rank=3,
+        kv_mix=mix,
+    )  # fmt: skip
+    model = GKAForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    kept = {k: v for k, v in load_file(file).items() if "_expand" not in k}
+    save_file(kept, file, metadata={"format": "pt"})
+    for one in (model, GKAForCausalLM.from_pretrained(tmp_path)):
+        mixer: Any = one.get_submodule("model.layers.0.mixer")
+        for expansion in (mixer.k_expand, mixer.v_expand):
+            assert not expansion.up.weight.any() and expansion.down.weight.std() > 0.01
+            if mix:
+                assert torch.equal(expansion.mix, torch.eye(2).repeat_interleave(2, 0))
 
 
 def test_experts_start_as_matrices_do(ids: Ids):
