@@ -374,7 +374,7 @@ def test_nothing_is_overwritten_or_half_written(
     (tmp_path / "used" / "mine").touch()
     with pytest.raises(InputError, match="exists and is not empty"):
         save_as(model, tmp_path / "used", "hybrid_qwen3")
-    monkeypatch.setattr(json, "dumps", None)
+    monkeypatch.setattr("gka.models.adapters.save.save_torch_state_dict", None)
     with pytest.raises(TypeError):
         save_as(model, tmp_path / "new", "hybrid_qwen3")
     assert [path.name for path in tmp_path.iterdir()] == ["used"]

@@ -134,6 +134,7 @@ def test_a_layer_is_replaced_by_naming_another_mixer(tmp_path: Path):
     """The configuration read from a Qwen3 folder describes the primed model with one field changed."""
     MODELS["qwen3"].save_pretrained(tmp_path)
     config = GKAConfig.from_pretrained(tmp_path)
+    assert GKAConfig.get_config_dict(tmp_path)[0]["mixers"] == ["attention"] * 3
     config.mixers = ["attention", "gka", "attention"]
     model = GKAForCausalLM(config)
     mixer: Any = model.get_submodule("model.layers.1.mixer")
