@@ -181,6 +181,19 @@ def test_the_configuration_is_read_whole(tmp_path: Path):
     }  # 1e-5 is the default of GDN layers and of this model
 
 
+def test_older_spellings_are_read(tmp_path: Path):
+    """rope_theta, rope_scaling and torch_dtype, as transformers 4 wrote them, mean the same."""
+    scaling = {k: v for k, v in LLAMA3.items() if k != "rope_theta"}
+    new = foreign.hybrid_config("llama", "GKA-*", rope_parameters=LLAMA3, dtype="bfloat16")
+    old = {k: v for k, v in new.items() if k not in ("rope_parameters", "dtype")}
+    old |= {"rope_theta": 5e5, "rope_scaling": scaling, "torch_dtype": "bfloat16"}
+    weights = foreign.hybrid_weights(new, torch.bfloat16)
+    model = GKAForCausalLM.from_pretrained(foreign.write(tmp_path, old, weights))
+    expected = GKAConfig.from_dict(new)
+    assert model.dtype == torch.bfloat16 and model.config.rope_theta == expected.rope_theta == 5e5
+    assert model.config.rope_options == expected.rope_options == scaling
+
+
 def test_their_name_is_ours_too(tmp_path: Path):
     """FLA calls its model type "gka" as well; our own folders are still read as ours."""
     GKAConfig(
@@ -352,6 +365,7 @@ def test_weights_of_an_unused_decay_do_no_harm(tmp_path: Path):
         ),
         ({"mixers": ["gka"], "num_kv_heads": 1, "kv_rank": 2}, "fla", "kv_rank of 'gka' = 2"),
         ({"mixers": ["gka"], "solver": "adaptive"}, "fla", "solver of 'gka' = 'adaptive'"),
+        ({"mixers": ["gka"], "num_iter": 0}, "fla", "num_iter = 0 .* is refused by FLA"),
         ({"mixers": ["gka"], "expand_v": 2.0}, "hybrid_qwen3", "expand_v of 'gka' = 2.0"),
         ({"mixers": ["gka"]}, "hybrid_gemma", "format 'hybrid_gemma' is unknown; choose gka,"),
     ],
