@@ -10,6 +10,7 @@ from gka.errors import InputError
 from gka.evaluation.command import mqar, recall
 from gka.evaluation.evaluate_command import evaluate, lm_eval
 from gka.training.command import generate, train
+from gka.training.convert import convert
 
 app = typer.Typer(
     name="gka",
@@ -19,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, generate, recall, mqar, evaluate):
+for command in (train, generate, convert, recall, mqar, evaluate):
     app.command()(command)
 # its arguments, --help too, are the harness's own
 app.command(

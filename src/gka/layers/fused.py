@@ -53,6 +53,8 @@ def _why_called(mixer: "RecurrentMixer") -> str | None:
     functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     if not torch.compiler.is_compiling() and functorch.peek_interpreter_stack():
         return "inside a transform of torch.func or torch.vmap modules are called one by one."
+    if hasattr(mixer, "k_expand") or hasattr(mixer, "v_expand"):
+        return "keys or values are expanded between their convolution and their norm."
     for name in ("q_conv1d", "k_conv1d", "v_conv1d", "o_norm"):
         module = getattr(mixer, name, None)
         if module is not None and not _is_plain(module):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gka.layers import fused
 from gka.layers.cache import open_cache, read_state, recurrent_layer
 from gka.layers.convolution import ShortConvolution
+from gka.layers.expansion import HeadExpansion
 from gka.layers.heads import check_positive, value_dim
 from gka.layers.norms import GatedRMSNorm, RMSNorm, unit, working_dtype
 from gka.layers.padding import Padding, check_inputs
@@ -102,6 +103,8 @@ class RecurrentMixer(nn.Module):
     q_conv1d: ShortConvolution
     k_conv1d: ShortConvolution
     v_conv1d: ShortConvolution  # with use_v_conv
+    k_expand: HeadExpansion  # with a learned expansion
+    v_expand: HeadExpansion
 
     def __init__(
         self,
@@ -128,7 +131,7 @@ class RecurrentMixer(nn.Module):
         self.num_heads = num_heads
         self.num_k_heads = num_k_heads
         self.num_v_heads = num_v_heads
-        self.num_expanded_heads = max(num_heads, num_v_heads)
+        self.num_expanded_heads = max(num_heads, num_k_heads, num_v_heads)
         self.use_gate = use_gate
         self.layer_idx = layer_idx
         channels = {
@@ -154,6 +157,15 @@ class RecurrentMixer(nn.Module):
         for parameter in (self.A_log, self.dt_bias):
             parameter._no_weight_decay = True  # pyright: ignore[reportAttributeAccessIssue]
         self.reset_parameters()
+
+    def _add_expansions(self, rank: int, learned_mix: bool) -> None:
+        """Expand key and value heads by learned maps (`HeadExpansion`) instead of sharing them."""
+        for name, heads, dim in (
+            ("k", self.num_k_heads, self.head_dim),
+            ("v", self.num_v_heads, self.head_v_dim),
+        ):
+            expansion = HeadExpansion(heads, self.num_expanded_heads, dim, rank, learned_mix)
+            setattr(self, f"{name}_expand", expansion)
 
     def _add_output(self, use_gate: bool, norm_eps: float) -> None:
         width = self.num_expanded_heads * self.head_v_dim
@@ -297,7 +309,7 @@ class RecurrentMixer(nn.Module):
         if fuse:
             return self._split(fused.heads(self, inputs, layer, padding, cu_seqlens))
         convolved = (
-            self._convolve(name, y, layer, padding, cu_seqlens)
+            self._expand(name, self._convolve(name, y, layer, padding, cu_seqlens))
             for name, y in zip("qkv", inputs, strict=True)
         )
         q, k, v = self._split(tuple(convolved))
@@ -310,6 +322,11 @@ class RecurrentMixer(nn.Module):
         q, k, v = (y.unflatten(-1, (-1, dim)) for y, dim in zip(convolved, dims, strict=True))
         group = self.num_expanded_heads // self.num_heads
         return q if group == 1 else q.repeat_interleave(group, dim=2), k, v
+
+    def _expand(self, name: str, y: Tensor) -> Tensor:
+        """Keys or values of few heads to those of all, where a map for it has been learned."""
+        expansion = getattr(self, f"{name}_expand", None)
+        return y if expansion is None else expansion(y)
 
     def _convolve(
         self, name: str, y: Tensor, layer: Any, padding: Padding | None, cu_seqlens: Tensor | None
