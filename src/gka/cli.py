@@ -8,7 +8,8 @@ import typer
 
 from gka.errors import InputError
 from gka.evaluation.command import mqar, recall
-from gka.training.command import generate, train
+from gka.serving.command import generate
+from gka.training.command import train
 
 app = typer.Typer(
     name="gka",
