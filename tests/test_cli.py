@@ -97,7 +97,7 @@ def test_help_loads_nothing_heavy() -> None:
 def test_help_names_every_command_and_its_options(gka: Run) -> None:
     """The commands are listed; train's help names each option with what it is for."""
     _, shown, _ = gka("--help")
-    for command in ("train", "generate", "recall", "mqar"):
+    for command in ("train", "generate", "inspect", "recall", "mqar"):
         assert f" {command} " in shown
     _, shown, _ = gka("train", "--help")
     for option in ("--mixer", "--attention-layers", "--recipe", "--resume", "--overwrite", "--set"):
@@ -170,6 +170,9 @@ def test_a_recipe_is_the_base_that_options_change(gka: Run, text: Path, tmp_path
         ("generate . --prompt x --temperature -1", "temperature is -1"),
         ("generate . --prompt x --top-p 0", "top_p is 0"),
         ("generate . --prompt x --max-new-tokens 0", "max_new_tokens is 0"),
+        ("inspect nowhere --prompt x", "model nowhere holds no config.json"),
+        ("inspect . --prompt x --file y", "prompt and file exclude each other"),
+        ("inspect . --file none.txt", "file none.txt cannot be read"),
         ("generate . --prompt x --top-k -2", "top_k is -2"),
         ("generate . --prompt x --prefill-chunk 0", "prefill_chunk is 0"),
         ("generate . --prompt x --prompt-file y", "exclude each other"),
@@ -429,3 +432,19 @@ def test_solver_options_reach_the_model(
     for bad in (("--num-iter", "-1"), ("--ridge-ratio", "0"), ("--solver", "magic")):
         status, _, errors = gka("generate", trained, "--prompt", "x", *bad)
         assert status == 2 and bad[0].strip("-").split("-")[-1] in errors
+
+
+def test_inspect_writes_page_figures_and_table(gka: Run, trained: Path, tmp_path: Path) -> None:
+    """The page and its figures are where the command says; options reach the solve; no text, no page."""
+    output = tmp_path / "look"
+    options = ("--output", output, "--positions", "3", "--num-iter", "11", "--prefill-chunk", "2")
+    status, shown, _ = gka("inspect", trained, "--prompt", "to be or not", *options)
+    assert status == 0 and "0 gka" in shown
+    for name in ("inspection.html", "inspection.json"):
+        assert str(output / name) in shown
+    content = json.loads((output / "inspection.json").read_text())
+    assert content["tokens"] == 12 and content["positions"] == [3, 7, 11]
+    assert content["layers"][0]["num_iter"] == 11
+    assert (output / "inspection.html").read_text().startswith("<!doctype html>")
+    status, _, errors = gka("inspect", trained, "--prompt", "", "--output", tmp_path / "none")
+    assert status == 2 and "the text is empty" in errors and not (tmp_path / "none").exists()

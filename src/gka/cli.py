@@ -9,6 +9,7 @@ import typer
 from gka.errors import InputError
 from gka.evaluation.command import mqar, recall
 from gka.serving.command import generate
+from gka.serving.inspect_command import inspect
 from gka.training.command import train
 
 app = typer.Typer(
@@ -19,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, generate, recall, mqar):
+for command in (train, generate, inspect, recall, mqar):
     app.command()(command)
 
 

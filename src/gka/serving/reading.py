@@ -1,10 +1,12 @@
 """A prompt of any length through the model in pieces, so that memory is bounded by the piece."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from gka.errors import InputError
-from gka.models import GKACache, GKAForCausalLM
+from gka.models import GKACache, GKAConfig, GKAForCausalLM
 from gka.models.naming import CACHE_NAME
 
 PREFILL_CHUNK = 4096
@@ -57,6 +59,12 @@ def prefill(
             **{CACHE_NAME: cache},
         )
     return output.logits[:, -1]  # pyright: ignore[reportPossiblyUnboundVariable]
+
+
+def check_model(model: Any) -> None:
+    """Raise `InputError` unless `model` is a GKA language model."""
+    if not isinstance(getattr(model, "config", None), GKAConfig) or not hasattr(model, "lm_head"):
+        raise InputError(f"model: expected a GKAForCausalLM, got {type(model).__name__}")
 
 
 def check_chunk(chunk: int) -> None:

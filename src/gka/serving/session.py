@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from gka.errors import InputError
-from gka.models import GKAConfig, GKAForCausalLM
+from gka.models import GKAForCausalLM
 from gka.serving import combination, statefile
 from gka.serving.contents import Contents
-from gka.serving.reading import PREFILL_CHUNK, check_chunk, prefill
+from gka.serving.reading import PREFILL_CHUNK, check_chunk, check_model, prefill
 from gka.serving.sampling import Sampling, chooser
 
 Ids = Tensor | Sequence[int] | Sequence[Sequence[int]]
@@ -46,13 +46,11 @@ class GenerationSession:
         prefill_chunk: int = PREFILL_CHUNK,
         track_decay: bool = False,
     ):
-        config = getattr(model, "config", None)
-        if not isinstance(config, GKAConfig) or not hasattr(model, "lm_head"):
-            raise InputError(f"model: expected a GKAForCausalLM, got {type(model).__name__}")
+        check_model(model)
         check_chunk(prefill_chunk)
         self.model = model
         self.prefill_chunk = prefill_chunk
-        self._attends = any(kind != "linear_attention" for kind in config.layer_types)
+        self._attends = any(kind != "linear_attention" for kind in model.config.layer_types)
         self._contents = Contents.empty(model, track_decay)
         self._whole = True
 
