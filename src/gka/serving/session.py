@@ -225,17 +225,18 @@ class GenerationSession:
         stop = torch.tensor(ends, device=logits.device)
         config: Any = self.model.config
         filler = config.pad_token_id if config.pad_token_id is not None else (ends or [0])[0]
+        ended = 0
         for _ in range(most):
             assert self.logits is not None
             tokens = choose(self.logits)
-            waiting = bool(ends) and bool(done.any())
-            if waiting:
+            if ended:
                 tokens = tokens.masked_fill(done, filler)
-            self._feed(tokens[:, None], ~done[:, None] if waiting else None)
+            self._feed(tokens[:, None], ~done[:, None] if ended else None)
             if ends:
                 done = done | torch.isin(tokens, stop)
+                ended = int(done.sum())  # the one wait for the device a token
             yield tokens
-            if ends and bool(done.all()):
+            if ended == len(done):
                 return
 
     def _feed(self, tokens: Tensor, mask: Tensor | None) -> None:
