@@ -110,7 +110,7 @@ def _draw_decay(axes: "Axes", layer: dict[str, Any]) -> None:
         q5, q25, q50, q75, q95 = found["decay_quantiles"]
         axes.plot([head, head], [q5, q95], color=colors[head], lw=1.2)
         axes.plot([head, head], [q25, q75], color=colors[head], lw=6, solid_capstyle="butt")
-        axes.plot([head], [q50], "_", color="white", ms=9, mew=1.5)
+        axes.plot([head], [q50], "_", color="black", ms=11, mew=1.2)
     axes.set_ylim(-0.02, 1.04)
     axes.set_xticks(range(len(colors)))
     axes.tick_params(labelsize=8)
