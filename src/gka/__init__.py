@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         last_backend,
         why_unavailable,
     )
+    from gka.serving import GenerationSession
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ _HOMES = {
     ),
     "gka.layers": ("GatedKalmaNet", "MIXERS", "StateCache"),
     "gka.models": ("GKAConfig", "GKAModel", "GKAForCausalLM"),
+    "gka.serving": ("GenerationSession",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -54,6 +56,7 @@ __all__ = [
     "GKAConfig",
     "GKAModel",
     "GKAForCausalLM",
+    "GenerationSession",
 ]
 
 

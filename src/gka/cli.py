@@ -9,7 +9,9 @@ import typer
 from gka.errors import InputError
 from gka.evaluation.command import mqar, recall
 from gka.evaluation.evaluate_command import evaluate, lm_eval
-from gka.training.command import generate, train
+from gka.serving.command import generate
+from gka.serving.inspect_command import inspect
+from gka.training.command import train
 from gka.training.convert import convert
 
 app = typer.Typer(
@@ -20,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, generate, convert, recall, mqar, evaluate):
+for command in (train, generate, inspect, convert, recall, mqar, evaluate):
     app.command()(command)
 # its arguments, --help too, are the harness's own
 app.command(

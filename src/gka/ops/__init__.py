@@ -1,6 +1,7 @@
 """Public functional calls of the layer's map."""
 
 from gka.ops.backends import available_backends, last_backend, why_unavailable
+from gka.ops.combine import combine_states, mean_states, sum_states
 from gka.ops.gka import chunk_gka, chunk_simple_gla, fused_recurrent_gka
 from gka.ops.recurrent import advance_states_, fused_recurrent_gka_
 from gka.ops.steps import solver_steps
@@ -15,4 +16,7 @@ __all__ = [
     "why_unavailable",
     "last_backend",
     "solver_steps",
+    "combine_states",
+    "sum_states",
+    "mean_states",
 ]
