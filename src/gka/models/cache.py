@@ -64,10 +64,10 @@ class GKACache(DynamicCache):
         if self._recurs:
             raise ValueError(
                 "recurrent states cannot be rolled back: tokens that are only tried must not enter them. "
-                "Read from the states without committing (gka.ops.fused_recurrent_gka returns new states "
-                "and leaves initial_state as it was), or try on a copy (cache.clone(), "
-                "gka.GenerationSession.fork()). Assisted generation would roll back: a model with "
-                "recurrent layers can neither draft for another one nor be assisted; leave "
+                "Read from the states without committing and commit the accepted ones afterwards "
+                "(gka.fused_recurrent_gka_ with commit=False, gka.advance_states_), or try on a copy "
+                "(cache.clone(), gka.GenerationSession.fork()). Assisted generation would roll back: a "
+                "model with recurrent layers can neither draft for another one nor be assisted; leave "
                 "assistant_model out"
             )
 
