@@ -76,7 +76,7 @@ ADAPTIVE: dict[str, dict[str, Any]] = {
         "dtype": F16, "dims": (64, 128), "heads": GROUPED, "lengths": PACKED, "decay": "separate",
     },
     # twice the steps: of the map to within float32's tolerance
-    "float32 128 x 64": {"dtype": F32, "dims": (128, 64), "num_iter": 60},
+    "float32 64 x 128": {"dtype": F32, "dims": (64, 128), "num_iter": 60},
     "bfloat16 256 x 256": {"dtype": BF16, "dims": (256, 256)},
 }  # fmt: skip
 

@@ -84,7 +84,7 @@ def test_crop_is_refused_and_changes_nothing(
     model = build(mixers=mixers)
     cache = filled(model, ids(1, 6))
     before = {name: x.clone() for name, x in cache_tensors(cache).items()}
-    with pytest.raises(ValueError, match=r"cannot be rolled back.*initial_state.*fork\(\)"):
+    with pytest.raises(ValueError, match=r"cannot be rolled back.*commit=False.*fork\(\)"):
         cache.crop(tokens)
     with pytest.raises(ValueError, match="cannot be rolled back"):
         cache.activate_past_recording()

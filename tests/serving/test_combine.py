@@ -53,7 +53,7 @@ def test_track_decay_sums_the_layers_log_decays(build: Build, ids: Ids):
     for layer in (0, 2):
         mixer: Any = model.model.layers[layer].mixer
         mixer.register_forward_pre_hook(
-            lambda m, args, kwargs: seen.update({m.layer_idx: m.log_decay(args[0])}),
+            lambda m, args, kwargs: seen.update({m.layer_idx: m.gates(args[0]).g}),
             with_kwargs=True,
         )
     found = read(model, ids(2, 30), mask).log_decay

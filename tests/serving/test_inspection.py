@@ -30,15 +30,14 @@ def inputs(model: GKAForCausalLM, tokens: Tensor) -> tuple[Any, ...]:
     seen: dict[str, Any] = {}
     mixer: Any = model.model.layers[0].mixer
     mix = mixer.mix
-    mixer.mix = lambda q, k, v, g, x, run: (
-        seen.update(q=q, k=k, g=g, x=x) or mix(q, k, v, g, x, run)
+    mixer.mix = lambda q, k, v, gates, run: (
+        seen.update(q=q, k=k, gates=gates) or mix(q, k, v, gates, run)
     )
     with torch.no_grad():
         model(tokens, use_cache=False)
-        beta = torch.sigmoid(mixer.b_proj(seen["x"])) + 1e-6
-        alpha = torch.sigmoid(mixer.alpha_proj(seen["x"]))
     del mixer.mix
-    return seen["q"], seen["k"] * beta[..., None], seen["g"], beta, alpha
+    gates = seen["gates"]
+    return seen["q"], seen["k"] * gates.beta[..., None], gates.g, gates.beta, gates.alpha
 
 
 @pytest.mark.parametrize("chunk", [4096, 7])

@@ -15,6 +15,7 @@ CHIPS = Path(__file__).parent / "chips"
 Table = dict[str, dict[str, dict[str, dict[str, int]]]]
 
 WIDTHS = (64, 128, 256)
+WIDEST_FLOAT32_CERTIFICATE = 64  # of keys; 344 KB of shared memory for 128
 CHUNK_SIZES = (16, 32, 64)
 OLDEST = (8, 0)  # compute capability: before it there is no bfloat16 product
 

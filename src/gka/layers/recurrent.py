@@ -52,6 +52,8 @@ class Run:
         """
         if not (self.stepwise and self.states):
             return False
+        if torch.compiler.is_compiling():  # which does not know of inference mode
+            return True
         return torch.is_inference_mode_enabled() or not any(s.is_inference() for s in self.states)
 
 

@@ -138,6 +138,12 @@ def _triton_refusal(call: Call) -> str | None:
         return reason
     from gka.kernels import configs
 
+    narrow = configs.WIDEST_FLOAT32_CERTIFICATE
+    if call.solver == "adaptive" and call.dtype == torch.float32 and call.dims[0] > narrow:
+        return (
+            f"its adaptive solver takes float32 keys up to {narrow} wide (a certificate of wider ones "
+            f"outgrows the shared memory); got {call.dims[0]}."
+        )
     return configs.why_not(call.device, call.dtype, call.dims, call.chunk_size)
 
 
@@ -268,6 +274,11 @@ def _why_not(name: str, call: Call) -> str | None:
     return None if name == "reference" else _BACKENDS[name].refusal(call)
 
 
+def _check_known(name: str) -> None:
+    if name not in known_backends():
+        raise ValueError(f"backend must be one of {', '.join(known_backends())}; got {name!r}.")
+
+
 def why_unavailable(
     name: str,
     device: torch.device | str = "cpu",
@@ -284,8 +295,7 @@ def why_unavailable(
     Raises:
         ValueError: no backend has that name.
     """
-    if name not in known_backends():
-        raise ValueError(f"backend must be one of {', '.join(known_backends())}; got {name!r}.")
+    _check_known(name)
     return _why_not(name, Call(torch.device(device), dtype, solver, dims, chunk_size, mode))
 
 
@@ -316,7 +326,7 @@ def resolve_backend(name: str, call: Call) -> str:
         ValueError: no backend has that name.
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
-    why_unavailable(name)  # refuses unknown names
+    _check_known(name)
     c = call
     # as plain integers: of symbolic ones torch.compile knows no constant
     key_dim, value_dim = operator.index(c.dims[0]), operator.index(c.dims[1])
