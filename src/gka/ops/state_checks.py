@@ -65,7 +65,9 @@ def _check_states(
         raise ValueError(f"{name}: each state must be contiguous; got strides {state.stride()}.")
     if shape[0] > 1 and state.stride(0) < state[0].numel():
         raise ValueError(f"{name}: states must not overlap; got strides {state.stride()}.")
-    if state.device.type == "cuda" and not torch.compiler.is_compiling():
+    # matrices of other sizes are never read 16 bytes at a time
+    wide = shape[-2] * shape[-1] * state.element_size() % 16 == 0
+    if wide and state.device.type == "cuda" and not torch.compiler.is_compiling():
         step = state.stride(0) * state.element_size() if shape[0] > 1 else 0
         if state.data_ptr() % 16 or step % 16:
             raise ValueError(f"{name}: each state must begin at a multiple of 16 bytes.")
