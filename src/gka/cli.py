@@ -9,6 +9,7 @@ import typer
 from gka.errors import InputError
 from gka.evaluation.command import mqar, recall
 from gka.training.command import generate, train
+from gka.training.convert import convert
 
 app = typer.Typer(
     name="gka",
@@ -18,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, generate, recall, mqar):
+for command in (train, generate, convert, recall, mqar):
     app.command()(command)
 
 

@@ -49,7 +49,8 @@ def test_the_mlps_width_is_filled_in():
 
 def test_every_option_of_the_layer_can_be_configured():
     """No constructor argument of any mixer is out of the configuration's reach."""
-    elsewhere = {"layer_idx", "window_size"}  # the layer's place; sliding_window
+    # the layer's place; sliding_window; rope_options
+    elsewhere = {"layer_idx", "window_size", "inv_freq", "rope_scale"}
     for mixer in MIXERS.values():
         names = set(inspect.signature(mixer).parameters) - elsewhere
         assert names <= set(vars(GKAConfig())), mixer

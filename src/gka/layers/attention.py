@@ -1,7 +1,9 @@
 """Softmax attention over everything so far, or over a sliding window of it."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -25,6 +27,10 @@ class SoftmaxAttention(nn.Module):
         rope_theta: base of the rotary wavelengths.
         norm_eps: epsilon of these norms.
         layer_idx: the layer's place in a cache.
+        attention_bias: whether the maps to queries, keys and values have biases.
+        attention_output_bias: whether the output map has one.
+        inv_freq: rotary angles a position, head_dim / 2 of them, instead of those of rope_theta.
+        rope_scale: factor of rotated queries and keys.
 
     Raises:
         ValueError: sizes that do not fit; the message names which.
@@ -40,20 +46,26 @@ class SoftmaxAttention(nn.Module):
         rope_theta: float = 10000.0,
         norm_eps: float = 1e-6,
         layer_idx: int | None = None,
+        *,
+        attention_bias: bool = False,
+        attention_output_bias: bool = False,
+        inv_freq: Sequence[float] | None = None,
+        rope_scale: float = 1.0,
     ):
         super().__init__()
         heads = split_heads(num_heads, num_kv_heads)
         self.num_heads, self.num_kv_heads = num_heads, heads["num_k_heads"]
         self.head_dim = rotary_dim(hidden_size, num_heads, head_dim)
         self.hidden_size = hidden_size
-        self.rope_theta = rope_theta
+        self.rope_theta, self.rope_scale = rope_theta, rope_scale
+        self._inv_freq = _frequencies(inv_freq, self.head_dim)
         self.layer_idx = layer_idx
         self.window_size: int | None = None
         kv_width = self.num_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(hidden_size, num_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden_size, kv_width, bias=False)
-        self.v_proj = nn.Linear(hidden_size, kv_width, bias=False)
-        self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=False)
+        self.q_proj = nn.Linear(hidden_size, num_heads * self.head_dim, bias=attention_bias)
+        self.k_proj = nn.Linear(hidden_size, kv_width, bias=attention_bias)
+        self.v_proj = nn.Linear(hidden_size, kv_width, bias=attention_bias)
+        self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=attention_output_bias)
         self.q_norm = RMSNorm(self.head_dim, norm_eps) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, norm_eps) if qk_norm else nn.Identity()
 
@@ -119,9 +131,22 @@ class SoftmaxAttention(nn.Module):
         q, k, v = (
             p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q = rotate(self.q_norm(q), position_ids, self.rope_theta)
-        k = rotate(self.k_norm(k), position_ids, self.rope_theta)
+        if self._inv_freq is not None and self._inv_freq.device != x.device:
+            self._inv_freq = self._inv_freq.to(x.device)
+        rope = (position_ids, self.rope_theta, self._inv_freq, self.rope_scale)
+        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def _frequencies(inv_freq: Sequence[float] | None, head_dim: int) -> Tensor | None:
+    """As a tensor that is no buffer: no cast of the model rounds it, and it is real on a meta device."""
+    if inv_freq is None:
+        return None
+    if len(inv_freq) != head_dim // 2:
+        raise ValueError(
+            f"inv_freq must have head_dim / 2 = {head_dim // 2} numbers, got {len(inv_freq)}"
+        )
+    return torch.tensor(inv_freq, dtype=torch.float32, device="cpu")
 
 
 class SlidingWindowAttention(SoftmaxAttention):
@@ -132,8 +157,8 @@ class SlidingWindowAttention(SoftmaxAttention):
 
     Args:
         window_size: positions seen, at least 1.
-        hidden_size, num_heads, num_kv_heads, head_dim, qk_norm, rope_theta, norm_eps, layer_idx: as
-            in `SoftmaxAttention`.
+        hidden_size, num_heads, num_kv_heads, head_dim, qk_norm, rope_theta, norm_eps, layer_idx,
+            attention_bias, attention_output_bias, inv_freq, rope_scale: as in `SoftmaxAttention`.
 
     Raises:
         ValueError: sizes that do not fit; the message names which.
@@ -150,9 +175,16 @@ class SlidingWindowAttention(SoftmaxAttention):
         norm_eps: float = 1e-6,
         layer_idx: int | None = None,
         window_size: int = 2048,
+        *,
+        attention_bias: bool = False,
+        attention_output_bias: bool = False,
+        inv_freq: Sequence[float] | None = None,
+        rope_scale: float = 1.0,
     ):
         super().__init__(
-            hidden_size, num_heads, num_kv_heads, head_dim, qk_norm, rope_theta, norm_eps, layer_idx
-        )
+            hidden_size, num_heads, num_kv_heads, head_dim, qk_norm, rope_theta, norm_eps, layer_idx,
+            attention_bias=attention_bias, attention_output_bias=attention_output_bias,
+            inv_freq=inv_freq, rope_scale=rope_scale,
+        )  # fmt: skip
         check_positive(window_size=window_size)
         self.window_size = window_size

@@ -27,6 +27,11 @@ class GatedKalmaNet(RecurrentMixer):
         num_v_heads: value heads, a multiple of num_heads (more value than key heads). None: as keys.
         num_kv_heads: key and value heads, a divisor of num_heads (grouped heads). None: num_heads.
             Not together with num_v_heads.
+        num_k_heads: key heads, where they are counted apart from the value heads (num_v_heads; None: as
+            many). Each count must divide the greatest of the three. Not together with num_kv_heads.
+        kv_rank: rank of the learned maps that expand key and value heads to all heads. None: heads are
+            shared.
+        kv_mix: whether the repetition that these maps are added to is a learned matrix.
         use_beta_gate: whether beta scales k and v.
         use_alpha_connection: whether alpha mixes the solution with the query; else it is used alone.
         use_v_conv: whether values are convolved; without, they are v_proj's output as it is.
@@ -70,15 +75,19 @@ class GatedKalmaNet(RecurrentMixer):
         norm_eps: float = 1e-6,
         backend: str = "auto",
         solver: str = "chebyshev",
+        num_k_heads: int | None = None,
+        kv_rank: int | None = None,
+        kv_mix: bool = False,
     ):
         if num_iter < 0:
             raise ValueError(f"num_iter must be 0 or more, got {num_iter}")
         if not ridge_ratio > 0:
             raise ValueError(f"ridge_ratio must be above 0, got {ridge_ratio}")
         super().__init__(
-            hidden_size, **split_heads(num_heads, num_kv_heads, num_v_heads), expand_v=expand_v,
-            head_dim=head_dim, use_v_conv=use_v_conv, use_forgetting_gate=use_forgetting_gate,
-            use_gate=use_gate, conv_size=conv_size, layer_idx=layer_idx, norm_eps=norm_eps,
+            hidden_size, **split_heads(num_heads, num_kv_heads, num_v_heads, num_k_heads),
+            expand_v=expand_v, head_dim=head_dim, use_v_conv=use_v_conv,
+            use_forgetting_gate=use_forgetting_gate, use_gate=use_gate, conv_size=conv_size,
+            layer_idx=layer_idx, norm_eps=norm_eps,
         )  # fmt: skip
         self.use_beta_gate = use_beta_gate
         self.use_alpha_connection = use_alpha_connection
@@ -89,6 +98,10 @@ class GatedKalmaNet(RecurrentMixer):
         why_unavailable(backend)  # refuses unknown names
         self.backend = backend
         self.solver = check_solver(solver)
+        if kv_mix and kv_rank is None:
+            raise ValueError("kv_mix is a part of the learned expansion: it needs kv_rank")
+        if kv_rank is not None:
+            self._add_expansions(kv_rank, kv_mix)
         if use_beta_gate:
             self.b_proj = nn.Linear(hidden_size, self.num_expanded_heads)
         if use_alpha_connection:

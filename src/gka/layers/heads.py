@@ -1,7 +1,7 @@
 """Head counts and sizes, checked once when a mixer is constructed."""
 
 import math
-from typing import TypedDict
+from typing import TypedDict, cast
 
 
 class HeadCounts(TypedDict):
@@ -13,13 +13,19 @@ class HeadCounts(TypedDict):
 
 
 def split_heads(
-    num_heads: int, num_kv_heads: int | None, num_v_heads: int | None = None
+    num_heads: int,
+    num_kv_heads: int | None,
+    num_v_heads: int | None = None,
+    num_k_heads: int | None = None,
 ) -> HeadCounts:
-    """Counts with grouped keys and values (num_kv_heads) or with more value heads (num_v_heads).
+    """Counts with grouped keys and values (num_kv_heads), with more value heads (num_v_heads), or with
+    each count given (num_k_heads and num_v_heads).
 
     Raises:
-        ValueError: both given, or counts that do not divide.
+        ValueError: two that exclude each other, or counts that do not divide.
     """
+    if num_k_heads is not None:
+        return _each_count(num_heads, num_k_heads, num_v_heads, num_kv_heads)
     if num_kv_heads is not None and num_v_heads is not None:
         raise ValueError(
             "num_kv_heads (fewer key and value heads than queries) and num_v_heads (more value "
@@ -39,6 +45,24 @@ def split_heads(
     return HeadCounts(
         num_heads=num_heads, num_k_heads=num_k_heads, num_v_heads=num_v_heads or num_k_heads
     )
+
+
+def _each_count(
+    num_heads: int, num_k_heads: int, num_v_heads: int | None, num_kv_heads: int | None
+) -> HeadCounts:
+    if num_kv_heads is not None:
+        raise ValueError(
+            f"num_k_heads = {num_k_heads} and num_kv_heads = {num_kv_heads} both count key heads: leave "
+            "one None"
+        )
+    num_v_heads = num_k_heads if num_v_heads is None else num_v_heads
+    counts = HeadCounts(num_heads=num_heads, num_k_heads=num_k_heads, num_v_heads=num_v_heads)
+    check_positive(num_heads=num_heads, num_k_heads=num_k_heads, num_v_heads=num_v_heads)
+    most = max(num_heads, num_k_heads, num_v_heads)
+    uneven = [f"{name} = {count}" for name, count in counts.items() if most % cast(int, count)]
+    if uneven:
+        raise ValueError(f"{', '.join(uneven)} must divide {most}, the greatest of the head counts")
+    return counts
 
 
 def value_dim(head_dim: int, expand_v: float) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gka.layers.cache import open_cache, read_state, recurrent_layer
 from gka.layers.convolution import ShortConvolution
+from gka.layers.expansion import HeadExpansion
 from gka.layers.heads import check_positive, value_dim
 from gka.layers.norms import GatedRMSNorm, RMSNorm, unit, working_dtype
 from gka.layers.padding import Padding, check_inputs
@@ -96,7 +97,7 @@ class RecurrentMixer(nn.Module):
         self.num_heads = num_heads
         self.num_k_heads = num_k_heads
         self.num_v_heads = num_v_heads
-        self.num_expanded_heads = max(num_heads, num_v_heads)
+        self.num_expanded_heads = max(num_heads, num_k_heads, num_v_heads)
         self.use_gate = use_gate
         self.layer_idx = layer_idx
         channels = {
@@ -122,6 +123,15 @@ class RecurrentMixer(nn.Module):
         for parameter in (self.A_log, self.dt_bias):
             parameter._no_weight_decay = True  # pyright: ignore[reportAttributeAccessIssue]
         self.reset_parameters()
+
+    def _add_expansions(self, rank: int, learned_mix: bool) -> None:
+        """Expand key and value heads by learned maps (`HeadExpansion`) instead of sharing them."""
+        for name, heads, dim in (
+            ("k", self.num_k_heads, self.head_dim),
+            ("v", self.num_v_heads, self.head_v_dim),
+        ):
+            expansion = HeadExpansion(heads, self.num_expanded_heads, dim, rank, learned_mix)
+            setattr(self, f"{name}_expand", expansion)
 
     def _add_output(self, use_gate: bool, norm_eps: float) -> None:
         width = self.num_expanded_heads * self.head_v_dim
@@ -229,8 +239,11 @@ class RecurrentMixer(nn.Module):
                 layer.update_conv_state(
                     convolution.next_state(inputs, state, lengths).detach(), idx
                 )
+        expansion = getattr(self, f"{name}_expand", None)
+        if expansion is not None:
+            y = expansion(y)
         if name == "v":
-            return y.unflatten(-1, (self.num_v_heads, self.head_v_dim))
+            return y.unflatten(-1, (-1, self.head_v_dim))
         y = unit(y.unflatten(-1, (-1, self.head_dim)))
         if name == "k":
             return y if padding is None else padding.clear(y)

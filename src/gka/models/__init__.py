@@ -6,6 +6,8 @@ model_type "gka".
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from gka.models.adapters.auto import register
+from gka.models.adapters.save import save_as
 from gka.models.cache import GKACache
 from gka.models.causal_lm import GKAForCausalLM
 from gka.models.configuration import GKAConfig
@@ -16,12 +18,15 @@ AutoConfig.register(GKAConfig.model_type, GKAConfig, exist_ok=True)
 AutoModel.register(GKAConfig, GKAModel, exist_ok=True)
 AutoModelForCausalLM.register(GKAConfig, GKAForCausalLM, exist_ok=True)
 
+register()
+
 __all__ = [
     "GKAConfig",
     "GKAModel",
     "GKAForCausalLM",
     "GKAPreTrainedModel",
     "GKACache",
+    "save_as",
     "ParameterCount",
     "count_parameters",
 ]

@@ -12,7 +12,9 @@ from transformers.activations import ACT2FN
 from gka.errors import InputError
 from gka.layers.heads import split_heads, value_dim
 from gka.maths.chebyshev import Solver
-from gka.models.pattern import SOFTMAX_MIXERS, attention_heads
+from gka.models.experts import check_experts
+from gka.models.pattern import SOFTMAX_MIXERS, attention_heads, check_overrides
+from gka.models.rope import check_rope
 from gka.ops.backends import known_backends
 
 if TYPE_CHECKING:
@@ -45,6 +47,9 @@ def check_sizes(config: GKAConfig) -> None:
         raise InputError(
             f"solver: expected one of {', '.join(get_args(Solver))}, got {config.solver!r}"
         )
+    check_overrides(config)
+    check_rope(config)
+    check_experts(config)
     if any(name not in SOFTMAX_MIXERS for name in config.pattern):
         _check_recurrent(config)
     if any(name in SOFTMAX_MIXERS for name in config.pattern):
@@ -55,7 +60,7 @@ def check_sizes(config: GKAConfig) -> None:
 
 def _check_recurrent(config: GKAConfig) -> None:
     try:
-        split_heads(config.num_heads, config.num_kv_heads, config.num_v_heads)
+        split_heads(config.num_heads, config.num_kv_heads, config.num_v_heads, config.num_k_heads)
         value_dim(config.head_dim, config.expand_v)
     except ValueError as error:
         raise InputError(str(error)) from error

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from gka.errors import InputError
+from gka.models.adapters import adapter_of
 from gka.models.checks import check_sizes, check_types
 from gka.models.pattern import check_pattern, layer_types, resolve_pattern
 
@@ -31,6 +32,8 @@ _WRITTEN_BY_TRANSFORMERS = frozenset(
         "transformers_weights",
     }
 )
+# What a foreign configuration says that is not about the model's mathematics.
+_CARRIED = ("dtype", "torch_dtype", "quantization_config", "_commit_hash", "_name_or_path")
 # Read-only here because the pattern implies them; accepted in a file when they agree with it.
 _DERIVED = ("layer_types", "number_of_conv_states")
 
@@ -51,6 +54,7 @@ class GKAConfig(PreTrainedConfig):
         attention_layers: layers (counted from 0) that use "attention" instead of `mixer`.
         head_dim, num_heads, num_kv_heads, num_v_heads, expand_v: head sizes and counts of the recurrent
             mixers, as in `gka.layers.GatedKalmaNet`.
+        num_k_heads, kv_rank, kv_mix: of "gka" alone, as in `GatedKalmaNet`.
         use_beta_gate, use_alpha_connection, use_v_conv, use_forgetting_gate, use_forgetting_gate_kk,
             gla_rescale, ridge_ratio, num_iter, use_gate, conv_size, backend, solver: as in `GatedKalmaNet`;
             the other recurrent mixers take those that they have.
@@ -58,6 +62,13 @@ class GKAConfig(PreTrainedConfig):
             of the recurrent mixers (and with `attention_num_heads` alone, that many key-value heads).
         sliding_window: tokens that "swa" attends to, the current one among them.
         rope_theta, qk_norm: rotary base, and query/key normalisation, of the softmax mixers.
+        rope_options: scaling of their rotary positions: transformers' `rope_type` ("linear", "yarn" or
+            "llama3") and its numbers. None: no scaling.
+        attention_bias, attention_output_bias: biases of their maps to q, k, v, and of their output map.
+        mixer_overrides: by mixer, constructor options that differ from the fields above, such as
+            `{"gated_deltanet": {"norm_eps": 1e-5}}`.
+        moe: mixture-of-experts MLPs (`gka.models.experts`): `num_experts`, `num_experts_per_tok`,
+            `moe_intermediate_size`, `norm_topk_prob`, and `layers`, those that have one. None: no experts.
         hidden_act: activation of the MLP's gate.
         norm_eps: epsilon of every RMSNorm.
         tie_word_embeddings: one matrix for the embedding and the output.
@@ -86,7 +97,10 @@ class GKAConfig(PreTrainedConfig):
     num_heads: int = 16
     num_kv_heads: int | None = None
     num_v_heads: int | None = None
+    num_k_heads: int | None = None
     expand_v: float = 1.0
+    kv_rank: int | None = None
+    kv_mix: bool = False
     use_beta_gate: bool = True
     use_alpha_connection: bool = True
     use_v_conv: bool = True
@@ -104,7 +118,12 @@ class GKAConfig(PreTrainedConfig):
     attention_head_dim: int | None = None
     sliding_window: int = 2048
     rope_theta: float = 10000.0
+    rope_options: dict | None = None
     qk_norm: bool = True
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    mixer_overrides: dict | None = None
+    moe: dict | None = None
     hidden_act: str = "silu"
     norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
@@ -125,6 +144,19 @@ class GKAConfig(PreTrainedConfig):
         super().__post_init__(**others)
         self.check()
         self._check_derived(derived)
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **options: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The fields stored in a folder or on the hub, of any format that `gka.models.adapters` knows."""
+        theirs, unused = super().get_config_dict(pretrained_model_name_or_path, **options)
+        return _translated(theirs), unused
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
+        """A configuration from the fields of a config.json, ours or a foreign one."""
+        return super().from_dict(_translated(config_dict), **options)
 
     @property
     def pattern(self) -> list[str]:
@@ -163,6 +195,15 @@ class GKAConfig(PreTrainedConfig):
                 raise InputError(
                     f"{key} follows from the mixers and is {getattr(self, key)}, not {value}: leave it out"
                 )
+
+
+def _translated(config: dict[str, Any]) -> dict[str, Any]:
+    """Fields of ours from a foreign config.json; ours as they are."""
+    adapter = adapter_of(config)
+    if adapter is None:
+        return config
+    kept = {key: config[key] for key in _CARRIED if config.get(key) is not None}
+    return adapter.fields(config) | kept
 
 
 def _refuse_unknown(others: dict[str, Any]) -> None:

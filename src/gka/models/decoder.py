@@ -11,8 +11,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from gka.layers import RMSNorm
+from gka.models.adapters.load import load_with
 from gka.models.cache import GKACache
 from gka.models.configuration import GKAConfig
+from gka.models.experts import build_experts, has_experts
 from gka.models.initialization import init_module
 from gka.models.naming import CACHE_NAME, one_cache
 from gka.models.pattern import build_mixer
@@ -41,7 +43,7 @@ class GKADecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mixer = build_mixer(config, layer_idx)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.mlp = GKAMLP(config)
+        self.mlp = build_experts(config) if has_experts(config, layer_idx) else GKAMLP(config)
 
     def forward(self, hidden_states: Tensor, past: Cache | None, **context: Any) -> Tensor:
         # Called `past` here: transformers takes a cache under its own names away from checkpointed layers,
@@ -66,6 +68,15 @@ class GKAPreTrainedModel(PreTrainedModel):
     # The decay exp(A_log) softplus(. + dt_bias) acts at every token: a half-precision rounding of these few
     # numbers compounds over the sequence. They stay float32 whatever dtype a model is loaded in.
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["A_log", "dt_bias"]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **options: Any) -> Any:
+        """transformers' `from_pretrained`, for our folders and those `gka.models.adapters` knows.
+
+        A foreign checkpoint is complete or refused; see `gka.models.adapters.load.load_with`.
+        """
+        load = super().from_pretrained
+        return load_with(cls, load, pretrained_model_name_or_path, *args, **options)
 
     def _init_weights(self, module: nn.Module) -> None:
         init_module(module, std=self.config.initializer_range)

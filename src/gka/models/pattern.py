@@ -10,11 +10,13 @@ from torch import nn
 from gka import layers
 from gka.errors import InputError
 from gka.layers import MIXERS, mixer_options
+from gka.models.rope import rotary_frequencies
 
 if TYPE_CHECKING:
     from gka.models.configuration import GKAConfig
 
 SOFTMAX_MIXERS = ("attention", "swa")
+_NOT_OVERRIDDEN = ("hidden_size", "layer_idx", "inv_freq", "rope_scale")
 # How transformers' caches call what a layer keeps; every other mixer keeps a recurrent state.
 _LAYER_TYPES = {"attention": "full_attention", "swa": "sliding_attention"}
 
@@ -36,19 +38,21 @@ def layer_types(pattern: list[str]) -> list[str]:
 def build_mixer(config: GKAConfig, layer_idx: int) -> nn.Module:
     """The mixer of layer `layer_idx`; it takes from `config` the arguments its constructor names."""
     name = config.pattern[layer_idx]
-    values = _mixer_values(config, name) | {"layer_idx": layer_idx}
+    values = mixer_values(config, name) | {"layer_idx": layer_idx}
     options = {key: values[key] for key in mixer_options(name) if key in values}
     return layers.build_mixer(name, **options)
 
 
-def _mixer_values(config: GKAConfig, name: str) -> dict[str, Any]:
+def mixer_values(config: GKAConfig, name: str) -> dict[str, Any]:
     """Every configuration value a mixer may ask for, under its constructor's name for it."""
     values = dict(vars(config))
     if name in SOFTMAX_MIXERS:
         heads, kv_heads, head_dim = attention_heads(config)
         values |= {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
         values["window_size"] = config.sliding_window
-    return values
+        if config.rope_options is not None:
+            values["inv_freq"], values["rope_scale"] = rotary_frequencies(config, head_dim)
+    return values | (config.mixer_overrides or {}).get(name, {})
 
 
 def attention_heads(config: GKAConfig) -> tuple[int, int, int]:
@@ -82,6 +86,22 @@ def check_pattern(config: GKAConfig) -> None:
             f"{config.num_hidden_layers}: give one mixer a layer, or leave num_hidden_layers out"
         )
     _check_attention_layers(config)
+
+
+def check_overrides(config: GKAConfig) -> None:
+    """Raise `InputError` if `mixer_overrides` names a mixer or an option that does not exist."""
+    for name, options in (config.mixer_overrides or {}).items():
+        _check_name("mixer_overrides", name)
+        known = [option for option in mixer_options(name) if option not in _NOT_OVERRIDDEN]
+        if not isinstance(options, dict):
+            raise InputError(
+                f"mixer_overrides[{name!r}]: expected a table of options, got {options!r}"
+            )
+        for option in options:
+            if option not in known:
+                raise InputError(
+                    f"mixer_overrides[{name!r}]: no option {option!r}; it has {', '.join(known)}"
+                )
 
 
 def _check_name(argument: str, name: object) -> None:

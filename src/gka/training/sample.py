@@ -1,5 +1,6 @@
 """Complete a prompt with a trained model, as `gka generate` does."""
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,12 +53,11 @@ def load(folder: Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    import gka.models  # noqa: F401  (registers the classes with the Auto classes)
+    from gka.models import GKAForCausalLM
 
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, output_loading_info=True, local_files_only=True
-        )
+        kind = GKAForCausalLM if _is_ours_to_read(folder) else AutoModelForCausalLM
+        loaded: Any = kind.from_pretrained(folder, output_loading_info=True, local_files_only=True)
         model, notes = loaded
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # parsers of three formats, each with its own exceptions
@@ -75,6 +75,15 @@ def load(folder: Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
             f"{model.config.vocab_size}"
         )
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+def _is_ours_to_read(folder: Path) -> bool:
+    """Whether it is one of our models or of a hybrid format; transformers runs its own models itself."""
+    from gka.models.adapters import PLAIN, adapter_of
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    adapter = adapter_of(config)
+    return config.get("model_type") == "gka" or not (adapter is None or adapter.name in PLAIN)
 
 
 def complete(

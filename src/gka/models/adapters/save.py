@@ -1,0 +1,158 @@
+"""Our models written as foreign folders, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor
+
+from gka.errors import InputError
+from gka.layers.heads import split_heads
+from gka.models.adapters import ADAPTERS, Adapter
+
+if TYPE_CHECKING:
+    from gka.models.causal_lm import GKAForCausalLM
+    from gka.models.configuration import GKAConfig
+
+OURS = "gka"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+_MODEL_FIELDS = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "hidden_act", "norm_eps",
+    "tie_word_embeddings", "rope_options", "moe",
+)  # fmt: skip
+_HEADS = ("num_heads", "num_kv_heads", "num_v_heads", "num_k_heads")
+_NOT_WRITTEN = ("layer_idx", "backend")
+
+
+def save_as(
+    model: GKAForCausalLM,
+    folder: str | os.PathLike[str],
+    format: str,
+    *,
+    max_shard_size: str = "5GB",
+    extra_files: str | os.PathLike[str] | None = None,
+) -> None:
+    """Write a model in a foreign format, or in ours ("gka"); bit for bit what it holds.
+
+    Decay rates that are kept in float32 are written in the model's dtype if that changes no value.
+
+    Args:
+        model: the model.
+        folder: must not exist, or be empty; it appears when everything is written.
+        format: "gka", or a key of `gka.models.adapters.ADAPTERS`.
+        max_shard_size: files are split above this size.
+        extra_files: a folder whose other files (tokenizer, chat template) are copied.
+
+    Raises:
+        InputError: the format is unknown or cannot express the model, or the folder is in use.
+    """
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target} exists and is not empty; name another folder")
+    if format != OURS and format not in ADAPTERS:
+        raise InputError(f"format {format!r} is unknown; choose {OURS}, {', '.join(ADAPTERS)}")
+    values = None if format == OURS else foreign_config(model.config, format)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        _fill(draft, model, values, ADAPTERS.get(format), max_shard_size)
+        if extra_files is not None:
+            _copy_others(Path(extra_files), draft)
+        draft.chmod(0o777 & ~_umask())
+        if target.exists():
+            target.rmdir()
+        os.replace(draft, target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def foreign_config(config: GKAConfig, format: str) -> dict[str, Any]:
+    """The configuration in a foreign format.
+
+    Raises:
+        InputError: the format cannot express it; says what.
+    """
+    adapter = ADAPTERS[format]
+    strange = sorted(set(config.pattern) - set(adapter.mixers))
+    if strange:
+        raise InputError(
+            f"{format} has no {', '.join(strange)} layers, only {', '.join(sorted(adapter.mixers))}"
+        )
+    values = adapter.config(config)
+    back = type(config).from_dict(json.loads(json.dumps(values)))
+    ours, theirs = _meaning(config), _meaning(back)
+    for key, value in ours.items():
+        if theirs[key] != value:
+            raise InputError(
+                f"{format} cannot express {key} = {value!r}; it would be read as {theirs[key]!r}"
+            )
+    return values
+
+
+def _meaning(config: GKAConfig) -> dict[str, Any]:
+    """All that a model's function depends on, each thing said in one way."""
+    from gka.layers import mixer_options
+    from gka.models.pattern import mixer_values
+
+    meaning = {name: getattr(config, name) for name in _MODEL_FIELDS}
+    meaning["pattern"] = config.pattern
+    for mixer in dict.fromkeys(config.pattern):
+        values = mixer_values(config, mixer)
+        options = {
+            k: values[k] for k in mixer_options(mixer) if k in values and k not in _NOT_WRITTEN
+        }
+        counts = split_heads(*(options.pop(name, None) for name in _HEADS))
+        for name, value in (options | dict(counts)).items():
+            meaning[f"{name} of {mixer!r}"] = value
+    return meaning
+
+
+def _fill(
+    draft: Path,
+    model: GKAForCausalLM,
+    values: dict[str, Any] | None,
+    adapter: Adapter | None,
+    size: str,
+) -> None:
+    if values is None or adapter is None:
+        model.save_pretrained(draft, max_shard_size=size)
+        return
+    state = {name: tensor.contiguous() for name, tensor in _narrowed(model)}
+    save_torch_state_dict(
+        dict(adapter.export(model.config, state)),
+        draft,
+        max_shard_size=size,
+        metadata={"format": "pt"},
+    )
+    text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+    (draft / "config.json").write_text(text, encoding="utf-8")
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(draft)
+
+
+def _narrowed(model: GKAForCausalLM) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in model.state_dict().items():
+        if tensor.dtype == torch.float32 and name.endswith(("A_log", "dt_bias")):
+            narrow = tensor.to(model.dtype)
+            tensor = narrow if torch.equal(narrow.float(), tensor) else tensor
+        yield name, tensor
+
+
+def _copy_others(source: Path, draft: Path) -> None:
+    for file in source.iterdir():
+        if file.is_file() and not file.name.endswith(_WEIGHTS) and not (draft / file.name).exists():
+            shutil.copy2(file, draft / file.name)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
