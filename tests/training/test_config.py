@@ -109,19 +109,21 @@ def test_unknown_recipes_are_refused(tmp_path: Path) -> None:
 def test_resumed_runs_keep_their_settings(reference: tuple[Path, Any]) -> None:
     """Settings given again must agree; the first that differs is named with both values."""
     output, metrics = reference
-    assert resumed_config(output, {}).tables() == metrics["config"]
-    assert resumed_config(output, {"training": {"max_steps": 12}}).training.max_steps == 12
+    assert resumed_config(output, {}, RunConfig).tables() == metrics["config"]
+    assert (
+        resumed_config(output, {"training": {"max_steps": 12}}, RunConfig).training.max_steps == 12
+    )
     with pytest.raises(InputError, match=r"training\.max_steps is 99, but .* began with 12"):
-        resumed_config(output, {"training": {"max_steps": 99}})
+        resumed_config(output, {"training": {"max_steps": 99}}, RunConfig)
     with pytest.raises(InputError, match=r"model\.ridge_ratio is 0\.5, but .* began with None"):
-        resumed_config(output, {"model": {"ridge_ratio": 0.5}})
+        resumed_config(output, {"model": {"ridge_ratio": 0.5}}, RunConfig)
 
 
 def test_damaged_run_settings_are_refused(tmp_path: Path) -> None:
     """run.json cut short, or of another format, is an error, not a fresh start."""
     (tmp_path / "run.json").write_text('{"format": 1')
     with pytest.raises(InputError, match=r"run\.json is not readable JSON"):
-        resumed_config(tmp_path, {})
+        resumed_config(tmp_path, {}, RunConfig)
     (tmp_path / "run.json").write_text('{"format": 99, "config": {}}')
     with pytest.raises(InputError, match="not a run of this version"):
-        resumed_config(tmp_path, {})
+        resumed_config(tmp_path, {}, RunConfig)

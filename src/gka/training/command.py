@@ -93,7 +93,7 @@ def _run(config: RunConfig, folder: Path, given: Tables, *, resume: bool, overwr
         console.print(f"no run in {folder} yet: starting one", highlight=False, soft_wrap=True)
         resume = False
     if resume:
-        config = files.resumed_config(folder, given)
+        config = files.resumed_config(folder, given, RunConfig)
     try:
         metrics = run.train(config, folder, console=console, resume=resume, overwrite=overwrite)
     except run.Interrupted as stop:
