@@ -176,22 +176,28 @@ def fla_config(kind: str, attention: list[int] | None = None, **changes: Any) ->
     else:
         config |= {"use_short_conv": True, "allow_neg_eigval": False, "expand_v": 2.0}
     if attention is not None:
-        config["attn"] = {"layers": attention, "num_heads": HEADS, "num_kv_heads": KV_HEADS,
-                          "qkv_bias": False, "window_size": None, "rope_theta": 10000.0}  # fmt: skip
+        config["attn"] = fla_attention(attention)
     return config | changes
+
+
+def fla_attention(layers: list[int], **changes: Any) -> dict[str, Any]:
+    """FLA's description of attention layers."""
+    usual = {"layers": layers, "num_heads": HEADS, "num_kv_heads": KV_HEADS, "qkv_bias": False,
+             "window_size": None, "rope_theta": 10000.0}  # fmt: skip
+    return usual | changes
 
 
 def fla_weights(config: dict[str, Any]) -> dict[str, Tensor]:
     """Weights of a model of FLA with this configuration; its MLP is 256 wide (2/3 of 4 x 32, rounded up)."""
     shapes: Shapes = {"model.embeddings.weight": (VOCABULARY, WIDTH), "model.norm.weight": (WIDTH,)}
     shapes["lm_head.weight"] = (VOCABULARY, WIDTH)
-    attention = (config["attn"] or {"layers": []})["layers"]
+    spec = config["attn"] or {"layers": [], "qkv_bias": False}
     for layer in range(config["num_hidden_layers"]):
         at = f"model.layers.{layer}."
         shapes |= {f"{at}attn_norm.weight": (WIDTH,), f"{at}mlp_norm.weight": (WIDTH,)}
         shapes |= _mlp(f"{at}mlp.", 256)
-        if layer in attention:
-            shapes |= _attention(f"{at}attn.", qk_norm=False)
+        if layer in spec["layers"]:
+            shapes |= _attention(f"{at}attn.", bias=spec["qkv_bias"], qk_norm=False)
         elif config["model_type"] == "gka":
             shapes |= _gka(f"{at}attn.")
         else:

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import foreign
 from gka.errors import InputError
 from gka.models import GKAConfig, GKAForCausalLM, GKAModel, save_as
-from gka.models.adapters import ADAPTERS
+from gka.models.adapters import ADAPTERS, load
+from gka.models.adapters.save import foreign_config
 from tolerances import relative_error
 
 Ids = Callable[..., Tensor]
@@ -39,11 +40,15 @@ HYBRIDS: dict[str, dict[str, Any]] = {
 FLAS: dict[str, dict[str, Any]] = {
     "fla gka": foreign.fla_config("gka"),
     "fla gka and attention": foreign.fla_config("gka", [1]),
+    "fla gka and windows": foreign.fla_config(
+        "gka", attn=foreign.fla_attention([0, 2], qkv_bias=True, window_size=6, rope_theta=99.0)
+    ),
     "fla gated deltanet": foreign.fla_config("gated_deltanet", [0]),
 }
 EVERY = HYBRIDS | FLAS
 FORMATS = {name: config["model_type"] for name, config in HYBRIDS.items()} | {
-    "fla gka": "fla", "fla gka and attention": "fla", "fla gated deltanet": "fla_gated_deltanet",
+    "fla gka": "fla", "fla gka and attention": "fla", "fla gka and windows": "fla",
+    "fla gated deltanet": "fla_gated_deltanet",
 }  # fmt: skip
 
 
@@ -165,10 +170,28 @@ def test_the_configuration_is_read_whole(tmp_path: Path):
     assert swa.window_size == 7 and attention.window_size is None
     assert gdn.o_norm.eps == 1e-3 and gdn.num_k_heads == 2
     assert attention.rope_theta == 1e6 and attention.q_norm.eps == 1e-5
+    again = foreign_config(model.config, "hybrid_qwen3")  # checks that nothing is lost
+    assert again["gka_config"]["num_v_heads"] == 2 and again["gdn_config"]["num_v_heads"] == 2
+    windows = GKAConfig.from_dict(FLAS["fla gka and windows"])
+    assert (windows.mixers, windows.sliding_window) == (["swa", "gka", "swa"], 6)
+    assert windows.attention_bias and windows.rope_theta == 99.0
     assert GKAConfig.from_dict(theirs, num_iter=5).num_iter == 5
     assert GKAConfig.from_dict(HYBRIDS["every layer"]).mixer_overrides == {
         "gka": {"norm_eps": 1e-6}
     }  # 1e-5 is the default of GDN layers and of this model
+
+
+def test_older_spellings_are_read(tmp_path: Path):
+    """rope_theta, rope_scaling and torch_dtype, as transformers 4 wrote them, mean the same."""
+    scaling = {k: v for k, v in LLAMA3.items() if k != "rope_theta"}
+    new = foreign.hybrid_config("llama", "GKA-*", rope_parameters=LLAMA3, dtype="bfloat16")
+    old = {k: v for k, v in new.items() if k not in ("rope_parameters", "dtype")}
+    old |= {"rope_theta": 5e5, "rope_scaling": scaling, "torch_dtype": "bfloat16"}
+    weights = foreign.hybrid_weights(new, torch.bfloat16)
+    model = GKAForCausalLM.from_pretrained(foreign.write(tmp_path, old, weights))
+    expected = GKAConfig.from_dict(new)
+    assert model.dtype == torch.bfloat16 and model.config.rope_theta == expected.rope_theta == 5e5
+    assert model.config.rope_options == expected.rope_options == scaling
 
 
 def test_their_name_is_ours_too(tmp_path: Path):
@@ -186,6 +209,17 @@ def test_their_name_is_ours_too(tmp_path: Path):
     [
         (foreign.hybrid_config("qwen3", "*DA-GKA"), "fused layer of the distillation stage"),
         (foreign.hybrid_config("qwen3", "*-GKA*"), "'GKA\\*' is a fused layer"),
+        (
+            foreign.hybrid_config("qwen3", "*-GKA", layer_types=["GKA", "*"]),
+            "layer_types .* contradict hybrid_override_pattern",
+        ),
+        (
+            foreign.fla_config(
+                "gka",
+                attn=[foreign.fla_attention([0]), foreign.fla_attention([1], rope_theta=5.0)],
+            ),
+            "specifications whose options differ",
+        ),
         (foreign.hybrid_config("qwen3", "*-M2"), "unknown layer 'M2'; known: \\*, GKA, SWA, GDN"),
         (
             foreign.hybrid_config("qwen3", "*-GKA", num_hidden_layers=3),
@@ -208,6 +242,18 @@ def test_their_name_is_ours_too(tmp_path: Path):
             "gdn_config: allow_neg_eigval = True is not supported",
         ),
         (foreign.hybrid_config("qwen3", "SWA", swa_config={}), "swa_config: window_size"),
+        (
+            foreign.hybrid_config("qwen3", "GKA", gka_config="small"),
+            "config.json of a hybrid_qwen3 model cannot be used: ",
+        ),
+        (
+            foreign.hybrid_config("qwen3", "GKA", hidden_size="wide"),
+            "config.json of a hybrid_qwen3 model cannot be used: .*hidden_size",
+        ),
+        (
+            foreign.hybrid_config("qwen3", "GKA", hidden_size=-3),
+            "hidden_size: expected more than 0",
+        ),
         (
             foreign.hybrid_config("llama", "*-GKA", mlp_bias=True),
             "mlp_bias: MLPs with biases are not supported",
@@ -277,6 +323,18 @@ def test_damaged_checkpoints_are_refused(kind: str, auto: bool, tmp_path: Path):
         (AutoModelForCausalLM if auto else GKAForCausalLM).from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["missing key", "left over"])
+def test_what_the_loader_notices_is_refused_too(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Files that are not in a local folder are checked by transformers' loader alone: as strictly."""
+    tampered(kind, tmp_path)
+    monkeypatch.setattr(load, "check_stored", lambda *_: None)
+    what = {"missing key": "missing: .*dt_bias", "left over": "left over: .*q_proj"}[kind]
+    with pytest.raises(InputError, match=f"weights are {what}"):
+        GKAForCausalLM.from_pretrained(tmp_path)
+
+
 def test_unsafe_weights_are_not_read(tmp_path: Path):
     """A folder with pickled weights alone is refused."""
     foreign.write(tmp_path, HYBRIDS["qwen3"], weights_of(HYBRIDS["qwen3"]))
@@ -307,6 +365,7 @@ def test_weights_of_an_unused_decay_do_no_harm(tmp_path: Path):
         ),
         ({"mixers": ["gka"], "num_kv_heads": 1, "kv_rank": 2}, "fla", "kv_rank of 'gka' = 2"),
         ({"mixers": ["gka"], "solver": "adaptive"}, "fla", "solver of 'gka' = 'adaptive'"),
+        ({"mixers": ["gka"], "num_iter": 0}, "fla", "num_iter = 0 .* is refused by FLA"),
         ({"mixers": ["gka"], "expand_v": 2.0}, "hybrid_qwen3", "expand_v of 'gka' = 2.0"),
         ({"mixers": ["gka"]}, "hybrid_gemma", "format 'hybrid_gemma' is unknown; choose gka,"),
     ],
@@ -329,7 +388,7 @@ def test_nothing_is_overwritten_or_half_written(
     (tmp_path / "used" / "mine").touch()
     with pytest.raises(InputError, match="exists and is not empty"):
         save_as(model, tmp_path / "used", "hybrid_qwen3")
-    monkeypatch.setattr(json, "dumps", None)
+    monkeypatch.setattr("gka.models.adapters.save.save_torch_state_dict", None)
     with pytest.raises(TypeError):
         save_as(model, tmp_path / "new", "hybrid_qwen3")
     assert [path.name for path in tmp_path.iterdir()] == ["used"]

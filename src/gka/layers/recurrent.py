@@ -71,6 +71,8 @@ class RecurrentMixer(nn.Module):
     q_conv1d: ShortConvolution
     k_conv1d: ShortConvolution
     v_conv1d: ShortConvolution  # with use_v_conv
+    k_expand: HeadExpansion  # with a learned expansion
+    v_expand: HeadExpansion
 
     def __init__(
         self,

@@ -203,7 +203,15 @@ def _translated(config: dict[str, Any]) -> dict[str, Any]:
     if adapter is None:
         return config
     kept = {key: config[key] for key in _CARRIED if config.get(key) is not None}
-    return adapter.fields(config) | kept
+    try:
+        return adapter.fields(config) | kept
+    except InputError:
+        raise
+    except Exception as error:  # transformers' own checks of its configurations among them
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"config.json of a {adapter.name} model cannot be used: {reason}"
+        ) from error
 
 
 def _refuse_unknown(others: dict[str, Any]) -> None:

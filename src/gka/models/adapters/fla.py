@@ -109,6 +109,8 @@ def _read_attention(kind: str, attn: Any, fields: dict[str, Any]) -> dict[str, A
 
 def write(kind: str, config: GKAConfig) -> dict[str, Any]:
     """A configuration for FLA's class."""
+    if kind == "gka" and config.num_iter < 1:
+        raise InputError("num_iter = 0 (gated linear attention) is refused by FLA's gka")
     values = {key: getattr(config, key) for key in _COMMON | _OWN[kind]}
     if values["hidden_act"] == "silu":
         values["hidden_act"] = "swish"

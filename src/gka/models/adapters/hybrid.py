@@ -110,7 +110,10 @@ def _mixers(theirs: dict[str, Any]) -> list[str]:
         raise InputError(
             f"hybrid_override_pattern: unknown layer {symbol!r}; known: {', '.join(SYMBOLS)}"
         )
-    return [SYMBOLS[symbol] for symbol in text.split("-")]
+    symbols, listed = text.split("-"), theirs.get("layer_types") or []
+    if set(listed) <= set(SYMBOLS) and listed and listed != symbols:
+        raise InputError(f"layer_types {listed} contradict hybrid_override_pattern {text!r}")
+    return [SYMBOLS[symbol] for symbol in symbols]
 
 
 def _window(theirs: dict[str, Any]) -> int:
@@ -192,7 +195,8 @@ def write(family: str, config: GKAConfig) -> dict[str, Any]:
     if "gka" in config.pattern:
         values["gka_config"] = _write_gka(config)
     if "gated_deltanet" in config.pattern:
-        options = _options(config, "gated_deltanet")
+        # its layers count heads without these two
+        options = _options(config, "gated_deltanet") | {"num_k_heads": None, "num_v_heads": None}
         values["gdn_config"] = _GDN_FIXED | _counts(options) | {
             key: options[key] for key in (*_GDN, "norm_eps", "hidden_size")
         }  # fmt: skip
