@@ -10,6 +10,7 @@ from gka.errors import InputError
 from gka.evaluation.command import mqar, recall
 from gka.training.command import generate, train
 from gka.training.convert import convert
+from gka.training.priming.command import prime
 
 app = typer.Typer(
     name="gka",
@@ -19,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, generate, convert, recall, mqar):
+for command in (train, generate, prime, convert, recall, mqar):
     app.command()(command)
 
 

@@ -60,13 +60,17 @@ class Job:
 
     def measure(self, phase: str, model: "GKAForCausalLM") -> None:
         """The figures of a phase's model, unless they are known already."""
-        if phase in self.about["phases"]:
-            return
-        found: dict[str, Any] = self.held.figures(model)
-        if self.probe is not None:
-            found["probe"] = self.probe(phase, model, self.tokenizer)
-        self.about["phases"][phase] = found
-        self.note()
+        known = self.about["phases"]
+        if phase not in known:
+            known[phase] = self.held.figures(model)
+            self.note()
+            self._show(phase)
+        if self.probe is not None and "probe" not in known[phase]:
+            known[phase]["probe"] = self.probe(phase, model, self.tokenizer)
+            self.note()
+
+    def _show(self, phase: str) -> None:
+        found = self.about["phases"][phase]
         self.console.print(
             f"{phase:8} loss {found['loss']:.4f}  bits per byte {found['bits_per_byte']:.4f}",
             highlight=False,
