@@ -40,10 +40,10 @@ def markdown(found: dict[str, Any]) -> str:
     if "control" in found:
         lines.append(["control", "teacher, stage 2 too", *_figures(found["control"], probes)])
     steps = ", ".join(f"{name} {count} steps" for name, count in found.get("steps", {}).items())
-    teacher = found["teacher"]
+    spent, parameters = found["teacher"]["training"], found["teacher"]["model"]["parameters"]
     head = [
-        f"Teacher: {teacher['model']['parameters'] / 1e6:.1f} M parameters, "
-        f"{teacher['training']['steps']} steps, {teacher['training']['tokens'] / 1e6:.1f} M tokens in {teacher['training']['seconds']:.0f} s. "
+        f"Teacher: {parameters / 1e6:.1f} M parameters, {spent['steps']} steps, "
+        f"{spent['tokens'] / 1e6:.1f} M tokens in {spent['seconds']:.0f} s. "
         f"Hybrids: {steps}, for both alike.",
         "",
     ]

@@ -11,6 +11,7 @@ from gka.errors import InputError
 from gka.training import RunConfig, build_model, read_recipe
 from gka.training.config import RECIPES, merged
 from gka.training.folder import resumed_config
+from gka.training.priming import PrimeConfig
 
 
 def test_tables_round_trip() -> None:
@@ -85,11 +86,16 @@ def test_later_tables_win_key_by_key() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
-def test_recipes_describe_models(path: Path) -> None:
-    """Every recipe in recipes/ is found by name, has known keys only, and makes a model."""
+def test_recipes_describe_runs(path: Path) -> None:
+    """Every recipe in recipes/ is found by name, has known keys only, and makes a model or primes one."""
     import torch
 
-    config = RunConfig.from_tables(read_recipe(path.stem))
+    tables = read_recipe(path.stem)
+    if "prime" in tables:
+        config = PrimeConfig.from_tables(tables)
+        assert config.stage1.max_steps and config.stage2.max_steps
+        return
+    config = RunConfig.from_tables(tables)
     with torch.device("meta"):
         model = build_model(config, byte_tokenizer())
     assert model.num_parameters() > 0

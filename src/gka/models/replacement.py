@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from gka.errors import InputError
 from gka.layers import SoftmaxAttention, mixer_options
+from gka.layers.heads import split_heads
 from gka.layers.recurrent import RecurrentMixer
 from gka.models.causal_lm import GKAForCausalLM
 from gka.models.configuration import GKAConfig
-from gka.models.pattern import SOFTMAX_MIXERS, attention_heads, build_mixer
+from gka.models.pattern import SOFTMAX_MIXERS, attention_heads, build_mixer, mixer_values
 
 REPLACEMENTS = ("gka", "gated_deltanet")
 """Mixers that attention layers can become."""
@@ -144,16 +145,25 @@ def _replaced_config(
 
 def _check_same(before: GKAConfig, after: GKAConfig, mixer: str) -> None:
     """One mixer has one set of options in a model: those there already must be those wanted."""
-    from gka.models.pattern import mixer_values
-
-    names = [name for name in mixer_options(mixer) if name not in ("hidden_size", "layer_idx")]
-    was, will = mixer_values(before, mixer), mixer_values(after, mixer)
-    for name in names:
-        if was.get(name) != will.get(name):
+    was, will = _options(before, mixer), _options(after, mixer)
+    for name, value in was.items():
+        if value != will[name]:
             raise InputError(
-                f"the model has {mixer!r} layers already, with {name} = {was.get(name)!r}; new ones would "
-                f"need {will.get(name)!r}, and all layers of one mixer are alike"
+                f"the model has {mixer!r} layers already, with {name} = {value!r}; new ones would "
+                f"need {will[name]!r}, and all layers of one mixer are alike"
             )
+
+
+def _options(config: GKAConfig, mixer: str) -> dict[str, Any]:
+    """What a mixer is constructed with, head counts filled in."""
+    values, known = mixer_values(config, mixer), mixer_options(mixer)
+    found: dict[str, Any] = {
+        name: values.get(name) for name in known if name not in ("hidden_size", "layer_idx")
+    }
+    counts: dict[str, Any] = {
+        name: found.pop(name, None) for name in ("num_kv_heads", "num_v_heads", "num_k_heads")
+    }
+    return found | dict(split_heads(values["num_heads"], **counts))
 
 
 @torch.no_grad()

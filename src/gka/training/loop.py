@@ -71,7 +71,8 @@ def fit(
             "model": model, "args": args, "train_dataset": blocks[0], "eval_dataset": blocks[1],
             "processing_class": tokenizer, **(settings or {}),
         })  # fmt: skip
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        if last is None or not _is_at_the_end(trainer, last, config.max_steps):
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
     if stop.signal is not None and trainer.state.global_step < config.max_steps:
         raise Interrupted(trainer.state.global_step, stop.signal)
     return trainer
@@ -89,6 +90,21 @@ def _last_checkpoint(folder: Path, console: "Console") -> Path | None:
     last = checkpoints.newest(folder, say)
     say(f"resuming from {last}" if last else "no whole checkpoint: starting from step 0")
     return last
+
+
+def _is_at_the_end(trainer: "Trainer", checkpoint: Path, max_steps: int) -> bool:
+    """Whether a checkpoint is that of the last step; if so, the trainer is put in its state.
+
+    The Trainer would go on: in the midst of an epoch it takes a step before it asks whether it is done.
+    """
+    from transformers import TrainerState
+
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if state.global_step < max_steps:
+        return False
+    trainer._load_from_checkpoint(str(checkpoint))
+    trainer.state = state
+    return True
 
 
 def _callbacks(stop: "Stop") -> list[Any]:
