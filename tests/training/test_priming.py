@@ -235,3 +235,31 @@ def test_adapters_alone_learn_and_are_merged(
     model = with_adapters(tiny(), PrimeConfig.from_tables({"stage2": {"lora_rank": 2}}).stage2)
     assert sum(p.requires_grad for p in model.parameters()) == 4 * 7 * 2
     assert metrics["phases"]["stage2"]["loss"] < metrics["phases"]["stage1"]["loss"]
+
+
+@pytest.mark.parametrize("family", ["Qwen3", "Qwen2", "Llama", "Mistral"])
+def test_transformers_own_decoders_prime(run_prime: Prime, tmp_path: Path, family: str) -> None:
+    """A folder that transformers wrote is a teacher; what has no counterpart in the new layers is named."""
+    import transformers
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 257}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    config = getattr(transformers, f"{family}Config")(
+        **sizes, **heads, bos_token_id=None, eos_token_id=256, pad_token_id=256
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    model.save_pretrained(tmp_path / "teacher")
+    byte_tokenizer().save_pretrained(tmp_path / "teacher")
+    short: Tables = {"stage1": {"max_steps": 1}, "stage2": {"max_steps": 1}}
+    metrics = run_prime(
+        tmp_path / "run", merged(short, {"prime": {"teacher": str(tmp_path / "teacher")}})
+    )
+    dropped = {
+        "Qwen3": ["norms of queries and keys"],
+        "Qwen2": ["biases"],
+        "Mistral": ["sliding windows"],
+    }.get(family, [])
+    assert metrics["dropped"] == ["rotary positions", *dropped]
+    hybrid = GKAForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert [name == "gka" for name in hybrid.config.pattern] == [True, False, True]
