@@ -92,6 +92,14 @@ def draw(found: dict[str, Any], path: Path) -> None:
                 color=COLORS[mixer],
                 label=NAMES[mixer],
             )
+    _draw_teacher(grid, found)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=110)
+    write_bytes(path, image.getvalue())
+
+
+def _draw_teacher(grid: Any, found: dict[str, Any]) -> None:
+    """The teacher's figures as lines, and what every panel is."""
     teacher = next(iter(found["hybrids"].values()))["phases"]["teacher"]
     grid[0][0].axhline(teacher["bits_per_byte"], color="black", lw=1, label="teacher")
     for line, value in zip(("-", "--", ":"), _copied(teacher).values(), strict=False):
@@ -116,9 +124,6 @@ def draw(found: dict[str, Any], path: Path) -> None:
     for axes in grid.flat:
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=110)
-    write_bytes(path, image.getvalue())
 
 
 def _copied(figures: dict[str, Any]) -> dict[str, float]:

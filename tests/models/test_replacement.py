@@ -10,7 +10,7 @@ import torch
 
 from gka.errors import InputError
 from gka.models import GKAForCausalLM
-from gka.models.replacement import REPLACEMENTS, replace_attention
+from gka.models.replacement import REPLACEMENTS, Start, replace_attention
 
 Build = Callable[..., GKAForCausalLM]
 GROUPED: dict[str, Any] = {"mixer": "attention", "num_hidden_layers": 3, "num_kv_heads": 2}
@@ -66,10 +66,23 @@ def test_gates_are_neutral(build: Build, mixer: str) -> None:
     new: Any = mixer_of(model, 0)
     x = 10 * torch.randn(2, 9, 32)
     assert torch.allclose((693 * new.log_decay(x)).exp(), torch.tensor(0.5), atol=1e-3)
-    beta = 0.953 if mixer == "gka" else 0.5
+    beta = 0.95 if mixer == "gka" else 0.5
     assert torch.allclose(new.b_proj(x).sigmoid(), torch.tensor(beta), atol=1e-3)
     if mixer == "gka":
-        assert torch.allclose(new.alpha_proj(x).sigmoid(), torch.tensor(0.047), atol=1e-3)
+        assert torch.allclose(new.alpha_proj(x).sigmoid(), torch.tensor(0.05), atol=1e-3)
+
+
+def test_gates_begin_as_asked(build: Build) -> None:
+    """Other starts are taken at their word, and refused out of range."""
+    model, x = build(**GROUPED), torch.randn(1, 4, 32)
+    replace_attention(model, [0], "gka", start=Start(alpha=0.5, beta=0.25, decay=0.125))
+    new = mixer_of(model, 0)
+    assert torch.allclose(new.alpha_proj(x).sigmoid(), torch.tensor(0.5), atol=1e-6)
+    assert torch.allclose(new.b_proj(x).sigmoid(), torch.tensor(0.25), atol=1e-6)
+    assert torch.allclose(new.log_decay(x), torch.tensor(-0.125), atol=1e-6)
+    for wrong in ({"alpha": 0.0}, {"beta": 1.0}, {"decay": 0.0}):
+        with pytest.raises(InputError, match=f"{next(iter(wrong))} is .*expected"):
+            Start(**wrong)
 
 
 def test_first_forward_is_close_to_linear_attention(build: Build) -> None:

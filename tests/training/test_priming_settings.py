@@ -1,5 +1,6 @@
 """Priming settings are what was written, or an error that names what is wrong, before any work."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from gka.cli import main
 from gka.data import byte_tokenizer
 from gka.errors import InputError
 from gka.models import GKAConfig, GKAForCausalLM
@@ -47,6 +49,8 @@ def test_tokens_become_steps() -> None:
         ),
         ({"prime": {"layers": "rank", "count": 5}}, "prime.count is 5, but the teacher has 4"),
         ({"prime": {"count": 1}}, "prime.count goes with layers = 'rank'"),
+        ({"prime": {"alpha": 1.0}}, "prime.alpha is 1.0; expected between 0 and 1"),
+        ({"prime": {"decay": 0.0}}, "prime.decay is 0.0; expected above 0"),
         ({"prime": {"mixer": "rwkv"}}, "mixer is 'rwkv'"),
         ({"mixer": {"num_itre": 3}}, "has no option 'num_itre'"),
         ({"data": {"sequence_length": 100000}}, "fewer than sequence_length = 100000"),
@@ -94,3 +98,43 @@ def test_adapters_need_peft(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match="needs the package peft: pip install peft"):
         run_prime(tmp_path / "run", {"stage2": {"lora_rank": 2}})
+
+
+def test_the_command_runs_resumes_and_refuses(
+    teacher: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`gka prime` leaves a hybrid, --resume leaves a complete run alone, bad input ends with status 2."""
+    output = tmp_path / "run"
+    sizes = [
+        "--sequence-length",
+        "16",
+        "--batch-size",
+        "2",
+        "--stage1-steps",
+        "2",
+        "--stage2-tokens",
+        "64",
+    ]
+    rest = ["--set", "data.eval_fraction=0.2", "--set", "mixer.num_iter=4", "--output", str(output)]
+    command = ["prime", str(teacher), "--layers", "1,2", "--data", str(text), *sizes, *rest]
+    with pytest.raises(SystemExit) as done:
+        main(command)
+    assert done.value.code == 0
+    assert "after stage 2" in capsys.readouterr().out
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["layers"] == [1, 2]
+    assert metrics["stages"]["stage2"]["steps"] == 2
+    assert (output / "report" / "priming.png").exists()
+    for again in ([*command, "--resume"], ["prime", "--resume", "--output", str(output)]):
+        with pytest.raises(SystemExit) as done:
+            main(again)
+        assert done.value.code == 0
+        assert "is complete" in capsys.readouterr().out
+    for wrong, message in (
+        (["prime"], "no teacher: give"),
+        (["prime", "/nowhere"], "no config.json"),
+    ):
+        with pytest.raises(SystemExit) as done:
+            main(wrong)
+        assert done.value.code == 2
+        assert message in capsys.readouterr().err

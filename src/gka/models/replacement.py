@@ -5,9 +5,9 @@ what only the attention has (rotary positions, norms of queries and keys, biases
 dropped; what only the recurrent one has begins neutral:
 
     convolutions   identity: the current input's tap 1, the others 0 (their SiLU remains)
-    beta           sigmoid(3) = 0.95 at every token ("gka"); 0.5 (a `b_proj` without bias)
-    alpha          sigmoid(-3) = 0.05: nearly gated linear attention, the solution mixed in by a twentieth
-    decay          g = -0.001 at every token: half of it is left after 693 tokens
+    beta           0.95 at every token ("gka"); always 0.5 where `b_proj` has no bias ("gated_deltanet")
+    alpha          0.05: nearly gated linear attention, the solution mixed in by a twentieth
+    decay          g = -0.001 at every token: half of the memory is left after 693 tokens
     output gate    g_proj = o_proj^T / 2 + v_proj / 2, value heads repeated for the heads that share them
     output norm    weights 1
 """
@@ -15,6 +15,7 @@ dropped; what only the recurrent one has begins neutral:
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,10 +32,34 @@ from gka.models.pattern import SOFTMAX_MIXERS, attention_heads, build_mixer, mix
 REPLACEMENTS = ("gka", "gated_deltanet")
 """Mixers that attention layers can become."""
 
-BETA_BIAS, ALPHA_BIAS, DECAY = 3.0, -3.0, 1e-3
 # Decided by the attention whose weights are taken over.
 _SIZES = ("head_dim", "num_heads", "num_kv_heads", "num_v_heads", "num_k_heads", "expand_v")
 _FLOAT32 = ("A_log", "dt_bias")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What the gates of new mixers begin with, the same at every token.
+
+    Attributes:
+        alpha: how much of the solution is mixed in, in (0, 1).
+        beta: how strongly keys and values are written, in (0, 1); where the gate has no bias it is 0.5.
+        decay: -g > 0; the memory is halved in log(2) / decay tokens.
+
+    Raises:
+        InputError: a number out of its range.
+    """
+
+    alpha: float = 0.05
+    beta: float = 0.95
+    decay: float = 1e-3
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta"):
+            if not 0 < getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; expected between 0 and 1")
+        if not 0 < self.decay < math.inf:
+            raise InputError(f"decay is {self.decay}; expected above 0")
 
 
 def replace_attention(
@@ -42,6 +67,7 @@ def replace_attention(
     layers: Sequence[int],
     mixer: str = "gka",
     options: Mapping[str, Any] | None = None,
+    start: Start | None = None,
 ) -> dict[int, SoftmaxAttention]:
     """Put recurrent mixers, begun from the attention's weights, where the attention of `layers` was.
 
@@ -52,6 +78,7 @@ def replace_attention(
         layers: which of them, counted from 0.
         mixer: "gka" or "gated_deltanet".
         options: of the new mixers, such as {"num_iter": 15}; head counts and sizes are the attention's.
+        start: of the gates. None: `Start()`, the numbers above.
 
     Returns:
         The attention modules taken out, by layer: with them the former model can still be computed.
@@ -67,7 +94,7 @@ def replace_attention(
     for layer, recurrent in new.items():
         block: Any = model.model.layers[layer]
         old[layer] = block.mixer
-        block.mixer = _begun_from(block.mixer, recurrent)
+        block.mixer = _begun_from(block.mixer, recurrent, start or Start())
     model.config.__dict__.update(config.__dict__)
     model._is_stateful = True
     return old
@@ -167,7 +194,7 @@ def _options(config: GKAConfig, mixer: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _begun_from(attention: SoftmaxAttention, mixer: nn.Module) -> nn.Module:
+def _begun_from(attention: SoftmaxAttention, mixer: nn.Module, start: Start) -> nn.Module:
     """The recurrent mixer with the attention's weights, neutral elsewhere, on its device in its dtype."""
     assert isinstance(mixer, RecurrentMixer)
     like = attention.q_proj.weight
@@ -180,7 +207,7 @@ def _begun_from(attention: SoftmaxAttention, mixer: nn.Module) -> nn.Module:
     if mixer.use_gate:
         mixer.g_proj.weight.copy_(output_gate(attention))
     mixer.o_norm.weight.fill_(1.0)
-    _neutral_gates(mixer)
+    _neutral_gates(mixer, start)
     for name, parameter in mixer.named_parameters():
         dtype = torch.float32 if name in _FLOAT32 else like.dtype
         parameter.data = parameter.data.to(like.device, dtype)
@@ -195,15 +222,15 @@ def output_gate(attention: SoftmaxAttention) -> Tensor:
     return (attention.o_proj.weight.T + repeated) / 2
 
 
-def _neutral_gates(mixer: RecurrentMixer) -> None:
+def _neutral_gates(mixer: RecurrentMixer, start: Start) -> None:
     """The same at every token: maps are zero, biases say how much."""
-    for name, bias in (("b_proj", BETA_BIAS), ("alpha_proj", ALPHA_BIAS)):
+    for name, value in (("b_proj", start.beta), ("alpha_proj", start.alpha)):
         gate = getattr(mixer, name, None)
         if gate is not None:
             gate.weight.zero_()
             if gate.bias is not None:
-                gate.bias.fill_(bias)
+                gate.bias.fill_(math.log(value / (1 - value)))
     if mixer.use_forgetting_gate:
         mixer.a_proj.weight.zero_()
         mixer.A_log.zero_()
-        mixer.dt_bias.fill_(math.log(math.expm1(DECAY)))
+        mixer.dt_bias.fill_(math.log(math.expm1(start.decay)))

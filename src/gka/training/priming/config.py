@@ -1,6 +1,7 @@
 """What a priming run is: four tables (data, prime, stage1, stage2), and one of the new mixers' options."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -43,6 +44,7 @@ class ReplacementConfig:
         rank_window: tokens of that sliding window.
         rank_blocks: held-out blocks that the loss is measured on, at most.
         mixer: "gka" or "gated_deltanet".
+        alpha, beta, decay: what its gates begin with (`gka.models.replacement.Start`).
     """
 
     teacher: str = ""
@@ -51,8 +53,16 @@ class ReplacementConfig:
     rank_window: int = 64
     rank_blocks: int = 64
     mixer: str = "gka"
+    alpha: float = 0.05
+    beta: float = 0.95
+    decay: float = 1e-3
 
     def __post_init__(self) -> None:
+        for name in ("alpha", "beta"):
+            if not 0 < getattr(self, name) < 1:
+                raise InputError(f"prime.{name} is {getattr(self, name)}; expected between 0 and 1")
+        if not 0 < self.decay < math.inf:
+            raise InputError(f"prime.decay is {self.decay}; expected above 0")
         least = {"count": 0, "rank_window": 1, "rank_blocks": 1}
         for name, number in least.items():
             if getattr(self, name) < number:

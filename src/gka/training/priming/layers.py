@@ -9,6 +9,7 @@ from gka.data.files import read_json, write_json
 from gka.errors import InputError
 from gka.models.pattern import SOFTMAX_MIXERS
 from gka.models.replacement import check_replacement
+from gka.training.folder import is_main_process
 from gka.training.priming.config import EVERY_OTHER, RANK, PrimeConfig
 from gka.training.priming.measure import HeldOut
 
@@ -80,7 +81,8 @@ def rank(
                 status.update(f"ranking layers: {layer} of {softmax[-1]}")
                 with windowed(model.model.layers[layer].mixer, window):
                     found["rise"][str(layer)] = held.loss(model, blocks) - found["loss"]
-                write_json(file, found)
+                if is_main_process():
+                    write_json(file, found)
     return found
 
 

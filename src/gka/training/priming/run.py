@@ -216,7 +216,7 @@ def _matched(job: Job, teacher: "GKAForCausalLM") -> "GKAForCausalLM":
     """The hybrid after stage 1; the teacher is taken apart for it."""
     from transformers import set_seed
 
-    from gka.models.replacement import replace_attention
+    from gka.models.replacement import Start, replace_attention
     from gka.training.priming.layers import chosen_layers
     from gka.training.priming.matching import Matching, freeze_others
 
@@ -228,7 +228,8 @@ def _matched(job: Job, teacher: "GKAForCausalLM") -> "GKAForCausalLM":
     job.about |= report.description(teacher, layers, prime.mixer)
     job.measure(TEACHER, teacher)
     set_seed(stage.seed)
-    attention = replace_attention(teacher, layers, prime.mixer, job.config.mixer)
+    start = Start(alpha=prime.alpha, beta=prime.beta, decay=prime.decay)
+    attention = replace_attention(teacher, layers, prime.mixer, job.config.mixer, start)
     hybrid = teacher
     job.measure(INITIAL, hybrid)
     weights = (stage.layer_weight, stage.end_weight)
@@ -260,7 +261,8 @@ def _recovered(job: Job, hybrid: "GKAForCausalLM") -> "GKAForCausalLM":
         recompute_layers(model)
     trainer = _fit(job, STAGE2, model, partial(RecoveryTrainer, teacher, stage.kl_weight))
     if stage.lora_rank:
-        model.save_pretrained(job.output / STAGE2 / "adapter")
+        if files.is_main_process():
+            files.save_model(model, job.tokenizer, job.output / STAGE2 / "adapter")
         model = model.merge_and_unload()
     _finish(job, STAGE2, stage, trainer, model, keep_model=False)
     return model
