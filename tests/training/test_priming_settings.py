@@ -129,7 +129,7 @@ def test_the_command_runs_resumes_and_refuses(
         with pytest.raises(SystemExit) as done:
             main(again)
         assert done.value.code == 0
-        assert "is complete" in capsys.readouterr().out
+        assert "there is nothing to" in capsys.readouterr().out
     for wrong, message in (
         (["prime"], "no teacher: give"),
         (["prime", "/nowhere"], "no config.json"),
