@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 RUNS ?= runs
 JOBS ?= 2
 
-.PHONY: help install run test lint types imports check test-gpu bench-gpu bench clean
+.PHONY: help install run test lint types imports check test-gpu bench-gpu tune-gpu bench-decode bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -51,6 +51,12 @@ test-gpu: ## the kernels' tests on this machine's GPU
 
 bench-gpu: ## the op and the layer against their peers on this machine's GPU: BENCH="--quick"
 	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.gpu --output $(RUNS)/bench-gpu $(BENCH)
+
+tune-gpu: ## measure and store the kernels' launch configurations on this machine's GPU: TUNE="--seconds 300"
+	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.tune --output $(RUNS)/tune/tune.json $(TUNE)
+
+bench-decode: ## one token a sequence, states in place, on this machine's GPU: under a minute
+	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.decode --output $(RUNS)/bench-decode
 
 bench: install ## chunk-wise against token by token on this CPU
 	$(BIN)/python -m benchmarks.cpu --output $(RUNS)/bench

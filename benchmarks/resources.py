@@ -12,10 +12,11 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 from unittest.mock import patch
 
 import torch
@@ -24,7 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend, get_ptxas
 from triton.runtime.jit import JITFunction
 
-from gka.kernels import configs, hopper, launch, nvrtc, plan
+from gka.kernels import around, configs, hopper, launch, nvrtc, plan
+from gka.maths.chebyshev import Solver
 from gka.maths.chunked import Settings, Tokens
 
 SHARED_LIMITS = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
@@ -79,11 +81,13 @@ def compiling_only(arch: int) -> Iterator[list]:
         return kernel
 
     plan.plan_of.cache_clear()  # nothing has been compiled before
+    around._launchers.clear()
     try:
         with as_if_on(arch), patch.object(JITFunction, "run", run):
             yield compiled
     finally:
         plan.plan_of.cache_clear()
+        around._launchers.clear()
 
 
 def problem(dim: int, dtype: torch.dtype, heads: int = 16, length: int = 2048) -> Tokens:
@@ -94,14 +98,45 @@ def problem(dim: int, dtype: torch.dtype, heads: int = 16, length: int = 2048) -
     return Tokens(q, k, v, g, None, alpha, beta, None, None, None)
 
 
-def run_all(dim: int, dtype: torch.dtype) -> None:
+def run_all(dim: int, dtype: torch.dtype, solver: Solver = "chebyshev") -> None:
     """Every kernel of a forward and a backward pass."""
     tokens = problem(dim, dtype)
-    settings = Settings(1.0, 0.02, 30, 64, tied=True, with_h=False)
+    settings = Settings(1.0, 0.02, 30, 64, tied=True, with_h=False, solver=solver)
     out = launch.chunk_forward(tokens, settings)
     launch.chunk_backward(
         tokens, out.x, out.x_scale, torch.empty_like(tokens.v), None, None, settings
     )
+
+
+def run_around(dim: int, dtype: torch.dtype, heads: int = 16, length: int = 2048) -> None:
+    """Every kernel around the op in a layer: from a past, packed, and a step in decoding."""
+    channels, lengths = heads * dim, torch.zeros(1, dtype=torch.int64)
+
+    def three(*shape: int, dtype: torch.dtype = dtype) -> around.Three:
+        q, k, v = (torch.empty(shape, dtype=dtype) for _ in range(3))
+        return q, k, v
+
+    def heads_of(tokens: int) -> around.Three:
+        return three(1, tokens, channels)
+
+    weights, states = three(channels, 1, 4), three(1, channels, 4)
+    none: around.Three = (None, None, None)
+    past = torch.zeros(length, dtype=torch.uint8)
+    for held, before, ends in ((states, None, lengths), (none, past, None)):
+        parts = around.Parts(heads_of(length), weights, held, before, ends, dim)
+        around.convolve(parts)
+        around.convolve_backward(parts, heads_of(length), True, True)
+
+    decay = (torch.empty(heads), torch.empty(heads))
+    given = around.Gates(*three(1, length, heads), *decay, None, 1e-6)
+    around.gates(given)
+    around.gates_backward(given, three(1, length, heads, dtype=torch.float32))
+    o, weight = torch.empty(1, length, heads, dim, dtype=dtype), torch.empty(dim, dtype=dtype)
+    around.gated_norm(o, o, weight, 1e-6)
+    around.gated_norm_backward(o, o, weight, o, 1e-6)
+    for tokens in (1, 16):
+        parts = around.Parts(heads_of(tokens), weights, states, None, lengths, dim)
+        around.step(parts, around.Gates(*three(1, tokens, heads), *decay, lengths, 1e-6))
 
 
 def usage(name: str, kernel, arch: int) -> Usage:
@@ -160,11 +195,23 @@ def _assemble(ptx: str, arch: int) -> tuple[int, int]:
     return int(registers[0]), int(re.findall(r"(\d+) bytes spill stores", told)[0])
 
 
-def shared_table(arch: int, dim: int, dtype: str) -> None:
-    """One line a kernel: its shared memory and what the chip allows."""
+def compile_all(arch: int, dim: int, dtype: str, run: Callable[..., None]) -> list:
+    """(name, compiled kernel) of all that `run` launches."""
     with compiling_only(arch) as compiled:
-        run_all(dim, getattr(torch, dtype))
-    for name, kernel in compiled:
+        run(dim, getattr(torch, dtype))
+    return compiled
+
+
+def run_solvers(dim: int, dtype: torch.dtype) -> None:
+    """Both passes of the op with either solver."""
+    for solver in get_args(Solver):
+        plan.plan_of.cache_clear()  # what is compiled would be launched
+        run_all(dim, dtype, solver)
+
+
+def shared_table(arch: int, dim: int, dtype: str, run: Callable) -> None:
+    """One line a kernel: its shared memory and what the chip allows."""
+    for name, kernel in compile_all(arch, dim, dtype, run):
         print(arch, dim, dtype, name, kernel.metadata.shared, SHARED_LIMITS[arch], flush=True)
 
 
@@ -174,23 +221,29 @@ def main() -> None:
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
     parser.add_argument("--shared", action="store_true", help="shared memory alone")
+    parser.add_argument(
+        "--around", action="store_true", help="what surrounds the op in a layer alone"
+    )
     args = parser.parse_args()
+    run = run_around if args.around else run_solvers
     if args.shared:
         if "TRITON_CACHE_DIR" not in os.environ:
             parser.error("--shared needs TRITON_CACHE_DIR: a directory to be thrown away.")
         CUDABackend.make_cubin = lambda *_: b""  # pyright: ignore[reportAttributeAccessIssue]
         for case in itertools.product(args.arch, args.dims, args.dtypes):
-            shared_table(*case)
+            shared_table(*case, run)
         return
     print("| sm | dtype | K = V | kernel | warps | registers | spills | shared | blocks an SM |")
     print("|---" * 9 + "|")
     for arch in args.arch:
         for dtype in args.dtypes:
             for dim in args.dims:
-                with compiling_only(arch) as compiled:
-                    run_all(dim, getattr(torch, dtype))
+                compiled = compile_all(arch, dim, dtype, run)
                 used = dict.fromkeys(usage(name, kernel, arch) for name, kernel in compiled)
-                for u in (*used, *(hopper_usages(dim, dtype) if arch == 90 else ())):
+                for u in (
+                    *used,
+                    *(hopper_usages(dim, dtype) if arch == 90 and not args.around else ()),
+                ):
                     print(
                         f"| {arch} | {dtype} | {dim} | {u.name} | {u.warps} | {u.registers} "
                         f"| {u.spills} | {u.shared} | {u.blocks} |",

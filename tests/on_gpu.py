@@ -18,6 +18,7 @@ BACKENDS = ("triton", "hopper")
 # every backend with every solver that it has
 SETTINGS = [
     {"backend": "triton"},
+    {"backend": "triton", "solver": "adaptive"},
     {"backend": "hopper"},
     {"backend": "hopper", "solver": "adaptive"},
 ]
@@ -54,6 +55,14 @@ def like_a_layer(length: int, heads: int, dim: int, dtype: torch.dtype, seed: in
         tied=True,
     )
     return on_device(problem, dtype)
+
+
+def leaning(problem: Problem) -> Problem:
+    """The same with keys that lean one way and decays ten times slower: fewer steps prove the bound."""
+    common = normalize(torch.ones_like(problem.k), dim=-1)
+    slow = {n: 0.1 * x for n, x in problem.tensors().items() if n in ("g", "gk")}
+    keys = normalize(problem.k.float() + 1.5 * common.float(), dim=-1).to(problem.k.dtype)
+    return replace(problem, k=keys, **slow)
 
 
 def upstream(problem: Problem, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:

@@ -97,7 +97,7 @@ def test_help_loads_nothing_heavy() -> None:
 def test_help_names_every_command_and_its_options(gka: Run) -> None:
     """The commands are listed; train's help names each option with what it is for."""
     _, shown, _ = gka("--help")
-    for command in ("train", "generate", "recall", "mqar"):
+    for command in ("train", "generate", "inspect", "recall", "mqar"):
         assert f" {command} " in shown
     _, shown, _ = gka("train", "--help")
     for option in ("--mixer", "--attention-layers", "--recipe", "--resume", "--overwrite", "--set"):
@@ -170,6 +170,11 @@ def test_a_recipe_is_the_base_that_options_change(gka: Run, text: Path, tmp_path
         ("generate . --prompt x --temperature -1", "temperature is -1"),
         ("generate . --prompt x --top-p 0", "top_p is 0"),
         ("generate . --prompt x --max-new-tokens 0", "max_new_tokens is 0"),
+        ("inspect nowhere --prompt x", "model nowhere holds no config.json"),
+        ("inspect . --prompt x --file y", "prompt and file exclude each other"),
+        ("inspect . --file none.txt", "file none.txt cannot be read"),
+        ("generate . --prompt x --top-k -2", "top_k is -2"),
+        ("generate . --prompt x --prefill-chunk 0", "prefill_chunk is 0"),
         ("generate . --prompt x --prompt-file y", "exclude each other"),
         ("generate . --prompt-file none.txt", "prompt_file none.txt cannot be read"),
     ],
@@ -260,7 +265,7 @@ def test_temperature_zero_is_greedy(gka: Run, trained: Path) -> None:
     """Temperature 0 does not depend on the seed and takes the likeliest token each time."""
     import torch
 
-    from gka.training.sample import load
+    from gka.serving.sample import load
 
     arguments = ("--prompt", "to a", "--temperature", "0", "--max-new-tokens", "6")
     shown = {gka("generate", trained, *arguments, "--seed", seed)[1] for seed in ("1", "2")}
@@ -360,3 +365,86 @@ def test_a_reader_that_leaves_is_no_crash(trained: Path) -> None:
     child.stdout.close()
     _, errors = child.communicate()
     assert errors == b""
+
+
+GREEDY = ("--temperature", "0", "--max-new-tokens", "9")
+
+
+def test_a_text_goes_on_from_its_state(gka: Run, trained: Path, tmp_path: Path) -> None:
+    """--state makes the file and goes on from it: two runs write what one run over the whole text does,
+    whatever the prefill chunks."""
+    from gka import GenerationSession
+    from gka.serving.sample import load
+    from gka.serving.statefile import read_header
+
+    state = ("--state", tmp_path / "chat.state", *GREEDY)
+    runs = [("--prompt", "to a"), ("--prompt", " or", "--prefill-chunk", "1"), ("--prompt", "")]
+    shown = []
+    for run in runs:
+        status, text, _ = gka("generate", trained, *run, *state)
+        assert status == 0
+        shown.append(text.rstrip("\n"))
+    model, tokenizer = load(trained)
+    session = GenerationSession(model)  # type: ignore[arg-type]
+    for (_, prompt, *_), text in zip(runs, shown, strict=True):
+        if prompt:
+            session.append(tokenizer(prompt)["input_ids"])  # type: ignore[arg-type]
+        new = [int(token) for token in session.generate(9)]
+        assert text == (prompt + str(tokenizer.decode(new))).rstrip("\n")
+    assert read_header(tmp_path / "chat.state")["tokens"] == 4 + 3 + 3 * 9
+
+
+def test_a_state_can_be_kept(gka: Run, trained: Path, tmp_path: Path) -> None:
+    """--save-state leaves the file of --state as it is, which must exist, and makes its own."""
+    base, chat = tmp_path / "base", tmp_path / "chat"
+    both = ("--state", base, "--save-state", chat, *GREEDY)
+    status, _, errors = gka("generate", trained, "--prompt", "to a", *both)
+    assert status == 2 and "base does not exist" in errors and not chat.exists()
+    assert gka("generate", trained, "--prompt", "to a", "--save-state", base, *GREEDY)[0] == 0
+    before = base.read_bytes()
+    assert gka("generate", trained, "--prompt", " or", *both)[0] == 0
+    assert base.read_bytes() == before and chat.read_bytes() != before
+
+
+def test_damaged_states_are_refused_and_kept(gka: Run, trained: Path, tmp_path: Path) -> None:
+    """A state cut short ends the command before any text, and the file is not written over."""
+    path = tmp_path / "s"
+    gka("generate", trained, "--prompt", "to a", "--state", path, *GREEDY)
+    path.write_bytes(path.read_bytes()[:-7])
+    before = path.read_bytes()
+    status, shown, errors = gka("generate", trained, "--prompt", "b", "--state", path, *GREEDY)
+    assert (status, shown) == (2, "") and "cut short" in errors
+    assert path.read_bytes() == before
+
+
+def test_solver_options_reach_the_model(
+    gka: Run, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--num-iter, --ridge-ratio and --solver change the model that writes; bad values are refused."""
+    from gka.serving import sample
+
+    seen: list[Any] = []
+    monkeypatch.setattr(sample, "complete", lambda session, *_: seen.append(session.model) or "")
+    options = ("--num-iter", "7", "--ridge-ratio", "0.5", "--solver", "adaptive")
+    assert gka("generate", trained, "--prompt", "x", *options)[0] == 0
+    mixer = seen[0].model.layers[0].mixer
+    assert (mixer.num_iter, mixer.ridge_ratio, mixer.solver) == (7, 0.5, "adaptive")
+    for bad in (("--num-iter", "-1"), ("--ridge-ratio", "0"), ("--solver", "magic")):
+        status, _, errors = gka("generate", trained, "--prompt", "x", *bad)
+        assert status == 2 and bad[0].strip("-").split("-")[-1] in errors
+
+
+def test_inspect_writes_page_figures_and_table(gka: Run, trained: Path, tmp_path: Path) -> None:
+    """The page and its figures are where the command says; options reach the solve; no text, no page."""
+    output = tmp_path / "look"
+    options = ("--output", output, "--positions", "3", "--num-iter", "11", "--prefill-chunk", "2")
+    status, shown, _ = gka("inspect", trained, "--prompt", "to be or not", *options)
+    assert status == 0 and "0 gka" in shown
+    for name in ("inspection.html", "inspection.json"):
+        assert str(output / name) in shown
+    content = json.loads((output / "inspection.json").read_text())
+    assert content["tokens"] == 12 and content["positions"] == [3, 7, 11]
+    assert content["layers"][0]["num_iter"] == 11
+    assert (output / "inspection.html").read_text().startswith("<!doctype html>")
+    status, _, errors = gka("inspect", trained, "--prompt", "", "--output", tmp_path / "none")
+    assert status == 2 and "the text is empty" in errors and not (tmp_path / "none").exists()

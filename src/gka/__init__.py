@@ -11,13 +11,16 @@ if TYPE_CHECKING:
     from gka.layers import MIXERS, GatedKalmaNet, StateCache
     from gka.models import GKAConfig, GKAForCausalLM, GKAModel
     from gka.ops import (
+        advance_states_,
         available_backends,
         chunk_gka,
         chunk_simple_gla,
         fused_recurrent_gka,
+        fused_recurrent_gka_,
         last_backend,
         why_unavailable,
     )
+    from gka.serving import GenerationSession
 
 __version__ = "0.1.0"
 
@@ -25,6 +28,8 @@ _HOMES = {
     "gka.ops": (
         "chunk_gka",
         "fused_recurrent_gka",
+        "fused_recurrent_gka_",
+        "advance_states_",
         "chunk_simple_gla",
         "available_backends",
         "why_unavailable",
@@ -32,12 +37,15 @@ _HOMES = {
     ),
     "gka.layers": ("GatedKalmaNet", "MIXERS", "StateCache"),
     "gka.models": ("GKAConfig", "GKAModel", "GKAForCausalLM"),
+    "gka.serving": ("GenerationSession",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "chunk_gka",
     "fused_recurrent_gka",
+    "fused_recurrent_gka_",
+    "advance_states_",
     "chunk_simple_gla",
     "available_backends",
     "why_unavailable",
@@ -48,6 +56,7 @@ __all__ = [
     "GKAConfig",
     "GKAModel",
     "GKAForCausalLM",
+    "GenerationSession",
 ]
 
 

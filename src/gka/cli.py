@@ -8,7 +8,10 @@ import typer
 
 from gka.errors import InputError
 from gka.evaluation.command import mqar, recall
-from gka.training.command import generate, train
+from gka.evaluation.evaluate_command import evaluate, lm_eval
+from gka.serving.command import generate
+from gka.serving.inspect_command import inspect
+from gka.training.command import train
 from gka.training.convert import convert
 from gka.training.priming.command import prime
 
@@ -20,8 +23,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, generate, prime, convert, recall, mqar):
+for command in (train, prime, generate, inspect, convert, recall, mqar, evaluate):
     app.command()(command)
+# its arguments, --help too, are the harness's own
+app.command(
+    "lm-eval",
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    },
+)(lm_eval)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

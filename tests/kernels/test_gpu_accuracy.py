@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from gka.ops import solver_steps
 from on_gpu import (
     BACKENDS,
     DEVICE,
@@ -13,6 +14,7 @@ from on_gpu import (
     assert_all_close,
     float64,
     gpu_problem,
+    leaning,
     like_a_layer,
     on_device,
     run,
@@ -66,6 +68,37 @@ def test_every_result_is_that_of_float64(name: str, backend: str) -> None:
     assert_all_close(
         run(problem, num_iter=num_iter, backend=backend), expected, RELATIVE[dtype], name
     )
+
+
+ADAPTIVE: dict[str, dict[str, Any]] = {
+    "bfloat16 128 x 128": {"dtype": BF16, "dims": (128, 128), "batch": 2},
+    "float16 64 x 128, grouped, packed, separate decays": {
+        "dtype": F16, "dims": (64, 128), "heads": GROUPED, "lengths": PACKED, "decay": "separate",
+    },
+    # twice the steps: of the map to within float32's tolerance
+    "float32 64 x 128": {"dtype": F32, "dims": (64, 128), "num_iter": 60},
+    "bfloat16 256 x 256": {"dtype": BF16, "dims": (256, 256)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_every_result_of_the_adaptive_solver_is_that_of_float64(name: str, backend: str) -> None:
+    """With keys for which chunks take fewer steps each result is within its dtype's tolerance of float64."""
+    case = dict(ADAPTIVE[name])
+    dtype, num_iter = case.pop("dtype"), case.pop("num_iter", 30)
+    problem = leaning(gpu_problem(500, dtype, **case))
+    skip_unless_available(problem, backend)
+    decay = problem.g if problem.tied else problem.gk
+    steps = solver_steps(
+        problem.k, decay, num_iter=num_iter, initial_state=problem.h0, beta=problem.beta,
+        cu_seqlens=problem.cu_seqlens, num_heads=problem.q.shape[2],
+    )  # fmt: skip
+    assert (steps < num_iter).any()
+    options = {"num_iter": num_iter, "solver": "adaptive"}
+    expected = float64(problem, **options)
+    found = run(problem, backend=backend, **options)
+    assert_all_close(found, expected, RELATIVE[dtype], name)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,11 +1,15 @@
 """The CUDA C++ kernels compile for Hopper within what a multiprocessor holds (NVRTC; no GPU needed)."""
 
+import ctypes
 import importlib
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from gka.kernels import hopper, nvrtc
+from gka.kernels.hopper import recurrent
 
 pytest.importorskip("triton", reason="its cuobjdump reads what a kernel takes")
 pytestmark = pytest.mark.skipif(
@@ -27,6 +31,14 @@ CASES = [
 ]  # fmt: skip
 
 
+VERBOSE = ("--ptxas-options=-v",)
+
+
+def serialised(log: str) -> list[str]:
+    """The assembler's notes C7510 to C7519: products made to wait for each other, or waits put in."""
+    return [line for line in log.splitlines() if re.search(r"\(C751\d\)", line)]
+
+
 def name_of(case: tuple) -> str:
     kernel, (key_dim, value_dim), adaptive, bfloat16 = case
     return f"{kernel}-{key_dim}-{value_dim}{'-adaptive' * adaptive}{'' if bfloat16 else '-float16'}"
@@ -40,16 +52,29 @@ def resources(monkeypatch):
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_blocks_that_should_be_resident_fit(case: tuple, resources) -> None:
-    """Registers and shared memory leave room for BLOCKS blocks of a solve and two of any other kernel, and
-    next to nothing is spilled."""
+    """Registers and shared memory leave room for BLOCKS blocks of a solve and two of any other kernel, next
+    to nothing is spilled, and the assembler leaves warp-group products asynchronous."""
     kernel, dims, adaptive, bfloat16 = case
     source = hopper.source(kernel, dims[0], dims[1], bfloat16, adaptive)
-    registers, stack = resources.usage_of_cubin(nvrtc.compile_cubin(source, kernel, "sm_90a"))
+    cubin, log = nvrtc.compile_with_notes(source, kernel, "sm_90a", *VERBOSE)
+    assert not serialised(log), serialised(log)
+    registers, stack = resources.usage_of_cubin(cubin)
     blocks = hopper.BLOCKS[max(dims)] if kernel in SOLVES else 2
     threads = 2 * dims[0] if kernel.startswith("scan") else 128
     assert registers * threads * blocks <= REGISTERS
     assert stack <= STACK
     assert blocks * (hopper.shared_bytes(kernel, *dims) + RESERVED) <= SHARED
+
+
+def test_a_product_that_is_not_waited_for_is_noticed() -> None:
+    """The assembler does tell, in the log that the test above reads: here of a wait taken out."""
+    source, wait = (
+        hopper.source("forward", 64, 64, True, False),
+        "mma_wait<0>();\n    hold(residual);",
+    )
+    assert wait in source
+    _, log = nvrtc.compile_with_notes(source.replace(wait, ""), "forward", "sm_90a", *VERBOSE)
+    assert serialised(log)
 
 
 @pytest.mark.parametrize("kernel", SOLVES)
@@ -66,3 +91,19 @@ def test_what_is_no_program_is_refused_with_the_log() -> None:
     """The error holds NVRTC's own words."""
     with pytest.raises(nvrtc.CompilationError, match=r"undefined_name"):
         nvrtc.compile_cubin("__global__ void f() { undefined_name(); }", "f", "sm_90a")
+
+
+@pytest.mark.parametrize("dims", list(recurrent.BLOCKS), ids=str)
+def test_blocks_of_the_token_kernel_fit(dims: tuple[int, int], resources) -> None:
+    """The kernel that takes single tokens keeps H in registers but for some words, BLOCKS blocks a
+    multiprocessor, and its structures are as Python lays them out."""
+    size, shared = ctypes.sizeof(recurrent.StepArguments), recurrent.shared_bytes(dims)
+    for adaptive in (False, True):
+        source = recurrent.source(dims, torch.bfloat16, torch.bfloat16, adaptive)
+        source += (
+            f"\nstatic_assert(sizeof(StepArguments) == {size} && sizeof(Shared) <= {shared});\n"
+        )
+        registers, stack = resources.usage_of_cubin(nvrtc.compile_cubin(source, "step", "sm_90a"))
+        assert registers * dims[0] * recurrent.BLOCKS[dims] <= REGISTERS
+        assert stack <= 96
+        assert recurrent.BLOCKS[dims] * (shared + RESERVED) <= SHARED

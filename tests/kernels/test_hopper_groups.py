@@ -107,17 +107,17 @@ def test_kernels_read_what_the_ones_before_wrote(monkeypatch) -> None:
 
 def test_initial_states_are_measured_once_and_held(monkeypatch) -> None:
     """Every group reads the same largest entries of the initial states, alive at every launch."""
-    from gka.kernels import launch
+    from gka.kernels import call
 
     states = (torch.randn(1, HEADS, DIM, DIM), torch.randn(1, HEADS, DIM, DIM))
-    measure, made, alive = launch._initial, [], []
+    measure, made, alive = call.boundary, [], []
 
     def measured(state: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         found = measure(state)
         made.extend(weakref.ref(x) for x in found if x is not None)
         return found
 
-    monkeypatch.setattr(launch, "_initial", measured)
+    monkeypatch.setattr(call, "boundary", measured)
     seen = lambda: alive.append([x() is not None for x in made])  # noqa: E731
     launches(monkeypatch, tokens(6, *states), "chebyshev", seen)
     assert len(alive) > 2 and all(found == [True] * 4 for found in alive)

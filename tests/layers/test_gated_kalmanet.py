@@ -1,6 +1,7 @@
 """The layer against the released one, and each of its options."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 import gka.layers.gated_kalmanet as module
 from gka.layers import GatedKalmaNet, StateCache
-from tolerances import assert_close, relative_error
+from tolerances import RELATIVE, assert_close, relative_error
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "official_layer_gqa_fp32.safetensors"
 SIZES = {"hidden_size": 24, "num_heads": 4, "head_dim": 6}
@@ -243,3 +244,32 @@ def test_unknown_options_are_refused():
         GatedKalmaNet(ridge_strength=0.02)  # pyright: ignore[reportCallIssue]
     with pytest.raises(ValueError, match="backend must be one of auto"):
         make(backend="cuda")
+
+
+@pytest.mark.parametrize("kind", ["StateCache", "transformers"])
+def test_decoding_updates_the_caches_own_memory(kind, tokens):
+    """Cached tokens leave the states where they are, in either kind of cache, and change them."""
+    cache: Any = StateCache()
+    if kind == "transformers":
+        from transformers.cache_utils import Cache, LinearAttentionLayer
+
+        cache = Cache(layers=[LinearAttentionLayer(number_of_states=3)])
+    layer, x = make(layer_idx=0), tokens(2, 24)
+    with torch.no_grad():
+        layer(x[:, :20], past_key_values=cache)
+        states = [cache.layers[0].recurrent_states[i] for i in range(2)]
+        places, before = [s.data_ptr() for s in states], [s.clone() for s in states]
+        layer(x[:, 20:], past_key_values=cache)
+    for i, (place, old) in enumerate(zip(places, before, strict=True)):
+        now = cache.layers[0].recurrent_states[i]
+        assert now.data_ptr() == place and not torch.equal(now, old)
+
+
+def test_a_cache_made_in_inference_mode_goes_on_outside(tokens):
+    """States of a prefill in inference mode, which may not change outside it, are replaced instead."""
+    layer, x, cache = make(layer_idx=0), tokens(1, 24), StateCache()
+    with torch.inference_mode():
+        layer(x[:, :20], past_key_values=cache)
+    with torch.no_grad():
+        last = layer(x[:, 20:], past_key_values=cache)[0]
+        assert_close(last, layer(x)[0][:, 20:], RELATIVE[torch.float64])

@@ -4,20 +4,26 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from gka.errors import InputError
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` to `path` so that a crash leaves the old file or the new one, never a part."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` to write to; it takes its place when the block ends well.
+
+    A crash leaves the old file or the new one, never a part; after an error the old one stays.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
+        yield Path(name)
+        with open(name, "rb+") as file:
             os.fsync(file.fileno())
         # mkstemp files are private; what people share should follow their umask.
         os.chmod(name, 0o666 & ~_umask())
@@ -25,6 +31,12 @@ def write_bytes(path: Path, content: bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to `path` so that a crash leaves the old file or the new one, never a part."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -50,6 +50,11 @@ def solve_kernel(
     start_h,  # [tokens, G] float32: x_t^T H_[c] y_t
     key_weight,  # [tokens, G] float32: sum_t zeta_t w_t W_tj
     start_weight,  # [M, G] float32: sum_t zeta_t^2 w_t
+    # only with the adaptive solver, as certify_kernel left them:
+    nystroem,  # [tokens, G, K] OP: w_t
+    tau,  # [tokens, G] float32
+    phi,  # [M, G] float32
+    steps,  # [M, G] int32
     chunk_start,
     chunk_len,
     ridge_ratio,
@@ -66,12 +71,20 @@ def solve_kernel(
     C: tl.constexpr,
     TILED: tl.constexpr,  # read H_[c] in quarters wherever it is needed
     ADJOINT: tl.constexpr,
+    PART: tl.constexpr,  # the chunks that are solved: "all", "plain" or "deflated"
     OP: tl.constexpr,
     PREC: tl.constexpr,
 ):
-    """x_t = p_r(A_t) rhs_t for one chunk of one head: ridge and solve."""
+    """x_t = p_r(A_t) rhs_t for one chunk of one head: ridge and solve.
+
+    With the adaptive solver a launch for the chunks that run plain and one for those with N_t.
+    """
     m, j = (tl.program_id(0) // G).to(tl.int64), tl.program_id(0) % G
     mh, h = m * G + j, base + j
+    if PART != "all":
+        count = tl.load(steps + mh)
+        if (count < num_iter) != (PART == "deflated"):
+            return
     places = tl.arange(0, C)
     row = tl.load(chunk_start + m)
     valid = places < tl.load(chunk_len + m)
@@ -90,14 +103,20 @@ def solve_kernel(
     )  # fmt: skip
     empty = fro2 < empty_below * empty_below
     f = tl.sqrt(tl.where(empty, 1.0, fro2))
-    rho = 1.0 / (1.0 + 2.0 * ridge_ratio)
-    unit = 2.0 * rho / f  # 2/(L + mu)
+    top = tl.load(phi + mh) if PART == "deflated" else 1.0  # (kappa - 1) a
+    rho = 1.0 / (top + 2.0 * ridge_ratio)
+    unit = 2.0 * rho / f  # 2/(L + mu), and 2/((kappa + 1) lambda) with N_t
     if ADJOINT:
         right = load_scaled(rhs, rhs_scale, row, G, j, K, rk, valid)
     else:
         right = load_rows(rhs, row, H, h, K, rk, valid)
     largest = tl.max(tl.abs(right), 1)
     largest = tl.where(largest > 0.0, largest, 1.0)
+    w_ptr, taken = None, None
+    if PART == "deflated":
+        w_ptr = nystroem + (row * G + j) * K
+        taken = load_gate(tau, row, G, j, valid, 0.0)
+        num_iter = count
     solution = chebyshev(
         tl.where(empty[:, None], 0.0, right / largest[:, None]),
         kn,
@@ -106,8 +125,12 @@ def solve_kernel(
         zeta * h_scale * unit,
         weight * unit[:, None],
         2.0 * ridge_ratio * rho,
-        rho * rho,
+        rho * rho * top * top,
         num_iter,
+        w_ptr,
+        taken,
+        G,
+        valid,
         K,
         TILED,
         OP,

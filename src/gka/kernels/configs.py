@@ -1,43 +1,35 @@
-"""Launch configurations: warps, pipeline stages and register caps by chip class, kernel and head width.
+"""Launch configurations, and what the kernels can run: by chip, kernel, operands and head width.
 
-Made with `python -m benchmarks.resources`, which tells what each takes.
+The tables are chips/sm_<compute capability>.json; `python -m benchmarks.tune` measures and writes them,
+`python -m benchmarks.resources` tells what each kernel takes.
 """
 
 import functools
+import json
+from pathlib import Path
 
 import torch
 
-# kernel -> (warps, stages, cap on registers or None) for heads up to 64, 128 and 256 wide
-Table = dict[str, tuple[tuple[int, int, int | None], ...]]
-
-HOPPER: Table = {
-    "moments": ((4, 3, None), (4, 3, 168), (8, 2, None)),
-    "solve": ((4, 1, None), (4, 1, None), (8, 1, None)),
-    "readout": ((4, 1, None), (4, 1, None), (8, 1, None)),
-    "readout_backward": ((4, 1, None), (4, 1, None), (8, 1, None)),
-    "reverse_u": ((4, 2, None), (4, 2, None), (8, 1, None)),
-    "reverse_h": ((4, 2, None), (4, 2, None), (8, 1, None)),
-    "through_u": ((4, 1, None), (4, 1, None), (8, 1, None)),
-    "through_h": ((4, 1, None), (4, 1, None), (8, 1, None)),
-}
-# without warp-group products 4 warps hold too little of a gradient kernel's tiles
-AMPERE: Table = HOPPER | {
-    "through_u": ((4, 1, None), (8, 1, None), (8, 1, None)),
-    "through_h": ((4, 1, None), (8, 1, None), (8, 1, None)),
-}
-# 100 KB of shared memory a multiprocessor
-SMALL: Table = AMPERE | {"through_u": ((4, 1, None), (8, 1, None), (4, 1, None))}
+CHIPS = Path(__file__).parent / "chips"
+# kernel -> "16-bit" or "float32" -> widest head -> num_warps, num_stages and, where it is capped, maxnreg
+Table = dict[str, dict[str, dict[str, dict[str, int]]]]
 
 WIDTHS = (64, 128, 256)
+WIDEST_FLOAT32_CERTIFICATE = 64  # of keys; 344 KB of shared memory for 128
 CHUNK_SIZES = (16, 32, 64)
 OLDEST = (8, 0)  # compute capability: before it there is no bfloat16 product
 
 
+def table_file(capability: tuple[int, int]) -> Path:
+    """Of that chip, or of the one nearest to it in shared memory and tensor cores."""
+    own = CHIPS / f"sm_{capability[0]}{capability[1]}.json"
+    return own if own.exists() else CHIPS / f"sm_{90 if capability[0] >= 9 else 86}.json"
+
+
+@functools.cache
 def table_of(capability: tuple[int, int]) -> Table:
     """The configurations for a chip of that compute capability."""
-    if capability[0] >= 9:
-        return HOPPER
-    return AMPERE if capability == (8, 0) else SMALL
+    return json.loads(table_file(capability).read_text())["launch"]
 
 
 @functools.cache
@@ -53,10 +45,8 @@ def widest(exact: bool, device: torch.device) -> int:
     return 128 if capability_of(device)[0] >= 9 else 64
 
 
-def why_not(
-    device: torch.device, dtype: torch.dtype, dims: tuple[int, int], chunk_size: int
-) -> str | None:
-    """Why the Triton kernels cannot run such inputs, K and V being `dims`; None if they can."""
+def why_not_chip(device: torch.device) -> str | None:
+    """Why no Triton kernel can run there; None if they can."""
     if device.type == "cuda" and torch.version.hip is not None:
         return (
             "its kernels were written for NVIDIA GPUs and never run on another; this is one of AMD."
@@ -65,6 +55,16 @@ def why_not(
         return (
             f"its kernels need compute capability {OLDEST}; {device} has {capability_of(device)}."
         )
+    return None
+
+
+def why_not(
+    device: torch.device, dtype: torch.dtype, dims: tuple[int, int], chunk_size: int
+) -> str | None:
+    """Why the Triton kernels cannot run such inputs, K and V being `dims`; None if they can."""
+    reason = why_not_chip(device)
+    if reason is not None:
+        return reason
     if dtype == torch.float64:
         return "its kernels compute in float32 at best; got float64."
     if chunk_size not in CHUNK_SIZES:
@@ -75,9 +75,16 @@ def why_not(
     return None
 
 
-def config(kernel: str, width: int, exact: bool, device: torch.device) -> dict:
+def operands(exact: bool) -> str:
+    """The tables' name of a dtype class; `exact`: float32 operands."""
+    return "float32" if exact else "16-bit"
+
+
+def bucket(width: int) -> str:
+    """The tables' name of a head width."""
+    return str(next(limit for limit in WIDTHS if width <= limit))
+
+
+def config(kernel: str, width: int, exact: bool, device: torch.device) -> dict[str, int]:
     """Launch options of a kernel for heads of that width; `exact`: float32 operands."""
-    bucket = next(i for i, limit in enumerate(WIDTHS) if width <= limit)
-    warps, stages, registers = table_of(capability_of(device))[kernel][bucket]
-    options = {"num_warps": warps, "num_stages": 1 if exact else stages}
-    return options if registers is None else options | {"maxnreg": registers}
+    return table_of(capability_of(device))[kernel][operands(exact)][bucket(width)]

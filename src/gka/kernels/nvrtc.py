@@ -48,6 +48,15 @@ def compile_cubin(source: str, name: str, arch: str) -> bytes:
     Raises:
         CompilationError: with NVRTC's log.
     """
+    return compile_with_notes(source, name, arch)[0]
+
+
+def compile_with_notes(source: str, name: str, arch: str, *options: str) -> tuple[bytes, str]:
+    """Machine code and what the compilers say of it; with "--ptxas-options=-v" the assembler's notes too.
+
+    Raises:
+        CompilationError: with NVRTC's log.
+    """
     lib = _library()
     program = ctypes.c_void_p()
     made = lib.nvrtcCreateProgram(
@@ -56,11 +65,13 @@ def compile_cubin(source: str, name: str, arch: str) -> bytes:
     if made:
         raise CompilationError(f"NVRTC could not start on {name} (error {made}).")
     try:
-        flags = [f"--gpu-architecture={arch}", "--std=c++17"]
-        options = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
-        if lib.nvrtcCompileProgram(program, len(flags), options):
-            raise CompilationError(f"{name} for {arch}:\n{_read(lib, program, 'ProgramLog')}")
-        return _read_bytes(lib, program, "CUBIN")
+        flags = [f"--gpu-architecture={arch}", "--std=c++17", *options]
+        given = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
+        failed = lib.nvrtcCompileProgram(program, len(flags), given)
+        log = _read(lib, program, "ProgramLog")
+        if failed:
+            raise CompilationError(f"{name} for {arch}:\n{log}")
+        return _read_bytes(lib, program, "CUBIN"), log
     finally:
         lib.nvrtcDestroyProgram(ctypes.byref(program))
 

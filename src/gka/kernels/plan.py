@@ -23,6 +23,7 @@ THROUGH_H = ("H", "HK", "GK", "K", "BK", "NK", "TILED")
 SIZES = {
     "moments": SCAN,
     "solve": THROUGH_H,
+    "certify": THROUGH_H,
     "readout": READOUT,
     "readout_backward": READOUT,
     "reverse_u": ("H", "K", "V", "BK", "BV"),

@@ -131,11 +131,17 @@ class SoftmaxAttention(nn.Module):
         q, k, v = (
             p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
+        q, k = (
+            self.turn(norm(y), position_ids, self.rope_scale)
+            for norm, y in ((self.q_norm, q), (self.k_norm, k))
+        )
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def turn(self, x: Tensor, positions: Tensor, scale: float = 1.0) -> Tensor:
+        """x [B,T,H,D] rotated by its positions [B,T], or further by them, times a factor."""
         if self._inv_freq is not None and self._inv_freq.device != x.device:
             self._inv_freq = self._inv_freq.to(x.device)
-        rope = (position_ids, self.rope_theta, self._inv_freq, self.rope_scale)
-        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return rotate(x, positions, self.rope_theta, self._inv_freq, scale)
 
 
 def _frequencies(inv_freq: Sequence[float] | None, head_dim: int) -> Tensor | None:

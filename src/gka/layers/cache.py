@@ -1,7 +1,8 @@
 """What a mixer keeps between calls, in torch alone, and how mixers reach it.
 
 Mixers use `transformers` caches and `StateCache` alike: they share one protocol. A `StateCache` holds
-values without their history: no gradient flows from one call into those before.
+values without their history: no gradient flows from one call into those before. States may be updated
+in place: copy what is to be kept.
 """
 
 from typing import Any

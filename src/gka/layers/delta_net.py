@@ -1,12 +1,10 @@
 """DeltaNet (arXiv 2406.06484) and Gated DeltaNet (arXiv 2412.06464): one gradient step per token on
 the error with which the state recalls the token's value."""
 
-import torch
 from torch import Tensor, nn
 
 from gka.layers.heads import split_heads
-from gka.layers.norms import working_dtype
-from gka.layers.recurrent import RecurrentMixer, Run
+from gka.layers.recurrent import Gates, RecurrentMixer, Run
 from gka.ops.delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 
 
@@ -51,12 +49,11 @@ class DeltaNet(RecurrentMixer):
         self.b_proj = nn.Linear(hidden_size, self.num_expanded_heads, bias=False)
 
     def mix(
-        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, x: Tensor, run: Run
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, run: Run
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        beta = torch.sigmoid(self.b_proj(x).to(working_dtype(x)))
         op = fused_recurrent_gated_delta_rule if run.stepwise else chunk_gated_delta_rule
         o, state = op(
-            q, k, v, g, beta, initial_state=run.states[0] if run.states else None,
+            q, k, v, gates.g, gates.beta, initial_state=run.states[0] if run.states else None,
             output_final_state=run.keep, cu_seqlens=run.cu_seqlens,
             cu_seqlens_cpu=run.cu_seqlens_cpu,
         )  # fmt: skip

@@ -1,12 +1,10 @@
 """The Gated KalmaNet layer (arXiv 2511.21016): ridge regression over the whole faded past."""
 
-import torch
 from torch import Tensor, nn
 
 from gka.layers.heads import split_heads
-from gka.layers.norms import working_dtype
-from gka.layers.recurrent import RecurrentMixer, Run
-from gka.ops import chunk_gka, fused_recurrent_gka, why_unavailable
+from gka.layers.recurrent import Gates, RecurrentMixer, Run
+from gka.ops import chunk_gka, fused_recurrent_gka, fused_recurrent_gka_, why_unavailable
 from gka.ops.checks import check_solver
 
 
@@ -17,7 +15,8 @@ class GatedKalmaNet(RecurrentMixer):
     beta = sigmoid(b_proj) + 1e-6, alpha = sigmoid(alpha_proj) and
     g = -exp(A_log) softplus(a_proj + dt_bias) gate `chunk_gka`; its readout goes through a gated
     RMSNorm and o_proj. Cached calls of up to `recurrent.DECODE_TOKENS` tokens without gradient
-    run `fused_recurrent_gka`, the same map token by token; all others run `chunk_gka`.
+    run the same map token by token, `fused_recurrent_gka_`, on the cache's own memory once it holds
+    states; all others run `chunk_gka`.
 
     Args:
         hidden_size: width of the hidden states.
@@ -44,7 +43,8 @@ class GatedKalmaNet(RecurrentMixer):
         conv_size: inputs a short convolution sees.
         layer_idx: the layer's place in a cache.
         norm_eps: epsilon of the output norm.
-        backend: of the ops: "auto", "torch" or "reference".
+        backend: of the ops and of what surrounds them: "auto", or one of `gka.ops.available_backends`;
+            "torch" and "reference" run plain torch throughout.
         solver: of the ops: "chebyshev", or "adaptive", fewer steps within the same error bound.
 
     Raises:
@@ -52,6 +52,7 @@ class GatedKalmaNet(RecurrentMixer):
     """
 
     num_states = 2  # h_kk, h_kv
+    beta_eps = 1e-6
 
     def __init__(
         self,
@@ -108,21 +109,21 @@ class GatedKalmaNet(RecurrentMixer):
             self.alpha_proj = nn.Linear(hidden_size, self.num_expanded_heads)
 
     def mix(
-        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, x: Tensor, run: Run
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, run: Run
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        dtype = working_dtype(x)
-        beta = alpha = None
-        if self.use_beta_gate:
-            beta = torch.sigmoid(self.b_proj(x).to(dtype)) + 1e-6
-        if self.use_alpha_connection:
-            alpha = torch.sigmoid(self.alpha_proj(x).to(dtype))
         # gk is g, the same tensor: that is how the op knows that one decay serves both states
-        gk = g if self.use_forgetting_gate_kk else None
+        gk = gates.g if self.use_forgetting_gate_kk else None
+        given = (q, k, v, gates.g, gk, gates.alpha, self.scale, self.ridge_ratio, self.num_iter)
+        if run.in_place and self.backend != "reference":  # which keeps no states in place
+            o = fused_recurrent_gka_(
+                *given, state=(run.states[0], run.states[1]), beta=gates.beta, backend=self.backend,
+                solver=self.solver,
+            )  # fmt: skip
+            return o, ()
         op = fused_recurrent_gka if run.stepwise else chunk_gka
         o, states = op(
-            q, k, v, g, gk, alpha, self.scale, self.ridge_ratio, self.num_iter,
-            initial_state=(run.states[0], run.states[1]) if run.states else None,
-            output_final_state=run.keep, cu_seqlens=run.cu_seqlens, beta=beta, backend=self.backend,
+            *given, initial_state=(run.states[0], run.states[1]) if run.states else None,
+            output_final_state=run.keep, cu_seqlens=run.cu_seqlens, beta=gates.beta, backend=self.backend,
             solver=self.solver,
             cu_seqlens_cpu=run.cu_seqlens_cpu,
         )  # fmt: skip

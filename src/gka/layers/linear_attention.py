@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from gka.layers.heads import split_heads
-from gka.layers.recurrent import RecurrentMixer, Run
+from gka.layers.recurrent import Gates, RecurrentMixer, Run
 from gka.ops import chunk_simple_gla, why_unavailable
 
 
@@ -21,7 +21,7 @@ class GatedLinearAttention(RecurrentMixer):
         conv_size: inputs a short convolution sees.
         norm_eps: epsilon of the output norm.
         layer_idx: the layer's place in a cache.
-        backend: of the op: "auto", "torch" or "reference".
+        backend: of the op and of what surrounds it, as in `GatedKalmaNet`.
 
     Raises:
         ValueError: sizes that do not fit; the message names which.
@@ -49,10 +49,10 @@ class GatedLinearAttention(RecurrentMixer):
         self.backend = backend
 
     def mix(
-        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, x: Tensor, run: Run
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, run: Run
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         o, state = chunk_simple_gla(
-            q, k, v, g, initial_state=run.states[0] if run.states else None,
+            q, k, v, gates.g, initial_state=run.states[0] if run.states else None,
             output_final_state=run.keep, cu_seqlens=run.cu_seqlens, backend=self.backend,
             chunk_size=q.shape[1] if run.stepwise else 64, cu_seqlens_cpu=run.cu_seqlens_cpu,
         )  # fmt: skip

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gka.layers import fused
 from gka.layers.cache import open_cache, read_state, recurrent_layer
 from gka.layers.convolution import ShortConvolution
 from gka.layers.expansion import HeadExpansion
@@ -43,9 +44,38 @@ class Run:
     cu_seqlens_cpu: Tensor | None
     padding: Padding | None
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the cached states may be updated where they are, and then need not be returned.
+
+        Tensors made in inference mode may not, outside it.
+        """
+        if not (self.stepwise and self.states):
+            return False
+        if torch.compiler.is_compiling():  # which does not know of inference mode
+            return True
+        return torch.is_inference_mode_enabled() or not any(s.is_inference() for s in self.states)
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What gates a mixer's memory [B,T,H], float32 or better; each None where the mixer has none.
+
+    Attributes:
+        g: log decay, zero at padding.
+        beta: weight of a token's key and value, or step on its error.
+        alpha: how much of the solution the readout takes.
+    """
+
+    g: Tensor | None
+    beta: Tensor | None
+    alpha: Tensor | None
+
 
 class RecurrentMixer(nn.Module):
-    """Base of the recurrent mixers; a subclass gives `mix` and the gates that are its own.
+    """Base of the recurrent mixers; a subclass gives `mix`, and b_proj and alpha_proj if it has those gates.
+
+    On an NVIDIA GPU convolutions, gates and output norm run as fused kernels; `why_plain` tells where not.
 
     Args:
         hidden_size: width of the hidden states.
@@ -62,11 +92,15 @@ class RecurrentMixer(nn.Module):
     """
 
     num_states = 1
+    beta_eps = 0.0  # added to sigmoid(b_proj)
+    backend = "auto"  # "torch" and "reference" run every module by itself
 
     q_proj: nn.Linear
     k_proj: nn.Linear
     v_proj: nn.Linear
     a_proj: nn.Linear  # with a decay
+    b_proj: nn.Linear  # with beta
+    alpha_proj: nn.Linear  # with alpha
     g_proj: nn.Linear  # with an output gate
     q_conv1d: ShortConvolution
     k_conv1d: ShortConvolution
@@ -192,65 +226,124 @@ class RecurrentMixer(nn.Module):
         padding = Padding.of(attention_mask, hidden_states.shape[1])
         x = hidden_states if padding is None else padding.align(hidden_states)
 
-        q, k, v = (self._heads(name, x, layer, padding, cu_seqlens) for name in "qkv")
-        bounds = (cu_seqlens, cu_seqlens_cpu)
-        run = self._plan(layer, padding, bounds, x.shape[1])
-        o, states = self.mix(q, k, v, self.log_decay(x, padding), x, run)
+        inputs = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        fuse = self.why_plain(x.device, inputs[0].dtype) is None
+        run = self._plan(layer, padding, (cu_seqlens, cu_seqlens_cpu), x.shape[1])
+        if fuse and run.stepwise and fused.can_step(self, layer):
+            projected = self._gate_projections(x)
+            convolved, (beta, alpha, g) = fused.step(self, inputs, projected, layer, padding)
+            q, k, v = self._split(convolved)
+            gates = Gates(g, beta, alpha)
+        else:
+            q, k, v = self._heads(inputs, layer, padding, cu_seqlens, fuse)
+            gates = self.gates(x, padding, fuse)
+        o, states = self.mix(q, k, v, gates, run)
         for idx, state in enumerate(states):
             layer.update_recurrent_state(state.detach(), idx)
 
-        output = self.o_proj(self._readout(o, x))
+        output = self.o_proj(self._readout(o, x, fuse))
         return output if padding is None else padding.restore(output), None, cache
 
     def mix(
-        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, x: Tensor, run: Run
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, run: Run
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The memory itself.
 
         Args:
             q: unit queries [B,T,H,K]. k: unit keys [B,T,Hk,K], zero at padding. v: [B,T,Hv,V].
-            g: log decay [B,T,H], zero at padding, or None.
-            x: hidden states [B,T,hidden_size], for the mixer's own gates.
+            gates: the decay, beta and alpha of every token.
             run: states and circumstances.
 
         Returns:
-            o [B,T,H,V], and the final states if `run.keep`, else ().
+            o [B,T,H,V], and the final states if `run.keep`, else (); () too where it updated `run.states`
+            in place.
         """
         raise NotImplementedError
 
-    def log_decay(self, x: Tensor, padding: Padding | None = None) -> Tensor | None:
-        """g = -exp(A_log) softplus(a_proj x + dt_bias) [B,T,H], float32 or better; None without decay."""
-        if not self.use_forgetting_gate:
-            return None
-        a, dtype = self.a_proj(x), working_dtype(x)
-        g = -self.A_log.to(dtype).exp() * F.softplus(a.to(dtype) + self.dt_bias.to(dtype))
+    def why_plain(self, device: torch.device | str, dtype: torch.dtype) -> str | None:
+        """Why convolutions, gates and output norm run as plain torch modules; None if fused kernels do.
+
+        Args:
+            device, dtype: of what the projections give (under torch.autocast: its dtype).
+
+        Raises:
+            RuntimeError: `backend` names kernels, which cannot run there; the message says why.
+        """
+        return fused.why_plain(self, device, dtype)
+
+    def gates(self, x: Tensor, padding: Padding | None = None, fuse: bool = False) -> Gates:
+        """The gates of hidden states [B,T,hidden_size]; `fuse`: by one kernel.
+
+        beta = sigmoid(b_proj x) + beta_eps, alpha = sigmoid(alpha_proj x),
+        g = -exp(A_log) softplus(a_proj x + dt_bias).
+        """
+        projected = self._gate_projections(x)
+        if fuse:
+            beta, alpha, g = fused.gates(self, projected, padding)
+            return Gates(g, beta, alpha)
+        dtype = working_dtype(x)
+        wide = {name: y.to(dtype) for name, y in projected.items()}
+        return Gates(
+            g=self._log_decay(wide["a"], padding) if "a" in wide else None,
+            beta=torch.sigmoid(wide["b"]) + self.beta_eps if "b" in wide else None,
+            alpha=torch.sigmoid(wide["alpha"]) if "alpha" in wide else None,
+        )
+
+    def _gate_projections(self, x: Tensor) -> dict[str, Tensor]:
+        """[B,T,H] of b_proj, alpha_proj and a_proj, of those that the mixer has."""
+        named = ((name, getattr(self, f"{name}_proj", None)) for name in ("b", "alpha", "a"))
+        return {name: projection(x) for name, projection in named if projection is not None}
+
+    def _log_decay(self, a: Tensor, padding: Padding | None) -> Tensor:
+        """[B,T,H], zero at padding."""
+        g = -self.A_log.to(a.dtype).exp() * F.softplus(a + self.dt_bias.to(a.dtype))
         return g if padding is None else padding.clear(g)
 
     def _heads(
-        self, name: str, x: Tensor, layer: Any, padding: Padding | None, cu_seqlens: Tensor | None
-    ) -> Tensor:
-        """Project, convolve (updating the layer's cache) and split into heads, unit ones for q and k."""
-        y = getattr(self, f"{name}_proj")(x)
-        convolution = getattr(self, f"{name}_conv1d", None)
-        if convolution is not None:
-            idx, inputs = "qkv".index(name), y
-            state = None if layer is None else read_state(layer.conv_states, idx)
-            y = convolution(inputs, state, cu_seqlens)
-            if layer is not None:
-                lengths = None if padding is None else padding.lengths
-                layer.update_conv_state(
-                    convolution.next_state(inputs, state, lengths).detach(), idx
-                )
-        expansion = getattr(self, f"{name}_expand", None)
-        if expansion is not None:
-            y = expansion(y)
-        if name == "v":
-            return y.unflatten(-1, (-1, self.head_v_dim))
-        y = unit(y.unflatten(-1, (-1, self.head_dim)))
-        if name == "k":
-            return y if padding is None else padding.clear(y)
+        self,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        layer: Any,
+        padding: Padding | None,
+        cu_seqlens: Tensor | None,
+        fuse: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Convolve the projections (updating the layer's cache) and split into heads, unit for q and k."""
+        if fuse:
+            return self._split(fused.heads(self, inputs, layer, padding, cu_seqlens))
+        convolved = (
+            self._expand(name, self._convolve(name, y, layer, padding, cu_seqlens))
+            for name, y in zip("qkv", inputs, strict=True)
+        )
+        q, k, v = self._split(tuple(convolved))
+        q, k = unit(q), unit(k)
+        return q, k if padding is None else padding.clear(k), v
+
+    def _split(self, convolved: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """[B,T,channels] of q, k and v into heads; queries as many as there are outputs."""
+        dims = (self.head_dim, self.head_dim, self.head_v_dim)
+        q, k, v = (y.unflatten(-1, (-1, dim)) for y, dim in zip(convolved, dims, strict=True))
         group = self.num_expanded_heads // self.num_heads
-        return y if group == 1 else y.repeat_interleave(group, dim=2)
+        return q if group == 1 else q.repeat_interleave(group, dim=2), k, v
+
+    def _expand(self, name: str, y: Tensor) -> Tensor:
+        """Keys or values of few heads to those of all, where a map for it has been learned."""
+        expansion = getattr(self, f"{name}_expand", None)
+        return y if expansion is None else expansion(y)
+
+    def _convolve(
+        self, name: str, y: Tensor, layer: Any, padding: Padding | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        """One projection convolved, if it is, and the layer's cache updated."""
+        convolution = getattr(self, f"{name}_conv1d", None)
+        if convolution is None:
+            return y
+        idx = "qkv".index(name)
+        state = None if layer is None else read_state(layer.conv_states, idx)
+        out = convolution(y, state, cu_seqlens)
+        if layer is not None:
+            lengths = None if padding is None else padding.lengths
+            layer.update_conv_state(convolution.next_state(y, state, lengths).detach(), idx)
+        return out
 
     def _plan(
         self,
@@ -266,9 +359,11 @@ class RecurrentMixer(nn.Module):
         few = length <= DECODE_TOKENS and not torch.is_grad_enabled()
         return Run(states, layer is not None, few and layer is not None, *bounds, padding)
 
-    def _readout(self, o: Tensor, x: Tensor) -> Tensor:
+    def _readout(self, o: Tensor, x: Tensor, fuse: bool) -> Tensor:
         """Norm of each head, gated by SiLU(g_proj x) if there is a gate: [B,T,H,V] -> [B,T,H*V]."""
-        if not self.use_gate:
+        gate = self.g_proj(x) if self.use_gate else None
+        if fuse:
+            return fused.readout(self, o, gate).flatten(-2)
+        if gate is None:
             return self.o_norm(o).flatten(-2)
-        gate = self.g_proj(x).unflatten(-1, (-1, self.head_v_dim))
-        return self.o_norm(o, gate).flatten(-2)
+        return self.o_norm(o, gate.unflatten(-1, (-1, self.head_v_dim))).flatten(-2)

@@ -1,91 +1,197 @@
-"""The map token by token without autograd: what decoding runs on a device without its own kernel."""
+"""The map token by token without autograd: what decoding runs on a device without its own kernel.
+
+The states are updated in place, wherever they lie: those of a call, or places of a pool.
+"""
 
 import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from gka.maths.chebyshev import chebyshev_solve_
+from gka.maths.adaptive import Adaptive
+from gka.maths.chebyshev import chebyshev_solve_, iterate_
 from gka.maths.chunked import Forward, Settings, Tokens
+from gka.maths.nystroem import nystroem
 from gka.maths.readout import mix
 from gka.maths.ridge import split_empty
 from gka.maths.system import System
 
 
+@dataclass(frozen=True)
+class States:
+    """States of many sequences, updated in place.
+
+    Attributes:
+        h: H [P,H,K,K]; None where it is not formed.
+        u: U [P,H,K,V], in the working precision, or bfloat16 beside float32 work.
+        indices: place of each sequence in the pool [B], -1 for none; None: sequence b has place b.
+    """
+
+    h: Tensor | None
+    u: Tensor
+    indices: Tensor | None = None
+
+    def rows(self, batch: int) -> Iterator[tuple[slice, slice]]:
+        """(sequences, their places): all at once, or one by one where a pool is given."""
+        if self.indices is None:
+            yield slice(0, batch), slice(0, batch)
+            return
+        for b, place in enumerate(self.indices.tolist()):
+            if 0 <= place < self.u.shape[0]:
+                yield slice(b, b + 1), slice(place, place + 1)
+
+
 def recurrent_forward(tokens: Tokens, settings: Settings) -> Forward:
     """The map of `reference` with the state in place; same results as `chunk_forward`."""
-    if tokens.cu_seqlens is None:
-        return _sequence(tokens, settings)
+    states, x = fresh_states(tokens, settings), fresh_x(tokens, settings)
+    o = step_(tokens, settings, states, x=x)
+    return Forward(o=o, x=x, h=states.h, u=states.u)
+
+
+def fresh_states(tokens: Tokens, settings: Settings) -> States:
+    """A call's own states to be updated, as its initial states say."""
+    batch, _, heads, dim = tokens.q.shape
+    count = batch if tokens.cu_seqlens is None else tokens.cu_seqlens.shape[0] - 1
+
+    def start(given: Tensor | None, width: int) -> Tensor:
+        if given is not None:
+            return given.clone(memory_format=torch.contiguous_format)
+        return tokens.q.new_zeros(count, heads, dim, width, dtype=tokens.work_dtype)
+
+    with_h = settings.num_iter > 0 or settings.with_h
+    return States(start(tokens.h0, dim) if with_h else None, start(tokens.u0, tokens.v.shape[-1]))
+
+
+def fresh_x(tokens: Tokens, settings: Settings) -> Tensor | None:
+    """Room for the solutions [B,T,H,K], if there are any."""
+    shape = tokens.q.shape
+    return tokens.q.new_empty(shape, dtype=tokens.work_dtype) if settings.num_iter > 0 else None
+
+
+def step_(
+    tokens: Tokens, settings: Settings, states: States, commit: bool = True, x: Tensor | None = None
+) -> Tensor:
+    """o [B,T,H,V] of a few tokens from `states`, which are updated in place if `commit`.
+
+    Sequences without a place in the pool give zeros. x [B,T,H,K] receives the solutions if given.
+    """
+    q, bounds = tokens.q, _bounds(tokens)
+    o = q.new_zeros(*q.shape[:3], tokens.v.shape[-1])
+    if x is not None and states.indices is not None:
+        x.zero_()
+    for rows, places in states.rows(q.shape[0]) if bounds is None else _packed(bounds, states):
+        part = _slice(tokens, rows, bounds)
+        out = None if x is None else _cut(x, rows, bounds)
+        _cut(o, rows, bounds).copy_(_sequence(part, settings, states, places, commit, out))
+    return o
+
+
+def advance_(tokens: Tokens, settings: Settings, states: States, counts: Tensor) -> None:
+    """Decay and update of the first counts[b] tokens of each sequence; no solve, no readout."""
+    limits = counts.tolist()
+    everything = replace(states, indices=torch.arange(len(limits)))
+    for rows, places in (states if states.indices is not None else everything).rows(len(limits)):
+        part = _slice(tokens, rows, None)
+        h, u = _working(states, places, part.work_dtype)
+        for token in itertools.islice(_updates(part, settings, h, u), max(limits[rows.start], 0)):
+            del token
+        _commit(states, places, h, u)
+
+
+def _bounds(tokens: Tokens) -> list[int] | None:
     known = tokens.cu_seqlens if tokens.cu_seqlens_cpu is None else tokens.cu_seqlens_cpu
-    bounds = known.tolist()
-    parts = [
-        _sequence(_slice(tokens, n, begin, end), settings)
-        for n, (begin, end) in enumerate(itertools.pairwise(bounds))
-    ]
-    x = None if settings.num_iter == 0 else torch.cat([p.x for p in parts if p.x is not None], 1)
-    h = [p.h for p in parts if p.h is not None]
-    return Forward(
-        o=torch.cat([p.o for p in parts], 1),
-        x=x,
-        h=torch.cat(h) if h else None,
-        u=torch.cat([p.u for p in parts]),
-    )
+    return None if known is None else known.tolist()
 
 
-def _slice(tokens: Tokens, n: int, begin: int, end: int) -> Tokens:
-    """Sequence n of packed tokens, as a batch of one."""
+def _packed(bounds: list[int], states: States) -> Iterator[tuple[slice, slice]]:
+    """Packed sequences one by one: each is a `row` of its own."""
+    one_by_one = replace(states, indices=torch.arange(len(bounds) - 1))
+    return one_by_one.rows(len(bounds) - 1)
 
+
+def _cut(x: Tensor, rows: slice, bounds: list[int] | None) -> Tensor:
+    """Some sequences of [B,T,...], or one of packed ones as a batch of one."""
+    return x[rows] if bounds is None else x[:, bounds[rows.start] : bounds[rows.start + 1]]
+
+
+def _slice(tokens: Tokens, rows: slice, bounds: list[int] | None) -> Tokens:
     def part(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x[:, begin:end]
+        return None if x is None else _cut(x, rows, bounds)
 
     t = tokens
-    return Tokens(
-        q=t.q[:, begin:end],
-        k=t.k[:, begin:end],
-        v=t.v[:, begin:end],
-        g=part(t.g),
-        gk=part(t.gk),
-        alpha=part(t.alpha),
-        beta=part(t.beta),
-        h0=None if t.h0 is None else t.h0[n : n + 1],
-        u0=None if t.u0 is None else t.u0[n : n + 1],
-        cu_seqlens=None,
-    )
+    q, k, v = (_cut(x, rows, bounds) for x in (t.q, t.k, t.v))
+    return Tokens(q, k, v, part(t.g), part(t.gk), part(t.alpha), part(t.beta), None, None, None)
 
 
-def _sequence(tokens: Tokens, settings: Settings) -> Forward:
-    """Equally long sequences [B,T,...]."""
-    dtype = tokens.work_dtype
-    batch, length, heads, head_dim = tokens.q.shape
-    with_h = settings.num_iter > 0 or settings.with_h
-    q = tokens.q.to(dtype)
-    u = _start(tokens.u0, q.new_zeros(batch, heads, head_dim, tokens.v.shape[-1]))
-    h = _start(tokens.h0, q.new_zeros(batch, heads, head_dim, head_dim)) if with_h else None
-    x = torch.empty_like(q) if settings.num_iter > 0 else None
-    o = q.new_empty(batch, length, heads, tokens.v.shape[-1])
+def _working(
+    states: States, places: slice, dtype: torch.dtype, commit: bool = True
+) -> tuple[Tensor | None, Tensor]:
+    """H and U to work on: the states' own memory where it may be changed and has the dtype."""
+    h = None if states.h is None else states.h[places]
+    u = states.u[places]
+    if not commit:
+        return None if h is None else h.clone(), u.to(dtype, copy=True)
+    return h, u.to(dtype)
+
+
+def _commit(states: States, places: slice, h: Tensor | None, u: Tensor) -> None:
+    """Round U back where it was widened; all else is in place."""
+    if u.dtype != states.u.dtype:
+        states.u[places].copy_(u)
+
+
+def _updates(
+    tokens: Tokens, settings: Settings, h: Tensor | None, u: Tensor
+) -> Iterator[tuple[int, Tensor | None]]:
+    """(t, H_t) token by token, h and u updated in place: decay and update."""
+    dtype, heads = tokens.work_dtype, tokens.q.shape[2]
     gamma_u = None if tokens.g is None else tokens.g.to(dtype).exp()[..., None, None]
     gamma_h = gamma_u
     if not settings.tied:
         gamma_h = None if tokens.gk is None else tokens.gk.to(dtype).exp()[..., None, None]
-    k, v = (y.to(dtype).repeat_interleave(heads // y.shape[2], 2) for y in (tokens.k, tokens.v))
-    if tokens.beta is not None:
-        beta = tokens.beta.to(dtype).unsqueeze(-1)
-        k, v = beta * k, beta * v
-    alpha = None if tokens.alpha is None else tokens.alpha.to(dtype)
-    for t in range(length):
-        k_t, z_t = k[:, t], q[:, t]
-        _update(u, None if gamma_u is None else gamma_u[:, t], k_t, v[:, t])
+    beta = None if tokens.beta is None else tokens.beta.to(dtype).unsqueeze(-1)
+
+    def head_by_head(x: Tensor, t: int) -> Tensor:
+        """Token t of shared heads, gated: [B,H,D]."""
+        shared = x[:, t].to(dtype).unsqueeze(2)
+        each = shared.expand(-1, -1, heads // x.shape[2], -1).flatten(1, 2)
+        return each if beta is None else each * beta[:, t]
+
+    for t in range(tokens.q.shape[1]):
+        k, v = head_by_head(tokens.k, t), head_by_head(tokens.v, t)
+        _update(u, None if gamma_u is None else gamma_u[:, t], k, v)
         if h is not None:
-            _update(h, None if gamma_h is None else gamma_h[:, t], k_t, k_t)
-        if h is not None and x is not None:
-            x[:, t] = _solve(h, q[:, t], settings)
-            z_t = mix(q[:, t], x[:, t], None if alpha is None else alpha[:, t])
-        o[:, t] = (z_t.unsqueeze(-2) @ u).squeeze(-2)
-    return Forward(o=o.mul_(settings.scale).to(tokens.q.dtype), x=x, h=h, u=u)
+            _update(h, None if gamma_h is None else gamma_h[:, t], k, k)
+        yield t, h
 
 
-def _start(given: Tensor | None, zeros: Tensor) -> Tensor:
-    return zeros if given is None else zeros.copy_(given)
+def _sequence(
+    tokens: Tokens,
+    settings: Settings,
+    states: States,
+    places: slice,
+    commit: bool,
+    x: Tensor | None,
+) -> Tensor:
+    """Equally long sequences [B,T,...] at neighbouring places. Returns o in the working precision."""
+    dtype = tokens.work_dtype
+    h, u = _working(states, places, dtype, commit)
+    q = tokens.q.to(dtype)
+    o = q.new_empty(*q.shape[:3], u.shape[-1])
+    alpha = None if tokens.alpha is None else tokens.alpha.to(dtype)
+    for t, h_t in _updates(tokens, settings, h, u):
+        z = q[:, t]
+        if h_t is not None and settings.num_iter > 0:
+            x_t = _solve(h_t, z, settings)
+            z = mix(z, x_t, None if alpha is None else alpha[:, t])
+            if x is not None:
+                x[:, t] = x_t
+        o[:, t] = (z.unsqueeze(-2) @ u).squeeze(-2)
+    if commit:
+        _commit(states, places, h, u)
+    return o.mul_(settings.scale)
 
 
 def _update(state: Tensor, gamma: Tensor | None, k: Tensor, v: Tensor) -> None:
@@ -96,14 +202,24 @@ def _update(state: Tensor, gamma: Tensor | None, k: Tensor, v: Tensor) -> None:
 
 
 def _solve(h: Tensor, q: Tensor, settings: Settings) -> Tensor:
+    """x [B,H,K]. H is symmetric, and on a CPU a row times a matrix is several times as fast as H d."""
     if settings.solver == "adaptive":
-        system = System.of_state(h)
-        x = system.solve(q.unsqueeze(-2), settings.ridge_ratio, settings.num_iter, settings.solver)
-        return x.squeeze(-2)
-    fro, empty = split_empty(h.square().sum((-2, -1)))
+        return _solve_adaptively(h, q, settings)
+    fro, empty = split_empty(torch.linalg.vector_norm(h, dim=(-2, -1)).square())
     q = q.masked_fill(empty.unsqueeze(-1), 0.0)
 
     def apply(d: Tensor) -> Tensor:
-        return (h @ d.unsqueeze(-1)).squeeze(-1)
+        return (d.unsqueeze(-2) @ h).squeeze(-2)
 
     return chebyshev_solve_(apply, q, fro, settings.ridge_ratio, settings.num_iter)
+
+
+def _solve_adaptively(h: Tensor, q: Tensor, settings: Settings) -> Tensor:
+    """`adaptive_solve` of chunks of one token, heads that need fewer steps stand still."""
+    system = System.of_state(h)
+    q = q.unsqueeze(-2).masked_fill(system.empty.unsqueeze(-1), 0.0)
+    plan = Adaptive.of(nystroem(system), system.fro, settings.ridge_ratio, settings.num_iter)
+    x, lamb = plan.first(q), settings.ridge_ratio * system.fro.unsqueeze(-1)
+    steps = range(1, plan.keep.shape[0] + 1)
+    iterate_(lambda d: d @ h, lamb, plan, q.clone(), x.clone(), x, steps)
+    return x.squeeze(-2)

@@ -12,6 +12,8 @@ from gka.models.cache import GKACache
 from gka.models.causal_lm import GKAForCausalLM
 from gka.models.configuration import GKAConfig
 from gka.models.decoder import GKAModel, GKAPreTrainedModel
+from gka.models.solver import set_solver, solver_settings
+from gka.models.states import cache_tensors, fill_cache
 from gka.models.summary import ParameterCount, count_parameters
 
 AutoConfig.register(GKAConfig.model_type, GKAConfig, exist_ok=True)
@@ -27,6 +29,10 @@ __all__ = [
     "GKAPreTrainedModel",
     "GKACache",
     "save_as",
+    "cache_tensors",
+    "fill_cache",
+    "set_solver",
+    "solver_settings",
     "ParameterCount",
     "count_parameters",
 ]

@@ -1,5 +1,9 @@
 """The cache of a decoder with recurrent layers, for transformers' `generate`."""
 
+import copy
+from typing import Any
+
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
@@ -59,9 +63,41 @@ class GKACache(DynamicCache):
     def _check_rollback(self) -> None:
         if self._recurs:
             raise ValueError(
-                "recurrent states cannot be rolled back: a model with recurrent layers can neither draft "
-                "for another one nor be assisted; leave assistant_model out"
+                "recurrent states cannot be rolled back: tokens that are only tried must not enter them. "
+                "Read from the states without committing and commit the accepted ones afterwards "
+                "(gka.fused_recurrent_gka_ with commit=False, gka.advance_states_), or try on a copy "
+                "(cache.clone(), gka.GenerationSession.fork()). Assisted generation would roll back: a "
+                "model with recurrent layers can neither draft for another one nor be assisted; leave "
+                "assistant_model out"
             )
+
+    def clone(self) -> "GKACache":
+        """An independent copy."""
+        return copy.deepcopy(self)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Row b becomes what row indices[b] was; rows may be fewer, more or repeated."""
+        layer: Any
+        for layer in self.layers:
+            if isinstance(layer, LinearAttentionCacheLayerMixin):
+                for states in (layer.conv_states, layer.recurrent_states):
+                    for index, state in states.items():
+                        states[index] = None if state is None else state[indices.to(state.device)]
+            else:
+                layer.batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times, next to each other."""
+        layer: Any
+        for layer in self.layers:
+            if isinstance(layer, LinearAttentionCacheLayerMixin):
+                for states in (layer.conv_states, layer.recurrent_states):
+                    for index, state in states.items():
+                        states[index] = (
+                            None if state is None else state.repeat_interleave(repeats, 0)
+                        )
+            else:
+                layer.batch_repeat_interleave(repeats)
 
     @property
     def is_linear(self) -> list[bool]:

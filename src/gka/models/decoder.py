@@ -18,6 +18,7 @@ from gka.models.experts import build_experts, has_experts
 from gka.models.initialization import init_module
 from gka.models.naming import CACHE_NAME, one_cache
 from gka.models.pattern import build_mixer
+from gka.models.solver import set_solver
 
 
 class GKAMLP(nn.Module):
@@ -80,6 +81,16 @@ class GKAPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         init_module(module, std=self.config.initializer_range)
+
+    def set_solver(
+        self,
+        *,
+        num_iter: int | None = None,
+        ridge_ratio: float | None = None,
+        solver: str | None = None,
+    ) -> None:
+        """Change steps, ridge or solver of every GKA layer: `gka.models.set_solver` of this model."""
+        set_solver(self, num_iter=num_iter, ridge_ratio=ridge_ratio, solver=solver)
 
 
 class GKAModel(GKAPreTrainedModel):

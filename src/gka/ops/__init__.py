@@ -1,15 +1,22 @@
 """Public functional calls of the layer's map."""
 
 from gka.ops.backends import available_backends, last_backend, why_unavailable
+from gka.ops.combine import combine_states, mean_states, sum_states
 from gka.ops.gka import chunk_gka, chunk_simple_gla, fused_recurrent_gka
+from gka.ops.recurrent import advance_states_, fused_recurrent_gka_
 from gka.ops.steps import solver_steps
 
 __all__ = [
     "chunk_gka",
     "fused_recurrent_gka",
+    "fused_recurrent_gka_",
+    "advance_states_",
     "chunk_simple_gla",
     "available_backends",
     "why_unavailable",
     "last_backend",
     "solver_steps",
+    "combine_states",
+    "sum_states",
+    "mean_states",
 ]

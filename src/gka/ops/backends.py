@@ -15,9 +15,11 @@ from torch import Tensor
 from gka.maths.adjoint import Gradients, chunk_backward
 from gka.maths.chebyshev import Solver
 from gka.maths.chunked import Forward, Settings, Tokens, chunk_forward
-from gka.maths.recurrent import recurrent_forward
+from gka.maths.recurrent import States, advance_, recurrent_forward, step_
 
 Mode = Literal["chunk", "recurrent"]
+# "step": the ops that update states in place
+AnyMode = Literal["chunk", "recurrent", "step"]
 
 _ran = threading.local()
 
@@ -29,6 +31,7 @@ class Call:
     Attributes:
         dims: K and V.
         chunk_size: C.
+        mode: "step" for the ops that update states in place.
     """
 
     device: torch.device
@@ -36,6 +39,22 @@ class Call:
     solver: Solver = "chebyshev"
     dims: tuple[int, int] = (128, 128)
     chunk_size: int = 64
+    mode: AnyMode = "chunk"
+
+
+@dataclass(frozen=True)
+class Stepper:
+    """What a backend has for the ops that update states in place; all of them have every solver.
+
+    Attributes:
+        step: `maths.recurrent.step_` without x.
+        advance: `maths.recurrent.advance_`.
+        refusal: why it cannot run a call; None if it can.
+    """
+
+    step: Callable[[Tokens, Settings, States, bool], Tensor]
+    advance: Callable[[Tokens, Settings, States, Tensor], None]
+    refusal: Callable[[Call], str | None]
 
 
 @dataclass(frozen=True)
@@ -53,6 +72,7 @@ class Backend:
         scaled_dtype: dtype in which mode "chunk" keeps x for inputs of a dtype, rows divided by
             their scale; None where x is kept in the working precision, without scales.
         solvers: the solvers it has.
+        stepper: for states in place; None: it has no such kernels.
     """
 
     name: str
@@ -73,6 +93,7 @@ class Backend:
     automatic: Callable[[torch.device], bool] = lambda device: True
     scaled_dtype: Callable[[torch.dtype], torch.dtype] | None = None
     solvers: tuple[Solver, ...] = ("chebyshev",)
+    stepper: Stepper | None = None
 
 
 # In order of preference for backend="auto".
@@ -98,17 +119,31 @@ register_backend(
         backward=_torch_backward,
         refusal=lambda call: None,
         solvers=get_args(Solver),
+        stepper=Stepper(step_, advance_, lambda call: None),
     )
 )
 
 
-def _triton_refusal(call: Call) -> str | None:
+def _no_triton(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed."
-    if call.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"its kernels need an NVIDIA GPU (or TRITON_INTERPRET=1, slow); got {call.device}."
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"its kernels need an NVIDIA GPU (or TRITON_INTERPRET=1, slow); got {device}."
+    return None
+
+
+def _triton_refusal(call: Call) -> str | None:
+    reason = _no_triton(call.device)
+    if reason is not None:
+        return reason
     from gka.kernels import configs
 
+    narrow = configs.WIDEST_FLOAT32_CERTIFICATE
+    if call.solver == "adaptive" and call.dtype == torch.float32 and call.dims[0] > narrow:
+        return (
+            f"its adaptive solver takes float32 keys up to {narrow} wide (a certificate of wider ones "
+            f"outgrows the shared memory); got {call.dims[0]}."
+        )
     return configs.why_not(call.device, call.dtype, call.dims, call.chunk_size)
 
 
@@ -118,6 +153,29 @@ def _hopper_refusal(call: Call) -> str | None:
     from gka.kernels import hopper
 
     return hopper.why_not(call.device, call.dtype, call.dims, call.chunk_size)
+
+
+def _triton_step_refusal(call: Call) -> str | None:
+    reason = _no_triton(call.device)
+    if reason is not None:
+        return reason
+    from gka.kernels import configs
+
+    # chunks and operands of matrix products are no matter here
+    return configs.why_not(call.device, torch.bfloat16, call.dims, 64) or _not_float64(call)
+
+
+def _not_float64(call: Call) -> str | None:
+    double = call.dtype == torch.float64
+    return "its kernels compute in float32 at best; got float64." if double else None
+
+
+def _hopper_step_refusal(call: Call) -> str | None:
+    if importlib.util.find_spec("triton") is None:  # advances states
+        return "the package triton is not installed."
+    from gka.kernels.hopper import recurrent
+
+    return recurrent.why_not(call.device, call.dims) or _not_float64(call)
 
 
 def _current(device: torch.device) -> AbstractContextManager:
@@ -143,24 +201,56 @@ def _on_gpu(on_hopper: bool) -> tuple[Callable[..., Forward], Callable[..., Grad
     return forward, backward
 
 
-def _register_gpu(name: str, refusal: Callable[[Call], str | None], solvers: tuple[Solver, ...]):
-    forward, backward = _on_gpu(on_hopper=name == "hopper")
+def _recurrent_on_gpu(on_hopper: bool) -> tuple[Callable[..., Forward], Callable, Callable]:
+    """Mode "recurrent", step and advance of the kernels."""
+
+    def forward(tokens: Tokens, settings: Settings) -> Forward:
+        from gka.kernels import recurrent_launch as launch
+
+        with _current(tokens.q.device):
+            return launch.forward(tokens, settings, on_hopper)
+
+    def step(tokens: Tokens, settings: Settings, states: States, commit: bool) -> Tensor:
+        from gka.kernels import recurrent_launch as launch
+
+        with _current(tokens.q.device):
+            return launch.step(tokens, settings, states, commit, on_hopper=on_hopper)
+
+    def advance(tokens: Tokens, settings: Settings, states: States, counts: Tensor) -> None:
+        from gka.kernels import recurrent_launch as launch
+
+        with _current(tokens.q.device):
+            launch.advance(tokens, settings, states, counts)
+
+    return forward, step, advance
+
+
+def _register_gpu(
+    name: str,
+    refusal: Callable[[Call], str | None],
+    step_refusal: Callable[[Call], str | None],
+    solvers: tuple[Solver, ...],
+):
+    on_hopper = name == "hopper"
+    forward, backward = _on_gpu(on_hopper)
+    recurrent, step, advance = _recurrent_on_gpu(on_hopper)
     register_backend(
         Backend(
             name=name,
-            forward={"chunk": forward, "recurrent": recurrent_forward},
+            forward={"chunk": forward, "recurrent": recurrent},
             backward=backward,
             refusal=refusal,
             automatic=lambda device: device.type == "cuda",  # interpreted only if asked for by name
             scaled_dtype=lambda dtype: torch.float32 if dtype == torch.float32 else torch.float16,
             solvers=solvers,
+            stepper=Stepper(step, advance, step_refusal),
         ),
         first=True,
     )
 
 
-_register_gpu("triton", _triton_refusal, ("chebyshev",))
-_register_gpu("hopper", _hopper_refusal, get_args(Solver))
+_register_gpu("triton", _triton_refusal, _triton_step_refusal, get_args(Solver))
+_register_gpu("hopper", _hopper_refusal, _hopper_step_refusal, get_args(Solver))
 
 
 def get_backend(name: str) -> Backend:
@@ -175,10 +265,18 @@ def known_backends() -> tuple[str, ...]:
 def _why_not(name: str, call: Call) -> str | None:
     if name == "auto":
         return None
+    if call.mode == "step":
+        stepper = None if name == "reference" else _BACKENDS[name].stepper
+        return "it updates no states in place." if stepper is None else stepper.refusal(call)
     solvers = ("chebyshev",) if name == "reference" else _BACKENDS[name].solvers
     if call.solver not in solvers:
         return f"it has no solver={call.solver!r}, only {', '.join(solvers)}."
     return None if name == "reference" else _BACKENDS[name].refusal(call)
+
+
+def _check_known(name: str) -> None:
+    if name not in known_backends():
+        raise ValueError(f"backend must be one of {', '.join(known_backends())}; got {name!r}.")
 
 
 def why_unavailable(
@@ -188,15 +286,17 @@ def why_unavailable(
     solver: Solver = "chebyshev",
     dims: tuple[int, int] = (128, 128),
     chunk_size: int = 64,
+    mode: AnyMode = "chunk",
 ) -> str | None:
     """Why `name` cannot run inputs of this device, dtype and K, V = `dims` with this solver; None if it can.
+
+    mode="step" asks for the ops that update states in place.
 
     Raises:
         ValueError: no backend has that name.
     """
-    if name not in known_backends():
-        raise ValueError(f"backend must be one of {', '.join(known_backends())}; got {name!r}.")
-    return _why_not(name, Call(torch.device(device), dtype, solver, dims, chunk_size))
+    _check_known(name)
+    return _why_not(name, Call(torch.device(device), dtype, solver, dims, chunk_size, mode))
 
 
 def available_backends(
@@ -205,9 +305,13 @@ def available_backends(
     solver: Solver = "chebyshev",
     dims: tuple[int, int] = (128, 128),
     chunk_size: int = 64,
+    mode: AnyMode = "chunk",
 ) -> list[str]:
-    """Backends that can run such inputs with this solver, the one "auto" takes first."""
-    return _available(Call(torch.device(device), dtype, solver, dims, chunk_size))
+    """Backends that can run such inputs with this solver, the one "auto" takes first.
+
+    mode="step" asks for the ops that update states in place.
+    """
+    return _available(Call(torch.device(device), dtype, solver, dims, chunk_size, mode))
 
 
 def _available(call: Call) -> list[str]:
@@ -222,10 +326,11 @@ def resolve_backend(name: str, call: Call) -> str:
         ValueError: no backend has that name.
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
+    _check_known(name)
     c = call
     # as plain integers: of symbolic ones torch.compile knows no constant
     key_dim, value_dim = operator.index(c.dims[0]), operator.index(c.dims[1])
-    return _resolve(name, c.device, c.dtype, c.solver, key_dim, value_dim, c.chunk_size)
+    return _resolve(name, c.device, c.dtype, c.solver, key_dim, value_dim, c.chunk_size, c.mode)
 
 
 # spelt out: of a dataclass Dynamo does not know that it is constant
@@ -238,9 +343,10 @@ def _resolve(
     key_dim: int,
     value_dim: int,
     chunk_size: int,
+    mode: AnyMode,
 ) -> str:
-    call = Call(device, dtype, solver, (key_dim, value_dim), chunk_size)
-    reason = why_unavailable(name, call.device, call.dtype, call.solver, call.dims, call.chunk_size)
+    call = Call(device, dtype, solver, (key_dim, value_dim), chunk_size, mode)
+    reason = _why_not(name, call)
     if reason is not None:
         raise RuntimeError(
             f"backend={name!r} cannot run this call: {reason} "

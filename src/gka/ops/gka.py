@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gka.ops import checks
 from gka.ops.backends import Call, Mode, note_backend, resolve_backend
-from gka.ops.operator import GKAFunction
+from gka.ops.operator import GKAFunction, autocast
 from gka.ops.reference import reference_gka
 
 State = tuple[Tensor, Tensor]
@@ -169,7 +169,7 @@ def _run(
 ) -> tuple[Tensor, State | None]:
     for name, x in (("q", q), ("k", k), ("v", v)):
         checks.check_tensor(name, x)
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     checks.check_heads(q, k, v)
     checks.check_gates(q, g=g, gk=gk, alpha=alpha, beta=beta)
     checks.check_numbers(ridge_ratio, num_iter, chunk_size, scale)
@@ -201,15 +201,6 @@ def _run(
         solver, mode, backend,
     )  # fmt: skip
     return o, (h, u) if output_final_state else None
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under torch.autocast the heads take its dtype, as they would for a matrix product."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 def _check_initial_state(

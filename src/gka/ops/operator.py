@@ -4,8 +4,6 @@ One pair serves every mode and backend. States enter as None and leave as empty 
 do not exist, because operators return tensors only.
 """
 
-import inspect
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -15,6 +13,7 @@ from torch.profiler import record_function
 from gka.maths.chunked import Settings, Tokens
 from gka.ops import checks
 from gka.ops.backends import get_backend, note_backend
+from gka.ops.library import keep_signature, operator
 
 _OptionalTensors = list[Tensor | None]
 
@@ -34,25 +33,23 @@ def _settings(
     )
 
 
-def _no_autocast(device: str) -> AbstractContextManager:
+def no_autocast(device: str) -> AbstractContextManager:
+    """Inside, operators compute in the dtypes of their inputs."""
     enabled = torch.is_autocast_enabled(device)
     return torch.amp.autocast(device, enabled=False) if enabled else nullcontext()
 
 
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under torch.autocast the heads take its dtype, as they would for a matrix product."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
 def _optional(x: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if x is None else x.contiguous()
-
-
-_LIBRARY = torch.library.Library("gka", "DEF")
-
-
-def _operator(function: Callable) -> torch._ops.OpOverload:
-    """gka::<function's name>, mutating nothing. Without the layers that torch.library.custom_op puts around
-    each call (a derivative, which GKAFunction has, and checks): they cost the host as much as launches."""
-    schema = torch.library.infer_schema(function, mutates_args=())
-    _LIBRARY.define(function.__name__ + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(function.__name__, function, "CompositeExplicitAutograd")
-    return getattr(torch.ops.gka, function.__name__).default
 
 
 def forward(
@@ -86,7 +83,7 @@ def forward(
     tokens = Tokens(q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu)
     settings = _settings(scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver)
     note_backend(backend)
-    with _no_autocast(q.device.type), record_function("gka.forward"):
+    with no_autocast(q.device.type), record_function("gka.forward"):
         run = get_backend(backend).forward["recurrent" if mode == "recurrent" else "chunk"]
         out = run(tokens, settings)
     # contiguous, as the fake implementation promises the compiler
@@ -94,7 +91,7 @@ def forward(
     return out.o.contiguous(), x, x_scale, h, out.u.contiguous()
 
 
-forward_op = _operator(forward)
+forward_op = operator(forward)
 
 
 @torch.library.register_fake(forward_op)
@@ -149,7 +146,7 @@ def backward(
     tokens = Tokens(q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu)
     settings = _settings(scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver)
     note_backend(backend)
-    with _no_autocast(q.device.type), record_function("gka.backward"):
+    with no_autocast(q.device.type), record_function("gka.backward"):
         solutions = x if num_iter > 0 else None
         scales = x_scale if x_scale.numel() > 0 else None
         grads = get_backend(backend).backward(tokens, solutions, scales, do, dh, du, settings)
@@ -158,7 +155,7 @@ def backward(
     return [*heads, *(_optional(grad, do) for grad in optional)]
 
 
-backward_op = _operator(backward)
+backward_op = operator(backward)
 
 
 @torch.library.register_fake(backward_op)
@@ -269,6 +266,4 @@ class GKAFunction(torch.autograd.Function):
         return *wanted, *bounds, *(None for _ in range(len(ctx.numbers) + 1))
 
 
-# apply() asks for the signature at every call, and finding it takes as long as several launches
-for _function in (GKAFunction.forward, GKABackward.forward):
-    _function.__signature__ = inspect.signature(_function)
+keep_signature(GKAFunction, GKABackward)

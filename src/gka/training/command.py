@@ -1,11 +1,11 @@
-"""`gka train` and `gka generate`: options to settings, errors to exit codes. Heavy imports come last."""
+"""`gka train`: options to settings, errors to exit codes. Heavy imports come last."""
 
 import contextlib
 import sys
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
@@ -55,29 +55,6 @@ def train(
     config = RunConfig.from_tables(given)
     folder = output or _default_output(recipe, config)
     _run(config, folder, given, resume=resume, overwrite=overwrite)
-
-
-def generate(
-    model: Annotated[Path, typer.Argument(help="Folder of a run or of a saved model.")],
-    *,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="Text. [default: standard input]")
-    ] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="A UTF-8 file with the prompt.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 200,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
-    top_p: Annotated[float, typer.Option(help="Sample from this much probability.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
-) -> None:
-    """Complete a prompt with a trained model; the text appears as it is made."""
-    from gka.training import sample
-
-    sampling = sample.Sampling(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
-    )
-    text = sample.read_prompt(prompt, prompt_file)
-    silence_libraries()
-    sample.stream_to_stdout(*sample.load(model), text, sampling)
 
 
 def _run(config: RunConfig, folder: Path, given: Tables, *, resume: bool, overwrite: bool) -> None:

@@ -30,6 +30,7 @@ _PARTS = (
     "adaptive",
     "system",
 )
+_GRADIENTS = ("tiles", "through_u", "through_h")
 BLOCKS = {64: 3, 128: 2}  # blocks a multiprocessor that the registers leave room for
 _POINTERS = (
     "q", "k", "v", "g", "gk", "alpha", "beta", "h_states", "u_states", "h_scales", "h_norms",
@@ -117,6 +118,7 @@ def source(kernel: str, key_dim: int, value_dim: int, bfloat16: bool, adaptive: 
     """One translation unit: `kernel` is a file's name here, or one of SCANS (scan.cu, combine.cu)."""
     folder = Path(__file__).parent
     parts = [p for p in _PARTS if adaptive or p != "adaptive"]
+    parts += _GRADIENTS if kernel == "gradients" else ()
     names = [*(f"{p}.cuh" for p in parts), f"{kernel}.cu"]
     if kernel in SCANS:
         names = ["tensor_cores.cuh", "numbers.cuh", "scan.cuh", f"{kernel.split('_')[0]}.cu"]

@@ -11,7 +11,8 @@ from gka.kernels import hopper
 from gka.maths.ridge import empty_below
 
 if TYPE_CHECKING:
-    from gka.kernels.launch import Adjoint, Ends, Heads, Launch, Maxima, Moments
+    from gka.kernels.arrays import Adjoint, Ends, Heads, Maxima, Moments
+    from gka.kernels.call import Launch
 
 STAGGER = 20_000  # ns that one block of a pair waits once; tried from 5 to 30 us (docs/log.md)
 

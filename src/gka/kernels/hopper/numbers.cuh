@@ -24,6 +24,11 @@ DEVICE u32 pack(float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
   return x;
 }
+DEVICE u32 pack_bfloat16(float low, float high) {
+  u32 x;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
+  return x;
+}
 DEVICE u32 times(u32 a, u32 b) {
   u32 x;
   asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));
@@ -46,9 +51,7 @@ DEVICE float2 widen(u32 x) {
 }
 DEVICE u32 narrow(float low, float high) {
 #if BF16
-  u32 x;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
-  return x;
+  return pack_bfloat16(low, high);
 #else
   return pack(low, high);
 #endif

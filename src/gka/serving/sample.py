@@ -1,43 +1,17 @@
-"""Complete a prompt with a trained model, as `gka generate` does."""
+"""A trained model from its folder, and a prompt completed by it, as `gka generate` does."""
 
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from gka.data import vocabulary_size
 from gka.errors import InputError
+from gka.serving.sampling import Sampling
+from gka.serving.session import GenerationSession
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Attributes:
-        max_new_tokens: at most this many tokens are added.
-        temperature: divides the logits; 0 takes the likeliest token (greedy).
-        top_p: sample from the likeliest tokens that together have this probability.
-        seed: of the random numbers.
-    """
-
-    max_new_tokens: int = 200
-    temperature: float = 0.8
-    top_p: float = 0.95
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens is {self.max_new_tokens}; expected 1 or more")
-        if not self.temperature >= 0:
-            raise InputError(f"temperature is {self.temperature}; expected 0 (greedy) or more")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p is {self.top_p}; expected above 0 and at most 1")
-        if self.seed < 0:
-            raise InputError(f"seed is {self.seed}; expected 0 or more")
 
 
 def load(folder: Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
@@ -86,45 +60,65 @@ def _is_ours_to_read(folder: Path) -> bool:
     return config.get("model_type") == "gka" or not (adapter is None or adapter.name in PLAIN)
 
 
+def open_session(
+    model: Any, state: Path | None, *, must_exist: bool, prefill_chunk: int
+) -> GenerationSession:
+    """A session of `model` that goes on from the file `state`, or begins if there is none.
+
+    Raises:
+        InputError: `state` cannot be used, does not exist though it must, or holds several texts.
+    """
+    session = GenerationSession(model, prefill_chunk=prefill_chunk)
+    if state is None or not (must_exist or state.exists()):
+        return session
+    session.load(state)
+    if session.batch_size not in (None, 1):
+        raise InputError(f"state {state} holds {session.batch_size} texts; expected one")
+    return session
+
+
 def complete(
-    model: "PreTrainedModel",
+    session: GenerationSession,
     tokenizer: "PreTrainedTokenizerBase",
     prompt: str,
     sampling: Sampling,
     streamer: Any = None,
 ) -> str:
-    """The prompt's continuation, without the prompt; an empty prompt begins a document.
+    """Read the prompt and write on; the new text is returned.
 
     Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        prompt: text.
+        session: what was read so far. Nothing, and an empty prompt: a document begins.
+        tokenizer: the model's.
+        prompt: text that comes next.
         sampling: how tokens are chosen.
         streamer: a transformers streamer that is given each token as it comes.
-    """
-    import torch
-    from transformers import set_seed
 
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
-    start = torch.tensor([ids or [tokenizer.eos_token_id]], device=model.device)
-    choice: dict[str, Any] = {"do_sample": sampling.temperature > 0}
-    if sampling.temperature > 0:
-        choice |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-    set_seed(sampling.seed)
-    output = model.generate(  # type: ignore[operator]
-        start,
-        attention_mask=torch.ones_like(start),
-        max_new_tokens=sampling.max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-        use_cache=True,
-        streamer=streamer,
-        **choice,
-    )
-    return str(tokenizer.decode(output[0, start.shape[1] :], skip_special_tokens=True))
+    Raises:
+        InputError: the session's past ends without known logits and there is no prompt.
+    """
+    ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"] if prompt else []
+    if not ids and not session.num_tokens:
+        ids = [tokenizer.eos_token_id]
+    if ids:
+        session.append(ids)  # pyright: ignore[reportArgumentType]
+    new: list[int] = []
+    for token in session.generate(
+        sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
+    ):
+        new.append(int(token))
+        if streamer is not None:
+            streamer.put(token.cpu())
+    if streamer is not None:
+        streamer.end()
+    return str(tokenizer.decode(new, skip_special_tokens=True))
 
 
 def stream_to_stdout(
-    model: "PreTrainedModel",
+    session: GenerationSession,
     tokenizer: "PreTrainedTokenizerBase",
     prompt: str,
     sampling: Sampling,
@@ -133,18 +127,24 @@ def stream_to_stdout(
     from transformers import TextStreamer
 
     print(prompt, end="", flush=True)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
-    return complete(model, tokenizer, prompt, sampling, streamer)
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)  # type: ignore[arg-type]
+    return complete(session, tokenizer, prompt, sampling, streamer)
 
 
-def read_prompt(text: str | None, file: Path | None, stdin: BinaryIO | None = None) -> str:
-    """The prompt from an argument, a UTF-8 file, or else standard input.
+def read_prompt(
+    text: str | None,
+    file: Path | None,
+    stdin: BinaryIO | None = None,
+    *,
+    option: str = "prompt_file",
+) -> str:
+    """The prompt from an argument, a UTF-8 file (given as `option`), or else standard input.
 
     Raises:
         InputError: if both are given, the file cannot be read, or the text is not UTF-8.
     """
     if text is not None and file is not None:
-        raise InputError("prompt and prompt_file exclude each other; give one of them")
+        raise InputError(f"prompt and {option} exclude each other; give one of them")
     if text is not None:
         try:
             # Bytes of an argument that are not UTF-8 arrive as lone surrogates.
@@ -156,9 +156,9 @@ def read_prompt(text: str | None, file: Path | None, stdin: BinaryIO | None = No
         raw = file.read_bytes() if file else (stdin or sys.stdin.buffer).read()
         return raw.decode()
     except OSError as error:
-        raise InputError(f"prompt_file {file} cannot be read: {error.strerror}") from None
+        raise InputError(f"{option} {file} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        where = f"prompt_file {file}" if file else "prompt on standard input"
+        where = f"{option} {file}" if file else "prompt on standard input"
         raise InputError(
             f"{where} is not UTF-8 (byte 0x{error.object[error.start]:02x} at offset {error.start})"
         ) from None

@@ -1,0 +1,90 @@
+"""The stored launch configurations of a chip, changed by what was measured on it."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from gka.kernels import configs
+
+Options = dict[str, int]
+WORTHWHILE = 0.98  # of the time of the stored configuration: below it another takes its place
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One configuration tried.
+
+    Attributes:
+        registers, spills: a thread's, in numbers and bytes; shared: bytes a block.
+        ms: median time of the kernel's launches in a forward and a backward pass; None if not timed.
+        reason: why it cannot be taken; None if it can.
+        stored: it is the one in the table.
+    """
+
+    kernel: str
+    operands: str
+    width: str
+    options: Options
+    registers: int = 0
+    spills: int = 0
+    shared: int = 0
+    ms: float | None = None
+    reason: str | None = None
+    stored: bool = False
+
+
+def chosen(found: list[Candidate]) -> dict[tuple[str, str, str], Candidate]:
+    """The fastest of each (kernel, operands, width) where it beats the stored one by 2 %."""
+    best: dict[tuple[str, str, str], Candidate] = {}
+    for c in found:
+        if c.stored and c.ms is not None and c.reason is None:
+            best[c.kernel, c.operands, c.width] = c
+    for c in found:
+        key = (c.kernel, c.operands, c.width)
+        if c.ms is None or c.reason is not None or c.stored or key not in best:
+            continue
+        held = best[key]
+        held_ms = held.ms or 0.0
+        if c.ms < held_ms * (WORTHWHILE if held.stored else 1.0):
+            best[key] = c
+    return best
+
+
+def dumps(table: dict) -> str:
+    """JSON, an entry a line."""
+
+    def nested(value: dict, indent: str, depth: int) -> str:
+        if depth == 0:
+            return json.dumps(value)
+        inner = indent + "  "
+        parts = (f"{inner}{json.dumps(k)}: {nested(v, inner, depth - 1)}" for k, v in value.items())
+        return "{\n" + ",\n".join(parts) + f"\n{indent}}}"
+
+    head = {k: v for k, v in table.items() if k != "launch"}
+    parts = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in head.items()]
+    parts.append(f'  "launch": {nested(table["launch"], "  ", 3)}')
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def updated(capability: tuple[int, int], found: list[Candidate], measured: dict) -> dict:
+    """The chip's table with what was measured in it; from the nearest chip's where it has none."""
+    table = json.loads(configs.table_file(capability).read_text())
+    name = f"sm_{capability[0]}{capability[1]}"
+    if table["chip"] != name:
+        table |= {"chip": name, "measured": []}
+    best = chosen(found)
+    for (kernel, operands, width), c in best.items():
+        table["launch"][kernel][operands][width] = c.options
+    which = sorted(f"{kernel} {operands} {width}" for kernel, operands, width in best)
+    if which:
+        table["measured"].append(measured | {"entries": which})
+    return table
+
+
+def write(path: Path, text: str) -> None:
+    """All of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    part.write_text(text)
+    os.replace(part, path)

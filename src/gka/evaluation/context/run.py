@@ -1,0 +1,254 @@
+"""A grid of models, tasks, lengths and depths: one cell at a time, kept in one file.
+
+The result file is rewritten, whole, after every finished cell, and cells found in it are not run again.
+Cells that the current grid does not ask for stay in it.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+from gka.data.corpus import Document
+from gka.data.files import read_json, write_json
+from gka.errors import InputError
+from gka.evaluation.context import perplexity
+from gka.evaluation.context.haystack import Haystack, Pieces
+from gka.evaluation.context.loading import load_model, load_tokenizer_of, model_fingerprint
+from gka.evaluation.context.reader import Reader
+from gka.evaluation.context.scoring import Grader
+from gka.evaluation.context.tasks import NAMES, PERPLEXITY, TASKS, draw_sample
+from gka.evaluation.results import environment
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FORMAT = 1
+SHORTEST = 256
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What to ask.
+
+    Attributes:
+        tasks: names of `gka.evaluation.context.tasks.NAMES`.
+        lengths: tokens of the prompts, each 256 or more.
+        depths: where what is asked for stands, from 0 (beginning) to 1 (end); for tasks that put it in
+            one place.
+        samples: prompts a cell.
+        seed: of all random choices.
+
+    Raises:
+        InputError: something is empty, repeated or out of range; the message names it.
+    """
+
+    tasks: tuple[str, ...]
+    lengths: tuple[int, ...]
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    samples: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("tasks", "lengths", "depths"):
+            entries = getattr(self, name)
+            if not entries or len(set(entries)) != len(entries):
+                raise InputError(f"{name} is {entries}; expected one or more different values")
+        for task in self.tasks:
+            if task not in NAMES:
+                raise InputError(f"tasks holds {task!r}; expected names among {', '.join(NAMES)}")
+        if min(self.lengths) < SHORTEST:
+            raise InputError(
+                f"lengths holds {min(self.lengths)}; expected {SHORTEST} tokens or more"
+            )
+        if not all(0 <= depth <= 1 for depth in self.depths):
+            raise InputError(f"depths is {self.depths}; expected numbers from 0 to 1")
+        if self.samples < 1:
+            raise InputError(f"samples is {self.samples}; expected 1 or more")
+        if self.seed < 0:
+            raise InputError(f"seed is {self.seed}; expected 0 or more")
+
+    def cells(self) -> list["Cell"]:
+        """All cells, short lengths first."""
+        return [
+            Cell(task, length, depth, self.samples, self.seed)
+            for length in self.lengths
+            for task in self.tasks
+            for depth in (self.depths if task in TASKS and TASKS[task].has_depth else (None,))
+        ]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Samples of one task at one length and, where the task has one, one depth."""
+
+    task: str
+    length: int
+    depth: float | None
+    samples: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model that is asked.
+
+    Attributes:
+        name: as the user gave it.
+        fingerprint: of the model's files.
+        haystack: the text in the model's tokens.
+    """
+
+    name: str
+    folder: Path
+    fingerprint: str
+    haystack: Haystack
+
+    @classmethod
+    def open(cls, folder: Path, documents: Sequence[Document]) -> "Subject":
+        """Everything but the weights; raises `InputError` where a part is missing."""
+        pieces = Pieces(load_tokenizer_of(folder))
+        return cls(str(folder), folder, model_fingerprint(folder), Haystack(documents, pieces))
+
+    def describe(self, cell: Cell, dtype: str) -> dict[str, Any]:
+        """A cell with all that its result depends on, JSON-ready."""
+        return asdict(cell) | {
+            "model": self.name,
+            "model_sha256": self.fingerprint,
+            "text_sha256": self.haystack.fingerprint,
+            "dtype": dtype,
+            "format": FORMAT,
+        }
+
+
+@dataclass(frozen=True)
+class Machine:
+    """How a model is run: `device`, `dtype` of its weights, tokens it reads at a time."""
+
+    device: str = "cpu"
+    dtype: str = "auto"
+    chunk: int = 2048
+
+
+def run_grid(
+    grid: Grid,
+    subjects: Sequence[Subject],
+    result_file: Path,
+    machine: Machine,
+    on_cell: Callable[[dict[str, Any]], None] = lambda record: None,
+) -> dict[str, Any]:
+    """Run the cells that `result_file` does not hold yet.
+
+    Args:
+        grid: what to ask.
+        subjects: the models, loaded one after another, each only if it has something left to do.
+        result_file: JSON, created where missing and rewritten atomically after each cell.
+        machine: how to run them.
+        on_cell: called with the record of each finished cell, and at once for those found finished.
+
+    Returns:
+        {"environment", "asked" (records of this grid), "cells" (all records)}; a record has "cell",
+        "result" and "samples".
+
+    Raises:
+        InputError: a prompt is too short for its task, or the result file is not one of ours.
+    """
+    records = load_records(result_file)
+    check_lengths(grid, subjects)
+    asked = []
+    for subject in subjects:
+        grader: Grader | None = None
+        for cell in grid.cells():
+            described = subject.describe(cell, machine.dtype)
+            key = _key(described)
+            if key not in records:
+                grader = grader or _grader(subject, machine)
+                records[key] = {"cell": described} | _run_cell(cell, subject, grader)
+                write_json(
+                    result_file, {"environment": environment(), "cells": list(records.values())}
+                )
+            asked.append(key)
+            on_cell(records[key])
+    content = {
+        "environment": environment() | asdict(machine),
+        "cells": list(records.values()),
+    }
+    write_json(result_file, content)
+    return content | {"asked": [records[key] for key in asked]}
+
+
+def check_lengths(grid: Grid, subjects: Sequence[Subject]) -> None:
+    """Make the shortest prompts of every task, so that a length that is too short is known beforehand.
+
+    Raises:
+        InputError: naming task and tokens that are needed.
+    """
+    shortest = min(grid.lengths)
+    for subject in subjects:
+        for task in grid.tasks:
+            if task in TASKS:
+                for index in range(grid.samples):
+                    draw_sample(task, shortest, grid.depths[0], grid.seed, index, subject.haystack)
+
+
+def load_records(result_file: Path) -> dict[str, dict[str, Any]]:
+    """Finished cells by key; none where the file does not exist.
+
+    Raises:
+        InputError: the file exists and does not hold the cells of an evaluation.
+    """
+    if not result_file.exists():
+        return {}
+    records = read_json(result_file).get("cells")
+    if not isinstance(records, list) or not all(
+        isinstance(r, dict) and {"cell", "result", "samples"} <= r.keys() for r in records
+    ):
+        raise InputError(
+            f"{result_file} does not hold the cells of an evaluation;"
+            " move it away or choose another output folder"
+        )
+    return {_key(record["cell"]): record for record in records}
+
+
+def _grader(subject: Subject, machine: Machine) -> Grader:
+    from gka.data.tokenizer import vocabulary_size
+
+    model: PreTrainedModel = load_model(subject.folder, machine.dtype, machine.device)
+    ids = vocabulary_size(subject.haystack.pieces.tokenizer)
+    if ids > model.get_input_embeddings().num_embeddings:  # type: ignore[operator]
+        raise InputError(f"model {subject.name}: its tokenizer has {ids} ids, the model fewer")
+    return Grader(Reader(model, machine.chunk), subject.haystack.pieces)
+
+
+def _run_cell(cell: Cell, subject: Subject, grader: Grader) -> dict[str, Any]:
+    """Result and samples of a cell."""
+    began = time.perf_counter()
+    if cell.task == PERPLEXITY:
+        windows = (
+            perplexity.window(cell.length, cell.seed, i, subject.haystack)
+            for i in range(cell.samples)
+        )
+        start = subject.haystack.pieces.start
+        samples = [perplexity.measure(lines, grader.reader, start) for lines in windows]
+        result = perplexity.summarize(samples, cell.length)
+    else:
+        samples = [_graded(cell, i, subject.haystack, grader) for i in range(cell.samples)]
+        result = {n: mean(s[n] for s in samples) for n in ("match", "rank", "chance")}
+    numbers = [x for x in result.values() if isinstance(x, float)]
+    if not all(map(math.isfinite, numbers)):
+        raise InputError(f"model {subject.name} gives no finite numbers on {cell.task}")
+    seconds = round(time.perf_counter() - began, 3)
+    return {"result": result | {"seconds": seconds}, "samples": samples}
+
+
+def _graded(cell: Cell, index: int, haystack: Haystack, grader: Grader) -> dict[str, Any]:
+    sample = draw_sample(cell.task, cell.length, cell.depth or 0.0, cell.seed, index, haystack)
+    return grader.grade(sample) | {"depths": [round(depth, 6) for depth in sample.depths]}
+
+
+def _key(described: Any) -> str:
+    return json.dumps(described, sort_keys=True)

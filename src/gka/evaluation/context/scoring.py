@@ -1,0 +1,86 @@
+"""Two scores of a sample, each from 0 to 1.
+
+match: the share of the answers that stand as whole words in the text the model writes (greedily, one
+    line), in any case; RULER counts the same, parts of words too. It needs a model that follows a question.
+rank: candidates are ranked by how much the long text adds to their likelihood,
+        log p(candidate | whole prompt) - log p(candidate | prompt without the text),
+    and of the k best, k the number of answers, the share that are answers counts. It needs no writing and
+    tells apart small models; guessing gives `chance`. Ties count as if broken at random.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gka.evaluation.context.haystack import Pieces
+from gka.evaluation.context.prompt import Sample
+from gka.evaluation.context.reader import Reader
+
+
+def match_score(written: str, answers: Sequence[str]) -> float:
+    """Share of `answers` that are in `written`, in any case, and not within a longer word."""
+    found = (rf"(?<!\w){re.escape(answer)}(?!\w)" for answer in answers)
+    return sum(bool(re.search(f, written, re.IGNORECASE)) for f in found) / len(answers)
+
+
+def rank_score(gains: Sequence[float], right: Sequence[bool]) -> float:
+    """Expected share of right ones among the k with the largest gains, k the number of right ones.
+
+    Args:
+        gains: of each candidate.
+        right: whether it is an answer.
+    """
+    wanted = sum(right)
+    limit = sorted(gains, reverse=True)[wanted - 1]
+    above = [r for gain, r in zip(gains, right, strict=True) if gain > limit]
+    level = [r for gain, r in zip(gains, right, strict=True) if gain == limit]
+    expected = sum(above) + (wanted - len(above)) * sum(level) / len(level)
+    return expected / wanted
+
+
+def chance(sample: Sample) -> float:
+    """What guessing among the candidates gets on average."""
+    return len(sample.answers) / len(sample.candidates)
+
+
+@dataclass
+class Grader:
+    """Asks a model and scores what it says.
+
+    Attributes:
+        reader: the model.
+        pieces: its tokens.
+        end: ids that end an answer.
+    """
+
+    reader: Reader
+    pieces: Pieces
+
+    def __post_init__(self) -> None:
+        end = self.pieces.tokenizer.eos_token_id
+        ends = end if isinstance(end, list) else [end]
+        self.end = {int(i) for i in ends if i is not None}
+        if len(self.pieces.newline) == 1:
+            self.end.add(self.pieces.newline[0])
+
+    def grade(self, sample: Sample) -> dict[str, Any]:
+        """Both scores of a sample, JSON-ready, with what the model wrote."""
+        texts = self.pieces.encode([f" {candidate}" for candidate in sample.candidates])
+        state = self.reader.read(sample.ids)
+        with_text = self.reader.log_likelihoods(state, texts)
+        without = self.reader.log_likelihoods(self.reader.read(sample.bare), texts)
+        gains = [a - b for a, b in zip(with_text, without, strict=True)]
+        right = [candidate in sample.answers for candidate in sample.candidates]
+        written = self._written(state, 2 * sample.answer_tokens + 16)
+        return {
+            "match": match_score(written, sample.answers),
+            "rank": rank_score(gains, right),
+            "chance": chance(sample),
+            "answers": list(sample.answers),
+            "written": written,
+        }
+
+    def _written(self, state: Any, most: int) -> str:
+        ids = self.reader.write(state, most, tuple(self.end))
+        return self.pieces.decode(ids).split("\n")[0]

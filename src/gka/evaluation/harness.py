@@ -1,0 +1,52 @@
+"""lm-evaluation-harness with this library's models: its own command line, after registering `gka`.
+
+lm_eval finds models in a table of its own and has no entry points for others, so its command cannot know
+`--model gka` by itself; this one does, and `--model hf` then knows this library's models too:
+
+    gka lm-eval --model gka --model_args pretrained=runs/first --tasks ...
+    python -m gka.evaluation.harness --model gka ...
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from gka.errors import InputError
+
+
+def register() -> None:
+    """Make lm_eval know the model `gka`, and the Auto classes this library's models.
+
+    Raises:
+        InputError: lm_eval is not installed.
+    """
+    if find_spec("lm_eval") is None:
+        raise InputError(
+            'lm_eval is not installed; install it with pip install "gated-kalmanet[eval]"'
+        )
+    import gka.evaluation.harness_model  # noqa: F401  (registers itself)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """lm_eval's command with these arguments.
+
+    Raises:
+        InputError: lm_eval is not installed.
+        SystemExit: as lm_eval's command does.
+    """
+    register()
+    from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
+
+    before = sys.argv
+    sys.argv = ["gka lm-eval", *arguments]  # which is where that command reads them
+    try:
+        cli_evaluate()
+    finally:
+        sys.argv = before
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        sys.exit(f"gka: {error}")

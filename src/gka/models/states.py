@@ -1,0 +1,80 @@
+"""What a cache holds, as named tensors: to copy, store, move and combine it."""
+
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from gka.models.cache import GKACache
+
+
+def cache_tensors(cache: GKACache) -> dict[str, Tensor]:
+    """The tensors of a cache, not copied, by name.
+
+    `layers.I.recurrent.N` [B,H,K,...] and `layers.I.conv.N` [B,channels,width] of recurrent layers,
+    `layers.I.keys` and `layers.I.values` [B,heads,T,head_dim] of attention layers (the window's last
+    positions for a sliding one). Layers that have seen nothing are left out.
+    """
+    found: dict[str, Tensor | None] = {}
+    layer: Any
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, CacheLayerMixin):
+            named = {"keys": layer.keys, "values": layer.values}
+        else:
+            named = {f"recurrent.{n}": x for n, x in layer.recurrent_states.items()}
+            named |= {f"conv.{n}": x for n, x in layer.conv_states.items()}
+        found |= {f"layers.{index}.{name}": x for name, x in named.items()}
+    return {name: x for name, x in found.items() if x is not None}
+
+
+def fill_cache(cache: GKACache, tensors: dict[str, Tensor], tokens: int) -> GKACache:
+    """Put tensors, named as by `cache_tensors`, into a new cache; they are taken over, not copied.
+
+    The cache updates recurrent states in place: pass clones of tensors that are to be kept.
+
+    Args:
+        cache: a `GKACache` that has seen nothing.
+        tensors: all tensors of a cache of the same model.
+        tokens: positions that these have seen.
+
+    Returns:
+        `cache`.
+
+    Raises:
+        ValueError: a layer has no tensors, or there are tensors of other layers.
+    """
+    left = dict(tensors)
+    for index, layer in enumerate(cache.layers):
+        prefix = f"layers.{index}."
+        own = {n.removeprefix(prefix): left.pop(n) for n in tensors if n.startswith(prefix)}
+        attends = isinstance(layer, CacheLayerMixin)
+        if tokens and not ({"keys", "values"} <= set(own) if attends else "recurrent.0" in own):
+            kind = "keys and values" if attends else "recurrent states"
+            raise ValueError(f"layer {index} of the model needs {kind}; given: {sorted(own)}")
+        if own and attends:
+            _fill_attention(layer, own, tokens)
+        else:
+            _fill_recurrent(layer, own)
+    if left:
+        raise ValueError(f"the model has no place for {', '.join(sorted(left)[:4])}")
+    cache.advance(tokens)
+    return cache
+
+
+def _fill_attention(layer: Any, own: dict[str, Tensor], tokens: int) -> None:
+    layer.update(own["keys"], own["values"])
+    if hasattr(layer, "cumulative_length"):  # a sliding window counts what it has dropped
+        layer.cumulative_length = tokens
+
+
+def _fill_recurrent(layer: Any, own: dict[str, Tensor]) -> None:
+    for name, state in own.items():
+        kind, _, number = name.partition(".")
+        index = int(number)
+        if kind == "conv":
+            layer.lazy_initialization(conv_states=state, state_idx=index)
+            layer.conv_states[index] = state
+            layer.has_previous_state[index] = True
+        else:
+            layer.lazy_initialization(recurrent_states=state, state_idx=index)
+            layer.recurrent_states[index] = state

@@ -1,0 +1,28 @@
+"""Using a trained model: sessions whose memory is kept, stored, copied and combined; a look inside.
+
+The names are loaded when they are first used, so that `gka --help` need not load transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gka.serving.inspection import inspect_model
+    from gka.serving.reading import prefill
+    from gka.serving.sampling import Sampling
+    from gka.serving.session import GenerationSession
+
+__all__ = ["GenerationSession", "Sampling", "prefill", "inspect_model"]
+
+_HOME = {
+    "GenerationSession": "gka.serving.session",
+    "Sampling": "gka.serving.sampling",
+    "prefill": "gka.serving.reading",
+    "inspect_model": "gka.serving.inspection",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'gka.serving' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,71 @@
+"""`gka inspect`: options to calls. Heavy imports come last."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gka.errors import InputError
+from gka.serving.command import (
+    Model,
+    NumIter,
+    PrefillChunk,
+    Prompt,
+    RidgeRatio,
+    SolverName,
+    silence_libraries,
+)
+
+
+def inspect(
+    model: Model,
+    *,
+    prompt: Prompt = None,
+    file: Annotated[
+        Path | None, typer.Option(help="A UTF-8 file with the text. [default: standard input]")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for inspection.html and inspection.json.")
+    ] = Path("inspection"),
+    positions: Annotated[
+        int, typer.Option(help="Places of the text at which the states are looked at.")
+    ] = 64,
+    prefill_chunk: PrefillChunk = 4096,
+    num_iter: NumIter = None,
+    ridge_ratio: RidgeRatio = None,
+    solver: SolverName = None,
+) -> None:
+    """Show what a model's memory does with a text: decay, ridge, solver error, by layer and head.
+
+    Writes a page that any browser opens, the figures as JSON, and prints a table.
+    """
+    from rich.console import Console
+
+    from gka.data.files import write_bytes, write_json
+    from gka.serving import inspection, inspection_page, sample
+    from gka.serving.inspection_table import table
+
+    text = sample.read_prompt(prompt, file, option="file")
+    silence_libraries()
+    loaded, tokenizer = sample.load(model)
+    loaded.set_solver(num_iter=num_iter, ridge_ratio=ridge_ratio, solver=solver)  # type: ignore[operator]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+    if not ids:
+        raise InputError("the text is empty: give --prompt, --file or standard input")
+    found = inspection.inspect_model(
+        loaded,  # type: ignore[arg-type]
+        ids,
+        positions=positions,
+        chunk=prefill_chunk,
+    )
+    content = {"model_folder": str(model)} | found
+    page, figures = output / "inspection.html", output / "inspection.json"
+    try:
+        write_json(figures, content)
+        write_bytes(page, inspection_page.page(content).encode())
+    except OSError as error:
+        raise InputError(f"--output {output}: cannot be written ({error})") from None
+    console = Console()
+    console.print(table(content))
+    for what, path in (("page", page), ("figures", figures)):
+        console.print(f"{what + ':':8} {path}", highlight=False, soft_wrap=True)

@@ -1,0 +1,228 @@
+"""What the memory of each GKA layer does with a text: decay, ridge, conditioning, solver error.
+
+The model reads the text as it always does, in pieces; beside it H_t is formed in float64 from the
+layer's own keys and gates, and looked at in some places of the text.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gka.errors import InputError
+from gka.layers import GatedKalmaNet
+from gka.layers.recurrent import Gates, Run
+from gka.maths.adaptive import solver_steps
+from gka.maths.chebyshev import chebyshev_bound
+from gka.maths.exact import exact_solve
+from gka.maths.system import System
+from gka.models import GKACache, GKAForCausalLM
+from gka.ops.checks import check_solver
+from gka.serving.reading import PREFILL_CHUNK, check_model, prefill
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+_KEPT_DECAYS = 4096  # tokens, evenly spaced, from which the quantiles are taken
+CURVES = ("fro", "lambda", "condition", "steps", "error", "residual", "memory")
+
+
+@torch.no_grad()
+def inspect_model(
+    model: GKAForCausalLM,
+    tokens: Tensor | Sequence[int],
+    *,
+    positions: int = 64,
+    chunk: int = PREFILL_CHUNK,
+) -> dict[str, Any]:
+    """Read one text and describe what each layer's memory does with it.
+
+    Args:
+        model: a model with any pattern of mixers.
+        tokens: ids of one text [T] or [1,T].
+        positions: how many evenly spaced places are looked at, the last token among them.
+        chunk: tokens read at a time.
+
+    Returns:
+        JSON-ready: `tokens`, `positions` (places looked at, from 0), and `layers`. A GKA layer has its
+        `ridge_ratio`, `num_iter`, `solver`, `condition_bound` (1+a)/a, `error_bound`; by head
+        `decay_quantiles` (of gamma at QUANTILES), `half_life` in tokens (null without decay), `alpha`,
+        `beta` (means; 1 where there is no gate), `final_norm_h`, `final_norm_u`; and by place and head
+        `curves`: `fro` |H_t|, `lambda`, `condition` of H_t + lambda_t I, `steps` taken, `error`
+        |x - x*|_A / |x*|_A and `residual` |A x - q| / |q| of the solve against the exact one in float64
+        (null where num_iter = 0 or the history is empty), `memory` sum_j prod gamma, the tokens remembered.
+        Other layers have their `mixer` alone.
+
+    Raises:
+        InputError: another model, no tokens, several texts, or `positions` or `chunk` not positive.
+    """
+    check_model(model)
+    ids = torch.as_tensor(tokens, device=model.device)
+    ids = ids[None] if ids.dim() == 1 else ids
+    if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
+        raise InputError(f"tokens: expected one text [T], got shape {tuple(ids.shape)}")
+    if positions < 1:
+        raise InputError(f"positions is {positions}; expected 1 or more")
+    places = _places(ids.shape[1], positions)
+    cache = GKACache(model.config)
+    with ExitStack() as stack:
+        watches = {}
+        for index, layer in enumerate(model.model.layers):
+            if isinstance(layer.mixer, GatedKalmaNet):
+                watches[index] = _Watch(layer.mixer, places, ids.shape[1])
+                stack.enter_context(watches[index].watching())
+        prefill(model, ids, cache, chunk=chunk)
+    layers = []
+    for index, name in enumerate(model.config.pattern):
+        layer = {"layer": index, "mixer": name}
+        if index in watches:
+            states: Any = cache.layers[index]
+            layer |= watches[index].result(states.recurrent_states)
+        layers.append(layer)
+    return {"tokens": ids.shape[1], "positions": places, "layers": layers}
+
+
+def _places(length: int, wanted: int) -> list[int]:
+    """At most `wanted` places of a text, evenly spaced, the last one among them."""
+    return sorted({math.ceil((i + 1) * length / wanted) - 1 for i in range(wanted)})
+
+
+class _Watch:
+    """One layer while it reads: its H_t in float64 [1,H,K,K], and what was seen at the places."""
+
+    def __init__(self, mixer: GatedKalmaNet, places: list[int], length: int):
+        self.mixer = mixer
+        self.places = places
+        self.stride = -(-length // _KEPT_DECAYS)
+        self.read = 0
+        heads, dim = mixer.num_expanded_heads, mixer.head_dim
+        options: Any = {"dtype": torch.float64, "device": mixer.q_proj.weight.device}
+        self.h = torch.zeros(1, heads, dim, dim, **options)
+        self.memory = torch.zeros(1, heads, **options)
+        self.sums = {name: torch.zeros(heads, **options) for name in ("g", "alpha", "beta")}
+        self.gammas: list[Tensor] = []
+        self.curves: dict[str, list[Any]] = {name: [] for name in CURVES}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """See what the mixer's memory is given, by standing before its `mix`."""
+        mixer: Any = self.mixer
+        mix = mixer.mix
+
+        def seen(q: Tensor, k: Tensor, v: Tensor, gates: Gates, run: Run) -> Any:
+            self._look(q, k, gates)
+            return mix(q, k, v, gates, run)
+
+        mixer.mix = seen
+        try:
+            yield
+        finally:
+            del mixer.mix
+
+    def _look(self, q: Tensor, k: Tensor, seen: Gates) -> None:
+        """A piece of the text: q [1,T,H,K], k [1,T,Hk,K], gates [1,T,H]."""
+        mixer, length = self.mixer, q.shape[1]
+        heads = self.h.shape[1]
+        k = k.double().repeat_interleave(heads // k.shape[2], 2)
+        zeros = q.new_zeros(q.shape[:3], dtype=torch.float64)
+        g = zeros if seen.g is None else seen.g.double()
+        gates = {"g": g}
+        for name, gate in (("beta", seen.beta), ("alpha", seen.alpha)):
+            gates[name] = zeros + 1.0 if gate is None else gate.double()
+        for name, gate in gates.items():
+            self.sums[name] += gate[0].sum(0)
+        self.gammas.append(g[0, -self.read % self.stride :: self.stride].exp())
+        fades = g if mixer.use_forgetting_gate_kk else torch.zeros_like(g)
+        weighted = k * gates["beta"][..., None]
+        begin = 0
+        here = [p - self.read for p in self.places if self.read <= p < self.read + length]
+        for end in sorted({p + 1 for p in here} | {length}):
+            self._advance(weighted[:, begin:end], fades[:, begin:end])
+            if end - 1 in here:
+                self._measure(q[:, end - 1])
+            begin = end
+        self.read += length
+
+    def _advance(self, k: Tensor, g: Tensor) -> None:
+        """H and the sum of decays over some tokens; k carries the write gate."""
+        if k.shape[1] == 0:
+            return
+        total = g.cumsum(1)
+        to_end = (total[:, -1:] - total).exp()
+        whole = total[:, -1].exp()
+        self.h = whole[..., None, None] * self.h + torch.einsum("bth,bthi,bthj->bhij", to_end, k, k)
+        self.memory = whole * self.memory + to_end.sum(1)
+
+    def _measure(self, q: Tensor) -> None:
+        """At a token with query q [1,H,K]."""
+        a, steps = self.mixer.ridge_ratio, self.mixer.num_iter
+        h, fro = self.h, self.h.square().sum((-2, -1)).sqrt()
+        lamb = a * fro
+        values = torch.linalg.eigvalsh(h).clamp_min(0)
+        condition = (values[..., -1] + lamb) / (values[..., 0] + lamb)
+        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        system = System.of_state(h.to(dtype))
+        found = {"fro": fro, "lambda": lamb, "memory": self.memory}
+        for name, value in found.items():
+            self.curves[name].append(_plain(value[0]))
+        self.curves["condition"].append(_plain(condition[0]))
+        adaptive = self.mixer.solver == "adaptive" and steps > 0
+        taken = solver_steps(system, a, steps) if adaptive else torch.full_like(fro, steps)
+        self.curves["steps"].append([int(n) for n in taken[0]])
+        error, residual = torch.full_like(fro, torch.nan), torch.full_like(fro, torch.nan)
+        if steps > 0:
+            x = system.solve(q.to(dtype).unsqueeze(-2), a, steps, check_solver(self.mixer.solver))
+            error, residual = _solve_error(h, lamb, q.double(), x.squeeze(-2).double())
+            empty = system.empty[..., 0]
+            error, residual = (e.masked_fill(empty, torch.nan) for e in (error, residual))
+        self.curves["error"].append(_plain(error[0]))
+        self.curves["residual"].append(_plain(residual[0]))
+
+    def result(self, states: dict[int, Tensor]) -> dict[str, Any]:
+        """The layer's part of the answer, given its final states."""
+        mixer = self.mixer
+        gamma = torch.cat(self.gammas)
+        quantiles = torch.quantile(gamma, gamma.new_tensor(QUANTILES), dim=0)
+        means = {name: total / self.read for name, total in self.sums.items()}
+        half_life = math.log(2) / -means["g"]
+        norms = [states[i][0].double().square().sum((-2, -1)).sqrt() for i in (0, 1)]
+        by_head = {
+            "decay_quantiles": [_plain(q) for q in quantiles.mT],
+            "half_life": _plain(half_life),
+            "alpha": _plain(means["alpha"]),
+            "beta": _plain(means["beta"]),
+            "final_norm_h": _plain(norms[0]),
+            "final_norm_u": _plain(norms[1]),
+        }
+        a, steps = mixer.ridge_ratio, mixer.num_iter
+        return {
+            "ridge_ratio": a,
+            "num_iter": steps,
+            "solver": mixer.solver,
+            "condition_bound": (1 + a) / a,
+            "error_bound": chebyshev_bound(a, steps) if steps else None,
+            "heads": [
+                {name: values[head] for name, values in by_head.items()}
+                for head in range(len(norms[0]))
+            ],
+            "curves": self.curves,
+        }
+
+
+def _solve_error(h: Tensor, lamb: Tensor, q: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """|x - x*|_A / |x*|_A and |A x - q| / |q| with A = H + lambda I, [1,H] each, all float64."""
+    exact = exact_solve(h, q, lamb.clamp_min(torch.finfo(lamb.dtype).tiny ** 0.4))
+
+    def apply(y: Tensor) -> Tensor:
+        return (h @ y.unsqueeze(-1)).squeeze(-1) + lamb.unsqueeze(-1) * y
+
+    def energy(y: Tensor) -> Tensor:
+        return (y * apply(y)).sum(-1).clamp_min(0).sqrt()
+
+    return energy(x - exact) / energy(exact), (apply(x) - q).norm(dim=-1) / q.norm(dim=-1)
+
+
+def _plain(values: Tensor) -> list[float | None]:
+    """Numbers for JSON, which has no NaN and no infinity."""
+    return [float(x) if math.isfinite(x) else None for x in values.tolist()]

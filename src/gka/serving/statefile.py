@@ -1,0 +1,161 @@
+"""A session's states in a file: safetensors, with a header that says whose they are, and a checksum."""
+
+import hashlib
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from gka.data.files import replacing
+from gka.errors import InputError
+from gka.models import GKAConfig, GKAForCausalLM
+from gka.serving.contents import Contents
+
+FORMAT, VERSION = "gka-session", 1
+# What may differ between the model that wrote a state and the one that goes on from it.
+_FREE = {"backend", "num_iter", "ridge_ratio", "solver", "initializer_range", "use_cache"}
+_FREE |= {"max_position_embeddings", "tie_word_embeddings", "mixer", "attention_layers"}
+_FREE |= {"pad_token_id", "bos_token_id", "eos_token_id"}
+_SAMPLES = 64  # numbers of each parameter that the weights' fingerprint looks at
+
+
+def save_contents(path: Path, model: GKAForCausalLM, contents: Contents) -> None:
+    """Write `contents`; an existing file is replaced once the new one is whole.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {name: x.detach().cpu().contiguous() for name, x in contents.named().items()}
+    header = _identity(model) | {
+        "tokens": contents.tokens,
+        "batch_size": contents.batch_size or 0,
+        "tracks_decay": contents.decay is not None,
+    }
+    header["sha256"] = _checksum(header, tensors)
+    try:
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={FORMAT: json.dumps(header)})
+    except OSError as error:
+        raise InputError(f"state {path} cannot be written: {error.strerror or error}") from None
+
+
+def load_contents(path: Path, model: GKAForCausalLM, *, verify: bool = True) -> Contents:
+    """Read what `save_contents` wrote for the same model.
+
+    The file is mapped into memory, and on a CPU its tensors are used where they lie (copies are made of
+    what is written to, the file never changes). `verify` reads all of it once, for the checksum.
+
+    Raises:
+        InputError: no such file, cut short, damaged, no session, or one of another model; the message
+            says which, and what differs.
+    """
+    header, tensors = _read(path)
+    _check_identity(path, header, _identity(model))
+    if verify and _checksum(header, tensors) != header.get("sha256"):
+        raise InputError(f"state {path} is damaged: its content does not have its checksum")
+    tensors = {name: x.to(model.device) for name, x in tensors.items()}
+    tokens, tracked = int(header["tokens"]), bool(header["tracks_decay"])
+    try:
+        return Contents.of_named(model, tensors, tokens, tracked)
+    except (ValueError, KeyError) as error:
+        raise InputError(f"state {path} does not fit the model: {error}") from None
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """What a state file says of itself: tokens, batch_size, model, dtype, weights, sha256.
+
+    Raises:
+        InputError: no such file, or no session in it.
+    """
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise InputError(f"state {path} does not exist")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            header = json.loads((file.metadata() or {}).get(FORMAT, "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"state {path} is cut short or no state of a session: {error}") from None
+    if not isinstance(header, dict):
+        raise InputError(f"state {path} is a safetensors file, but not of a session")
+    if header.get("version") != VERSION:
+        raise InputError(
+            f"state {path} has version {header.get('version')} of the format; this release reads "
+            f"{VERSION}"
+        )
+    return header, tensors
+
+
+def _identity(model: GKAForCausalLM) -> dict[str, Any]:
+    return {
+        "version": VERSION,
+        "model": _layout(model.config),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "weights": fingerprint(model),
+    }
+
+
+def _layout(config: GKAConfig) -> dict[str, Any]:
+    """The fields that decide what the states mean, the pattern written out."""
+    inherited = {field.name for field in fields(PreTrainedConfig)}
+    own = [field.name for field in fields(config) if field.name not in inherited | _FREE]
+    return {name: getattr(config, name) for name in own} | {"mixers": config.pattern}
+
+
+def _check_identity(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Raise `InputError` where the file is of another model."""
+    theirs, ours = found.get("model") or {}, expected["model"]
+    differing = [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]
+    if differing:
+        shown = ", ".join(f"{n} {theirs.get(n)!r} not {ours.get(n)!r}" for n in differing[:4])
+        raise InputError(f"state {path} is of another model: {shown}")
+    if found.get("dtype") != expected["dtype"]:
+        raise InputError(
+            f"state {path} is of a model in {found.get('dtype')}, this one is in {expected['dtype']}: "
+            f"load the model with dtype=torch.{found.get('dtype')}"
+        )
+    if found.get("weights") != expected["weights"]:
+        raise InputError(
+            f"state {path} is of a model with the same sizes but other weights (another training, or "
+            "a later step of it): use the model that wrote it"
+        )
+
+
+@torch.no_grad()
+def fingerprint(model: GKAForCausalLM) -> str:
+    """SHA-256 over some numbers of every parameter: tells trainings apart at no cost worth mentioning."""
+    digest = hashlib.sha256()
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+        flat = parameter.detach().flatten()
+        by_dtype.setdefault(flat.dtype, []).append(flat[:: max(1, len(flat) // _SAMPLES)])
+    for parts in by_dtype.values():  # one transfer from the device a dtype
+        digest.update(_bytes(torch.cat(parts).cpu()))
+    return digest.hexdigest()
+
+
+def _checksum(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over the header, but for the checksum itself, and all tensors."""
+    plain = {name: value for name, value in header.items() if name != "sha256"}
+    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
+    for name, x in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(x.shape)} {x.dtype}\n".encode())
+        digest.update(_bytes(x))
+    return digest.hexdigest()
+
+
+def _bytes(x: Tensor) -> Any:
+    """A tensor on the CPU as a buffer, not copied."""
+    return x.contiguous().flatten().view(torch.uint8).numpy()

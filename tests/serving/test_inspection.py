@@ -1,0 +1,191 @@
+"""Inspection: its figures are those of the layers' own inputs, found another way."""
+
+import base64
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from gka.errors import InputError
+from gka.maths.exact import exact_solve
+from gka.models import GKACache, GKAForCausalLM, cache_tensors
+from gka.ops import solver_steps
+from gka.serving import inspect_model
+from gka.serving.inspection_page import page
+from gka.serving.inspection_table import table
+from tolerances import assert_close
+
+Build = Callable[..., GKAForCausalLM]
+Ids = Callable[..., Tensor]
+
+
+def inputs(model: GKAForCausalLM, tokens: Tensor) -> tuple[Any, ...]:
+    """(q, k, g, beta, alpha) of the first layer, in float64, beta applied to k."""
+    seen: dict[str, Any] = {}
+    mixer: Any = model.model.layers[0].mixer
+    mix = mixer.mix
+    mixer.mix = lambda q, k, v, gates, run: (
+        seen.update(q=q, k=k, gates=gates) or mix(q, k, v, gates, run)
+    )
+    with torch.no_grad():
+        model(tokens, use_cache=False)
+    del mixer.mix
+    gates = seen["gates"]
+    return seen["q"], seen["k"] * gates.beta[..., None], gates.g, gates.beta, gates.alpha
+
+
+@pytest.mark.parametrize("chunk", [4096, 7])
+@pytest.mark.parametrize("kk", [True, False])
+@torch.no_grad()
+def test_figures_equal_the_definitions(build: Build, ids: Ids, chunk: int, kk: bool):
+    """H by its recursion, its norm, ridge, eigenvalues, decay sums and quantiles, token by token in float64:
+    the inspection says the same at every place, whatever the chunks."""
+    model, tokens = build(use_forgetting_gate_kk=kk, dtype=torch.float64), ids(1, 40)
+    found = inspect_model(model, tokens, positions=40, chunk=chunk)
+    layer = found["layers"][0]
+    q, k, g, beta, alpha = inputs(model, tokens)
+    h, memory = torch.zeros(4, 8, 8, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    bound = 51.0
+    assert layer["condition_bound"] == pytest.approx(bound) and found["positions"] == [*range(40)]
+    for t in range(40):
+        gamma = g[0, t].exp() if kk else torch.ones(4, dtype=torch.float64)
+        h = gamma[:, None, None] * h + k[0, t][:, :, None] * k[0, t][:, None]
+        memory = gamma * memory + 1
+        fro = h.flatten(1).norm(dim=1)
+        values = torch.linalg.eigvalsh(h + 0.02 * fro[:, None, None] * torch.eye(8))
+        condition = values[:, -1] / values[:, 0]
+        for name, expected in (
+            ("fro", fro), ("lambda", 0.02 * fro), ("condition", condition), ("memory", memory),
+        ):  # fmt: skip
+            assert_close(
+                torch.tensor(layer["curves"][name][t], dtype=torch.float64), expected, 1e-8, name
+            )
+        assert max(layer["curves"]["condition"][t]) <= bound * (1 + 1e-9)
+        assert max(layer["curves"]["error"][t]) <= layer["error_bound"]
+        x = exact_solve(h, q[0, t], 0.02 * fro)
+        assert x.isfinite().all()
+    for head, shown in enumerate(layer["heads"]):
+        gammas = g[0, :, head].exp()
+        assert shown["decay_quantiles"][2] == pytest.approx(gammas.quantile(0.5).item())
+        assert shown["half_life"] == pytest.approx(
+            -0.6931471805599453 / g[0, :, head].mean().item()
+        )
+        assert shown["alpha"] == pytest.approx(alpha[0, :, head].mean().item())
+        assert shown["beta"] == pytest.approx(beta[0, :, head].mean().item(), rel=1e-4)
+        assert shown["final_norm_h"] == pytest.approx(fro[head].item())
+
+
+def test_errors_shrink_with_steps_and_vanish_in_none(build: Build, ids: Ids):
+    """More steps, smaller solve error; no steps, no error to speak of."""
+    worst = []
+    for num_iter in (2, 6, 20):
+        found = inspect_model(build(num_iter=num_iter), ids(1, 30), positions=5)
+        curve = found["layers"][1]["curves"]["error"]
+        worst.append(max(e for row in curve for e in row))
+        assert worst[-1] <= found["layers"][1]["error_bound"] * 1.01 + 1e-5
+    assert worst[0] > 2 * worst[1] and worst[1] > 20 * worst[2]
+    none = inspect_model(build(num_iter=0), ids(1, 30), positions=5)["layers"][0]
+    assert none["error_bound"] is None and none["curves"]["error"][0] == [None] * 4
+
+
+def test_adaptive_steps_are_those_of_the_op(build: Build, ids: Ids):
+    """With solver="adaptive" the steps shown are those `gka.ops.solver_steps` has for one-token chunks."""
+    model, tokens = build(num_iter=30, solver="adaptive"), ids(1, 12)
+    found = inspect_model(model, tokens, positions=12)["layers"][0]["curves"]["steps"]
+    _, _, g, beta, _ = inputs(model, tokens)
+    mixer: Any = model.model.layers[0].mixer
+    seen: list[Tensor] = []
+    mix = mixer.mix
+    mixer.mix = lambda q, k, *rest: seen.append(k) or mix(q, k, *rest)
+    with torch.no_grad():
+        model(tokens, use_cache=False)
+    steps = solver_steps(seen[0], gk=g, beta=beta, num_iter=30, num_heads=4, chunk_size=1)
+    assert (torch.tensor(found) - steps[0]).abs().max() <= 1  # the same n, but for rounding of phi
+
+
+def test_the_model_computes_as_ever(build: Build, ids: Ids):
+    """Being looked at changes no state and leaves nothing behind."""
+    model, tokens = build(mixers=["gka", "attention"]), ids(1, 20)
+    before = set(vars(model.model.layers[0].mixer))
+    plain, first = GKACache(model.config), {}
+    with torch.no_grad():
+        model(tokens, past_key_values=plain)
+    inspect_model(model, tokens, positions=3)
+    assert set(vars(model.model.layers[0].mixer)) == before
+    again = GKACache(model.config)
+    with torch.no_grad():
+        model(tokens, past_key_values=again)
+    first = cache_tensors(plain)
+    assert all(torch.equal(x, first[name]) for name, x in cache_tensors(again).items())
+
+
+def test_hybrids_and_long_texts(build: Build, ids: Ids):
+    """Any pattern, any length: layers without a ridge are listed, places are spread, JSON has no NaN."""
+    model = build(mixers=["attention", "gka", "gla", "swa"], use_forgetting_gate=True)
+    found = inspect_model(model, ids(1, 9000), positions=10, chunk=1000)
+    assert [layer["mixer"] for layer in found["layers"]] == ["attention", "gka", "gla", "swa"]
+    assert [set(layer) - {"layer", "mixer"} != set() for layer in found["layers"]] == [0, 1, 0, 0]
+    assert found["positions"] == [899 + 900 * i for i in range(10)]
+    json.dumps(found, allow_nan=False)
+    undecayed = inspect_model(build(use_forgetting_gate=False), ids(1, 9))["layers"][0]
+    assert undecayed["heads"][0]["half_life"] is None
+    assert undecayed["curves"]["memory"][-1] == [9.0] * 4
+
+
+@pytest.mark.parametrize("mixers", [["gka", "attention"], ["attention"]])
+@pytest.mark.parametrize("num_iter", [6, 0])
+def test_the_page_stands_alone(build: Build, ids: Ids, mixers: list[str], num_iter: int):
+    """One HTML page: it asks for nothing from outside, its images are whole SVG documents, names are
+    escaped."""
+    model = build(mixers=mixers, num_iter=num_iter)
+    content = {"model_folder": "<b>&"} | inspect_model(model, ids(1, 30), positions=4)
+    text = page(content)
+    assert "&lt;b&gt;&amp;" in text and "<b>&" not in text
+    sources = re.findall(r'(?:src|href)=[\'"]([^\'"]+)', text)
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in sources)
+    assert "<script" not in text and "@import" not in text and "url(" not in text
+    assert len(sources) == (2 if "gka" in mixers else 0)
+    for source in sources:
+        root = ElementTree.fromstring(base64.b64decode(source.partition(",")[2]))
+        assert root.tag.endswith("svg") and len(list(root.iter())) > 100
+    for index, mixer in enumerate(mixers):
+        assert f"Layer {index}: {mixer}" in text
+
+
+def test_the_table_has_every_layer(build: Build, ids: Ids):
+    """In 80 columns every layer and figure of the table is readable."""
+    console = Console(width=80)
+    with console.capture() as captured:
+        content = inspect_model(build(mixers=["gka", "attention"]), ids(1, 30), positions=4)
+        console.print(table(content))
+    shown = captured.get()
+    for word in ("0 gka", "1 attention", "half-life", "remembered", "lambda", "condition", "steps"):
+        assert word in shown, shown
+    assert "…" not in shown
+
+
+def test_other_models_are_refused():
+    """What is no GKA language model is refused by name."""
+    with pytest.raises(InputError, match="expected a GKAForCausalLM, got Linear"):
+        inspect_model(torch.nn.Linear(1, 1), [1])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "message"),
+    [
+        ([], {}, "one text"),
+        ([[1], [2]], {}, r"one text \[T\], got shape \(2, 1\)"),
+        ([1], {"positions": 0}, "positions is 0"),
+        ([1], {"chunk": 0}, "prefill_chunk is 0"),
+    ],
+)
+def test_bad_input(build: Build, tokens: Any, options: dict[str, int], message: str):
+    """What cannot be inspected is refused by name."""
+    with pytest.raises(InputError, match=message):
+        inspect_model(build(), tokens, **options)

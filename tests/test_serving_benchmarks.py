@@ -1,0 +1,65 @@
+"""The benchmarks of prefill and of combined states measure and write what they say, at tiny sizes."""
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "head_dim": 16, "num_iter": 4}
+
+
+def module(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT))
+    return importlib.import_module(f"benchmarks.{name}")
+
+
+def test_prefill_measures_every_length_and_chunk(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Speed, memory and the times of resuming for each length and chunk, behind checks that passed."""
+    prefill = module("prefill", monkeypatch)
+    monkeypatch.setitem(prefill.SIZES, "tiny", TINY)
+    command = "prefill --size tiny --tokens 200 400 --chunk 64 --repeats 2 --device cpu --output"
+    monkeypatch.setattr("sys.argv", [*command.split(), str(tmp_path)])
+    prefill.main()
+    found = json.loads((tmp_path / "prefill.json").read_text())
+    assert [row["tokens"] for row in found["rows"]] == [200, 400]
+    assert all(row["seconds"] > 0 and len(row["load"]) == 2 for row in found["rows"])
+    assert found["rows"][0]["megabytes"] == pytest.approx(found["rows"][1]["megabytes"], rel=1e-3)
+    assert found["errors"]["resumed"] == 0 and found["device"] == "CPU"
+    assert "tokens/s" in capsys.readouterr().out
+
+
+def test_prefill_checks_before_it_measures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Pieces that change the result end the benchmark instead of being timed."""
+    prefill = module("prefill", monkeypatch)
+    monkeypatch.setitem(prefill.SIZES, "tiny", TINY)
+    model = prefill.build("tiny", torch.float32, "cpu", None)
+    whole = model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda input_ids, **rest: whole(input_ids.flip(1), **rest)
+    )
+    with pytest.raises(RuntimeError, match="pieces: relative error"):
+        prefill.check(model, tmp_path)
+
+
+def test_combining_scores_every_way(monkeypatch: pytest.MonkeyPatch):
+    """Reading in turn is the uncached model's own score, and reading nothing that of the continuation."""
+    combining, prefill = module("combining", monkeypatch), module("prefill", monkeypatch)
+    monkeypatch.setitem(prefill.SIZES, "tiny", TINY)
+    model = prefill.build("tiny", torch.float32, "cpu", None)
+    text = torch.randint(32000, (1, 60), generator=torch.Generator().manual_seed(0))
+    found = combining.one(model, text, 2, 20)
+    assert set(found) == set(combining.WAYS)
+    for way, seen in (("read in turn", text), ("nothing", text[:, 40:])):
+        with torch.no_grad():
+            logits = model(seen, use_cache=False).logits[0, -17:-1]
+        expected = torch.nn.functional.cross_entropy(logits, seen[0, -16:]) / torch.log(
+            torch.tensor(2.0)
+        )
+        assert found[way] == pytest.approx(expected.item(), rel=1e-5)
+    assert len(set(found.values())) == len(found)
