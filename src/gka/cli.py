@@ -13,6 +13,7 @@ from gka.serving.command import generate
 from gka.serving.inspect_command import inspect
 from gka.training.command import train
 from gka.training.convert import convert
+from gka.training.priming.command import prime
 
 app = typer.Typer(
     name="gka",
@@ -22,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, generate, inspect, convert, recall, mqar, evaluate):
+for command in (train, prime, generate, inspect, convert, recall, mqar, evaluate):
     app.command()(command)
 # its arguments, --help too, are the harness's own
 app.command(

@@ -40,7 +40,7 @@ def shown_commands(page: Path) -> list[tuple[str, set[str]]]:
     """(subcommand, its long options) of every `gka ...` line in the page's shell blocks."""
     lines = [line for text in blocks(page, "bash") for line in text.splitlines()]
     return [
-        (line.split()[1], set(re.findall(r"(--[a-z][a-z-]*)", line)))
+        (line.split()[1], set(re.findall(r"(--[a-z][a-z0-9-]*)", line)))
         for line in lines
         if line.startswith("gka ")
     ]

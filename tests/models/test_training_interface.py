@@ -162,3 +162,11 @@ def test_predictions_are_logits_and_no_cache(build: Build, ids: Ids, tmp_path: P
     trainer = Trainer(build(mixers=["gka", "attention"]), arguments(tmp_path))
     prediction: Any = trainer.predict(rows)  # pyright: ignore[reportArgumentType]
     assert prediction.predictions.shape == (4, 8, 97)
+
+
+def test_attention_weights_are_refused(build: Build, ids: Ids) -> None:
+    """Wrappers pass output_attentions on: False is taken, True is refused, for no weights are formed."""
+    model, tokens = build(mixer="attention"), ids(1, 5)
+    assert model(tokens, output_attentions=False).logits.equal(model(tokens).logits)
+    with pytest.raises(ValueError, match="forms no attention weights"):
+        model(tokens, output_attentions=True)

@@ -11,6 +11,7 @@ from gka.errors import InputError
 from gka.training import RunConfig, build_model, read_recipe
 from gka.training.config import RECIPES, merged
 from gka.training.folder import resumed_config
+from gka.training.priming import PrimeConfig
 
 
 def test_tables_round_trip() -> None:
@@ -85,11 +86,16 @@ def test_later_tables_win_key_by_key() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
-def test_recipes_describe_models(path: Path) -> None:
-    """Every recipe in recipes/ is found by name, has known keys only, and makes a model."""
+def test_recipes_describe_runs(path: Path) -> None:
+    """Every recipe in recipes/ is found by name, has known keys only, and makes a model or primes one."""
     import torch
 
-    config = RunConfig.from_tables(read_recipe(path.stem))
+    tables = read_recipe(path.stem)
+    if "prime" in tables:
+        config = PrimeConfig.from_tables(tables)
+        assert config.stage1.max_steps and config.stage2.max_steps
+        return
+    config = RunConfig.from_tables(tables)
     with torch.device("meta"):
         model = build_model(config, byte_tokenizer())
     assert model.num_parameters() > 0
@@ -109,19 +115,21 @@ def test_unknown_recipes_are_refused(tmp_path: Path) -> None:
 def test_resumed_runs_keep_their_settings(reference: tuple[Path, Any]) -> None:
     """Settings given again must agree; the first that differs is named with both values."""
     output, metrics = reference
-    assert resumed_config(output, {}).tables() == metrics["config"]
-    assert resumed_config(output, {"training": {"max_steps": 12}}).training.max_steps == 12
+    assert resumed_config(output, {}, RunConfig).tables() == metrics["config"]
+    assert (
+        resumed_config(output, {"training": {"max_steps": 12}}, RunConfig).training.max_steps == 12
+    )
     with pytest.raises(InputError, match=r"training\.max_steps is 99, but .* began with 12"):
-        resumed_config(output, {"training": {"max_steps": 99}})
+        resumed_config(output, {"training": {"max_steps": 99}}, RunConfig)
     with pytest.raises(InputError, match=r"model\.ridge_ratio is 0\.5, but .* began with None"):
-        resumed_config(output, {"model": {"ridge_ratio": 0.5}})
+        resumed_config(output, {"model": {"ridge_ratio": 0.5}}, RunConfig)
 
 
 def test_damaged_run_settings_are_refused(tmp_path: Path) -> None:
     """run.json cut short, or of another format, is an error, not a fresh start."""
     (tmp_path / "run.json").write_text('{"format": 1')
     with pytest.raises(InputError, match=r"run\.json is not readable JSON"):
-        resumed_config(tmp_path, {})
+        resumed_config(tmp_path, {}, RunConfig)
     (tmp_path / "run.json").write_text('{"format": 99, "config": {}}')
     with pytest.raises(InputError, match="not a run of this version"):
-        resumed_config(tmp_path, {})
+        resumed_config(tmp_path, {}, RunConfig)

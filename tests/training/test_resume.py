@@ -98,6 +98,21 @@ def test_killed_between_training_and_saving(
     _same(run_tiny(output, resume=True), output, reference)
 
 
+def test_killed_after_the_last_step_within_an_epoch(run_tiny: Run, tmp_path: Path) -> None:
+    """A resumed run whose last checkpoint is its last step takes no step more, epochs or not."""
+    changes = {"training": {"max_steps": 6}}  # an epoch and a half
+    whole = run_tiny(tmp_path / "run", changes)
+    model = tmp_path / "run" / "model"
+    weights = load_file(model / "model.safetensors")
+    shutil.rmtree(model)
+    (tmp_path / "run" / "metrics.json").unlink()
+    again = run_tiny(tmp_path / "run", changes, resume=True)
+    assert again["training"]["steps"] == 6
+    assert again["curves"] == whole["curves"]
+    saved = load_file(model / "model.safetensors")
+    assert all(saved[key].equal(weights[key]) for key in weights)
+
+
 def test_without_a_whole_checkpoint_it_starts_over(
     run_tiny: Run, reference: Reference, tmp_path: Path
 ) -> None:

@@ -13,6 +13,8 @@ from gka.models.decoder import GKAModel, GKAPreTrainedModel
 from gka.models.loss import linear_cross_entropy, mean_loss, next_token_targets
 from gka.models.naming import CACHE_NAME, one_cache
 
+_NO_ATTENTIONS = "output_attentions: this model forms no attention weights; leave it out"
+
 
 class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
     """Language model: `GKAModel` and a linear head, tied to the embedding if the configuration says so.
@@ -51,6 +53,7 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         return_logits: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> CausalLMOutputWithPast:
         """Logits of the next token, and the loss against `labels`.
 
@@ -68,11 +71,17 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
                 not touch the loss.
             num_items_in_batch: divide the summed loss by this, instead of by the number of targets.
             return_logits: None: unless in training mode with labels.
+            output_attentions: None or False, as wrappers such as peft's pass on.
 
         Returns:
             `loss` (float32), `logits` [B,T',vocab_size] in the model's dtype, `past_key_values`
             (`cache` since transformers 5.24), `hidden_states`; each None where it was not asked for.
+
+        Raises:
+            ValueError: inputs contradict each other, or attention weights are asked for.
         """
+        if output_attentions:
+            raise ValueError(_NO_ATTENTIONS)
         past = one_cache(past_key_values, cache)
         if use_cache is None and labels is not None and past is None:
             use_cache = False
@@ -153,7 +162,7 @@ def _check_generation(config: GKAConfig, generation_config: Any, given: Any) -> 
     """Raise `ValueError` for caches that cannot hold or count what the layers keep, and for other options
     that this model has no answer to."""
     if generation_config.output_attentions:
-        raise ValueError("output_attentions: this model forms no attention weights; leave it out")
+        raise ValueError(_NO_ATTENTIONS)
     kind = generation_config.cache_implementation
     if kind not in (None, "dynamic", "static"):
         raise ValueError(

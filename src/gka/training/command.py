@@ -14,7 +14,7 @@ from gka.training import options as opt
 from gka.training.config import RunConfig, merged, read_recipe
 
 Tables = dict[str, dict[str, Any]]
-_INTERRUPTED = 128  # the shell's convention: 128 + the signal's number
+INTERRUPTED = 128  # the shell's convention: 128 + the signal's number
 
 
 def train(
@@ -50,8 +50,8 @@ def train(
     model |= {"num_hidden_layers": num_layers, "num_heads": num_heads}
     training = {"max_steps": max_steps, "batch_size": batch_size, "learning_rate": learning_rate}
     training |= {"precision": precision, "seed": seed}
-    options = _given({"data": data, "model": model, "training": training})
-    given = merged(read_recipe(recipe) if recipe else {}, options, _assigned(settings or []))
+    options = given_tables({"data": data, "model": model, "training": training})
+    given = merged(read_recipe(recipe) if recipe else {}, options, assigned_tables(settings or []))
     config = RunConfig.from_tables(given)
     folder = output or _default_output(recipe, config)
     _run(config, folder, given, resume=resume, overwrite=overwrite)
@@ -63,14 +63,14 @@ def _run(config: RunConfig, folder: Path, given: Tables, *, resume: bool, overwr
     from gka.training import folder as files
     from gka.training import report, run
 
-    _silence_libraries()
+    silence_libraries()
     console = Console(quiet=not files.is_main_process())
     if resume and any(given.values()) and not (folder / files.RUN).exists():
         # A whole command can be repeated until its run is complete, by make or by a job queue.
         console.print(f"no run in {folder} yet: starting one", highlight=False, soft_wrap=True)
         resume = False
     if resume:
-        config = files.resumed_config(folder, given)
+        config = files.resumed_config(folder, given, RunConfig)
     try:
         metrics = run.train(config, folder, console=console, resume=resume, overwrite=overwrite)
     except run.Interrupted as stop:
@@ -80,20 +80,21 @@ def _run(config: RunConfig, folder: Path, given: Tables, *, resume: bool, overwr
             highlight=False,
             soft_wrap=True,
         )
-        raise typer.Exit(_INTERRUPTED + stop.signal) from None
+        raise typer.Exit(INTERRUPTED + stop.signal) from None
     console.print(report.table(metrics))
     for what, name in {"model": files.MODEL, "figures": files.METRICS, "plot": files.PLOT}.items():
         console.print(f"{what + ':':8} {folder / name}", highlight=False, soft_wrap=True)
 
 
-def _given(options: Tables) -> Tables:
+def given_tables(options: Tables) -> Tables:
+    """The tables without what was not given."""
     return {
         table: {key: value for key, value in values.items() if value is not None}
         for table, values in options.items()
     }
 
 
-def _assigned(settings: Iterable[str]) -> Tables:
+def assigned_tables(settings: Iterable[str]) -> Tables:
     """Tables from "table.key=value"; a value is read as TOML, or as text where it is not TOML."""
     tables: Tables = {}
     for setting in settings:
@@ -124,7 +125,7 @@ def _default_output(recipe: str | None, config: RunConfig) -> Path:
     return Path("runs") / f"{name}-{config.model.get('mixer', 'mixers')}"
 
 
-def _silence_libraries() -> None:
+def silence_libraries() -> None:
     """Transformers' own bars and warnings would break into the commands' output."""
     from transformers.utils import logging
 

@@ -7,7 +7,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from gka.errors import InputError
 
@@ -79,18 +79,24 @@ class TrainingConfig:
     keep_checkpoints: int = 2
     seed: int = 0
 
+    # The table that errors name, and whether there may be no step at all.
+    table: ClassVar[str] = "training"
+    fewest_steps: ClassVar[int] = 1
+
     def __post_init__(self) -> None:
-        counts = ("max_steps", "batch_size", "gradient_accumulation")
-        for name in (*counts, "log_steps", "eval_steps", "save_steps"):
-            _require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "1 or more")
-        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed"):
-            _require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "0 or more")
-        rate, kept = self.learning_rate, self.keep_checkpoints
-        _require(rate > 0, "training.learning_rate", rate, "above 0")
-        _require(0 < self.adam_beta2 < 1, "training.adam_beta2", self.adam_beta2, "in (0, 1)")
-        _require(kept >= 2, "training.keep_checkpoints", kept, "2 or more")
-        named = " or ".join(map(repr, PRECISIONS))
-        _require(self.precision in PRECISIONS, "training.precision", self.precision, named)
+        least = {"max_steps": self.fewest_steps, "keep_checkpoints": 2}
+        counts = ("batch_size", "gradient_accumulation", "log_steps", "eval_steps", "save_steps")
+        least |= dict.fromkeys(counts, 1)
+        least |= dict.fromkeys(("warmup_steps", "weight_decay", "max_grad_norm", "seed"), 0)
+        for name, number in least.items():
+            self.require(getattr(self, name) >= number, name, f"{number} or more")
+        self.require(self.learning_rate > 0, "learning_rate", "above 0")
+        self.require(0 < self.adam_beta2 < 1, "adam_beta2", "in (0, 1)")
+        self.require(self.precision in PRECISIONS, "precision", " or ".join(map(repr, PRECISIONS)))
+
+    def require(self, condition: bool, name: str, expected: str) -> None:
+        """Raise `InputError` about the field `name` unless `condition` holds."""
+        _require(condition, f"{self.table}.{name}", getattr(self, name), expected)
 
 
 # A small model; any field of GKAConfig can be given beside or instead of these.
@@ -122,14 +128,14 @@ class RunConfig:
         Raises:
             InputError: naming the table and key that is unknown, of the wrong type or out of range.
         """
-        _known("", tables, ("data", "model", "training"))
+        check_known("", tables, ("data", "model", "training"))
         for name, table in tables.items():
             _require(isinstance(table, Mapping), name, table, "a table")
         model = _complete(tables.get("model", {}))
         return cls(
-            data=_build(DataConfig, "data", tables.get("data", {})),
+            data=build_table(DataConfig, "data", tables.get("data", {})),
             model=model,
-            training=_build(TrainingConfig, "training", tables.get("training", {})),
+            training=build_table(TrainingConfig, "training", tables.get("training", {})),
         )
 
 
@@ -186,13 +192,20 @@ def _named_recipe(name: str) -> Path:
     return found[name]
 
 
-def _build(kind: type, table: str, values: Mapping[str, Any]) -> Any:
-    hints = typing.get_type_hints(kind)
-    _known(f"{table}.", values, tuple(hints))
+def build_table(kind: type, table: str, values: Mapping[str, Any]) -> Any:
+    """A settings class from a table of its fields.
+
+    Raises:
+        InputError: naming the key that is unknown, of the wrong type or out of range.
+    """
+    every = typing.get_type_hints(kind)
+    hints = {field.name: every[field.name] for field in dataclasses.fields(kind)}
+    check_known(f"{table}.", values, tuple(hints))
     return kind(**{key: _typed(f"{table}.{key}", v, hints[key]) for key, v in values.items()})
 
 
-def _known(prefix: str, given: Mapping[str, Any], names: tuple[str, ...]) -> None:
+def check_known(prefix: str, given: Mapping[str, Any], names: tuple[str, ...]) -> None:
+    """Raise `InputError` for a key that is none of `names`."""
     for key in given:
         if key not in names:
             raise InputError(f"unknown key {prefix}{key}; known: {', '.join(names)}")

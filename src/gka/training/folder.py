@@ -11,15 +11,11 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, Self, TypeVar
 
-from gka.data import PackedTokens
 from gka.data.files import read_json, write_json
 from gka.errors import InputError
-from gka.training.config import RunConfig, merged
-
-if TYPE_CHECKING:
-    from transformers import Trainer
+from gka.training.config import merged
 
 RUN, CHECKPOINTS, MODEL, METRICS, PLOT = (
     "run.json",
@@ -29,6 +25,20 @@ RUN, CHECKPOINTS, MODEL, METRICS, PLOT = (
     "loss.png",
 )
 FORMAT = 1
+# Written by `gka prime` beside those: its two stages and its report.
+STAGES, REPORT = ("stage1", "stage2"), "report"
+
+
+class Settings(Protocol):
+    """What a run is, as tables and back: `RunConfig`, `PrimeConfig`."""
+
+    def tables(self) -> dict[str, dict[str, Any]]: ...
+
+    @classmethod
+    def from_tables(cls, tables: Mapping[str, Any]) -> Self: ...
+
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
 def check_output(output: Path, resume: bool, overwrite: bool) -> None:
@@ -78,14 +88,20 @@ def stored_tables(output: Path) -> dict[str, dict[str, Any]]:
     return run["config"]
 
 
-def resumed_config(output: Path, given: Mapping[str, Mapping[str, Any]]) -> RunConfig:
+def resumed_config(
+    output: Path, given: Mapping[str, Mapping[str, Any]], kind: type[AnySettings]
+) -> AnySettings:
     """The stored settings of a run; what is given again must agree with them.
 
     Raises:
-        InputError: naming the first setting that differs.
+        InputError: naming the first setting that differs, or that the run is of another command.
     """
     stored = stored_tables(output)
-    asked = RunConfig.from_tables(merged(stored, given)).tables()
+    if set(stored) != set(kind.from_tables({}).tables()):
+        raise InputError(
+            f"the run in {output} is of another command: its tables are {', '.join(stored)}"
+        )
+    asked = kind.from_tables(merged(stored, given)).tables()
     for table, values in asked.items():
         for key, value in values.items():
             if key not in stored[table] or value != stored[table][key]:
@@ -93,45 +109,56 @@ def resumed_config(output: Path, given: Mapping[str, Mapping[str, Any]]) -> RunC
                     f"{table}.{key} is {value!r}, but the run in {output} began with "
                     f"{stored[table].get(key)!r}; a resumed run keeps its settings"
                 )
-    return RunConfig.from_tables(stored)
+    return kind.from_tables(stored)
 
 
 def begin(
-    config: RunConfig, output: Path, packed: PackedTokens, *, resume: bool, overwrite: bool
+    config: Settings, output: Path, checksums: dict[str, str], *, resume: bool, overwrite: bool
 ) -> None:
-    """Note the run's settings, or check that its tokens are still those it began with."""
+    """Note the run's settings, or check that what it was given is still what it began with.
+
+    Args:
+        config: the settings.
+        output: the run's folder.
+        checksums: of what the run reads, by name: "tokens_sha256", ...
+        resume: check instead of noting.
+        overwrite: delete the run that is there.
+
+    Raises:
+        InputError: a checksum differs from the one noted.
+    """
     if resume:
-        began_with = read_json(output / RUN).get("tokens_sha256")
-        if began_with != packed.checksum:
-            raise InputError(
-                f"text has changed since the run in {output} began (its tokens' checksum differs); "
-                "restore it, or start a new run"
-            )
+        stored = read_json(output / RUN)
+        for name, value in checksums.items():
+            if stored.get(name) != value:
+                what = "text" if name == "tokens_sha256" else name.removesuffix("_sha256")
+                raise InputError(
+                    f"{what} has changed since the run in {output} began (its checksum differs); "
+                    "restore it, or start a new run"
+                )
         return
     if not is_main_process():
         return
     if overwrite:
         _remove_run(output)
-    stored = {"format": FORMAT, "config": config.tables(), "tokens_sha256": packed.checksum}
-    write_json(output / RUN, stored)
+    write_json(output / RUN, {"format": FORMAT, "config": config.tables()} | checksums)
 
 
 def _remove_run(output: Path) -> None:
     """Delete what a run writes, and nothing else that may lie beside it; its mark goes last."""
-    for name in (CHECKPOINTS, MODEL):
+    for name in (CHECKPOINTS, MODEL, *STAGES, REPORT):
         if (output / name).exists():
             shutil.rmtree(output / name)
     for name in (METRICS, PLOT, RUN):
         (output / name).unlink(missing_ok=True)
 
 
-def save_model(trainer: "Trainer", folder: Path) -> None:
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """Save model and tokenizer beside `folder`, then put them there at once."""
     fresh = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
-    model: Any = trainer.model
     model.config.use_cache = True  # the Trainer turns it off; whoever loads the model wants it
     model.save_pretrained(fresh)
-    trainer.processing_class.save_pretrained(fresh)  # type: ignore[union-attr]
+    tokenizer.save_pretrained(fresh)
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)

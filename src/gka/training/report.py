@@ -3,7 +3,7 @@
 import io
 import math
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,15 @@ LIBRARIES = ("torch", "transformers", "accelerate", "tokenizers", "numpy")
 
 def versions() -> dict[str, str]:
     """Versions of Python, this library and those it computes with."""
-    names = {"gated-kalmanet": version("gated-kalmanet"), "python": platform.python_version()}
-    return names | {name: version(name) for name in LIBRARIES}
+    names = {"gated-kalmanet": _version("gated-kalmanet"), "python": platform.python_version()}
+    return names | {name: _version(name) for name in LIBRARIES}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # a checkout on PYTHONPATH has no metadata
+        return "not installed"
 
 
 def hardware() -> dict[str, Any]:

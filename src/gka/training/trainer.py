@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from gka.training.config import TrainingConfig
 
@@ -68,5 +68,13 @@ def arguments(config: TrainingConfig, folder: Path) -> TrainingArguments:
         log_level="error",
         report_to="none",
         prediction_loss_only=True,
+        remove_unused_columns=False,  # the data sets give what the models take
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+
+
+def recompute_layers(model: PreTrainedModel) -> None:
+    """Let the backward pass compute each layer again instead of keeping what is inside it."""
+    # Newer transformers renamed it, and warn of the old name.
+    name = "activation_checkpointing_enable"
+    getattr(model, name, model.gradient_checkpointing_enable)()

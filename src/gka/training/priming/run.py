@@ -1,0 +1,297 @@
+"""One priming run, from a Transformer to a hybrid and what there is to say about it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gka.data.files import read_json, sha256_of, write_json
+from gka.errors import InputError
+from gka.training import folder as files
+from gka.training.loop import fit, tokens_of_a_step
+from gka.training.priming import report
+from gka.training.priming.config import MatchingConfig, PrimeConfig, RecoveryConfig
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+    from transformers import PreTrainedTokenizerBase, Trainer
+
+    from gka.models import GKAForCausalLM
+    from gka.training.priming.measure import HeldOut
+
+Probe = Callable[[str, "GKAForCausalLM", "PreTrainedTokenizerBase"], dict[str, float]]
+"""Further figures of a phase's model, from (phase, model, tokenizer): kept in the report."""
+
+TEACHER, INITIAL, STAGE1, STAGE2 = "teacher", "initial", "stage1", "stage2"
+
+
+@dataclass
+class Job:
+    """A run with everything it was given, opened and checked.
+
+    Attributes:
+        config: the settings.
+        output: the run's folder.
+        console: where progress is shown.
+        resume: whether it goes on.
+        tokenizer: the teacher's, or the one asked for.
+        blocks: to train on, and held out.
+        held: how the latter are measured.
+        about: the account of the run so far, as in report/report.json.
+        probe: further measurements.
+    """
+
+    config: PrimeConfig
+    output: Path
+    console: "Console"
+    resume: bool
+    tokenizer: "PreTrainedTokenizerBase"
+    blocks: tuple[Any, Any]
+    held: "HeldOut"
+    about: dict[str, Any]
+    probe: Probe | None
+
+    def note(self) -> None:
+        """Write the account as it is now."""
+        if files.is_main_process():
+            write_json(self.output / files.REPORT / report.JSON, self.about)
+
+    def measure(self, phase: str, model: "GKAForCausalLM") -> None:
+        """The figures of a phase's model, unless they are known already."""
+        known = self.about["phases"]
+        if phase not in known:
+            known[phase] = self.held.figures(model)
+            self.note()
+            self._show(phase)
+        if self.probe is not None and "probe" not in known[phase]:
+            known[phase]["probe"] = self.probe(phase, model, self.tokenizer)
+            self.note()
+
+    def _show(self, phase: str) -> None:
+        found = self.about["phases"][phase]
+        self.console.print(
+            f"{phase:8} loss {found['loss']:.4f}  bits per byte {found['bits_per_byte']:.4f}",
+            highlight=False,
+        )
+
+
+def prime(
+    config: PrimeConfig,
+    output: Path,
+    *,
+    console: "Console",
+    resume: bool = False,
+    overwrite: bool = False,
+    probe: Probe | None = None,
+    picture: bool = True,
+) -> dict[str, Any]:
+    """Turn a model with attention layers into a hybrid and train it back; the metrics are returned.
+
+    Args:
+        config: the run.
+        output: folder of the run; must be new or empty, unless `resume` or `overwrite`.
+        console: where progress is shown.
+        resume: go on where the run in `output` stopped.
+        overwrite: delete the run that is in `output` first.
+        probe: measures each phase's model further.
+        picture: draw the report's picture (needs matplotlib).
+
+    Raises:
+        InputError: if anything given cannot be used; nothing is deleted or overwritten then.
+        Interrupted: after SIGINT or SIGTERM, when the checkpoint is written.
+    """
+    files.check_output(output, resume, overwrite)
+    if resume and (output / files.METRICS).exists():
+        console.print(f"The run in {output} is complete; there is nothing to resume.")
+        return read_json(output / files.METRICS)
+    teacher = load_teacher(config.prime.teacher)
+    job = _opened(config, output, console, resume, teacher, probe)
+    checksums = {"tokens_sha256": _checksum(job), "teacher_sha256": teacher_checksum(config)}
+    files.begin(config, output, checksums, resume=resume, overwrite=overwrite)
+    job.about = _about(job)
+    hybrid = _matched(job, teacher)
+    if config.stage2.max_steps:
+        hybrid = _recovered(job, hybrid)
+    metrics = report.completed(job.about, hybrid)
+    if files.is_main_process():
+        files.save_model(hybrid, job.tokenizer, output / files.MODEL)
+        report.write(metrics, output / files.REPORT, picture=picture)
+        write_json(output / files.METRICS, metrics)  # last: it says that the run is complete
+    return metrics
+
+
+def load_teacher(name: str) -> "GKAForCausalLM":
+    """The model in a folder, of any format that `GKAForCausalLM` reads, in float32 on this process's device.
+
+    Raises:
+        InputError: if there is none, or it is damaged.
+    """
+    import torch
+
+    from gka.models import GKAForCausalLM
+
+    folder = Path(name)
+    inner = folder / files.MODEL
+    if inner.is_dir() and not (folder / "config.json").exists():
+        folder = inner
+    if not (folder / "config.json").is_file():
+        raise InputError(f"teacher {name!r} holds no config.json; give the folder of a saved model")
+    try:
+        loaded: Any = GKAForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:  # parsers of three formats, each with its own exceptions
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"teacher {name!r} cannot be loaded: {reason}") from error
+    model, notes = loaded
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if notes[what]:
+            names = ", ".join(sorted(map(str, notes[what]))[:3])
+            raise InputError(
+                f"teacher {name!r}: weights do not fit its config.json ({what}: {names})"
+            )
+    return model.to(device()).eval()
+
+
+def device() -> "torch.device":
+    """This process's device, the one that the Trainer chooses."""
+    import os
+
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def teacher_checksum(config: PrimeConfig) -> str:
+    """SHA-256 over the teacher's configuration and weights."""
+    import hashlib
+
+    folder = Path(config.prime.teacher)
+    folder = folder if (folder / "config.json").exists() else folder / files.MODEL
+    paths = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    return hashlib.sha256(" ".join(map(sha256_of, paths)).encode()).hexdigest()
+
+
+def _opened(
+    config: PrimeConfig,
+    output: Path,
+    console: "Console",
+    resume: bool,
+    teacher: "GKAForCausalLM",
+    probe: Probe | None,
+) -> Job:
+    """Everything that can be found wrong is found here."""
+    from gka.training.priming.layers import check_layers
+    from gka.training.priming.recovery import check_adapters
+    from gka.training.priming.sources import held_out, open_blocks, open_tokenizer
+
+    check_layers(config, teacher)
+    check_adapters(config.stage2)
+    tokenizer = open_tokenizer(config, teacher)
+    blocks = open_blocks(config, tokenizer, console)
+    held = held_out(config, blocks[1])
+    return Job(config, output, console, resume, tokenizer, blocks, held, {}, probe)
+
+
+def _checksum(job: Job) -> str:
+    part = getattr(job.blocks[0], "part", None)
+    if part is not None:
+        return part.packed.checksum
+    return f"{job.blocks[0].checksum}{job.blocks[1].checksum}"
+
+
+def _about(job: Job) -> dict[str, Any]:
+    """The account to go on with, or a new one."""
+    file = job.output / files.REPORT / report.JSON
+    if job.resume and file.is_file():
+        return read_json(file)
+    return {"config": job.config.tables(), "phases": {}, "match": {}, "stages": {}}
+
+
+def _matched(job: Job, teacher: "GKAForCausalLM") -> "GKAForCausalLM":
+    """The hybrid after stage 1; the teacher is taken apart for it."""
+    from transformers import set_seed
+
+    from gka.models.replacement import Start, replace_attention
+    from gka.training.priming.layers import chosen_layers
+    from gka.training.priming.matching import Matching, freeze_others
+
+    stage, prime = job.config.stage1, job.config.prime
+    if (job.output / STAGE1 / files.METRICS).is_file():
+        return load_teacher(str(job.output / STAGE1 / files.MODEL))
+    folder = job.output / files.REPORT
+    layers = chosen_layers(job.config, teacher, job.held, folder, job.console)
+    job.about |= report.description(teacher, layers, prime.mixer)
+    job.measure(TEACHER, teacher)
+    set_seed(stage.seed)
+    start = Start(alpha=prime.alpha, beta=prime.beta, decay=prime.decay)
+    attention = replace_attention(teacher, layers, prime.mixer, job.config.mixer, start)
+    hybrid = teacher
+    job.measure(INITIAL, hybrid)
+    weights = (stage.layer_weight, stage.end_weight)
+    matching = Matching(hybrid, attention, *weights, recompute=stage.gradient_checkpointing)
+    if "before" not in job.about["match"]:
+        job.about["match"]["before"] = job.held.match(matching, device())
+        job.note()
+    if not stage.max_steps:
+        return hybrid
+    freeze_others(hybrid, attention)
+    trainer = _fit(job, STAGE1, matching, None)
+    hybrid.requires_grad_(True)
+    job.about["match"]["after"] = job.held.match(matching, device())
+    _finish(job, STAGE1, stage, trainer, hybrid)
+    return hybrid
+
+
+def _recovered(job: Job, hybrid: "GKAForCausalLM") -> "GKAForCausalLM":
+    """The hybrid after stage 2."""
+    from gka.training.priming.recovery import RecoveryTrainer, with_adapters
+    from gka.training.trainer import recompute_layers
+
+    stage = job.config.stage2
+    teacher = None
+    if stage.kl_weight:
+        teacher = load_teacher(job.config.prime.teacher).requires_grad_(False)
+    model: Any = with_adapters(hybrid, stage) if stage.lora_rank else hybrid
+    if stage.gradient_checkpointing:
+        recompute_layers(model)
+    trainer = _fit(job, STAGE2, model, partial(RecoveryTrainer, teacher, stage.kl_weight))
+    if stage.lora_rank:
+        if files.is_main_process():
+            files.save_model(model, job.tokenizer, job.output / STAGE2 / "adapter")
+        model = model.merge_and_unload()
+    _finish(job, STAGE2, stage, trainer, model, keep_model=False)
+    return model
+
+
+def _fit(job: Job, name: str, model: Any, kind: Any) -> "Trainer":
+    stage = getattr(job.config, name)
+    folder = job.output / name / files.CHECKPOINTS
+    job.console.print(f"{name}: {stage.max_steps} steps", highlight=False)
+    return fit(
+        model, stage, folder, job.blocks, job.tokenizer, console=job.console,
+        resume=job.resume and folder.is_dir(), kind=kind,
+        settings={"data_collator": job.held.collate},
+    )  # fmt: skip
+
+
+def _finish(
+    job: Job,
+    name: str,
+    stage: MatchingConfig | RecoveryConfig,
+    trainer: "Trainer",
+    model: "GKAForCausalLM",
+    keep_model: bool = True,
+) -> None:
+    """Note a stage's curves and the figures of its model, and keep that beside its checkpoints."""
+    tokens = tokens_of_a_step(stage, job.config.data.sequence_length, trainer.args.world_size)
+    job.about["stages"][name] = report.stage(trainer.state.log_history, tokens)
+    job.about["phases"].pop(name, None)
+    job.measure(name, model)
+    if keep_model and files.is_main_process():
+        files.save_model(model, job.tokenizer, job.output / name / files.MODEL)
+        write_json(job.output / name / files.METRICS, job.about["stages"][name])
