@@ -106,3 +106,19 @@ def test_triton_refuses_what_it_cannot_run(inputs, monkeypatch):
         RuntimeError, match=r"backend='triton' cannot run this call: .*(GPU|triton)"
     ):
         chunk_gka(*inputs, backend="triton")
+
+
+def test_triton_refuses_certificates_that_fit_no_chip(monkeypatch):
+    """Wide float32 keys with the adaptive solver are refused on a GPU, and told how wide is possible."""
+    pytest.importorskip("triton", reason="refused for the missing package before")
+    from gka.kernels import configs
+
+    monkeypatch.setattr(configs, "why_not", lambda *_: None)
+
+    def asked(dtype: torch.dtype, solver, key_dim: int) -> str | None:
+        return why_unavailable("triton", "cuda", dtype, solver, (key_dim, 64))
+
+    reason = asked(torch.float32, "adaptive", 128)
+    assert reason is not None and "up to 64 wide" in reason
+    assert asked(torch.float32, "chebyshev", 128) is None
+    assert asked(torch.bfloat16, "adaptive", 128) is asked(torch.float32, "adaptive", 64) is None

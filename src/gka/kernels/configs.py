@@ -15,7 +15,6 @@ CHIPS = Path(__file__).parent / "chips"
 Table = dict[str, dict[str, dict[str, dict[str, int]]]]
 
 WIDTHS = (64, 128, 256)
-WIDEST_FLOAT32_CERTIFICATE = 64  # of keys; 344 KB of shared memory for 128
 CHUNK_SIZES = (16, 32, 64)
 OLDEST = (8, 0)  # compute capability: before it there is no bfloat16 product
 
@@ -56,6 +55,11 @@ def why_not_chip(device: torch.device) -> str | None:
             f"its kernels need compute capability {OLDEST}; {device} has {capability_of(device)}."
         )
     return None
+
+
+def widest_certificate(exact: bool, device: torch.device) -> int:
+    """The widest keys whose certificate fits the shared memory; one of 128 in float32 takes 344 KB."""
+    return 64 if exact and device.type == "cuda" else WIDTHS[-1]
 
 
 def why_not(

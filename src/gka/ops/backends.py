@@ -138,8 +138,8 @@ def _triton_refusal(call: Call) -> str | None:
         return reason
     from gka.kernels import configs
 
-    narrow = configs.WIDEST_FLOAT32_CERTIFICATE
-    if call.solver == "adaptive" and call.dtype == torch.float32 and call.dims[0] > narrow:
+    narrow = configs.widest_certificate(call.dtype == torch.float32, call.device)
+    if call.solver == "adaptive" and call.dims[0] > narrow:
         return (
             f"its adaptive solver takes float32 keys up to {narrow} wide (a certificate of wider ones "
             f"outgrows the shared memory); got {call.dims[0]}."
