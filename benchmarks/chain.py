@@ -170,7 +170,10 @@ class Chain:
         folder = self.work / mixer
         config = PrimeConfig.from_tables(
             {
-                "prime": {"teacher": str(self.work / "teacher"), "mixer": mixer},
+                # gates that began better in small trials on a CPU (docs/log.md); alpha is GKA's alone
+                "prime": {
+                    "teacher": str(self.work / "teacher"), "mixer": mixer, "alpha": 0.5, "decay": 0.01,
+                },
                 "data": self.data(),
                 "stage1": self.training(steps["stage1"], 1e-3) | {"weight_decay": 0.0},
                 "stage2": self.training(steps["stage2"], 5e-4),
