@@ -172,7 +172,10 @@ class Chain:
             {
                 # gates that began better in small trials on a CPU (docs/log.md); alpha is GKA's alone
                 "prime": {
-                    "teacher": str(self.work / "teacher"), "mixer": mixer, "alpha": 0.5, "decay": 0.01,
+                    "teacher": str(self.work / "teacher"),
+                    "mixer": mixer,
+                    "alpha": 0.5,
+                    "decay": 0.01,
                 },
                 "data": self.data(),
                 "stage1": self.training(steps["stage1"], 1e-3) | {"weight_decay": 0.0},
