@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 RUNS ?= runs
 JOBS ?= 2
 
-.PHONY: help install run test lint types imports check test-gpu bench-gpu tune-gpu bench-decode bench clean
+.PHONY: help install run test lint types imports check test-gpu bench-gpu tune-gpu bench-decode bench-generation bench-prefill bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -46,8 +46,8 @@ imports: install ## imports run downwards only
 check: lint types imports test ## everything CI runs
 
 # on a GPU: the python that has torch and triton, not .venv, whose torch is for CPUs
-test-gpu: ## the kernels' tests on this machine's GPU
-	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m pytest tests/kernels -s --durations=5
+test-gpu: ## the kernels' tests on this machine's GPU, and those of recorded decoding
+	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m pytest tests/kernels tests/serving/test_gpu_graph.py -s --durations=5
 
 bench-gpu: ## the op and the layer against their peers on this machine's GPU: BENCH="--quick"
 	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.gpu --output $(RUNS)/bench-gpu $(BENCH)
@@ -57,6 +57,12 @@ tune-gpu: ## measure and store the kernels' launch configurations on this machin
 
 bench-decode: ## one token a sequence, states in place, on this machine's GPU: under a minute
 	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.decode --output $(RUNS)/bench-decode
+
+bench-generation: ## tokens/s of a decoder on recurrent states, against attention, on this machine's GPU: under a minute
+	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.generation --output $(RUNS)/bench-generation $(GENERATION)
+
+bench-prefill: ## reading and resuming a long prompt, on this machine's GPU if there is one: PREFILL="--size medium"
+	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.prefill --output $(RUNS)/bench-prefill $(PREFILL)
 
 bench: install ## chunk-wise against token by token on this CPU
 	$(BIN)/python -m benchmarks.cpu --output $(RUNS)/bench

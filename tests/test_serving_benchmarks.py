@@ -1,4 +1,4 @@
-"""The benchmarks of prefill and of combined states measure and write what they say, at tiny sizes."""
+"""The benchmarks of prefill, generation and combined states measure and write what they say, tiny."""
 
 import importlib
 import json
@@ -63,3 +63,53 @@ def test_combining_scores_every_way(monkeypatch: pytest.MonkeyPatch):
         )
         assert found[way] == pytest.approx(expected.item(), rel=1e-5)
     assert len(set(found.values())) == len(found)
+
+
+def test_generation_measures_every_way_and_context(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Each contender at each context, with repeats and memory; why nothing was recorded is told."""
+    generation, prefill = module("generation", monkeypatch), module("prefill", monkeypatch)
+    monkeypatch.setitem(prefill.SIZES, "tiny", TINY)
+    command = "--device cpu --size tiny --contexts 40 20 --batch 2 --tokens 5 --output"
+    generation.main([*command.split(), str(tmp_path)])
+    found = json.loads((tmp_path / "generation.json").read_text())
+    names = ("gka, launched", "attention, launched", "attention, floor")
+    rows = {(row["name"], row["context"]): row for row in found["rows"]}
+    assert set(rows) == {(name, context) for name in names for context in (20, 40)}
+    for (name, context), row in rows.items():
+        assert len(row["seconds"]) == (1 if name.endswith("floor") else 3)
+        assert row["min"] <= row["median"] <= row["max"]
+        assert row["median"] in [pytest.approx(2 * 5 / x) for x in row["seconds"]]
+        # keys and values of 2 rows in 2 layers, and H, U and 3 convolutions of 4 inputs
+        size = (
+            2 * 2 * 2 * context * 32
+            if "attention" in name
+            else 2 * 2 * (2 * 2 * 16 * 16 + 3 * 32 * 4)
+        )
+        assert row["state_bytes"] == 4 * size
+    floor = rows["attention, floor", 40]
+    assert floor["median"] == pytest.approx(
+        10 / (5 * floor["state_bytes"] / found["copy_gbps"] / 1e9)
+    )
+    assert all(check["ok"] for check in found["checks"].values()) and len(found["checks"]) == 2
+    table = (tmp_path / "generation.md").read_text()
+    assert all(f"| {name} | " in table for name in names) and "the model is on cpu" in table
+    assert "tokens/s" in capsys.readouterr().out
+    assert (tmp_path / "generation.png").stat().st_size > 0
+
+
+def test_generation_times_nothing_that_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Keys that are not all attended to end the benchmark."""
+    generation, prefill = module("generation", monkeypatch), module("prefill", monkeypatch)
+    monkeypatch.setitem(prefill.SIZES, "tiny", TINY)
+    update = generation.KeysAndValues.update
+
+    def forgetful(self: Any, *rest: Any) -> Any:
+        keys, values = update(self, *rest)
+        return keys, values * 0.9 if self.length else values
+
+    monkeypatch.setattr(generation.KeysAndValues, "update", forgetful)
+    command = "--device cpu --size tiny --contexts 20 --tokens 3 --output"
+    with pytest.raises(RuntimeError, match="attention: logits differ"):
+        generation.main([*command.split(), str(tmp_path)])

@@ -240,3 +240,40 @@ def test_compiled_decoding(make, tokens):
     mixer, x = make("gka"), tokens(2, 23)
     compiled = torch.compile(mixer, backend="aot_eager")
     assert_close(run(compiled, x, native_cache("gka"), [12, 22]), mixer(x)[0], EXACT)
+
+
+@torch.no_grad()
+def test_states_stay_where_they_are(mixer, name, tokens, cache):
+    """Long and short calls update every recurrent state at its address, in either kind of cache."""
+    if name in ATTENTION:
+        pytest.skip("keys and values grow")
+    mixer(tokens(2, 30), past_key_values=cache)
+    layer = cache.layers[0]
+
+    def places() -> list[int]:
+        held = [*layer.conv_states.values(), *layer.recurrent_states.values()]
+        return [x.data_ptr() for x in held if x is not None]
+
+    before = places()
+    for length in (70, 1, 5, 17):
+        mixer(tokens(2, length), past_key_values=cache)
+        assert len(before) == (5 if name == "gka" else 4) and places() == before
+
+
+def test_states_of_inference_mode_can_be_gone_on_from(mixer, tokens):
+    """A StateCache filled in inference mode is updated outside it, where its tensors cannot be written to."""
+    x, cache = tokens(1, 12), StateCache()
+    with torch.inference_mode():
+        first = mixer(x[:, :8], past_key_values=cache)[0]
+    with torch.no_grad():
+        rest = [mixer(x[:, i : i + 2], past_key_values=cache)[0] for i in (8, 10)]
+        assert_close(torch.cat([first, *rest], 1), mixer(x)[0], EXACT)
+
+
+@torch.no_grad()
+def test_another_batch_size_replaces_the_states():
+    """Where a state no longer fits, the cache holds the new one."""
+    cache = StateCache()
+    cache.update_recurrent_state(torch.zeros(2, 3), 0)
+    cache.update_recurrent_state(torch.ones(4, 3), 0)
+    assert torch.equal(cache.layers[0].recurrent_states[0], torch.ones(4, 3))

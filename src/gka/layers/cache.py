@@ -33,11 +33,11 @@ class LayerState:
         self.length = 0
 
     def update_conv_state(self, state: Tensor, state_idx: int = 0) -> Tensor:
-        self.conv_states[state_idx] = state.detach()
+        self.conv_states[state_idx] = kept(state, self.conv_states.get(state_idx))
         return state
 
     def update_recurrent_state(self, state: Tensor, state_idx: int = 0) -> Tensor:
-        self.recurrent_states[state_idx] = state.detach()
+        self.recurrent_states[state_idx] = kept(state, self.recurrent_states.get(state_idx))
         return state
 
     def update(
@@ -162,6 +162,27 @@ def recurrent_layer(cache: Any, layer_idx: int | None, num_states: int = 3) -> A
             "or pass a gka.layers.StateCache()"
         )
     return layer
+
+
+def kept(state: Tensor, held: Tensor | None) -> Tensor:
+    """What a cache holds after an update: `held`, written over where `state` fits, so that it stays where
+    it is (a CUDA graph of a step remembers the place).
+
+    Tensors made in inference mode cannot be written to outside it; what autograd may keep is copied.
+    """
+    state = state.detach()
+    fits = held is not None and (held.shape, held.dtype, held.device) == (
+        state.shape, state.dtype, state.device
+    )  # fmt: skip
+    if held is not None and fits and _may_write(held):
+        return held.copy_(state)
+    return state.clone() if torch.is_grad_enabled() else state
+
+
+def _may_write(held: Tensor) -> bool:
+    if torch.compiler.is_compiling():  # which does not know of inference mode
+        return True
+    return torch.is_inference_mode_enabled() or not held.is_inference()
 
 
 def read_state(states: dict[int, Tensor | None], state_idx: int) -> Tensor | None:

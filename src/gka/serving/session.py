@@ -12,6 +12,7 @@ from gka.errors import InputError
 from gka.models import GKAForCausalLM
 from gka.serving import combination, statefile
 from gka.serving.contents import Contents
+from gka.serving.graph import CaptureError, GraphedSteps, check_choice, why_not_graphed
 from gka.serving.reading import PREFILL_CHUNK, check_chunk, check_model, prefill
 from gka.serving.sampling import Sampling, chooser
 
@@ -28,9 +29,12 @@ class GenerationSession:
         model: a `GKAForCausalLM`; used as it is, not copied, and not trained.
         prefill_chunk: tokens of each row that are read at a time; bounds memory, changes no result.
         track_decay: keep each layer's total log decay, which `combine` needs for `how="sequence"`.
+        cuda_graph: whether `generate` repeats a recorded step, which spares the host the launches; the
+            tokens are the same. None: where it can (`why_not_graphed`). True: always, or an error.
 
     Raises:
-        InputError: `model` is no GKA language model, or `prefill_chunk` is not positive.
+        InputError: `model` is no GKA language model, `prefill_chunk` is not positive, or steps cannot be
+            recorded though `cuda_graph` is True.
 
     Example:
         >>> session = GenerationSession(model).append(prompt)
@@ -45,14 +49,29 @@ class GenerationSession:
         *,
         prefill_chunk: int = PREFILL_CHUNK,
         track_decay: bool = False,
+        cuda_graph: bool | None = None,
     ):
         check_model(model)
         check_chunk(prefill_chunk)
+        check_choice(cuda_graph)
         self.model = model
         self.prefill_chunk = prefill_chunk
         self._attends = any(kind != "linear_attention" for kind in model.config.layer_types)
         self._contents = Contents.empty(model, track_decay)
         self._whole = True
+        self.cuda_graph = cuda_graph
+        self._graphs = GraphedSteps(model)
+        if cuda_graph:
+            self._graphed()
+
+    @property
+    def why_not_graphed(self) -> str | None:
+        """Why the steps of `generate` are launched one by one; None where they are a CUDA graph."""
+        if self.cuda_graph is False:
+            return "the session was opened with cuda_graph=False."
+        if self.tracks_decay:
+            return "track_decay=True adds up decays beside the model, at every step."
+        return why_not_graphed(self.model)
 
     @property
     def num_tokens(self) -> int:
@@ -126,7 +145,9 @@ class GenerationSession:
             [B] int64 on the model's device. Rows that have ended yield padding, which is not read.
 
         Raises:
-            InputError: an option is out of range, or no token was read before; at the call.
+            InputError: an option is out of range, no token was read before, or the steps can no longer be
+                a CUDA graph though `cuda_graph` is True; at the call.
+            RuntimeError: a step could not be recorded as a CUDA graph; the session is whole.
         """
         sampling = Sampling(
             max_new_tokens=max_new_tokens,
@@ -141,7 +162,8 @@ class GenerationSession:
         config: Any = self.model.config
         ends = config.eos_token_id if eos_token_id is None else eos_token_id
         ends = [ends] if isinstance(ends, int) else list(ends or ())
-        return self._stream(chooser(sampling, self.model.device), max_new_tokens, ends)
+        graphed = self._graphed()
+        return self._stream(chooser(sampling, self.model.device), max_new_tokens, ends, graphed)
 
     def fork(self, repeats: int = 1) -> "GenerationSession":
         """An independent session with the same model and past, each row `repeats` times.
@@ -179,6 +201,7 @@ class GenerationSession:
                 it was.
         """
         self._contents = statefile.load_contents(Path(path), self.model, verify=verify)
+        self._graphs.forget()
         self._whole = True
         return self
 
@@ -211,13 +234,26 @@ class GenerationSession:
         return first._with(combination.combined(first.model, contents, how))
 
     def _with(self, contents: Contents) -> "GenerationSession":
-        session = GenerationSession(self.model, prefill_chunk=self.prefill_chunk)
+        session = GenerationSession(
+            self.model, prefill_chunk=self.prefill_chunk, cuda_graph=self.cuda_graph
+        )
         session._contents = contents
         return session
 
+    def _graphed(self) -> bool:
+        """Whether steps are to be a CUDA graph; raises `InputError` where they must be and cannot."""
+        reason = self.why_not_graphed
+        if reason is None:
+            self._graphs.check_weights()
+            return True
+        self._graphs.forget()
+        if self.cuda_graph:
+            raise InputError(f"cuda_graph=True: decode steps cannot be a CUDA graph: {reason}")
+        return False
+
     @torch.no_grad()
     def _stream(
-        self, choose: Callable[[Tensor], Tensor], most: int, ends: list[int]
+        self, choose: Callable[[Tensor], Tensor], most: int, ends: list[int], graphed: bool
     ) -> Iterator[Tensor]:
         logits = self.logits
         assert logits is not None
@@ -231,7 +267,7 @@ class GenerationSession:
             tokens = choose(self.logits)
             if ended:
                 tokens = tokens.masked_fill(done, filler)
-            self._feed(tokens[:, None], ~done[:, None] if ended else None)
+            self._feed(tokens[:, None], ~done[:, None] if ended else None, graphed)
             if ends:
                 done = done | torch.isin(tokens, stop)
                 ended = int(done.sum())  # the one wait for the device a token
@@ -239,8 +275,8 @@ class GenerationSession:
             if ended == len(done):
                 return
 
-    def _feed(self, tokens: Tensor, mask: Tensor | None) -> None:
-        """Read [B,T] tokens; mask [B,T] is None without padding."""
+    def _feed(self, tokens: Tensor, mask: Tensor | None, graphed: bool = False) -> None:
+        """Read [B,T] tokens; mask [B,T] is None without padding. `graphed`: T = 1, as a CUDA graph."""
         self._check_whole()
         contents = self._contents
         covering = mask
@@ -253,21 +289,25 @@ class GenerationSession:
             )
         # what is interrupted half-way, by an error or Ctrl-C, has changed some layers and not others
         self._whole = False
-        decay = contents.decay
-        with nullcontext() if decay is None else decay.watching(self.model):
-            logits = prefill(
-                self.model,
-                tokens,
-                contents.cache,
-                attention_mask=covering,
-                chunk=self.prefill_chunk,
-            )
+        logits = self._read(tokens, covering, graphed)
         if mask is not None and contents.logits is not None:
             logits = logits.where(mask[:, -1:], contents.logits)
         contents.tokens += tokens.shape[1]
         contents.logits = logits
         contents.mask = covering if self._attends else None
         self._whole = True
+
+    def _read(self, tokens: Tensor, mask: Tensor | None, graphed: bool) -> Tensor:
+        contents = self._contents
+        decay, cache = contents.decay, contents.cache
+        if graphed and decay is None:
+            try:
+                return self._graphs.run(tokens, mask, cache)
+            except CaptureError:
+                self._whole = True  # nothing was read
+                raise
+        with nullcontext() if decay is None else decay.watching(self.model):
+            return prefill(self.model, tokens, cache, attention_mask=mask, chunk=self.prefill_chunk)
 
     def _check_whole(self) -> None:
         if not self._whole:
