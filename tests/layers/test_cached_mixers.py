@@ -277,3 +277,14 @@ def test_another_batch_size_replaces_the_states():
     cache.update_recurrent_state(torch.zeros(2, 3), 0)
     cache.update_recurrent_state(torch.ones(4, 3), 0)
     assert torch.equal(cache.layers[0].recurrent_states[0], torch.ones(4, 3))
+
+
+def test_an_update_leaves_alone_what_autograd_keeps():
+    """A state that a call's derivative needs is still there after later calls have updated the cache."""
+    x, cache = torch.ones(3, requires_grad=True), StateCache()
+    y = x.exp()  # whose derivative is itself
+    cache.update_recurrent_state(y, 0)
+    with torch.no_grad():
+        cache.update_recurrent_state(torch.zeros(3), 0)
+    y.sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, y.detach())

@@ -119,14 +119,15 @@ def test_left_padding(build: Build, ids: Ids, recorder: Recorder) -> None:
 def test_rows_that_ended_have_a_recording_of_their_own(
     build: Build, ids: Ids, recorder: Recorder
 ) -> None:
-    """Once a row has ended its states and logits stay, by a second recording with a mask."""
-    model, prompt = build(mixers=["gka", "gka"]), ids(2, 6)
-    free = text(GenerationSession(model, cuda_graph=False).append(prompt), 30)
-    only = [int(x) for x in free[0, 2:20] if x not in free[1]]
-    assert only
+    """Rows end one after the other: their states and logits stay, by one more recording, with a mask."""
+    model, prompt = build(mixers=["gka", "gka"]), ids(3, 6)
+    free = text(GenerationSession(model, cuda_graph=False).append(prompt), 40).tolist()
+    others = [{*free[1], *free[2]}, {*free[0], *free[2]}]
+    first = next(i for i in range(2, 40) if free[0][i] not in others[0])
+    second = next(i for i in range(first + 3, 40) if free[1][i] not in {*others[1], *free[1][:i]})
     recorded, plain = pair(model, recorder, prompt)
-    options: dict[str, Any] = {"eos_token_id": only[0]}
-    assert torch.equal(text(recorded, 30, **options), text(plain, 30, **options))
+    options: dict[str, Any] = {"eos_token_id": [free[0][first], free[1][second]]}
+    assert torch.equal(text(recorded, 40, **options), text(plain, 40, **options))
     assert torch.equal(recorded.logits, plain.logits) and recorder.recorded == 2
     assert_same(recorded, plain)
     assert recorder.recorded == 2
@@ -160,11 +161,11 @@ def test_recorded_anew_after_fork_and_load(
     assert (recorder.recorded, recorder.aside) == (3, 3)
 
 
-@pytest.mark.parametrize("how", ["solver", "data", "parameter", "states"])
+@pytest.mark.parametrize("how", ["solver", "data", "parameter", "states", "stream"])
 def test_recorded_anew_when_something_moves(
-    build: Build, ids: Ids, recorder: Recorder, how: str
+    build: Build, ids: Ids, recorder: Recorder, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    """Other weights, solver settings or places of states are noticed, and the text follows them."""
+    """Other weights, solver settings, places of states or streams are noticed; the text follows them."""
     model = build(mixers=["gka", "gka"])
     recorded, plain = pair(model, recorder, ids(2, 9))
     assert_same(recorded, plain)
@@ -175,6 +176,8 @@ def test_recorded_anew_when_something_moves(
         weight.data = weight.data.flip(0).contiguous()
     elif how == "parameter":
         model.lm_head.weight = torch.nn.Parameter(weight.detach().flip(0))
+    elif how == "stream":
+        monkeypatch.setattr(graph, "_current", lambda device: 1)
     else:
         layer: Any = recorded._contents.cache.layers[1]
         layer.recurrent_states[0] = layer.recurrent_states[0].clone()

@@ -97,15 +97,24 @@ def _why_called(model: nn.Module) -> str | None:
     return None
 
 
+def _current(device: torch.device) -> int:
+    """The stream that steps are launched on."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 @functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Steps are tried out and recorded here, so that what a library keeps for a stream is there before."""
+def _side_stream(device: torch.device, current: int) -> torch.cuda.Stream:
+    """Steps are tried out and recorded here, so that what a library keeps for a stream is there before.
+
+    One for each stream that steps are launched on: recordings that may run at the same time then share
+    nothing, such as cuBLAS' scratch.
+    """
     return torch.cuda.Stream(device)
 
 
 def run_aside(call: Callable[[], Tensor], device: torch.device) -> Tensor:
     """`call` on the stream that recordings use, in order with the current one."""
-    side, current = _side_stream(device), torch.cuda.current_stream(device)
+    side, current = _side_stream(device, _current(device)), torch.cuda.current_stream(device)
     with _recording:
         side.wait_stream(current)
         with torch.cuda.stream(side):
@@ -120,7 +129,7 @@ def record(call: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[
     Raises:
         CaptureError: `call` does what cannot be recorded, such as waiting for the device.
     """
-    graph, side = torch.cuda.CUDAGraph(), _side_stream(device)
+    graph, side = torch.cuda.CUDAGraph(), _side_stream(device, _current(device))
     try:
         # `stream` is left however the recording ends; other threads may use the device meanwhile
         with (
@@ -130,9 +139,8 @@ def record(call: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[
         ):
             result = call()
     except RuntimeError as error:
-        first = (
-            error.__context__ or error
-        )  # what went wrong; `error` may be that the recording is void
+        # what went wrong; `error` itself may only say that the recording is void
+        first = error.__context__ or error
         reason = (str(first).strip() or type(first).__name__).splitlines()[0]
         raise CaptureError(
             f"the decode step cannot be recorded as a CUDA graph: {reason} "
@@ -154,11 +162,12 @@ def _places(held: list[dict[int, Tensor | None]]) -> list[int | None]:
 class _Step:
     """A recorded step on the states of one cache, with its own inputs.
 
-    It stays true as long as everything it reads lies where it lay: `holds` tells.
+    It stays true as long as everything it reads lies where it lay, on the stream it was made for: `holds`
+    tells.
     """
 
     def __init__(self, model: GKAForCausalLM, cache: GKACache, tokens: Tensor, mask: Tensor | None):
-        self.cache = cache
+        self.cache, self.device = cache, model.device
         self.weights = [*model.parameters(), *model.buffers()]
         self.mixers = [x for x in model.modules() if isinstance(x, RecurrentMixer)]
         with torch.inference_mode(False):  # or it could not be written to outside
@@ -173,7 +182,7 @@ class _Step:
         before = [dict(states) for states in _held(cache)]
         try:
             recorded = record(
-                lambda: prefill(model, self.tokens, cache, attention_mask=self.mask), model.device
+                lambda: prefill(model, self.tokens, cache, attention_mask=self.mask), self.device
             )
             moved = self._seen() != self.seen
         finally:
@@ -189,6 +198,7 @@ class _Step:
 
     def _seen(self) -> list[Any]:
         places = _places(_held(self.cache)) + [x.data_ptr() for x in self.weights]
+        places.append(_current(self.device))
         return [*places, *(getattr(x, name, None) for x in self.mixers for name in _CONSTANTS)]
 
     def holds(self, cache: GKACache, tokens: Tensor) -> bool:
