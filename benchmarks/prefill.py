@@ -6,6 +6,7 @@ Weights are random: speed does not depend on them. Writes prefill.json, prints a
 """
 
 import argparse
+import copy
 import json
 import statistics
 import time
@@ -41,8 +42,14 @@ def build(size: str, dtype: torch.dtype, device: str, mixers: list[str] | None) 
     return model.to(dtype).eval()
 
 
+def relative(x: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((x - expected).norm() / expected.norm())
+
+
 def check(model: GKAForCausalLM, folder: Path) -> dict[str, float]:
     """Relative errors of logits: pieces against one pass, and a resumed session against its source.
+
+    In bfloat16 one pass is itself far from float32 after many layers; pieces may be as far and half more.
 
     Raises:
         RuntimeError: one is larger than the dtype allows.
@@ -52,18 +59,20 @@ def check(model: GKAForCausalLM, folder: Path) -> dict[str, float]:
     pieces = GenerationSession(model, prefill_chunk=96).append(tokens)
     whole.save(folder / "check.state")
     resumed = GenerationSession(model).load(folder / "check.state")
-    after = [session.append(tokens[:, :9]).logits for session in (whole, pieces, resumed)]
-    expected, *others = (x.double() for x in after if x is not None)
-    names = ("pieces", "resumed")
-    errors = {
-        name: float((x - expected).norm() / expected.norm())
-        for name, x in zip(names, others, strict=True)
-    }
-    # tests/tolerances.py, 20 times it in float32: a rounding of one layer grows through the others
-    limits = {"pieces": 4e-4 if model.dtype == torch.float32 else 3e-2, "resumed": 0.0}
-    for name, error in errors.items():
-        if not error <= limits[name]:
-            raise RuntimeError(f"{name}: relative error {error:.2e} > {limits[name]:.0e}")
+    found = [session.append(tokens[:, :9]).logits for session in (whole, pieces, resumed)]
+    expected, piecewise, again = (x.double() for x in found if x is not None)
+    errors = {"pieces": relative(piecewise, expected), "resumed": relative(again, expected)}
+    limits = {"pieces": 4e-4, "resumed": 0.0}  # 20 times tests/tolerances.py: roundings grow
+    if model.dtype != torch.float32:
+        exact = GenerationSession(copy.deepcopy(model).float()).append(tokens).append(tokens[:, :9])
+        assert exact.logits is not None
+        wide = exact.logits.double()
+        errors |= {"one pass, of float32": relative(expected, wide)}
+        errors["pieces"] = relative(piecewise, wide)
+        limits["pieces"] = 1.5 * errors["one pass, of float32"]
+    for name, limit in limits.items():
+        if not errors[name] <= limit:
+            raise RuntimeError(f"{name}: relative error {errors[name]:.2e} > {limit:.0e}")
     return errors
 
 
