@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +278,12 @@ def main() -> None:
     parser.add_argument(
         "--draw", type=Path, help="only write chain.md and chain.png of that folder's chain.json"
     )
+    for name, what in (
+        ("pretraining", "seconds of pretraining, in steps"),
+        ("stage", "seconds of each stage, in steps"),
+        ("limit", "seconds of everything"),
+    ):
+        parser.add_argument(f"--{name}", type=float, help=f"{what} (GPU: {getattr(GPU, name):g})")
     given = parser.parse_args()
     if given.draw is not None:
         chain_report.write(read_json(given.draw / "chain.json"), given.draw)
@@ -296,7 +302,10 @@ def main() -> None:
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as temporary:
         work = given.work or Path(temporary)
-        chain = Chain(TINY if given.tiny else GPU, given.output, work)
+        scale = TINY if given.tiny else GPU
+        budgets = {name: getattr(given, name) for name in ("pretraining", "stage", "limit")}
+        scale = replace(scale, **{name: x for name, x in budgets.items() if x is not None})
+        chain = Chain(scale, given.output, work)
         chain.run()
         chain_report.write(chain.found, given.output)
         chain.say("done")
