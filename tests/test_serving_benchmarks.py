@@ -68,7 +68,8 @@ def test_combining_scores_every_way(monkeypatch: pytest.MonkeyPatch):
 def test_generation_measures_every_way_and_context(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """Each contender at each context, with repeats and memory; why nothing was recorded is told."""
+    """Each contender at each context, with repeats and memory, stored row by row; why nothing was recorded
+    is told."""
     generation, prefill = module("generation", monkeypatch), module("prefill", monkeypatch)
     monkeypatch.setitem(prefill.SIZES, "tiny", TINY)
     command = "--device cpu --size tiny --contexts 40 20 --batch 2 --tokens 5 --output"
@@ -80,7 +81,8 @@ def test_generation_measures_every_way_and_context(
     for (name, context), row in rows.items():
         assert len(row["seconds"]) == (1 if name.endswith("floor") else 3)
         assert row["min"] <= row["median"] <= row["max"]
-        assert row["median"] in [pytest.approx(2 * 5 / x) for x in row["seconds"]]
+        assert row["tokens"] == (5 if name.endswith("floor") else 2)  # launched: a quarter
+        assert row["median"] in [pytest.approx(2 * row["tokens"] / x) for x in row["seconds"]]
         # keys and values of 2 rows in 2 layers, and H, U and 3 convolutions of 4 inputs
         size = (
             2 * 2 * 2 * context * 32
