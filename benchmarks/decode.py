@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from benchmarks.gpu import commit, reason, versions, write
+from benchmarks.numerics import relative
 from benchmarks.stopwatch import Call, Stopwatch
 from torch import Tensor
 from torch.nn.functional import normalize, silu
@@ -203,10 +204,6 @@ class Bench:
     def call(contender: Contender, given: dict[str, Tensor], pool: tuple[Tensor, Tensor]) -> Call:
         options, backend = SOLVES[contender.solve], contender.backend
         return lambda: fused_recurrent_gka_(**given, state=pool, backend=backend, **options)
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
 def markdown(result: dict) -> str:

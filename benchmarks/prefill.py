@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from benchmarks.memory import peak_added
+from benchmarks.numerics import relative
 from rich.console import Console
 from rich.table import Table
 
@@ -40,10 +41,6 @@ def build(size: str, dtype: torch.dtype, device: str, mixers: list[str] | None) 
     with torch.device(device):
         model: Any = GKAForCausalLM(GKAConfig(vocab_size=32000, **fields))
     return model.to(dtype).eval()
-
-
-def relative(x: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((x - expected).norm() / expected.norm())
 
 
 def check(model: GKAForCausalLM, folder: Path) -> dict[str, float]:

@@ -56,7 +56,7 @@ def load_model(folder: Path, dtype: str, device: str) -> "PreTrainedModel":
     """The model in `folder`, in evaluation mode; never in part.
 
     Raises:
-        InputError: it cannot be loaded, or weights are missing or left over.
+        InputError: it cannot be loaded, or weights are missing or of other shapes.
     """
     from transformers import AutoModelForCausalLM
 
