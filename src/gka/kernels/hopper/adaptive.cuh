@@ -8,40 +8,26 @@ constexpr float THETA_FLOOR = 1.f / 1024.f;
 
 DEVICE float inverse_cosh(float x) { return logf(x + sqrtf(x * x - 1.f)); }  // of x well above one
 
-// k16_j . v and |k16_j|^2 of every key. Two threads a key; v in s.top.
-DEVICE void key_products(Shared& s, const Place& at) {
-  int row = at.thread / 2, first = at.thread % 2 * (K / 2);
-  float dot = 0.f, norm2 = 0.f;
-#pragma unroll 2
-  for (int j = 0; j < K / 16; j++) {
-    int column = first + 8 * j;
-    uint4 piece = *(const uint4*)(s.k + swizzled(C, row, column));
-#pragma unroll
-    for (int w = 0; w < 4; w++) {
-      u32 pair = ((const u32*)&piece)[w];
-      float2 v = *(const float2*)(s.top + column + 2 * w);
-      float low = low_half(pair), high = high_half(pair);
-      dot += low * v.x + high * v.y, norm2 += low * low + high * high;
-    }
+// v and H16 v to shared memory, and v as an operand.
+DEVICE void load_top(Shared& s, const Arguments& a, const Place& at) {
+  const float* from = a.top + at.state * 2 * K;
+  for (int i = at.thread; i < 2 * K; i += THREADS) s.top[i] = from[i];
+  if (at.thread < K / 2) {  // neighbouring lanes, neighbouring pairs: a row without swizzle
+    float2 pair = *(const float2*)(from + 2 * at.thread);
+    *(u32*)(s.top_tile + at.thread / 32 * 1024 + at.lane * 4) = pack(pair.x, pair.y);
   }
-  dot += __shfl_xor_sync(~0u, dot, 1), norm2 += __shfl_xor_sync(~0u, norm2, 1);
-  if (at.thread % 2 == 0) s.energy[row] = dot, s.key_norm2[row] = norm2;
 }
 
 // Replaces the plain iteration where a proven bound asks for fewer steps; leaves w_t in s.v. w: W_tj.
 DEVICE void tighten(Iteration& it, const Ridge& r, const float (&w)[C / 2], const float (&fro)[2],
                     const bool (&empty)[2], Shared& s, const Arguments& a, const Place& at, float k_max) {
-  for (int i = at.thread; i < 2 * K; i += THREADS) s.top[i] = a.top[at.state * 2 * K + i];
   float h_trace = a.trace[at.state] * r.h_scale, k2 = k_max * k_max;
-  __syncthreads();  // all have read s.energy, too
-  key_products(s, at);
-  __syncthreads();
   // u_t = H_t v / F_t
   u32 left[C / 4];
   float u[K / 2], trace[2] = {0.f, 0.f};
 #pragma unroll
   for (int j = 0; j < C / 8; j++) {
-    float2 dot = *(const float2*)(s.energy + 8 * j + at.column);
+    float2 dot = *(const float2*)(s.key_dot + 8 * j + at.column);
     float2 norm2 = *(const float2*)(s.key_norm2 + 8 * j + at.column);
 #pragma unroll
     for (int b = 0; b < 2; b++) {

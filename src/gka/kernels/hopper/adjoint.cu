@@ -127,6 +127,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       v.load(a.v, a.value_heads, at.head / (a.heads / a.value_heads), at);
       load_raw<V>(d_o, a.d_o, a.heads, at.head, at);
       load_gates(s, a, at);
+#if ADAPTIVE
+      load_top(s, a, at);
+#endif
       k_max = store_tile<K>(s.k, k, s.scratch, at);
       v_max = store_tile<V>(s.v, v, s.scratch, at);
     }

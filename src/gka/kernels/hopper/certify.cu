@@ -41,6 +41,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 6) gka_certify(const __gri
   for (int i = 0; i < 2; i++) {
     float norm2 = block_reduce<false>(mine ? v * v : 0.f, s.scratch);
     v = norm2 > 0.f ? v * rsqrtf(norm2) : 0.f;
+    v = low_half(pack(v, v));  // the keys meet it in float16
     if (mine) s.vector[row] = v;
     __syncthreads();
     if (i == 1 && mine) a.top[(state * 2) * K + row] = v;

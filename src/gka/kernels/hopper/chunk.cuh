@@ -203,9 +203,12 @@ struct Shared {
   unsigned char k[C * K * 2];
   unsigned char v[C * (K > V ? K : V) * 2];  // during an adaptive solve the vectors w_t, a thread's in its places
   uint4 weights[C / 16 * THREADS];  // W / F, a thread's in its own places; before that, (K K^T)^2
+#if ADAPTIVE
+  unsigned char top_tile[K / 64 * 1024];  // v in float16, the first of eight rows of a right operand
+#endif
   float decay_h[C], decay_u[C], beta2[C], energy[C], scratch[16];
 #if ADAPTIVE
-  float top[2 * K], key_norm2[C];  // v and H16 v; |k16_j|^2
+  alignas(16) float top[2 * K], key_dot[C], key_norm2[C];  // v and H16 v; k16_j . v; |k16_j|^2
 #endif
 };
 

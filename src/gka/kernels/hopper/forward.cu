@@ -21,6 +21,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #endif
       load_raw<K>(q, a.q, a.heads, at.head, at);
       load_gates(s, a, at);
+#if ADAPTIVE
+      load_top(s, a, at);
+#endif
       k_max = store_tile<K>(s.k, k, s.scratch, at);
 #if !ADAPTIVE
       v_max = store_tile<V>(s.v, v, s.scratch, at);

@@ -35,6 +35,13 @@ DEVICE u32 times(u32 a, u32 b) {
   return x;
 }
 
+DEVICE u32 times_plus(u32 a, u32 b, u32 c) {
+  u32 x;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(x) : "r"(a), "r"(b), "r"(c));
+  return x;
+}
+DEVICE u32 both(float x) { return pack(x, x); }
+
 DEVICE u32 max_pair(u32 a, u32 b) {  // of pairs of 16-bit unsigned integers
   u32 x;
   asm("max.u16x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));

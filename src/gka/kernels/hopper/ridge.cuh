@@ -6,6 +6,23 @@ struct Ridge {
   float zeta[2], h_scale;
 };
 
+#if ADAPTIVE
+// k16_j . v, the first column of a fragment [C, 8], and |k16_j|^2, the diagonal of one [C, C], by key.
+DEVICE void keep_products(Shared& s, const float (&dot)[4], const float (&gram)[C / 2], const Place& at) {
+#pragma unroll
+  for (int b = 0; b < 2; b++) {
+    float norm2 = 0.f;
+#pragma unroll
+    for (int warp = 0; warp < THREADS / 32; warp++)
+#pragma unroll
+      for (int e = 0; e < 2; e++)
+        if (at.thread / 32 == warp && at.lane / 4 % 2 == e) norm2 = gram[4 * (2 * warp + b) + 2 * b + e];
+    if (at.lane % 4 == at.lane / 8) s.key_norm2[at.row[b]] = norm2;
+    if (at.lane % 4 == 0) s.key_dot[at.row[b]] = dot[2 * b];
+  }
+}
+#endif
+
 // F_t^2 = zeta_t^2 |H_[c]|^2 + sum_j W_tj (2 zeta_t k_j^T H_[c] k_j + (W (K K^T)^2)_tj), and W.
 // Needs h and k loaded.
 DEVICE Ridge ridge(float (&w)[C / 2], Shared& s, const Arguments& a, const Place& at, float k_max) {
@@ -17,12 +34,20 @@ DEVICE Ridge ridge(float (&w)[C / 2], Shared& s, const Arguments& a, const Place
   {
     float kh[K / 2];
     mma_begin();
+#if ADAPTIVE
+    float dot[4];
+    product_shared<K, C, 8>(dot, shared_address(s.k), shared_address(s.top_tile));
+#endif
     product_shared<K, C, C>(gram, shared_address(s.k), shared_address(s.k));
     product_shared<K, C, K>(kh, shared_address(s.k), shared_address(s.h));
     mma_commit();
     weights(w, s.decay_h, s.beta2, at);
     mma_wait<0>();
     hold(gram), hold(kh);
+#if ADAPTIVE
+    hold(dot);
+    keep_products(s, dot, gram, at);
+#endif
     u32 key_place = at.row[0] * 128 + ((at.row[0] & 7) << 4) + at.column * 2;  // swizzled(C, row, column)
 #pragma unroll
     for (int b = 0; b < 2; b++) {
