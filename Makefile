@@ -55,8 +55,8 @@ bench-gpu: ## the op and the layer against their peers on this machine's GPU: BE
 tune-gpu: ## measure and store the kernels' launch configurations on this machine's GPU: TUNE="--seconds 300"
 	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.tune --output $(RUNS)/tune/tune.json $(TUNE)
 
-bench-decode: ## one token a sequence, states in place, on this machine's GPU: under a minute
-	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.decode --output $(RUNS)/bench-decode
+bench-decode: ## one token a sequence, states in place, on this machine's GPU, under a minute: DECODE="--model FOLDER"
+	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.decode --output $(RUNS)/bench-decode $(DECODE)
 
 bench-generation: ## tokens/s of a decoder on recurrent states, against attention, on this machine's GPU: under a minute
 	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.generation --output $(RUNS)/bench-generation $(GENERATION)

@@ -5,8 +5,9 @@
 
 Text is the source of Python's standard library, byte by byte. Steps follow from the time that a step takes:
 the budgets below are seconds. chain.json in the output folder is written anew whenever a figure is known.
-Models and checkpoints go to a temporary folder (--work keeps them). Needs what `gka train` needs; the picture
-needs matplotlib, and `--draw results` makes it later, from chain.json alone.
+Models and checkpoints go to a temporary folder; --work FOLDER keeps them, the trained hybrids as
+FOLDER/gka/model and FOLDER/gated_deltanet/model, for `from_pretrained`. Needs what `gka train` needs; the
+picture needs matplotlib, and `--draw results` makes it later, from chain.json alone.
 """
 
 import argparse

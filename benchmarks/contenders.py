@@ -73,6 +73,12 @@ class NotAvailable(Exception):
     """A contender that cannot run here, and why."""
 
 
+def reason(error: Exception) -> str:
+    """An error in one line of a table."""
+    text = " ".join(str(error).split()).replace("|", "/")[:300]
+    return text if isinstance(error, NotAvailable) else f"{type(error).__name__}: {text}"
+
+
 @dataclass(frozen=True)
 class Contender:
     """One function to measure.
@@ -88,6 +94,21 @@ class Contender:
     leaves: tuple[str, ...]
     load: Callable[[], Callable[[Inputs], Tensor]]
     flops: Callable[[Size], float] | None = None
+
+
+def passes(call: Callable[[Inputs], Tensor], inputs: Inputs, leaves: tuple[str, ...]) -> dict:
+    """The two calls that are measured of a contender, by name."""
+    tensors = [getattr(inputs, name) for name in leaves]
+
+    def forward() -> None:
+        with torch.no_grad():
+            call(inputs)
+
+    def both() -> object:
+        o = call(inputs)
+        return torch.autograd.grad(o, tensors, inputs.do.to(o.dtype))
+
+    return {"forward": forward, "forward+backward": both}
 
 
 def step_flops(dim: int) -> int:
@@ -184,12 +205,20 @@ class LayerSize:
         return f"hidden {self.hidden}, {self.heads} heads of {self.dim}, 1 x {self.length}"
 
 
-def our_layer(size: LayerSize, solver: str, backend: str) -> nn.Module:
+class PlainKalmaNet(GatedKalmaNet):
+    """The layer with torch's modules around the op, whatever could be fused."""
+
+    def why_plain(self, device: torch.device | str, dtype: torch.dtype) -> str | None:
+        return "it is measured beside the fused kernels."
+
+
+def our_layer(size: LayerSize, solver: str, backend: str, fused: bool = True) -> nn.Module:
     known = "solver" in inspect.signature(GatedKalmaNet).parameters
     if solver != "chebyshev" and not known:
         raise NotAvailable("not available: GatedKalmaNet has no argument solver")
     more: dict[str, Any] = {"solver": solver} if known else {}
-    return GatedKalmaNet(
+    kind = GatedKalmaNet if fused else PlainKalmaNet
+    return kind(
         size.hidden, head_dim=size.dim, num_heads=size.heads, num_iter=NUM_ITER, backend=backend,
         **more,
     )  # fmt: skip
@@ -212,6 +241,14 @@ def layers(backend: str, peers: bool) -> dict[str, Callable[[LayerSize], nn.Modu
     for solver in SOLVERS:
         found[f"GatedKalmaNet, {solver}"] = lambda size, s=solver: our_layer(size, s, backend)
     return found
+
+
+def profiled_layers(backend: str, peers: bool) -> dict[str, Callable[[LayerSize], nn.Module]]:
+    """Builders by name: those of `layers`, and ours with torch's modules around the op."""
+    plain = f"GatedKalmaNet, {SOLVERS[0]}, torch's modules around the op"
+    return layers(backend, peers) | {
+        plain: lambda size: our_layer(size, SOLVERS[0], backend, fused=False)
+    }
 
 
 def matmul_flops(n: int) -> float:

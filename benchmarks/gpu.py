@@ -1,7 +1,8 @@
 """Our op and layer against their peers on this GPU: `python -m benchmarks.gpu --output DIR`.
 
 Every function that is compared runs in this process, in turn. Writes gpu.json with all repeats, gpu.md,
-gpu.png, and with --profile the kernels of one training step in profile.txt.
+gpu.png, and with --profile, once all is timed, the kernels of one training step of the op and of the layers
+in profile.txt.
 
 Each group of functions of one size is warmed up (first calls compile and tune: their seconds are reported),
 then run in rounds, in turn within each; a ratio is that of medians within a round. Times are CUDA events
@@ -24,10 +25,9 @@ from pathlib import Path
 
 import torch
 from benchmarks import contenders as registry
-from benchmarks import gpu_report
-from benchmarks.contenders import Contender, Inputs, LayerSize, NotAvailable, Size
+from benchmarks import gpu_layer, gpu_profile, gpu_report
+from benchmarks.contenders import Contender, Inputs, LayerSize, NotAvailable, Size, passes, reason
 from benchmarks.gpu_options import LAYER, parse
-from benchmarks.kernel_profile import profile_kernels
 from benchmarks.stopwatch import Call, Stopwatch
 
 from gka.ops import backends
@@ -36,27 +36,6 @@ Make = Callable[[], dict[str, Call]]
 TUNING_SHARE = (
     0.5  # of the time limit, for compiling the peers' kernels before anything is measured
 )
-
-
-def passes(call, inputs: Inputs, leaves: tuple[str, ...]) -> dict[str, Call]:
-    """The two calls that are measured of a contender."""
-    tensors = [getattr(inputs, name) for name in leaves]
-
-    def forward() -> None:
-        with torch.no_grad():
-            call(inputs)
-
-    def both() -> object:
-        o = call(inputs)
-        return torch.autograd.grad(o, tensors, inputs.do.to(o.dtype))
-
-    return {"forward": forward, "forward+backward": both}
-
-
-def reason(error: Exception) -> str:
-    """An error in one line of a table."""
-    text = " ".join(str(error).split()).replace("|", "/")[:300]
-    return text if isinstance(error, NotAvailable) else f"{type(error).__name__}: {text}"
 
 
 class Bench:
@@ -109,18 +88,18 @@ class Bench:
         early = [peer for peer in peers if peer.name != "mesa_net"]
         sizes = self.options.sizes
         self.tune([*{(size.heads, size.dim): None for size in sizes}])
-        if self.options.profile:
-            self.profile()
         for size in sizes:
             self.group(size, [*ours, *early])
         if self.options.layer:
-            self.layer()
+            gpu_layer.measure(self)
         if len(early) < len(
             peers
         ):  # its first call is the slowest, so it must not delay the others
             base = [peer for peer in early if peer.name == registry.BASELINE]
             for size in sizes:
                 self.group(size, [*base, registry.PEERS["mesa_net"]], repeated=True)
+        if self.options.profile:
+            gpu_profile.profile(self)
         self.result["seconds"] = self.elapsed
         self.say("done")
         self.save()
@@ -198,34 +177,6 @@ class Bench:
         self.say(f"{what}: " + "; ".join(lines))
         self.save()
 
-    def layer(self) -> None:
-        """The layers, forward and forward + backward to the input and all parameters."""
-        size = self.options.layer_size
-        entries: dict[str, dict] = {}
-        self.result["layer"] = {"size": str(size), "contenders": entries}
-        calls: dict = {}
-        fla = registry.BASELINE in self.options.peers
-        for name, build in registry.layers(self.backend, fla).items():
-            torch.manual_seed(0)
-            state: dict = {}
-
-            def make(build=build, state=state) -> dict[str, Call]:
-                state["layer"] = build(size).to(self.options.device, torch.bfloat16)
-                return layer_passes(state["layer"], size, self.options.device)
-
-            def own(state=state) -> int:
-                weights = sum(p.nbytes for p in state["layer"].parameters())
-                return weights + 2 * 2 * size.length * size.hidden
-
-            found, entry = self.first(f"layer, {size}: {name}", make, own)
-            if "layer" in state:
-                entry["parameters"] = sum(p.numel() for p in state["layer"].parameters())
-            entries[name] = entry
-            calls |= {(name, which): call for which, call in found.items()}
-        self.measure(f"layer, {size}", calls, entries)
-        del calls
-        self.free()
-
     def tune(self, pairs: list[tuple[int, int]]) -> None:
         """Compile the peers' kernels in processes of their own, one for each peer, heads and head dim.
 
@@ -253,25 +204,6 @@ class Bench:
                 process.kill()
                 self.say(f"{job}: still compiling, goes on in this process")
 
-    def profile(self) -> None:
-        """The kernels of one training step of ours at the first size."""
-        size = self.options.sizes[0]
-        call = registry.ours("chebyshev", self.backend)
-        inputs = registry.make_inputs(size, self.options.keys, self.options.device)
-        both = passes(call.load(), inputs, call.leaves)["forward+backward"]
-        peak = self.result["card"].get("matmul_tflops")
-        loop = registry.NUM_ITER * registry.step_flops(size.dim)
-        flops = float(size.batch * size.length * size.heads * loop)
-        try:
-            text = profile_kernels(both, self.watch, flops, peak)
-        except Exception as error:
-            text = f"no profile: {reason(error)}"
-        text = f"one forward + backward of {call.name}, {size}\n{text}\n"
-        print(text)
-        (self.options.output / "profile.txt").write_text(text)
-        del inputs, both
-        self.free()
-
     def free(self) -> None:
         if self.watch.cuda:
             torch.cuda.empty_cache()
@@ -281,31 +213,12 @@ class Bench:
         write(self.options.output / "gpu.json", json.dumps(self.result, indent=1) + "\n")
 
 
-def layer_passes(layer: torch.nn.Module, size: LayerSize, device: str) -> dict[str, Call]:
-    x, do = (
-        torch.randn(1, size.length, size.hidden, device=device, dtype=torch.bfloat16)
-        for _ in range(2)
-    )
-    x.requires_grad_()
-    layer.train()
-    wanted = [x, *layer.parameters()]
-
-    def forward() -> None:
-        with torch.no_grad():
-            layer(x)
-
-    return {
-        "forward": forward,
-        "forward+backward": lambda: torch.autograd.grad(layer(x)[0], wanted, do),
-    }
-
-
 def compile_peer(name: str, heads: int, dim: int) -> None:
     """The body of the processes of `Bench.tune`."""
     if name == "layer":
         size = LayerSize(LAYER.hidden, heads, dim, 1024)
         layer = registry.peer_layer(size).to("cuda", torch.bfloat16)
-        calls = layer_passes(layer, size, "cuda")
+        calls = gpu_layer.passes(layer, size, "cuda")
     else:
         peer = registry.PEERS[name]
         inputs = registry.make_inputs(Size(1, 1024, heads, dim), "silu", "cuda")

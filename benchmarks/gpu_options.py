@@ -63,7 +63,7 @@ def parse(description: str) -> argparse.Namespace:
     add("--keys", choices=["silu-mean", "silu", "gaussian"], default="silu-mean")
     add("--layer", action=argparse.BooleanOptionalAction, help="the layers too")
     add("--layer-size", help=argparse.SUPPRESS, default=LAYER, type=parse_layer)
-    add("--profile", action="store_true", help="the kernels of one training step")
+    add("--profile", action="store_true", help="the kernels of one training step, at the end")
     add("--update", type=Path, metavar="PAGE", help="write the table into this page")
     add(
         "--from",

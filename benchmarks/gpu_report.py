@@ -13,6 +13,7 @@ HEAD = (
     "B x T x H, D", "function", "forward ms (min-max)", "ratio", "forward + backward ms (min-max)",
     "ratio", "forward TFLOP/s (of peak)", "peak MiB",
 )  # fmt: skip
+PROFILE_HEAD = ("", "kernels ms", "launches", "kept for the backward pass MiB", "peak MiB")
 PASSES = ("forward", "forward+backward")
 
 
@@ -71,7 +72,8 @@ def shown(group: dict) -> dict[str, dict]:
 def missing(result: dict) -> list[str]:
     """What was not measured, and why: a line for each reason and function."""
     found: dict[tuple[str, str], list[str]] = {}
-    for group in [*result["groups"], *filter(None, [result.get("layer")])]:
+    others = [result[name] for name in ("layer", "op_profile", "layer_profile") if name in result]
+    for group in [*result["groups"], *others]:
         for name, entry in group["contenders"].items():
             if entry["status"] != "ok" and not (group.get("repeated") and name == BASELINE):
                 reason = f"{entry['status']}: {entry['message']}"
@@ -89,6 +91,14 @@ def layer_rows(result: dict) -> Iterator[list[str]]:
         parameters = entry.get("parameters")
         count = "" if parameters is None else f" ({parameters / 1e6:.1f} M parameters)"
         yield [group["size"], *cells(name + count, entry, base, None)]
+
+
+def profile_rows(result: dict) -> Iterator[list[str]]:
+    """Kernels and memory of one training step of each layer that was profiled."""
+    for name, entry in shown(result.get("layer_profile", {"contenders": {}})).items():
+        held = [entry.get(key) for key in ("kept_bytes", "peak_bytes")]
+        memory = ["" if x is None else f"{x / 2**20:.0f}" for x in held]
+        yield [name, f"{entry['kernels_ms']:.2f}", f"{entry['launches']:g}", *memory]
 
 
 def growth(result: dict) -> Iterator[str]:
@@ -135,14 +145,21 @@ def facts(result: dict) -> list[str]:
 def markdown(result: dict) -> str:
     """For docs/performance.md, with its command."""
 
-    def table(body: Sequence[Sequence[str]]) -> str:
-        lines = [HEAD, ["---"] * len(HEAD), *body]
+    def table(body: Sequence[Sequence[str]], head: Sequence[str] = HEAD) -> str:
+        lines = [head, ["---"] * len(head), *body]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
     parts = [*facts(result), f"`{result['command']}`", table(list(rows(result)))]
     found = list(layer_rows(result))
     if found:
         parts += ["One layer, forward and backward to its input and parameters:", table(found)]
+    found = list(profile_rows(result))
+    if found:
+        size = result["layer_profile"]["size"]
+        words = (
+            "forward and backward to its input and parameters, mean of several by torch.profiler"
+        )
+        parts += [f"{size[0].upper()}{size[1:]}, {words}:", table(found, PROFILE_HEAD)]
     lines = [f"- {line}" for line in [*growth(result), *missing(result)]]
     return "\n\n".join([*parts, "\n".join(lines)]).strip() + "\n"
 

@@ -1,39 +1,67 @@
-"""Which kernels a call runs, and for how long."""
+"""Which kernels a call runs, how often and for how long."""
+
+from dataclasses import dataclass
 
 from benchmarks.stopwatch import Call, Stopwatch
 from torch.profiler import ProfilerActivity, profile
 
+WARM_UP, CALLS = 3, 5
+REGIONS = ("gka.", "ProfilerStep")  # which contain kernels that are listed themselves
 
-def profile_kernels(call: Call, watch: Stopwatch, loop_flops: float, peak: float | None) -> str:
-    """A table of kernels by total time; for each solve kernel the share of the card's peak in its loop.
 
-    Args:
-        call: what is profiled, warm after three runs.
-        watch: of its device.
-        loop_flops: of the loop of one solve.
-        peak: TFLOP/s of the card, if known.
-    """
-    for _ in range(3):
+@dataclass(frozen=True)
+class Kernel:
+    """Of one call: microseconds of all launches together, and their number. On a CPU, operators."""
+
+    name: str
+    us: float
+    launches: float
+
+
+def kernels(call: Call, watch: Stopwatch) -> list[Kernel]:
+    """Mean of CALLS calls after WARM_UP others, the longest first; copies and fills count as kernels."""
+    for _ in range(WARM_UP):
         watch.once(call)
     activities = [ProfilerActivity.CUDA] if watch.cuda else [ProfilerActivity.CPU]
     with profile(activities=activities) as trace:
-        call()
+        for _ in range(CALLS):
+            call()
         watch.wait()
-    events = [
-        (event.self_device_time_total if watch.cuda else event.self_cpu_time_total, event)
-        for event in trace.key_averages()
-    ]
-    regions = ("gka.", "ProfilerStep")  # which contain kernels that are listed themselves
-    kernels = [(us, e) for us, e in events if us > 0 and not e.key.startswith(regions)]
-    events = sorted(kernels, key=lambda pair: -pair[0])
-    total = sum(us for us, _ in events)
+    found = []
+    for event in trace.key_averages():
+        us = event.self_device_time_total if watch.cuda else event.self_cpu_time_total
+        if us > 0 and not event.key.startswith(REGIONS):
+            found.append(Kernel(event.key, us / CALLS, event.count / CALLS))
+    return sorted(found, key=lambda kernel: -kernel.us)
+
+
+def total(found: list[Kernel]) -> tuple[float, float]:
+    """Milliseconds and launches of all."""
+    return sum(kernel.us for kernel in found) / 1e3, sum(kernel.launches for kernel in found)
+
+
+def table(found: list[Kernel]) -> str:
+    """A line a kernel, and their sum; all of one call."""
+    ms, launches = total(found)
     lines = [f"{'us':>10} {'calls':>6} {'share':>6}  name"]
-    for us, event in events:
-        lines.append(f"{us:10.1f} {event.count:6d} {us / total:6.1%}  {event.key[:90]}")
-    lines.append(f"{total:10.1f} {'':6} {'':6}  in all")
-    for us, event in events:
-        if "solve" in event.key and watch.cuda:
-            tera = loop_flops * event.count / us / 1e6
+    for kernel in found:
+        share = kernel.us / ms / 1e3
+        lines.append(f"{kernel.us:10.1f} {kernel.launches:6g} {share:6.1%}  {kernel.name[:90]}")
+    return "\n".join([*lines, f"{1e3 * ms:10.1f} {launches:6g} {'':6}  in all"])
+
+
+def solve_speeds(found: list[Kernel], loop_flops: float, peak: float | None) -> list[str]:
+    """What each solve kernel's loop alone reaches.
+
+    Args:
+        found: what was profiled on a GPU.
+        loop_flops: of the loop of one launch.
+        peak: TFLOP/s of the card, if known.
+    """
+    lines = []
+    for kernel in found:
+        if "solve" in kernel.name:
+            tera = loop_flops * kernel.launches / kernel.us / 1e6
             share = "" if peak is None else f", {tera / peak:.0%} of the card's peak"
-            lines.append(f"{event.key[:60]}: {tera:.0f} TFLOP/s counting its loop alone{share}")
-    return "\n".join(lines)
+            lines.append(f"{kernel.name[:60]}: {tera:.0f} TFLOP/s counting its loop alone{share}")
+    return lines

@@ -99,3 +99,15 @@ class Stopwatch:
         call()
         self.wait()
         return torch.cuda.max_memory_allocated() - before
+
+    def kept_bytes(self, call: Call) -> int | None:
+        """Bytes of device memory that the call's result holds: itself, and what its backward pass needs."""
+        if not self.cuda:
+            return None
+        self.wait()
+        before = torch.cuda.memory_allocated()
+        result = call()
+        self.wait()
+        kept = torch.cuda.memory_allocated() - before
+        del result  # not earlier
+        return kept

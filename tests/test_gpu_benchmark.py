@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -55,8 +56,79 @@ def test_what_is_written(run, tmp_path, capsys):
     text = (tmp_path / "gpu.md").read_text()
     assert "| 2 x 32 x 1, D = 16 | sdpa |" in text
     assert (tmp_path / "gpu.png").stat().st_size > 10_000
-    assert "aten::" in (tmp_path / "profile.txt").read_text()
     assert "1 x 96 x 2, D = 16" in capsys.readouterr().out
+
+
+def test_what_is_profiled(run, gpu, tmp_path):
+    """Kernels of one training step of the op, of both solvers' layers and of a layer whose modules stay
+    torch's, after the timings: by kernel and in all, in profile.txt, gpu.json and a table."""
+    result = run(*SMALL, "--peers", "none", "--layer-size", "32x2x16x64", "--profile")
+    assert list(result)[-3:-1] == ["op_profile", "layer_profile"]
+    layers = result["layer_profile"]["contenders"]
+    plain = "GatedKalmaNet, chebyshev, torch's modules around the op"
+    assert list(layers) == ["GatedKalmaNet, chebyshev", "GatedKalmaNet, adaptive", plain]
+    text, page = ((tmp_path / name).read_text() for name in ("profile.txt", "gpu.md"))
+    for name, entry in (layers | result["op_profile"]["contenders"]).items():
+        assert f"one forward + backward of {name}, " in text
+        us, launches = ([k[key] for k in entry["kernels"]] for key in ("us", "launches"))
+        assert entry["kernels_ms"] == pytest.approx(sum(us) / 1e3)
+        assert us == sorted(us, reverse=True) and entry["launches"] == sum(launches) > 10
+    assert "aten::mm" in text
+    assert f"| {plain} | {layers[plain]['kernels_ms']:.2f} | " in page
+
+
+def test_a_layer_of_torchs_modules_calls_them(gpu, monkeypatch):
+    """The layer measured beside the fused kernels runs none of them where they could run."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    size = gpu.LayerSize(32, 2, 16, 64)
+    layers = [gpu.registry.our_layer(size, "chebyshev", "triton", fused) for fused in (True, False)]
+    reasons = [layer.why_plain("cpu", gpu.torch.bfloat16) for layer in layers]
+    assert reasons[0] is None and reasons[1]
+
+
+def test_a_profile_that_fails_leaves_the_rest(run, gpu, monkeypatch, tmp_path):
+    """Timings stay, and what could not be profiled is listed with its reason, beside what is known of it."""
+    profile = gpu.gpu_profile.kernel_profile
+    whole, calls = profile.kernels, []
+
+    def kernels(call, watch):
+        calls.append(call)
+        if len(calls) == 2:
+            raise RuntimeError("CUPTI is missing")
+        return whole(call, watch)
+
+    monkeypatch.setattr(profile, "kernels", kernels)
+    options = ("--peers", "none", "--layer-size", "32x2x16x64", "--profile")
+    result = run(*SMALL, *options)
+    layers = result["layer_profile"]["contenders"]
+    failed = layers["GatedKalmaNet, chebyshev"]
+    assert failed["status"] == "failed" and "kernels" not in failed and failed["first_call_s"]
+    assert layers["GatedKalmaNet, adaptive"]["kernels"]
+    assert "forward" in result["layer"]["contenders"]["GatedKalmaNet, chebyshev"]
+    text, page = ((tmp_path / name).read_text() for name in ("profile.txt", "gpu.md"))
+    assert "failed: RuntimeError: CUPTI is missing" in text and "aten::" in text
+    size = "kernels of hidden 32, 2 heads of 16, 1 x 64"
+    assert f"- GatedKalmaNet, chebyshev failed: RuntimeError: CUPTI is missing ({size})" in page
+
+
+def test_kept_memory_is_that_of_what_a_call_returns(gpu, monkeypatch):
+    """The result of the call is alive when memory is read again."""
+    watch = gpu.Stopwatch("cpu")
+    assert watch.kept_bytes(object) is None
+    held: list = []
+    monkeypatch.setattr(watch, "cuda", True)
+    monkeypatch.setattr(gpu.torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(
+        gpu.torch.cuda, "memory_allocated", lambda: 100 + sum(r() is not None for r in held)
+    )
+
+    def call():
+        x = gpu.torch.zeros(1)
+        held.append(weakref.ref(x))
+        return x
+
+    assert watch.kept_bytes(call) == 1
+    assert gpu.torch.cuda.memory_allocated() == 100
 
 
 def test_a_failure_is_recorded_and_the_rest_goes_on(run, gpu, monkeypatch, tmp_path):
