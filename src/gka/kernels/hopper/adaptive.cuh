@@ -18,7 +18,7 @@ DEVICE void load_top(Shared& s, const Arguments& a, const Place& at) {
   }
 }
 
-// Replaces the plain iteration where a proven bound asks for fewer steps; leaves w_t in s.v. w: W_tj.
+// Replaces the plain iteration where a proven bound asks for fewer steps; leaves w_t in it.vectors. w: W_tj.
 DEVICE void tighten(Iteration& it, const Ridge& r, const float (&w)[C / 2], const float (&fro)[2],
                     const bool (&empty)[2], Shared& s, const Arguments& a, const Place& at, float k_max) {
   float h_trace = a.trace[at.state] * r.h_scale, k2 = k_max * k_max;
@@ -75,7 +75,7 @@ DEVICE void tighten(Iteration& it, const Ridge& r, const float (&w)[C / 2], cons
   mma_commit();
 #pragma unroll
   for (int n = 0; n < K / 16; n++)
-    ((uint4*)s.v)[n * THREADS + at.thread] =
+    it.vectors[n * THREADS + at.thread] =
         uint4{unit[4 * n], unit[4 * n + 1], unit[4 * n + 2], unit[4 * n + 3]};
   mma_wait<0>();
   hold(along), hold(u);
@@ -108,7 +108,7 @@ DEVICE void tighten(Iteration& it, const Ridge& r, const float (&w)[C / 2], cons
   float ratio = (a.num_iter + 1) * inverse_cosh(1.f + 2.f * a.ridge_ratio) /
                 inverse_cosh(1.f + 2.f * a.ridge_ratio / fminf(phi, 1.f));
   int steps = (int)ceilf(ratio) - 1;
-  it.deflated = 9 * steps <= 5 * a.num_iter;  // a step with N_t takes 1.8 times a plain one (docs/log.md)
+  it.deflated = 6 * steps <= 5 * a.num_iter;
   if (!it.deflated) return;
   float kappa = 1.f + phi / a.ridge_ratio, rho = (kappa - 1.f) / (kappa + 1.f);
   it.steps = steps, it.rho2 = rho * rho, it.step = 2.f / ((kappa + 1.f) * a.ridge_ratio);

@@ -142,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     for (int i = 0; i < K / 8; i++)
       held[i * THREADS + at.thread] = {dz[4 * i], dz[4 * i + 1], dz[4 * i + 2], dz[4 * i + 3]};
   }
-  System system = prepare(s, a, at, k_max);
+  System system = prepare(s, a, at, k_max, s.v);
   {
     float rhs[K / 2];
 #pragma unroll

@@ -7,6 +7,7 @@ struct Iteration {
   int steps;
   float tau[2];  // P_t^-1 = (1 - tau_t w_t w_t^T) / lambda_t where `deflated`
   bool deflated;
+  uint4* vectors;  // w_t of this thread's tokens, in shared memory
 };
 
 // tau w^T r of this thread's two rows, negated. Products in float16, four of them to a sum: their rounding is
@@ -49,7 +50,7 @@ DEVICE void solve(float (&x)[K / 2], float (&residual)[K / 2], Shared& s, const 
       u32 w[K / 4], minus[2];
 #pragma unroll
       for (int n = 0; n < K / 16; n++) {
-        uint4 four = ((const uint4*)s.v)[n * THREADS + at.thread];
+        uint4 four = it.vectors[n * THREADS + at.thread];
 #pragma unroll
         for (int m = 0; m < 4; m++) w[4 * n + m] = ((const u32*)&four)[m];
       }

@@ -103,15 +103,17 @@ DEVICE void widen_raw(float (&d)[D / 2], const u32 (&a)[D / 4], const Place& at)
   }
 }
 
-// A swizzled copy of a state [rows, columns] to shared memory. Pieces that one thread copies are a multiple of
-// eight rows apart, so their swizzle is the same.
-template <int ROWS, int COLUMNS>
+// A swizzled copy of a state [rows, columns] to shared memory, or of some of its tiles of 64 columns. Pieces that
+// one thread copies are a multiple of eight rows apart, so their swizzle is the same.
+template <int ROWS, int COLUMNS, int FIRST = 0, int TILES = COLUMNS / 64 - FIRST>
 DEVICE void copy_state(u32 to, const u16* from, int thread) {
-  constexpr int STEP = THREADS * 8 / COLUMNS;  // rows a step: whole swizzle patterns
-  u32 row = (u32)thread / (COLUMNS / 8), column = (u32)thread % (COLUMNS / 8) * 8;
+  if constexpr (TILES > 0) {
+  constexpr int STEP = THREADS / (8 * TILES);  // rows a step: whole swizzle patterns
+  u32 row = (u32)thread / (8 * TILES), column = 64 * FIRST + (u32)thread % (8 * TILES) * 8;
   to += swizzled(ROWS, row, column), from += row * COLUMNS + column;
 #pragma unroll
   for (int i = 0; i < ROWS / STEP; i++) copy_async(to + i * STEP * 128, from + i * STEP * COLUMNS);
+  }
   copies_commit();
 }
 
@@ -196,12 +198,13 @@ DEVICE void weights(float (&w)[C / 2], const float* decay, const float* beta2, c
     }
 }
 
-// What a block keeps in shared memory. U's tile holds dz during the derivative's solve.
+// What a block keeps in shared memory. U's tile holds dz during the derivative's solve. During an adaptive solve
+// the vectors w_t, a thread's in its own places, lie where U's first columns will be or, in the derivative, v was.
 struct Shared {
   unsigned char h[K * K * 2];
   unsigned char u[K * V * 2 > C * K * 4 ? K * V * 2 : C * K * 4];
   unsigned char k[C * K * 2];
-  unsigned char v[C * (K > V ? K : V) * 2];  // during an adaptive solve the vectors w_t, a thread's in its places
+  unsigned char v[C * (K > V ? K : V) * 2];
   uint4 weights[C / 16 * THREADS];  // W / F, a thread's in its own places; before that, (K K^T)^2
 #if ADAPTIVE
   unsigned char top_tile[K / 64 * 1024];  // v in float16, the first of eight rows of a right operand

@@ -13,29 +13,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     u32 q[K / 4];
     {
       Pieces<K> k;
-      k.load(a.k, a.key_heads, at.head / (a.heads / a.key_heads), at);
-      copy_states(s, a, at);
-#if !ADAPTIVE
       Pieces<V> v;
+      k.load(a.k, a.key_heads, at.head / (a.heads / a.key_heads), at);
+      copy_state<K, K>(shared_address(s.h), a.h_states + at.state * K * K, at.thread);
+      copy_state<K, V, ADAPTIVE>(shared_address(s.u), a.u_states + at.state * K * V, at.thread);
       v.load(a.v, a.value_heads, value_head, at);
-#endif
       load_raw<K>(q, a.q, a.heads, at.head, at);
       load_gates(s, a, at);
 #if ADAPTIVE
       load_top(s, a, at);
 #endif
       k_max = store_tile<K>(s.k, k, s.scratch, at);
-#if !ADAPTIVE
       v_max = store_tile<V>(s.v, v, s.scratch, at);
-#endif
     }
     copies_wait<1>();
     publish_shared();
     __syncthreads();
-    system = prepare(s, a, at, k_max);
+    system = prepare(s, a, at, k_max, s.u);
     widen_raw<K>(rhs, q, at);
   }
   solve_chunk(x, rhs, s, system, at);
+#if ADAPTIVE  // w_t lay there until now
+  __syncthreads();
+  copy_state<K, V, 0, 1>(shared_address(s.u), a.u_states + at.state * K * V, at.thread);
+#endif
 
   // z = q + alpha (x - q)
   u32 z[K / 4];
@@ -45,15 +46,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     u32 q[K / 4];
     load_raw<K>(q, a.q, a.heads, at.head, at);
     load_alpha(alpha, a, at);
-#if ADAPTIVE  // the tile held w_t until now
-    {
-      Pieces<V> v;
-      v.load(a.v, a.value_heads, value_head, at);
-      v_max = store_tile<V>(s.v, v, s.scratch, at);
-    }
-#endif
-    copies_wait<0>();
-    publish_shared();
     scale_rows(z, largest, x);
     store_scaled<K>(a.x, a.x_scale, z, largest, token, at);
     widen_raw<K>(rhs, q, at);
@@ -63,6 +55,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   scale_rows(z, largest, x);
   if (a.steps != nullptr && at.thread == 0)
     a.steps[(long long)at.chunk * a.heads + at.head] = system.it.steps;
+  copies_wait<0>();
+  publish_shared();
   __syncthreads();  // U has arrived
 
   // o = scale zmax kmax vmax (zeta/(kmax vmax) z16 U + ((z16 K16^T) o W) V16)

@@ -8,8 +8,8 @@ struct System {
   bool empty[2];
 };
 
-// Bounds of the spectrum, step count, and W / F in shared memory.
-DEVICE System prepare(Shared& s, const Arguments& a, const Place& at, float k_max) {
+// Bounds of the spectrum, step count, and W / F in shared memory, w_t at `vectors` there.
+DEVICE System prepare(Shared& s, const Arguments& a, const Place& at, float k_max, unsigned char* vectors) {
   float w[C / 2];
   Ridge r = ridge(w, s, a, at, k_max);
   System y;
@@ -22,6 +22,7 @@ DEVICE System prepare(Shared& s, const Arguments& a, const Place& at, float k_ma
   }
   float rho = 1.f / (1.f + 2.f * a.ridge_ratio);
   y.it.rho2 = rho * rho, y.it.step = 2.f * rho, y.it.steps = a.num_iter, y.it.deflated = false;
+  y.it.vectors = (uint4*)vectors;
 #if ADAPTIVE
   tighten(y.it, r, w, y.fro, y.empty, s, a, at, k_max);
 #endif
