@@ -48,12 +48,12 @@ def inspect(
     text = sample.read_prompt(prompt, file, option="file")
     silence_libraries()
     loaded, tokenizer = sample.load(model)
-    loaded.set_solver(num_iter=num_iter, ridge_ratio=ridge_ratio, solver=solver)  # type: ignore[operator]
+    loaded.set_solver(num_iter=num_iter, ridge_ratio=ridge_ratio, solver=solver)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
     if not ids:
         raise InputError("the text is empty: give --prompt, --file or standard input")
     found = inspection.inspect_model(
-        loaded,  # type: ignore[arg-type]
+        loaded,
         ids,
         positions=positions,
         chunk=prefill_chunk,
