@@ -21,12 +21,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from benchmarks.gpu import commit, reason, versions, write
+from benchmarks.gpu import commit, reason, versions
 from benchmarks.numerics import relative
 from benchmarks.stopwatch import Call, Stopwatch
 from torch import Tensor
 from torch.nn.functional import normalize, silu
 
+from gka.data.files import write_text as write
 from gka.ops import available_backends, fused_recurrent_gka_
 
 BATCHES, HEADS, DIM, HISTORY = (1, 16, 64, 256), 16, 128, 512

@@ -41,7 +41,7 @@ def inspect(
     """
     from rich.console import Console
 
-    from gka.data.files import write_bytes, write_json
+    from gka.data.files import write_json, write_text
     from gka.serving import inspection, inspection_page, sample
     from gka.serving.inspection_table import table
 
@@ -62,7 +62,7 @@ def inspect(
     page, figures = output / "inspection.html", output / "inspection.json"
     try:
         write_json(figures, content)
-        write_bytes(page, inspection_page.page(content).encode())
+        write_text(page, inspection_page.page(content))
     except OSError as error:
         raise InputError(f"--output {output}: cannot be written ({error})") from None
     console = Console()
