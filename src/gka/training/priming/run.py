@@ -102,10 +102,9 @@ def prime(
         InputError: if anything given cannot be used; nothing is deleted or overwritten then.
         Interrupted: after SIGINT or SIGTERM, when the checkpoint is written.
     """
-    files.check_output(output, resume, overwrite)
-    if resume and (output / files.METRICS).exists():
-        console.print(f"The run in {output} is complete; there is nothing to resume.")
-        return read_json(output / files.METRICS)
+    complete = files.open_output(output, console, resume=resume, overwrite=overwrite)
+    if complete is not None:
+        return complete
     teacher = load_teacher(config.prime.teacher)
     job = _opened(config, output, console, resume, teacher, probe)
     checksums = {"tokens_sha256": _checksum(job), "teacher_sha256": teacher_checksum(config)}
