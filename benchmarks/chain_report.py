@@ -4,7 +4,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from gka.data.files import write_bytes
+from gka.data.files import write_bytes, write_text
 from gka.training.priming.report import TITLES
 
 COLORS = {"gka": "#0072B2", "gated_deltanet": "#E69F00"}
@@ -13,7 +13,7 @@ NAMES = {"gka": "Gated KalmaNet", "gated_deltanet": "Gated DeltaNet"}
 
 def write(found: dict[str, Any], folder: Path) -> None:
     """chain.md, and chain.png where matplotlib is."""
-    write_bytes(folder / "chain.md", markdown(found).encode())
+    write_text(folder / "chain.md", markdown(found))
     if importlib.util.find_spec("matplotlib") is None:
         print(f"no matplotlib here: python -m benchmarks.chain --draw {folder} draws the picture")
         return

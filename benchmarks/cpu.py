@@ -23,6 +23,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from gka.data.files import write_text
 from gka.ops import chunk_gka
 
 HEADS, DIM = 2, 64
@@ -190,7 +191,7 @@ def main() -> None:
     show(rows, fitted, console)
     options.output.mkdir(parents=True, exist_ok=True)
     result = {"machine": machine, "heads": HEADS, "dim": DIM, "exponents": fitted, "rows": rows}
-    (options.output / "cpu.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_text(options.output / "cpu.json", json.dumps(result, indent=1) + "\n")
     plot(rows, options.output / "cpu.png")
     console.print(
         f"{time.perf_counter() - begin:.0f} s. Written: cpu.json, cpu.png in {options.output}"

@@ -31,11 +31,12 @@ from benchmarks import decode_report
 from benchmarks.contenders import NotAvailable
 from benchmarks.decode_inputs import Artificial, Layer, Shape, Source
 from benchmarks.decode_model import Trained, name_of
-from benchmarks.gpu import commit, reason, versions, write
+from benchmarks.gpu import commit, reason, versions
 from benchmarks.numerics import relative
 from benchmarks.stopwatch import Call, Stopwatch
 from torch import Tensor
 
+from gka.data.files import write_text as write
 from gka.errors import InputError
 from gka.ops import fused_recurrent_gka_, why_unavailable
 

@@ -30,12 +30,12 @@ class Trained:
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
-        from gka.evaluation.context.loading import load_model, load_tokenizer_of
+        from gka.models.loading import load_gka, load_tokenizer_of
         from gka.models.solver import gka_layers
         from gka.serving.reading import check_model
 
         self.name = name_of(options.model)
-        model: Any = load_model(options.model, "bfloat16", options.device)
+        model: Any = load_gka(options.model, dtype="bfloat16", device=options.device)
         check_model(model)
         mixers = gka_layers(model)
         if not mixers or mixers[0].num_iter == 0:

@@ -27,12 +27,13 @@ from typing import Any
 
 import torch
 from benchmarks.decode import captured
-from benchmarks.gpu import commit, versions, write
+from benchmarks.gpu import commit, versions
 from benchmarks.prefill import SIZES, build
 from benchmarks.stopwatch import Stopwatch
 from torch import Tensor
 
 from gka import GenerationSession
+from gka.data.files import write_text
 from gka.models import GKACache, GKAForCausalLM, cache_tensors
 from gka.models.naming import CACHE_NAME
 
@@ -261,7 +262,7 @@ class Bench:
     def save(self) -> None:
         """What is there so far: a run that is cut off leaves it."""
         text = json.dumps(self.result, indent=1) + "\n"
-        write(self.options.output / "generation.json", text)
+        write_text(self.options.output / "generation.json", text)
 
 
 def by_name(result: dict[str, Any]) -> dict[str, dict[int, dict[str, Any]]]:
@@ -358,7 +359,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
     result = Bench(options).run()
-    write(options.output / "generation.md", markdown(result))
+    write_text(options.output / "generation.md", markdown(result))
     print(markdown(result))
     if not plot(result, options.output / "generation.png"):
         print("no plot: matplotlib is not installed")

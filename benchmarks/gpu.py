@@ -21,7 +21,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from benchmarks import contenders as registry
@@ -30,6 +29,7 @@ from benchmarks.contenders import Contender, Inputs, LayerSize, NotAvailable, Si
 from benchmarks.gpu_options import LAYER, parse
 from benchmarks.stopwatch import Call, Stopwatch
 
+from gka.data.files import write_text
 from gka.ops import backends
 
 Make = Callable[[], dict[str, Call]]
@@ -210,7 +210,7 @@ class Bench:
 
     def save(self) -> None:
         """What is there so far: a run that is cut off leaves it."""
-        write(self.options.output / "gpu.json", json.dumps(self.result, indent=1) + "\n")
+        write_text(self.options.output / "gpu.json", json.dumps(self.result, indent=1) + "\n")
 
 
 def compile_peer(name: str, heads: int, dim: int) -> None:
@@ -226,12 +226,6 @@ def compile_peer(name: str, heads: int, dim: int) -> None:
     for call in calls.values():
         call()
     torch.cuda.synchronize()
-
-
-def write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def commit() -> str | None:
@@ -269,7 +263,7 @@ def main() -> None:
     stored = options.stored
     result = Bench(options).run() if stored is None else json.loads(stored.read_text())
     gpu_report.show(result)
-    write(options.output / "gpu.md", gpu_report.markdown(result))
+    write_text(options.output / "gpu.md", gpu_report.markdown(result))
     if not gpu_report.plot(result, options.output / "gpu.png"):
         print("no plot: matplotlib is not installed; --from gpu.json draws it elsewhere")
     if options.update:

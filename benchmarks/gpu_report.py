@@ -8,6 +8,8 @@ from pathlib import Path
 
 from benchmarks.contenders import BASELINE, BASELINE_LAYER
 
+from gka.data.files import write_text
+
 BEGIN, END = "<!-- gpu results: begin -->", "<!-- gpu results: end -->"
 HEAD = (
     "B x T x H, D", "function", "forward ms (min-max)", "ratio", "forward + backward ms (min-max)",
@@ -175,9 +177,7 @@ def update(page: Path, result: dict) -> None:
         raise ValueError(f"{page} has no lines {BEGIN} and {END} to write between.")
     before, rest = text.split(BEGIN, 1)
     _, after = rest.split(END, 1)
-    partial = page.with_name(page.name + ".part")
-    partial.write_text(f"{before}{BEGIN}\n{markdown(result)}{END}{after}")
-    os.replace(partial, page)
+    write_text(page, f"{before}{BEGIN}\n{markdown(result)}{END}{after}")
 
 
 def show(result: dict) -> None:

@@ -33,6 +33,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
+from gka.data.files import write_text
 from gka.kernels import configs, launch
 from gka.kernels.call import Launch
 from gka.kernels.plan import SIZES, Launcher, Plan, plan_of
@@ -344,13 +345,13 @@ def main(arguments: list[str]) -> None:
         found = search(args, console)
     report(found, console)
     told = {"made": made_on(args), "candidates": [asdict(c) for c in found]}
-    tune_table.write(args.output, json.dumps(told, indent=1) + "\n")
+    write_text(args.output, json.dumps(told, indent=1) + "\n")
     console.print(f"all candidates: {args.output}")
     if args.dry_run or args.compile_only:
         return
     capability = torch.cuda.get_device_capability()
     path = configs.CHIPS / f"sm_{capability[0]}{capability[1]}.json"
-    tune_table.write(path, tune_table.dumps(tune_table.updated(capability, found, made_on(args))))
+    write_text(path, tune_table.dumps(tune_table.updated(capability, found, made_on(args))))
     console.print(f"stored: {path}")
 
 

@@ -1,9 +1,7 @@
 """The stored launch configurations of a chip, changed by what was measured on it."""
 
 import json
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from gka.kernels import configs
 
@@ -80,11 +78,3 @@ def updated(capability: tuple[int, int], found: list[Candidate], measured: dict)
     if which:
         table["measured"].append(measured | {"entries": which})
     return table
-
-
-def write(path: Path, text: str) -> None:
-    """All of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(text)
-    os.replace(part, path)

@@ -5,10 +5,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import foreign
 from gka import cli
@@ -95,7 +97,38 @@ def test_weights_missing_from_our_own_format_are_not_made_up(gka: Run, folder: P
 
     save_file(kept, file, metadata={"format": "pt"})
     status, _, err = gka("convert", ours, "--to", "gka", "-o", folder.parent / "again")
-    assert status == 2 and "missing_keys: model.layers.2.mixer.q_proj.weight" in err
+    assert status == 2 and "weights are missing: model.layers.2.mixer.q_proj.weight" in err
+
+
+def test_evaluate_reads_every_format(gka: Run, folder: Path):
+    """`gka evaluate` asks a foreign checkpoint as it is."""
+    line = ["--tasks", "perplexity", "--lengths", "256", "--samples", "1", "--text", __file__]
+    status, _, err = gka(
+        "evaluate", folder, *line, "--device", "cpu", "--output", folder.parent / "out"
+    )
+    assert status == 0, err
+    assert (folder.parent / "out" / "evaluate.json").is_file()
+
+
+def test_a_plain_transformer_is_continued_and_inspected(gka: Run, tmp_path: Path):
+    """A folder of transformers' own Llama completes a prompt, token for token as transformers does, is
+    inspected, and is converted from the folder of a run as from its own."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": BYTES, "hidden_size": 16, "intermediate_size": 24}
+    config = LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2, eos_token_id=256)
+    model: Any = LlamaForCausalLM(config).eval()
+    folder = tmp_path / "run" / "model"
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    prompt = torch.tensor([list(b"to be")])
+    made = model.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=256)
+    line = ["--prompt", "to be", "--max-new-tokens", "8", "--temperature", "0"]
+    status, out, err = gka("generate", folder, *line)
+    assert status == 0, err
+    assert out == str(byte_tokenizer().decode(made[0])) + "\n"
+    assert gka("inspect", folder, "--prompt", "to be", "-o", tmp_path / "seen")[0] == 0
+    assert gka("convert", tmp_path / "run", "--to", "llama", "-o", tmp_path / "copy")[0] == 0
+    assert stored(tmp_path / "copy").keys() == stored(folder).keys()
 
 
 def test_unusable_arguments(gka: Run, tmp_path: Path):

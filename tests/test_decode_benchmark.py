@@ -133,12 +133,12 @@ def test_a_trained_model_beside_artificial_states(decode, folder, tmp_path, monk
 
 def test_a_layers_states_and_token_are_the_models_own(decode, folder):
     """The step of a layer's states by its token gives the states that the model has after reading all."""
-    from gka.evaluation.context.loading import load_model
     from gka.models import GKACache
+    from gka.models.loading import load_gka
     from gka.serving.reading import prefill
 
     trained = importlib.import_module("benchmarks.decode_model")
-    model: Any = load_model(folder, "float32", "cpu")
+    model: Any = load_gka(folder, dtype="float32", device="cpu")
     rows = torch.randint(256, (trained.READ + 2, 40), generator=torch.Generator().manual_seed(0))
     layers = trained.next_tokens(model, rows, 2)
     cache = GKACache(model.config)

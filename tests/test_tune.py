@@ -47,15 +47,16 @@ def test_every_kernel_has_a_configuration(capability, monkeypatch) -> None:
                 assert set(options) <= {"num_warps", "num_stages", "maxnreg"}
 
 
-def test_a_chip_of_its_own_table_uses_it(monkeypatch, tmp_path, tables) -> None:
+def test_a_chip_of_its_own_table_uses_it(monkeypatch, tmp_path) -> None:
     """sm_89 reads the table of sm_86 until it has one of its own."""
+    from gka.data.files import write_text
     from gka.kernels import configs
 
     monkeypatch.setattr(configs, "CHIPS", tmp_path)
     for name in ("sm_86", "sm_90"):
         (tmp_path / f"{name}.json").write_text("{}")
     assert configs.table_file((8, 9)).name == "sm_86.json"
-    tables.write(tmp_path / "sm_89.json", "{}")
+    write_text(tmp_path / "sm_89.json", "{}")
     assert configs.table_file((8, 9)).name == "sm_89.json"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["sm_86.json", "sm_89.json", "sm_90.json"]
 

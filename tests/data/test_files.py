@@ -18,6 +18,15 @@ def test_json_round_trip(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["value.json"]
 
 
+def test_text_is_stored_as_it_is(tmp_path: Path) -> None:
+    """Text is UTF-8 with its line ends untouched, in a folder that is made for it, in place of what was."""
+    path = tmp_path / "new" / "page.md"
+    files.write_text(path, "old")
+    files.write_text(path, "é\r\n\n")
+    assert path.read_bytes() == b"\xc3\xa9\r\n\n"
+    assert [p.name for p in path.parent.iterdir()] == ["page.md"]
+
+
 def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A write that fails before the end leaves the former content and no debris."""
     path = tmp_path / "value.json"

@@ -41,7 +41,7 @@ def test_tokens_become_steps() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prime": {"teacher": "/nowhere"}}, "teacher '/nowhere' holds no config.json"),
+        ({"prime": {"teacher": "/nowhere"}}, "teacher: model /nowhere holds no config.json"),
         ({"prime": {"layers": "4"}}, "layer 4 lies outside the 4 layers"),
         (
             {"prime": {"layers": "a,b"}},

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -76,6 +76,15 @@ def fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
 def vocabulary_size(tokenizer: "PreTrainedTokenizerBase") -> int:
     """How many ids a model needs: one more than the largest, which a count misses where ids have gaps."""
     return max(tokenizer.get_vocab().values()) + 1
+
+
+def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", model: Any, name: str) -> None:
+    """Raise `InputError` if the tokenizer has ids for which the model called `name` has no embedding."""
+    ids, known = vocabulary_size(tokenizer), model.get_input_embeddings().num_embeddings
+    if ids > known:
+        raise InputError(
+            f"{name}: its tokenizer has {ids} ids, the model {known}; give it the model's own"
+        )
 
 
 class Encoder:

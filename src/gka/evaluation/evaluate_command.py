@@ -47,9 +47,9 @@ def evaluate(
     frequent-words, questions, facts-1 to facts-5, perplexity.
     """
     from gka.data.corpus import find_documents
-    from gka.evaluation.context.loading import DTYPES
     from gka.evaluation.context.run import Grid, Machine, Subject
     from gka.evaluation.context.tasks import NAMES
+    from gka.models.loading import DTYPES
 
     names = NAMES if tasks == "all" else tuple(name.strip() for name in tasks.split(","))
     grid = Grid(

@@ -8,15 +8,21 @@ from lm_eval.api.registry import register_model  # pyright: ignore[reportMissing
 from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
 
-import gka.models  # noqa: F401  (registers the classes with the Auto classes)
+from gka.data.tokenizer import check_vocabulary
 from gka.errors import InputError
-from gka.evaluation.context.loading import model_folder
 from gka.evaluation.context.reader import Reader
+from gka.models import loading
 
 UNLIMITED = 1 << 30
 Request = tuple[
     Any, list[int], list[int]
 ]  # (context, continuation) as texts or None, and their ids
+
+
+class _Whole:
+    """In place of `AutoModelForCausalLM`: all formats that `gka.models.loading` reads, whole or refused."""
+
+    from_pretrained = staticmethod(loading.from_pretrained)
 
 
 @register_model("gka")
@@ -41,8 +47,11 @@ class GKAHarnessModel(HFLM):
         revision, subfolder, trust_remote_code, peft, add_bos_token, prefix_token_id: as in `hf`.
 
     Raises:
-        InputError: an argument is out of range, or a folder that exists holds no model.
+        InputError: an argument is out of range; or a folder that exists holds no model, or weights are
+            missing or left over, or the tokenizer has more ids than the model.
     """
+
+    AUTO_MODEL_CLASS = _Whole
 
     def __init__(
         self,
@@ -66,8 +75,9 @@ class GKAHarnessModel(HFLM):
             raise InputError(f"batch_size is {batch_size!r}; expected a number of 1 or more")
         if max_length is not None and max_length < 1:
             raise InputError(f"max_length is {max_length}; expected 1 or more")
+        folder = Path(pretrained)
         super().__init__(
-            str(model_folder(Path(pretrained))) if Path(pretrained).is_dir() else pretrained,
+            str(loading.model_folder(folder)) if folder.is_dir() and not subfolder else pretrained,
             backend="causal",
             tokenizer=tokenizer,
             device=device or "default",
@@ -82,7 +92,12 @@ class GKAHarnessModel(HFLM):
             add_bos_token=add_bos_token,
             prefix_token_id=prefix_token_id,
         )
+        check_vocabulary(self.tokenizer, self.model, f"model {pretrained}")
         self.reader = Reader(self.model, chunk)
+
+    def _get_config(self, pretrained: str, **options: Any) -> None:
+        """As `hf`, for all formats that `gka.models.loading` reads."""
+        self._config = loading.config_of(pretrained, **options)
 
     @property
     def max_length(self) -> int:

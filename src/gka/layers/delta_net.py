@@ -4,7 +4,8 @@ the error with which the state recalls the token's value."""
 from torch import Tensor, nn
 
 from gka.layers.heads import split_heads
-from gka.layers.recurrent import Gates, RecurrentMixer, Run
+from gka.layers.mix_arguments import Gates, Run
+from gka.layers.recurrent import RecurrentMixer
 from gka.ops.delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 
 

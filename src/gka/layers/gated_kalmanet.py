@@ -3,7 +3,8 @@
 from torch import Tensor, nn
 
 from gka.layers.heads import split_heads
-from gka.layers.recurrent import Gates, RecurrentMixer, Run
+from gka.layers.mix_arguments import Gates, Run
+from gka.layers.recurrent import RecurrentMixer
 from gka.ops import chunk_gka, fused_recurrent_gka, fused_recurrent_gka_, why_unavailable
 from gka.ops.checks import check_solver
 

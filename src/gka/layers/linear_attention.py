@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from gka.layers.heads import split_heads
-from gka.layers.recurrent import Gates, RecurrentMixer, Run
+from gka.layers.mix_arguments import Gates, Run
+from gka.layers.recurrent import RecurrentMixer
 from gka.ops import chunk_simple_gla, why_unavailable
 
 

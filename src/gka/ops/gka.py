@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from gka.ops import checks
-from gka.ops.backends import Call, Mode, note_backend, resolve_backend
+from gka.ops.backend_types import Call, Mode
+from gka.ops.backends import note_backend, resolve_backend
 from gka.ops.operator import GKAFunction, autocast
 from gka.ops.reference import reference_gka
 

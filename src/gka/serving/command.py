@@ -72,7 +72,7 @@ def generate(
     text = sample.read_prompt(prompt, prompt_file)
     silence_libraries()
     loaded, tokenizer = sample.load(model)
-    loaded.set_solver(num_iter=num_iter, ridge_ratio=ridge_ratio, solver=solver)  # type: ignore[operator]
+    loaded.set_solver(num_iter=num_iter, ridge_ratio=ridge_ratio, solver=solver)
     session = sample.open_session(
         loaded, state, must_exist=save_state is not None, prefill_chunk=prefill_chunk
     )

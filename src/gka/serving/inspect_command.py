@@ -41,19 +41,19 @@ def inspect(
     """
     from rich.console import Console
 
-    from gka.data.files import write_bytes, write_json
+    from gka.data.files import write_json, write_text
     from gka.serving import inspection, inspection_page, sample
     from gka.serving.inspection_table import table
 
     text = sample.read_prompt(prompt, file, option="file")
     silence_libraries()
     loaded, tokenizer = sample.load(model)
-    loaded.set_solver(num_iter=num_iter, ridge_ratio=ridge_ratio, solver=solver)  # type: ignore[operator]
+    loaded.set_solver(num_iter=num_iter, ridge_ratio=ridge_ratio, solver=solver)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
     if not ids:
         raise InputError("the text is empty: give --prompt, --file or standard input")
     found = inspection.inspect_model(
-        loaded,  # type: ignore[arg-type]
+        loaded,
         ids,
         positions=positions,
         chunk=prefill_chunk,
@@ -62,7 +62,7 @@ def inspect(
     page, figures = output / "inspection.html", output / "inspection.json"
     try:
         write_json(figures, content)
-        write_bytes(page, inspection_page.page(content).encode())
+        write_text(page, inspection_page.page(content))
     except OSError as error:
         raise InputError(f"--output {output}: cannot be written ({error})") from None
     console = Console()

@@ -1,67 +1,35 @@
 """A trained model from its folder, and a prompt completed by it, as `gka generate` does."""
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from gka.data import vocabulary_size
+from gka.data.tokenizer import check_vocabulary
 from gka.errors import InputError
+from gka.models import GKAForCausalLM
+from gka.models.loading import load_gka, load_tokenizer_of
 from gka.serving.sampling import Sampling
 from gka.serving.session import GenerationSession
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
-def load(folder: Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Model and tokenizer saved in `folder`, or in the `model/` of a run's folder; never in part.
+def load(folder: Path) -> "tuple[GKAForCausalLM, PreTrainedTokenizerBase]":
+    """Model and tokenizer saved in `folder`, or in the `model/` of a run's folder; on a GPU if there is one.
 
     Raises:
-        InputError: if there is no model, or a file of it is damaged, or weights are missing or left over.
+        InputError: as `gka.models.loading.load_gka`; or there is no tokenizer, or it has more ids than the
+            model.
     """
-    inner = folder / "model"
-    folder = inner if inner.is_dir() and not (folder / "config.json").exists() else folder
-    if not (folder / "config.json").is_file():
-        raise InputError(f"model {folder} holds no config.json; give the folder of a saved model")
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from gka.models import GKAForCausalLM
-
-    try:
-        kind = GKAForCausalLM if _is_ours_to_read(folder) else AutoModelForCausalLM
-        loaded: Any = kind.from_pretrained(folder, output_loading_info=True, local_files_only=True)
-        model, notes = loaded
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # parsers of three formats, each with its own exceptions
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"model {folder} cannot be loaded: {reason}") from error
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if notes[what]:
-            names = ", ".join(sorted(map(str, notes[what]))[:3])
-            raise InputError(
-                f"model {folder}: weights do not fit its config.json ({what}: {names})"
-            )
-    if vocabulary_size(tokenizer) > model.config.vocab_size:
-        raise InputError(
-            f"model {folder}: its tokenizer has {vocabulary_size(tokenizer)} ids, the model "
-            f"{model.config.vocab_size}"
-        )
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
-
-
-def _is_ours_to_read(folder: Path) -> bool:
-    """Whether it is one of our models or of a hybrid format; transformers runs its own models itself."""
-    from gka.models.adapters import PLAIN, adapter_of
-
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    adapter = adapter_of(config)
-    return config.get("model_type") == "gka" or not (adapter is None or adapter.name in PLAIN)
+    tokenizer = load_tokenizer_of(folder)
+    model = load_gka(folder)
+    check_vocabulary(tokenizer, model, f"model {folder}")
+    return model, tokenizer
 
 
 def open_session(
-    model: Any, state: Path | None, *, must_exist: bool, prefill_chunk: int
+    model: GKAForCausalLM, state: Path | None, *, must_exist: bool, prefill_chunk: int
 ) -> GenerationSession:
     """A session of `model` that goes on from the file `state`, or begins if there is none.
 

@@ -15,8 +15,7 @@ from gka.serving.contents import Contents
 from gka.serving.graph import CaptureError, GraphedSteps, check_choice, why_not_graphed
 from gka.serving.reading import PREFILL_CHUNK, check_chunk, check_model, prefill
 from gka.serving.sampling import Sampling, chooser
-
-Ids = Tensor | Sequence[int] | Sequence[Sequence[int]]
+from gka.serving.tokens import Ids, left_padding, token_ids
 
 
 class GenerationSession:
@@ -117,8 +116,8 @@ class GenerationSession:
         Raises:
             InputError: a shape, id or mask that does not fit; the session is as it was.
         """
-        ids = self._ids(tokens)
-        self._feed(ids, self._mask(attention_mask, ids))
+        ids = token_ids(tokens, self.model, self.batch_size)
+        self._feed(ids, left_padding(attention_mask, ids))
         return self
 
     def generate(
@@ -315,41 +314,3 @@ class GenerationSession:
                 "the session was interrupted while it read tokens, and its layers no longer agree: load a "
                 "stored state, or start a new session"
             )
-
-    def _ids(self, tokens: Ids) -> Tensor:
-        try:
-            ids = torch.as_tensor(tokens, device=self.model.device)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"tokens: expected token ids, got {tokens!r:.60} ({error})") from None
-        ids = ids[None] if ids.dim() == 1 else ids
-        if ids.dim() != 2 or ids.numel() == 0 or ids.is_floating_point() or ids.dtype == torch.bool:
-            raise InputError(
-                f"tokens: expected whole numbers [batch, tokens], at least one; got {ids.dtype} of shape "
-                f"{tuple(ids.shape)}"
-            )
-        if self.batch_size not in (None, ids.shape[0]):
-            raise InputError(
-                f"tokens: the session has {self.batch_size} rows, got {ids.shape[0]}: give one text a "
-                "row, or open another session"
-            )
-        vocabulary = self.model.config.vocab_size
-        low, high = (int(x) for x in ids.aminmax())
-        if low < 0 or high >= vocabulary:
-            raise InputError(f"tokens: ids must be in 0..{vocabulary - 1}, got {low}..{high}")
-        return ids.long()
-
-    def _mask(self, attention_mask: Tensor | None, ids: Tensor) -> Tensor | None:
-        if attention_mask is None:
-            return None
-        if attention_mask.shape != ids.shape or attention_mask.is_floating_point():
-            raise InputError(
-                f"attention_mask: expected 0 and 1 of the tokens' shape {tuple(ids.shape)}, got "
-                f"{attention_mask.dtype} of shape {tuple(attention_mask.shape)}"
-            )
-        mask = attention_mask.to(ids.device).bool()
-        if not bool(mask[:, -1].all()):
-            raise InputError(
-                "attention_mask: the last column must be tokens, since the next ones follow it: pad on "
-                "the left"
-            )
-        return None if bool(mask.all()) else mask

@@ -5,8 +5,6 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from gka.errors import InputError
-
 Source = Annotated[Path, Argument(help="Folder of a model, in any format that this library reads.")]
 Target = Annotated[
     str,
@@ -26,22 +24,10 @@ def convert(folder: Source, to: Target, output: Output, max_shard_size: ShardSiz
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    from gka.models import GKAForCausalLM, save_as
+    from gka.models import save_as
+    from gka.models.loading import load_gka, model_folder
 
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} holds no config.json; give the folder of a saved model")
-    try:
-        model, notes = GKAForCausalLM.from_pretrained(
-            folder, dtype="auto", local_files_only=True, output_loading_info=True
-        )
-    except InputError:
-        raise
-    except Exception as error:  # parsers of three formats, each with its own exceptions
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{folder} cannot be loaded: {reason}") from error
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if notes[what]:
-            named = ", ".join(sorted(map(str, notes[what]))[:3])
-            raise InputError(f"{folder}: weights do not fit its config.json ({what}: {named})")
+    folder = model_folder(folder)
+    model = load_gka(folder, device="cpu")
     save_as(model, output, to, max_shard_size=max_shard_size, extra_files=folder)
     print(f"{output}: {to}, {sum(p.numel() for p in model.parameters()):,} parameters")

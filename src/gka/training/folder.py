@@ -11,11 +11,14 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 from gka.data.files import read_json, write_json
 from gka.errors import InputError
 from gka.training.config import merged
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 RUN, CHECKPOINTS, MODEL, METRICS, PLOT = (
     "run.json",
@@ -41,7 +44,31 @@ class Settings(Protocol):
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
-def check_output(output: Path, resume: bool, overwrite: bool) -> None:
+def open_output(
+    output: Path, console: "Console", *, resume: bool, overwrite: bool
+) -> dict[str, Any] | None:
+    """Check where a run is to write, and tell whether there is anything left to do.
+
+    Args:
+        output: the run's folder.
+        console: told when there is not.
+        resume: go on with the run in it.
+        overwrite: it may be replaced.
+
+    Returns:
+        The metrics of a run that was to go on and is complete; None: there is a run to do.
+
+    Raises:
+        InputError: `output` may not be used; nothing has been changed.
+    """
+    _check_output(output, resume, overwrite)
+    if not resume or not (output / METRICS).exists():
+        return None
+    console.print(f"The run in {output} is complete; there is nothing to resume.")
+    return read_json(output / METRICS)
+
+
+def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
     """A new run needs a new or empty folder, or leave to replace the run in it.
 
     Raises:

@@ -12,7 +12,7 @@ from gka.data import (
     token_blocks,
     vocabulary_size,
 )
-from gka.data.files import read_json, write_json
+from gka.data.files import write_json
 from gka.errors import InputError
 from gka.training import folder as files
 from gka.training import report
@@ -47,10 +47,9 @@ def train(
         InputError: if anything given cannot be used; nothing is deleted or overwritten then.
         Interrupted: after SIGINT or SIGTERM, when the checkpoint is written.
     """
-    files.check_output(output, resume, overwrite)
-    if resume and (output / files.METRICS).exists():
-        console.print(f"The run in {output} is complete; there is nothing to resume.")
-        return read_json(output / files.METRICS)
+    complete = files.open_output(output, console, resume=resume, overwrite=overwrite)
+    if complete is not None:
+        return complete
     tokenizer = load_tokenizer(config.data.tokenizer)
     packed = pack_text(config.data, tokenizer, console)
     blocks = token_blocks(packed, config.data.sequence_length, config.data.eval_fraction)

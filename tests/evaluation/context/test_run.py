@@ -222,4 +222,4 @@ def test_weights_that_do_not_fit_are_refused(folders, tmp_path):
     config.pop("layer_types")
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     done = evaluate(tmp_path / "model", *SMALL, "--output", tmp_path / "out")
-    assert isinstance(done.exception, InputError) and "weights do not fit" in str(done.exception)
+    assert isinstance(done.exception, InputError) and "weights are missing" in str(done.exception)

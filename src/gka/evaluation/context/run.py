@@ -4,6 +4,7 @@ The result file is rewritten, whole, after every finished cell, and cells found 
 Cells that the current grid does not ask for stay in it.
 """
 
+import hashlib
 import json
 import math
 import time
@@ -11,21 +12,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gka.data.corpus import Document
 from gka.data.files import read_json, write_json
+from gka.data.tokenizer import check_vocabulary
 from gka.errors import InputError
 from gka.evaluation.context import perplexity
 from gka.evaluation.context.haystack import Haystack, Pieces
-from gka.evaluation.context.loading import load_model, load_tokenizer_of, model_fingerprint
 from gka.evaluation.context.reader import Reader
 from gka.evaluation.context.scoring import Grader
 from gka.evaluation.context.tasks import NAMES, PERPLEXITY, TASKS, draw_sample
 from gka.evaluation.results import environment
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from gka.models.loading import load_model, load_tokenizer_of, model_folder
 
 FORMAT = 1
 SHORTEST = 256
@@ -214,13 +213,16 @@ def load_records(result_file: Path) -> dict[str, dict[str, Any]]:
     return {_key(record["cell"]): record for record in records}
 
 
-def _grader(subject: Subject, machine: Machine) -> Grader:
-    from gka.data.tokenizer import vocabulary_size
+def model_fingerprint(folder: Path) -> str:
+    """SHA-256 over the names, sizes and modification times of a model's files."""
+    files = sorted(path for path in model_folder(folder).iterdir() if path.is_file())
+    facts = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
-    model: PreTrainedModel = load_model(subject.folder, machine.dtype, machine.device)
-    ids = vocabulary_size(subject.haystack.pieces.tokenizer)
-    if ids > model.get_input_embeddings().num_embeddings:  # type: ignore[operator]
-        raise InputError(f"model {subject.name}: its tokenizer has {ids} ids, the model fewer")
+
+def _grader(subject: Subject, machine: Machine) -> Grader:
+    model = load_model(subject.folder, dtype=machine.dtype, device=machine.device)
+    check_vocabulary(subject.haystack.pieces.tokenizer, model, f"model {subject.name}")
     return Grader(Reader(model, machine.chunk), subject.haystack.pieces)
 
 

@@ -37,7 +37,7 @@ def load_with(
         InputError: a foreign checkpoint whose configuration has no meaning here, or whose weights are
             missing, left over, misshapen or damaged. Nothing is initialised in their place.
     """
-    theirs = _configuration(name, options)
+    theirs = stored_config(name, options)
     adapter = None if theirs is None else adapter_of(theirs)
     if adapter is None or theirs is None:
         return load(name, *args, **options)
@@ -54,8 +54,13 @@ def load_with(
     return (model, notes) if wants_notes else model
 
 
-def _configuration(name: Any, options: dict[str, Any]) -> dict[str, Any] | None:
-    """The config.json at hand, untranslated; None where transformers should say what is wrong."""
+def stored_config(name: Any, options: dict[str, Any]) -> dict[str, Any] | None:
+    """The config.json at hand, untranslated; None where transformers should say what is wrong.
+
+    Args:
+        name: folder or hub name.
+        options: as given to `from_pretrained`.
+    """
     if name is None or options.get("gguf_file") is not None:
         return None
     hub = {key: options[key] for key in _HUB if key in options}
@@ -88,11 +93,29 @@ def _check_notes(
     """
     allowed = allowed if with_head else (*allowed, _TIED_HEAD)
     extra = [k for k in notes["unexpected_keys"] if not any(re.search(p, k) for p in allowed)]
-    for what, keys in (
-        ("missing", notes["missing_keys"]),
-        ("left over", extra),
-        ("misshapen", notes["mismatched_keys"]),
-    ):
-        if keys:
-            raise InputError(f"{name}: weights are {what}: {', '.join(sorted(map(str, keys))[:3])}")
+    check_complete(name, notes | {"unexpected_keys": extra})
     notes["unexpected_keys"] = set()
+
+
+def check_complete(name: Any, notes: dict[str, Any]) -> None:
+    """Refuse what a loader has read in part.
+
+    Args:
+        name: of the model, for the message.
+        notes: the loading info of `from_pretrained`.
+
+    Raises:
+        InputError: weights are missing, left over or of other shapes; the first three are named.
+    """
+    for what, key in (
+        ("missing", "missing_keys"),
+        ("left over", "unexpected_keys"),
+        ("misshapen", "mismatched_keys"),
+    ):
+        names = sorted(map(str, notes[key]))
+        if names:
+            raise InputError(
+                f"{name}: weights are {what}: {', '.join(names[:3])}"
+                f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}; its files must hold what "
+                "its config.json describes, no more and no less"
+            )

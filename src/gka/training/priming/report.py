@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gka.data.files import write_bytes, write_json
+from gka.data.files import write_bytes, write_json, write_text
 from gka.training.report import curves, hardware, versions
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def completed(about: dict[str, Any], hybrid: "GKAForCausalLM") -> dict[str, Any]
 def write(metrics: dict[str, Any], folder: Path, *, picture: bool) -> None:
     """All files of the report, each whole or absent."""
     write_json(folder / JSON, metrics)
-    write_bytes(folder / MARKDOWN, markdown(metrics).encode())
+    write_text(folder / MARKDOWN, markdown(metrics))
     if picture:
         draw(metrics, folder / PICTURE)
 

@@ -102,10 +102,9 @@ def prime(
         InputError: if anything given cannot be used; nothing is deleted or overwritten then.
         Interrupted: after SIGINT or SIGTERM, when the checkpoint is written.
     """
-    files.check_output(output, resume, overwrite)
-    if resume and (output / files.METRICS).exists():
-        console.print(f"The run in {output} is complete; there is nothing to resume.")
-        return read_json(output / files.METRICS)
+    complete = files.open_output(output, console, resume=resume, overwrite=overwrite)
+    if complete is not None:
+        return complete
     teacher = load_teacher(config.prime.teacher)
     job = _opened(config, output, console, resume, teacher, probe)
     checksums = {"tokens_sha256": _checksum(job), "teacher_sha256": teacher_checksum(config)}
@@ -126,33 +125,14 @@ def load_teacher(name: str) -> "GKAForCausalLM":
     """The model in a folder, of any format that `GKAForCausalLM` reads, in float32 on this process's device.
 
     Raises:
-        InputError: if there is none, or it is damaged.
+        InputError: if there is none, or it is damaged or incomplete.
     """
-    import torch
+    from gka.models.loading import load_gka
 
-    from gka.models import GKAForCausalLM
-
-    folder = Path(name)
-    inner = folder / files.MODEL
-    if inner.is_dir() and not (folder / "config.json").exists():
-        folder = inner
-    if not (folder / "config.json").is_file():
-        raise InputError(f"teacher {name!r} holds no config.json; give the folder of a saved model")
     try:
-        loaded: Any = GKAForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
-    except Exception as error:  # parsers of three formats, each with its own exceptions
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"teacher {name!r} cannot be loaded: {reason}") from error
-    model, notes = loaded
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if notes[what]:
-            names = ", ".join(sorted(map(str, notes[what]))[:3])
-            raise InputError(
-                f"teacher {name!r}: weights do not fit its config.json ({what}: {names})"
-            )
-    return model.to(device()).eval()
+        return load_gka(Path(name), dtype="float32", device=device())
+    except InputError as error:
+        raise InputError(f"teacher: {error}") from error
 
 
 def device() -> "torch.device":
@@ -170,8 +150,9 @@ def teacher_checksum(config: PrimeConfig) -> str:
     """SHA-256 over the teacher's configuration and weights."""
     import hashlib
 
-    folder = Path(config.prime.teacher)
-    folder = folder if (folder / "config.json").exists() else folder / files.MODEL
+    from gka.models.loading import model_folder
+
+    folder = model_folder(Path(config.prime.teacher))
     paths = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
     return hashlib.sha256(" ".join(map(sha256_of, paths)).encode()).hexdigest()
 

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 from gka.data import load_tokenizer, token_blocks, vocabulary_size
 from gka.data.chat import chat_blocks
 from gka.errors import InputError
-from gka.training import folder as files
 from gka.training.priming.config import PrimeConfig
 
 if TYPE_CHECKING:
@@ -37,8 +36,9 @@ def open_tokenizer(config: PrimeConfig, teacher: "GKAForCausalLM") -> "PreTraine
 def _tokenizer_folder(teacher: str) -> "Path":
     from pathlib import Path
 
-    folder = Path(teacher)
-    folder = folder if (folder / "config.json").exists() else folder / files.MODEL
+    from gka.models.loading import model_folder
+
+    folder = model_folder(Path(teacher))
     marks = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
     if not any((folder / mark).is_file() for mark in marks):
         raise InputError(

@@ -1,0 +1,145 @@
+"""A saved model for use: one way to open its folder for every command, whole or refused."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from gka.errors import InputError
+from gka.models.adapters import ADAPTERS, PLAIN, adapter_of
+from gka.models.adapters.load import check_complete, stored_config
+from gka.models.causal_lm import GKAForCausalLM
+from gka.models.configuration import GKAConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_TOKENIZERS = ("tokenizer*", "vocab*")
+
+
+def model_folder(folder: Path) -> Path:
+    """`folder`, or the `model/` in it where it is a run's.
+
+    Raises:
+        InputError: there is no config.json.
+    """
+    inner = folder / "model"
+    found = inner if inner.is_dir() and not (folder / "config.json").exists() else folder
+    if not (found / "config.json").is_file():
+        raise InputError(f"model {folder} holds no config.json; give the folder of a saved model")
+    return found
+
+
+def load_model(
+    folder: Path, *, dtype: str = "auto", device: torch.device | str | None = None
+) -> "PreTrainedModel":
+    """The causal language model in a folder, in evaluation mode.
+
+    Args:
+        folder: of a run or of a saved model: this library's, of a format in `gka.models.adapters`, or any
+            that transformers knows. What transformers has a class for stays of that class.
+        dtype: of the weights, one of `DTYPES`; "auto" as they are stored.
+        device: where to; None: "cuda" where there is one, else "cpu".
+
+    Raises:
+        InputError: there is no model, or a file of it is damaged, or weights are missing, left over or of
+            other shapes.
+    """
+    folder = model_folder(folder)
+    return _load(_class_for(folder), folder, dtype, device)
+
+
+def load_gka(
+    folder: Path, *, dtype: str = "auto", device: torch.device | str | None = None
+) -> GKAForCausalLM:
+    """As `load_model`, but always a `GKAForCausalLM`: models of transformers that it can express, too.
+
+    Raises:
+        InputError: as `load_model`, or the model is of a kind that `GKAForCausalLM` cannot express.
+    """
+    folder = model_folder(folder)
+    config = stored_config(folder, {"local_files_only": True}) or {}
+    kind = config.get("model_type", GKAConfig.model_type)
+    if adapter_of(config) is None and kind != GKAConfig.model_type:
+        raise InputError(
+            f"model {folder} is of type {kind!r}, which GKAForCausalLM cannot express; expected one of the "
+            f"formats {', '.join((GKAConfig.model_type, *ADAPTERS))}"
+        )
+    return _load(GKAForCausalLM, folder, dtype, device)
+
+
+def load_tokenizer_of(folder: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer saved beside a model.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    folder = model_folder(folder)
+    if not any(next(folder.glob(mark), None) for mark in _TOKENIZERS):
+        raise InputError(
+            f"model {folder} has no tokenizer beside it (tokenizer.json); save its tokenizer there"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # parsers of three formats, each with its own exceptions
+        raise InputError(f"tokenizer of {folder} cannot be loaded: {_reason(error)}") from error
+
+
+def from_pretrained(name: Any, **options: Any) -> Any:
+    """transformers' `from_pretrained` for a folder or hub name as `load_model` reads it, whole or refused.
+
+    Args:
+        name: folder of a saved model, or a name on the hub.
+        options: of transformers' `from_pretrained`, but `output_loading_info`.
+
+    Raises:
+        InputError: as `load_model`.
+    """
+    return _whole(_class_for(name, **options), name, **options)
+
+
+def config_of(name: Any, **options: Any) -> Any:
+    """The configuration of what `from_pretrained` would load; options as there.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    reader = AutoConfig if _class_for(name, **options) is AutoModelForCausalLM else GKAConfig
+    try:
+        return reader.from_pretrained(name, **options)
+    except Exception as error:  # as of the models
+        raise InputError(f"model {name} cannot be loaded: {_reason(error)}") from error
+
+
+def _class_for(name: Any, **options: Any) -> Any:
+    """What reads a model: ours and hybrid formats `GKAForCausalLM`; transformers runs its own itself."""
+    config = stored_config(name, options)
+    if config is None:
+        return AutoModelForCausalLM
+    adapter = adapter_of(config)
+    if config.get("model_type") == GKAConfig.model_type:
+        return GKAForCausalLM
+    return AutoModelForCausalLM if adapter is None or adapter.name in PLAIN else GKAForCausalLM
+
+
+def _load(kind: Any, folder: Path, dtype: str, device: torch.device | str | None) -> Any:
+    model = _whole(kind, folder, dtype=dtype, local_files_only=True)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device).eval()
+
+
+def _whole(kind: Any, name: Any, **options: Any) -> Any:
+    """A model of class `kind` with every weight of its files in it and none made up."""
+    try:
+        model, notes = kind.from_pretrained(name, output_loading_info=True, **options)
+    except Exception as error:  # parsers of three formats, each with its own exceptions
+        raise InputError(f"model {name} cannot be loaded: {_reason(error)}") from error
+    check_complete(f"model {name}", notes)
+    return model
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
