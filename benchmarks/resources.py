@@ -162,7 +162,7 @@ def hopper_usages(dim: int, dtype: str) -> Iterator[Usage]:
     """The CUDA C++ kernels for heads of that width, as NVRTC compiles them; none where they do not apply."""
     if dim not in hopper.DIMS or dtype == "float32" or nvrtc.why_missing() is not None:
         return
-    for kernel in ("forward", "adjoint", "certify", *hopper.SCANS):
+    for kernel in ("forward", "adjoint", *hopper.SCANS):
         for adaptive in (False, True) if kernel in ("forward", "adjoint") else (False,):
             source = hopper.source(kernel, dim, dim, dtype == "bfloat16", adaptive)
             registers, stack = usage_of_cubin(nvrtc.compile_cubin(source, kernel, "sm_90a"))

@@ -23,6 +23,7 @@ class Chunking:
         bounds: first token of each sequence, int64 [N+1].
         segments: int32 [S, 5]: sequence, first and end chunk, first and end segment of the sequence.
         segmented: a sequence has more than one segment.
+        whole: every chunk has as many tokens as the next.
     """
 
     start: Tensor
@@ -30,6 +31,7 @@ class Chunking:
     bounds: Tensor
     segments: Tensor
     segmented: bool
+    whole: bool
 
     @cached_property
     def num_chunks(self) -> int:
@@ -91,6 +93,7 @@ def _of_batch(
         bounds=torch.arange(batch + 1, device=device) * length,
         segments=torch.stack(columns, 1).int(),
         segmented=pieces > 1,
+        whole=length % size == 0,
     )
 
 
@@ -123,6 +126,7 @@ def _of_packed(
         bounds=_to(bounds, device),
         segments=_to(torch.stack(columns, 1).int(), device),
         segmented=bool((pieces > 1).any()),
+        whole=bool((lengths % size == 0).all()),
     )
 
 

@@ -1,10 +1,9 @@
 """The op on Hopper (sm_90a) in CUDA C++, a chunk of 64 tokens and a head to a block.
 
-`scan.cu` and `combine.cu`: H and U at chunk starts, and their gradients at chunk ends. `certify.cu`: what the
-adaptive solver's bound needs of the states. `forward.cu`: ridge, solve, mix, readout. `adjoint.cu`: readout's
-and mix's adjoint, solve. `gradients.cu`: keys, values, decays, write gate. Tensor cores take float16
-operands, each scaled by its largest entry. Nothing here chooses or differentiates; the structures mirror
-those of chunk.cuh and scan.cuh.
+`scan.cu` and `combine.cu`: H and U at chunk starts, and their gradients at chunk ends. `forward.cu`: ridge,
+solve, mix, readout. `adjoint.cu`: readout's and mix's adjoint, solve. `gradients.cu`: keys, values, decays,
+write gate. Tensor cores take float16 operands, each scaled by its largest entry. Nothing here chooses or
+differentiates; the structures mirror those of chunk.cuh and scan.cuh.
 """
 
 import ctypes
@@ -34,8 +33,7 @@ _GRADIENTS = ("tiles", "through_u", "through_h")
 BLOCKS = {64: 3, 128: 2}  # blocks a multiprocessor that the registers leave room for
 _POINTERS = (
     "q", "k", "v", "g", "gk", "alpha", "beta", "h_states", "u_states", "h_scales", "h_norms",
-    "u_scales", "chunk_start", "chunk_length", "o", "x", "x_scale", "steps", "top",
-    "trace", "d_o", "dq", "d_alpha",
+    "u_scales", "chunk_start", "chunk_length", "o", "x", "x_scale", "steps", "d_o", "dq", "d_alpha",
     "y", "y_scale", "w", "key_weight", "start_weight", "start_u", "start_h",
     "u_ends", "h_ends", "u_end_scales", "u_wholes", "h_end_scales", "h_wholes", "k_maxima", "z_maxima",
     "v_maxima", "d_maxima", "dk", "dv", "dg", "dgk", "d_beta2",
@@ -140,19 +138,16 @@ def shared_bytes(kernel: str, key_dim: int, value_dim: int) -> int:
     if kernel in SCANS:
         tiles = key_dim + (5 if kernel == "scan_back" else 3) * widest
         return 2 * CHUNK * tiles + 4 * (8 * CHUNK + 16) + 1024
-    if kernel == "certify":
-        return 2 * key_dim * key_dim + 4 * (key_dim + 8) + 1024
     if kernel == "gradients":
         tiles = key_dim * widest + CHUNK * (2 * key_dim + widest) + 2 * CHUNK * CHUNK
         return 2 * tiles + 4 * 15 * CHUNK + 1024
     tiles = 2 * (key_dim * key_dim + CHUNK * (key_dim + widest) + CHUNK * CHUNK)
     tiles += max(2 * key_dim * value_dim, 4 * CHUNK * key_dim)
-    tiles += 1024 * key_dim // 64  # v of the adaptive solver, eight rows
-    return tiles + 4 * (6 * CHUNK + 2 * key_dim + 32) + 1024
+    return tiles + 4 * (5 * CHUNK + 16) + 1024
 
 
 _COMPILERS = ThreadPoolExecutor(max_workers=8, thread_name_prefix="gka-compile")
-SOLVES = ("certify", "forward", "adjoint")  # the kernels that differ with the solver
+SOLVES = ("forward", "adjoint")  # the kernels that differ with the solver
 KERNELS = (*SOLVES, "gradients", *SCANS)
 
 
@@ -174,7 +169,6 @@ def _cubins(
             "sm_90a",
         )
         for kernel in KERNELS
-        if adaptive or kernel != "certify"
     }
 
 

@@ -8,51 +8,81 @@ constexpr float THETA_FLOOR = 1.f / 1024.f;
 
 DEVICE float inverse_cosh(float x) { return logf(x + sqrtf(x * x - 1.f)); }  // of x well above one
 
-// v and H16 v to shared memory, and v as an operand.
-DEVICE void load_top(Shared& s, const Arguments& a, const Place& at) {
-  const float* from = a.top + at.state * 2 * K;
-  for (int i = at.thread; i < 2 * K; i += THREADS) s.top[i] = from[i];
-  if (at.thread < K / 2) {  // neighbouring lanes, neighbouring pairs: a row without swizzle
-    float2 pair = *(const float2*)(from + 2 * at.thread);
-    *(u32*)(s.top_tile + at.thread / 32 * 1024 + at.lane * 4) = pack(pair.x, pair.y);
+// v, the unit vector along the sum of the chunk's keys, as a left operand all of whose rows are v. It is what
+// float16 makes of it; zero where the sum is.
+DEVICE void mean_key(u32 (&v)[K / 4], const float (&sum)[K / 2]) {
+  float norm2 = 0.f;
+#pragma unroll
+  for (int j = 0; j < K / 8; j++) norm2 += sum[4 * j] * sum[4 * j] + sum[4 * j + 1] * sum[4 * j + 1];
+  norm2 = quad_sum(norm2);
+  float inverse = norm2 > TINY ? rsqrtf(norm2) : 0.f;
+#pragma unroll
+  for (int j = 0; j < K / 8; j++)
+    v[2 * j] = v[2 * j + 1] = pack(sum[4 * j] * inverse, sum[4 * j + 1] * inverse);
+}
+
+// tr H16.
+DEVICE float trace_of_state(const Shared& s, const Place& at) {
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < K / 32; i++) {
+    int row = 32 * i + at.lane;
+    sum += low_half(*(const u16*)(s.h + swizzled(K, row, row)));
   }
+  return warp_sum(sum);
 }
 
 // Replaces the plain iteration where a proven bound asks for fewer steps; leaves w_t in it.vectors. w: W_tj.
-DEVICE void tighten(Iteration& it, const Ridge& r, const float (&w)[C / 2], const float (&fro)[2],
-                    const bool (&empty)[2], Shared& s, const Arguments& a, const Place& at, float k_max) {
-  float h_trace = a.trace[at.state] * r.h_scale, k2 = k_max * k_max;
-  // u_t = H_t v / F_t
-  u32 left[C / 4];
-  float u[K / 2], trace[2] = {0.f, 0.f};
+DEVICE void tighten(Iteration& it, const Ridge& r, const float (&w)[C / 2], const float (&key_sum)[K / 2],
+                    const float (&fro)[2], const bool (&empty)[2], Shared& s, const Arguments& a,
+                    const Place& at, float h_scale, float k_max) {
+  u32 v[K / 4], left[C / 4];
+  float dot[C / 2], u[K / 2], trace[2] = {0.f, 0.f}, k2 = k_max * k_max;
+  mean_key(v, key_sum);
+  mma_begin();
+  product<K, 1, true, C>(dot, v, shared_address(s.k), false);
+  mma_commit();
+  product<K, 1, true, K>(u, v, shared_address(s.h), false);
+  mma_commit();
+  float h_trace = trace_of_state(s, at) * h_scale;
+  // u_t = H_t v / F_t, both parts in units of the larger
+  float past[2], own[2], unit_of[2], inverse[2];
+#pragma unroll
+  for (int b = 0; b < 2; b++) {
+    inverse[b] = __fdividef(1.f, fro[b]);
+    float of_start = r.zeta[b] * h_scale, most = fmaxf(fmaxf(of_start, k2), TINY);
+    past[b] = of_start / most, own[b] = k2 / most, unit_of[b] = most * inverse[b];
+  }
+  mma_wait<1>();
+  hold(dot);
 #pragma unroll
   for (int j = 0; j < C / 8; j++) {
-    float2 dot = *(const float2*)(s.key_dot + 8 * j + at.column);
     float2 norm2 = *(const float2*)(s.key_norm2 + 8 * j + at.column);
 #pragma unroll
     for (int b = 0; b < 2; b++) {
-      float low = w[4 * j + 2 * b], high = w[4 * j + 2 * b + 1];
-      left[2 * j + b] = pack(low * dot.x, high * dot.y);
-      trace[b] += low * norm2.x + high * norm2.y;
+      int i = 4 * j + 2 * b;
+      left[2 * j + b] = pack(w[i] * dot[i] * own[b], w[i + 1] * dot[i + 1] * own[b]);
+      trace[b] += w[i] * norm2.x + w[i + 1] * norm2.y;
     }
   }
+  mma_wait<0>();
+  hold(u);
+#pragma unroll
+  for (int i = 0; i < K / 2; i++) u[i] *= past[i / 2 % 2];
   mma_begin();
-  product<C, 1, false, C>(u, left, shared_address(s.k), false);
+  product<C, 1, false, C>(u, left, shared_address(s.k), true);
   mma_commit();
   mma_wait<0>();
   hold(u);
-  float inverse[2] = {__fdividef(1.f, fro[0]), __fdividef(1.f, fro[1])};
   float theta[2] = {0.f, 0.f}, norm2[2] = {0.f, 0.f}, strength[2];
 #pragma unroll
   for (int j = 0; j < K / 8; j++) {
-    float2 v = *(const float2*)(s.top + 8 * j + at.column);
-    float2 h_v = *(const float2*)(s.top + K + 8 * j + at.column);
+    float low = low_half(v[2 * j]), high = high_half(v[2 * j]);
 #pragma unroll
     for (int b = 0; b < 2; b++) {
       int i = 4 * j + 2 * b;
-      float past = r.zeta[b] * r.h_scale * inverse[b], own = k2 * inverse[b];
-      u[i] = past * h_v.x + own * u[i], u[i + 1] = past * h_v.y + own * u[i + 1];
-      theta[b] += u[i] * v.x + u[i + 1] * v.y;
+      u[i] *= unit_of[b], u[i + 1] *= unit_of[b];
+      theta[b] += u[i] * low + u[i + 1] * high;
       norm2[b] += u[i] * u[i] + u[i + 1] * u[i + 1];
     }
   }
@@ -90,7 +120,7 @@ DEVICE void tighten(Iteration& it, const Ridge& r, const float (&w)[C / 2], cons
 #pragma unroll
       for (int e = 0; e < 2; e++)
         own += w[4 * j + 2 * b + e] * along[4 * j + 2 * b + e] * along[4 * j + 2 * b + e];
-    rayleigh[b] = quad_sum(r.zeta[b] * r.h_scale * past + k2 * own) * inverse[b];
+    rayleigh[b] = quad_sum(r.zeta[b] * h_scale * past + k2 * own) * inverse[b];
     trace[b] = (r.zeta[b] * h_trace + k2 * quad_sum(trace[b])) * inverse[b];
   }
   // |R_t|_2 / F_t by trace and Frobenius norm (Wolkowicz and Styan)

@@ -115,6 +115,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   stagger_blocks(a);
   float k_max, alpha[2], y[K / 2];
   float4* held = (float4*)s.u;  // dz of this thread, in its own places
+  GateLoads gates;
+  gates.load(a, at);
   load_alpha(alpha, a, at);
   {
     u32 d_o[V / 4];
@@ -126,12 +128,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       copy_states(s, a, at);
       v.load(a.v, a.value_heads, at.head / (a.heads / a.value_heads), at);
       load_raw<V>(d_o, a.d_o, a.heads, at.head, at);
-      load_gates(s, a, at);
-#if ADAPTIVE
-      load_top(s, a, at);
-#endif
-      k_max = store_tile<K>(s.k, k, s.scratch, at);
-      v_max = store_tile<V>(s.v, v, s.scratch, at);
+      gates.store(s, at);
+      store_tiles(s, k, v, k_max, v_max, at);
     }
     copies_wait<0>();
     publish_shared();
@@ -142,7 +140,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     for (int i = 0; i < K / 8; i++)
       held[i * THREADS + at.thread] = {dz[4 * i], dz[4 * i + 1], dz[4 * i + 2], dz[4 * i + 3]};
   }
-  System system = prepare(s, a, at, k_max, s.v);
+  System system = prepare(s, a, at, gates, k_max, s.v);
   {
     float rhs[K / 2];
 #pragma unroll

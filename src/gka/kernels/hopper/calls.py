@@ -25,7 +25,6 @@ def solve_and_readout(
     def given() -> dict:
         return _common(run, h, u) | {"o": o, "x": x, "x_scale": x_scale}
 
-    _certify(run, heads, h, u)
     _run(run, heads, "forward", given)
 
 
@@ -54,7 +53,6 @@ def adjoint(
             "start_weight": out.start_weight, "start_u": start_u, "start_h": out.start_h,
         }  # fmt: skip
 
-    _certify(run, heads, h, u)
     _run(run, heads, "adjoint", given)
 
 
@@ -94,33 +92,23 @@ def gradients(
 
 def _places(run: "Launch") -> dict:
     """Chunks and heads of a launch."""
+    chunks = run.chunks
     return {
-        "chunk_start": run.chunks.start, "chunk_length": run.chunks.length, "heads": run.H,
-        "key_heads": run.HK, "value_heads": run.HV, "first_chunk": 0, "h_blocks": run.NK,
+        "chunk_start": None if chunks.whole else chunks.start, "chunk_length": chunks.length,
+        "heads": run.H, "key_heads": run.HK, "value_heads": run.HV, "first_chunk": 0, "h_blocks": run.NK,
         "multiprocessors": _multiprocessors(run.t.q.device),
     }  # fmt: skip
 
 
 def _common(run: "Launch", h: "Moments", u: "Moments") -> dict:
-    """What solve and adjoint read; with the adaptive solver also what certify.cu finds of the states."""
+    """What solve and adjoint read."""
     t, s = run.t, run.settings
-    given = _places(run) | {
+    return _places(run) | {
         "q": t.q, "k": t.k, "v": t.v, "g": t.g, "gk": run.gk, "alpha": t.alpha, "beta": t.beta,
         "h_states": h.states, "h_scales": h.scales, "h_norms": h.norms, "u_states": u.states,
         "u_scales": u.scales, "scale": s.scale, "ridge_ratio": s.ridge_ratio,
         "empty_below": empty_below(torch.float32), "num_iter": s.num_iter,
     }  # fmt: skip
-    if s.solver == "adaptive":
-        count = run.groups[0].count
-        given["top"] = run.scratch("top", run.M, count, 2, run.K)
-        given["trace"] = run.scratch("trace", run.M, count)
-    return given
-
-
-def _certify(run: "Launch", heads: "Heads", h: "Moments", u: "Moments") -> None:
-    """What the adaptive solver's bound needs of the states: `certify.cu`."""
-    if run.settings.solver == "adaptive":
-        _run(run, heads, "certify", lambda: _common(run, h, u))
 
 
 def _run(run: "Launch", heads: "Heads", kernel: str, given: Callable[[], dict]) -> None:

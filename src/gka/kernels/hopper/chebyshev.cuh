@@ -61,7 +61,7 @@ DEVICE void solve(float (&x)[K / 2], float (&residual)[K / 2], Shared& s, const 
 #pragma unroll
     for (int j = 0; j < K / 4; j++) d[j] = times_plus(gain, r[j], times(keep, d[j]));
     if (i == it.steps) break;
-    omega = 4.f / (4.f - it.rho2 * omega), gain = both(omega), keep = both(omega - 1.f);
+    omega = __fdividef(4.f, 4.f - it.rho2 * omega), gain = both(omega), keep = both(omega - 1.f);
     float scores[C / 2];
     mma_begin();
     product<K, 1, true, C>(scores, d, k, false);

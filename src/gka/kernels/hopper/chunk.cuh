@@ -10,15 +10,14 @@ struct Arguments {
   const u16 *q, *k, *v;                     // [tokens, H, K], [tokens, HK, K], [tokens, HV, V]
   const float *g, *gk, *alpha, *beta;       // [tokens, H] or null
   const u16 *h_states, *u_states;           // [M, H', K, K], [M, H', K, V] float16: chunk-start states / scale
-  const float *h_scales, *h_norms;          // [M, H', h_blocks]
+  const float *h_scales, *h_norms;          // [M, H', h_blocks]: all that there is in the first
   const float *u_scales;                    // [M, H', V / 64]
-  const long long *chunk_start;             // [M]
+  const long long *chunk_start;             // [M], or null where every chunk is whole
   const int *chunk_length;                  // [M]
   u16 *o;                                   // [tokens, H, V]
   u16 *x;                                   // [tokens, H, K] float16: x_t / x_scale_t
   float *x_scale;                           // [tokens, H]
   int *steps;                               // [M, H] or null: steps taken
-  float *top, *trace;                       // [M, H', 2, K] and [M, H']: what certify.cu left, if ADAPTIVE
   // the derivative's
   const u16 *d_o;                           // [tokens, H, V]
   u16 *dq;                                  // [tokens, H, K]
@@ -68,8 +67,9 @@ struct Place {
     row[0] = thread / 32 * 16 + lane / 4;
     row[1] = row[0] + 8;
     column = 2 * (lane % 4);
-    start = a.chunk_start[chunk];
-    length = a.chunk_length[chunk];
+    bool whole = a.chunk_start == nullptr;
+    start = whole ? (long long)C * chunk : a.chunk_start[chunk];
+    length = whole ? C : a.chunk_length[chunk];
   }
   DEVICE bool valid(int b) const { return row[b] < length; }
   // The row itself where it is valid, else the chunk's first, which may always be read: no branch around loads.
@@ -108,11 +108,11 @@ DEVICE void widen_raw(float (&d)[D / 2], const u32 (&a)[D / 4], const Place& at)
 template <int ROWS, int COLUMNS, int FIRST = 0, int TILES = COLUMNS / 64 - FIRST>
 DEVICE void copy_state(u32 to, const u16* from, int thread) {
   if constexpr (TILES > 0) {
-  constexpr int STEP = THREADS / (8 * TILES);  // rows a step: whole swizzle patterns
-  u32 row = (u32)thread / (8 * TILES), column = 64 * FIRST + (u32)thread % (8 * TILES) * 8;
-  to += swizzled(ROWS, row, column), from += row * COLUMNS + column;
+    constexpr int STEP = THREADS / (8 * TILES);  // rows a step: whole swizzle patterns
+    u32 row = (u32)thread / (8 * TILES), column = 64 * FIRST + (u32)thread % (8 * TILES) * 8;
+    to += swizzled(ROWS, row, column), from += row * COLUMNS + column;
 #pragma unroll
-  for (int i = 0; i < ROWS / STEP; i++) copy_async(to + i * STEP * 128, from + i * STEP * COLUMNS);
+    for (int i = 0; i < ROWS / STEP; i++) copy_async(to + i * STEP * 128, from + i * STEP * COLUMNS);
   }
   copies_commit();
 }
@@ -137,13 +137,11 @@ struct Pieces {
     }
   }
   DEVICE float largest() const {
-    float most = 0.f;
+    u32 most = 0;  // magnitudes are ordered as their bits are
 #pragma unroll
-    for (int i = 0; i < 4 * N; i++) {
-      float2 pair = widen(((const u32*)held)[i]);
-      most = fmaxf(most, fmaxf(fabsf(pair.x), fabsf(pair.y)));
-    }
-    return most;
+    for (int i = 0; i < 4 * N; i++) most = max_pair(most, ((const u32*)held)[i] & 0x7fff7fffu);
+    float2 pair = widen(most);
+    return fmaxf(pair.x, pair.y);
   }
   // Times `factor`, in float16, swizzled; zeros past the chunk's end.
   DEVICE void store(unsigned char* to, float factor, const Place& at) const {
@@ -162,8 +160,8 @@ struct Pieces {
   }
 };
 
-// Log decay to base 2 from the chunk's start to every token, `out` [C]; zeros without decay. Each warp for itself.
-DEVICE void sum_decays(float* out, const float* g, const Arguments& a, const Place& at) {
+// The log decays of lane l's tokens 2 l and 2 l + 1; zeros without decay.
+DEVICE float2 load_decays(const float* g, const Arguments& a, const Place& at) {
   float pair[2] = {0.f, 0.f};
 #pragma unroll
   for (int e = 0; e < 2; e++) {
@@ -171,13 +169,18 @@ DEVICE void sum_decays(float* out, const float* g, const Arguments& a, const Pla
     if (g != nullptr) pair[e] = g[(at.start + (row < at.length ? row : 0)) * a.heads + at.head];
     if (row >= at.length) pair[e] = 0.f;
   }
-  float sum = pair[0] + pair[1];
+  return {pair[0], pair[1]};
+}
+
+// Log decay to base 2 from the chunk's start to every token, `out` [C]. Each warp for itself.
+DEVICE void sum_decays(float* out, float2 pair, const Place& at) {
+  float sum = pair.x + pair.y;
 #pragma unroll
   for (int i = 1; i < 32; i <<= 1) {
     float before = __shfl_up_sync(~0u, sum, i);
     if (at.lane >= i) sum += before;
   }
-  out[2 * at.lane] = (sum - pair[1]) * LOG2_E;
+  out[2 * at.lane] = (sum - pair.y) * LOG2_E;
   out[2 * at.lane + 1] = sum * LOG2_E;
 }
 
@@ -206,12 +209,9 @@ struct Shared {
   unsigned char k[C * K * 2];
   unsigned char v[C * (K > V ? K : V) * 2];
   uint4 weights[C / 16 * THREADS];  // W / F, a thread's in its own places; before that, (K K^T)^2
-#if ADAPTIVE
-  unsigned char top_tile[K / 64 * 1024];  // v in float16, the first of eight rows of a right operand
-#endif
   float decay_h[C], decay_u[C], beta2[C], energy[C], scratch[16];
 #if ADAPTIVE
-  alignas(16) float top[2 * K], key_dot[C], key_norm2[C];  // v and H16 v; k16_j . v; |k16_j|^2
+  float key_norm2[C];  // |k16_j|^2
 #endif
 };
 
@@ -228,21 +228,34 @@ DEVICE void copy_states(Shared& s, const Arguments& a, const Place& at) {
   copy_state<K, V>(shared_address(s.u), a.u_states + at.state * K * V, at.thread);
 }
 
-// Decays and beta^2. Every warp sums, two the same: shuffles stay out of branches.
-DEVICE void load_gates(Shared& s, const Arguments& a, const Place& at) {
-  bool of_u = at.thread / 32 % 2;
-  sum_decays(of_u ? s.decay_u : s.decay_h, of_u ? a.g : a.gk, a, at);
-  int row = at.thread % C;
-  float beta = 1.f;
-  if (a.beta != nullptr) beta = a.beta[(at.start + (row < at.length ? row : 0)) * a.heads + at.head];
-  s.beta2[row] = row < at.length ? beta * beta : 0.f;
-}
+// Decays, write gates and numbers of H_[c] on their way: asked for first, for all else waits behind them.
+struct GateLoads {
+  float2 decay;
+  float beta, h_scale, h_norm2;
+  DEVICE void load(const Arguments& a, const Place& at) {
+    int row = at.thread % C;
+    decay = load_decays(at.thread / 32 % 2 ? a.g : a.gk, a, at);
+    beta = 1.f;
+    if (a.beta != nullptr) beta = a.beta[(at.start + (row < at.length ? row : 0)) * a.heads + at.head];
+    if (row >= at.length) beta = 0.f;
+    h_scale = a.h_scales[at.state * a.h_blocks], h_norm2 = a.h_norms[at.state * a.h_blocks];
+  }
+  // Every warp sums, two the same: shuffles stay out of branches.
+  DEVICE void store(Shared& s, const Place& at) const {
+    sum_decays(at.thread / 32 % 2 ? s.decay_u : s.decay_h, decay, at);
+    s.beta2[at.thread % C] = beta * beta;
+  }
+};
 
-// Keys or values / their largest entry (one if all are zero) to shared memory; returns that entry.
-template <int D>
-DEVICE float store_tile(unsigned char* to, const Pieces<D>& pieces, float* scratch, const Place& at) {
-  float largest = block_reduce<true>(pieces.largest(), scratch);
-  largest = largest > TINY ? largest : 1.f;
-  pieces.store(to, 1.f / largest, at);
-  return largest;
+// Keys and values / the largest entry of each (one if all are zero) to shared memory; gives those entries.
+DEVICE void store_tiles(Shared& s, const Pieces<K>& k, const Pieces<V>& v, float& k_max, float& v_max,
+                        const Place& at) {
+  k_max = warp_max(k.largest()), v_max = warp_max(v.largest());
+  if (at.lane == 0) *(float2*)(s.scratch + 2 * (at.thread / 32)) = {k_max, v_max};
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < THREADS / 32; i++)
+    k_max = fmaxf(k_max, s.scratch[2 * i]), v_max = fmaxf(v_max, s.scratch[2 * i + 1]);
+  k_max = k_max > TINY ? k_max : 1.f, v_max = v_max > TINY ? v_max : 1.f;
+  k.store(s.k, 1.f / k_max, at), v.store(s.v, 1.f / v_max, at);
 }

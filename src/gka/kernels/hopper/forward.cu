@@ -9,27 +9,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   int value_head = at.head / (a.heads / a.value_heads);
   float k_max, v_max, x[K / 2], rhs[K / 2];
   System system;
+  GateLoads gates;
   {
     u32 q[K / 4];
     {
       Pieces<K> k;
       Pieces<V> v;
+      gates.load(a, at);
       k.load(a.k, a.key_heads, at.head / (a.heads / a.key_heads), at);
       copy_state<K, K>(shared_address(s.h), a.h_states + at.state * K * K, at.thread);
       copy_state<K, V, ADAPTIVE>(shared_address(s.u), a.u_states + at.state * K * V, at.thread);
       v.load(a.v, a.value_heads, value_head, at);
       load_raw<K>(q, a.q, a.heads, at.head, at);
-      load_gates(s, a, at);
-#if ADAPTIVE
-      load_top(s, a, at);
-#endif
-      k_max = store_tile<K>(s.k, k, s.scratch, at);
-      v_max = store_tile<V>(s.v, v, s.scratch, at);
+      gates.store(s, at);
+      store_tiles(s, k, v, k_max, v_max, at);
     }
     copies_wait<1>();
     publish_shared();
     __syncthreads();
-    system = prepare(s, a, at, k_max, s.u);
+    system = prepare(s, a, at, gates, k_max, s.u);
     widen_raw<K>(rhs, q, at);
   }
   solve_chunk(x, rhs, s, system, at);

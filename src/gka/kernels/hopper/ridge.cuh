@@ -3,41 +3,37 @@
 // F_t of this thread's two tokens and what of it the chunk's own keys give.
 struct Ridge {
   float fro2[2], own2[2];  // F_t^2; |sum_j W_tj k_j k_j^T|^2
-  float zeta[2], h_scale;
+  float zeta[2];
 };
 
 #if ADAPTIVE
-// k16_j . v, the first column of a fragment [C, 8], and |k16_j|^2, the diagonal of one [C, C], by key.
-DEVICE void keep_products(Shared& s, const float (&dot)[4], const float (&gram)[C / 2], const Place& at) {
+// |k16_j|^2 of every key, the diagonal of their products.
+DEVICE void keep_norms(Shared& s, const float (&gram)[C / 2], const Place& at) {
 #pragma unroll
   for (int b = 0; b < 2; b++) {
-    float norm2 = 0.f;
+    float norm2 = 0.f;  // summed: a choice by the warp would go through memory
 #pragma unroll
     for (int warp = 0; warp < THREADS / 32; warp++)
 #pragma unroll
-      for (int e = 0; e < 2; e++)
-        if (at.thread / 32 == warp && at.lane / 4 % 2 == e) norm2 = gram[4 * (2 * warp + b) + 2 * b + e];
+      for (int e = 0; e < 2; e++) {
+        float mine = at.thread / 32 == warp && at.lane / 4 % 2 == e ? 1.f : 0.f;
+        norm2 += mine * gram[4 * (2 * warp + b) + 2 * b + e];
+      }
     if (at.lane % 4 == at.lane / 8) s.key_norm2[at.row[b]] = norm2;
-    if (at.lane % 4 == 0) s.key_dot[at.row[b]] = dot[2 * b];
   }
 }
 #endif
 
 // F_t^2 = zeta_t^2 |H_[c]|^2 + sum_j W_tj (2 zeta_t k_j^T H_[c] k_j + (W (K K^T)^2)_tj), and W.
-// Needs h and k loaded.
-DEVICE Ridge ridge(float (&w)[C / 2], Shared& s, const Arguments& a, const Place& at, float k_max) {
+// Needs h and k loaded. With the adaptive solver also the sum of the keys, the same in every row.
+DEVICE Ridge ridge(float (&w)[C / 2], float (&key_sum)[ADAPTIVE ? K / 2 : 1], Shared& s, const Place& at,
+                   const GateLoads& of, float k_max) {
   Ridge r;
-  r.h_scale = a.h_scales[at.state * a.h_blocks];
-  float h_norm2 = 0.f, k2 = k_max * k_max;
-  for (int i = 0; i < a.h_blocks; i++) h_norm2 += a.h_norms[at.state * a.h_blocks + i];
+  float k2 = k_max * k_max;
   float gram[C / 2];
   {
     float kh[K / 2];
     mma_begin();
-#if ADAPTIVE
-    float dot[4];
-    product_shared<K, C, 8>(dot, shared_address(s.k), shared_address(s.top_tile));
-#endif
     product_shared<K, C, C>(gram, shared_address(s.k), shared_address(s.k));
     product_shared<K, C, K>(kh, shared_address(s.k), shared_address(s.h));
     mma_commit();
@@ -45,8 +41,7 @@ DEVICE Ridge ridge(float (&w)[C / 2], Shared& s, const Arguments& a, const Place
     mma_wait<0>();
     hold(gram), hold(kh);
 #if ADAPTIVE
-    hold(dot);
-    keep_products(s, dot, gram, at);
+    keep_norms(s, gram, at);
 #endif
     u32 key_place = at.row[0] * 128 + ((at.row[0] & 7) << 4) + at.column * 2;  // swizzled(C, row, column)
 #pragma unroll
@@ -58,7 +53,7 @@ DEVICE Ridge ridge(float (&w)[C / 2], Shared& s, const Arguments& a, const Place
         energy += kh[4 * j + 2 * b] * low_half(key) + kh[4 * j + 2 * b + 1] * high_half(key);
       }
       energy = quad_sum(energy);
-      if (at.lane % 4 == 0) s.energy[at.row[b]] = energy * (r.h_scale * k2);
+      if (at.lane % 4 == 0) s.energy[at.row[b]] = energy * (of.h_scale * k2);
     }
   }
   unsigned char* squares = (unsigned char*)s.weights;
@@ -78,9 +73,18 @@ DEVICE Ridge ridge(float (&w)[C / 2], Shared& s, const Arguments& a, const Place
   float pair[C / 2];
   mma_begin();
   product<C, 1, true, C>(pair, left, shared_address(squares), false);
+#if ADAPTIVE
+  u32 ones[C / 4];
+#pragma unroll
+  for (int i = 0; i < C / 4; i++) ones[i] = both(1.f);
+  product<C, 1, false, C>(key_sum, ones, shared_address(s.k), false);
+#endif
   mma_commit();
   mma_wait<0>();
   hold(pair);
+#if ADAPTIVE
+  hold(key_sum);
+#endif
 #pragma unroll
   for (int b = 0; b < 2; b++) {
     float cross = 0.f, own = 0.f;
@@ -94,7 +98,7 @@ DEVICE Ridge ridge(float (&w)[C / 2], Shared& s, const Arguments& a, const Place
       }
     r.zeta[b] = power_of_two(s.decay_h[at.row[b]]);
     r.own2[b] = quad_sum(own) * (k2 * k2);
-    r.fro2[b] = r.zeta[b] * (r.zeta[b] * h_norm2 + 2.f * quad_sum(cross)) + r.own2[b];
+    r.fro2[b] = r.zeta[b] * (r.zeta[b] * of.h_norm2 + 2.f * quad_sum(cross)) + r.own2[b];
   }
   return r;
 }

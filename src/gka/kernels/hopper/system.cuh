@@ -9,11 +9,12 @@ struct System {
 };
 
 // Bounds of the spectrum, step count, and W / F in shared memory, w_t at `vectors` there.
-DEVICE System prepare(Shared& s, const Arguments& a, const Place& at, float k_max, unsigned char* vectors) {
-  float w[C / 2];
-  Ridge r = ridge(w, s, a, at, k_max);
+DEVICE System prepare(Shared& s, const Arguments& a, const Place& at, const GateLoads& of, float k_max,
+                      unsigned char* vectors) {
+  float w[C / 2], key_sum[ADAPTIVE ? K / 2 : 1];
+  Ridge r = ridge(w, key_sum, s, at, of, k_max);
   System y;
-  y.h_scale = r.h_scale;
+  y.h_scale = of.h_scale;
 #pragma unroll
   for (int b = 0; b < 2; b++) {
     y.empty[b] = r.fro2[b] < a.empty_below * a.empty_below;
@@ -24,14 +25,14 @@ DEVICE System prepare(Shared& s, const Arguments& a, const Place& at, float k_ma
   y.it.rho2 = rho * rho, y.it.step = 2.f * rho, y.it.steps = a.num_iter, y.it.deflated = false;
   y.it.vectors = (uint4*)vectors;
 #if ADAPTIVE
-  tighten(y.it, r, w, y.fro, y.empty, s, a, at, k_max);
+  tighten(y.it, r, w, key_sum, y.fro, y.empty, s, a, at, of.h_scale, k_max);
 #endif
   y.lambda = a.ridge_ratio * y.it.step;
   __syncthreads();  // all have read the squares that W / F replaces
 #pragma unroll
   for (int b = 0; b < 2; b++) {
     float unit = __fdividef(y.it.step, y.fro[b]);
-    y.h_factor[b] = y.zeta[b] * r.h_scale * unit;
+    y.h_factor[b] = y.zeta[b] * of.h_scale * unit;
     y.w_factor[b] = unit * k_max * k_max;
   }
 #pragma unroll

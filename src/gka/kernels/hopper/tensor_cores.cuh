@@ -48,16 +48,6 @@ DEVICE void hold(float (&d)[N]) {
   for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// d [64, 8] (+)= a [64, 16] b [16, 8], both in shared memory.
-template <int LEFT_TRANSPOSED, int TRANSPOSED>
-DEVICE void mma(float (&d)[4], u64 a, u64 b, int accumulate) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%0, %1, %2, %3}, %4, %5, p, 1, 1, %7, %8;\n}\n"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "l"(a), "l"(b), "r"(accumulate), "n"(LEFT_TRANSPOSED), "n"(TRANSPOSED));
-}
-
 // d [64, 64] (+)= SIGN a [64, 16] b [16, 64], a in registers.
 template <int SIGN, int TRANSPOSED>
 DEVICE void mma(float (&d)[32], const u32* a, u64 b, int accumulate) {

@@ -119,7 +119,7 @@ DEVICE void load_numbers(Tiles& s, const Arguments& a, const Place& at) {
   s.start_u[row] = valid ? start_u : 0.f;
   s.start_h[row] = valid ? start_h : 0.f;
   bool of_u = at.thread / 32 % 2;
-  sum_decays(of_u ? s.decay_u : s.decay_h, of_u ? a.g : a.gk, a, at);
+  sum_decays(of_u ? s.decay_u : s.decay_h, load_decays(of_u ? a.g : a.gk, a, at), at);
 }
 
 // Largest entries of the chunk's k, v, z, do.
