@@ -3,8 +3,9 @@
 
 // dz_t = scale (zeta_t U_[c] do_t + sum_j W_tj (do_t . v_j) k_j), start_t = scale zeta_t z_t.(U_[c] do_t)
 // and d alpha_t = dz_t . (x_t - q_t).
-DEVICE void readout_adjoint(float (&dz)[K / 2], u32 (&d_o)[V / 4], const float (&alpha)[2], Shared& s,
-                            const Arguments& a, const Place& at, float k_max, float v_max) {
+DEVICE void readout_adjoint(float (&dz)[K / 2], u32 (&d_o)[V / 4], const float (&alpha)[2],
+                            const float (&x_scale)[2], Shared& s, const Arguments& a, const Place& at,
+                            float k_max, float v_max) {
   float largest[2], scores[C / 2], u_scale[V / 64], u_max = 0.f;
   u32 p[C / 4], q[K / 4], x[K / 4], past[V / 4];
   load_raw<K>(q, a.q, a.heads, at.head, at);
@@ -36,12 +37,9 @@ DEVICE void readout_adjoint(float (&dz)[K / 2], u32 (&d_o)[V / 4], const float (
   weigh_scores(p, scores, s, at);
   mma_wait<0>();
   hold(dz);
-  float size = k_max * v_max, factor[2], x_scale[2], start[2] = {0.f, 0.f}, d_alpha[2] = {0.f, 0.f};
+  float size = k_max * v_max, factor[2], start[2] = {0.f, 0.f}, d_alpha[2] = {0.f, 0.f};
 #pragma unroll
-  for (int b = 0; b < 2; b++) {
-    factor[b] = a.scale * largest[b] * size;
-    x_scale[b] = a.x_scale[at.token(a, b)];
-  }
+  for (int b = 0; b < 2; b++) factor[b] = a.scale * largest[b] * size;
 #pragma unroll
   for (int b = 0; b < 2; b++) {
     float from_past = __fdividef(power_of_two(s.decay_u[at.row[b]]) * u_max, size);
@@ -72,10 +70,14 @@ DEVICE void readout_adjoint(float (&dz)[K / 2], u32 (&d_o)[V / 4], const float (
     }
     start[b] = quad_sum(start[b]) * factor[b];
     d_alpha[b] = quad_sum(d_alpha[b]);
+  }
+#pragma unroll
+  for (int b = 0; b < 2; b++) {
     if (!at.valid(b) || at.lane % 4) continue;
     a.start_u[at.group_token(a, b)] = start[b];
     if (a.d_alpha != nullptr) a.d_alpha[at.token(a, b)] = d_alpha[b];
   }
+  __syncwarp();
 }
 
 // sum_t zeta_t w_t W_tj of every key j, and sum_t zeta_t^2 w_t.
@@ -91,15 +93,13 @@ DEVICE void hand_back(const float (&w)[2], Shared& s, const Arguments& a, const 
   total = block_reduce<false>(total, s.scratch);
   if (at.thread == 0) a.start_weight[at.state] = total;
   // column j of W from the threads' places: two threads a column, 32 rows each
-  int column = at.thread % C, first = at.thread / C * 32;
-  const u16* halves = (const u16*)s.weights;
+  int column = at.thread % C, first = at.thread / C * 32, word = 2 * (column / 8);
+  int owner = first / 16 * 32 + column % 8 / 2;
+  const u16* halves = (const u16*)s.weights + ((word / 4 * THREADS + owner) * 4 + word % 4) * 2 + column % 2;
   float sum = 0.f;
-#pragma unroll 8
-  for (int i = 0; i < 32; i++) {
-    int row = first + i;
-    int word = 2 * (column / 8) + row % 16 / 8, owner = row / 16 * 32 + row % 8 * 4 + column % 8 / 2;
-    sum += s.energy[row] * low_half(halves[((word / 4 * THREADS + owner) * 4 + word % 4) * 2 + column % 2]);
-  }
+#pragma unroll
+  for (int i = 0; i < 32; i++)  // row first + i
+    sum += s.energy[first + i] * low_half(halves[i / 16 * 256 + i / 8 % 2 * 2 + i % 8 * 32]);
   __syncthreads();
   if (first) s.decay_h[column] = sum;
   __syncthreads();
@@ -118,9 +118,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   GateLoads gates;
   gates.load(a, at);
   load_alpha(alpha, a, at);
+  long long token[2] = {at.token(a, 0), at.token(a, 1)};
   {
     u32 d_o[V / 4];
-    float v_max, dz[K / 2];
+    float v_max, dz[K / 2], x_scale[2] = {a.x_scale[token[0]], a.x_scale[token[1]]};
     {
       Pieces<K> k;
       Pieces<V> v;
@@ -134,7 +135,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     copies_wait<0>();
     publish_shared();
     __syncthreads();
-    readout_adjoint(dz, d_o, alpha, s, a, at, k_max, v_max);
+    readout_adjoint(dz, d_o, alpha, x_scale, s, a, at, k_max, v_max);
     __syncthreads();  // all products with U and V are done
 #pragma unroll
     for (int i = 0; i < K / 8; i++)
@@ -158,7 +159,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   mma_begin();
   product<K, 1, true, K>(h_y, rows, shared_address(s.h), false);
   mma_commit();
-  long long token[2] = {at.token(a, 0), at.token(a, 1)};
   long long group[2] = {at.group_token(a, 0), at.group_token(a, 1)};
   store_scaled<K>(a.y, a.y_scale, rows, largest, group, at);
 #pragma unroll
@@ -188,8 +188,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     start[b] = quad_sum(start[b]) * (x_scale * largest[b] * system.h_scale);
     w[b] = __fdividef(2.f * a.ridge_ratio * x_dot_y[b], system.fro[b]);
     if (system.empty[b] || !at.valid(b)) w[b] = 0.f;
-    if (!at.valid(b) || at.lane % 4) continue;
-    a.w[group[b]] = w[b], a.start_h[group[b]] = start[b];
   }
+#pragma unroll
+  for (int b = 0; b < 2; b++)
+    if (at.valid(b) && at.lane % 4 == 0) a.w[group[b]] = w[b], a.start_h[group[b]] = start[b];
+  __syncwarp();
   hand_back(w, s, a, system, at);
 }

@@ -9,18 +9,18 @@ struct Ridge {
 #if ADAPTIVE
 // |k16_j|^2 of every key, the diagonal of their products.
 DEVICE void keep_norms(Shared& s, const float (&gram)[C / 2], const Place& at) {
+  float norm2[2] = {0.f, 0.f};
 #pragma unroll
-  for (int b = 0; b < 2; b++) {
-    float norm2 = 0.f;  // summed: a choice by the warp would go through memory
+  for (int b = 0; b < 2; b++)  // summed: a choice by the warp would go through memory
 #pragma unroll
     for (int warp = 0; warp < THREADS / 32; warp++)
 #pragma unroll
       for (int e = 0; e < 2; e++) {
         float mine = at.thread / 32 == warp && at.lane / 4 % 2 == e ? 1.f : 0.f;
-        norm2 += mine * gram[4 * (2 * warp + b) + 2 * b + e];
+        norm2[b] += mine * gram[4 * (2 * warp + b) + 2 * b + e];
       }
-    if (at.lane % 4 == at.lane / 8) s.key_norm2[at.row[b]] = norm2;
-  }
+  if (at.lane % 4 == at.lane / 8) s.key_norm2[at.row[0]] = norm2[0], s.key_norm2[at.row[1]] = norm2[1];
+  __syncwarp();
 }
 #endif
 
@@ -44,17 +44,18 @@ DEVICE Ridge ridge(float (&w)[C / 2], float (&key_sum)[ADAPTIVE ? K / 2 : 1], Sh
     keep_norms(s, gram, at);
 #endif
     u32 key_place = at.row[0] * 128 + ((at.row[0] & 7) << 4) + at.column * 2;  // swizzled(C, row, column)
+    float energy[2] = {0.f, 0.f};
 #pragma unroll
     for (int b = 0; b < 2; b++) {
-      float energy = 0.f;
 #pragma unroll
       for (int j = 0; j < K / 8; j++) {
         u32 key = *(const u32*)(s.k + (key_place ^ (j & 7) << 4) + (j >> 3) * C * 128 + b * 1024);
-        energy += kh[4 * j + 2 * b] * low_half(key) + kh[4 * j + 2 * b + 1] * high_half(key);
+        energy[b] += kh[4 * j + 2 * b] * low_half(key) + kh[4 * j + 2 * b + 1] * high_half(key);
       }
-      energy = quad_sum(energy);
-      if (at.lane % 4 == 0) s.energy[at.row[b]] = energy * (of.h_scale * k2);
+      energy[b] = quad_sum(energy[b]) * (of.h_scale * k2);
     }
+    if (at.lane % 4 == 0) s.energy[at.row[0]] = energy[0], s.energy[at.row[1]] = energy[1];
+    __syncwarp();  // or the compiler lets the warp run on in two parts
   }
   unsigned char* squares = (unsigned char*)s.weights;
   u32 place = at.row[0] * 128 + ((at.row[0] & 7) << 4) + at.column * 2;

@@ -85,13 +85,15 @@ DEVICE void weigh_pairs(float (&pairs)[C / 2], const float (&x_k)[C / 2], const 
       *(u32*)(to + C * C * 2) = pack(of_y[0], of_y[1]);
     }
   }
+  float start[2];
 #pragma unroll
   for (int b = 0; b < 2; b++) {
     inner[b] = quad_sum(inner[b]) + zeta[b] * h_norm2;
-    float start = -zeta[b] * (s.start_h[at.row[b]] + half_w[b] * inner[b]);
-    __syncwarp();  // the quad has read its old value
-    if (at.lane % 4 == 0) s.start_h[at.row[b]] = start;
+    start[b] = -zeta[b] * (s.start_h[at.row[b]] + half_w[b] * inner[b]);
   }
+  __syncwarp();  // the quad has read its old values
+  if (at.lane % 4 == 0) s.start_h[at.row[0]] = start[0], s.start_h[at.row[1]] = start[1];
+  __syncwarp();
 }
 
 // Adds the part of dk through H, and that of d(beta^2); writes dg of H.
