@@ -140,7 +140,7 @@ def shared_bytes(kernel: str, key_dim: int, value_dim: int) -> int:
         return 2 * CHUNK * tiles + 4 * (8 * CHUNK + 16) + 1024
     if kernel == "gradients":
         tiles = key_dim * widest + CHUNK * (2 * key_dim + widest) + 2 * CHUNK * CHUNK
-        return 2 * tiles + 4 * 15 * CHUNK + 1024
+        return 2 * tiles + 4 * (15 * CHUNK + 8) + 1024
     tiles = 2 * (key_dim * key_dim + CHUNK * (key_dim + widest) + CHUNK * CHUNK)
     tiles += max(2 * key_dim * value_dim, 4 * CHUNK * key_dim)
     return tiles + 4 * (5 * CHUNK + 16) + 1024

@@ -9,10 +9,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   stagger_blocks(a);
   float dk[K / 2], d_beta2[2] = {0.f, 0.f}, one[2] = {1.f, 1.f}, k_max;
   {
-    Largest most = {a.k_maxima[at.state], largest_of<V / 64>(a.v_maxima, at.state), a.z_maxima[at.state],
-                    largest_of<V / 64>(a.d_maxima, at.state)};
+    Largest most = load_tiles(s, a, at);
     k_max = most.k;
-    load_tiles(s, most, a, at);
     copies_wait<0>();
     publish_shared();
     __syncthreads();

@@ -102,7 +102,7 @@ DEVICE void through_h(float (&dk)[K / 2], float (&d_beta2)[2], Tiles& s, float k
   u32 keys = shared_address(s.k), state = shared_address(s.state);
   float k2 = k_max * k_max, w_max = chunk_largest(s.w, at), both_max = chunk_largest(s.both, at);
   float beta2_max = chunk_largest(s.beta2, at), less_beta2 = inverse(beta2_max);
-  float h_scale = a.h_scales[at.state * a.h_blocks], e_scale = a.h_end_scales[at.state * a.h_blocks];
+  float h_scale = s.h_scale, e_scale = s.h_end_scale;
   float beta2[2] = {s.beta2[at.row[0]], s.beta2[at.row[1]]}, sum[C / 2], d[K / 2];
   copies_wait<2>();  // E of H is there
   publish_shared();
@@ -179,7 +179,7 @@ DEVICE void through_h(float (&dk)[K / 2], float (&d_beta2)[2], Tiles& s, float k
   mma_wait<0>();
   hold(x_k), hold(y_k);
   __syncthreads();  // energies are there
-  weigh_pairs(sum, x_k, y_k, beta2_max * k2 * k2, k2, inverse(both_max), sum_of<K / 64>(a.h_norms, at.state), s,
+  weigh_pairs(sum, x_k, y_k, beta2_max * k2 * k2, k2, inverse(both_max), s.h_norm2, s,
               again(at));
   publish_shared();
   __syncthreads();
@@ -195,5 +195,5 @@ DEVICE void through_h(float (&dk)[K / 2], float (&d_beta2)[2], Tiles& s, float k
   for (int i = 0; i < K / 2; i++) dk[i] -= d[i] * size[i / 2 % 2];
   __syncthreads();  // the tiles are read
   sum_pairs(sum, 1.f, s, again(at));
-  store_decay(a.dgk, d_beta2, s.start_h, sum_of<K / 64>(a.h_wholes, at.state), s, a, again(at));
+  store_decay(a.dgk, d_beta2, s.start_h, s.h_whole, s, a, again(at));
 }

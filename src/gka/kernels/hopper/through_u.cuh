@@ -36,7 +36,7 @@ DEVICE void through_u(float (&dk)[K / 2], float (&d_beta2)[2], Tiles& s, const L
   float e_scale[V / 64], e_max = 0.f;
 #pragma unroll
   for (int n = 0; n < V / 64; n++) {
-    e_scale[n] = a.u_end_scales[at.state * (V / 64) + n];
+    e_scale[n] = s.e_scales[n];
     e_max = fmaxf(e_max, e_scale[n]);
   }
   float pairs[C / 2], d_v[C / 2], dv[V / 2];  // z_t . k_j, then P_tj; do_t . v_j
@@ -104,7 +104,7 @@ DEVICE void through_u(float (&dk)[K / 2], float (&d_beta2)[2], Tiles& s, const L
   for (int b = 0; b < 2; b++) factor[b] *= unit_v;
   store_gradient<V>(a.dv, a.value_heads < a.heads, dv, factor, a, again(at));
   sum_pairs(pairs, (most.z * most.k) * (most.d * most.v) * a.scale, s, again(at));
-  store_decay(a.dg, d_beta2, s.start_u, sum_of<V / 64>(a.u_wholes, at.state), s, a, again(at));
+  store_decay(a.dg, d_beta2, s.start_u, s.u_whole, s, a, again(at));
   factor[0] = s.beta2[at.row[0]] * unit_k, factor[1] = s.beta2[at.row[1]] * unit_k;
 #pragma unroll
   for (int i = 0; i < K / 2; i++) dk[i] *= factor[i / 2 % 2];

@@ -13,6 +13,8 @@ struct Tiles {
   // numbers of every token, zero past the chunk's end
   float decay_u[C], decay_h[C], alpha[C], rest[C], beta2[C], x_scale[C], both[C], w[C], key_weight[C];
   float start_u[C], start_h[C], energy[C], ends[C], sums[C], columns[C];
+  // numbers of the chunk's states
+  float e_scales[V / 64], u_whole, h_whole, h_scale, h_norm2, h_end_scale;
 
   DEVICE u32 tile(int i) const { return shared_address(v) + i * C * C * 2; }
 };
@@ -45,13 +47,6 @@ DEVICE float largest_of(const float* x, long long index) {
 #pragma unroll
   for (int i = 1; i < N; i++) largest = fmaxf(largest, x[index * N + i]);
   return largest;
-}
-template <int N>
-DEVICE float sum_of(const float* x, long long index) {
-  float sum = x[index * N];
-#pragma unroll
-  for (int i = 1; i < N; i++) sum += x[index * N + i];
-  return sum;
 }
 
 // Four words of a left operand from a tile in shared memory: columns 16 k to 16 k + 15.
@@ -104,6 +99,8 @@ DEVICE void load_numbers(Tiles& s, const Arguments& a, const Place& at) {
   bool valid = row < at.length;
   long long first = at.start + (valid ? row : 0), token = first * a.heads + at.head;
   long long group = first * a.group_heads + at.head - a.first_head;
+  bool of_u = at.thread / 32 % 2;
+  float2 decays = load_decays(of_u ? a.g : a.gk, a, at);
   float alpha = 1.f, beta = 1.f;
   if (a.alpha != nullptr) alpha = a.alpha[token];
   if (a.beta != nullptr) beta = a.beta[token];
@@ -118,8 +115,14 @@ DEVICE void load_numbers(Tiles& s, const Arguments& a, const Place& at) {
   s.key_weight[row] = valid ? key_weight : 0.f;
   s.start_u[row] = valid ? start_u : 0.f;
   s.start_h[row] = valid ? start_h : 0.f;
-  bool of_u = at.thread / 32 % 2;
-  sum_decays(of_u ? s.decay_u : s.decay_h, load_decays(of_u ? a.g : a.gk, a, at), at);
+  sum_decays(of_u ? s.decay_u : s.decay_h, decays, at);
+  if (at.thread >= 32) return;
+  long long of_h = at.state * a.h_blocks, of_v = at.state * (V / 64);
+  const float* from = at.lane < V / 64 ? a.u_end_scales + of_v + at.lane : a.u_wholes + of_v;
+  from = at.lane == V / 64 + 1 ? a.h_wholes + of_h : at.lane == V / 64 + 2 ? a.h_scales + of_h : from;
+  from = at.lane == V / 64 + 3 ? a.h_norms + of_h : at.lane == V / 64 + 4 ? a.h_end_scales + of_h : from;
+  if (at.lane < V / 64 + 5) s.e_scales[at.lane] = *from;
+  __syncwarp();
 }
 
 // Largest entries of the chunk's k, v, z, do.
@@ -127,9 +130,9 @@ struct Largest {
   float k, v, z, d;
 };
 
-// k, v, z, do / their largest entries, and the tokens' numbers, to shared memory; E of U is on its
-// way after.
-DEVICE void load_tiles(Tiles& s, const Largest& most, const Arguments& a, const Place& at) {
+// k, v, z, do / their largest entries, which it returns, and the tokens' numbers, to shared memory; E of U is on
+// its way after. What comes from memory is asked for before anything is waited for.
+DEVICE Largest load_tiles(Tiles& s, const Arguments& a, const Place& at) {
   copy_rows(shared_address(s.z), a.x, a.heads, at.head, at);
   copy_state<K, V>(shared_address(s.state), a.u_ends + at.state * K * V, at.thread);
   Pieces<K> k, q;
@@ -142,6 +145,8 @@ DEVICE void load_tiles(Tiles& s, const Largest& most, const Arguments& a, const 
     prefetch_state(a.h_ends + at.state * K * K);
     prefetch_state(a.h_states + at.state * K * K);
   }
+  Largest most = {a.k_maxima[at.state], largest_of<V / 64>(a.v_maxima, at.state), a.z_maxima[at.state],
+                  largest_of<V / 64>(a.d_maxima, at.state)};
   load_numbers(s, a, at);
   k.store(s.k, inverse(most.k), at);
   v.store(s.v, inverse(most.v), at);
@@ -163,6 +168,7 @@ DEVICE void load_tiles(Tiles& s, const Largest& most, const Arguments& a, const 
     }
     *(uint4*)(z + i * Pieces<K>::STEP * 128) = mixed;
   }
+  return most;
 }
 
 // Rows of dk or dv: of shared heads to float32 scratch [tokens, H', D], else to the caller's array.
