@@ -166,7 +166,7 @@ def hopper_usages(dim: int, dtype: str) -> Iterator[Usage]:
         for adaptive in (False, True) if kernel in ("forward", "adjoint") else (False,):
             source = hopper.source(kernel, dim, dim, dtype == "bfloat16", adaptive)
             registers, stack = usage_of_cubin(nvrtc.compile_cubin(source, kernel, "sm_90a"))
-            warps = dim // 16 if kernel.startswith("scan") else 4
+            warps = hopper.threads_of(kernel, dim) // 32
             shared = hopper.shared_bytes(kernel, dim, dim)
             name = f"hopper {kernel}{' adaptive' if adaptive else ''}"
             yield Usage(

@@ -60,7 +60,7 @@ def test_blocks_that_should_be_resident_fit(case: tuple, resources) -> None:
     assert not serialised(log), serialised(log)
     registers, stack = resources.usage_of_cubin(cubin)
     blocks = hopper.BLOCKS[max(dims)] if kernel in SOLVES else 2
-    threads = 2 * dims[0] if kernel.startswith("scan") else 128
+    threads = hopper.threads_of(kernel, dims[0])
     assert registers * threads * blocks <= REGISTERS
     assert stack <= STACK
     assert blocks * (hopper.shared_bytes(kernel, *dims) + RESERVED) <= SHARED
@@ -77,7 +77,9 @@ def test_a_product_that_is_not_waited_for_is_noticed() -> None:
     assert serialised(log)
 
 
-@pytest.mark.parametrize("kernel", SOLVES)
+@pytest.mark.parametrize(
+    "kernel", (*SOLVES, "sums_states", "sums_back", "scan_states", "scan_back")
+)
 @pytest.mark.parametrize("dims", [(64, 64), (64, 128), (128, 64), (128, 128)], ids=str)
 def test_shared_memory_asked_for_holds_the_structure(kernel: str, dims: tuple[int, int]) -> None:
     """sizeof(Shared), with 1023 bytes to align it, is within `shared_bytes`, with the adaptive solver too."""

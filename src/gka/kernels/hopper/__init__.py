@@ -1,9 +1,10 @@
 """The op on Hopper (sm_90a) in CUDA C++, a chunk of 64 tokens and a head to a block.
 
-`scan.cu` and `combine.cu`: H and U at chunk starts, and their gradients at chunk ends. `forward.cu`: ridge,
-solve, mix, readout. `adjoint.cu`: readout's and mix's adjoint, solve. `gradients.cu`: keys, values, decays,
-write gate. Tensor cores take float16 operands, each scaled by its largest entry. Nothing here chooses or
-differentiates; the structures mirror those of chunk.cuh and scan.cuh.
+`sums.cu`, `combine.cu`, `scan.cu`: H and U at chunk starts, and their gradients at chunk ends. `forward.cu`:
+ridge, solve, mix, readout. `adjoint.cu`: readout's and mix's adjoint, solve. `gradients.cu`: keys, values,
+decays, write gate. Tensor cores take float16 operands, each scaled by its largest entry; in sums.cu the inputs
+as they came, and weighted ones as differences of two. Nothing here chooses or differentiates; the structures
+mirror those of chunk.cuh and scan.cuh.
 """
 
 import ctypes
@@ -56,15 +57,15 @@ class Arguments(ctypes.Structure):
 
 
 _SIDE_POINTERS = (
-    "g", "boundary", "boundary_max", "states", "bounds", "norms", "last", "sums", "sum_bounds",
-    "sum_decays", "start_bounds", "stored", "stored_bounds", "wholes",
+    "g", "boundary", "states", "bounds", "norms", "last", "sums", "sum_decays", "stored", "stored_bounds",
+    "wholes",
 )  # fmt: skip
 _SCAN_POINTERS = (
     "k", "v", "q", "x", "d_o", "y", "alpha", "beta", "x_scale", "y_scale", "key_weight",
     "start_weight", "first_maxima", "second_maxima", "key_maxima", "segments", "chunk_start", "chunk_length",
 )  # fmt: skip
 _SCAN_INTS = (
-    "heads", "key_heads", "value_heads", "first_head", "group_heads", "segment_count", "sum_only",
+    "heads", "key_heads", "value_heads", "first_head", "group_heads", "segment_count",
 )  # fmt: skip
 
 
@@ -109,17 +110,24 @@ def why_not(
     return nvrtc.why_missing()
 
 
-SCANS = ("scan_states", "scan_back", "combine_states", "combine_back")
+SCAN_PARTS = {
+    "sums": ("inputs", "scan", "state", "weights", "products"),
+    "combine": ("scan",),
+    "scan": ("scan", "state"),
+}
+SCANS = tuple(f"{part}_{direction}" for part in SCAN_PARTS for direction in ("states", "back"))
 
 
 def source(kernel: str, key_dim: int, value_dim: int, bfloat16: bool, adaptive: bool) -> str:
-    """One translation unit: `kernel` is a file's name here, or one of SCANS (scan.cu, combine.cu)."""
+    """One translation unit: `kernel` is a file's name here, or one of SCANS."""
     folder = Path(__file__).parent
     parts = [p for p in _PARTS if adaptive or p != "adaptive"]
     parts += _GRADIENTS if kernel == "gradients" else ()
     names = [*(f"{p}.cuh" for p in parts), f"{kernel}.cu"]
     if kernel in SCANS:
-        names = ["tensor_cores.cuh", "numbers.cuh", "scan.cuh", f"{kernel.split('_')[0]}.cu"]
+        part = kernel.split("_")[0]
+        parts = ("tensor_cores", "numbers", *SCAN_PARTS[part])
+        names = [*(f"{p}.cuh" for p in parts), f"{part}.cu"]
     text = [(folder / name).read_text() for name in names]
     head = (
         f"#define BF16 {int(bfloat16)}\n#define ADAPTIVE {int(adaptive)}\n"
@@ -135,6 +143,8 @@ def shared_bytes(kernel: str, key_dim: int, value_dim: int) -> int:
     widest = max(key_dim, value_dim)
     if kernel.startswith("combine"):
         return 0
+    if kernel.startswith("sums"):
+        return 2 * CHUNK * 6 * widest + 4 * (22 * CHUNK + 8) + 1024
     if kernel in SCANS:
         tiles = key_dim + (5 if kernel == "scan_back" else 3) * widest
         return 2 * CHUNK * tiles + 4 * (8 * CHUNK + 16) + 1024
@@ -151,7 +161,12 @@ SOLVES = ("forward", "adjoint")  # the kernels that differ with the solver
 KERNELS = (*SOLVES, "gradients", *SCANS)
 
 
-def _name(kernel: str) -> str:
+def threads_of(kernel: str, key_dim: int) -> int:
+    """Of a block."""
+    return 2 * key_dim if kernel.startswith(("sums", "scan")) else 128
+
+
+def name_of(kernel: str) -> str:
     """Of its entry point."""
     return f"gka_{kernel.split('_')[0]}"
 
@@ -165,7 +180,7 @@ def _cubins(
         kernel: _COMPILERS.submit(
             nvrtc.compile_cubin,
             source(kernel, key_dim, value_dim, bfloat16, adaptive and kernel in SOLVES),
-            _name(kernel),
+            name_of(kernel),
             "sm_90a",
         )
         for kernel in KERNELS
@@ -177,8 +192,8 @@ def _kernel(
     device: int, kernel: str, key_dim: int, value_dim: int, bfloat16: bool, adaptive: bool
 ) -> nvrtc.Kernel:
     cubin = _cubins(key_dim, value_dim, bfloat16, adaptive)[kernel].result()
-    threads = 2 * key_dim if kernel.startswith("scan") else 128
-    return nvrtc.Kernel(cubin, _name(kernel), threads, shared_bytes(kernel, key_dim, value_dim))
+    threads = threads_of(kernel, key_dim)
+    return nvrtc.Kernel(cubin, name_of(kernel), threads, shared_bytes(kernel, key_dim, value_dim))
 
 
 def run(

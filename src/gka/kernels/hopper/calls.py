@@ -200,8 +200,8 @@ def scan_back(
             hopper.fill(side, {"stored": s.states, "stored_bounds": s.scales, "wholes": e.wholes})
             sides.append(side)
         return {
-            "h": sides[0], "u": sides[1], "q": t.q, "k": t.k, "alpha": t.alpha, "x": forward[0],
-            "x_scale": forward[1], "d_o": do, "y": of.y, "y_scale": of.y_scale,
+            "h": sides[0], "u": sides[1], "q": t.q, "k": t.k, "alpha": t.alpha, "beta": t.beta,
+            "x": forward[0], "x_scale": forward[1], "d_o": do, "y": of.y, "y_scale": of.y_scale,
             "key_weight": of.key_weight, "start_weight": of.start_weight, "first_maxima": maxima.z,
             "second_maxima": maxima.d, "key_maxima": maxima.k,
         }  # fmt: skip
@@ -212,12 +212,8 @@ def scan_back(
 def _side(
     run: "Launch", heads: "Heads", name: str, g, boundary: Boundary, out, last, sums: Sums
 ) -> hopper.Side:
-    starts = None
-    if sums[0] is not None:
-        starts = run.scratch(f"{name} starts", run.chunks.num_segments, heads.count)
-    values = (g, *boundary, *out, last, *sums, starts)
-    names = ("g", "boundary", "boundary_max", "states", "bounds", "norms", "last", "sums")
-    names = (*names, "sum_bounds", "sum_decays", "start_bounds")
+    values = (g, boundary[0], *out, last, sums[0], sums[2])
+    names = ("g", "boundary", "states", "bounds", "norms", "last", "sums", "sum_decays")
     side = hopper.Side()
     hopper.fill(side, dict(zip(names, values, strict=True)))
     return side
@@ -242,8 +238,6 @@ def _scan(run: "Launch", heads: "Heads", direction: str, given: Callable[[], dic
         hopper.run(f"{kernel}_{direction}", run.t.q, run.V, adaptive, blocks, arguments)
 
     if chunks.segmented:
-        arguments.sum_only = 1
-        launch("scan", blocks)
+        launch("sums", blocks)
         launch("combine", (run.K * max(run.K, run.V) // 512 * heads.count, 2))
-    arguments.sum_only = 0
     launch("scan", blocks)

@@ -7,12 +7,11 @@ DEVICE void combine(const ScanArguments& a, const Side& side, int width, int in_
   int entry = 4 * (blockIdx.x % (K * width / 512) * 128 + threadIdx.x), count = a.segment_count;
   long long size = (long long)K * width;
   float4 carried = {0.f, 0.f, 0.f, 0.f};
-  float bound = 0.f;
   int sequence = -1;
 #pragma unroll 1
   for (int first = 0; first < count; first += BATCH) {
     float4 sum[BATCH];
-    float sum_bound[BATCH], whole[BATCH];
+    float whole[BATCH];
     int of[BATCH];
     bool last[BATCH];
 #pragma unroll
@@ -23,7 +22,7 @@ DEVICE void combine(const ScanArguments& a, const Side& side, int width, int in_
       long long at = (long long)segment * a.group_heads + in_group;
       of[i] = row[0], last[i] = BACKWARDS ? segment == row[3] : segment + 1 == row[4];
       sum[i] = *(const float4*)(side.sums + at * size + entry);
-      sum_bound[i] = side.sum_bounds[at], whole[i] = side.sum_decays[at];
+      whole[i] = side.sum_decays[at];
     }
 #pragma unroll
     for (int i = 0; i < BATCH; i++) {
@@ -33,17 +32,14 @@ DEVICE void combine(const ScanArguments& a, const Side& side, int width, int in_
       if (of[i] != sequence) {  // begins with the caller's state, or with nothing
         sequence = of[i];
         long long given = (long long)sequence * a.heads + a.first_head + in_group;
-        bound = side.boundary == nullptr ? 0.f : side.boundary_max[given];
         carried = float4{0.f, 0.f, 0.f, 0.f};
         if (side.boundary != nullptr) carried = *(const float4*)(side.boundary + given * size + entry);
       }
       *(float4*)(side.sums + at * size + entry) = carried;
-      if (entry == 0) side.start_bounds[at] = bound;
       if (last[i]) continue;  // nothing goes on from it, and its sum was not written
       float factor = __expf(whole[i]);
       carried = float4{carried.x * factor + sum[i].x, carried.y * factor + sum[i].y,
                        carried.z * factor + sum[i].z, carried.w * factor + sum[i].w};
-      bound = bound * factor + sum_bound[i];
     }
   }
 }

@@ -3,12 +3,10 @@
 //
 // A block walks along one segment of a sequence for one head. It holds a whole state in its accumulators, a
 // warpgroup 64 rows of it, in units of `unit`; every chunk adds left^T right, two [C, ...] tiles in float16
-// whose rows carry the weights. With several segments a sequence there are three launches: `sum_only`, each
+// whose rows carry the weights. With several segments a sequence there are three launches: sums.cu, each
 // segment from zero; combine.cu, what comes before each; and the scan itself.
 
-constexpr int C = 64, GROUPS = K / 64, THREADS = 128 * GROUPS, WIDEST = K > V ? K : V;
-
-enum Kind { STATES, U_BACK, H_BACK };
+constexpr int WIDEST = K > V ? K : V;
 
 // What the rows of a chunk are weighted with; two sets, for the next chunk's are made during this one.
 struct Gates {
@@ -142,90 +140,6 @@ struct GateLoads {
   }
 };
 
-// A state in the accumulators of its block: rows `row` and row + 8, columns 8 j + column and the next.
-template <int W>
-struct State {
-  float d[W / 2];
-  int row, column, lane;
-  DEVICE State() {
-    lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4, column = 2 * (lane % 4);
-#pragma unroll
-    for (int i = 0; i < W / 2; i++) d[i] = 0.f;
-  }
-  DEVICE void scale(float factor) {
-#pragma unroll
-    for (int i = 0; i < W / 2; i++) d[i] *= factor;
-  }
-  DEVICE void add(const float* from, float factor) {
-#pragma unroll
-    for (int j = 0; j < W / 8; j++)
-#pragma unroll
-      for (int b = 0; b < 2; b++) {
-        float2 pair = *(const float2*)(from + (row + 8 * b) * W + 8 * j + column);
-        d[4 * j + 2 * b] += pair.x * factor, d[4 * j + 2 * b + 1] += pair.y * factor;
-      }
-  }
-  DEVICE void store(float* to, float factor) const {
-#pragma unroll
-    for (int j = 0; j < W / 8; j++)
-#pragma unroll
-      for (int b = 0; b < 2; b++)
-        *(float2*)(to + (row + 8 * b) * W + 8 * j + column) =
-            float2{d[4 * j + 2 * b] * factor, d[4 * j + 2 * b + 1] * factor};
-  }
-  DEVICE void store_half(u16* to, float factor) const {
-#pragma unroll
-    for (int b = 0; b < 2; b++)
-#pragma unroll
-      for (int g = 0; g < W / 32; g++) {
-        u32 words[4];
-#pragma unroll
-        for (int w = 0; w < 4; w++) {
-          int i = 4 * (4 * g + w) + 2 * b;
-          words[w] = pack(d[i] * factor, d[i + 1] * factor);
-        }
-        *(uint4*)(to + (row + 8 * b) * W + 32 * g + lane % 4 * 8) =
-            transpose_quad(words[0], words[1], words[2], words[3], lane);
-      }
-  }
-  DEVICE float square_sum() const {
-    float sum = 0.f;
-#pragma unroll
-    for (int i = 0; i < W / 2; i++) sum += d[i] * d[i];
-    return sum;
-  }
-  // <d, S> of a float16 state; then d += factor S.
-  DEVICE float inner_then_add(const u16* from, float factor) {
-    float sum = 0.f;
-#pragma unroll
-    for (int b = 0; b < 2; b++) {
-      uint4 four[W / 32];
-#pragma unroll
-      for (int g = 0; g < W / 32; g++)
-        four[g] = *(const uint4*)(from + (row + 8 * b) * W + 32 * g + lane % 4 * 8);
-#pragma unroll
-      for (int g = 0; g < W / 32; g++) {
-        uint4 words = transpose_quad(four[g].x, four[g].y, four[g].z, four[g].w, lane);
-#pragma unroll
-        for (int w = 0; w < 4; w++) {
-          u32 word = ((const u32*)&words)[w];
-          int i = 4 * (4 * g + w) + 2 * b;
-          sum += d[i] * low_half(word) + d[i + 1] * high_half(word);
-          d[i] += factor * low_half(word), d[i + 1] += factor * high_half(word);
-        }
-      }
-    }
-    return sum;
-  }
-  // d += left^T right, tiles of C rows; this warpgroup's 64 rows of the state are 64 columns of `left`.
-  DEVICE void multiply(const unsigned char* left, const unsigned char* right) {
-    u32 a = shared_address(left) + threadIdx.x / 128 * C * 128, b = shared_address(right);
-#pragma unroll
-    for (int k = 0; k < C / 16; k++)
-      mma<1, 1>(d, descriptor(a + k * 2048, C * 128, 1024), descriptor(b + k * 2048, C * 128, 1024), true);
-  }
-};
-
 // Sums over the block of what every thread left in s.partial; after a barrier.
 DEVICE float block_total(const Shared& s) {
   float total = 0.f;
@@ -233,19 +147,6 @@ DEVICE float block_total(const Shared& s) {
   for (int i = 0; i < THREADS / 32; i++) total += s.partial[i];
   return total;
 }
-
-// Where a block is.
-struct Walk {
-  int sequence, first, end, before, after, index, head;
-  long long in_group;
-  DEVICE Walk(const ScanArguments& a) {
-    int segment = blockIdx.x / a.group_heads;
-    in_group = blockIdx.x % a.group_heads;
-    const int* row = a.segments + 5 * segment;
-    sequence = row[0], first = row[1], end = row[2], before = row[3], after = row[4];
-    index = segment, head = a.first_head + (int)in_group;
-  }
-};
 
 // HEADROOM: the weights of a chunk may exceed the unit by it before the state is rescaled.
 constexpr float HEADROOM = 1024.f;
@@ -255,20 +156,21 @@ DEVICE void scan(Shared& s, const ScanArguments& a, const Side& side, const Walk
   constexpr bool BACK = KIND != STATES;
   constexpr int W = OF_H ? K : V, BLOCKS_OF_STATE = W / 64, VALUES = BACK ? 2 : 1;
   State<W> state;
-  float unit = 0.f, bound = 0.f, decays = 0.f;
+  float unit = 0.f, bound = 0.f;
   long long heads = a.heads, place = (at.sequence * heads + at.head) * (long long)(K * W);
   int count = at.end - at.first, warp = threadIdx.x / 32;
   bool first_of_all = BACK ? at.index + 1 == at.after : at.index == at.before;
   bool last_of_all = BACK ? at.index == at.before : at.index + 1 == at.after;
-  if (a.sum_only && last_of_all) return;  // nothing goes on from here
-  if (!a.sum_only && side.sums != nullptr && !first_of_all) {
+  if (side.sums != nullptr && !first_of_all) {
     long long from = (long long)at.index * a.group_heads + at.in_group;
     state.add(side.sums + from * K * W, 1.f);
-    bound = side.start_bounds[from];
-  } else if (!a.sum_only && side.boundary != nullptr && first_of_all) {
+  } else if (side.boundary != nullptr && first_of_all) {
     state.add(side.boundary + place, 1.f);
-    bound = side.boundary_max[at.sequence * heads + at.head];
   }
+  s.partial[warp] = warp_max(state.largest());
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < THREADS / 32; w++) bound = fmaxf(bound, s.partial[w]);
   unit = bound;
   state.scale(inverse(bound));
   // the chunks of a segment are neighbours, and all but a sequence's last are whole
@@ -329,7 +231,7 @@ DEVICE void scan(Shared& s, const ScanArguments& a, const Side& side, const Walk
     float whole = __expf(gate.total), of_start = 0.f, stored_bound = 0.f;
     if constexpr (BACK) stored_bound = side.stored_bounds[mh * BLOCKS_OF_STATE];
     if constexpr (KIND == H_BACK) of_start = .5f * a.start_weight[mh] * stored_bound;
-    if (!a.sum_only) {
+    {
       float partial = 0.f;
       if constexpr (BACK)  // before E takes the place of U
         partial = state.inner_then_add(side.stored + mh * K * W, 0.f) * (unit * stored_bound * whole);
@@ -361,7 +263,7 @@ DEVICE void scan(Shared& s, const ScanArguments& a, const Side& side, const Walk
       for (int n = 0; n < Pieces<V>::N; n++) Pieces<V>::raw_row_max(s.raw[VALUES], s.second_max, n);
     }
     __syncthreads();
-    if (!a.sum_only && threadIdx.x < BLOCKS_OF_STATE) {
+    if (threadIdx.x < BLOCKS_OF_STATE) {
       float* to = BACK ? side.wholes : side.norms;
       if (to != nullptr) to[mh * BLOCKS_OF_STATE + threadIdx.x] = threadIdx.x ? 0.f : block_total(s);
     }
@@ -382,7 +284,7 @@ DEVICE void scan(Shared& s, const ScanArguments& a, const Side& side, const Walk
         first_most = fmaxf(first_most, first), second_most = fmaxf(second_most, second);
       }
       largest = warp_max(largest), sum = warp_sum(sum);
-      if (a.first_maxima != nullptr && !a.sum_only && !OF_H && warp == 0) {
+      if (a.first_maxima != nullptr && !OF_H && warp == 0) {
         first_most = warp_max(first_most), second_most = warp_max(second_most);
         if (threadIdx.x == 0) a.first_maxima[mh] = first_most;
         if (threadIdx.x < V / 64) a.second_maxima[mh * (V / 64) + threadIdx.x] = second_most;
@@ -398,7 +300,7 @@ DEVICE void scan(Shared& s, const ScanArguments& a, const Side& side, const Walk
     }
     float per_unit = inverse(next);
     if constexpr (KIND == H_BACK) state.inner_then_add(side.stored + mh * K * W, -of_start * per_unit);
-    unit = next, bound = bound * whole + sum, decays += gate.total;
+    unit = next, bound = bound * whole + sum;
     // the tiles
 #pragma unroll
     for (int n = 0; n < Pieces<K>::N; n++) {
@@ -450,11 +352,7 @@ DEVICE void scan(Shared& s, const ScanArguments& a, const Side& side, const Walk
       copy_late(chunk_of(i + 1));
     }
   }
-  if (a.sum_only) {
-    long long to = (long long)at.index * a.group_heads + at.in_group;
-    state.store(side.sums + to * K * W, unit);
-    if (threadIdx.x == 0) side.sum_bounds[to] = bound, side.sum_decays[to] = decays;
-  } else if (side.last != nullptr && last_of_all) {
+  if (side.last != nullptr && last_of_all) {
     state.store(side.last + place, unit);
   }
 }

@@ -4,14 +4,13 @@
 struct Side {
   const float *g;         // log decay [tokens, H] or null
   const float *boundary;      // [N, H, K, W] or null: the initial state; backwards the final one's gradient
-  const float *boundary_max;  // [N, H]: largest magnitude of it
   u16 *states;            // [M, G, K, W] float16: as a chunk finds it / its bound; backwards E at its end
   float *bounds;          // [M, G, W / 64]
   float *norms;           // [M, G, W / 64] or null: sums of squares, all in the first
   float *last;            // [N, H, K, W] or null: the final state; backwards the initial one's gradient
   float *sums;                  // [S, G, K, W] or null with one segment each: of a segment alone, then what
                                 // comes before it
-  float *sum_bounds, *sum_decays, *start_bounds;  // [S, G]: of a segment's sum; of what comes before it
+  float *sum_decays;            // [S, G]: log decay over a segment
   const u16 *stored;            // backwards [M, G, K, W]: the chunk-start states / stored_bounds; E of U may
                                 // be written over U
   const float *stored_bounds;   // [M, G, W / 64]
@@ -28,5 +27,23 @@ struct ScanArguments {
   const long long *chunk_start;
   const int *chunk_length;
   float scale;
-  int heads, key_heads, value_heads, first_head, group_heads, segment_count, sum_only;
+  int heads, key_heads, value_heads, first_head, group_heads, segment_count;
+};
+
+constexpr int C = 64, GROUPS = K / 64, THREADS = 128 * GROUPS;
+
+enum Kind { STATES, U_BACK, H_BACK };
+
+// Where a block is: one segment of a sequence, one head.
+struct Walk {
+  int sequence, first, end, before, after, index, head, key_head, value_head;
+  long long in_group;
+  DEVICE Walk(const ScanArguments& a) {
+    index = blockIdx.x / a.group_heads;
+    in_group = blockIdx.x % a.group_heads;
+    const int* row = a.segments + 5 * index;
+    sequence = row[0], first = row[1], end = row[2], before = row[3], after = row[4];
+    head = a.first_head + (int)in_group;
+    key_head = head / (a.heads / a.key_heads), value_head = head / (a.heads / a.value_heads);
+  }
 };

@@ -1,0 +1,99 @@
+// A chunk's tiles on their way to shared memory, and the products that add them to a state: left^T right,
+// `left` weighted by token in registers, `right` as it came.
+
+// Starts copying a tile [C, D], rows of one head of [tokens, heads, D] from `token`; zeros past its length.
+template <int D>
+DEVICE void copy_tile(u32 to, const u16* array, int token, int heads, int head, int length) {
+  constexpr int LANES = D / 8, STEP = THREADS / LANES;
+  static_assert(STEP % 8 == 0);  // one swizzle for all pieces of a thread
+  int row = threadIdx.x / LANES, column = threadIdx.x % LANES * 8;
+  const u16* source = array + ((long long)(token + row) * heads + head) * D + column;
+  to += swizzled(C, row, column);
+#pragma unroll
+  for (int i = 0; i < C / STEP; i++)
+    copy_pieces(to + i * STEP * 128, source + (long long)(i * STEP * D) * heads, row + i * STEP < length);
+}
+
+// Of a chunk, those that are weighted and multiplied: STATES k, v. U_BACK q, x, do. H_BACK k, x, y.
+template <int KIND, bool OF_H, int TILE>
+DEVICE void copy_tiles(u32 to, const ScanArguments& a, const Walk& at, int token, int length) {
+  if constexpr (KIND == U_BACK) {
+    copy_tile<K>(to, a.q, token, a.heads, at.head, length);
+    copy_tile<V>(to + 2 * TILE, a.d_o, token, a.heads, at.head, length);
+  } else {
+    copy_tile<K>(to, a.k, token, a.key_heads, at.key_head, length);
+  }
+  if constexpr (KIND != STATES) copy_tile<K>(to + TILE, a.x, token, a.heads, at.head, length);
+  if constexpr (KIND == H_BACK) copy_tile<K>(to + 2 * TILE, a.y, token, a.group_heads, (int)at.in_group, length);
+  if constexpr (KIND == STATES && !OF_H)
+    copy_tile<V>(to + TILE, a.v, token, a.value_heads, at.value_head, length);
+}
+
+// The lane's address in a tile for `load_transposed` of the warp's 16 columns and the first 16 tokens: as a
+// left operand's registers have them. Those of the next 16 tokens lie SLICE bytes further.
+constexpr int SLICE = 16 * 128;
+DEVICE u32 left_place() {
+  int lane = threadIdx.x % 32;
+  return swizzled(C, lane / 16 * 8 + lane % 8, threadIdx.x / 32 * 16 + lane / 8 % 2 * 8);
+}
+
+// Inputs times weights, both first - second, with 16 bits or more: what rounding a product of two such numbers
+// leaves is one itself.
+DEVICE void weigh(u32 (&first)[4], u32 (&second)[4], const u32 (&a)[4], const uint4& weight) {
+#pragma unroll
+  for (int b = 0; b < 2; b++) {
+    u32 most = b ? weight.z : weight.x, less = b ? weight.w : weight.y, minus = minus_inputs(most);
+#pragma unroll
+    for (int i = 2 * b; i < 2 * b + 2; i++) {
+      first[i] = times_inputs(a[i], most);
+      second[i] = times_plus_inputs(a[i], less, times_plus_inputs(a[i], minus, first[i]));
+    }
+  }
+}
+
+// The same of z = q + alpha (x - q), weighted.
+DEVICE void mix(u32 (&first)[4], u32 (&second)[4], const u32 (&q)[4], const u32 (&x)[4], const float4 (&weight)[2]) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    float2 of_q = widen(q[i]);
+    const float4& w = weight[i / 2];
+    float z[2] = {of_q.x * w.x + low_half(x[i]) * w.z, of_q.y * w.y + high_half(x[i]) * w.w};
+    first[i] = narrow(z[0], z[1]);
+    float2 back = widen(first[i]);
+    second[i] = narrow(back.x - z[0], back.y - z[1]);
+  }
+}
+
+// d += left^T right for one chunk. Tiles: STATES k, v. U_BACK q, x, do. H_BACK k, x, y. A warpgroup's 64 rows
+// of the state are 64 columns of `left`.
+template <int KIND, bool OF_H, int TILE, int N>
+DEVICE void add_chunk(float (&d)[N], u32 tiles, const Gates& gate) {
+  u32 place = tiles + left_place(), c = threadIdx.x % 4;
+  constexpr int RIGHT = OF_H ? 0 : KIND == STATES ? 1 : 2;
+  u64 right = descriptor(tiles + RIGHT * TILE, C * 128, 1024), x = descriptor(tiles + TILE, C * 128, 1024);
+#pragma unroll
+  for (int s = 0; s < C / 16; s++) {
+    u32 a[4], other[4], first[4], second[4];
+    if constexpr (KIND == H_BACK) {
+      load_transposed(other, place + 2 * TILE + s * SLICE);
+      uint2 weight = ((const uint2*)(gate.pairs + C))[4 * s + c];
+#pragma unroll
+      for (int i = 0; i < 4; i++) other[i] = times(other[i], i < 2 ? weight.x : weight.y);
+      mma_begin();
+      mma<1, 1>(d, other, advance(x, s * SLICE), true);
+    }
+    load_transposed(a, place + s * SLICE);
+    if constexpr (KIND == U_BACK) {
+      load_transposed(other, place + TILE + s * SLICE);
+      const float4* weight = (const float4*)gate.pairs + 8 * s + 2 * c;
+      mix(first, second, a, other, {weight[0], weight[1]});
+    } else {
+      weigh(first, second, a, ((const uint4*)gate.pairs)[4 * s + c]);
+    }
+    mma_begin();
+    mma_inputs<1>(d, first, advance(right, s * SLICE));
+    mma_inputs<-1>(d, second, advance(right, s * SLICE));
+    mma_commit();
+    if (s > 0) mma_wait<1>();  // the registers of the operands before are free again
+  }
+}

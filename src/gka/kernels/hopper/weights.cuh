@@ -1,0 +1,122 @@
+// What the tokens of a chunk weigh in the products that add it to a state, made by one warp a chunk ahead.
+
+// A weight in units of the state: the most before the state is rescaled, and what is then the largest.
+// Weighted inputs in bfloat16 have float32's range; in float16 they stay below the inputs themselves.
+template <int KIND>
+struct Room {
+  static constexpr float MOST = KIND == H_BACK ? 1024.f : BF16 ? 0x1p60f : .5f;
+  static constexpr float LARGEST = KIND == H_BACK || BF16 ? 1.f : .5f;
+};
+
+// Of pairs of tokens 2 p and 2 p + 1, weights / unit. As a left operand's registers take them, see `place`:
+// STATES and, of the keys, H_BACK: differences of two. H_BACK, behind them: of y, in float16.
+// U_BACK: float32, of q and of x.
+struct alignas(16) Gates {
+  u32 pairs[2 * C];
+  float rescale;  // of the state before the chunk is added
+  float unit, start;
+};
+
+// Of pair p among those that are read together: 8 s + c and 8 s + 4 + c, s the slice of 16 tokens.
+DEVICE int place(int pair) { return pair / 8 * 8 + pair % 4 * 2 + pair / 4 % 2; }
+
+DEVICE float inverse(float x) { return x > TINY ? __fdividef(1.f, x) : 0.f; }
+
+// Two numbers as differences of pairs of the inputs' numbers.
+DEVICE uint2 split(float low, float high) {
+  u32 first = narrow(low, high);
+  float2 back = widen(first);
+  return {first, narrow(back.x - low, back.y - high)};
+}
+
+// What a chunk's weights are made of: per token, zero past the chunk's end. Arrays without a gate stay unread.
+struct alignas(16) Numbers {
+  float g[C], beta[C], alpha[C], x_scale[C], y_scale[C], key_weight[C];
+};
+
+// Starts copying the two numbers of a lane's tokens.
+DEVICE void copy_numbers(float* to, const float* from, int first, int heads, int head, int length) {
+  int row = 2 * (threadIdx.x % 32);
+  const float* source = from + (long long)(first + row) * heads + head;
+  copy_number(to + row, source, row < length), copy_number(to + row + 1, source + heads, row + 1 < length);
+}
+
+// Lane l of the warp makes the weights of tokens 2 l and 2 l + 1.
+template <int KIND>
+struct Weights {
+  float unit = 0.f, decays = 0.f;  // decays: the sum so far of log decays
+  float start = 0.f;               // H_BACK: the multiple of H that is not in the accumulators
+
+  // Starts copying what those of the chunk of `length` tokens from `first` are made of.
+  DEVICE static void copy(Numbers& to, const ScanArguments& s, const float* decay, const Walk& at, int first,
+                          int length) {
+    auto copy = [&](float* array, const float* from) {
+      if (from != nullptr) copy_numbers(array, from, first, s.heads, at.head, length);
+    };
+    copy(to.g, decay);
+    if constexpr (KIND == U_BACK) copy(to.alpha, s.alpha);
+    if constexpr (KIND != U_BACK) copy(to.beta, s.beta);
+    if constexpr (KIND != STATES) copy(to.x_scale, s.x_scale);
+    if constexpr (KIND == H_BACK) {
+      copy_numbers(to.y_scale, s.y_scale, first, s.group_heads, (int)at.in_group, length);
+      copy_numbers(to.key_weight, s.key_weight, first, s.group_heads, (int)at.in_group, length);
+    }
+  }
+
+  // Makes room for weights up to `largest`.
+  DEVICE float rescale(float largest, float whole) {
+    float old = unit * whole, factor = 1.f;
+    unit = old;
+    if (largest > Room<KIND>::MOST * old || old <= TINY) {
+      unit = fmaxf(old, largest * (1.f / Room<KIND>::LARGEST));
+      factor = old * inverse(unit);
+      unit = unit > TINY ? unit : 0.f;
+    }
+    return factor;
+  }
+
+  // `chunk`: the index of its numbers among [M, G].
+  DEVICE void make(Gates& to, const Numbers& from, const ScanArguments& s, const float* decay, long long chunk) {
+    int lane = threadIdx.x % 32, row = 2 * lane;
+    float start_weight = KIND == H_BACK ? s.start_weight[chunk] : 0.f;
+    float key_max = KIND == H_BACK ? s.key_maxima[chunk] : 0.f;
+    float2 g = {0.f, 0.f};
+    if (decay != nullptr) g = *(const float2*)(from.g + row);
+    float sum = g.x + g.y;
+#pragma unroll
+    for (int i = 1; i < 32; i <<= 1) {
+      float before = __shfl_up_sync(~0u, sum, i);
+      if (lane >= i) sum += before;
+    }
+    float total = __shfl_sync(~0u, sum, 31), whole = __expf(total), log_decay[2] = {sum - g.y, sum};
+    float first[2], second[2], largest = 0.f;
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+      float to_end = __expf(total - log_decay[e]), since_start = __expf(log_decay[e]);
+      float beta = s.beta == nullptr ? 1.f : from.beta[row + e], beta2 = beta * beta;
+      if constexpr (KIND == STATES) {
+        first[e] = to_end * beta2, second[e] = 0.f;
+      } else if constexpr (KIND == U_BACK) {
+        float alpha = s.alpha == nullptr ? 1.f : from.alpha[row + e], weight = since_start * s.scale;
+        first[e] = weight * (1.f - alpha), second[e] = weight * alpha * from.x_scale[row + e];
+      } else {
+        first[e] = -.5f * from.key_weight[row + e] + start * whole * to_end * beta2;
+        second[e] = -since_start * (from.x_scale[row + e] * from.y_scale[row + e]);
+      }
+      float share = KIND != H_BACK ? 1.f : BF16 ? 0x1p-20f : key_max * .0625f;
+      largest = fmaxf(largest, fmaxf(fabsf(first[e]) * share, fabsf(second[e])));
+    }
+    to.rescale = rescale(warp_max(largest), whole);
+    float per_unit = inverse(unit);
+#pragma unroll
+    for (int e = 0; e < 2; e++) first[e] *= per_unit, second[e] *= per_unit;
+    if constexpr (KIND == U_BACK) {
+      ((float4*)to.pairs)[place(lane)] = float4{first[0], first[1], second[0], second[1]};
+    } else {
+      ((uint2*)to.pairs)[place(lane)] = split(first[0], first[1]);
+      if constexpr (KIND == H_BACK) to.pairs[C + place(lane)] = pack(second[0], second[1]);
+    }
+    start = (start * whole) * whole - .5f * start_weight;
+    decays += total, to.unit = unit, to.start = start;
+  }
+};
