@@ -2,9 +2,9 @@
 
 `sums.cu`, `combine.cu`, `scan.cu`: H and U at chunk starts, and their gradients at chunk ends. `forward.cu`:
 ridge, solve, mix, readout. `adjoint.cu`: readout's and mix's adjoint, solve. `gradients.cu`: keys, values,
-decays, write gate. Tensor cores take float16 operands, each scaled by its largest entry; in sums.cu the inputs
-as they came, and weighted ones as differences of two. Nothing here chooses or differentiates; the structures
-mirror those of chunk.cuh and scan.cuh.
+decays, write gate. Tensor cores take float16 operands, each scaled by its largest entry; in sums.cu the
+inputs as they came, and weighted ones as pairs of numbers. Nothing here chooses or differentiates; the
+structures mirror those of chunk.cuh and scan.cuh.
 """
 
 import ctypes
