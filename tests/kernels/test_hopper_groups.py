@@ -40,7 +40,6 @@ def launches(monkeypatch, t: Tokens, solver: str, seen=lambda: None) -> list[tup
     `seen` is called at every launch.
     """
     from gka.kernels import hopper, launch
-    from gka.kernels.hopper import calls
 
     made = []
 
@@ -49,7 +48,6 @@ def launches(monkeypatch, t: Tokens, solver: str, seen=lambda: None) -> list[tup
         made.append((kernel, blocks, given.first_head, given.group_heads, pointers(given)))
 
     monkeypatch.setattr(hopper, "run", record)
-    monkeypatch.setattr(calls, "_multiprocessors", lambda device: 132)
     monkeypatch.setattr(launch, "CHUNK_HEADS", 4 * CHUNKS)
     settings = Settings(1.0, 0.02, 30, 64, True, False, solver)  # pyright: ignore[reportArgumentType]
     x = torch.randn(1, T, HEADS, DIM).half()

@@ -42,7 +42,7 @@ _POINTERS = (
 _FLOATS = ("scale", "ridge_ratio", "empty_below")
 _INTS = (
     "num_iter", "heads", "key_heads", "value_heads", "first_head", "group_heads", "first_chunk",
-    "h_blocks", "stagger", "multiprocessors",
+    "h_blocks",
 )  # fmt: skip
 
 

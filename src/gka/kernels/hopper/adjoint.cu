@@ -112,7 +112,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   extern __shared__ unsigned char raw[];
   Shared& s = *(Shared*)(raw + (-(int)shared_address(raw) & 1023));
   Place at(a);
-  stagger_blocks(a);
   float k_max, alpha[2], y[K / 2];
   float4* held = (float4*)s.u;  // dz of this thread, in its own places
   GateLoads gates;

@@ -1,6 +1,5 @@
 """The Hopper kernels in the place of their Triton counterparts: arguments from a call's sizes and scratch."""
 
-import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -13,8 +12,6 @@ from gka.maths.ridge import empty_below
 if TYPE_CHECKING:
     from gka.kernels.arrays import Adjoint, Ends, Heads, Maxima, Moments
     from gka.kernels.call import Launch
-
-STAGGER = 20_000  # ns that one block of a pair waits once; tried from 5 to 30 us (docs/log.md)
 
 
 def solve_and_readout(
@@ -96,7 +93,6 @@ def _places(run: "Launch") -> dict:
     return {
         "chunk_start": None if chunks.whole else chunks.start, "chunk_length": chunks.length,
         "heads": run.H, "key_heads": run.HK, "value_heads": run.HV, "first_chunk": 0, "h_blocks": run.NK,
-        "multiprocessors": _multiprocessors(run.t.q.device),
     }  # fmt: skip
 
 
@@ -116,9 +112,6 @@ def _run(run: "Launch", heads: "Heads", kernel: str, given: Callable[[], dict]) 
     if blocks == 0:
         return
     arguments = _arguments(run, heads, kernel, hopper.Arguments, given)
-    resident = hopper.BLOCKS[max(run.K, run.V)] * arguments.multiprocessors
-    # only long runs of blocks gain by the wait
-    arguments.stagger = STAGGER if blocks >= 4 * resident else 0
     hopper.run(kernel, run.t.q, run.V, run.settings.solver == "adaptive", (blocks, 1), arguments)
 
 
@@ -131,11 +124,6 @@ def _arguments(
         held = run.arguments[kernel] = hopper.fill(structure(), given())
     held.first_head, held.group_heads = heads.args
     return held
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 Sums = tuple[Tensor | None, Tensor | None, Tensor | None]

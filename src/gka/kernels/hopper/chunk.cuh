@@ -38,7 +38,6 @@ struct Arguments {
   float scale, ridge_ratio, empty_below;
   int num_iter, heads, key_heads, value_heads, first_head, group_heads, first_chunk;
   int h_blocks;
-  int stagger, multiprocessors;  // ns that every second block of the first wave waits; see stagger_blocks
 };
 
 // Over the block; `scratch` [8] floats. Ends and begins with a barrier.
@@ -214,13 +213,6 @@ struct Shared {
   float key_norm2[C];  // |k16_j|^2
 #endif
 };
-
-// The blocks of a multiprocessor start together; one of each pair waits once, so that from then on the
-// tensor cores work for one while the other loads and stores.
-DEVICE void stagger_blocks(const Arguments& a) {
-  int wave = blockIdx.x / a.multiprocessors;
-  if (a.stagger > 0 && wave > 0 && wave < BLOCKS) __nanosleep(a.stagger * wave);
-}
 
 // Starts the copies of both states.
 DEVICE void copy_states(Shared& s, const Arguments& a, const Place& at) {

@@ -5,7 +5,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   extern __shared__ unsigned char raw[];
   Shared& s = *(Shared*)(raw + (-(int)shared_address(raw) & 1023));
   Place at(a);
-  stagger_blocks(a);
   int value_head = at.head / (a.heads / a.value_heads);
   float k_max, v_max, x[K / 2], rhs[K / 2];
   System system;

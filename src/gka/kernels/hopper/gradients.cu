@@ -6,7 +6,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   extern __shared__ unsigned char raw[];
   Tiles& s = *(Tiles*)(raw + (-(int)shared_address(raw) & 1023));
   Place at(a);
-  stagger_blocks(a);
   float dk[K / 2], d_beta2[2] = {0.f, 0.f}, one[2] = {1.f, 1.f}, k_max;
   {
     Largest most = load_tiles(s, a, at);
