@@ -96,17 +96,39 @@ DEVICE void tighten(Iteration& it, const Ridge& r, const float (&w)[C / 2], cons
     for (int j = 0; j < K / 8; j++)
       unit[2 * j + b] = pack(u[4 * j + 2 * b] * length, u[4 * j + 2 * b + 1] * length);
   }
+  // w_t^T H_t w_t / F_t
+  float rayleigh[2] = {0.f, 0.f}, along[C / 2];
+  mma_begin();
+  product<K, 1, true, C>(along, unit, shared_address(s.k), false);
+  mma_commit();
+  product<K, 1, true, K>(u, unit, shared_address(s.h), false);
+  mma_commit();
 #pragma unroll
   for (int n = 0; n < K / 16; n++)
     it.vectors[n * THREADS + at.thread] =
         uint4{unit[4 * n], unit[4 * n + 1], unit[4 * n + 2], unit[4 * n + 3]};
-  // |R_t|_2 / F_t by trace and Frobenius norm (Wolkowicz and Styan). |R_t|_F^2/F_t^2 = 1 - 2 s w^T H_t w/F_t + s^2
-  // with s = strength, and w^T H_t w >= w^T N_t w = s F_t: finding w^T H_t w costs what it saves (docs/log.md).
+  mma_wait<0>();
+  hold(along), hold(u);
+#pragma unroll
+  for (int b = 0; b < 2; b++) {
+    float past = 0.f, own = 0.f;
+#pragma unroll
+    for (int j = 0; j < K / 8; j++)
+      past += u[4 * j + 2 * b] * low_half(unit[2 * j + b]) + u[4 * j + 2 * b + 1] * high_half(unit[2 * j + b]);
+#pragma unroll
+    for (int j = 0; j < C / 8; j++)
+#pragma unroll
+      for (int e = 0; e < 2; e++)
+        own += w[4 * j + 2 * b + e] * along[4 * j + 2 * b + e] * along[4 * j + 2 * b + e];
+    rayleigh[b] = quad_sum(r.zeta[b] * h_scale * past + k2 * own) * inverse[b];
+    trace[b] = (r.zeta[b] * h_trace + k2 * quad_sum(trace[b])) * inverse[b];
+  }
+  // |R_t|_2 / F_t by trace and Frobenius norm (Wolkowicz and Styan)
   float worst = 0.f;
 #pragma unroll
   for (int b = 0; b < 2; b++) {
-    float whole = (r.zeta[b] * h_trace + k2 * quad_sum(trace[b])) * inverse[b];
-    float mean = (whole - strength[b]) * (1.f / K), square = 1.f - strength[b] * strength[b];
+    float mean = (trace[b] - strength[b]) * (1.f / K);
+    float square = 1.f - 2.f * strength[b] * rayleigh[b] + strength[b] * strength[b];
     float slack = SLACK_OWN * r.own2[b] * inverse[b] * inverse[b] + SLACK_SUM;
     float spread = (1.f - 1.f / K) * fmaxf(square - K * mean * mean, 0.f) + slack;
     if (at.valid(b) && !empty[b]) worst = fmaxf(worst, mean + sqrtf(spread) + SLACK_OPERATOR);
