@@ -72,6 +72,7 @@ def test_every_result_is_that_of_float64(name: str, backend: str) -> None:
 
 ADAPTIVE: dict[str, dict[str, Any]] = {
     "bfloat16 128 x 128": {"dtype": BF16, "dims": (128, 128), "batch": 2},
+    "bfloat16 64 x 64": {"dtype": BF16, "dims": (64, 64)},
     "float16 64 x 128, grouped, packed, separate decays": {
         "dtype": F16, "dims": (64, 128), "heads": GROUPED, "lengths": PACKED, "decay": "separate",
     },

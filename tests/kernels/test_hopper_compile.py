@@ -18,7 +18,9 @@ pytestmark = pytest.mark.skipif(
 SHARED = 227 * 1024  # bytes of a multiprocessor that blocks can have
 RESERVED = 1024  # of them each block's own
 REGISTERS = 65536
-STACK = 320  # bytes a thread: spilled registers, none in a loop; the most is 304 (adjoint, adaptive)
+STACK = (
+    320  # bytes a thread: spilled registers, none in a loop; the most is 304 (adjoint, adaptive)
+)
 SOLVES = ("forward", "adjoint")
 # every kernel at both widths, both solvers, both 16-bit dtypes, and mixed dims: about 30 s on a core
 CASES = [

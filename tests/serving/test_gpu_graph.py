@@ -69,6 +69,20 @@ def test_same_text_in_every_turn(
     assert_same(recorded, plain)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_splits_do_not_matter(build: Build, ids: Ids, head_dim: int) -> None:
+    """Greedy text of 256 tokens in float32 is the same for any split of the prompt into appends, chunks and
+    single steps."""
+    model, prompt = gpu_model(build, F32, head_dim=head_dim), ids(2, 150)
+    found = []
+    for chunk, cuts in ((4096, ()), (1, ()), (7, ()), (64, (50,)), (20, (1, 2, 40, 149))):
+        session = GenerationSession(model, prefill_chunk=chunk)
+        for part in torch.tensor_split(prompt, cuts, 1):
+            session.append(part)
+        found.append(text(session, 256))
+    assert all(torch.equal(x, found[0]) for x in found) and len(found[0].unique()) > 5
+
+
 @pytest.mark.parametrize(
     "options", [{"solver": "adaptive"}, {"backend": "triton"}, {"head_dim": 32}]
 )

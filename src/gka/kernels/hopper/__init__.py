@@ -153,7 +153,7 @@ def shared_bytes(kernel: str, key_dim: int, value_dim: int) -> int:
         return 2 * tiles + 4 * (15 * CHUNK + 8) + 1024
     tiles = 2 * (key_dim * key_dim + CHUNK * (key_dim + widest) + CHUNK * CHUNK)
     tiles += max(2 * key_dim * value_dim, 4 * CHUNK * key_dim)
-    return tiles + 4 * (5 * CHUNK + 16) + 1024
+    return tiles + 4 * (5 * CHUNK + 20) + 1024
 
 
 _COMPILERS = ThreadPoolExecutor(max_workers=8, thread_name_prefix="gka-compile")

@@ -12,7 +12,7 @@ DEVICE void readout_adjoint(float (&dz)[K / 2], u32 (&d_o)[V / 4], const float (
   load_raw<K>(x, a.x, a.heads, at.head, at);
 #pragma unroll
   for (int n = 0; n < V / 64; n++) {
-    u_scale[n] = a.u_scales[at.state * (V / 64) + n];
+    u_scale[n] = s.u_scales[n];
     u_max = fmaxf(u_max, u_scale[n]);
   }
   u_max = u_max > TINY ? u_max : 1.f;

@@ -212,6 +212,7 @@ struct Shared {
 #if ADAPTIVE
   float key_norm2[C];  // |k16_j|^2
 #endif
+  float u_scales[V / 64];
 };
 
 // Starts the copies of both states.
@@ -223,7 +224,7 @@ DEVICE void copy_states(Shared& s, const Arguments& a, const Place& at) {
 // Decays, write gates and numbers of H_[c] on their way: asked for first, for all else waits behind them.
 struct GateLoads {
   float2 decay;
-  float beta, h_scale, h_norm2;
+  float beta, h_scale, h_norm2, u_scale;
   DEVICE void load(const Arguments& a, const Place& at) {
     int row = at.thread % C;
     decay = load_decays(at.thread / 32 % 2 ? a.g : a.gk, a, at);
@@ -231,11 +232,14 @@ struct GateLoads {
     if (a.beta != nullptr) beta = a.beta[(at.start + (row < at.length ? row : 0)) * a.heads + at.head];
     if (row >= at.length) beta = 0.f;
     h_scale = a.h_scales[at.state * a.h_blocks], h_norm2 = a.h_norms[at.state * a.h_blocks];
+    u_scale = a.u_scales[at.state * (V / 64) + at.thread % (V / 64)];
   }
   // Every warp sums, two the same: shuffles stay out of branches.
   DEVICE void store(Shared& s, const Place& at) const {
     sum_decays(at.thread / 32 % 2 ? s.decay_u : s.decay_h, decay, at);
     s.beta2[at.thread % C] = beta * beta;
+    if (at.thread < V / 64) s.u_scales[at.thread] = u_scale;
+    __syncwarp();
   }
 };
 

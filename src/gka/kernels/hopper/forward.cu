@@ -72,10 +72,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   float size = k_max * v_max;
 #pragma unroll
   for (int n = 0; n < V / 64; n++) {
-    float u_scale = a.u_scales[at.state * (V / 64) + n];
     float past[2];
 #pragma unroll
-    for (int b = 0; b < 2; b++) past[b] = __fdividef(power_of_two(s.decay_u[at.row[b]]) * u_scale, size);
+    for (int b = 0; b < 2; b++) past[b] = __fdividef(power_of_two(s.decay_u[at.row[b]]) * s.u_scales[n], size);
 #pragma unroll
     for (int i = 32 * n; i < 32 * n + 32; i++) o[i] *= past[i / 2 % 2];
   }
