@@ -7,14 +7,17 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Sequence
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, silu
 
+from gka.maths import nystroem
 from gka.maths.chebyshev import chebyshev_bound, chebyshev_solve, chebyshev_weights
 from gka.maths.chunked import Chunks, Settings, Tokens
 from gka.maths.exact import exact_solve
+from gka.maths.system import Relative
 from gka.ops import chunk_gka, chunk_simple_gla, solver_steps
 from gka.ops.checks import check_solver
 from gka.ops.reference import reference_gka
@@ -268,6 +271,31 @@ def steps() -> None:
     )
 
 
+def vectors() -> None:
+    """Table 9: mean steps of solver="adaptive" by v: the torch form's, and that of the Hopper kernels.
+
+    Of keys as they are, and of keys each with a random sign.
+    """
+    rows = []
+    kinds = ("Gaussian", "SiLU", "SiLU, mean 1", "SiLU of power law")
+    for kind, decay in itertools.product(kinds, (-1e-3, -1e-2, -1e-1)):
+        torch.manual_seed(SEED)
+        k, gk = family(kind, 4096, 128), torch.full((1, 4096, 1), decay)
+        signs = torch.randint(2, (1, 4096, 1, 1)) * 2 - 1
+        cells = []
+        for keys in (k, k * signs):
+            for choice in (nystroem.leading_vector, mean_key):
+                with patch.object(nystroem, "leading_vector", choice):
+                    cells.append(f"{solver_steps(keys, gk)[0, ::64, 0].double().mean():.1f}")
+        rows.append([kind, decay, *cells])
+    table(["keys", "gk", "v of S", "mean key", "random signs: v of S", "mean key"], rows)
+
+
+def mean_key(relative: Relative) -> Tensor:
+    """v [M,H,K] along the sum of a chunk's unit keys."""
+    return normalize(relative.k.sum(2), dim=-1).expand(*relative.h.shape[:2], -1)
+
+
 def cost() -> None:
     """Table 8: processor time of solver="adaptive" over "chebyshev", median and range of 5 repeats."""
     rows = []
@@ -296,7 +324,8 @@ def cost() -> None:
 
 
 TABLES: dict[str, Callable[[], None]] = {
-    f.__name__: f for f in (bound, forms, dtypes, convention, decay_gradient, failures, steps, cost)
+    f.__name__: f
+    for f in (bound, forms, dtypes, convention, decay_gradient, failures, steps, vectors, cost)
 }
 
 
