@@ -127,7 +127,7 @@ def forward_flops(size: Size) -> float:
     return float(size.batch * size.length * size.heads * (NUM_ITER * step_flops(d) + rest))
 
 
-def ours(solver: str, backend: str) -> Contender:
+def ours(solver: str, backend: str, num_iter: int = NUM_ITER) -> Contender:
     def load() -> Callable[[Inputs], Tensor]:
         known = "solver" in inspect.signature(chunk_gka).parameters
         if solver != "chebyshev" and not known:
@@ -136,7 +136,7 @@ def ours(solver: str, backend: str) -> Contender:
 
         def call(x: Inputs) -> Tensor:
             o, _ = chunk_gka(
-                x.q, x.k, x.v, x.g, x.g, x.alpha, num_iter=NUM_ITER, beta=x.beta, backend=backend,
+                x.q, x.k, x.v, x.g, x.g, x.alpha, num_iter=num_iter, beta=x.beta, backend=backend,
                 **more,
             )  # fmt: skip
             return o

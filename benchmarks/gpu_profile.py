@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 from benchmarks import contenders as registry
 from benchmarks import gpu_layer, kernel_profile
-from benchmarks.contenders import Contender, reason
+from benchmarks.contenders import Contender, Inputs, reason
 from benchmarks.kernel_profile import Kernel
 
 if TYPE_CHECKING:
     from benchmarks.gpu import Bench
 
+FEW = 10  # steps that the loop's speed is measured from
 MEMORY = {
     "kept_bytes": "kept for the backward pass, output included",
     "peak_bytes": "peak, inputs, gradients and a layer's weights included",
@@ -69,10 +70,18 @@ def of_op(bench: "Bench", op: Contender, entry: dict) -> None:
     kernels = kernel_profile.kernels(found["forward+backward"], bench.watch)
     entry |= sums(kernels)
     if bench.watch.cuda:
-        loop = registry.NUM_ITER * registry.step_flops(size.dim)
-        flops = float(size.batch * size.length * size.heads * loop)
+        flops = float(size.batch * size.length * size.heads * registry.step_flops(size.dim))
+        few, many = (forward_kernels(bench, inputs, steps) for steps in (FEW, registry.NUM_ITER))
         peak = bench.result["card"].get("matmul_tflops")
-        entry["speeds"] = kernel_profile.solve_speeds(kernels, flops, peak)
+        more = registry.NUM_ITER - FEW
+        entry["speeds"] = [kernel_profile.loop_speed(few, many, flops, more, peak)]
+
+
+def forward_kernels(bench: "Bench", inputs: Inputs, num_iter: int) -> list[Kernel]:
+    op = registry.ours("chebyshev", bench.backend, num_iter)
+    return kernel_profile.kernels(
+        registry.passes(op.load(), inputs, op.leaves)["forward"], bench.watch
+    )
 
 
 def of_layer(bench: "Bench", name: str, build: gpu_layer.Build, entry: dict) -> None:

@@ -50,18 +50,29 @@ def table(found: list[Kernel]) -> str:
     return "\n".join([*lines, f"{1e3 * ms:10.1f} {launches:6g} {'':6}  in all"])
 
 
-def solve_speeds(found: list[Kernel], loop_flops: float, peak: float | None) -> list[str]:
-    """What each solve kernel's loop alone reaches.
+def solve(found: list[Kernel]) -> Kernel:
+    """The forward pass's kernel that holds the solve's loop.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for kernel in found:
+        if "gka_forward" in kernel.name or "solve_kernel" in kernel.name:
+            return kernel
+    raise ValueError("no kernel of the solve was found")
+
+
+def loop_speed(
+    few: list[Kernel], many: list[Kernel], flops: float, steps: int, peak: float | None
+) -> str:
+    """What the solve's loop alone reaches, from the same pass with few steps and with many.
 
     Args:
-        found: what was profiled on a GPU.
-        loop_flops: of the loop of one launch.
+        flops: of one step of all.
+        steps: how many more the second takes.
         peak: TFLOP/s of the card, if known.
     """
-    lines = []
-    for kernel in found:
-        if "solve" in kernel.name:
-            tera = loop_flops * kernel.launches / kernel.us / 1e6
-            share = "" if peak is None else f", {tera / peak:.0%} of the card's peak"
-            lines.append(f"{kernel.name[:60]}: {tera:.0f} TFLOP/s counting its loop alone{share}")
-    return lines
+    us = (solve(many).us - solve(few).us) / steps
+    tera = flops / us / 1e6
+    share = "" if peak is None else f", {tera / peak:.0%} of the card's peak"
+    return f"the solve's loop: {us:.2f} us a step, {tera:.0f} TFLOP/s{share}"

@@ -241,3 +241,17 @@ def test_wrong_options_are_refused_by_name(run, arguments, message, capsys, monk
         run(*arguments)
     assert stop.value.code == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_speed_of_the_loop(gpu) -> None:
+    """Twenty more steps that take 200 us, 1e9 operations each: 10 us a step, 100 TFLOP/s."""
+    from benchmarks import kernel_profile as profiled
+
+    few, many = (
+        [profiled.Kernel("copy", 900.0, 1), profiled.Kernel("gka_forward", us, 1)]
+        for us in (50.0, 250.0)
+    )
+    told = profiled.loop_speed(few, many, 1e9, 20, 200.0)
+    assert told == "the solve's loop: 10.00 us a step, 100 TFLOP/s, 50% of the card's peak"
+    with pytest.raises(ValueError, match="no kernel of the solve"):
+        profiled.loop_speed(few[:1], many, 1e9, 20, None)
