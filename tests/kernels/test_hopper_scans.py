@@ -22,6 +22,7 @@ EMULATED = {"tensor_cores", "numbers", "inputs"}  # what scans.cpp has in their 
 C = hopper.CHUNK
 SUMMED = 3e-5  # weighted inputs have 16 bits, sums float32's
 HALVES = 4e-4  # weighted solutions are rounded to float16, and so are their weights
+STORED = 1e-3  # of states in float16, whose bounds are loose
 SMALL = 2e-4  # weighted float16 inputs are multiples of 2^-24, as inputs are: here of size 1e-3
 
 
@@ -100,6 +101,8 @@ class Problem:
         self.case = case
         (H, HK, HV), (K, V), T = case.heads, case.dims, sum(case.lengths)
         self.first, self.count = case.group
+        self.own = range(self.first, self.first + self.count)
+        self.kept: dict[str, Tensor] = {}
         self.q = torch.randn(T, H, K).to(case.dtype)
         self.k = (torch.randn(T, HK, K) * case.size).to(case.dtype)
         self.v, self.do = torch.randn(T, HV, V).to(case.dtype), torch.randn(T, H, V).to(case.dtype)
@@ -218,14 +221,23 @@ def arguments(problem: Problem) -> tuple[hopper.ScanArguments, dict[str, Tensor]
     for of, width in (("h", K), ("u", V)):
         written[f"{of} sums"] = torch.full((S, problem.count, K, width), torch.nan)
         written[f"{of} decays"] = torch.full((S, problem.count), torch.nan)
+        shape, blocks = (len(problem.start), problem.count), width // 64
+        written[f"{of} states"] = torch.full((*shape, K, width), torch.nan, dtype=F16)
+        for name in ("bounds", "norms", "wholes"):
+            written[f"{of} {name}"] = torch.full((*shape, blocks), torch.nan)
+        written[f"{of} last"] = torch.full((len(case.lengths), case.heads[0], K, width), torch.nan)
         sides[of] = hopper.Side()
         hopper.fill(
             sides[of],
             {
                 "g": problem.g, "boundary": problem.boundary[of], "sums": written[f"{of} sums"],
                 "sum_decays": written[f"{of} decays"],
+                **{name: written[f"{of} {name}"] for name in ("states", "bounds", "last")},
             },
         )  # fmt: skip
+    shape = (len(problem.start), problem.count)
+    written["first"] = torch.full(shape, torch.nan)
+    written["second"] = torch.full((*shape, V // 64), torch.nan)
     (H, HK, HV), made = case.heads, hopper.ScanArguments()
     hopper.fill(
         made,
@@ -237,6 +249,7 @@ def arguments(problem: Problem) -> tuple[hopper.ScanArguments, dict[str, Tensor]
             "chunk_start": problem.start, "chunk_length": problem.length, "scale": SCALE, "heads": H,
             "key_heads": HK, "value_heads": HV, "first_head": problem.first,
             "group_heads": problem.count, "segment_count": S,
+            "first_maxima": written["first"], "second_maxima": written["second"],
         },
     )  # fmt: skip
     return made, written
@@ -276,21 +289,32 @@ def stored(problem: Problem, of: str) -> tuple[Tensor, Tensor, Tensor]:
     return starts, halves, bound.float()[..., None].expand(*bound.shape, blocks).contiguous()
 
 
+def maxima(problem: Problem, x: Tensor) -> Tensor:
+    """Largest magnitudes of chunks [M, heads]."""
+    rows = zip(problem.start, problem.length, strict=True)
+    return torch.stack([x[s : s + n].abs().amax((0, 2)).float() for s, n in rows])
+
+
+def backwards(problem: Problem, made: hopper.ScanArguments) -> dict[str, Tensor]:
+    """Gives the kernels the stored states, which it returns in float64 as stored."""
+    H, HK, _ = problem.case.heads
+    rows, found, kept = maxima(problem, problem.k), {}, problem.kept  # pointers to these are in use
+    kept["key_maxima"] = rows[:, [h // (H // HK) for h in problem.own]].contiguous()
+    for of, side in (("h", made.h), ("u", made.u)):
+        _, halves, bounds = stored(problem, of)
+        kept[of], kept[f"{of} bounds"] = halves, bounds
+        hopper.fill(side, {"stored": halves, "stored_bounds": bounds})
+        found[of] = halves.double() * bounds[..., :1, None].double()
+    hopper.fill(made, {"key_maxima": kept["key_maxima"]})
+    return found
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_segments_end_with_the_gradients_behind_them(name: str, launch) -> None:
     """The same of E, walking backwards: from the ends of segments, with the states' own part of H's."""
     problem = Problem(CASES[name])
     made, written = arguments(problem)
-    starts, halves, bounds = stored(problem, "h")
-    maxima = torch.stack(
-        [
-            problem.k[s : s + n].abs().amax()
-            for s, n in zip(problem.start, problem.length, strict=True)
-        ]
-    )
-    maxima = maxima.float()[:, None].expand(-1, problem.count).contiguous()
-    hopper.fill(made, {"key_maxima": maxima})
-    hopper.fill(made.h, {"stored": halves, "stored_bounds": bounds})
+    starts = backwards(problem, made)["h"]
     summed(launch, "back", problem, made)
     some = problem.segments[:, 1] < problem.segments[:, 2]
     ends = problem.segments[:, 2].long() - 1
@@ -299,3 +323,69 @@ def test_segments_end_with_the_gradients_behind_them(name: str, launch) -> None:
             found, _ = problem.ends(problem.first + own, of, starts[:, own])
             got = written[f"{of} sums"][some, own]
             assert_close(got, found[ends[some]], HALVES if of == "h" else SUMMED, of)
+
+
+def halves(x: Tensor, bounds: Tensor) -> Tensor:
+    """Stored states in float64; their bounds hold, and are the same for all columns."""
+    assert x.isfinite().all()
+    assert (x.abs() <= 1.001).all()
+    assert (bounds == bounds[..., :1]).all()
+    return x.double() * bounds[..., :1, None].double()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_states_at_chunk_starts(name: str, launch) -> None:
+    """H and U at chunk starts and final, norms of H, and the largest keys and values, equal float64's."""
+    problem = Problem(CASES[name])
+    made, written = arguments(problem)
+    hopper.fill(made.h, {"norms": written["h norms"]})
+    summed(launch, "states", problem, made)
+    blocks = len(problem.segments) * problem.count
+    launch("scan_states", problem.case.dims, problem.case.dtype, blocks, made)
+    tolerance = SMALL if problem.case.size < 0.1 else SUMMED
+    for of in "hu":
+        got = halves(written[f"{of} states"], written[f"{of} bounds"])
+        for i, head in enumerate(problem.own):
+            starts, last = problem.states(head, of)
+            assert_close(got[:, i], starts, STORED, of)
+            assert_close(written[f"{of} last"][:, head], last, tolerance, of)
+            if of == "h":
+                assert_close(written["h norms"][:, i].sum(-1), (starts**2).sum((1, 2)), STORED)
+    H, HK, HV = problem.case.heads
+    k, v = maxima(problem, problem.k), maxima(problem, problem.v)
+    for i, head in enumerate(problem.own):
+        assert (written["first"][:, i] == k[:, head // (H // HK)]).all()
+        assert (written["second"][:, i] == v[:, head // (H // HV), None]).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_at_chunk_ends(name: str, launch) -> None:
+    """E of H and U at chunk ends and of the initial states, and decay times <S, E>, equal float64's."""
+    problem = Problem(CASES[name])
+    made, written = arguments(problem)
+    starts = backwards(problem, made)
+    for of, side in (("h", made.h), ("u", made.u)):
+        hopper.fill(side, {"wholes": written[f"{of} wholes"]})
+    summed(launch, "back", problem, made)
+    blocks = len(problem.segments) * problem.count
+    launch("scan_back", problem.case.dims, problem.case.dtype, blocks, made)
+    rows = list(zip(problem.start, problem.length, strict=True))
+    for of in "hu":
+        got = halves(written[f"{of} states"], written[f"{of} bounds"])
+        for i, head in enumerate(problem.own):
+            ends, first = problem.ends(head, of, starts[of][:, i])
+            assert_close(got[:, i], ends, STORED, of)
+            assert_close(written[f"{of} last"][:, head], first, HALVES if of == "h" else SUMMED, of)
+            decay = problem.steps(head, of)[0]
+            whole = torch.stack([decay[s : s + n].prod() for s, n in rows])
+            inner = whole * (starts[of][:, i] * ends).sum((1, 2))
+            assert_close(written[f"{of} wholes"][:, i].sum(-1), inner, STORED, of)
+    do = maxima(problem, problem.do)
+    for i, head in enumerate(problem.own):
+        alpha = problem.head(problem.alpha, head, 1.0)[:, None]
+        x = problem.x[:, head].double() * problem.x_scale[:, head, None].double()
+        z = problem.q[:, head].double() * (1 - alpha) + alpha * x
+        z = maxima(problem, z[:, None])[:, 0]
+        assert (written["second"][:, i] == do[:, head, None]).all()
+        assert (written["first"][:, i] >= z * 0.999).all()
+        assert (written["first"][:, i] <= z * 8).all()

@@ -47,6 +47,9 @@ template <class Read> auto exchange(Words mine, Read read) {
 inline float __shfl_sync(u32, float x, int lane) {
   return __uint_as_float(exchange({bits(x)}, [=](Words* all) { return all[lane & 31].w[0]; }));
 }
+inline u32 __shfl_xor_sync(u32, u32 x, int mask) {
+  return exchange({x}, [=](Words* all) { return all[threadIdx.x % 32 ^ mask].w[0]; });
+}
 inline float __shfl_xor_sync(u32, float x, int mask) { return __shfl_sync(~0u, x, threadIdx.x % 32 ^ mask); }
 inline float __shfl_up_sync(u32, float x, int by) { return __shfl_sync(~0u, x, max((int)threadIdx.x % 32 - by, 0)); }
 inline u32 __ballot_sync(u32, bool yes) {

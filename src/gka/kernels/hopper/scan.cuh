@@ -38,9 +38,9 @@ enum Kind { STATES, U_BACK, H_BACK };
 struct Walk {
   int sequence, first, end, before, after, index, head, key_head, value_head;
   long long in_group;
-  DEVICE Walk(const ScanArguments& a) {
-    index = blockIdx.x / a.group_heads;
-    in_group = blockIdx.x % a.group_heads;
+  DEVICE Walk(const ScanArguments& a, int block) {
+    index = block / a.group_heads;
+    in_group = block % a.group_heads;
     const int* row = a.segments + 5 * index;
     sequence = row[0], first = row[1], end = row[2], before = row[3], after = row[4];
     head = a.first_head + (int)in_group;
