@@ -22,7 +22,7 @@ EMULATED = {"tensor_cores", "numbers", "inputs"}  # what scans.cpp has in their 
 C = hopper.CHUNK
 SUMMED = 3e-5  # weighted inputs have 16 bits, sums float32's
 HALVES = 4e-4  # weighted solutions are rounded to float16, and so are their weights
-STORED = 1e-3  # of states in float16, whose bounds are loose
+STORED = 5e-4  # of states in float16, whose bounds are loose
 SMALL = 2e-4  # weighted float16 inputs are multiples of 2^-24, as inputs are: here of size 1e-3
 
 

@@ -32,11 +32,11 @@ DEVICE void scan(Shared& s, const ScanArguments& a, const Side& side, const Walk
   int count = at.end - at.first, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   bool makes_weights = warp == 0;
   // the chunks of a segment are neighbours, and all but a sequence's last are whole
-  int start = count > 0 ? (int)a.chunk_start[at.first] : 0;
+  int origin = count > 0 ? (int)a.chunk_start[at.first] - at.first * C : 0;
   int last_length = count > 0 ? a.chunk_length[at.end - 1] : 0;
   auto chunk_of = [&](int i) { return BACK ? at.end - 1 - again(i) : at.first + again(i); };
   auto length_of = [&](int i) { return chunk_of(i) == at.end - 1 ? last_length : C; };
-  auto token_of = [&](int i) { return start + (chunk_of(i) - at.first) * C; };
+  auto token_of = [&](int i) { return origin + chunk_of(i) * C; };
   auto index_of = [&](int i) { return chunk_of(i) * a.group_heads + (int)at.in_group; };
   auto tiles_of = [&](int i) { return shared_address(s.tiles[i % STAGES]); };
   State<W> state;
@@ -96,12 +96,14 @@ DEVICE void scan(Shared& s, const ScanArguments& a, const Side& side, const Walk
     float* to = BACK ? side.wholes : side.norms;
     if (to != nullptr && threadIdx.x < COLUMN_BLOCKS)
       to[mh * COLUMN_BLOCKS + threadIdx.x] = threadIdx.x ? 0.f : block_sum(s.partial[i % 2]);
+    __syncwarp();
     if constexpr (!OF_H) {
       if (KIND == U_BACK) first = gate.of_q * first + gate.of_x;
       if (a.first_maxima != nullptr && threadIdx.x < COLUMN_BLOCKS) {
         a.second_maxima[mh * COLUMN_BLOCKS + threadIdx.x] = second;
         if (threadIdx.x == 0) a.first_maxima[mh] = first;
       }
+      __syncwarp();
     }
   };
 #pragma unroll 1
@@ -127,11 +129,9 @@ DEVICE void scan(Shared& s, const ScanArguments& a, const Side& side, const Walk
     }
     __syncwarp();
     state.send(s.state, side.states + (long long)mh * (K * W));
+    if constexpr (BACK || OF_H) sum = warp_sum(sum);
+    if ((BACK || OF_H) && lane == 0) s.partial[i % 2][warp] = sum;
     if (threadIdx.x < COLUMN_BLOCKS) side.bounds[mh * COLUMN_BLOCKS + threadIdx.x] = bound;
-    if constexpr (BACK || OF_H) {
-      sum = warp_sum(sum);
-      if (lane == 0) s.partial[i % 2][warp] = sum;
-    }
     __syncwarp();
     if constexpr (BACK) {
       request(i + 1);

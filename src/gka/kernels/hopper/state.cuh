@@ -40,7 +40,7 @@ struct State {
     return again(swizzled(K, threadIdx.x / 32 * 16 + lane / LANES, lane % LANES * 8));
   }
   DEVICE static u32 piece(u32 first, int n) { return (first ^ (n * ROWS & 7) << 4) + n * ROWS * 128; }
-  DEVICE int first_entry() const { return (threadIdx.x / 32 * 16 + lane / LANES) * W + lane % LANES * 8; }
+  DEVICE int first_entry() const { return again((int)(threadIdx.x / 32 * 16 + lane / LANES) * W + lane % LANES * 8); }
   // Starts copying the thread's pieces of a float16 state.
   DEVICE void request(u32 tile, const u16* from) const {
     u32 to = tile + first_piece();
