@@ -66,7 +66,7 @@ DEVICE void scan(Shared& s, const ScanArguments& a, const Side& side, const Walk
   const float* given = first_of_all ? side.boundary : side.sums;
   if (given != nullptr)
     state.add(given + (first_of_all ? place_of(at) : ((long long)at.index * a.group_heads + at.in_group) * K * W), 1.f);
-  float most = warp_max(state.largest()), bound = 0.f;
+  float most = warp_most(state.largest()), bound = 0.f;
   if (lane == 0) s.partial[1][warp] = most;
   __syncthreads();
 #pragma unroll
@@ -144,12 +144,12 @@ DEVICE void scan(Shared& s, const ScanArguments& a, const Side& side, const Walk
     add_chunk<KIND, OF_H, TILE>(state.d, tiles_of(i), gate);
     if constexpr (KIND != H_BACK) {
       const auto& tiles = s.tiles[i % STAGES];
-      u32 first = largest_inputs<K>(tiles[0]), second = first;
+      u32 first = largest_inputs<K>(tiles[0]), second;
       if constexpr (!OF_H) second = largest_inputs<V>(tiles[BACK ? 2 : 1]);
-      u32 both = max_pair(first & 0xffff | second << 16, first >> 16 | second & 0xffff0000u);
-#pragma unroll
-      for (int l = 16; l > 0; l >>= 1) both = max_pair(both, __shfl_xor_sync(~0u, both, l));
-      if (lane == 0) s.maxima[i % 2][warp] = both;
+      first = warp_most(max(first & 0xffff, first >> 16));
+      if constexpr (OF_H) second = first;
+      if constexpr (!OF_H) second = warp_most(max(second & 0xffff, second >> 16));
+      if (lane == 0) s.maxima[i % 2][warp] = first | second << 16;
       __syncwarp();
     }
     make_weights(i + 1);

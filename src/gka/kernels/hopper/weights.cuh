@@ -26,6 +26,10 @@ DEVICE int place(int pair) { return pair / 8 * 8 + pair % 4 * 2 + pair / 4 % 2; 
 
 DEVICE float inverse(float x) { return x > TINY ? __fdividef(1.f, x) : 0.f; }
 
+// The largest of a warp's numbers, none negative: ordered as their bits are.
+DEVICE u32 warp_most(u32 x) { return __reduce_max_sync(~0u, x); }
+DEVICE float warp_most(float x) { return __uint_as_float(warp_most(__float_as_uint(x))); }
+
 // Two numbers as differences of pairs of the inputs' numbers.
 DEVICE uint2 split(float low, float high) {
   u32 first = narrow(low, high);
@@ -122,7 +126,7 @@ struct Weights {
       float sum[2] = {fabsf(first[0]) + fabsf(first[1]), fabsf(second[0]) + fabsf(second[1])};
       if constexpr (KIND == H_BACK) sum[1] = warp_sum(sum[0] * key_max * key_max + sum[1]);
       if constexpr (KIND != H_BACK) sum[0] = warp_sum(sum[0]);
-      if constexpr (KIND == U_BACK) sum[1] = warp_sum(sum[1]), of_q = warp_max(of_q), of_x = warp_max(of_x);
+      if constexpr (KIND == U_BACK) sum[1] = warp_sum(sum[1]), of_q = warp_most(of_q), of_x = warp_most(of_x);
       if constexpr (KIND == H_BACK) {
         start = -.5f * start_weight * stored_bound;
         largest = fmaxf(largest, fabsf(start) * 0x1p-20f), sum[1] += fabsf(start);
@@ -130,7 +134,7 @@ struct Weights {
       to.whole = whole, to.stored_bound = stored_bound, to.of_q = of_q, to.of_x = of_x;
       to.sum[0] = sum[0], to.sum[1] = sum[1];
     }
-    to.rescale = rescale(warp_max(largest), whole);
+    to.rescale = rescale(warp_most(largest), whole);
     float per_unit = inverse(unit);
 #pragma unroll
     for (int e = 0; e < 2; e++) first[e] *= per_unit, second[e] *= per_unit;
