@@ -46,11 +46,13 @@ DEVICE void sum(Shared& s, const ScanArguments& a, const Side& side, const Walk&
     copies_wait<STAGES - 2>();
     publish_shared();
     __syncthreads();  // the tiles have come, and those of the chunk before have been read
-    copy(i + STAGES - 1), copy_numbers(i + STAGES), copies_commit();
+    auto ask = [&] { copy(i + STAGES - 1), copy_numbers(i + STAGES), copies_commit(); };
+    if constexpr (BACK) ask();
     const Gates& gate = s.gates[i % 2];
     float factor = gate.rescale;
     if (factor != 1.f) state.scale(factor);
     add_chunk<KIND, OF_H, TILE>(state.d, tiles_of(i), gate);
+    if constexpr (!BACK) ask();  // two chunks ahead: the products go first
     make_weights(i + 1);
     mma_wait<0>();
     hold(state.d);
