@@ -29,6 +29,7 @@ inline u32 times_plus_inputs(u32 a, u32 b, u32 c) {
 inline u32 times_inputs(u32 a, u32 b) { return times_plus_inputs(a, b, 0); }
 inline u32 minus_inputs(u32 a) { return a ^ 0x80008000u; }
 
+template <class T> T again(T x) { return x; }
 inline void copy_pieces(u32 to, const void* from, bool counts) {
   COPIES.add([=] {
     if (counts) memcpy(RAW + to, from, 16); else memset(RAW + to, 0, 16);
@@ -43,6 +44,21 @@ inline void load_transposed(u32 (&a)[4], u32 from) {
   exchange({from}, [&](Words* all) {
     for (int i = 0; i < 4; i++)
       a[i] = half_at(all[8 * i + 2 * c].w[0] + 2 * g) | half_at(all[8 * i + 2 * c + 1].w[0] + 2 * g) << 16;
+    return 0;
+  });
+}
+
+inline void load_matrices(u32 (&a)[4], u32 from) {
+  int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
+  exchange({from}, [&](Words* all) {
+    for (int i = 0; i < 4; i++) memcpy(&a[i], RAW + all[8 * i + g].w[0] + 4 * c, 4);
+    return 0;
+  });
+}
+inline void store_matrices(u32 to, const u32 (&a)[4]) {
+  int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
+  exchange({to}, [&](Words* all) {
+    for (int i = 0; i < 4; i++) memcpy(RAW + all[8 * i + g].w[0] + 4 * c, &a[i], 4);
     return 0;
   });
 }
@@ -91,13 +107,8 @@ inline void mma_commit() { PRODUCTS.commit(); }
 template <int PENDING> inline void mma_wait() { PRODUCTS.wait(PENDING); }
 template <int N> inline void hold(float (&)[N]) {}
 inline void publish_shared() {}
-inline uint4 transpose_quad(u32 a, u32 b, u32 c, u32 d, int lane) {
-  return exchange({a, b, c, d}, [=](Words* all) {
-    u32 x[4];
-    for (int i = 0; i < 4; i++) x[i] = all[lane / 4 * 4 + i].w[lane % 4];
-    return uint4{x[0], x[1], x[2], x[3]};
-  });
-}
+inline u32 max_pair(u32 a, u32 b) { return max(a & 0xffff, b & 0xffff) | max(a >> 16, b >> 16) << 16; }
+inline void __syncwarp() { WARPS_OF[threadIdx.x / 32]->arrive_and_wait(); }
 
 #include SOURCE
 

@@ -33,6 +33,7 @@ static Words LANES[32][32];
 
 inline void __syncthreads() { BLOCK->arrive_and_wait(); }
 inline u32 bits(float x) { u32 y; memcpy(&y, &x, 4); return y; }
+inline u32 __float_as_uint(float x) { return bits(x); }
 inline float __uint_as_float(u32 x) { float y; memcpy(&y, &x, 4); return y; }
 
 // `read` sees what every lane of the warp brought.
@@ -51,6 +52,9 @@ inline float __shfl_xor_sync(u32, float x, int mask) { return __shfl_sync(~0u, x
 inline float __shfl_up_sync(u32, float x, int by) { return __shfl_sync(~0u, x, max((int)threadIdx.x % 32 - by, 0)); }
 inline u32 __ballot_sync(u32, bool yes) {
   return exchange({yes}, [](Words* all) { u32 y = 0; for (int i = 0; i < 32; i++) y |= all[i].w[0] << i; return y; });
+}
+inline u32 __reduce_max_sync(u32, u32 x) {
+  return exchange({x}, [](Words* all) { u32 y = 0; for (int i = 0; i < 32; i++) y = max(y, all[i].w[0]); return y; });
 }
 inline int __ffs(u32 x) { return __builtin_ffs(x); }
 inline float __fdividef(float x, float y) { return x / y; }

@@ -2,9 +2,9 @@
 
 `sums.cu`, `combine.cu`, `scan.cu`: H and U at chunk starts, and their gradients at chunk ends. `forward.cu`:
 ridge, solve, mix, readout. `adjoint.cu`: readout's and mix's adjoint, solve. `gradients.cu`: keys, values,
-decays, write gate. Tensor cores take float16 operands, each scaled by its largest entry; in sums.cu the
-inputs as they came, and weighted ones as pairs of numbers. Nothing here chooses or differentiates; the
-structures mirror those of chunk.cuh and scan.cuh.
+decays, write gate. Tensor cores take float16 operands, each scaled by its largest entry; in the scans inputs
+as they came, and weighted ones as pairs of numbers. Nothing here chooses or differentiates; the structures
+mirror those of chunk.cuh and scan.cuh.
 """
 
 import ctypes
@@ -113,7 +113,7 @@ def why_not(
 SCAN_PARTS = {
     "sums": ("inputs", "scan", "state", "weights", "products"),
     "combine": ("scan",),
-    "scan": ("scan", "state"),
+    "scan": ("inputs", "scan", "state", "weights", "products"),
 }
 SCANS = tuple(f"{part}_{direction}" for part in SCAN_PARTS for direction in ("states", "back"))
 
@@ -144,10 +144,10 @@ def shared_bytes(kernel: str, key_dim: int, value_dim: int) -> int:
     if kernel.startswith("combine"):
         return 0
     if kernel.startswith("sums"):
-        return 2 * CHUNK * 6 * widest + 4 * (22 * CHUNK + 8) + 1024
+        return 2 * CHUNK * 6 * widest + 4 * 24 * CHUNK + 1024
     if kernel in SCANS:
-        tiles = key_dim + (5 if kernel == "scan_back" else 3) * widest
-        return 2 * CHUNK * tiles + 4 * (8 * CHUNK + 16) + 1024
+        tiles = CHUNK * (3 if kernel == "scan_back" else 4) + key_dim
+        return 2 * widest * tiles + 4 * 24 * CHUNK + 1024
     if kernel == "gradients":
         tiles = key_dim * widest + CHUNK * (2 * key_dim + widest) + 2 * CHUNK * CHUNK
         return 2 * tiles + 4 * (15 * CHUNK + 8) + 1024

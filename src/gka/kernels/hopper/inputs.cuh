@@ -22,6 +22,18 @@ DEVICE u32 minus_inputs(u32 a) {
   return x;
 }
 
+// The same, computed anew: what is derived from it holds no registers until its next use.
+template <class Number>
+DEVICE Number again(Number x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+template <class Number>
+DEVICE Number* again(Number* x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
+
 // Starts a copy of 16 or 4 bytes to shared memory; of zeros where they do not count.
 DEVICE void copy_pieces(u32 to, const void* from, bool counts) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from), "r"(counts ? 16 : 0) : "memory");
@@ -37,6 +49,19 @@ DEVICE void load_transposed(u32 (&a)[4], u32 from) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
                : "r"(from)
+               : "memory");
+}
+
+// The same as they are, and back.
+DEVICE void load_matrices(u32 (&a)[4], u32 from) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+               : "r"(from)
+               : "memory");
+}
+DEVICE void store_matrices(u32 to, const u32 (&a)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(to), "r"(a[0]), "r"(a[1]),
+               "r"(a[2]), "r"(a[3])
                : "memory");
 }
 

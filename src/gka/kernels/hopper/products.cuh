@@ -29,6 +29,20 @@ DEVICE void copy_tiles(u32 to, const ScanArguments& a, const Walk& at, int token
     copy_tile<V>(to + TILE, a.v, token, a.value_heads, at.value_head, length);
 }
 
+// Largest magnitudes of the inputs in the thread's share of a tile [C, D]: 16-bit numbers' are ordered as their
+// bits are, two at a time.
+template <int D>
+DEVICE u32 largest_inputs(const unsigned char* tile) {
+  u32 most = 0;
+#pragma unroll
+  for (int n = 0; n < C * D / 8 / THREADS; n++) {
+    uint4 four = ((const uint4*)tile)[threadIdx.x + n * THREADS];
+#pragma unroll
+    for (int w = 0; w < 4; w++) most = max_pair(most, ((const u32*)&four)[w] & 0x7fff7fffu);
+  }
+  return most;
+}
+
 // The lane's address in a tile for `load_transposed` of the warp's 16 columns and the first 16 tokens: as a
 // left operand's registers have them. Those of the next 16 tokens lie SLICE bytes further.
 constexpr int SLICE = 16 * 128;

@@ -21,7 +21,8 @@ struct ScanArguments {
   Side h, u;
   const u16 *k, *v, *q, *x, *d_o, *y;  // x [tokens, H, K], y [tokens, G, K]: float16, rows / their scales
   const float *alpha, *beta, *x_scale, *y_scale, *key_weight, *start_weight;
-  float *first_maxima, *second_maxima;  // [M, G] and [M, G, V / 64] or null: of k and v; backwards z and do
+  // [M, G] and [M, G, V / 64] or null: of k and v; backwards of z, a bound from q's largest and x's scales, and do
+  float *first_maxima, *second_maxima;
   const float *key_maxima;              // backwards [M, G]: of k
   const int *segments;                  // [S, 5]: sequence, chunks from, to, segments from, to
   const long long *chunk_start;
@@ -38,9 +39,9 @@ enum Kind { STATES, U_BACK, H_BACK };
 struct Walk {
   int sequence, first, end, before, after, index, head, key_head, value_head;
   long long in_group;
-  DEVICE Walk(const ScanArguments& a) {
-    index = blockIdx.x / a.group_heads;
-    in_group = blockIdx.x % a.group_heads;
+  DEVICE Walk(const ScanArguments& a, int block) {
+    index = block / a.group_heads;
+    in_group = block % a.group_heads;
     const int* row = a.segments + 5 * index;
     sequence = row[0], first = row[1], end = row[2], before = row[3], after = row[4];
     head = a.first_head + (int)in_group;

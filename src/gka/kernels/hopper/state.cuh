@@ -29,49 +29,53 @@ struct State {
         *(float2*)(to + (row + 8 * b) * W + 8 * j + column) =
             float2{d[4 * j + 2 * b] * factor, d[4 * j + 2 * b + 1] * factor};
   }
-  DEVICE void store_half(u16* to, float factor) const {
-#pragma unroll
-    for (int b = 0; b < 2; b++)
-#pragma unroll
-      for (int g = 0; g < W / 32; g++) {
-        u32 words[4];
-#pragma unroll
-        for (int w = 0; w < 4; w++) {
-          int i = 4 * (4 * g + w) + 2 * b;
-          words[w] = pack(d[i] * factor, d[i + 1] * factor);
-        }
-        *(uint4*)(to + (row + 8 * b) * W + 32 * g + lane % 4 * 8) =
-            transpose_quad(words[0], words[1], words[2], words[3], lane);
-      }
+  // A warp's 16 rows on their way to and from memory lie in a tile [K, W] of halves that no other warp touches:
+  // as fragments, 16 columns at once, and as pieces of 16 bytes, neighbouring lanes' in one row.
+  static constexpr int LANES = W / 8, ROWS = 32 / LANES;
+  DEVICE u32 first_fragment() const {
+    return again(swizzled(K, threadIdx.x / 32 * 16 + lane % 16, lane / 16 * 8));
   }
-  DEVICE float square_sum() const {
-    float sum = 0.f;
-#pragma unroll
-    for (int i = 0; i < W / 2; i++) sum += d[i] * d[i];
-    return sum;
+  DEVICE static u32 fragment(u32 first, int p) { return (first ^ (p & 3) << 5) + (p >> 2) * K * 128; }
+  DEVICE u32 first_piece() const {
+    return again(swizzled(K, threadIdx.x / 32 * 16 + lane / LANES, lane % LANES * 8));
   }
-  // <d, S> of a float16 state; then d += factor S.
-  DEVICE float inner_then_add(const u16* from, float factor) {
-    float sum = 0.f;
+  DEVICE static u32 piece(u32 first, int n) { return (first ^ (n * ROWS & 7) << 4) + n * ROWS * 128; }
+  DEVICE int first_entry() const { return again((int)(threadIdx.x / 32 * 16 + lane / LANES) * W + lane % LANES * 8); }
+  // Starts copying the thread's pieces of a float16 state.
+  DEVICE void request(u32 tile, const u16* from) const {
+    u32 to = tile + first_piece();
+    from = again(from + first_entry());
 #pragma unroll
-    for (int b = 0; b < 2; b++) {
-      uint4 four[W / 32];
+    for (int n = 0; n < W / 16; n++) copy_pieces(piece(to, n), from + n * ROWS * W, true);
+  }
+  DEVICE void send(const unsigned char* tile, u16* to) const {
+    u32 from = first_piece();
+    to = again(to + first_entry());
 #pragma unroll
-      for (int g = 0; g < W / 32; g++)
-        four[g] = *(const uint4*)(from + (row + 8 * b) * W + 32 * g + lane % 4 * 8);
+    for (int n = 0; n < W / 16; n++) *(uint4*)(to + n * ROWS * W) = *(const uint4*)(tile + piece(from, n));
+  }
+  // Leaves d * factor in the tile. Without a state S there, STORED, returns its sum of squares; else its product
+  // with S, and with ADDS then d = d * rescale + start * S.
+  template <bool STORED, bool ADDS>
+  DEVICE float put(u32 tile, float factor, float rescale = 1.f, float start = 0.f) {
+    float sum[2] = {0.f, 0.f};
+    u32 first = tile + first_fragment();
 #pragma unroll
-      for (int g = 0; g < W / 32; g++) {
-        uint4 words = transpose_quad(four[g].x, four[g].y, four[g].z, four[g].w, lane);
+    for (int p = 0; p < W / 16; p++) {
+      u32 in[4], out[4];
+      if constexpr (STORED) load_matrices(in, fragment(first, p));
 #pragma unroll
-        for (int w = 0; w < 4; w++) {
-          u32 word = ((const u32*)&words)[w];
-          int i = 4 * (4 * g + w) + 2 * b;
-          sum += d[i] * low_half(word) + d[i + 1] * high_half(word);
-          d[i] += factor * low_half(word), d[i + 1] += factor * high_half(word);
-        }
+      for (int w = 0; w < 4; w++) {
+        float &a = d[8 * p + 2 * w], &b = d[8 * p + 2 * w + 1];
+        float scaled[2] = {a * factor, b * factor}, of[2] = {scaled[0], scaled[1]};
+        out[w] = pack(scaled[0], scaled[1]);
+        if constexpr (STORED) of[0] = low_half(in[w]), of[1] = high_half(in[w]);
+        sum[0] += scaled[0] * of[0], sum[1] += scaled[1] * of[1];
+        if constexpr (ADDS) a = a * rescale + start * of[0], b = b * rescale + start * of[1];
       }
+      store_matrices(fragment(first, p), out);
     }
-    return sum;
+    return sum[0] + sum[1];
   }
   DEVICE float largest() const {
     float most = 0.f;
@@ -86,12 +90,5 @@ struct State {
       u32 word = *(const u32*)(from + (row + i % 2 * 8) * W + i / 2 * 8 + column);
       d[2 * i] += factor * low_half(word), d[2 * i + 1] += factor * high_half(word);
     }
-  }
-  // d += left^T right, tiles of C rows; this warpgroup's 64 rows of the state are 64 columns of `left`.
-  DEVICE void multiply(const unsigned char* left, const unsigned char* right) {
-    u32 a = shared_address(left) + threadIdx.x / 128 * C * 128, b = shared_address(right);
-#pragma unroll
-    for (int k = 0; k < C / 16; k++)
-      mma<1, 1>(d, descriptor(a + k * 2048, C * 128, 1024), descriptor(b + k * 2048, C * 128, 1024), true);
   }
 };

@@ -23,19 +23,18 @@ DEVICE void sum(Shared& s, const ScanArguments& a, const Side& side, const Walk&
   auto chunk_of = [&](int i) { return BACK ? at.end - 1 - i : at.first + i; };
   auto length_of = [&](int i) { return chunk_of(i) == at.end - 1 ? last_length : C; };
   auto token_of = [&](int i) { return start + (chunk_of(i) - at.first) * C; };
+  auto index_of = [&](int i) { return (long long)chunk_of(i) * a.group_heads + at.in_group; };
   auto tiles_of = [&](int i) { return shared_address(s.tiles[i % STAGES]); };
   auto copy = [&](int i) {
     if (i < count) copy_tiles<KIND, OF_H, TILE>(tiles_of(i), a, at, token_of(i), length_of(i));
   };
-  Weights<KIND> weights;
+  Weights<KIND, false> weights;
   auto copy_numbers = [&](int i) {
     if (makes_weights && i < count)
-      weights.copy(s.numbers[i % STAGES], a, side.g, at, token_of(i), length_of(i));
+      weights.copy(s.numbers[i % STAGES], a, side, at, token_of(i), length_of(i), index_of(i));
   };
   auto make_weights = [&](int i) {  // a lane has copied what it reads
-    if (makes_weights && i < count)
-      weights.make(s.gates[i % 2], s.numbers[i % STAGES], a, side.g,
-                   (long long)chunk_of(i) * a.group_heads + at.in_group);
+    if (makes_weights && i < count) weights.make(s.gates[i % 2], s.numbers[i % STAGES], a, side.g);
   };
   copy_numbers(0), copies_commit();
 #pragma unroll
@@ -47,11 +46,13 @@ DEVICE void sum(Shared& s, const ScanArguments& a, const Side& side, const Walk&
     copies_wait<STAGES - 2>();
     publish_shared();
     __syncthreads();  // the tiles have come, and those of the chunk before have been read
-    copy(i + STAGES - 1), copy_numbers(i + STAGES), copies_commit();
+    auto ask = [&] { copy(i + STAGES - 1), copy_numbers(i + STAGES), copies_commit(); };
+    if constexpr (BACK) ask();
     const Gates& gate = s.gates[i % 2];
     float factor = gate.rescale;
     if (factor != 1.f) state.scale(factor);
     add_chunk<KIND, OF_H, TILE>(state.d, tiles_of(i), gate);
+    if constexpr (!BACK) ask();  // two chunks ahead: the products go first
     make_weights(i + 1);
     mma_wait<0>();
     hold(state.d);
@@ -70,7 +71,7 @@ DEVICE void sum(Shared& s, const ScanArguments& a, const Side& side, const Walk&
 extern "C" __global__ void __launch_bounds__(THREADS, 2) gka_sums(const __grid_constant__ ScanArguments a) {
   extern __shared__ unsigned char raw[];
   Shared& s = *(Shared*)(raw + (-(int)shared_address(raw) & 1023));
-  Walk at(a);
+  Walk at(a, blockIdx.x);
   if (blockIdx.y == 0)
     sum<BACKWARDS ? H_BACK : STATES, true>(s, a, a.h, at);
   else

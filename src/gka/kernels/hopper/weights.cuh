@@ -15,12 +15,20 @@ struct alignas(16) Gates {
   u32 pairs[2 * C];
   float rescale;  // of the state before the chunk is added
   float unit, start;
+  // Where the state is stored after every chunk (EVERY): exp of the chunk's log decay; sums of the weights'
+  // magnitudes, the second H_BACK's of all it adds; the scale of the chunk's stored state; U_BACK: largest
+  // factors of q and of x in z.
+  float whole, sum[2], stored_bound, of_q, of_x;
 };
 
 // Of pair p among those that are read together: 8 s + c and 8 s + 4 + c, s the slice of 16 tokens.
 DEVICE int place(int pair) { return pair / 8 * 8 + pair % 4 * 2 + pair / 4 % 2; }
 
 DEVICE float inverse(float x) { return x > TINY ? __fdividef(1.f, x) : 0.f; }
+
+// The largest of a warp's numbers, none negative: ordered as their bits are.
+DEVICE u32 warp_most(u32 x) { return __reduce_max_sync(~0u, x); }
+DEVICE float warp_most(float x) { return __uint_as_float(warp_most(__float_as_uint(x))); }
 
 // Two numbers as differences of pairs of the inputs' numbers.
 DEVICE uint2 split(float low, float high) {
@@ -32,6 +40,7 @@ DEVICE uint2 split(float low, float high) {
 // What a chunk's weights are made of: per token, zero past the chunk's end. Arrays without a gate stay unread.
 struct alignas(16) Numbers {
   float g[C], beta[C], alpha[C], x_scale[C], y_scale[C], key_weight[C];
+  float start_weight, key_max, stored_bound;  // of the chunk
 };
 
 // Starts copying the two numbers of a lane's tokens.
@@ -42,25 +51,30 @@ DEVICE void copy_numbers(float* to, const float* from, int first, int heads, int
 }
 
 // Lane l of the warp makes the weights of tokens 2 l and 2 l + 1.
-template <int KIND>
+template <int KIND, bool EVERY>
 struct Weights {
   float unit = 0.f, decays = 0.f;  // decays: the sum so far of log decays
-  float start = 0.f;               // H_BACK: the multiple of H that is not in the accumulators
+  float start = 0.f;               // H_BACK, not EVERY: the multiple of H that is not in the accumulators
 
-  // Starts copying what those of the chunk of `length` tokens from `first` are made of.
-  DEVICE static void copy(Numbers& to, const ScanArguments& s, const float* decay, const Walk& at, int first,
-                          int length) {
+  // Starts copying what those of the chunk of `length` tokens from `first` are made of; `chunk`: the index of
+  // its numbers among [M, G].
+  DEVICE static void copy(Numbers& to, const ScanArguments& s, const Side& side, const Walk& at, int first,
+                          int length, long long chunk) {
     auto copy = [&](float* array, const float* from) {
       if (from != nullptr) copy_numbers(array, from, first, s.heads, at.head, length);
     };
-    copy(to.g, decay);
+    copy(to.g, side.g);
     if constexpr (KIND == U_BACK) copy(to.alpha, s.alpha);
     if constexpr (KIND != U_BACK) copy(to.beta, s.beta);
     if constexpr (KIND != STATES) copy(to.x_scale, s.x_scale);
     if constexpr (KIND == H_BACK) {
       copy_numbers(to.y_scale, s.y_scale, first, s.group_heads, (int)at.in_group, length);
       copy_numbers(to.key_weight, s.key_weight, first, s.group_heads, (int)at.in_group, length);
+      copy_number(&to.start_weight, s.start_weight + chunk, true);
+      copy_number(&to.key_max, s.key_maxima + chunk, true);
     }
+    if constexpr (KIND != STATES && EVERY)
+      copy_number(&to.stored_bound, side.stored_bounds + chunk * ((KIND == H_BACK ? K : V) / 64), true);
   }
 
   // Makes room for weights up to `largest`.
@@ -75,11 +89,11 @@ struct Weights {
     return factor;
   }
 
-  // `chunk`: the index of its numbers among [M, G].
-  DEVICE void make(Gates& to, const Numbers& from, const ScanArguments& s, const float* decay, long long chunk) {
+  DEVICE void make(Gates& to, const Numbers& from, const ScanArguments& s, const float* decay) {
     int lane = threadIdx.x % 32, row = 2 * lane;
-    float start_weight = KIND == H_BACK ? s.start_weight[chunk] : 0.f;
-    float key_max = KIND == H_BACK ? s.key_maxima[chunk] : 0.f;
+    float start_weight = KIND == H_BACK ? from.start_weight : 0.f;
+    float key_max = KIND == H_BACK ? from.key_max : 0.f, stored_bound = 0.f, of_q = 0.f, of_x = 0.f;
+    if constexpr (KIND != STATES && EVERY) stored_bound = from.stored_bound;
     float2 g = {0.f, 0.f};
     if (decay != nullptr) g = *(const float2*)(from.g + row);
     float sum = g.x + g.y;
@@ -99,14 +113,28 @@ struct Weights {
       } else if constexpr (KIND == U_BACK) {
         float alpha = s.alpha == nullptr ? 1.f : from.alpha[row + e], weight = since_start * s.scale;
         first[e] = weight * (1.f - alpha), second[e] = weight * alpha * from.x_scale[row + e];
+        of_q = fmaxf(of_q, fabsf(1.f - alpha)), of_x = fmaxf(of_x, fabsf(alpha * from.x_scale[row + e]));
       } else {
-        first[e] = -.5f * from.key_weight[row + e] + start * whole * to_end * beta2;
+        first[e] = -.5f * from.key_weight[row + e];
+        if constexpr (!EVERY) first[e] += start * whole * to_end * beta2;
         second[e] = -since_start * (from.x_scale[row + e] * from.y_scale[row + e]);
       }
       float share = KIND != H_BACK ? 1.f : BF16 ? 0x1p-20f : key_max * .0625f;
       largest = fmaxf(largest, fmaxf(fabsf(first[e]) * share, fabsf(second[e])));
     }
-    to.rescale = rescale(warp_max(largest), whole);
+    if constexpr (EVERY) {
+      float sum[2] = {fabsf(first[0]) + fabsf(first[1]), fabsf(second[0]) + fabsf(second[1])};
+      if constexpr (KIND == H_BACK) sum[1] = warp_sum(sum[0] * key_max * key_max + sum[1]);
+      if constexpr (KIND != H_BACK) sum[0] = warp_sum(sum[0]);
+      if constexpr (KIND == U_BACK) sum[1] = warp_sum(sum[1]), of_q = warp_most(of_q), of_x = warp_most(of_x);
+      if constexpr (KIND == H_BACK) {
+        start = -.5f * start_weight * stored_bound;
+        largest = fmaxf(largest, fabsf(start) * 0x1p-20f), sum[1] += fabsf(start);
+      }
+      to.whole = whole, to.stored_bound = stored_bound, to.of_q = of_q, to.of_x = of_x;
+      to.sum[0] = sum[0], to.sum[1] = sum[1];
+    }
+    to.rescale = rescale(warp_most(largest), whole);
     float per_unit = inverse(unit);
 #pragma unroll
     for (int e = 0; e < 2; e++) first[e] *= per_unit, second[e] *= per_unit;
@@ -116,7 +144,7 @@ struct Weights {
       ((uint2*)to.pairs)[place(lane)] = split(first[0], first[1]);
       if constexpr (KIND == H_BACK) to.pairs[C + place(lane)] = pack(second[0], second[1]);
     }
-    start = (start * whole) * whole - .5f * start_weight;
+    start = EVERY ? start * per_unit : (start * whole) * whole - .5f * start_weight;
     decays += total, to.unit = unit, to.start = start;
   }
 };
