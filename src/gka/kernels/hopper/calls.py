@@ -92,7 +92,7 @@ def _places(run: "Launch") -> dict:
     chunks = run.chunks
     return {
         "chunk_start": None if chunks.whole else chunks.start, "chunk_length": chunks.length,
-        "heads": run.H, "key_heads": run.HK, "value_heads": run.HV, "first_chunk": 0, "h_blocks": run.NK,
+        "heads": run.H, "key_heads": run.HK, "value_heads": run.HV, "first_chunk": 0,
     }  # fmt: skip
 
 
