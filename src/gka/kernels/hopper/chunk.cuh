@@ -1,4 +1,4 @@
-// One chunk of one head: its arguments, its tiles in shared memory, decays, norms.
+// One chunk of one head: its arguments, its tiles in shared memory, decays, write gates.
 //
 // A block is one warpgroup and works on C = 64 tokens of one of the H' heads of a group. K, V, BF16 (else float16
 // inputs) and ADAPTIVE are set when compiling. Names are those of docs/maths.md; *16 is a float16 copy divided by a scale.
@@ -207,7 +207,7 @@ struct Shared {
   unsigned char k[C * K * 2];
   unsigned char v[C * (K > V ? K : V) * 2];
   uint4 weights[C / 16 * THREADS];  // W / F, a thread's in its own places; before that, (K K^T)^2
-  float decay_h[C], decay_u[C], beta2[C], energy[C], scratch[16];
+  float decay_h[C], decay_u[C], beta2[C], energy[C], scratch[8];
 #if ADAPTIVE
   float key_norm2[C];  // |k16_j|^2
 #endif
@@ -220,7 +220,7 @@ DEVICE void copy_states(Shared& s, const Arguments& a, const Place& at) {
   copy_state<K, V>(shared_address(s.u), a.u_states + at.state * K * V, at.thread);
 }
 
-// Decays, write gates and numbers of H_[c] on their way: asked for first, for all else waits behind them.
+// Decays, write gates and numbers of both states on their way: asked for first, for all else waits behind them.
 struct GateLoads {
   float2 decay;
   float beta, h_scale, h_norm2, u_scale;
