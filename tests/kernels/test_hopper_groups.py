@@ -114,6 +114,8 @@ def test_kernels_read_what_the_ones_before_wrote(monkeypatch) -> None:
         assert gradients[f"{side}_ends"] == scan[f"{side}.states"]
         assert gradients[f"{side}_end_scales"] == scan[f"{side}.bounds"]
         assert gradients[f"{side}_wholes"] == scan[f"{side}.wholes"]
+    assert adjoint["h_norms"] == gradients["h_norms"] == states["h.norms"] is not None
+    assert states["u.norms"] is None  # nobody reads them
     assert scan["u.states"] == states["u.states"]  # E of U takes the place of U
     assert scan["h.states"] != states["h.states"]  # but H is read again
     assert scan["h.bounds"] != scan["u.bounds"] != states["u.bounds"]
