@@ -36,6 +36,7 @@ CASES = {
     "float16": Case(dtype=F16, boundary=True),
     "float16, strong decay, large keys": Case(dtype=F16, decay=2.0, size=300.0),
     "float16, small keys": Case(dtype=F16, size=1e-3),
+    "float16, small keys, decay": Case(dtype=F16, size=0.02, decay=0.2, lengths=(C * 12,)),
     "K = 128": Case(dims=(128, 64), lengths=(200,)),
     "V = 128": Case(dims=(64, 128), lengths=(200,)),
     "both 128": Case(dims=(128, 128), lengths=(150,), stretch=1, boundary=True),
@@ -65,8 +66,9 @@ class Problem:
         self.g, self.alpha, self.beta = (gates[n] if n in case.gates else None for n in gates)
         self._tables()
         M, N = len(self.start), len(case.lengths)
-        self.key_weight = torch.randn(T, self.count) * 0.1
-        self.start_weight = torch.randn(M, self.count) * 0.1
+        less = 0.1 / min(case.size, 1.0) ** 2  # w_t goes as x_t y_t / F_t
+        self.key_weight = torch.randn(T, self.count) * less
+        self.start_weight = torch.randn(M, self.count) * less
         shapes = {"h": (N, H, K, K), "u": (N, H, K, V)}
         self.boundary = {
             n: torch.randn(s) * 5 if case.boundary else None for n, s in shapes.items()

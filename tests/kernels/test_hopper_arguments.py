@@ -4,22 +4,45 @@ import ctypes
 import re
 from pathlib import Path
 
+import pytest
+
 from gka.kernels import hopper
+from gka.kernels.hopper import recurrent
 
-C_TYPES = {"float": ctypes.c_float, "int": ctypes.c_int}
+TYPES = {
+    "float": ctypes.c_float, "int": ctypes.c_int, "long long": ctypes.c_longlong, "Side": hopper.Side,
+    "View": recurrent.View,
+}  # fmt: skip
+POINTED = ("void", "u16")
 
 
-def test_the_structure_mirrors_the_kernels() -> None:
-    """`hopper.Arguments` has the fields of chunk.cuh's `Arguments`, in their order and of their types."""
-    text = (Path(hopper.__file__).parent / "chunk.cuh").read_text()
-    body = re.search(r"struct Arguments \{(.*?)\n\};", text, re.DOTALL)
+def fields(structure: type[ctypes.Structure], file: str) -> list[tuple[str, type]]:
+    """Those of the C++ structure of the same name, as ctypes has them."""
+    text = (Path(hopper.__file__).parent / file).read_text()
+    body = re.search(rf"struct {structure.__name__} \{{(.*?)\n\}};", text, re.DOTALL)
     assert body is not None
-    expected = []
-    for statement in re.sub(r"//[^\n]*", "", body[1]).split(";"):
-        words = statement.replace("const ", "").split(maxsplit=1)
-        if statement.strip().startswith("const long long"):
-            words = ["long long", statement.split("long long", 1)[1]]
-        for name in words[1].split(",") if words else ():
-            pointer = "*" in name
-            expected.append((name.strip(" *"), ctypes.c_void_p if pointer else C_TYPES[words[0]]))
-    assert hopper.Arguments._fields_ == expected
+    found = []
+    for statement in re.sub(r"//[^\n]*", "", body[1]).replace("const ", "").split(";"):
+        if not statement.strip():
+            continue
+        kind = next(t for t in (*TYPES, *POINTED) if statement.strip().startswith(t))
+        for name in statement.split(kind, 1)[1].split(","):
+            field = ctypes.c_void_p if "*" in name else TYPES[kind]
+            found.append((name.strip(" *\n"), field))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("structure", "file"),
+    [
+        (hopper.Arguments, "chunk.cuh"),
+        (hopper.Side, "scan.cuh"),
+        (hopper.ScanArguments, "scan.cuh"),
+        (recurrent.View, "recurrent.cu"),
+        (recurrent.StepArguments, "recurrent.cu"),
+    ],
+    ids=lambda x: getattr(x, "__name__", x),
+)
+def test_structures_mirror_the_kernels(structure: type[ctypes.Structure], file: str) -> None:
+    """The fields of the structure of the same name in the kernels' source, in order and of the same types."""
+    assert structure._fields_ == fields(structure, file)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gka.kernels import hopper, nvrtc
-from gka.kernels.hopper import recurrent
+from gka.kernels.hopper import SOLVES, recurrent
 
 pytest.importorskip("triton", reason="its cuobjdump reads what a kernel takes")
 pytestmark = pytest.mark.skipif(
@@ -21,7 +21,6 @@ REGISTERS = 65536
 STACK = (
     320  # bytes a thread: spilled registers, none in a loop; the most is 304 (adjoint, adaptive)
 )
-SOLVES = ("forward", "adjoint")
 # every kernel at both widths, both solvers, both 16-bit dtypes, and mixed dims: about 30 s on a core
 CASES = [
     *((kernel, dims, adaptive, True) for kernel in SOLVES for dims in ((64, 64), (128, 128))
@@ -54,14 +53,14 @@ def resources(monkeypatch):
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_blocks_that_should_be_resident_fit(case: tuple, resources) -> None:
-    """Registers and shared memory leave room for BLOCKS blocks of a solve and two of any other kernel, next
+    """Registers and shared memory leave room for BLOCKS blocks of a chunk's kernels, two of the scans', next
     to nothing is spilled, and the assembler leaves warp-group products asynchronous."""
     kernel, dims, adaptive, bfloat16 = case
     source = hopper.source(kernel, dims[0], dims[1], bfloat16, adaptive)
     cubin, log = nvrtc.compile_with_notes(source, kernel, "sm_90a", *VERBOSE)
     assert not serialised(log), serialised(log)
     registers, stack = resources.usage_of_cubin(cubin)
-    blocks = hopper.BLOCKS[max(dims)] if kernel in SOLVES else 2
+    blocks = hopper.BLOCKS[max(dims)] if kernel in (*SOLVES, "gradients") else 2
     threads = hopper.threads_of(kernel, dims[0])
     assert registers * threads * blocks <= REGISTERS
     assert stack <= STACK
@@ -79,15 +78,15 @@ def test_a_product_that_is_not_waited_for_is_noticed() -> None:
     assert serialised(log)
 
 
-@pytest.mark.parametrize(
-    "kernel", (*SOLVES, "sums_states", "sums_back", "scan_states", "scan_back")
-)
+@pytest.mark.parametrize("kernel", [k for k in hopper.KERNELS if not k.startswith("combine")])
 @pytest.mark.parametrize("dims", [(64, 64), (64, 128), (128, 64), (128, 128)], ids=str)
 def test_shared_memory_asked_for_holds_the_structure(kernel: str, dims: tuple[int, int]) -> None:
-    """sizeof(Shared), with 1023 bytes to align it, is within `shared_bytes`, with the adaptive solver too."""
+    """What the kernel keeps there, with 1023 bytes to align it, is within `shared_bytes`, with the adaptive
+    solver too; all but combine.cu, which keeps nothing."""
     limit = hopper.shared_bytes(kernel, *dims)
-    source = hopper.source(kernel, *dims, True, True)
-    source += f'\nstatic_assert(sizeof(Shared) + 1023 <= {limit}, "shared_bytes is too small");\n'
+    source = hopper.source(kernel, *dims, True, kernel in SOLVES)
+    kept = "Tiles" if kernel == "gradients" else "Shared"
+    source += f'\nstatic_assert(sizeof({kept}) + 1023 <= {limit}, "shared_bytes is too small");\n'
     nvrtc.compile_cubin(source, kernel, "sm_90a")
 
 

@@ -76,6 +76,25 @@ def test_every_group_of_heads_runs_every_kernel(monkeypatch, key_heads, solver) 
         assert all(at == places[0] for at in places)
 
 
+def test_sequences_in_segments_are_summed_first(monkeypatch) -> None:
+    """Sums of segments, what comes before each, the scan: of both states, from the same addresses."""
+    from gka.kernels import tables
+
+    monkeypatch.setattr(tables, "segment_length", lambda *_: 2)
+    made = launches(monkeypatch, tokens(6), "chebyshev")
+    for direction in ("states", "back"):
+        of = [launch for launch in made if launch[0].endswith(f"_{direction}")]
+        assert of
+        names = [f"{part}_{direction}" for part in ("sums", "combine", "scan")]
+        assert [name for name, *_ in of] == names * (len(of) // 3)
+        assert {name for name, *_ in of} <= set(KERNELS)
+        for name, blocks, _, count, at in of:
+            entries = DIM * DIM // 512
+            assert blocks == ((entries if name.startswith("combine") else CHUNKS // 2) * count, 2)
+            for field in ("h.sums", "u.sums", "h.sum_decays", "u.sum_decays", "segments"):
+                assert at[field] == of[0][-1][field] is not None, field
+
+
 def test_kernels_read_what_the_ones_before_wrote(monkeypatch) -> None:
     """y and its numbers go from adjoint to scan and gradients, states to both, E from scan to gradients."""
     at = {name: found for name, *_, found in launches(monkeypatch, tokens(6), "chebyshev")}
@@ -95,6 +114,8 @@ def test_kernels_read_what_the_ones_before_wrote(monkeypatch) -> None:
         assert gradients[f"{side}_ends"] == scan[f"{side}.states"]
         assert gradients[f"{side}_end_scales"] == scan[f"{side}.bounds"]
         assert gradients[f"{side}_wholes"] == scan[f"{side}.wholes"]
+    assert adjoint["h_norms"] == gradients["h_norms"] == states["h.norms"] is not None
+    assert states["u.norms"] is None  # nobody reads them
     assert scan["u.states"] == states["u.states"]  # E of U takes the place of U
     assert scan["h.states"] != states["h.states"]  # but H is read again
     assert scan["h.bounds"] != scan["u.bounds"] != states["u.bounds"]
@@ -102,19 +123,19 @@ def test_kernels_read_what_the_ones_before_wrote(monkeypatch) -> None:
     assert scan["first_maxima"] == gradients["z_maxima"] != gradients["k_maxima"]
 
 
-def test_initial_states_are_measured_once_and_held(monkeypatch) -> None:
-    """Every group reads the same largest entries of the initial states, alive at every launch."""
+def test_initial_states_are_made_float32_once_and_held(monkeypatch) -> None:
+    """Every group reads the same initial states, alive at every launch; nothing else is made of them."""
     from gka.kernels import call
 
-    states = (torch.randn(1, HEADS, DIM, DIM), torch.randn(1, HEADS, DIM, DIM))
+    states = (torch.randn(1, HEADS, DIM, DIM).half(), torch.randn(1, HEADS, DIM, DIM).half())
     measure, made, alive = call.boundary, [], []
 
-    def measured(state: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        found = measure(state)
+    def measured(state: Tensor | None, largest: bool) -> tuple[Tensor | None, Tensor | None]:
+        found = measure(state, largest)
         made.extend(weakref.ref(x) for x in found if x is not None)
         return found
 
     monkeypatch.setattr(call, "boundary", measured)
     seen = lambda: alive.append([x() is not None for x in made])  # noqa: E731
     launches(monkeypatch, tokens(6, *states), "chebyshev", seen)
-    assert len(alive) > 2 and all(found == [True] * 4 for found in alive)
+    assert len(alive) > 2 and all(found == [True] * 2 for found in alive)

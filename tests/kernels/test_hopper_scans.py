@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from gka.kernels import hopper
-from scan_problems import CASES, SCALE, Problem
+from gka.kernels.hopper import CHUNK as C
+from scan_problems import CASES, SCALE, Case, Problem
 from tolerances import assert_close
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ with C++20")
@@ -207,6 +208,20 @@ def test_states_at_chunk_starts(name: str, launch) -> None:
     for i, head in enumerate(problem.own):
         assert (written["first"][:, i] == k[:, head // (H // HK)]).all()
         assert (written["second"][:, i] == v[:, head // (H // HV), None]).all()
+
+
+@pytest.mark.xfail(strict=True, reason="bounds take the largest weight times the largest key")
+def test_keys_that_are_not_written_leave_bounds_tight(launch) -> None:
+    """Large keys behind a closed write gate take no digits from the stored states."""
+    problem = Problem(Case(lengths=(C * 4,), stretch=4, decay=0.002))
+    assert problem.beta is not None
+    problem.k[::C] *= 100
+    problem.beta[::C] = 0
+    made, written = arguments(problem)
+    hopper.fill(made.h, {"norms": written["h norms"]})
+    launch("scan_states", problem.case.dims, problem.case.dtype, 1, made)
+    got = halves(written["h states"], written["h bounds"])
+    assert_close(got[:, 0], problem.states(0, "h")[0], STORED, "h")
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -28,7 +28,10 @@ class Moments:
 
 @dataclass(frozen=True)
 class Maxima:
-    """Largest magnitudes in a chunk's rows: of k and z [M,G], of blocks of v and do [M,G,NV]."""
+    """Largest magnitudes in a chunk's rows: of k and z [M,G], of blocks of v and do [M,G,NV].
+
+    Of Hopper's kernels that of z is a bound, and one number for all blocks.
+    """
 
     k: Tensor
     v: Tensor

@@ -37,9 +37,9 @@ def aligned(x: Tensor | None) -> Tensor | None:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-def boundary(state: Tensor | None) -> Boundary:
-    """A boundary state [N,H,K,V] as float32, and the largest entry of each head."""
+def boundary(state: Tensor | None, measured: bool) -> Boundary:
+    """A boundary state [N,H,K,V] as float32, and if `measured` the largest entry of each head."""
     if state is None:
         return None, None
     state = aligned(state.float())
-    return state, state.abs().amax((-1, -2))
+    return state, state.abs().amax((-1, -2)) if measured else None

@@ -58,7 +58,8 @@ def chunk_backward(
         x_scale = x.abs().amax(-1)
         x = (x / x_scale.clamp_min(1e-37)[..., None]).to(run.op_dtype)
     x, x_scale, do = aligned(x), aligned(x_scale), aligned(do)
-    back = Backward(run, x, x_scale, do, boundary(dh_final), boundary(du_final))
+    finals = (boundary(state, not run.hopper) for state in (dh_final, du_final))
+    back = Backward(run, x, x_scale, do, *finals)
     for heads in run.groups:
         back.through(heads)
     return back.collect()

@@ -30,7 +30,7 @@ _PARTS = (
     "adaptive",
     "system",
 )
-_GRADIENTS = ("tiles", "through_u", "through_h")
+_GRADIENTS = ("inputs", "tiles", "through_u", "through_h")
 BLOCKS = {64: 3, 128: 2}  # blocks a multiprocessor that the registers leave room for
 _POINTERS = (
     "q", "k", "v", "g", "gk", "alpha", "beta", "h_states", "u_states", "h_scales", "h_norms",
@@ -41,9 +41,14 @@ _POINTERS = (
 )  # fmt: skip
 _FLOATS = ("scale", "ridge_ratio", "empty_below")
 _INTS = (
-    "num_iter", "heads", "key_heads", "value_heads", "first_head", "group_heads", "first_chunk",
-    "h_blocks",
-)  # fmt: skip
+    "num_iter",
+    "heads",
+    "key_heads",
+    "value_heads",
+    "first_head",
+    "group_heads",
+    "first_chunk",
+)
 
 
 class Arguments(ctypes.Structure):

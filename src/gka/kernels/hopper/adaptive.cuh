@@ -6,7 +6,7 @@
 constexpr float SLACK_OWN = 1.f / 2048.f, SLACK_SUM = 1.f / 65536.f, SLACK_OPERATOR = 1.f / 1024.f;
 constexpr float THETA_FLOOR = 1.f / 1024.f;
 
-DEVICE float inverse_cosh(float x) { return logf(x + sqrtf(x * x - 1.f)); }  // of x well above one
+DEVICE float inverse_cosh(float x) { return logf(x + sqrtf(x * x - 1.f)); }  // of x above one; loses digits close to it
 
 // v, the unit vector along the sum of the chunk's keys, as a left operand all of whose rows are v. It is what
 // float16 makes of it; zero where the sum is.

@@ -23,7 +23,7 @@ DEVICE void readout_adjoint(float (&dz)[K / 2], u32 (&d_o)[V / 4], const float (
   }
 #pragma unroll
   for (int n = 0; n < V / 64; n++) {
-    u32 relative = pack(u_scale[n] / u_max, u_scale[n] / u_max);
+    u32 relative = both(u_scale[n] / u_max);
 #pragma unroll
     for (int i = 16 * n; i < 16 * n + 16; i++) past[i] = times(d_o[i], relative);
   }

@@ -92,7 +92,7 @@ def _places(run: "Launch") -> dict:
     chunks = run.chunks
     return {
         "chunk_start": None if chunks.whole else chunks.start, "chunk_length": chunks.length,
-        "heads": run.H, "key_heads": run.HK, "value_heads": run.HV, "first_chunk": 0, "h_blocks": run.NK,
+        "heads": run.H, "key_heads": run.HK, "value_heads": run.HV, "first_chunk": 0,
     }  # fmt: skip
 
 
@@ -143,9 +143,9 @@ def scan_states(
 
     def given() -> dict:
         sides = [
-            _side(run, heads, name, g, boundary, (s.states, s.scales, s.norms), s.final, parts)
-            for name, g, s, boundary, parts in zip(
-                "hu", (run.gk, t.g), states, initial, sums, strict=True
+            _side(g, boundary, (s.states, s.scales, norms), s.final, parts)
+            for g, s, norms, boundary, parts in zip(
+                (run.gk, t.g), states, (states[0].norms, None), initial, sums, strict=True
             )
         ]
         largest = (None, None) if maxima is None else (maxima.k, maxima.v)
@@ -180,11 +180,11 @@ def scan_back(
 
     def given() -> dict:
         sides = []
-        for name, g, s, e, (boundary, initial), parts in zip(
-            "hu", (run.gk, t.g), states, ends, edges, sums, strict=True
+        for g, s, e, (boundary, initial), parts in zip(
+            (run.gk, t.g), states, ends, edges, sums, strict=True
         ):
             out = (e.states, e.scales, None)
-            side = _side(run, heads, name, g, boundary, out, initial, parts)
+            side = _side(g, boundary, out, initial, parts)
             hopper.fill(side, {"stored": s.states, "stored_bounds": s.scales, "wholes": e.wholes})
             sides.append(side)
         return {
@@ -198,8 +198,13 @@ def scan_back(
 
 
 def _side(
-    run: "Launch", heads: "Heads", name: str, g, boundary: Boundary, out, last, sums: Sums
+    g: Tensor | None,
+    boundary: Boundary,
+    out: tuple[Tensor, Tensor, Tensor | None],
+    last: Tensor | None,
+    sums: Sums,
 ) -> hopper.Side:
+    """`out`: the states, their bounds and norms."""
     values = (g, boundary[0], *out, last, sums[0], sums[2])
     names = ("g", "boundary", "states", "bounds", "norms", "last", "sums", "sum_decays")
     side = hopper.Side()

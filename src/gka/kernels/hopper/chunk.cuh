@@ -1,7 +1,7 @@
-// One chunk of one head: its arguments, its tiles in shared memory, decays, norms.
+// One chunk of one head: its arguments, its tiles in shared memory, decays, write gates.
 //
-// A block is one warpgroup and works on C = 64 tokens of one of the H' heads of a group. K, V, BF16 (else float16 inputs) and ADAPTIVE are
-// set when compiling. Names are those of docs/maths.md; *16 is a float16 copy divided by a scale.
+// A block is one warpgroup and works on C = 64 tokens of one of the H' heads of a group. K, V, BF16 (else float16
+// inputs) and ADAPTIVE are set when compiling. Names are those of docs/maths.md; *16 is a float16 copy divided by a scale.
 
 constexpr int C = 64;
 constexpr int THREADS = 128;
@@ -10,7 +10,7 @@ struct Arguments {
   const u16 *q, *k, *v;                     // [tokens, H, K], [tokens, HK, K], [tokens, HV, V]
   const float *g, *gk, *alpha, *beta;       // [tokens, H] or null
   const u16 *h_states, *u_states;           // [M, H', K, K], [M, H', K, V] float16: chunk-start states / scale
-  const float *h_scales, *h_norms;          // [M, H', h_blocks]: all that there is in the first
+  const float *h_scales, *h_norms;          // [M, H', K / 64]: all that there is in the first
   const float *u_scales;                    // [M, H', V / 64]
   const long long *chunk_start;             // [M], or null where every chunk is whole
   const int *chunk_length;                  // [M]
@@ -30,17 +30,16 @@ struct Arguments {
   // the gradients'
   const u16 *u_ends, *h_ends;               // [M, H', K, V], [M, H', K, K] float16: E / scale; of H unsymmetrised
   const float *u_end_scales, *u_wholes;     // [M, H', V / 64]: the scales; decay over the chunk <U_[c], E>
-  const float *h_end_scales, *h_wholes;     // [M, H', h_blocks]
-  const float *k_maxima, *z_maxima;         // [M, H']: the chunk's largest entries
+  const float *h_end_scales, *h_wholes;     // [M, H', K / 64]: of H, in the first
+  const float *k_maxima, *z_maxima;         // [M, H']: bounds of the chunk's entries; all but z's tight
   const float *v_maxima, *d_maxima;         // [M, H', V / 64]
   void *dk, *dv;                            // as k and v or, of shared heads, [tokens, H', K or V] float32
   float *dg, *dgk, *d_beta2;                // [tokens, H] or null
   float scale, ridge_ratio, empty_below;
   int num_iter, heads, key_heads, value_heads, first_head, group_heads, first_chunk;
-  int h_blocks;
 };
 
-// Over the block; `scratch` [8] floats. Ends and begins with a barrier.
+// Over the block; `scratch` [4] floats. Ends and begins with a barrier.
 template <bool MAXIMUM>
 DEVICE float block_reduce(float x, float* scratch) {
   x = MAXIMUM ? warp_max(x) : warp_sum(x);
@@ -208,7 +207,7 @@ struct Shared {
   unsigned char k[C * K * 2];
   unsigned char v[C * (K > V ? K : V) * 2];
   uint4 weights[C / 16 * THREADS];  // W / F, a thread's in its own places; before that, (K K^T)^2
-  float decay_h[C], decay_u[C], beta2[C], energy[C], scratch[16];
+  float decay_h[C], decay_u[C], beta2[C], energy[C], scratch[8];
 #if ADAPTIVE
   float key_norm2[C];  // |k16_j|^2
 #endif
@@ -221,7 +220,7 @@ DEVICE void copy_states(Shared& s, const Arguments& a, const Place& at) {
   copy_state<K, V>(shared_address(s.u), a.u_states + at.state * K * V, at.thread);
 }
 
-// Decays, write gates and numbers of H_[c] on their way: asked for first, for all else waits behind them.
+// Decays, write gates and numbers of both states on their way: asked for first, for all else waits behind them.
 struct GateLoads {
   float2 decay;
   float beta, h_scale, h_norm2, u_scale;
@@ -231,7 +230,7 @@ struct GateLoads {
     beta = 1.f;
     if (a.beta != nullptr) beta = a.beta[(at.start + (row < at.length ? row : 0)) * a.heads + at.head];
     if (row >= at.length) beta = 0.f;
-    h_scale = a.h_scales[at.state * a.h_blocks], h_norm2 = a.h_norms[at.state * a.h_blocks];
+    h_scale = a.h_scales[at.state * (K / 64)], h_norm2 = a.h_norms[at.state * (K / 64)];
     u_scale = a.u_scales[at.state * (V / 64) + at.thread % (V / 64)];
   }
   // Every warp sums, two the same: shuffles stay out of branches.

@@ -22,6 +22,16 @@ DEVICE void scale_rows(u32 (&a)[N / 2], float (&largest)[2], const float (&d)[N]
   for (int i = 0; i < N / 2; i++) a[i] = pack(d[2 * i] * inverse[i % 2], d[2 * i + 1] * inverse[i % 2]);
 }
 
+// Of four words of every thread of a quad, word i of thread c to word c of thread i: a thread then holds
+// 16 neighbouring bytes of a row, and stores them at once.
+DEVICE uint4 transpose_quad(u32 w0, u32 w1, u32 w2, u32 w3, int lane) {
+  bool odd = lane & 1, high = lane & 2;
+  u32 a = __shfl_xor_sync(~0u, odd ? w0 : w1, 1), b = __shfl_xor_sync(~0u, odd ? w2 : w3, 1);
+  w0 = odd ? a : w0, w1 = odd ? w1 : a, w2 = odd ? b : w2, w3 = odd ? w3 : b;
+  a = __shfl_xor_sync(~0u, high ? w0 : w2, 2), b = __shfl_xor_sync(~0u, high ? w1 : w3, 2);
+  return uint4{high ? a : w0, high ? b : w1, high ? w2 : a, high ? w3 : b};
+}
+
 // A left operand [C, D] of 16-bit pairs to rows of an array; `token`: indices of the thread's two rows.
 template <int D>
 DEVICE void store_rows(u16* array, const u32 (&a)[D / 4], const long long (&token)[2], const Place& at) {

@@ -29,12 +29,11 @@ DEVICE u32 pack_bfloat16(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
   return x;
 }
-DEVICE u32 times(u32 a, u32 b) {
+DEVICE u32 times(u32 a, u32 b) {  // of pairs of float16
   u32 x;
   asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));
   return x;
 }
-
 DEVICE u32 times_plus(u32 a, u32 b, u32 c) {
   u32 x;
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(x) : "r"(a), "r"(b), "r"(c));
@@ -90,14 +89,4 @@ DEVICE void copies_commit() { asm volatile("cp.async.commit_group;\n" ::: "memor
 template <int PENDING>
 DEVICE void copies_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(PENDING) : "memory");
-}
-
-// Of four words of every thread of a quad, word i of thread c to word c of thread i: a thread then holds
-// 16 neighbouring bytes of a row, and stores them at once.
-DEVICE uint4 transpose_quad(u32 w0, u32 w1, u32 w2, u32 w3, int lane) {
-  bool odd = lane & 1, high = lane & 2;
-  u32 a = __shfl_xor_sync(~0u, odd ? w0 : w1, 1), b = __shfl_xor_sync(~0u, odd ? w2 : w3, 1);
-  w0 = odd ? a : w0, w1 = odd ? w1 : a, w2 = odd ? b : w2, w3 = odd ? w3 : b;
-  a = __shfl_xor_sync(~0u, high ? w0 : w2, 2), b = __shfl_xor_sync(~0u, high ? w1 : w3, 2);
-  return uint4{high ? a : w0, high ? b : w1, high ? w2 : a, high ? w3 : b};
 }

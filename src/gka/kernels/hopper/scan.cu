@@ -15,7 +15,7 @@ struct Shared {
   Gates gates[3];
   Numbers numbers[2];
   u32 maxima[2][8];     // of a warp's share of two tiles, as bits
-  float partial[2][8];  // of a warp: backwards of <S_[c], E>, else of a sum of squares
+  float partial[2][8];  // of a warp: backwards of <S_[c], E>, else of a sum of squares; at first its largest
 };
 
 DEVICE float block_sum(const float (&of_warps)[8]) {

@@ -21,7 +21,8 @@ struct ScanArguments {
   Side h, u;
   const u16 *k, *v, *q, *x, *d_o, *y;  // x [tokens, H, K], y [tokens, G, K]: float16, rows / their scales
   const float *alpha, *beta, *x_scale, *y_scale, *key_weight, *start_weight;
-  // [M, G] and [M, G, V / 64] or null: of k and v; backwards of z, a bound from q's largest and x's scales, and do
+  // [M, G] and [M, G, V / 64] or null, written: of k and v; backwards of z, a bound from q's largest and x's scales,
+  // and do
   float *first_maxima, *second_maxima;
   const float *key_maxima;              // backwards [M, G]: of k
   const int *segments;                  // [S, 5]: sequence, chunks from, to, segments from, to

@@ -46,7 +46,7 @@ DEVICE System prepare(Shared& s, const Arguments& a, const Place& at, const Gate
   return y;
 }
 
-// x_t = p(A_t) rhs_t in place of rhs; zero where the history is empty.
+// x_t = p(A_t) rhs_t, zero where the history is empty; takes rhs.
 DEVICE void solve_chunk(float (&x)[K / 2], float (&rhs)[K / 2], Shared& s, const System& y, const Place& at) {
   float largest[2], factor[2];
   row_maxima(largest, rhs);

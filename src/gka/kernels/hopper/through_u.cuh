@@ -41,18 +41,18 @@ DEVICE void through_u(float (&dk)[K / 2], float (&d_beta2)[2], Tiles& s, const L
   }
   float pairs[C / 2], d_v[C / 2], dv[V / 2];  // z_t . k_j, then P_tj; do_t . v_j
   {
-    u32 left[V / 4];  // v, the columns of each block times its scale of E
+    u32 left[V / 16][4];  // v, the columns of each block times its scale of E
 #pragma unroll
     for (int k = 0; k < V / 16; k++) {
       float relative = e_scale[k / 4] * inverse(e_max);
-      load_left(left + 4 * k, shared_address(s.v), k, at);
+      load_left(left[k], shared_address(s.v), k, at);
 #pragma unroll
-      for (int i = 0; i < 4; i++) left[4 * k + i] = times(left[4 * k + i], pack(relative, relative));
+      for (int i = 0; i < 4; i++) left[k][i] = times(left[k][i], both(relative));
     }
     mma_begin();
     product_shared<V, false, true, C, C>(d_v, again(d_o), again(shared_address(s.v)), false);
     product_shared<K, false, true, C, C>(pairs, again(z), again(keys), false);
-    product<V, 1, true, K>(dk, left, again(state), false);  // rows E v_j
+    product<V, 1, true, K>(dk, left[0], again(state), false);  // rows E v_j
     mma_commit();
     mma_wait<0>();
     hold(d_v), hold(pairs), hold(dk);

@@ -34,11 +34,6 @@ DEVICE Place again(const Place& at) {
   return same;
 }
 
-DEVICE u32 again(u32 address) {
-  asm volatile("" : "+r"(address));
-  return address;
-}
-
 DEVICE float inverse(float x) { return x > 1e-37f ? __fdividef(1.f, x) : 0.f; }
 
 template <int N>
@@ -50,13 +45,10 @@ DEVICE float largest_of(const float* x, long long index) {
 }
 
 // Four words of a left operand from a tile in shared memory: columns 16 k to 16 k + 15.
-DEVICE void load_left(u32* a, u32 tile, int k, const Place& at) {
+DEVICE void load_left(u32 (&a)[4], u32 tile, int k, const Place& at) {
   int row = at.thread / 32 * 16 + at.lane % 16;
   u32 from = (tile + row * 128 + ((at.lane / 16 ^ (row & 7)) << 4)) ^ (k & 3) << 5;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
-               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-               : "r"(from + (k >> 2) * C * 128)
-               : "memory");
+  load_matrices(a, from + (k >> 2) * C * 128);
 }
 
 // k16_j . d_j of the thread's two rows j.
@@ -82,9 +74,7 @@ DEVICE void copy_rows(u32 to, const u16* array, int heads, int head, const Place
 #pragma unroll
   for (int i = 0; i < P::N; i++) {
     bool valid = P::row(i, at) < at.length;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to + i * P::STEP * 128),
-                 "l"(from + (valid ? P::row(i, at) * step : 0)), "r"(valid ? 16 : 0)
-                 : "memory");
+    copy_pieces(to + i * P::STEP * 128, from + (valid ? P::row(i, at) * step : 0), valid);
   }
   copies_commit();
 }
@@ -117,7 +107,7 @@ DEVICE void load_numbers(Tiles& s, const Arguments& a, const Place& at) {
   s.start_h[row] = valid ? start_h : 0.f;
   sum_decays(of_u ? s.decay_u : s.decay_h, decays, at);
   if (at.thread >= 32) return;
-  long long of_h = at.state * a.h_blocks, of_v = at.state * (V / 64);
+  long long of_h = at.state * (K / 64), of_v = at.state * (V / 64);
   const float* from = at.lane < V / 64 ? a.u_end_scales + of_v + at.lane : a.u_wholes + of_v;
   from = at.lane == V / 64 + 1 ? a.h_wholes + of_h : at.lane == V / 64 + 2 ? a.h_scales + of_h : from;
   from = at.lane == V / 64 + 3 ? a.h_norms + of_h : at.lane == V / 64 + 4 ? a.h_end_scales + of_h : from;
@@ -125,12 +115,12 @@ DEVICE void load_numbers(Tiles& s, const Arguments& a, const Place& at) {
   __syncwarp();
 }
 
-// Largest entries of the chunk's k, v, z, do.
+// Largest entries of the chunk's k, v, do, and a bound of z's.
 struct Largest {
   float k, v, z, d;
 };
 
-// k, v, z, do / their largest entries, which it returns, and the tokens' numbers, to shared memory; E of U is on
+// k, v, z, do / their bounds, which it returns, and the tokens' numbers, to shared memory; E of U is on
 // its way after. What comes from memory is asked for before anything is waited for.
 DEVICE Largest load_tiles(Tiles& s, const Arguments& a, const Place& at) {
   copy_rows(shared_address(s.z), a.x, a.heads, at.head, at);
@@ -197,11 +187,10 @@ DEVICE void sum_pairs(const float (&pairs)[C / 2], float factor, Tiles& s, const
   u32 place = first_word(at), since[C / 4];
 #pragma unroll
   for (int i = 0; i < C / 4; i++) {
-    u32 high, low;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(high) : "f"(pairs[2 * i + 1]), "f"(pairs[2 * i]));
+    u32 high = pack_bfloat16(pairs[2 * i], pairs[2 * i + 1]);
     float rest[2] = {pairs[2 * i] - __uint_as_float(high << 16),
                      pairs[2 * i + 1] - __uint_as_float(high & 0xffff0000u)};
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(low) : "f"(rest[1]), "f"(rest[0]));
+    u32 low = pack_bfloat16(rest[0], rest[1]);
     unsigned char* to = s.v + (place ^ i / 2 << 4) + i % 2 * 1024;
     *(u32*)to = high, *(u32*)(to + C * C * 2) = low;
     int missing = max(16 * (at.row[i % 2] - at.column - i / 2 * 8), 0);  // bits: 1 where column >= row

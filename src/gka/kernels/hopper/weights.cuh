@@ -1,10 +1,13 @@
 // What the tokens of a chunk weigh in the products that add it to a state, made by one warp a chunk ahead.
 
 // A weight in units of the state: the most before the state is rescaled, and what is then the largest.
-// Weighted inputs in bfloat16 have float32's range; in float16 they stay below the inputs themselves.
+// Weighted inputs in bfloat16 have float32's range; in float16 they stay below the inputs themselves. H_BACK: y's
+// weights are float16 always; the keys' count by SHARE of themselves or, in float16, by their largest entry's
+// sixteenth where that is more, so that neither a weight nor a weighted key leaves float16's range.
 template <int KIND>
 struct Room {
-  static constexpr float MOST = KIND == H_BACK ? 1024.f : BF16 ? 0x1p60f : .5f;
+  static constexpr float MOST = KIND == H_BACK ? BF16 ? 1024.f : 64.f : BF16 ? 0x1p60f : .5f;
+  static constexpr float SHARE = BF16 ? 0x1p-20f : 0x1p-9f;
   static constexpr float LARGEST = KIND == H_BACK || BF16 ? 1.f : .5f;
 };
 
@@ -119,7 +122,7 @@ struct Weights {
         if constexpr (!EVERY) first[e] += start * whole * to_end * beta2;
         second[e] = -since_start * (from.x_scale[row + e] * from.y_scale[row + e]);
       }
-      float share = KIND != H_BACK ? 1.f : BF16 ? 0x1p-20f : key_max * .0625f;
+      float share = KIND != H_BACK ? 1.f : BF16 ? Room<KIND>::SHARE : fmaxf(key_max * .0625f, Room<KIND>::SHARE);
       largest = fmaxf(largest, fmaxf(fabsf(first[e]) * share, fabsf(second[e])));
     }
     if constexpr (EVERY) {
