@@ -210,7 +210,6 @@ def test_states_at_chunk_starts(name: str, launch) -> None:
         assert (written["second"][:, i] == v[:, head // (H // HV), None]).all()
 
 
-@pytest.mark.xfail(strict=True, reason="bounds take the largest weight times the largest key")
 def test_keys_that_are_not_written_leave_bounds_tight(launch) -> None:
     """Large keys behind a closed write gate take no digits from the stored states."""
     problem = Problem(Case(lengths=(C * 4,), stretch=4, decay=0.002))

@@ -6,7 +6,7 @@
 constexpr float SLACK_OWN = 1.f / 2048.f, SLACK_SUM = 1.f / 65536.f, SLACK_OPERATOR = 1.f / 1024.f;
 constexpr float THETA_FLOOR = 1.f / 1024.f;
 
-DEVICE float inverse_cosh(float x) { return logf(x + sqrtf(x * x - 1.f)); }  // of x above one; loses digits close to it
+DEVICE float arcosh_1p(float x) { return log1pf(x + sqrtf(x * (x + 2.f))); }  // acosh(1 + x), of small x too
 
 // v, the unit vector along the sum of the chunk's keys, as a left operand all of whose rows are v. It is what
 // float16 makes of it; zero where the sum is.
@@ -135,8 +135,8 @@ DEVICE void tighten(Iteration& it, const Ridge& r, const float (&w)[C / 2], cons
     it.tau[b] = __fdividef(strength[b], a.ridge_ratio + strength[b]);
   }
   float phi = fmaxf(block_reduce<true>(worst, s.scratch), SLACK_OPERATOR);
-  float ratio = (a.num_iter + 1) * inverse_cosh(1.f + 2.f * a.ridge_ratio) /
-                inverse_cosh(1.f + 2.f * a.ridge_ratio / fminf(phi, 1.f));
+  float ratio = (a.num_iter + 1) * arcosh_1p(2.f * a.ridge_ratio) /
+                arcosh_1p(2.f * a.ridge_ratio / fminf(phi, 1.f));
   int steps = (int)ceilf(ratio) - 1;
   it.deflated = 6 * steps <= 5 * a.num_iter;
   if (!it.deflated) return;

@@ -43,6 +43,29 @@ DEVICE u32 largest_inputs(const unsigned char* tile) {
   return most;
 }
 
+// The same, and into `weighted` the largest of a token's weight times its magnitude or, SQUARED, the square of it.
+template <int D, bool SQUARED>
+DEVICE u32 largest_inputs(const unsigned char* tile, const float* weight, float& weighted) {
+  constexpr int PIECES = C * D / 8 / THREADS, ROWS = C * 8 / THREADS;  // of a thread; piece n is of row n % ROWS
+  u32 most = 0;
+  weighted = 0.f;
+#pragma unroll
+  for (int i = 0; i < ROWS; i++) {
+    u32 of_row = 0;
+#pragma unroll
+    for (int n = i; n < PIECES; n += ROWS) {
+      uint4 four = ((const uint4*)tile)[threadIdx.x + n * THREADS];
+#pragma unroll
+      for (int w = 0; w < 4; w++) of_row = max_pair(of_row, ((const u32*)&four)[w] & 0x7fff7fffu);
+    }
+    float2 pair = widen(of_row);
+    float largest = fmaxf(pair.x, pair.y);
+    weighted = fmaxf(weighted, weight[threadIdx.x / 8 + i * (THREADS / 8)] * (SQUARED ? largest * largest : largest));
+    most = max_pair(most, of_row);
+  }
+  return most;
+}
+
 // The lane's address in a tile for `load_transposed` of the warp's 16 columns and the first 16 tokens: as a
 // left operand's registers have them. Those of the next 16 tokens lie SLICE bytes further.
 constexpr int SLICE = 16 * 128;

@@ -15,6 +15,7 @@ struct Shared {
   Gates gates[3];
   Numbers numbers[2];
   u32 maxima[2][8];     // of a warp's share of two tiles, as bits
+  float weighted[2][8];  // STATES, of a warp: the largest weight times an entry of k, of H its square
   float partial[2][8];  // of a warp: backwards of <S_[c], E>, else of a sum of squares; at first its largest
 };
 
@@ -90,7 +91,12 @@ DEVICE void scan(Shared& s, const ScanArguments& a, const Side& side, const Walk
       first = pair.x, second = pair.y;
     }
     float added = gate.sum[1];
-    if constexpr (KIND == STATES) added = gate.sum[0] * first * second;
+    if constexpr (KIND == STATES) {  // the second bound holds where large keys are hardly written
+      float weighted = 0.f;
+#pragma unroll
+      for (int w = 0; w < THREADS / 32; w++) weighted = fmaxf(weighted, s.weighted[i % 2][w]);
+      added = fminf(gate.sum[0] * first * second, C * weighted * (OF_H ? 1.f : second));
+    }
     if constexpr (KIND == U_BACK) added = (gate.sum[0] * first + gate.sum[1]) * second;
     bound = bound * gate.whole + added;
     float* to = BACK ? side.wholes : side.norms;
@@ -144,7 +150,16 @@ DEVICE void scan(Shared& s, const ScanArguments& a, const Side& side, const Walk
     add_chunk<KIND, OF_H, TILE>(state.d, tiles_of(i), gate);
     if constexpr (KIND != H_BACK) {
       const auto& tiles = s.tiles[i % STAGES];
-      u32 first = largest_inputs<K>(tiles[0]), second;
+      u32 first, second;
+      if constexpr (KIND == STATES) {
+        float weighted;
+        first = largest_inputs<K, OF_H>(tiles[0], gate.written, weighted);
+        weighted = warp_most(weighted);
+        if (lane == 0) s.weighted[i % 2][warp] = weighted;
+        __syncwarp();
+      } else {
+        first = largest_inputs<K>(tiles[0]);
+      }
       if constexpr (!OF_H) second = largest_inputs<V>(tiles[BACK ? 2 : 1]);
       first = warp_most(max(first & 0xffff, first >> 16));
       if constexpr (OF_H) second = first;

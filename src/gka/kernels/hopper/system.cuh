@@ -33,7 +33,7 @@ DEVICE System prepare(Shared& s, const Arguments& a, const Place& at, const Gate
   for (int b = 0; b < 2; b++) {
     float unit = __fdividef(y.it.step, y.fro[b]);
     y.h_factor[b] = y.zeta[b] * of.h_scale * unit;
-    y.w_factor[b] = unit * k_max * k_max;
+    y.w_factor[b] = fmaxf(unit * k_max * k_max, 1e-37f);  // what divides by it stays finite
   }
 #pragma unroll
   for (int n = 0; n < C / 16; n++) {

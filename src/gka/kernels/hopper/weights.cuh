@@ -22,6 +22,7 @@ struct alignas(16) Gates {
   // magnitudes, the second H_BACK's of all it adds; the scale of the chunk's stored state; U_BACK: largest
   // factors of q and of x in z.
   float whole, sum[2], stored_bound, of_q, of_x;
+  float written[C];  // STATES: the weights themselves
 };
 
 // Of pair p among those that are read together: 8 s + c and 8 s + 4 + c, s the slice of 16 tokens.
@@ -113,6 +114,7 @@ struct Weights {
       float beta = s.beta == nullptr ? 1.f : from.beta[row + e], beta2 = beta * beta;
       if constexpr (KIND == STATES) {
         first[e] = to_end * beta2, second[e] = 0.f;
+        if constexpr (EVERY) to.written[row + e] = first[e];
       } else if constexpr (KIND == U_BACK) {
         float alpha = s.alpha == nullptr ? 1.f : from.alpha[row + e], weight = since_start * s.scale;
         first[e] = weight * (1.f - alpha), second[e] = weight * alpha * from.x_scale[row + e];
