@@ -149,7 +149,7 @@ def shared_bytes(kernel: str, key_dim: int, value_dim: int) -> int:
     if kernel.startswith("combine"):
         return 0
     if kernel.startswith("sums"):
-        return 2 * CHUNK * 6 * widest + 4 * 24 * CHUNK + 1024
+        return 2 * CHUNK * 6 * widest + 4 * 28 * CHUNK + 1024
     if kernel in SCANS:
         tiles = CHUNK * (3 if kernel == "scan_back" else 4) + key_dim
         return 2 * widest * tiles + 4 * 24 * CHUNK + 1024
