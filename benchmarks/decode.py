@@ -36,7 +36,7 @@ from benchmarks.numerics import relative
 from benchmarks.stopwatch import Call, Stopwatch
 from torch import Tensor
 
-from gka.data.files import write_text as write
+from gka.data.files import write_text
 from gka.errors import InputError
 from gka.ops import fused_recurrent_gka_, why_unavailable
 
@@ -287,8 +287,8 @@ def main(arguments: list[str] | None = None) -> None:
         result = Bench(options).run()
     except InputError as error:
         raise SystemExit(f"error: {error}") from None
-    write(options.output / "decode.json", json.dumps(result, indent=1) + "\n")
-    write(options.output / "decode.md", decode_report.markdown(result))
+    write_text(options.output / "decode.json", json.dumps(result, indent=1) + "\n")
+    write_text(options.output / "decode.md", decode_report.markdown(result))
     print(decode_report.markdown(result))
     if not decode_report.plot(result, options.output / "decode.png"):
         print("no plot: matplotlib is not installed")

@@ -13,6 +13,8 @@ from benchmarks import gpu_layer, kernel_profile
 from benchmarks.contenders import Contender, Inputs, reason
 from benchmarks.kernel_profile import Kernel
 
+from gka.data.files import write_text
+
 if TYPE_CHECKING:
     from benchmarks.gpu import Bench
 
@@ -50,7 +52,7 @@ def part(bench: "Bench", key: str, size: str, name: str, work: Callable[[dict], 
 
 
 def save(bench: "Bench", texts: list[str]) -> None:
-    (bench.options.output / "profile.txt").write_text("\n".join(texts))
+    write_text(bench.options.output / "profile.txt", "\n".join(texts))
     bench.save()
 
 

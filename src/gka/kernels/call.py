@@ -152,13 +152,12 @@ class Launch:
         )
 
     def sums(self, heads: Heads, name: str, width: int, blocks: int, wanted: bool):
-        """Scratch for the states that segments add up to: sums, bounds, log decays."""
+        """Scratch for the states that segments add up to: sums, bounds (not for Hopper's), log decays."""
         if not wanted or not self.chunks.segmented:
             return None, None, None
         shape = (self.chunks.num_segments, heads.count)
-        scales, decays = (
-            self.scratch(f"{name} sum {of}", *shape, blocks) for of in ("scales", "decays")
-        )
+        scales = None if self.hopper else self.scratch(f"{name} sum scales", *shape, blocks)
+        decays = self.scratch(f"{name} sum decays", *shape, blocks)
         return self.scratch(f"{name} sums", *shape, self.K, width), scales, decays
 
     def maxima(self, heads: Heads) -> Maxima:

@@ -41,14 +41,8 @@ _POINTERS = (
 )  # fmt: skip
 _FLOATS = ("scale", "ridge_ratio", "empty_below")
 _INTS = (
-    "num_iter",
-    "heads",
-    "key_heads",
-    "value_heads",
-    "first_head",
-    "group_heads",
-    "first_chunk",
-)
+    "num_iter", "heads", "key_heads", "value_heads", "first_head", "group_heads", "first_chunk",
+)  # fmt: skip
 
 
 class Arguments(ctypes.Structure):

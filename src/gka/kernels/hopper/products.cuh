@@ -29,17 +29,21 @@ DEVICE void copy_tiles(u32 to, const ScanArguments& a, const Walk& at, int token
     copy_tile<V>(to + TILE, a.v, token, a.value_heads, at.value_head, length);
 }
 
-// Largest magnitudes of the inputs in the thread's share of a tile [C, D]: 16-bit numbers' are ordered as their
-// bits are, two at a time.
+// The larger of `most` and eight inputs' magnitudes: ordered as their bits are, two at a time. By value, so that
+// they are read at once.
+DEVICE u32 max_inputs(u32 most, uint4 eight) {
+#pragma unroll
+  for (int w = 0; w < 4; w++) most = max_pair(most, ((const u32*)&eight)[w] & 0x7fff7fffu);
+  return most;
+}
+
+// Largest magnitudes of the inputs in the thread's share of a tile [C, D].
 template <int D>
 DEVICE u32 largest_inputs(const unsigned char* tile) {
   u32 most = 0;
 #pragma unroll
-  for (int n = 0; n < C * D / 8 / THREADS; n++) {
-    uint4 four = ((const uint4*)tile)[threadIdx.x + n * THREADS];
-#pragma unroll
-    for (int w = 0; w < 4; w++) most = max_pair(most, ((const u32*)&four)[w] & 0x7fff7fffu);
-  }
+  for (int n = 0; n < C * D / 8 / THREADS; n++)
+    most = max_inputs(most, ((const uint4*)tile)[threadIdx.x + n * THREADS]);
   return most;
 }
 
@@ -53,11 +57,8 @@ DEVICE u32 largest_inputs(const unsigned char* tile, const float* weight, float&
   for (int i = 0; i < ROWS; i++) {
     u32 of_row = 0;
 #pragma unroll
-    for (int n = i; n < PIECES; n += ROWS) {
-      uint4 four = ((const uint4*)tile)[threadIdx.x + n * THREADS];
-#pragma unroll
-      for (int w = 0; w < 4; w++) of_row = max_pair(of_row, ((const u32*)&four)[w] & 0x7fff7fffu);
-    }
+    for (int n = i; n < PIECES; n += ROWS)
+      of_row = max_inputs(of_row, ((const uint4*)tile)[threadIdx.x + n * THREADS]);
     float2 pair = widen(of_row);
     float largest = fmaxf(pair.x, pair.y);
     weighted = fmaxf(weighted, weight[threadIdx.x / 8 + i * (THREADS / 8)] * (SQUARED ? largest * largest : largest));
