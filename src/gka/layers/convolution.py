@@ -53,7 +53,7 @@ class ShortConvolution(nn.Module):
         past = self.width - 1
         if cu_seqlens is not None:
             slots = self._slots(cu_seqlens, x.shape[1])
-            gapped = x.new_zeros(1, x.shape[1] + past * (len(cu_seqlens) - 1), self.channels)
+            gapped = x.new_zeros(1, x.shape[1] + past * (cu_seqlens.shape[0] - 1), self.channels)
             x = gapped.index_copy(1, slots, x)
             return self._convolve(F.pad(x.mT, (past, 0))).mT.index_select(1, slots)
         if state is None:
