@@ -68,7 +68,8 @@ class ShortConvolution(nn.Module):
             state: the W inputs before x; None for zeros.
             lengths: how many of each row's T inputs count [B]; None for all.
         """
-        if lengths is None:
+        # Spares a copy of x. A compiler sees that by itself, and would bind its graph to T >= W.
+        if lengths is None and not torch.compiler.is_compiling():
             x = x[:, -self.width :]
         seen = F.pad(x.mT, (self.width, 0)) if state is None else torch.cat([state, x.mT], -1)
         if lengths is None:
