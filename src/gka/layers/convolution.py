@@ -75,7 +75,8 @@ class ShortConvolution(nn.Module):
         if lengths is None:
             return seen[..., -self.width :]
         columns = lengths[:, None] + torch.arange(self.width, device=x.device)
-        return seen.take_along_dim(columns[:, None], dim=-1)
+        # not take_along_dim, which binds a compiled graph to B and T
+        return seen.gather(-1, columns[:, None].expand(-1, seen.shape[1], -1))
 
     def _convolve(self, x: Tensor) -> Tensor:
         """[B,C,W-1+T] -> [B,C,T]."""
