@@ -119,8 +119,11 @@ class SoftmaxAttention(nn.Module):
             past, length, k.shape[-2], attention_mask=attention_mask, cu_seqlens=cu_seqlens,
             window=self.window_size, device=x.device,
         )  # fmt: skip
+        # Without a past one token is a causal call like any other: no graph depends on the length. With
+        # one it sees all keys.
+        causal = mask is None and bool(past == 0 or length > 1)
         o = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and length > 1,
+            q, k, v, attn_mask=mask, is_causal=causal,
             enable_gqa=self.num_heads != self.num_kv_heads,
         )  # fmt: skip
         output = self.o_proj(o.transpose(1, 2).flatten(-2))

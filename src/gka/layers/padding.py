@@ -73,7 +73,7 @@ class Padding:
 
     def align(self, x: Tensor) -> Tensor:
         """[B,T,D]: tokens first, zeros behind."""
-        x = x.take_along_dim(self.order[..., None], dim=1)
+        x = _take(x, self.order)
         return x.masked_fill(self.is_padding[..., None], 0)
 
     def clear(self, x: Tensor) -> Tensor:
@@ -83,5 +83,10 @@ class Padding:
 
     def restore(self, x: Tensor) -> Tensor:
         """The inverse of `align`: [B,T,D] in the caller's order, zeros at the padding."""
-        x = x.take_along_dim(torch.argsort(self.order, dim=1)[..., None], dim=1)
+        x = _take(x, torch.argsort(self.order, dim=1))
         return x.masked_fill(~self.is_token[..., None], 0)
+
+
+def _take(x: Tensor, order: Tensor) -> Tensor:
+    """Row b's tokens order[b] of x [B,T,D]. Not take_along_dim, which binds a compiled graph to B and T."""
+    return x.gather(1, order[..., None].expand_as(x))

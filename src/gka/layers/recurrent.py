@@ -314,8 +314,9 @@ class RecurrentMixer(nn.Module):
             read_state(layer.recurrent_states, i) for i in range(self.num_states)
         ]  # fmt: skip
         states = tuple(s for s in cached if s is not None)
-        few = length <= DECODE_TOKENS and not torch.is_grad_enabled()
-        return Run(states, layer is not None, few and layer is not None, *bounds, padding)
+        # the length last: where nothing is cached, no compiled graph depends on it
+        few = layer is not None and not torch.is_grad_enabled() and length <= DECODE_TOKENS
+        return Run(states, layer is not None, few, *bounds, padding)
 
     def _readout(self, o: Tensor, x: Tensor, fuse: bool) -> Tensor:
         """Norm of each head, gated by SiLU(g_proj x) if there is a gate: [B,T,H,V] -> [B,T,H*V]."""

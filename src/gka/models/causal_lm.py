@@ -65,8 +65,8 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
                 output_hidden_states: as in `GKAModel.forward`.
             labels: [B,T] the tokens themselves, -100 where nothing is to be predicted; position t is
                 compared with label t+1, and the last token of a packed sequence with nothing.
-            use_cache: return a cache. None: `config.use_cache`, but never in training mode, with labels
-                or with packed sequences.
+            use_cache: return a cache. None: `config.use_cache`, but never in training mode, with labels,
+                with packed sequences or under `torch.export`.
             logits_to_keep: logits of the last so many tokens only (0: all), or of these positions. Does
                 not touch the loss.
             num_items_in_batch: divide the summed loss by this, instead of by the number of targets.

@@ -136,8 +136,8 @@ class GKAModel(GKAPreTrainedModel):
             position_ids: [B,T] rotary positions. None: counted from the mask, packing and cache.
             past_key_values: a `GKACache`, or another transformers cache built from the configuration.
             cache: the same argument under its name since transformers 5.24.
-            use_cache: return a cache. None: `config.use_cache`, but never in training mode or with packed
-                sequences.
+            use_cache: return a cache. None: `config.use_cache`, but never in training mode, with packed
+                sequences or under `torch.export`.
             cu_seqlens: [N+1] bounds of sequences packed into one row (B = 1), without a cache.
             output_hidden_states: return the embeddings and every layer's output (the last after the norm).
                 None: `config.output_hidden_states`.
@@ -154,7 +154,9 @@ class GKAModel(GKAPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training and cu_seqlens is None
+            exported = torch.compiler.is_exporting()  # an exported program returns tensors alone
+            wanted = self.config.use_cache and not self.training and cu_seqlens is None
+            use_cache = wanted and not exported
         self._check_recomputation(past, use_cache)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         attention_mask = _without_trivial(attention_mask, past, hidden_states)
