@@ -67,6 +67,21 @@ def only_writer(folder: Path, name: str = "output") -> Iterator[None]:
 
 
 @contextmanager
+def only_maker(folder: Path, name: str = "output") -> Iterator[None]:
+    """As `only_writer`, for a folder that appears at once when it is complete: the lock lies beside it."""
+    what = f"{name} {folder}"
+    with storage_errors(what, "made"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(folder.parent / f".{folder.name}{LOCK}", what):
+        yield
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether nothing lies in a folder but a lock."""
+    return all(path.name == LOCK for path in folder.iterdir())
+
+
+@contextmanager
 def draft_folder(target: Path) -> Iterator[Path]:
     """An empty folder beside `target`, to be filled and renamed; removed unless it was.
 

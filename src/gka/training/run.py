@@ -45,11 +45,18 @@ def train(
 
     Raises:
         InputError: if anything given cannot be used; nothing is deleted or overwritten then.
-        Interrupted: after SIGINT or SIGTERM, when the checkpoint is written.
+        Interrupted: after SIGINT, SIGTERM or SIGHUP, when the checkpoint is written.
     """
-    complete = files.open_output(output, console, resume=resume, overwrite=overwrite)
-    if complete is not None:
-        return complete
+    with files.open_output(output, console, resume=resume, overwrite=overwrite) as complete:
+        if complete is not None:
+            return complete
+        return _train(config, output, console, resume, overwrite)
+
+
+def _train(
+    config: RunConfig, output: Path, console: "Console", resume: bool, overwrite: bool
+) -> dict[str, Any]:
+    """`train`, in a folder that is this process's alone."""
     tokenizer = load_tokenizer(config.data.tokenizer)
     packed = pack_text(config.data, tokenizer, console)
     blocks = token_blocks(packed, config.data.sequence_length, config.data.eval_fraction)
