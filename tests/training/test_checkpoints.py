@@ -8,14 +8,14 @@ import pytest
 from gka.training.checkpoints import SEAL, clear_cut_short, fault, newest, seal
 
 WEIGHTS = "model.safetensors"
-NAMES = (WEIGHTS, "trainer_state.json", "optimizer.pt", "scheduler.pt")
+NAMES = (WEIGHTS, "trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
 def _checkpoint(folder: Path, step: int) -> Path:
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
     (path / WEIGHTS).write_bytes(bytes(range(100)))
-    for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt"):
+    for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
         (path / name).write_bytes(b"state")
     return path
 
@@ -37,8 +37,8 @@ def test_sealed_is_whole(tmp_path: Path) -> None:
         ("more.bin", b"", "more.bin is not among what was sealed"),
         (SEAL, b'{"weights"', f"{SEAL} is damaged"),
         (SEAL, json.dumps(dict.fromkeys(NAMES, 1)).encode(), f"{SEAL} is damaged"),
-        (SEAL, b"{}", f"{SEAL} does not name trainer_state.json, optimizer.pt, scheduler.pt, weights"),
-        (SEAL, b'{"trainer_state.json": 1, "scheduler.pt": 1, "a.bin": 1}', "not name optimizer.pt"),
+        (SEAL, b"{}", f"{SEAL} does not name trainer_state.json, optimizer.pt, scheduler.pt, rng_state.pth, weights"),
+        (SEAL, b'{"trainer_state.json": 1, "scheduler.pt": 1, "a.bin": 1}', "name optimizer.pt, rng_state.pth"),
         (SEAL, json.dumps(dict.fromkeys((*NAMES, "../a"), 1)).encode(), "names '../a'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gka.data.corpus import Document, corpus_fingerprint, read_pieces
+from gka.data.corpus import Document, check_unchanged, corpus_fingerprint, read_pieces
 from gka.data.files import read_json, sha256_of, write_json
 from gka.data.tokenizer import Encoder, fingerprint, vocabulary_size
 from gka.errors import InputError
@@ -137,6 +137,7 @@ def _write(
                 file.write(ids.data)
                 digest.update(ids.data)
                 tokens, size = tokens + len(ids), size + length
+            check_unchanged(document)
             table.append({"name": document.name, "tokens": tokens, "bytes": size})
             if on_document is not None:
                 on_document(document)

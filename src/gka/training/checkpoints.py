@@ -50,7 +50,9 @@ def fault(folder: Path) -> str | None:
 def _fault_of_seal(folder: Path, files: dict[str, Any]) -> str | None:
     """What a seal does not name though it must, or names though it must not."""
     missing = [name for name in _NEEDED if name not in files]
-    if not any(name.endswith(_WEIGHTS) for name in files):
+    if not any(name.startswith("rng_state") for name in files):
+        missing.append("rng_state.pth")
+    if not any(name.endswith(_WEIGHTS) and "training_args" not in name for name in files):
         missing.append("weights")
     if missing:
         return f"{SEAL} does not name {', '.join(missing)}"

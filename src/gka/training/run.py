@@ -1,5 +1,6 @@
 """One training run, from text to a saved model and what there is to say about it."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +83,7 @@ def build_model(config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> "Pre
     from transformers import set_seed
 
     from gka.models import GKAConfig, GKAForCausalLM
+    from gka.models.checks import fewest_parameters
     from gka.training.trainer import recompute_layers
 
     special = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.eos_token_id}
@@ -96,13 +98,26 @@ def build_model(config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> "Pre
                 **special,
             }
         )
+        _check_memory(fewest_parameters(settings))
         set_seed(config.training.seed)
         model = GKAForCausalLM(settings)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, MemoryError) as error:
         raise InputError(f"[model]: {error}") from error
     if config.training.gradient_checkpointing:
         recompute_layers(model)
     return model
+
+
+def _check_memory(parameters: int) -> None:
+    """Raise `InputError` if so many float32 numbers are more than this machine's memory: it would be killed."""
+    if not hasattr(os, "sysconf"):
+        return
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if 4 * parameters > there:
+        raise InputError(
+            f"{parameters:.3g} parameters or more take {parameters * 4 / 2**30:.3g} GiB, and this machine has "
+            f"{there / 2**30:.3g} GiB; lower hidden_size, num_hidden_layers or the vocabulary"
+        )
 
 
 def pack_text(
@@ -113,7 +128,7 @@ def pack_text(
     Raises:
         InputError: if the text cannot be used.
     """
-    documents = find_documents(data.text, data.glob)
+    documents = find_documents(data.text, data.glob, hashed=data.hash_sources)
     what = "text" if data.text else "Python's standard library"
     with console.status(f"reading {what}") as status:
         done = iter(range(1, len(documents) + 1))
