@@ -38,9 +38,7 @@ class Document:
     sha256: str | None = None
 
 
-def find_documents(
-    text: Sequence[str], glob: str = "*", *, hashed: bool = False
-) -> list[Document]:
+def find_documents(text: Sequence[str], glob: str = "*", *, hashed: bool = False) -> list[Document]:
     """Documents of the files and folders in `text`, sorted by name; the standard library if empty.
 
     Folders are searched to any depth for files that match `glob`; hidden files and empty files are

@@ -51,7 +51,9 @@ def check_types(config: GKAConfig) -> None:
         if field.name not in _WITHOUT_RANGE:
             check_range(field.name, value)
         if isinstance(value, list | tuple) and len(value) > _MOST_LISTED:
-            raise InputError(f"{field.name}: expected at most {_MOST_LISTED} entries, got {len(value)}")
+            raise InputError(
+                f"{field.name}: expected at most {_MOST_LISTED} entries, got {len(value)}"
+            )
 
 
 def check_sizes(config: GKAConfig) -> None:
@@ -133,7 +135,7 @@ def _name(kind: Any) -> str:
 
 
 def check_range(name: str, value: Any, argument: str | None = None) -> None:
-    """Raise `InputError` if a number is out of the range of the field `name`; `argument` is what it is called."""
+    """Raise `InputError`, about `argument`, if a number is out of the range of the field `name`."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     argument = argument or name

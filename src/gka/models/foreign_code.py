@@ -13,7 +13,11 @@ from transformers import AutoTokenizer
 from gka.errors import InputError
 
 _KERNELS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
-_KERNELS += ("experts_implementation", "_experts_implementation", "_experts_implementation_internal")
+_KERNELS += (
+    "experts_implementation",
+    "_experts_implementation",
+    "_experts_implementation_internal",
+)
 
 
 def without_code(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,6 +46,6 @@ def refuse_code(what: str, config: Mapping[str, Any]) -> None:
         for value in values.values() if isinstance(values, dict) else [values]:
             if isinstance(value, str) and "/" in value:
                 raise InputError(
-                    f"{what}: {key} in its config.json is {value!r}, code from elsewhere, which is never run; "
-                    "leave it out"
+                    f"{what}: {key} in its config.json is {value!r}, code from elsewhere, which is never "
+                    "run; leave it out"
                 )

@@ -154,8 +154,8 @@ def _check_amount(kind: Any, folder: Path) -> None:
     size = sum(path.stat().st_size for path in files)
     if files and least > 4 * size:  # two bits a number are the fewest that are in use
         raise InputError(
-            f"model {folder}: its config.json describes {least:.3g} numbers or more, but its weight files have "
-            f"{size:,} bytes; one of them is damaged"
+            f"model {folder}: its config.json describes {least:.3g} numbers or more, but its weight files "
+            f"have {size:,} bytes; one of them is damaged"
         )
 
 

@@ -34,7 +34,9 @@ class Sampling:
         if not self.temperature >= 0:
             raise InputError(f"temperature is {self.temperature}; expected 0 (greedy) or more")
         if 0 < self.temperature < 1e-30:  # logits divided by it leave float32
-            raise InputError(f"temperature is {self.temperature}; expected 0 (greedy), or 1e-30 or more")
+            raise InputError(
+                f"temperature is {self.temperature}; expected 0 (greedy), or 1e-30 or more"
+            )
         if self.top_k < 0:
             raise InputError(f"top_k is {self.top_k}; expected 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:

@@ -71,9 +71,7 @@ def open_output(
     """
     _check_output(output, resume, overwrite)
     if resume and (output / METRICS).exists():
-        console.print(
-            f"The run in {output} is complete; there is nothing to resume.", markup=False
-        )
+        console.print(f"The run in {output} is complete; there is nothing to resume.", markup=False)
         yield read_json(output / METRICS)
         return
     with only_writer(output) if is_main_process() else nullcontext():
@@ -174,7 +172,9 @@ def _settings_checksum(tables: Mapping[str, Mapping[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def drawn(draw: Callable[[dict[str, Any]], "Table"], metrics: dict[str, Any], output: Path) -> "Table":
+def drawn(
+    draw: Callable[[dict[str, Any]], "Table"], metrics: dict[str, Any], output: Path
+) -> "Table":
     """The table of a run's metrics.
 
     Raises:
@@ -184,7 +184,8 @@ def drawn(draw: Callable[[dict[str, Any]], "Table"], metrics: dict[str, Any], ou
         return draw(metrics)
     except (KeyError, TypeError, ValueError, AttributeError, LookupError) as error:
         raise InputError(
-            f"{output / METRICS} is no account of a complete run ({error!r}); move it away to run the end again"
+            f"{output / METRICS} is no account of a complete run ({error!r}); move it away to run the end "
+            "again"
         ) from None
 
 

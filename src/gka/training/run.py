@@ -109,14 +109,14 @@ def build_model(config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> "Pre
 
 
 def _check_memory(parameters: int) -> None:
-    """Raise `InputError` if so many float32 numbers are more than this machine's memory: it would be killed."""
+    """Raise `InputError` if so many float32 numbers are more than this machine's memory."""
     if not hasattr(os, "sysconf"):
         return
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if 4 * parameters > there:
         raise InputError(
-            f"{parameters:.3g} parameters or more take {parameters * 4 / 2**30:.3g} GiB, and this machine has "
-            f"{there / 2**30:.3g} GiB; lower hidden_size, num_hidden_layers or the vocabulary"
+            f"{parameters:.3g} parameters or more take {parameters * 4 / 2**30:.3g} GiB, and this machine "
+            f"has {there / 2**30:.3g} GiB; lower hidden_size, num_hidden_layers or the vocabulary"
         )
 
 

@@ -31,7 +31,9 @@ class DecoderTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
         except StorageError:
             if not (folder / SEAL).exists():
-                shutil.rmtree(folder, ignore_errors=True)  # a part of one; it takes the room that is missing
+                shutil.rmtree(
+                    folder, ignore_errors=True
+                )  # a part of one; it takes the room that is missing
             raise
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

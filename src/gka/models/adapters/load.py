@@ -36,8 +36,8 @@ def load_with(
 
     Raises:
         InputError: a foreign checkpoint whose configuration has no meaning here, or whose weights are
-            missing, left over, misshapen or damaged. Nothing is initialised in their place. Or a configuration
-            that asks for code from elsewhere.
+            missing, left over, misshapen or damaged. Nothing is initialised in their place. Or a
+            configuration that asks for code from elsewhere.
     """
     theirs = stored_config(name, options)
     refuse_code(f"model {name}", theirs or {})
