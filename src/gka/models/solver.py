@@ -8,6 +8,7 @@ from torch import nn
 
 from gka.errors import InputError
 from gka.layers import GatedKalmaNet
+from gka.models.checks import check_range
 from gka.ops.checks import check_numbers, check_solver
 
 
@@ -88,6 +89,8 @@ def solver_settings(
 def _check(changes: dict[str, Any]) -> None:
     try:
         check_numbers(changes.get("ridge_ratio", 1.0), changes.get("num_iter", 0), chunk_size=1)
+        for name, value in changes.items():
+            check_range(name, value)
         if "solver" in changes:
             check_solver(changes["solver"])
     except (TypeError, ValueError) as error:

@@ -33,12 +33,16 @@ class Sampling:
             raise InputError(f"max_new_tokens is {self.max_new_tokens}; expected 1 or more")
         if not self.temperature >= 0:
             raise InputError(f"temperature is {self.temperature}; expected 0 (greedy) or more")
+        if 0 < self.temperature < 1e-30:  # logits divided by it leave float32
+            raise InputError(
+                f"temperature is {self.temperature}; expected 0 (greedy), or 1e-30 or more"
+            )
         if self.top_k < 0:
             raise InputError(f"top_k is {self.top_k}; expected 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p is {self.top_p}; expected above 0 and at most 1")
-        if self.seed is not None and self.seed < 0:
-            raise InputError(f"seed is {self.seed}; expected 0 or more")
+        if self.seed is not None and not 0 <= self.seed < 2**64:
+            raise InputError(f"seed is {self.seed}; expected a number from 0 to {2**64 - 1}")
 
 
 def chooser(sampling: Sampling, device: torch.device) -> Callable[[Tensor], Tensor]:
