@@ -6,33 +6,25 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from gka.layers import decayed_parameters
 from gka.training.config import TrainingConfig
 
-_UNDECAYED = ("A_log", "dt_bias", "bias")
 
+class SelectiveDecay:
+    """Put before a `transformers.Trainer` or a subclass: its weight decay then leaves out what should not
+    shrink (`gka.layers.decayed_parameters`). A plain Trainer chooses by names and decays `A_log`.
 
-class DecoderTrainer(Trainer):
-    """Trainer whose weight decay leaves out what should not shrink."""
+    Example:
+        >>> class MyTrainer(SelectiveDecay, trl.SFTTrainer): ...
+    """
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names of the parameters with weight decay, for `create_optimizer`."""
-        return decayed(model)
+        return decayed_parameters(model)
 
 
-def decayed(model: nn.Module) -> list[str]:
-    """Names of the parameters that weight decay applies to: matrices and convolution filters.
-
-    Not decayed: `A_log` and `dt_bias` (decay rates in log space), norms, biases and embeddings; nor an
-    output matrix that is tied to the embeddings.
-    """
-    embeddings = {
-        id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
-    }
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.ndim > 1 and id(parameter) not in embeddings and not name.endswith(_UNDECAYED)
-    ]
+class DecoderTrainer(SelectiveDecay, Trainer):
+    """Trainer whose weight decay leaves out what should not shrink."""
 
 
 def arguments(config: TrainingConfig, folder: Path) -> TrainingArguments:
