@@ -112,6 +112,33 @@ def test_a_model_cast_to_bfloat16_keeps_its_values(build: Build, tmp_path: Path)
         assert torch.equal(value.float(), model.get_parameter(name).float()), name
 
 
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pattern", [["gka", "attention"], ["gla", "gated_deltanet"]])
+def test_no_way_to_a_dtype_reduces_the_decay(
+    build: Build, tmp_path: Path, pattern: list[str], dtype: torch.dtype
+):
+    """Constructed by dtype, cast, loaded by dtype, or loaded and cast: A_log and dt_bias are float32, have
+    their marks, and all else has the dtype."""
+    model = build(mixers=pattern)
+    model.save_pretrained(tmp_path)
+    load = GKAForCausalLM.from_pretrained
+    made = {
+        "from_config": AutoModelForCausalLM.from_config(model.config, dtype=dtype),
+        "loaded": load(tmp_path, dtype=dtype),
+        "loaded and cast": load(tmp_path).to(dtype),
+        "a copy": copy.deepcopy(load(tmp_path, dtype=dtype)),
+        "cast": model.half() if dtype == torch.float16 else model.bfloat16(),
+    }
+    for way, found in made.items():
+        for name, parameter in found.named_parameters():
+            kept = name.endswith(("A_log", "dt_bias"))
+            assert parameter.dtype == (torch.float32 if kept else dtype), (way, name)
+            assert getattr(parameter, "_no_weight_decay", False) == kept, (way, name)
+
+
 @pytest.mark.parametrize(
     "missing", [("A_log",), ("A_log", "dt_bias"), ("v_conv1d.weight", "o_norm.weight")]
 )

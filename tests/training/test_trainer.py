@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Trainer
 
 from gka.data import byte_tokenizer
+from gka.layers import decayed_parameters
 from gka.training import RunConfig, TrainingConfig, build_model
 from gka.training.config import merged
-from gka.training.trainer import DecoderTrainer, arguments, decayed
+from gka.training.trainer import DecoderTrainer, SelectiveDecay, arguments
 
 
 def _model(tables: dict[str, dict[str, Any]], **changes: Any) -> Any:
@@ -20,10 +22,10 @@ def _trainer(model: Any, config: TrainingConfig, folder: Path) -> DecoderTrainer
     return DecoderTrainer(model=model, args=arguments(config, folder), eval_dataset=nothing)
 
 
-def test_what_is_not_decayed(tables: dict[str, dict[str, Any]]) -> None:
+def test_what_is_not_decayed_parameters(tables: dict[str, dict[str, Any]]) -> None:
     """A_log, dt_bias, norms, biases and embeddings are not; projections, filters, the head are."""
     model = _model(tables)
-    names = set(decayed(model))
+    names = set(decayed_parameters(model))
     rest = {name for name, _ in model.named_parameters()} - names
     ends = {name.split("mixer.")[-1] for name in names if "mixer." in name}
     assert {"q_proj.weight", "b_proj.weight", "q_conv1d.weight", "o_proj.weight"} <= ends
@@ -35,7 +37,7 @@ def test_what_is_not_decayed(tables: dict[str, dict[str, Any]]) -> None:
 
 def test_tied_output_is_an_embedding(tables: dict[str, dict[str, Any]]) -> None:
     """A matrix shared by embedding and output is not decayed."""
-    names = decayed(_model(tables, tie_word_embeddings=True))
+    names = decayed_parameters(_model(tables, tie_word_embeddings=True))
     assert not {"lm_head.weight", "model.embed_tokens.weight"} & set(names)
 
 
@@ -46,8 +48,29 @@ def test_the_optimizer_uses_it(tables: dict[str, dict[str, Any]], tmp_path: Path
     groups = {g["weight_decay"]: g["params"] for g in trainer.create_optimizer().param_groups}
     names = {id(p): name for name, p in model.named_parameters()}
     assert groups.keys() == {TrainingConfig.weight_decay, 0.0}
-    assert {names[id(p)] for p in groups[TrainingConfig.weight_decay]} == set(decayed(model))
+    assert {names[id(p)] for p in groups[TrainingConfig.weight_decay]} == set(
+        decayed_parameters(model)
+    )
     assert sum(map(len, groups.values())) == len(names)
+
+
+def test_selective_decay_fits_any_trainer(
+    tables: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Before a Trainer subclass it takes A_log out of the decay that transformers alone would give it."""
+
+    class Theirs(Trainer):
+        pass
+
+    class Ours(SelectiveDecay, Theirs):
+        pass
+
+    model = _model(tables)
+    args = arguments(TrainingConfig(), tmp_path)
+    given: Any = {"model": model, "args": args, "eval_dataset": []}
+    a_logs = {name for name, _ in model.named_parameters() if name.endswith("A_log")}
+    assert a_logs <= set(Theirs(**given).get_decay_parameter_names(model))
+    assert not a_logs & set(Ours(**given).get_decay_parameter_names(model))
 
 
 @pytest.mark.parametrize("steps", [1, 5])

@@ -7,6 +7,7 @@ Every mixer is called alike and returns (output, None, cache):
 from gka.layers.attention import SlidingWindowAttention, SoftmaxAttention
 from gka.layers.cache import StateCache
 from gka.layers.convolution import ShortConvolution
+from gka.layers.decay import DECAY_PARAMETERS, decayed_parameters, parameter_groups
 from gka.layers.delta_net import DeltaNet, GatedDeltaNet
 from gka.layers.gated_kalmanet import GatedKalmaNet
 from gka.layers.linear_attention import GatedLinearAttention
@@ -29,4 +30,7 @@ __all__ = [
     "RMSNorm",
     "GatedRMSNorm",
     "rotate",
+    "DECAY_PARAMETERS",
+    "decayed_parameters",
+    "parameter_groups",
 ]

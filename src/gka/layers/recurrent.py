@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gka.layers import fused
 from gka.layers.cache import open_cache, read_state, recurrent_layer
 from gka.layers.convolution import ShortConvolution
+from gka.layers.decay import DecayParameters
 from gka.layers.expansion import HeadExpansion
 from gka.layers.heads import check_positive, value_dim
 from gka.layers.mix_arguments import Gates, Run
@@ -25,7 +26,7 @@ DECODE_TOKENS = 16
 """Cached calls without gradient of up to this many tokens run token by token, longer ones by chunks."""
 
 
-class RecurrentMixer(nn.Module):
+class RecurrentMixer(DecayParameters):
     """Base of the recurrent mixers; a subclass gives `mix`, and b_proj and alpha_proj if it has those gates.
 
     On an NVIDIA GPU convolutions, gates and output norm run as fused kernels; `why_plain` tells where not.
@@ -52,6 +53,8 @@ class RecurrentMixer(nn.Module):
     k_proj: nn.Linear
     v_proj: nn.Linear
     a_proj: nn.Linear  # with a decay
+    A_log: nn.Parameter  # with a decay
+    dt_bias: nn.Parameter  # with a decay
     b_proj: nn.Linear  # with beta
     alpha_proj: nn.Linear  # with alpha
     g_proj: nn.Linear  # with an output gate
@@ -107,10 +110,7 @@ class RecurrentMixer(nn.Module):
             return
         heads = self.num_expanded_heads
         self.a_proj = nn.Linear(self.hidden_size, heads, bias=False)
-        self.A_log = nn.Parameter(torch.empty(heads))
-        self.dt_bias = nn.Parameter(torch.empty(heads))
-        for parameter in (self.A_log, self.dt_bias):
-            parameter._no_weight_decay = True  # pyright: ignore[reportAttributeAccessIssue]
+        self._add_decay_parameters(heads)
         self.reset_parameters()
 
     def _add_expansions(self, rank: int, learned_mix: bool) -> None:

@@ -10,7 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from gka.layers import RMSNorm
+from gka.layers import DECAY_PARAMETERS, RMSNorm
 from gka.models.adapters.load import load_with
 from gka.models.cache import GKACache
 from gka.models.configuration import GKAConfig
@@ -66,9 +66,8 @@ class GKAPreTrainedModel(PreTrainedModel):
     _no_split_modules: ClassVar[list[str]] = ["GKADecoderLayer"]
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values", "cache", "past"]
     _supports_sdpa = True
-    # The decay exp(A_log) softplus(. + dt_bias) acts at every token: a half-precision rounding of these few
-    # numbers compounds over the sequence. They stay float32 whatever dtype a model is loaded in.
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["A_log", "dt_bias"]
+    # The layers keep these in float32 themselves; transformers' loader has to know.
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = list(DECAY_PARAMETERS)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **options: Any) -> Any:

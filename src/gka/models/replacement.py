@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from gka.errors import InputError
-from gka.layers import SoftmaxAttention, mixer_options
+from gka.layers import DECAY_PARAMETERS, SoftmaxAttention, mixer_options
 from gka.layers.heads import split_heads
 from gka.layers.recurrent import RecurrentMixer
 from gka.models.causal_lm import GKAForCausalLM
@@ -34,7 +34,6 @@ REPLACEMENTS = ("gka", "gated_deltanet")
 
 # Decided by the attention whose weights are taken over.
 _SIZES = ("head_dim", "num_heads", "num_kv_heads", "num_v_heads", "num_k_heads", "expand_v")
-_FLOAT32 = ("A_log", "dt_bias")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +208,7 @@ def _begun_from(attention: SoftmaxAttention, mixer: nn.Module, start: Start) -> 
     mixer.o_norm.weight.fill_(1.0)
     _neutral_gates(mixer, start)
     for name, parameter in mixer.named_parameters():
-        dtype = torch.float32 if name in _FLOAT32 else like.dtype
+        dtype = torch.float32 if name in DECAY_PARAMETERS else like.dtype
         parameter.data = parameter.data.to(like.device, dtype)
     return mixer.train(attention.training)
 

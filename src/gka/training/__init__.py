@@ -6,11 +6,13 @@ from gka.training.config import DataConfig, RunConfig, TrainingConfig, read_reci
 
 if TYPE_CHECKING:
     from gka.training.run import Interrupted, build_model, train
+    from gka.training.trainer import SelectiveDecay
 
 __all__ = [
     "train",
     "build_model",
     "Interrupted",
+    "SelectiveDecay",
     "RunConfig",
     "DataConfig",
     "TrainingConfig",
@@ -23,4 +25,8 @@ def __getattr__(name: str) -> Any:
         from gka.training import run
 
         return getattr(run, name)
+    if name == "SelectiveDecay":
+        from gka.training.trainer import SelectiveDecay
+
+        return SelectiveDecay
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

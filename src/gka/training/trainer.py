@@ -9,19 +9,27 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from gka.errors import StorageError
+from gka.layers import decayed_parameters
 from gka.storage import storage_errors
 from gka.training.checkpoints import SEAL, loading
 from gka.training.config import TrainingConfig
 
-_UNDECAYED = ("A_log", "dt_bias", "bias")
 
+class SelectiveDecay:
+    """Put before a `transformers.Trainer` or a subclass: its weight decay then leaves out what should not
+    shrink (`gka.layers.decayed_parameters`). A plain Trainer chooses by names and decays `A_log`.
 
-class DecoderTrainer(Trainer):
-    """Trainer whose weight decay leaves out what should not shrink, and whose errors name the checkpoint."""
+    Example:
+        >>> class MyTrainer(SelectiveDecay, trl.SFTTrainer): ...
+    """
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names of the parameters with weight decay, for `create_optimizer`."""
-        return decayed(model)
+        return decayed_parameters(model)
+
+
+class DecoderTrainer(SelectiveDecay, Trainer):
+    """Trainer whose weight decay leaves out what should not shrink, and whose errors name the checkpoint."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
@@ -47,22 +55,6 @@ class DecoderTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with loading(checkpoint):
             super()._load_rng_state(checkpoint)
-
-
-def decayed(model: nn.Module) -> list[str]:
-    """Names of the parameters that weight decay applies to: matrices and convolution filters.
-
-    Not decayed: `A_log` and `dt_bias` (decay rates in log space), norms, biases and embeddings; nor an
-    output matrix that is tied to the embeddings.
-    """
-    embeddings = {
-        id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
-    }
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.ndim > 1 and id(parameter) not in embeddings and not name.endswith(_UNDECAYED)
-    ]
 
 
 def arguments(config: TrainingConfig, folder: Path) -> TrainingArguments:

@@ -14,6 +14,7 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from gka.errors import InputError
+from gka.layers.decay import DECAY_PARAMETERS
 from gka.layers.heads import split_heads
 from gka.models.adapters import ADAPTERS, Adapter
 from gka.storage import draft_folder, storage_errors
@@ -139,7 +140,7 @@ def _fill(
 
 def _narrowed(model: GKAForCausalLM) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in model.state_dict().items():
-        if tensor.dtype == torch.float32 and name.endswith(("A_log", "dt_bias")):
+        if tensor.dtype == torch.float32 and name.endswith(DECAY_PARAMETERS):
             narrow = tensor.to(model.dtype)
             tensor = narrow if torch.equal(narrow.float(), tensor) else tensor
         yield name, tensor
