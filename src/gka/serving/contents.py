@@ -41,10 +41,9 @@ class Contents:
         """An independent copy, each row `repeats` times."""
         cache = self.cache.clone()
         decay = None if self.decay is None else self.decay.copy()
-        if repeats == 1:
-            return Contents(cache, self.tokens, self.logits, self.mask, decay)
-        cache.batch_repeat_interleave(repeats)
-        if decay is not None:
+        if repeats > 1:
+            cache.batch_repeat_interleave(repeats)
+        if decay is not None and repeats > 1:
             decay.totals = {i: x.repeat_interleave(repeats, 0) for i, x in decay.totals.items()}
         logits, mask = (
             None if x is None else x.repeat_interleave(repeats, 0) for x in (self.logits, self.mask)
