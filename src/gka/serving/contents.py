@@ -65,11 +65,7 @@ class Contents:
     def of_named(
         cls, model: GKAForCausalLM, tensors: dict[str, Tensor], tokens: int, tracked: bool
     ) -> "Contents":
-        """The inverse of `named`; the tensors are taken over, not copied.
-
-        Raises:
-            ValueError: the tensors are not those of `model`'s layers.
-        """
+        """The inverse of `named`; the tensors, which fit the model, are taken over, not copied."""
         tensors = dict(tensors)
         logits, mask = tensors.pop("logits", None), tensors.pop("mask", None)
         names = [name for name in tensors if name.startswith("log_decay.")]

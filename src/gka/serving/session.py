@@ -185,29 +185,36 @@ class GenerationSession:
         """Store the session; a file that is there is replaced once the new one is whole.
 
         Raises:
-            InputError: the file cannot be written.
+            InputError: the file cannot be written, or the states are no numbers; a file that is there stays.
         """
         with self._turn.use():
             self._check_whole()
             statefile.save_contents(Path(path), self.model, self._contents)
 
-    def load(self, path: str | Path, *, verify: bool = True) -> "GenerationSession":
+    def load(
+        self, path: str | Path, *, verify: bool = True, mmap: bool = False
+    ) -> "GenerationSession":
         """Take up a stored session in place of this one's past.
 
         Args:
             path: what `save` wrote, with this model.
-            verify: compare the checksum, which reads the whole file. Without, a file is mapped into
-                memory and read as it is used.
+            verify: compare the checksum, and refuse numbers that are not finite.
+            mmap: use the tensors where they lie in the file, mapped into memory, instead of a copy. The file
+                must then stay as it is while the session lives: what is written into it changes the states,
+                unnoticed, and where it is cut short the process ends by SIGBUS. A file that is replaced
+                as `save` does it (`os.replace`) is no harm.
 
         Returns:
             The session itself.
 
         Raises:
-            InputError: the file is absent, cut short, damaged or of another model; the session is as
-                it was.
+            InputError: the file is absent, cut short, damaged or of another model, or holds what no
+                session of this model would; the session is as it was.
         """
         with self._turn.use():
-            self._contents = statefile.load_contents(Path(path), self.model, verify=verify)
+            self._contents = statefile.load_contents(
+                Path(path), self.model, verify=verify, mmap=mmap
+            )
             self._graphs.forget()
             self._whole = True
         return self
