@@ -110,7 +110,7 @@ def resume(session: GenerationSession, path: Path, repeats: int) -> dict[str, An
         for name, work in (
             ("save", lambda: session.save(path)),
             ("load", lambda: GenerationSession(model).load(path)),
-            ("mapped", lambda: GenerationSession(model).load(path, verify=False)),
+            ("mapped", lambda: GenerationSession(model).load(path, verify=False, mmap=True)),
             ("next token", lambda: next(GenerationSession(model).load(path).generate(1)).tolist()),
         ):
             begin = time.perf_counter()

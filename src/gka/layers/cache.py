@@ -10,6 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+OBSERVER = "observer"
+"""Attribute of a layer's cache: where it is set, a recurrent mixer calls it with (mixer, q, k, gates) before
+its memory. It belongs to one cache, so callers that share a model see only their own tokens."""
+
 
 class LayerState:
     """One layer's share of a `StateCache`: a recurrent mixer's states, or an attention's keys and values.

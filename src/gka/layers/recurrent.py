@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gka.layers import fused
-from gka.layers.cache import open_cache, read_state, recurrent_layer
+from gka.layers.cache import OBSERVER, open_cache, read_state, recurrent_layer
 from gka.layers.convolution import ShortConvolution
 from gka.layers.decay import DecayParameters
 from gka.layers.expansion import HeadExpansion
@@ -190,6 +190,9 @@ class RecurrentMixer(DecayParameters):
         else:
             q, k, v = self._heads(inputs, layer, padding, cu_seqlens, fuse)
             gates = self.gates(x, padding, fuse)
+        observe = getattr(layer, OBSERVER, None)
+        if observe is not None:
+            observe(self, q, k, gates)
         o, states = self.mix(q, k, v, gates, run)
         for idx, state in enumerate(states):
             layer.update_recurrent_state(state.detach(), idx)

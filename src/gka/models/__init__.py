@@ -13,7 +13,7 @@ from gka.models.causal_lm import GKAForCausalLM
 from gka.models.configuration import GKAConfig
 from gka.models.decoder import GKAModel, GKAPreTrainedModel
 from gka.models.solver import set_solver, solver_settings
-from gka.models.states import cache_tensors, fill_cache
+from gka.models.states import cache_tensors, fill_cache, state_shapes
 from gka.models.summary import ParameterCount, count_parameters
 
 AutoConfig.register(GKAConfig.model_type, GKAConfig, exist_ok=True)
@@ -31,6 +31,7 @@ __all__ = [
     "save_as",
     "cache_tensors",
     "fill_cache",
+    "state_shapes",
     "set_solver",
     "solver_settings",
     "ParameterCount",

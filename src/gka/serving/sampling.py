@@ -58,7 +58,13 @@ def chooser(sampling: Sampling, device: torch.device) -> Callable[[Tensor], Tens
         # these processors look at the logits alone, whatever tokens came before
         nothing = torch.empty(logits.shape[0], 0, dtype=torch.long, device=logits.device)
         probabilities = process(nothing, logits.float()).softmax(-1)
-        return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        try:
+            return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        except RuntimeError as error:  # on a CPU it looks
+            raise InputError(
+                "the next token has no probabilities, its logits are not finite: the weights, or the states "
+                f"gone on from, are damaged ({str(error).splitlines()[0]})"
+            ) from None
 
     return draw
 
