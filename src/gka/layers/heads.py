@@ -63,7 +63,10 @@ def _each_count(
     most = max(num_heads, num_k_heads, num_v_heads)
     uneven = [f"{name} = {count}" for name, count in counts.items() if most % cast(int, count)]
     if uneven:
-        raise ValueError(f"{', '.join(uneven)} must divide {most}, the greatest of the head counts")
+        every = ", ".join(f"{name} = {count}" for name, count in counts.items())
+        raise ValueError(
+            f"{', '.join(uneven)} must divide {most}, the greatest of the head counts ({every})"
+        )
     return counts
 
 

@@ -42,6 +42,8 @@ def solver_steps(
     heads = k.shape[2] if num_heads is None else num_heads
     if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1:
         raise ValueError(f"num_heads must be a positive int; got {heads!r}.")
+    if k.shape[2] > 0 and heads % k.shape[2] != 0:
+        raise ValueError(f"num_heads must be a multiple of k's {k.shape[2]} heads; got {heads}.")
     q = k.new_zeros(1, 1, 1, 1).expand(*k.shape[:2], heads, k.shape[3])
     checks.check_heads(q, k, k)
     checks.check_gates(q, gk=gk, beta=beta)
