@@ -74,7 +74,9 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--valid", type=int, default=10_000, help="calls to compare (10,000)")
     parser.add_argument("--invalid", type=int, default=800, help="calls to be refused (800)")
     parser.add_argument("--minutes", type=float, default=60.0, help="stop after so long (60)")
-    parser.add_argument("--only", type=int, help="run the valid call of this number alone, in detail")
+    parser.add_argument(
+        "--only", type=int, help="run the valid call of this number alone, in detail"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/fuzz/fuzz.json"))
     return parser.parse_args(arguments)
 
@@ -88,9 +90,13 @@ def main(arguments: list[str] | None = None) -> int:
         op, traits, verdict = judge_number(given.seed, given.only)
         print(op, traits, verdict.status, verdict.message)
         for found in verdict.findings:
-            print(f"  {found.name}: {found.error:.2g} tolerances, relative {found.relative:.1e}, {found.dtype}")
+            print(
+                f"  {found.name}: {found.error:.2g} tolerances, relative {found.relative:.1e}, {found.dtype}"
+            )
         return int(verdict.status not in ("right", "border"))
-    report = run(given.seed, given.valid, given.invalid, given.minutes, lambda x: print(x, file=sys.stderr))
+    report = run(
+        given.seed, given.valid, given.invalid, given.minutes, lambda x: print(x, file=sys.stderr)
+    )
     report.write(given.output)
     print(report.show())
     print(f"All of it: {given.output}")

@@ -23,8 +23,8 @@ DELTA_OPS = {
 }
 # Size of the relative change of every number by which the conditioning is measured.
 STEP = 1e-8
-# Roundings of every number that an answer may have.
-ROUNDINGS = 16.0
+# Roundings of every number that an answer may have: 30 steps of a solve have as many, one upon another.
+ROUNDINGS = 48.0
 # Of the largest number: beyond this the float64 answer is out of the dtype's range.
 MARGIN = 1e-2
 
@@ -185,7 +185,9 @@ def nudged(problem: Problem, rounded: truth.Rounding) -> Problem:
 def judge_call(call: Call, seed: int = 0) -> Verdict:
     """Run it and say what came of it."""
     p = call.problem
-    counts = torch.tensor([random.Random(seed + b).randint(-1, p.q.shape[1] + 1) for b in range(len(p.q))])
+    counts = torch.tensor(
+        [random.Random(seed + b).randint(-1, p.q.shape[1] + 1) for b in range(len(p.q))]
+    )
     counts = counts.long()
     try:
         if call.in_place:
@@ -205,7 +207,7 @@ def judge_call(call: Call, seed: int = 0) -> Verdict:
         return found | {"near": torch.tensor(threshold.near)}
 
     wide = p.map(lambda x: x.detach().double().clone())
-    rounded = truth.Rounding(STEP, seed)
+    rounded = truth.Rounding(STEP, seed, torch.finfo(call.work).smallest_normal)
     expected, other = double(wide, truth.EXACT), double(nudged(wide, rounded), rounded)
     if bool(expected.pop("near")) or bool(other.pop("near")):
         return Verdict("border")

@@ -89,11 +89,15 @@ def _huge(p: Problem) -> bool:
     return bool(p.k.numel()) and p.k.double().abs().max().item() > 1e9
 
 
-def _shape(rng: random.Random, op: str, triton: bool) -> tuple[int, int, tuple[int, int, int], int, int]:
+def _shape(
+    rng: random.Random, op: str, triton: bool
+) -> tuple[int, int, tuple[int, int, int], int, int]:
     """B, T, head counts, K, V, small enough together."""
     while True:
         batch = rng.choice((0, 1, 1, 1, 2, 3))
-        length = rng.choice((0, 1, 1, 2, 3, 5, rng.randint(1, 20), rng.randint(10, 40), rng.randint(60, 150)))
+        length = rng.choice(
+            (0, 1, 1, 2, 3, 5, rng.randint(1, 20), rng.randint(10, 40), rng.randint(60, 150))
+        )
         if op.endswith("_"):
             length = min(length, 64)
         if triton:
@@ -115,7 +119,9 @@ def _tensors(rng: random.Random, op: str, dtype: torch.dtype, triton: bool) -> P
         cu_seqlens = _bounds(rng, length)
         sequences = len(cu_seqlens) - 1
     gate_dtype = dtype if dtype == F64 else rng.choice((F32, F32, F32, dtype, F64))
-    size = 1.0 if delta else _key_size(rng, F16 if triton else dtype)  # its F_t^2 overflows above 4e9
+    size = (
+        1.0 if delta else _key_size(rng, F16 if triton else dtype)
+    )  # its F_t^2 overflows above 4e9
     q, v = torch.randn(batch, length, h, key_dim), torch.randn(batch, length, hv, value_dim)
     k = _keys(rng, batch, length, hk, key_dim, delta) * size
     work = F64 if dtype == F64 else F32
@@ -216,7 +222,9 @@ def _settings(rng: random.Random, call: Call, triton: bool) -> dict[str, Any]:
         ridge_ratio = rng.choice((0.02,) * 6 + (0.005, 0.05, 0.3, 2.0))
         num_iter = rng.choice((0, 1, 2, 5, 12, 30, 30, 30, 30, 60, 120))
         solver = "adaptive" if chance(rng, 0.25) else "chebyshev"
-        if solver == "adaptive":  # whose steps differ within the error bound of num_iter: let it be small
+        if (
+            solver == "adaptive"
+        ):  # whose steps differ within the error bound of num_iter: let it be small
             ridge_ratio, num_iter = max(ridge_ratio, 0.02), rng.choice((60, 90, 120))
         settings |= {"ridge_ratio": ridge_ratio, "num_iter": num_iter, "solver": solver}
     if call.op.startswith("chunk"):

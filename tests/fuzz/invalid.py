@@ -117,7 +117,9 @@ def states(batch: int = B) -> tuple[Tensor, Tensor]:
 
 def without_heads(name: str, x: Tensor) -> list[Wrong]:
     """Shapes of q, k and v that are right for a call of other heads: three of them, or one."""
-    return [w for w in wrong_tensor(name, x) if not (isinstance(w[1], Tensor) and _may_run(name, w[1]))]
+    return [
+        w for w in wrong_tensor(name, x) if not (isinstance(w[1], Tensor) and _may_run(name, w[1]))
+    ]
 
 
 def _may_run(name: str, x: Tensor) -> bool:
@@ -165,15 +167,25 @@ def _sequence_op(op: Callable, gates: tuple[str, ...], numbers: tuple[str, ...])
     wrong = [w for name in "qkv" for w in without_heads(name, every[name])]
     wrong += [w for name in gates for w in wrong_tensor(name, every[name], optional=True)]
     wrong += [*options(*numbers), *(("output_final_state", flag) for flag in FLAGS)]
-    wrong += [("v", torch.zeros(B, T, HV, 257)), ("v", torch.zeros(B, T, HV, 0)), ("v", every["v"].double())]
+    wrong += [
+        ("v", torch.zeros(B, T, HV, 257)),
+        ("v", torch.zeros(B, T, HV, 0)),
+        ("v", every["v"].double()),
+    ]
     wrong += [("k", torch.zeros(B, T, 3, K)), ("k", torch.zeros(B, T, 0, K)), ("num_iters", 3)]
     cases = _bind(op, good, wrong)
     cases += _bind(op, _packed(good), [("cu_seqlens", bad) for bad in WRONG_BOUNDS])
     cases += _bind(op, good, [("cu_seqlens", bounds(0, T)), ("cu_seqlens_cpu", bounds(0, T))])
     whole = {**_packed(good), "cu_seqlens": bounds(0, T)}
     copies = [bad for bad in WRONG_BOUNDS if isinstance(bad, Tensor) and bad.shape == (2,)]
-    copies = [x for x in copies if not (x.dtype == torch.int64 and x.device.type == "cpu" and not x.is_sparse)]
-    return cases + _bind(op, whole, [("cu_seqlens_cpu", bad) for bad in (*copies, [0, T], bounds(0, 3, T))])
+    copies = [
+        x
+        for x in copies
+        if not (x.dtype == torch.int64 and x.device.type == "cpu" and not x.is_sparse)
+    ]
+    return cases + _bind(
+        op, whole, [("cu_seqlens_cpu", bad) for bad in (*copies, [0, T], bounds(0, 3, T))]
+    )
 
 
 def _initial_states(op: Callable, paired: bool) -> list[Case]:
@@ -183,26 +195,75 @@ def _initial_states(op: Callable, paired: bool) -> list[Case]:
     if not paired:
         bad: list[Any] = [x for _, x in wrong_tensor("", u, optional=True)] + [u.double(), (h, u)]
         return _bind(op, good, [("initial_state", x) for x in bad])
-    bad = [h, (h,), (h, u, u), (None, u), (h, None), (u, h), (h.double(), u), (h, u.half()), "text", 3]
+    bad = [
+        h,
+        (h,),
+        (h, u, u),
+        (None, u),
+        (h, None),
+        (u, h),
+        (h.double(), u),
+        (h, u.half()),
+        "text",
+        3,
+    ]
     bad += [(x, u) for _, x in wrong_tensor("", h)] + [(h, x) for _, x in wrong_tensor("", u)]
     return _bind(op, good, [("initial_state", x) for x in bad])
 
 
 def _in_place() -> list[Case]:
     every, (h, u) = inputs(), states()
-    step: dict[str, Any] = {name: every[name] for name in ("q", "k", "v", "g", "gk", "alpha", "beta")}
+    step: dict[str, Any] = {
+        name: every[name] for name in ("q", "k", "v", "g", "gk", "alpha", "beta")
+    }
     step["state"] = (h, u)
-    places = [[0, 1], bounds(0, 0), bounds(0, 7), bounds(-2, 0), bounds(0.0, 1.0), bounds(0), bounds(0, 1)[None]]
-    bad_states = [None, h, (h,), (h, u, u), (u, u), (h, h), (h.double(), u), (h, u.half()), (None, u), (h, None)]
-    bad_states += [(h.mT, u), (h[:1].expand_as(h), u), (h.clone().requires_grad_(), u), (h[:1], u[:1])]
+    places = [
+        [0, 1],
+        bounds(0, 0),
+        bounds(0, 7),
+        bounds(-2, 0),
+        bounds(0.0, 1.0),
+        bounds(0),
+        bounds(0, 1)[None],
+    ]
+    bad_states = [
+        None,
+        h,
+        (h,),
+        (h, u, u),
+        (u, u),
+        (h, h),
+        (h.double(), u),
+        (h, u.half()),
+        (None, u),
+        (h, None),
+    ]
+    bad_states += [
+        (h.mT, u),
+        (h[:1].expand_as(h), u),
+        (h.clone().requires_grad_(), u),
+        (h[:1], u[:1]),
+    ]
     bad_states += [(x, u) for x in of_another_kind(h)] + [(h, x) for x in of_another_kind(u)]
     shared = [("state_indices", x) for x in places] + [("state", x) for x in bad_states]
     wrong = [*options("num_iter", "ridge_ratio", "scale", "solver", "backend"), *shared]
-    wrong += [("commit", flag) for flag in FLAGS] + [w for n in "qkv" for w in without_heads(n, every[n])]
-    wrong += [w for n in ("g", "gk", "alpha", "beta") for w in wrong_tensor(n, every[n], optional=True)]
+    wrong += [("commit", flag) for flag in FLAGS] + [
+        w for n in "qkv" for w in without_heads(n, every[n])
+    ]
+    wrong += [
+        w for n in ("g", "gk", "alpha", "beta") for w in wrong_tensor(n, every[n], optional=True)
+    ]
     advance = {name: step[name] for name in ("k", "v", "g", "gk", "beta", "state")}
     advance["counts"] = bounds(1, 2)
-    counts = [None, [1, 2], bounds(1.0, 2.0), bounds(1), bounds(1, 2)[None], bounds(1, 2).to("meta"), 3]
+    counts = [
+        None,
+        [1, 2],
+        bounds(1.0, 2.0),
+        bounds(1),
+        bounds(1, 2)[None],
+        bounds(1, 2).to("meta"),
+        3,
+    ]
     bad = [*(("counts", x) for x in counts), *options("backend"), *shared]
     bad += [w for n in ("g", "gk", "beta") for w in wrong_tensor(n, every[n], optional=True)]
     return _bind(fused_recurrent_gka_, step, wrong) + _bind(advance_states_, advance, bad)
@@ -210,14 +271,27 @@ def _in_place() -> list[Case]:
 
 def _states() -> list[Case]:
     a, b, g = states(), states(), -torch.rand(B, H)
-    pairs = [None, a[0], (a[0],), "text", (a[0], None), (a[0].long(), a[1].long()), (a[0][:1], a[1][:1])]
+    pairs = [
+        None,
+        a[0],
+        (a[0],),
+        "text",
+        (a[0], None),
+        (a[0].long(), a[1].long()),
+        (a[0][:1], a[1][:1]),
+    ]
     pairs += [tuple(x.double() for x in a), (a[1], a[0])]
     combine = [("b", x) for x in pairs]
     cases = [
-        (f"combine_states(b={describe(x)})", "state", lambda x=x: combine_states(a, x, g)) for _, x in combine
+        (f"combine_states(b={describe(x)})", "state", lambda x=x: combine_states(a, x, g))
+        for _, x in combine
     ]
     totals = [*of_another_kind(g), g[0], g[:, :1], 3.0]
-    cases += _bind(combine_states, {"a": a, "b": b, "g": g, "gk": g}, [(n, x) for n in ("g", "gk") for x in totals])
+    cases += _bind(
+        combine_states,
+        {"a": a, "b": b, "g": g, "gk": g},
+        [(n, x) for n in ("g", "gk") for x in totals],
+    )
     for op in (sum_states, mean_states):
         every = [None, [], 3, a[0], [a[0]], [a, b[:1]], [a, (b[0], b[1].double())], iter([a])]
         cases += [
@@ -226,8 +300,14 @@ def _states() -> list[Case]:
         ]  # fmt: skip
     k, h = torch.randn(B, T, H, K), a[0]
     good = {"k": k, "gk": -torch.rand(B, T, H), "initial_state": h}
-    wrong = [*options("num_iter", "ridge_ratio", "chunk_size"), *(("num_heads", x) for x in ("x", 3, 0, -4, 2.0, True))]
-    wrong += [*wrong_tensor("gk", good["gk"], optional=True), *wrong_tensor("initial_state", h, optional=True)]
+    wrong = [
+        *options("num_iter", "ridge_ratio", "chunk_size"),
+        *(("num_heads", x) for x in ("x", 3, 0, -4, 2.0, True)),
+    ]
+    wrong += [
+        *wrong_tensor("gk", good["gk"], optional=True),
+        *wrong_tensor("initial_state", h, optional=True),
+    ]
     return cases + _bind(solver_steps, good, wrong)
 
 
@@ -246,8 +326,12 @@ def _around() -> list[Case]:
         cases.append(("convolve_heads(weights)", "weight", run))
     run = lambda: convolve_heads((x, x, x), (w, w, w), 8, (c[..., :3], c, c))  # noqa: E731
     cases.append(("convolve_heads(states)", "state", run))
-    cases.append(("gated_rms_norm(weight)", "weight", lambda: gated_rms_norm(x, None, w[0, 0], 1e-6)))
-    cases.append(("gated_rms_norm(gate)", "gate", lambda: gated_rms_norm(x, x[:1], torch.ones(16), 1e-6)))
+    cases.append(
+        ("gated_rms_norm(weight)", "weight", lambda: gated_rms_norm(x, None, w[0, 0], 1e-6))
+    )
+    cases.append(
+        ("gated_rms_norm(gate)", "gate", lambda: gated_rms_norm(x, x[:1], torch.ones(16), 1e-6))
+    )
     a = torch.randn(B, T, H)
     cases.append(("layer_gates(a)", "A_log", lambda: layer_gates(a=a)))
     cases.append(("layer_gates(alpha)", "alpha", lambda: layer_gates(b=a, alpha=a[:1])))
@@ -277,11 +361,21 @@ def _layers() -> list[Case]:
         ]  # fmt: skip
         cases += _bind(mixer, sizes, wrong)
         layer, x = mixer(**sizes), torch.randn(B, T, 16)
-        kinds = [bad for bad in of_another_kind(x) if not (isinstance(bad, Tensor) and bad.device.type == "meta")]
+        kinds = [
+            bad
+            for bad in of_another_kind(x)
+            if not (isinstance(bad, Tensor) and bad.device.type == "meta")
+        ]
         shapes = [x[0], x[..., :8], x[:, :0], x.unsqueeze(0)]
         cases += _bind(layer, {}, [("hidden_states", bad) for bad in (None, *kinds, *shapes)], name)
         good, packed = {"hidden_states": x}, {"hidden_states": x[:1]}
-        masks = ["x", [1], torch.ones(B, 3).long(), torch.ones(B, 1, 1, T).bool(), torch.ones(B + 1, T).bool()]
+        masks = [
+            "x",
+            [1],
+            torch.ones(B, 3).long(),
+            torch.ones(B, 1, 1, T).bool(),
+            torch.ones(B + 1, T).bool(),
+        ]
         cases += _bind(layer, good, [("attention_mask", bad) for bad in masks], name)
         cases += _bind(layer, packed, [("cu_seqlens", bad) for bad in WRONG_BOUNDS], name)
         cases += _bind(layer, good, [("cu_seqlens", bounds(0, T))], name)
@@ -294,13 +388,37 @@ def _configurations() -> list[Case]:
 
     known = {f.name for f in fields(GKAConfig)}
     wrong = [(key, bad) for key, values in OPTIONS.items() if key in known for bad in values]
-    wrong = [w for w in wrong if not (w[0] in ("num_heads", "conv_size", "kv_rank") and w[1] is None)]
-    wrong += [("head_dims", 8), ("mixer", "gkb"), ("mixers", ["gka", "gla "]), ("mixers", "gka"), ("vocab_size", 0)]
-    wrong += [("attention_layers", [7]), ("sliding_window", 0), ("head_dim", 300), ("initializer_range", NAN)]
-    sizes = {"hidden_size": 16, "head_dim": 8, "num_heads": 2, "num_hidden_layers": 1, "vocab_size": 7}
+    wrong = [
+        w for w in wrong if not (w[0] in ("num_heads", "conv_size", "kv_rank") and w[1] is None)
+    ]
+    wrong += [
+        ("head_dims", 8),
+        ("mixer", "gkb"),
+        ("mixers", ["gka", "gla "]),
+        ("mixers", "gka"),
+        ("vocab_size", 0),
+    ]
+    wrong += [
+        ("attention_layers", [7]),
+        ("sliding_window", 0),
+        ("head_dim", 300),
+        ("initializer_range", NAN),
+    ]
+    sizes = {
+        "hidden_size": 16,
+        "head_dim": 8,
+        "num_heads": 2,
+        "num_hidden_layers": 1,
+        "vocab_size": 7,
+    }
     cases = _bind(GKAConfig, sizes, wrong)
     overridden = {"gla": {"head_dim": 300}}
-    mixed = {**sizes, "num_hidden_layers": None, "mixers": ["gka", "gla"], "mixer_overrides": overridden}
+    mixed = {
+        **sizes,
+        "num_hidden_layers": None,
+        "mixers": ["gka", "gla"],
+        "mixer_overrides": overridden,
+    }
     return [*cases, ("GKAConfig(mixer_overrides)", "head_dim", lambda: GKAConfig(**mixed))]
 
 
@@ -309,7 +427,9 @@ def all_cases() -> list[Case]:
     gka, gla = ("g", "gk", "alpha", "beta"), ("g", "beta")
     every = ("num_iter", "ridge_ratio", "scale", "solver", "backend")
     cases = _sequence_op(chunk_gka, gka, (*every, "chunk_size")) + _initial_states(chunk_gka, True)
-    cases += _sequence_op(fused_recurrent_gka, gka, every) + _initial_states(fused_recurrent_gka, True)
+    cases += _sequence_op(fused_recurrent_gka, gka, every) + _initial_states(
+        fused_recurrent_gka, True
+    )
     cases += _sequence_op(chunk_simple_gla, gla, ("scale", "backend", "chunk_size"))
     cases += _initial_states(chunk_simple_gla, False)
     for op in (chunk_gated_delta_rule, fused_recurrent_gated_delta_rule):

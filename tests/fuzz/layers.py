@@ -83,7 +83,11 @@ def _mixer(rng: random.Random, name: str) -> nn.Module:
     from gka.layers import mixer_options
 
     known = mixer_options(name)
-    sizes: dict[str, Any] = {"hidden_size": 16, "num_heads": 2, "head_dim": rng.choice((2, 4, 8, 16))}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_heads": 2,
+        "head_dim": rng.choice((2, 4, 8, 16)),
+    }
     chosen = {key: rng.choice(values) for key, values in MIXER_OPTIONS.items() if key in known}
     if "backend" in known:
         chosen["backend"] = "torch"
@@ -129,7 +133,9 @@ def expected_layer(call: LayerCall, layer: nn.Module, x: Tensor, run: Callable) 
     out = torch.zeros_like(x)
     for row, places in pieces(call):
         if len(places):
-            out = out.index_put((torch.tensor(row), places), run(layer, x[row : row + 1, places])[0])
+            out = out.index_put(
+                (torch.tensor(row), places), run(layer, x[row : row + 1, places])[0]
+            )
     return out
 
 
@@ -141,7 +147,10 @@ def judge_layer(call: LayerCall, seed: int = 0) -> Verdict:
             actual = _with_gradients(call, call.layer, x, run_layer(call, call.layer, x))
     except Exception as error:
         return Verdict("raised", message=f"{type(error).__name__}: {error}")
-    expected, other = (_double(call, rounded) for rounded in (None, Rounding(STEP, seed)))
+    expected, other = (
+        _double(call, rounded)
+        for rounded in (None, Rounding(STEP, seed, torch.finfo(F32).smallest_normal))
+    )
     verdict, loss = Verdict(), (expected["o"] * upstream({"o": expected["o"]})["o"]).norm().item()
     sizes = {f"d{name}": p.norm().item() for name, p in call.layer.named_parameters()}
     sizes["dx"] = call.x.norm().item()

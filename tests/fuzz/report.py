@@ -66,6 +66,7 @@ class Report:
 
     def line(self) -> str:
         """One line on where the run stands."""
+
         def told(counts: Counter) -> str:
             return ", ".join(f"{n} {status}" for status, n in sorted(counts.items())) or "none"
 

@@ -14,7 +14,9 @@ from problems import differentiate, make_problem, oracle, reference
 from tolerances import assert_close
 
 
-@pytest.mark.filterwarnings("ignore")  # of the prototypes that wrong calls are made of, and of NumPy's
+@pytest.mark.filterwarnings(
+    "ignore"
+)  # of the prototypes that wrong calls are made of, and of NumPy's
 def test_a_small_run_finds_nothing():
     """400 random calls are right against float64, and 300 wrong ones are refused by name in one line."""
     report = run(seed=1, valid=400, invalid=300, minutes=1.0)

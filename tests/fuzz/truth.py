@@ -40,19 +40,31 @@ class _Rounded(torch.autograd.Function):
 class Rounding:
     """What a precision does to every intermediate number, in both passes, at a step of one's choice.
 
-    Two answers that differ by it alone show how well conditioned a call is, cancellation inside the
+    A number that is not zero is moved by step (|x| + tiny), tiny being the precision's smallest normal
+    number: below it numbers are further apart. Two answers that differ by it alone show how well conditioned a call is, cancellation inside the
     derivative included, where two answers to slightly different inputs may agree by invariance.
     """
 
-    def __init__(self, step: float, seed: int) -> None:
-        self.step, self.generator = step, torch.Generator().manual_seed(seed)
+    def __init__(self, step: float, seed: int, tiny: float = 0.0) -> None:
+        self.step, self.tiny = step, tiny
+        self.generator = torch.Generator().manual_seed(seed)
 
     def change(self, x: Tensor) -> Tensor:
         sign = torch.randint(0, 2, x.shape, generator=self.generator).double() * 2 - 1
-        return x + (self.step * sign) * x.where(x.isfinite(), torch.zeros_like(x))
+        size = (x.abs() + self.tiny).where(x.isfinite() & (x != 0), torch.zeros_like(x))
+        return x + (self.step * sign) * size
 
     def __call__(self, x: Tensor) -> Tensor:
         return _Rounded.apply(x, self) if self.step > 0 else x
+
+    def exp(self, log_decay: Tensor) -> Tensor:
+        """A decay, moved in its value and its derivative alike; one of zero stays zero."""
+        if self.step == 0:
+            return log_decay.exp()
+        gamma = log_decay.detach().exp()
+        moved = gamma + (self.change(gamma) - gamma).abs()
+        shift = (moved.log() - gamma.log()).where(gamma > 0, torch.zeros_like(gamma))
+        return (log_decay + shift).exp()
 
 
 EXACT = Rounding(0.0, 0)
@@ -117,7 +129,7 @@ def moments(
     state, every, k, v = start, [], rounded(k), rounded(v)
     for t in range(k.shape[1]):
         if log_decay is not None:
-            state = rounded(log_decay[:, t].exp()[..., None, None] * state)
+            state = rounded(rounded.exp(log_decay[:, t])[..., None, None] * state)
         state = rounded(state + rounded(k[:, t].unsqueeze(-1) * v[:, t].unsqueeze(-2)))
         every.append(state)
     stacked = torch.stack(every, 1) if every else start.new_zeros(len(k), 0, *start.shape[1:])
@@ -150,7 +162,7 @@ def delta_sequence(
     s, outputs = state[1], []
     for t in range(q.shape[1]):
         if g is not None:
-            s = rounded(s * g[:, t].exp()[..., None, None])
+            s = rounded(s * rounded.exp(g[:, t])[..., None, None])
         k_t = rounded(k[:, t]).unsqueeze(-1)
         u_t = rounded(v[:, t].unsqueeze(-2) - rounded(k_t.mT @ s))
         if beta is not None:
