@@ -10,8 +10,11 @@ import triton.language as tl
 from gka.kernels.chunked import sum_blocks
 from gka.kernels.common import (
     add_product,
+    cumulative_decays,
     decay_mask,
+    decays_to_end,
     inverse,
+    load_decay,
     load_gate,
     load_mix,
     load_raw,
@@ -71,8 +74,9 @@ def readout_backward_kernel(
     valid = places < tl.load(chunk_len + m)
     rk = tl.arange(0, BK)
     write = load_gate(beta, row, H, h, valid, 1.0)
-    b = tl.cumsum(load_gate(g, row, H, h, valid, 0.0), 0)
-    zeta = tl.exp(b)
+    log_decays = load_decay(g, row, H, h, valid)
+    coarse, fine = cumulative_decays(log_decays)
+    zeta = tl.exp(coarse + fine)
     scores = tl.zeros((C, C), tl.float32)
     dz = tl.zeros((C, BK), tl.float32)
     for block in tl.static_range(NV):
@@ -86,7 +90,7 @@ def readout_backward_kernel(
         dz += tl.dot(don, tl.trans(un), input_precision=PREC) * (zeta * (do_max * u_scale))[:, None]
     z = load_mix(q, x, x_scale, alpha, row, H, h, K, rk, valid)
     store_gate(start_u, tl.sum(z * dz, 1) * scale, row, G, j, valid)
-    sn, s_max = operand(scores * decay_mask(b, places) * (write * write)[None, :], OP)
+    sn, s_max = operand(scores * decay_mask(coarse, fine, places) * (write * write)[None, :], OP)
     kn, k_max = operand(load_rows(k, row, HK, h // GK, K, rk, valid), OP)
     dz += tl.dot(sn, kn, input_precision=PREC) * (s_max * k_max)
     dz *= scale
@@ -183,13 +187,14 @@ def through_u_kernel(
     e_max = max_blocks(end_scales, mh, NV)
     kn = (load_rows(k, row, HK, h // GK, K, rk, valid) * inverse(k_max)).to(OP)
     zn = (load_mix(q, x, x_scale, alpha, row, H, h, K, rk, valid) * inverse(z_max)).to(OP)
-    b = tl.cumsum(load_gate(g, row, H, h, valid, 0.0), 0)
-    mask = decay_mask(b, places).to(OP)
+    log_decays = load_decay(g, row, H, h, valid)
+    coarse, fine = cumulative_decays(log_decays)
+    mask = decay_mask(coarse, fine, places).to(OP)
     # |zn kn^T| <= K is in float16's range
     ln = (tl.dot(zn, tl.trans(kn), input_precision=PREC) * mask.to(tl.float32)).to(OP)
     write = load_gate(beta, row, H, h, valid, 1.0)
     beta2 = write * write
-    to_end = tl.exp(tl.sum(load_gate(g, row, H, h, valid, 0.0), 0) - b)
+    _total, to_end = decays_to_end(load_decay(g, row, H, h, valid))
     do_v = tl.zeros((C, C), tl.float32)
     end_v = tl.zeros((C, BK), tl.float32)  # rows E v_j
     for block in tl.static_range(NV):
@@ -270,8 +275,9 @@ def through_h_kernel(
     e_ptr = ends + mh * K * K
     en = None if TILED else load_state(e_ptr, rk, rk, K, K)
     e_scale = tl.load(end_scales + mh * NK)
-    b = tl.cumsum(load_gate(gk, row, H, h, valid, 0.0), 0)
-    to_end = tl.exp(tl.sum(load_gate(gk, row, H, h, valid, 0.0), 0) - b)
+    log_decays = load_decay(gk, row, H, h, valid)
+    coarse, fine = cumulative_decays(log_decays)
+    _total, to_end = decays_to_end(load_decay(gk, row, H, h, valid))
     write = load_gate(beta, row, H, h, valid, 1.0)
     beta2 = write * write
     grad_k = tl.zeros((C, BK), tl.float32)
@@ -295,7 +301,7 @@ def through_h_kernel(
         relative = beta2 * inverse(beta2_max)
         bound = tl.max(tl.abs(of_start), 0) * h_scale + 2.0 * beta2_max * e_scale
         bound *= k_max * K  # on grad_k
-        mask = decay_mask(b, places).to(OP)
+        mask = decay_mask(coarse, fine, places).to(OP)
         # the ridge's part: W^T diag(w) W over the keys, and (W (K K^T)^2)_tj
         w = load_gate(w_t, row, G, j, valid, 0.0)
         w_max = tl.max(tl.abs(w), 0)
@@ -313,7 +319,7 @@ def through_h_kernel(
         weighted = (mask.to(tl.float32) * relative[None, :]).to(OP)
         pairs = tl.dot(weighted, square_gram, input_precision=PREC)
         pairs *= (beta2_max * K) * (k_max * k_max) * (k_max * k_max)
-        zeta = tl.exp(b)
+        zeta = tl.exp(coarse + fine)
         pairs = (0.5 * w)[:, None] * (zeta[:, None] * energies[None, :] + pairs)
         inner = zeta * sum_blocks(h_norms, mh, NK)
         inner += tl.sum(mask.to(tl.float32) * (beta2 * energies)[None, :], 1)

@@ -6,7 +6,9 @@ import triton.language as tl
 from gka.kernels.chebyshev import chebyshev
 from gka.kernels.common import (
     add_product,
+    cumulative_decays,
     decay_mask,
+    load_decay,
     load_gate,
     load_mix,
     load_raw,
@@ -91,9 +93,10 @@ def solve_kernel(
     rk = tl.arange(0, BK)
     write = load_gate(beta, row, H, h, valid, 1.0)
     kn, k_max = operand(load_rows(k, row, HK, h // GK, K, rk, valid), OP)
-    b = tl.cumsum(load_gate(gk, row, H, h, valid, 0.0), 0)
-    zeta = tl.exp(b)
-    weight = decay_mask(b, places) * (write * write * k_max * k_max)[None, :]
+    log_decays = load_decay(gk, row, H, h, valid)
+    coarse, fine = cumulative_decays(log_decays)
+    zeta = tl.exp(coarse + fine)
+    weight = decay_mask(coarse, fine, places) * (write * write * k_max * k_max)[None, :]
     h_ptr = h_states + mh * K * K
     hn = None if TILED else load_state(h_ptr, rk, rk, K, K)
     h_scale = tl.load(h_scales + mh * NK)
@@ -147,9 +150,10 @@ def solve_kernel(
         x_h = add_product(x_h, raw, hn, h_ptr, K, TILED, False, PREC)
         x_h_y = tl.sum(x_h * solution, 1) * (x_size * h_scale)
         write = load_gate(beta, row, H, h, valid, 1.0)
-        b = tl.cumsum(load_gate(gk, row, H, h, valid, 0.0), 0)
-        zeta = tl.exp(b)
-        of_keys = tl.sum((zeta * w)[:, None] * decay_mask(b, places), 0) * write * write
+        log_decays = load_decay(gk, row, H, h, valid)
+        coarse, fine = cumulative_decays(log_decays)
+        zeta = tl.exp(coarse + fine)
+        of_keys = tl.sum((zeta * w)[:, None] * decay_mask(coarse, fine, places), 0) * write * write
         store_gate(w_t, w, row, G, j, valid)
         store_gate(start_h, x_h_y, row, G, j, valid)
         store_gate(key_weight, of_keys, row, G, j, valid)
@@ -203,9 +207,10 @@ def readout_kernel(
     kn, k_max = operand(load_rows(k, row, HK, h // GK, K, rk, valid), OP)
     z = load_mix(q, x, x_scale, alpha, row, H, h, K, rk, valid)
     zn, z_max = operand(z, OP)
-    b = tl.cumsum(load_gate(g, row, H, h, valid, 0.0), 0)
-    zeta = tl.exp(b)
-    weight = decay_mask(b, places) * (write * write)[None, :]
+    log_decays = load_decay(g, row, H, h, valid)
+    coarse, fine = cumulative_decays(log_decays)
+    zeta = tl.exp(coarse + fine)
+    weight = decay_mask(coarse, fine, places) * (write * write)[None, :]
     pn, p_max = operand(tl.dot(zn, tl.trans(kn), input_precision=PREC) * weight, OP)
     for block in tl.static_range(NV):
         rv = block * BV + tl.arange(0, BV)

@@ -138,6 +138,33 @@ def load_gate(ptr, row, heads, head, rows_valid, default: tl.constexpr):
 
 
 @triton.jit
+def load_decay(ptr, row, heads, head, rows_valid):
+    """Log decays of one head, [C] float32, not below gka.maths.moments.reset_floor; NaN stays NaN."""
+    gate = load_gate(ptr, row, heads, head, rows_valid, 0.0)
+    return tl.where(gate < -128.0, -128.0, gate)
+
+
+@triton.jit
+def cumulative_decays(gate):
+    """Cumulative log decay as two sums, of even numbers and of what is left: both near exact.
+
+    One float32 sum would round what follows a large term; between -1 and 0 all is in the second.
+    """
+    coarse = tl.floor(gate * 0.5 + 0.5) * 2.0
+    return tl.cumsum(coarse, 0), tl.cumsum(gate - coarse, 0)
+
+
+@triton.jit
+def decays_to_end(gate):
+    """Log decay over the chunk, and decay from each token to the chunk's end [C]."""
+    coarse, fine = cumulative_decays(gate)
+    total = tl.floor(gate * 0.5 + 0.5) * 2.0
+    fine_total = tl.sum(gate - total, 0)
+    coarse_total = tl.sum(total, 0)
+    return coarse_total + fine_total, tl.exp((coarse_total - coarse) + (fine_total - fine))
+
+
+@triton.jit
 def store_gate(ptr, value, row, heads, head, rows_valid):
     """One number a token of one head."""
     at = ptr + (row * heads + head) + tl.arange(0, rows_valid.shape[0]) * heads
@@ -145,9 +172,9 @@ def store_gate(ptr, value, row, heads, head, rows_valid):
 
 
 @triton.jit
-def decay_mask(b, places):
-    """M_jt as rows t, columns j; exact zeros where j > t."""
-    difference = b[:, None] - b[None, :]
+def decay_mask(coarse, fine, places):
+    """M_jt as rows t, columns j, of the sums of cumulative_decays; exact zeros where j > t."""
+    difference = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
     return tl.where(places[:, None] >= places[None, :], tl.exp(difference), 0.0)
 
 

@@ -6,6 +6,9 @@ beta = sigmoid(b) + eps,  alpha = sigmoid(a'),  g = -exp(A_log) softplus(a + dt_
 import triton
 import triton.language as tl
 
+# exp of it is 0 many times over, and its products with a gradient are finite
+LEAST_DECAY: tl.constexpr = tl.constexpr(-1e30)
+
 
 @triton.jit
 def sigmoid(x):
@@ -26,6 +29,12 @@ def softplus(x):
 
 
 @triton.jit
+def decay_rate(A_log):
+    """-exp(A_log), finite: a rate of inf would meet a softplus of 0 as NaN (gka.layers.recurrent)."""
+    return -tl.exp(tl.where(A_log > 88.0, 88.0, A_log))
+
+
+@triton.jit
 def load_wide(ptr, offsets, mask):
     return tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32)
 
@@ -40,9 +49,10 @@ def write_gates(
     if a2 is not None:
         tl.store(alpha + offsets, sigmoid(load_wide(a2, offsets, mask)), mask=mask)
     if a is not None:
-        rate = -tl.exp(load_wide(A_log, heads, exists))[None, :]
+        rate = decay_rate(load_wide(A_log, heads, exists))[None, :]
         shift = load_wide(dt_bias, heads, exists)[None, :]
         decay = rate * softplus(load_wide(a, offsets, mask) + shift)
+        decay = tl.where(decay < LEAST_DECAY, LEAST_DECAY, decay)
         tl.store(g + offsets, tl.where(inside, decay, 0.0), mask=mask)
 
 
@@ -102,9 +112,10 @@ def gates_backward_kernel(
         if lengths is not None:
             length = tl.load(lengths + rows // T, mask=rows < tokens, other=0)
             inside = (rows % T < length)[:, None] & mask
-        rate = -tl.exp(load_wide(A_log, heads, exists))[None, :]
+        rate = decay_rate(load_wide(A_log, heads, exists))[None, :]
         x = load_wide(a, offsets, mask) + load_wide(dt_bias, heads, exists)[None, :]
         grad = load_wide(dg, offsets, inside)
+        grad = tl.where(rate * softplus(x) < LEAST_DECAY, 0.0, grad)
         through = grad * rate * sigmoid(x)
         tl.store(da + offsets, through.to(da.dtype.element_ty), mask=mask)
         to = partial + tl.program_id(0).to(tl.int64) * (2 * H) + heads

@@ -11,7 +11,16 @@ Stored states are divided by a bound on their entries that is carried along: S <
 import triton
 import triton.language as tl
 
-from gka.kernels.common import inverse, load_gate, load_raw, load_state, row_maxima, store_state
+from gka.kernels.common import (
+    decays_to_end,
+    inverse,
+    load_decay,
+    load_gate,
+    load_raw,
+    load_state,
+    row_maxima,
+    store_state,
+)
 
 NEGLIGIBLE: tl.constexpr = tl.constexpr(1e-30)
 
@@ -43,10 +52,10 @@ def add_chunk(
     """S <- S whole + sum_j w_j k_j v_j^T; returns S, its bound, the log decay, max|k|, max|v|."""
     kt = load_raw(k, row, HK, h // GK, K, rk, valid)
     vt = load_raw(v, row, HV, h // GV, V, rv, valid)
-    gate = load_gate(g, row, H, h, valid, 0.0)
+    gate = load_decay(g, row, H, h, valid)
     write = load_gate(beta, row, H, h, valid, 1.0)
-    total = tl.sum(gate, 0)
-    weight = tl.exp(total - tl.cumsum(gate, 0)) * write * write
+    total, to_end = decays_to_end(gate)
+    weight = to_end * write * write
     whole = tl.exp(total)
     # rows scaled to at most one: key rows by their largest entry, value rows by all the rest
     k_max = row_maxima(kt)

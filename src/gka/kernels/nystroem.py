@@ -10,8 +10,10 @@ import triton.language as tl
 from gka.kernels.chunked import sum_blocks
 from gka.kernels.common import (
     add_product,
+    cumulative_decays,
     decay_mask,
     inverse,
+    load_decay,
     load_gate,
     load_rows,
     load_state,
@@ -127,9 +129,10 @@ def certify_kernel(
     rk = tl.arange(0, BK)
     write = load_gate(beta, row, H, h, valid, 1.0)
     kn, k_max = operand(load_rows(k, row, HK, h // GK, K, rk, valid), OP)
-    b = tl.cumsum(load_gate(gk, row, H, h, valid, 0.0), 0)
-    zeta = tl.exp(b)
-    weight = decay_mask(b, places) * (write * write * k_max * k_max)[None, :]
+    log_decays = load_decay(gk, row, H, h, valid)
+    coarse, fine = cumulative_decays(log_decays)
+    zeta = tl.exp(coarse + fine)
+    weight = decay_mask(coarse, fine, places) * (write * write * k_max * k_max)[None, :]
     h_ptr = h_states + mh * K * K
     hn = None if TILED else load_state(h_ptr, rk, rk, K, K)
     h_scale = tl.load(h_scales + mh * NK)

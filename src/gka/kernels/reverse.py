@@ -8,7 +8,9 @@ import triton
 import triton.language as tl
 
 from gka.kernels.common import (
+    cumulative_decays,
     inverse,
+    load_decay,
     load_gate,
     load_mix,
     load_raw,
@@ -127,9 +129,10 @@ def reverse_u_kernel(
         at = c * G + j
         row = begin + (c - first) * C
         valid = row + places < stop
-        gate = load_gate(g, row, H, h, valid, 0.0)
+        gate = load_decay(g, row, H, h, valid)
         total = tl.sum(gate, 0)
-        zeta, whole = tl.exp(tl.cumsum(gate, 0)), tl.exp(total)
+        coarse, fine = cumulative_decays(gate)
+        zeta, whole = tl.exp(coarse + fine), tl.exp(total)
         if not SUM:
             store_state(ends + at * K * V, grad * inverse(bound), rk, rv, K, V)
             tl.store(end_scales + at * blocks + block, bound)
@@ -220,9 +223,10 @@ def reverse_h_kernel(
         at = c * G + j
         row = begin + (c - first) * C
         valid = row + places < stop
-        gate = load_gate(gk, row, H, h, valid, 0.0)
+        gate = load_decay(gk, row, H, h, valid)
         total = tl.sum(gate, 0)
-        zeta, whole = tl.exp(tl.cumsum(gate, 0)), tl.exp(total)
+        coarse, fine = cumulative_decays(gate)
+        zeta, whole = tl.exp(coarse + fine), tl.exp(total)
         stored = load_state(states + at * K * K, rk, rv, K, K)
         scale = tl.load(scales + at * blocks + block)
         if not SUM:

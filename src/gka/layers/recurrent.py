@@ -20,6 +20,7 @@ from gka.layers.mix_arguments import Gates, Run
 from gka.layers.norms import GatedRMSNorm, RMSNorm, unit, working_dtype
 from gka.layers.padding import Padding, check_inputs, check_width
 
+MOST_DECAY = 1e30  # exp of minus that is 0, and its products with a gradient are finite
 DECODE_TOKENS = 16
 """Cached calls without gradient of up to this many tokens run token by token, longer ones by chunks."""
 
@@ -253,8 +254,13 @@ class RecurrentMixer(nn.Module):
         return {name: projection(x) for name, projection in named if projection is not None}
 
     def _log_decay(self, a: Tensor, padding: Padding | None) -> Tensor:
-        """[B,T,H], zero at padding."""
-        g = -self.A_log.to(a.dtype).exp() * F.softplus(a + self.dt_bias.to(a.dtype))
+        """[B,T,H], zero at padding. Rate and decay stay finite: inf times 0 would be NaN.
+
+        An A_log above 88 (float32; 709 in float64) counts as that; a decay of 0 is one of any rate.
+        """
+        limits = torch.finfo(a.dtype)
+        rate = self.A_log.to(a.dtype).clamp_max(math.floor(math.log(limits.max))).exp()
+        g = -(rate * F.softplus(a + self.dt_bias.to(a.dtype))).clamp_max(MOST_DECAY)
         return g if padding is None else padding.clear(g)
 
     def _heads(

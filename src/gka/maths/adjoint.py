@@ -18,6 +18,7 @@ from torch import Tensor
 from gka.maths.chunked import Chunks, Settings, Tokens
 from gka.maths.grouped import group_sum, group_sum_matmul, shared_matmul, weight_shared
 from gka.maths.moments import Decay, scan
+from gka.maths.nonfinite import put_back_gradients, take_out, take_out_rows
 from gka.maths.readout import mix
 from gka.maths.system import System
 
@@ -53,7 +54,10 @@ def chunk_backward(
         do: [B,T,H,V].
         dh_final, du_final: gradients of the final states, or None for zero.
     """
-    return _Backward(tokens, x, do, dh_final, du_final, settings).run()
+    tokens, reach = take_out(tokens, settings.tied)
+    tokens, x, do, rows = take_out_rows(tokens, x, do, reach)
+    grads = _Backward(tokens, x, do, dh_final, du_final, settings).run()
+    return put_back_gradients(grads, rows, tokens)
 
 
 class _Backward:

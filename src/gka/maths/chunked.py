@@ -14,6 +14,7 @@ from gka.maths.adaptive import solver_steps
 from gka.maths.chebyshev import Solver
 from gka.maths.layout import ChunkLayout, chunk_layout
 from gka.maths.moments import Decay, chunk_moments, scan
+from gka.maths.nonfinite import put_back, take_out
 from gka.maths.readout import mix, readout
 from gka.maths.system import System
 
@@ -173,6 +174,7 @@ def token_steps(tokens: Tokens, settings: Settings) -> Tensor:
 
 def chunk_forward(tokens: Tokens, settings: Settings) -> Forward:
     """The map of `reference`, chunk-wise. Not differentiable: its derivative is `adjoint`."""
+    tokens, reach = take_out(tokens, settings.tied)
     chunks = Chunks(tokens, settings)
     solve = settings.num_iter > 0
     x = torch.empty_like(chunks.q) if solve else None
@@ -185,9 +187,7 @@ def chunk_forward(tokens: Tokens, settings: Settings) -> Forward:
             z = mix(q, x[rows], None if chunks.alpha is None else chunks.alpha[rows])
         u, zeta = chunks.states_u[0][rows], chunks.decay_u[rows].zeta
         o[rows] = readout(z, chunks.k[rows], chunks.v[rows], u, zeta, chunks.weights_u(rows))
-    return Forward(
-        o=chunks.join(o).mul(settings.scale).to(tokens.q.dtype),
-        x=None if x is None else chunks.join(x).contiguous(),
-        h=chunks.states_h[1] if solve or settings.with_h else None,
-        u=chunks.states_u[1],
-    )
+    h = chunks.states_h[1] if solve or settings.with_h else None
+    o = chunks.join(o).mul(settings.scale).to(tokens.q.dtype)
+    o, h, u = put_back(o, h, chunks.states_u[1], reach, tokens, solve)
+    return Forward(o=o, x=None if x is None else chunks.join(x).contiguous(), h=h, u=u)

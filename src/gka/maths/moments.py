@@ -13,6 +13,15 @@ from gka.maths.grouped import shared_matmul, weight_shared
 from gka.maths.layout import ChunkLayout
 
 
+def reset_floor(dtype: torch.dtype) -> float:
+    """The log decay that stands for all below it: a power of two whose exp is 0 in `dtype`.
+
+    A decay of 0 is a hard reset. Summed as it is, -inf would give inf - inf between tokens behind
+    it, and -1e18 would swallow what is added to it; 64 of these floors sum to 8192 (float32).
+    """
+    return -1024.0 if dtype == torch.float64 else -128.0
+
+
 @dataclass(frozen=True)
 class Decay:
     """Decays inside chunks, from differences of the cumulative log decay, never from quotients.
@@ -33,7 +42,7 @@ class Decay:
         """Of log decays g [M,H,C]; no decay (all ones) for None. `like` [M,H,C,...] sets the dtype."""
         if g is None:
             g = like.new_zeros(like.shape[:3])
-        return cls(g.double().cumsum(-1), like.dtype)
+        return cls(g.double().clamp_min(reset_floor(like.dtype)).cumsum(-1), like.dtype)
 
     def __getitem__(self, rows: slice) -> "Decay":
         return Decay(self.cumulative[rows], self.dtype)

@@ -167,7 +167,7 @@ DEVICE float2 load_decays(const float* g, const Arguments& a, const Place& at) {
     if (g != nullptr) pair[e] = g[(at.start + (row < at.length ? row : 0)) * a.heads + at.head];
     if (row >= at.length) pair[e] = 0.f;
   }
-  return {pair[0], pair[1]};
+  return {log_decay(pair[0]), log_decay(pair[1])};
 }
 
 // Log decay to base 2 from the chunk's start to every token, `out` [C]. Each warp for itself.

@@ -100,17 +100,18 @@ struct Weights {
     if constexpr (KIND != STATES && EVERY) stored_bound = from.stored_bound;
     float2 g = {0.f, 0.f};
     if (decay != nullptr) g = *(const float2*)(from.g + row);
+    g = {log_decay(g.x), log_decay(g.y)};
     float sum = g.x + g.y;
 #pragma unroll
     for (int i = 1; i < 32; i <<= 1) {
       float before = __shfl_up_sync(~0u, sum, i);
       if (lane >= i) sum += before;
     }
-    float total = __shfl_sync(~0u, sum, 31), whole = __expf(total), log_decay[2] = {sum - g.y, sum};
+    float total = __shfl_sync(~0u, sum, 31), whole = __expf(total), so_far[2] = {sum - g.y, sum};
     float first[2], second[2], largest = 0.f;
 #pragma unroll
     for (int e = 0; e < 2; e++) {
-      float to_end = __expf(total - log_decay[e]), since_start = __expf(log_decay[e]);
+      float to_end = __expf(total - so_far[e]), since_start = __expf(so_far[e]);
       float beta = s.beta == nullptr ? 1.f : from.beta[row + e], beta2 = beta * beta;
       if constexpr (KIND == STATES) {
         first[e] = to_end * beta2, second[e] = 0.f;
