@@ -1,5 +1,6 @@
 """Softmax attention over everything so far, or over a sliding window of it."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gka.layers.cache import append_keys, cached_length, open_cache
-from gka.layers.heads import check_positive, rotary_dim, split_heads
+from gka.layers.heads import check_options, check_positive, rotary_dim, split_heads
 from gka.layers.masks import check_mask_length, positions_of, visible
 from gka.layers.norms import RMSNorm
-from gka.layers.padding import check_inputs
+from gka.layers.padding import check_inputs, check_width
 from gka.layers.rotary import rotate
+from gka.ops.checks import check_bounds
 
 
 class SoftmaxAttention(nn.Module):
@@ -54,6 +56,9 @@ class SoftmaxAttention(nn.Module):
     ):
         super().__init__()
         heads = split_heads(num_heads, num_kv_heads)
+        check_options(norm_eps, layer_idx, qk_norm=qk_norm)
+        if not 0 < rope_theta < math.inf:
+            raise ValueError(f"rope_theta must be above 0 and finite, got {rope_theta}")
         self.num_heads, self.num_kv_heads = num_heads, heads["num_k_heads"]
         self.head_dim = rotary_dim(hidden_size, num_heads, head_dim)
         self.hidden_size = hidden_size
@@ -100,6 +105,11 @@ class SoftmaxAttention(nn.Module):
             ValueError: arguments that do not fit; the message names which.
         """
         check_inputs(hidden_states, attention_mask, cu_seqlens)
+        check_width(hidden_states, self.hidden_size)
+        # on a GPU reading them would mean waiting
+        read = cu_seqlens is not None and cu_seqlens.device.type == "cpu"
+        if cu_seqlens is not None and read and not torch.compiler.is_compiling():
+            check_bounds(cu_seqlens, hidden_states.shape[1])
         cache = open_cache(past_key_values, use_cache, self.layer_idx, cu_seqlens)
         past = cached_length(cache, self.layer_idx)
         x, length = hidden_states, hidden_states.shape[1]

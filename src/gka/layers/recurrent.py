@@ -16,10 +16,10 @@ from gka.layers.cache import OBSERVER, open_cache, read_state, recurrent_layer
 from gka.layers.convolution import ShortConvolution
 from gka.layers.decay import DecayParameters
 from gka.layers.expansion import HeadExpansion
-from gka.layers.heads import check_positive, value_dim
+from gka.layers.heads import check_head_dims, check_options, check_positive, value_dim
 from gka.layers.mix_arguments import Gates, Run
 from gka.layers.norms import GatedRMSNorm, RMSNorm, unit, working_dtype
-from gka.layers.padding import Padding, check_inputs
+from gka.layers.padding import Padding, check_inputs, check_width
 
 MOST_DECAY = 1e30  # exp of minus that is 0, and its products with a gradient are finite
 DECODE_TOKENS = 16
@@ -83,9 +83,14 @@ class RecurrentMixer(DecayParameters):
         super().__init__()
         sizes = {"hidden_size": hidden_size, "head_dim": head_dim, "conv_size": conv_size}
         check_positive(**sizes, num_heads=num_heads)
+        check_options(
+            norm_eps, layer_idx, use_v_conv=use_v_conv, use_forgetting_gate=use_forgetting_gate,
+            use_gate=use_gate,
+        )  # fmt: skip
         self.hidden_size = hidden_size
         self.head_dim = head_dim
         self.head_v_dim = value_dim(head_dim, expand_v)
+        check_head_dims(head_dim, self.head_v_dim)
         self.num_heads = num_heads
         self.num_k_heads = num_k_heads
         self.num_v_heads = num_v_heads
@@ -174,6 +179,7 @@ class RecurrentMixer(DecayParameters):
             ValueError: arguments that do not fit; the message names which.
         """
         check_inputs(hidden_states, attention_mask, cu_seqlens)
+        check_width(hidden_states, self.hidden_size)
         cache = open_cache(past_key_values, use_cache, self.layer_idx, cu_seqlens)
         layer = recurrent_layer(cache, self.layer_idx)
         padding = Padding.of(attention_mask, hidden_states.shape[1])

@@ -199,7 +199,7 @@ class _Backward:
         pairs, start = torch.zeros_like(mask), torch.zeros_like(to_end)
         if self.x is not None and self.y is not None:
             x, y, system = self.x[rows], self.y[rows], c.system(rows)
-            p, fro = self._ridge_products(x, y), system.fro
+            p, fro = self._ridge_products(x, y), system.energy_divisor
             x_k = shared_matmul(x, system.k_t)
             y_k = shared_matmul(y, system.k_t)
             dk = dk - self._dk_solve(system, x, y, x_k, y_k) - self._dk_ridge(system, p)

@@ -10,12 +10,13 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from gka.errors import InputError
-from gka.layers.heads import split_heads, value_dim
+from gka.layers.heads import check_head_dims, split_heads, value_dim
 from gka.maths.chebyshev import Solver
 from gka.models.experts import check_experts
-from gka.models.pattern import SOFTMAX_MIXERS, attention_heads, check_overrides
+from gka.models.pattern import SOFTMAX_MIXERS, attention_heads, check_overrides, mixer_values
 from gka.models.rope import check_rope
 from gka.ops.backends import known_backends
+from gka.ops.checks import check_numbers
 
 if TYPE_CHECKING:
     from gka.models.configuration import GKAConfig
@@ -100,8 +101,11 @@ def _check_tables(config: GKAConfig) -> None:
 def _check_recurrent(config: GKAConfig) -> None:
     try:
         split_heads(config.num_heads, config.num_kv_heads, config.num_v_heads, config.num_k_heads)
-        value_dim(config.head_dim, config.expand_v)
-    except ValueError as error:
+        for name in sorted(set(config.pattern) - set(SOFTMAX_MIXERS)):
+            values = mixer_values(config, name)
+            check_head_dims(values["head_dim"], value_dim(values["head_dim"], values["expand_v"]))
+        check_numbers(config.ridge_ratio, config.num_iter, chunk_size=1)
+    except (TypeError, ValueError) as error:
         raise InputError(str(error)) from error
 
 

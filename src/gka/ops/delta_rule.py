@@ -43,6 +43,8 @@ def chunk_gated_delta_rule(
     Raises:
         ValueError, TypeError: a shape, range or dtype is wrong; the message names the argument.
     """
+    checks.check_scale(scale)
+    checks.check_flags(output_final_state=output_final_state)
     q, state = _prepare(q, k, v, g, beta, initial_state, cu_seqlens, cu_seqlens_cpu)
     g = q.new_zeros(q.shape[:3]) if g is None else g
     beta = q.new_ones(q.shape[:3]) if beta is None else beta
@@ -65,6 +67,8 @@ def fused_recurrent_gated_delta_rule(
     cu_seqlens_cpu: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`chunk_gated_delta_rule` token by token: the same arguments and results, for decoding a few tokens."""
+    checks.check_scale(scale)
+    checks.check_flags(output_final_state=output_final_state)
     q, state = _prepare(q, k, v, g, beta, initial_state, cu_seqlens, cu_seqlens_cpu)
     k, v = _expand_heads(k, q.shape[2]), _expand_heads(v, q.shape[2])
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
@@ -88,8 +92,11 @@ def _prepare(
     cu_seqlens_cpu: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Check the call. Queries with all H heads, and the initial states in the dtype to compute in."""
-    if all(x.dim() == 4 for x in (q, k, v)) and max(k.shape[2], v.shape[2]) % q.shape[2] == 0:
-        q = _expand_heads(q, max(x.shape[2] for x in (q, k, v)))
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        checks.check_tensor(name, x)
+    if all(x.dim() == 4 for x in (q, k, v)) and q.shape[2] > 0:
+        most = max(x.shape[2] for x in (q, k, v))
+        q = _expand_heads(q, most) if most % q.shape[2] == 0 else q
     checks.check_heads(q, k, v)
     checks.check_gates(q, g=g, beta=beta)
     sequences = checks.check_cu_seqlens(q, cu_seqlens)

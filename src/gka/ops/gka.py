@@ -2,13 +2,12 @@
 
 import os
 
-import torch
 from torch import Tensor
 
 from gka.ops import checks
 from gka.ops.backend_types import Call, Mode
 from gka.ops.backends import note_backend, resolve_backend
-from gka.ops.operator import GKAFunction, autocast
+from gka.ops.operator import GKAFunction, autocast, no_autocast
 from gka.ops.reference import reference_gka
 
 State = tuple[Tensor, Tensor]
@@ -174,6 +173,7 @@ def _run(
     checks.check_heads(q, k, v)
     checks.check_gates(q, g=g, gk=gk, alpha=alpha, beta=beta)
     checks.check_numbers(ridge_ratio, num_iter, chunk_size, scale)
+    checks.check_flags(output_final_state=output_final_state)
     sequences = checks.check_cu_seqlens(q, cu_seqlens)
     checks.check_cu_seqlens_cpu(cu_seqlens, cu_seqlens_cpu)
     h0, u0 = _check_initial_state(initial_state, sequences, q, v, with_h)
@@ -189,7 +189,7 @@ def _run(
         bounds = cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu
         if bounds is not None:
             checks.check_bounds(bounds, q.shape[1])
-        with torch.amp.autocast(q.device.type, enabled=False):
+        with no_autocast(q.device.type):
             o, state = reference_gka(
                 q, k, v, g, gk, alpha, beta, (h0, u0), bounds,
                 scale=scale, ridge_ratio=ridge_ratio, num_iter=num_iter,
