@@ -82,6 +82,7 @@ class SoftmaxAttention(nn.Module):
         use_cache: bool = False,
         cu_seqlens: Tensor | None = None,
         position_ids: Tensor | None = None,
+        cu_seqlens_cpu: Tensor | None = None,
     ) -> tuple[Tensor, None, Any]:
         """Attend.
 
@@ -96,7 +97,9 @@ class SoftmaxAttention(nn.Module):
                 used and updated whatever this says.
             cu_seqlens: bounds [N+1] of sequences packed into B = 1; not with a mask or cache.
             position_ids: [B,T] or [1,T]. None: counted over the tokens of attention_mask, within the
-                sequences of cu_seqlens, or on from the cache.
+                sequences of cu_seqlens, or on from the cache. They rotate and separate nothing: sequences
+                are told apart by cu_seqlens alone.
+            cu_seqlens_cpu: part of every mixer's call; the mask is made on the device.
 
         Returns:
             Output [B,T,hidden_size], None (the weights are never formed), and the cache.

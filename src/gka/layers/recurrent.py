@@ -170,6 +170,7 @@ class RecurrentMixer(DecayParameters):
                 used and updated whatever this says.
             cu_seqlens: bounds [N+1] of sequences packed into B = 1; not with a mask or cache.
             position_ids: part of every mixer's call; a recurrence has its order and needs no positions.
+                They separate nothing: sequences are told apart by cu_seqlens alone.
             cu_seqlens_cpu: a copy of cu_seqlens on the CPU; with it nothing waits for the device.
 
         Returns:

@@ -10,6 +10,7 @@ from transformers.utils.generic import can_return_tuple
 from gka.models.cache import GKACache
 from gka.models.configuration import GKAConfig
 from gka.models.decoder import GKAModel, GKAPreTrainedModel
+from gka.models.documents import Documents, Packing, find_documents
 from gka.models.loss import linear_cross_entropy, mean_loss, next_token_targets
 from gka.models.naming import CACHE_NAME, one_cache
 
@@ -49,6 +50,11 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
         cu_seqlens: Tensor | None = None,
         *,
         cache: Cache | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: Tensor | int | None = None,
+        max_length_k: Tensor | int | None = None,
+        seq_idx: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         return_logits: bool | None = None,
@@ -62,9 +68,11 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids, attention_mask, position_ids, past_key_values, cache, inputs_embeds, cu_seqlens,
-                output_hidden_states: as in `GKAModel.forward`.
+                cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx, output_hidden_states: as
+                in `GKAModel.forward`.
             labels: [B,T] the tokens themselves, -100 where nothing is to be predicted; position t is
-                compared with label t+1, and the last token of a packed sequence with nothing.
+                compared with label t+1, and the last token of a document with nothing, however documents
+                are told apart.
             use_cache: return a cache. None: `config.use_cache`, but never in training mode, with labels,
                 with packed sequences or under `torch.export`.
             logits_to_keep: logits of the last so many tokens only (0: all), or of these positions. Does
@@ -85,6 +93,12 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
         past = one_cache(past_key_values, cache)
         if use_cache is None and labels is not None and past is None:
             use_cache = False
+        packing = Packing(
+            cu_seqlens, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx, position_ids
+        )  # fmt: skip
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        caching = past is not None or bool(use_cache)
+        documents = find_documents(tokens, packing, attention_mask, caching)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -92,14 +106,14 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
             past_key_values=past,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            cu_seqlens=cu_seqlens,
+            documents=documents,
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
         hidden = outputs.last_hidden_state
         loss = logits = None
         if labels is not None:
-            loss = self._loss(hidden, labels, cu_seqlens, num_items_in_batch)
+            loss = self._loss(hidden, labels, documents, num_items_in_batch)
         if return_logits or (return_logits is None and (labels is None or not self.training)):
             logits = self.lm_head(_kept(hidden, logits_to_keep))
         return CausalLMOutputWithPast(
@@ -113,7 +127,7 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
         self,
         hidden: Tensor,
         labels: Tensor,
-        cu_seqlens: Tensor | None,
+        documents: Documents,
         num_items_in_batch: Tensor | int | None,
     ) -> Tensor:
         """Mean next-token loss. A head that adapters have changed is called as a module, all at once."""
@@ -121,7 +135,8 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"labels must have the tokens' shape {tuple(hidden.shape[:2])}, got {tuple(labels.shape)}"
             )
-        targets = next_token_targets(labels.to(hidden.device), cu_seqlens).flatten()
+        labels = documents.row(labels.to(hidden.device))
+        targets = next_token_targets(labels, documents.cu_seqlens).flatten()
         hidden = hidden.flatten(0, 1)
         if _is_plain(self.lm_head):
             total = linear_cross_entropy(hidden, self.lm_head.weight, targets)
