@@ -58,8 +58,9 @@ def forms() -> dict[str, dict]:
 def test_each_document_is_alone(pattern):
     """Logits, loss and gradients of packed documents are those of each by itself, in every form."""
     model, parts = tiny(pattern).train(), documents()
+    total = torch.zeros((), dtype=torch.float64)
     packed = torch.cat(parts)[None]
-    alone, total, count = [], 0.0, 0
+    alone, count = [], 0
     for part in parts:
         if len(part) > 1:
             out = model(part[None], labels=part[None], return_logits=True)
