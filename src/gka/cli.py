@@ -3,10 +3,11 @@
 import contextlib
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
+import gka
 from gka.commandline import to_nowhere
 from gka.errors import InputError
 from gka.evaluation.command import mqar, recall
@@ -25,6 +26,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"gated-kalmanet {gka.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 for command in (train, prime, generate, inspect, convert, recall, mqar, evaluate):
     app.command()(command)
 # its arguments, --help too, are the harness's own

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from gka.errors import InputError
 
@@ -17,7 +17,8 @@ MOST = 2**31 - 1
 """The largest count that is taken."""
 MOST_SEED = 2**32 - 1
 """The largest seed that all generators of random numbers take."""
-RECIPES = Path(__file__).resolve().parents[3] / "recipes"
+Command = Literal["train", "prime"]
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 # Decided by the tokenizer, so that model and data cannot disagree.
 FROM_TOKENIZER = ("vocab_size", "eos_token_id", "pad_token_id", "bos_token_id")
 
@@ -156,13 +157,13 @@ class RunConfig:
         )
 
 
-def read_recipe(name: str) -> dict[str, dict[str, Any]]:
-    """The tables of a recipe: a .toml file, or the name of one in recipes/.
+def read_recipe(name: str, command: Command = "train") -> dict[str, dict[str, Any]]:
+    """The tables of a recipe: a .toml file, or the name of one in ./recipes or in the package.
 
     Raises:
-        InputError: if there is no such recipe (those there are are named) or it is not TOML.
+        InputError: if `command` has no such recipe (those it has are named) or it is not TOML.
     """
-    path = Path(name) if name.endswith(".toml") else _named_recipe(name)
+    path = Path(name) if name.endswith(".toml") else _named_recipe(name, command)
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -198,15 +199,27 @@ def _complete(given: Mapping[str, Any]) -> dict[str, Any]:
     return model
 
 
-def _named_recipe(name: str) -> Path:
+def _named_recipe(name: str, command: Command) -> Path:
     folders = [Path("recipes"), RECIPES]
     found = {path.stem: path for folder in reversed(folders) for path in folder.glob("*.toml")}
+    if name in found and _is_for(found[name]) != command:
+        raise InputError(f"recipe {name!r} is one of gka {_is_for(found[name])}")
     if name not in found:
-        known = ", ".join(sorted(found)) or "none here"
+        mine = sorted(name for name, path in found.items() if _is_for(path) == command)
         raise InputError(
-            f"recipe {name!r} is unknown; known: {known}; or give a path to a .toml file"
+            f"recipe {name!r} is unknown; known: {', '.join(mine) or 'none here'}; "
+            "or give a path to a .toml file"
         )
     return found[name]
+
+
+def _is_for(recipe: Path) -> Command:
+    """The command that a recipe is for: those with a table [prime] prime."""
+    try:
+        tables = tomllib.loads(recipe.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError):
+        return "train"  # what is wrong with it is said when it is read
+    return "prime" if "prime" in tables else "train"
 
 
 def build_table(kind: type, table: str, values: Mapping[str, Any]) -> Any:

@@ -67,7 +67,9 @@ def prime(
     }
     tables["data"]["sequence_length"] = sequence_length
     given = merged(
-        read_recipe(recipe) if recipe else {}, given_tables(tables), assigned_tables(settings or [])
+        read_recipe(recipe, "prime") if recipe else {},
+        given_tables(tables),
+        assigned_tables(settings or []),
     )
     tokens = {"stage1": stage1_tokens, "stage2": stage2_tokens}
     _run(_with_tokens(given, tokens), output, resume=resume, overwrite=overwrite)
