@@ -83,7 +83,7 @@ Output = Annotated[
 Recipe = Annotated[
     str | None,
     Option(
-        help="A name (cpu, gpu; prime-cpu, prime-gpu) or a .toml file; options win over it.",
+        help="A name (cpu, gpu; prime-cpu, prime-gpu) or a .toml file; options win.",
         rich_help_panel=_RUN,
     ),
 ]
