@@ -7,6 +7,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
-from fuzz.command import main  # noqa: E402
+from fuzz.command import main
 
 sys.exit(main())

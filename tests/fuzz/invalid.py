@@ -100,8 +100,8 @@ def bounds(*values: float) -> Tensor:
 
 WRONG_BOUNDS = [
     [0, T], "text", bounds(0), bounds(1, T), bounds(0, T - 1), bounds(0, 4, 3, T), bounds(0, T + 3),
-    bounds(0.0, float(T)), bounds(0, T)[None], bounds(0, T).to("meta"), bounds(0, T).bool(), bounds(0, T).to_sparse(),
-    bounds(-1, T),
+    bounds(0.0, float(T)), bounds(0, T)[None], bounds(0, T).to("meta"), bounds(0, T).bool(),
+    bounds(0, T).to_sparse(), bounds(-1, T),
 ]  # fmt: skip
 
 
@@ -316,10 +316,11 @@ def _around() -> list[Case]:
     x, w, c = torch.randn(B, T, 16), torch.randn(16, 1, 4), torch.randn(B, 16, 4)
     cases = []
     for name, bad in (
-        ("q", (x[0], x, x)), ("k", (x, x[:1], x)), ("v", (x, x, x[:, :3])), ("q", (None, x, x)), ("v", (x, x, None)),
-        ("q", (x[..., :15], x, x)),
+        ("q", (x[0], x, x)), ("k", (x, x[:1], x)), ("v", (x, x, x[:, :3])), ("q", (None, x, x)),
+        ("v", (x, x, None)), ("q", (x[..., :15], x, x)),
     ):  # fmt: skip
-        run = lambda bad=bad: convolve_heads(bad, (w, w, w), 8)  # noqa: E731
+        given: Any = bad
+        run = lambda bad=given: convolve_heads(bad, (w, w, w), 8)  # noqa: E731
         cases.append((f"convolve_heads({name})", name, run))
     for bad in ((w[:, :, :2], w, w), (w, w[:3], w), (w, w, w.squeeze(1))):
         run = lambda bad=bad: convolve_heads((x, x, x), bad, 8)  # noqa: E731
@@ -341,13 +342,15 @@ def _around() -> list[Case]:
 
 OPTIONS: dict[str, list[Any]] = {
     "hidden_size": [0, -1, 16.0, "a", True], "head_dim": [0, -8, 8.0, "a", 300, 257],
-    "num_heads": [0, -2, 2.0, True], "num_kv_heads": [0, 3, 2.0], "num_v_heads": [0, 3], "num_k_heads": [0, 3],
+    "num_heads": [0, -2, 2.0, True], "num_kv_heads": [0, 3, 2.0], "num_v_heads": [0, 3],
+    "num_k_heads": [0, 3],
     "expand_v": [0.0, -1.0, 0.33, NAN, INF, "a", 40.0], "conv_size": [0, -1, 2.0, "a"],
     "num_iter": NUMBERS["num_iter"], "ridge_ratio": NUMBERS["ridge_ratio"], "solver": NUMBERS["solver"],
     "backend": NUMBERS["backend"], "norm_eps": [-1.0, NAN, INF, "a"], "layer_idx": [-1, "a", 1.0],
     "window_size": [0, -1, 2.0], "rope_theta": [0.0, -1.0, NAN, INF], "kv_rank": [0, 1.0, "a"],
-    "use_gate": FLAGS, "use_v_conv": FLAGS, "use_beta_gate": FLAGS, "use_forgetting_gate": FLAGS, "qk_norm": FLAGS,
-    "use_alpha_connection": FLAGS, "use_forgetting_gate_kk": FLAGS, "gla_rescale": FLAGS, "kv_mix": FLAGS,
+    "use_gate": FLAGS, "use_v_conv": FLAGS, "use_beta_gate": FLAGS, "use_forgetting_gate": FLAGS,
+    "qk_norm": FLAGS, "use_alpha_connection": FLAGS, "use_forgetting_gate_kk": FLAGS,
+    "gla_rescale": FLAGS, "kv_mix": FLAGS,
 }  # fmt: skip
 
 
