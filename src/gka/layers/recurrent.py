@@ -34,7 +34,7 @@ class RecurrentMixer(DecayParameters):
     Args:
         hidden_size: width of the hidden states.
         expand_v: value head dim over head_dim.
-        head_dim: K, of queries and keys.
+        head_dim: K, of queries and keys, at most 256, as is V.
         num_heads: query heads.
         num_k_heads, num_v_heads: key and value heads.
         use_v_conv: whether values are convolved.
