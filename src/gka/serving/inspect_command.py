@@ -37,7 +37,8 @@ def inspect(
 ) -> None:
     """Show what a model's memory does with a text: decay, ridge, solver error, by layer and head.
 
-    Writes a page that any browser opens, the figures as JSON, and prints a table.
+    The model needs a GKA layer. Writes a page that any browser opens and the figures as JSON, and prints
+    a table.
     """
     from rich.console import Console
 
@@ -52,12 +53,7 @@ def inspect(
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
     if not ids:
         raise InputError("the text is empty: give --prompt, --file or standard input")
-    found = inspection.inspect_model(
-        loaded,
-        ids,
-        positions=positions,
-        chunk=prefill_chunk,
-    )
+    found = inspection.inspect_model(loaded, ids, positions=positions, chunk=prefill_chunk)
     content = {"model_folder": str(model)} | found
     page, figures = output / "inspection.html", output / "inspection.json"
     try:
