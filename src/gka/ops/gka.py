@@ -7,6 +7,7 @@ from torch import Tensor
 from gka.ops import checks
 from gka.ops.backend_types import Call, Mode
 from gka.ops.backends import note_backend, resolve_backend
+from gka.ops.library import check_derivable
 from gka.ops.operator import GKAFunction, autocast, no_autocast
 from gka.ops.reference import reference_gka
 
@@ -199,6 +200,7 @@ def _run(
                 scale=scale, ridge_ratio=ridge_ratio, num_iter=num_iter,
             )  # fmt: skip
         return o, state if output_final_state else None
+    check_derivable("Gated KalmaNet")
     tied = gk is not None and gk is g
     o, _, _, h, u = GKAFunction.apply(
         q, k, v, g, None if tied else gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu,
