@@ -99,7 +99,7 @@ class SoftmaxAttention(nn.Module):
         Raises:
             ValueError: arguments that do not fit; the message names which.
         """
-        check_inputs(hidden_states, attention_mask, cu_seqlens)
+        attention_mask = check_inputs(hidden_states, attention_mask, cu_seqlens)
         cache = open_cache(past_key_values, use_cache, self.layer_idx, cu_seqlens)
         past = cached_length(cache, self.layer_idx)
         x, length = hidden_states, hidden_states.shape[1]
