@@ -179,7 +179,7 @@ class RecurrentMixer(DecayParameters):
         Raises:
             ValueError: arguments that do not fit; the message names which.
         """
-        check_inputs(hidden_states, attention_mask, cu_seqlens)
+        attention_mask = check_inputs(hidden_states, attention_mask, cu_seqlens)
         check_width(hidden_states, self.hidden_size)
         cache = open_cache(past_key_values, use_cache, self.layer_idx, cu_seqlens)
         layer = recurrent_layer(cache, self.layer_idx)

@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from gka.layers import DECAY_PARAMETERS, RMSNorm
+from gka.layers.padding import token_mask
 from gka.models.adapters.load import load_with
 from gka.models.cache import GKACache
 from gka.models.configuration import GKAConfig
@@ -126,6 +127,7 @@ class GKAModel(GKAPreTrainedModel):
         use_cache: bool | None = None,
         cu_seqlens: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         *,
         cache: Cache | None = None,
         cu_seq_lens_q: Tensor | None = None,
@@ -139,7 +141,7 @@ class GKAModel(GKAPreTrainedModel):
 
         Args:
             input_ids: [B,T] token ids; or `inputs_embeds` [B,T,hidden_size] instead.
-            attention_mask: [B,T] of 0/1, 1 for tokens, padding at either end; with a cache it covers the
+            attention_mask: [B,T] of 0/1 of any dtype, 1 for tokens, padding at either end; with a cache it covers the
                 past as well, [B,T_past+T] (a model without attention layers needs the last T only).
             position_ids: [B,T] or [1,T] rotary positions. None: counted from the mask, packing and cache.
                 Where a token's position is not above that of the token before it in its row, another
@@ -159,14 +161,19 @@ class GKAModel(GKAPreTrainedModel):
             max_length_q, max_length_k: tokens of the longest document, or more; only with cu_seq_lens_q.
             seq_idx: [B,T] or [1,T], the same number throughout a document.
             documents: what `gka.models.documents.find_documents` made of all these; then they are not read.
+            output_attentions: None or False, as trl's trainers and peft's wrappers pass it on.
 
         Returns:
             `last_hidden_state` [B,T,hidden_size], `past_key_values` (`cache` since transformers 5.24),
             `hidden_states`.
 
         Raises:
-            ValueError: inputs contradict each other; the message names them.
+            ValueError: inputs contradict each other, the mask holds other numbers than 0 and 1, or attention
+                weights are asked for; the message names them.
         """
+        refuse_attentions(
+            self.config.output_attentions if output_attentions is None else output_attentions
+        )
         past = one_cache(past_key_values, cache)
         _check_inputs(self.config, input_ids, inputs_embeds, past)
         if output_hidden_states is None:
@@ -241,15 +248,22 @@ def _check_inputs(config: GKAConfig, input_ids: Any, inputs_embeds: Any, cache: 
         )
 
 
+def refuse_attentions(output_attentions: Any) -> None:
+    """Raise `ValueError` where attention weights are asked for."""
+    if output_attentions:
+        raise ValueError("output_attentions: this model forms no attention weights; leave it out")
+
+
 def _without_trivial(attention_mask: Any, cache: Any, tokens: Tensor) -> Any:
     """None for a mask that covers all tokens and finds no padding among them.
 
     One look here spares every layer the work of keeping padding away. Any other mask is left to the
     mixers, which also say what is wrong with it.
     """
-    if attention_mask is None or torch.compiler.is_compiling():
-        return attention_mask
-    if not (cache is None or isinstance(cache, GKACache)) or attention_mask.is_floating_point():
+    if attention_mask is None:
+        return None
+    attention_mask = token_mask(attention_mask)
+    if torch.compiler.is_compiling() or not (cache is None or isinstance(cache, GKACache)):
         return attention_mask
     past = 0 if cache is None else cache.get_seq_length()
     if attention_mask.shape != (tokens.shape[0], past + tokens.shape[1]):
