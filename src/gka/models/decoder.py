@@ -142,8 +142,7 @@ class GKAModel(GKAPreTrainedModel):
         Args:
             input_ids: [B,T] token ids; or `inputs_embeds` [B,T,hidden_size] instead.
             attention_mask: [B,T] of 0/1 of any dtype, 1 for tokens, padding at either end; with a cache
-            it covers the
-                past as well, [B,T_past+T] (a model without attention layers needs the last T only).
+                it covers the past as well, [B,T_past+T] (a model without attention layers needs the last T only).
             position_ids: [B,T] or [1,T] rotary positions. None: counted from the mask, packing and cache.
                 Where a token's position is not above that of the token before it in its row, another
                 document begins, and documents do not see each other. To look for that, a GPU is read once
