@@ -71,7 +71,7 @@ def _run(
             o, state = _each_sequence(inputs, state, scale, bounds)
         else:
             layout = chunk_layout(q.shape[0], q.shape[1], CHUNK_SIZE, cu_seqlens, cu_seqlens_cpu)
-            o, state = delta_rule_chunks(*inputs, state, scale=scale, layout=layout)
+            o, state = delta_rule_chunks(*inputs, state, scale=scale, layout=layout)  # pyright: ignore
     return o.to(q.dtype), state
 
 
