@@ -1,3 +1,4 @@
+# pyright: reportCallIssue=false
 """How a checked call of the delta rule runs: plain torch, or one operator to torch.compile and torch.export.
 
 Eager calls are differentiated by autograd as they run. Their loops have as many rounds as there are
