@@ -179,7 +179,9 @@ def _chunks(
 def _product_dtype(hidden: Tensor) -> torch.dtype:
     """Dtype of the matrix products."""
     device = hidden.device.type
-    autocast = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
+    # the meta device has no autocast, nor an answer to whether it is on
+    autocasts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = autocasts and hidden.dtype != torch.float64
     return torch.get_autocast_dtype(device) if autocast else hidden.dtype
 
 
