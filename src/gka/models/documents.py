@@ -48,7 +48,7 @@ class Documents:
 
     Attributes:
         cu_seqlens: int64 [N+1], bounds in the row of all B*T tokens, on the tokens' device.
-        cu_seqlens_cpu: their copy on the CPU.
+        cu_seqlens_cpu: their copy on the CPU, where cu_seqlens is elsewhere.
         shape: (B, T).
     """
 
@@ -145,11 +145,13 @@ def _from_bounds(
         _check_values(name, on_cpu, tokens.shape[1])
         _check_longest(packing, on_cpu)
     on_device = bounds if bounds.device == tokens.device else on_cpu
-    return Documents(
-        on_device.to(tokens.device, torch.long, non_blocking=True),
-        on_cpu.long(),
-        (1, tokens.shape[1]),
-    )
+    return _documents(on_device, on_cpu, tokens, (1, tokens.shape[1]))
+
+
+def _documents(bounds: Tensor, on_cpu: Tensor, tokens: Tensor, shape: tuple[int, int]) -> Documents:
+    """With bounds on the tokens' device, and their copy if that is not the CPU."""
+    copy = None if tokens.device.type == "cpu" else on_cpu.long()
+    return Documents(bounds.to(tokens.device, torch.long, non_blocking=True), copy, shape)
 
 
 def _may_pad(attention_mask: Tensor, length: int) -> bool:
@@ -233,7 +235,7 @@ def _from_marks(
         return name, Documents()
     end = torch.tensor([batch * length], device="cpu")
     bounds = torch.cat([starts.flatten().nonzero().flatten(), end])
-    return name, Documents(bounds.to(tokens.device, non_blocking=True), bounds, (batch, length))
+    return name, _documents(bounds, bounds, tokens, (batch, length))
 
 
 def _covers(attention_mask: Tensor | None, batch: int, length: int) -> bool:
