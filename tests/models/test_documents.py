@@ -91,6 +91,9 @@ def test_each_document_equals_the_document_alone(build: Build, ids: Ids, pattern
         assert_close(out.loss, loss, EXACT, f"{form}: loss")
         for ours, theirs in zip(gradients(model), expected, strict=True):
             assert_close(ours, theirs, EXACT, f"{form}: gradient")
+        items = 4 * (sum(LENGTHS) - len(LENGTHS))
+        part = model(**batch, num_items_in_batch=items).loss
+        assert_close(4 * part, loss, EXACT, f"{form}: loss over the items of four batches")
         # the tokens themselves as labels: what a document's first token is, nobody predicts
         assert_close(model(**batch | {"labels": tokens}).loss, loss, EXACT, f"{form}: labels")
 
@@ -187,7 +190,7 @@ def test_with_a_cache_positions_go_on(build: Build, ids: Ids):
                     model(tokens, **options, **caching)
         bounds = {"cu_seq_lens_q": torch.tensor([0, 5, 12])}
         for body in (model, model.model):
-            with pytest.raises(ValueError, match="cu_seq_lens_q.* cannot be cached"):
+            with pytest.raises(ValueError, match=r"cu_seq_lens_q.* cannot be cached"):
                 body(tokens[:1], **bounds, past_key_values=GKACache(model.config))
     assert cache.get_seq_length() == 12
 
@@ -195,7 +198,8 @@ def test_with_a_cache_positions_go_on(build: Build, ids: Ids):
 def test_generate_takes_position_ids(build: Build, ids: Ids):
     """generate with left padding and its own or the caller's position_ids gives each prompt's own tokens."""
     for mixers in (["gka", "gka"], ["gka", "attention"], ["swa", "gka"]):
-        model, tokens = build(mixers=mixers), ids(2, 8)
+        model: Any = build(mixers=mixers)
+        tokens = ids(2, 8)
         mask = torch.ones(2, 8, dtype=torch.long)
         mask[1, :3] = 0
         options: Any = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
@@ -229,7 +233,8 @@ def test_bounds_on_the_cpu_make_nothing_wait(build: Build, ids: Ids):
     bounds = torch.tensor([0, *LENGTHS]).cumsum(0).int()
     flash: dict[str, Any] = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 70}
     for mixers in PATTERNS.values():
-        model = build(mixers=mixers).train().to("meta")
+        model: Any = build(mixers=mixers).train()
+        model.to("meta")
         tokens = ids(1, sum(LENGTHS)).to("meta")
         for options in (flash, {"cu_seqlens": bounds}):
             out = model(tokens, labels=tokens, **options)
@@ -332,7 +337,7 @@ def test_wrong_documents_are_named(build: Build, ids: Ids, options: Any, message
 def test_bounds_need_one_row(build: Build, ids: Ids):
     """Bounds count in a single row: a batch is refused, and so is any name that forward does not have."""
     model, tokens = build(), ids(2, 9)
-    with pytest.raises(ValueError, match="cu_seq_lens_q needs .* batch 1, got batch 2"):
+    with pytest.raises(ValueError, match=r"cu_seq_lens_q needs .* batch 1, got batch 2"):
         model(tokens, cu_seq_lens_q=B)
     with pytest.raises(TypeError, match="cu_seq_len_q"):
         model(tokens, cu_seq_len_q=B)
