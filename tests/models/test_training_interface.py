@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from gka.models import GKAForCausalLM
 from gka.models.naming import CACHE_NAME
@@ -239,3 +239,41 @@ def test_statefulness_is_known_of_the_class(build: Build):
     assert GKAForCausalLM._is_stateful
     assert build(mixers=["gka", "attention"])._is_stateful
     assert not build(mixers=["attention", "swa"])._is_stateful
+
+
+@pytest.mark.parametrize("form", [{}, {"return_flash_attn_kwargs": True}, {"return_seq_idx": True}])
+def test_trainer_without_padding(build: Build, ids: Ids, tmp_path: Path, form: dict[str, bool]):
+    """Trainer's steps on documents packed by its collator are those on the same documents padded."""
+    rows = [
+        {"input_ids": row[:n].tolist()}
+        for row, n in zip(ids(6, 9), [9, 2, 5, 7, 3, 4], strict=True)
+    ]
+
+    def padded(features: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+        parts = [torch.tensor(feature["input_ids"]) for feature in features]
+        pad = torch.nn.utils.rnn.pad_sequence
+        mask = pad([torch.ones_like(part) for part in parts], batch_first=True)
+        tokens = pad(parts, batch_first=True)
+        return {
+            "input_ids": tokens,
+            "attention_mask": mask,
+            "labels": tokens.masked_fill(mask == 0, -100),
+        }
+
+    trained = []
+    for collator in (padded, DataCollatorWithFlattening(return_position_ids=not form, **form)):
+        model: Any = build(mixers=["gka", "attention", "swa"])
+        options: Any = {"max_steps": 2, "max_grad_norm": 0.0, "learning_rate": 0.5, "optim": "sgd"}
+        options |= {"per_device_train_batch_size": 3, "data_seed": 0}
+        trainer = Trainer(
+            model,
+            arguments(tmp_path, **options, prediction_loss_only=True),
+            train_dataset=rows,  # pyright: ignore[reportArgumentType]
+            eval_dataset=rows[:2],  # pyright: ignore[reportArgumentType]
+            data_collator=collator,  # pyright: ignore[reportArgumentType]
+        )
+        trainer.train()
+        trained.append((trainer.evaluate()["eval_loss"], model))
+    assert trained[0][0] == pytest.approx(trained[1][0], rel=1e-4)
+    for one, other in zip(trained[0][1].parameters(), trained[1][1].parameters(), strict=True):
+        assert_close(other, one, 20 * RELATIVE[torch.float32])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from gka.maths.chebyshev import Solver
 from gka.ops.delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 from gka.ops.gka import chunk_gka, chunk_simple_gla, fused_recurrent_gka
 from problems import chunkwise, differentiate, make_problem
@@ -58,9 +59,44 @@ def test_it_compiles_and_may_be_int32():
     inputs = [x.requires_grad_() for x in (problem.q, problem.k, problem.v)]
     expected = torch.autograd.grad(loss(problem.cu_seqlens, None, *inputs), inputs)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    found = torch.autograd.grad(compiled(torch.zeros_like(copy), copy, *inputs), inputs)
-    for x, y in zip(found, expected, strict=True):
-        assert torch.equal(x, y)
+    for bounds in (torch.zeros_like(copy), copy):  # the tensor itself may be its copy
+        found = torch.autograd.grad(compiled(bounds, copy, *inputs), inputs)
+        for x, y in zip(found, expected, strict=True):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("lengths", [None, LENGTHS])
+@pytest.mark.parametrize("op", [chunk_gka, fused_recurrent_gka])
+def test_the_default_device_moves_nothing(op, lengths):
+    """Under a default device of meta results, states and gradients of tensors on the CPU keep their bits."""
+    problem = make_problem(70, (4, 2, 1), (8, 5), lengths=lengths)
+    for solver in ("chebyshev", "adaptive"):
+
+        def everything(solver: Solver = solver) -> list[torch.Tensor]:
+            leaves = problem.leaves()
+            results = chunkwise(leaves, op=op, num_iter=5, solver=solver)
+            weights = [x.detach() for x in results]
+            tensors = list(leaves.tensors().values())
+            return [*weights, *torch.autograd.grad(results, tensors, weights)]
+
+        expected = everything()
+        with torch.device("meta"):
+            found = everything()
+        for x, y in zip(found, expected, strict=True):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize(
+    "op", [chunk_simple_gla, chunk_gated_delta_rule, fused_recurrent_gated_delta_rule]
+)
+def test_the_default_device_moves_nothing_of_other_ops(op):
+    """So it is for the ops of the other memories, packed."""
+    p = make_problem(0, lengths=LENGTHS)
+    options = {"cu_seqlens": p.cu_seqlens, "output_final_state": True}
+    expected, state = op(p.q, p.k, p.v, p.g, **options)
+    with torch.device("meta"):
+        found, same = op(p.q, p.k, p.v, p.g, **options)
+    assert torch.equal(found, expected) and torch.equal(state, same)
 
 
 @pytest.mark.parametrize("op", [chunk_gka, fused_recurrent_gka])

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gka.layers.cache import append_keys, cached_length, open_cache
+from gka.layers.cache import append_keys, cached_length, check_rows, open_cache
 from gka.layers.heads import check_options, check_positive, rotary_dim, split_heads
 from gka.layers.masks import check_mask_length, positions_of, visible
 from gka.layers.norms import RMSNorm
@@ -114,6 +114,7 @@ class SoftmaxAttention(nn.Module):
         if cu_seqlens is not None and read and not torch.compiler.is_compiling():
             check_bounds(cu_seqlens, hidden_states.shape[1])
         cache = open_cache(past_key_values, use_cache, self.layer_idx, cu_seqlens)
+        check_rows(cache, self.layer_idx, hidden_states.shape[0])
         past = cached_length(cache, self.layer_idx)
         x, length = hidden_states, hidden_states.shape[1]
         check_mask_length(attention_mask, past, length)

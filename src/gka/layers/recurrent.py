@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gka.layers import fused
-from gka.layers.cache import OBSERVER, open_cache, read_state, recurrent_layer
+from gka.layers.cache import OBSERVER, check_rows, open_cache, read_state, recurrent_layer
 from gka.layers.convolution import ShortConvolution
 from gka.layers.decay import DecayParameters
 from gka.layers.expansion import HeadExpansion
@@ -183,6 +183,7 @@ class RecurrentMixer(DecayParameters):
         check_width(hidden_states, self.hidden_size)
         cache = open_cache(past_key_values, use_cache, self.layer_idx, cu_seqlens)
         layer = recurrent_layer(cache, self.layer_idx)
+        check_rows(cache, self.layer_idx, hidden_states.shape[0])
         padding = Padding.of(attention_mask, hidden_states.shape[1])
         x = hidden_states if padding is None else padding.align(hidden_states)
 

@@ -91,7 +91,7 @@ def step_(
 def advance_(tokens: Tokens, settings: Settings, states: States, counts: Tensor) -> None:
     """Decay and update of the first counts[b] tokens of each sequence; no solve, no readout."""
     limits = counts.tolist()
-    everything = replace(states, indices=torch.arange(len(limits)))
+    everything = replace(states, indices=torch.arange(len(limits), device="cpu"))
     for rows, places in (states if states.indices is not None else everything).rows(len(limits)):
         part = _slice(tokens, rows, None)
         h, u = _working(states, places, part.work_dtype)
@@ -107,7 +107,7 @@ def _bounds(tokens: Tokens) -> list[int] | None:
 
 def _packed(bounds: list[int], states: States) -> Iterator[tuple[slice, slice]]:
     """Packed sequences one by one: each is a `row` of its own."""
-    one_by_one = replace(states, indices=torch.arange(len(bounds) - 1))
+    one_by_one = replace(states, indices=torch.arange(len(bounds) - 1, device="cpu"))
     return one_by_one.rows(len(bounds) - 1)
 
 

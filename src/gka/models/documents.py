@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gka.errors import InputError
+from gka.layers.padding import token_mask
 
 _BOUNDS = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k")
 
@@ -47,7 +48,7 @@ class Documents:
 
     Attributes:
         cu_seqlens: int64 [N+1], bounds in the row of all B*T tokens, on the tokens' device.
-        cu_seqlens_cpu: their copy on the CPU.
+        cu_seqlens_cpu: their copy on the CPU, where cu_seqlens is elsewhere.
         shape: (B, T).
     """
 
@@ -133,7 +134,7 @@ def _from_bounds(
         raise InputError(
             f"{name} needs the sequences packed into batch 1, got batch {tokens.shape[0]}"
         )
-    if attention_mask is not None and (torch.compiler.is_compiling() or not attention_mask.all()):
+    if attention_mask is not None and _may_pad(attention_mask, tokens.shape[1]):
         raise InputError(
             f"attention_mask and {name} exclude each other: packed sequences have no padding"
         )
@@ -144,11 +145,19 @@ def _from_bounds(
         _check_values(name, on_cpu, tokens.shape[1])
         _check_longest(packing, on_cpu)
     on_device = bounds if bounds.device == tokens.device else on_cpu
-    return Documents(
-        on_device.to(tokens.device, torch.long, non_blocking=True),
-        on_cpu.long(),
-        (1, tokens.shape[1]),
-    )
+    return _documents(on_device, on_cpu, tokens, (1, tokens.shape[1]))
+
+
+def _documents(bounds: Tensor, on_cpu: Tensor, tokens: Tensor, shape: tuple[int, int]) -> Documents:
+    """With bounds on the tokens' device, and their copy if that is not the CPU."""
+    copy = None if tokens.device.type == "cpu" else on_cpu.long()
+    return Documents(bounds.to(tokens.device, torch.long, non_blocking=True), copy, shape)
+
+
+def _may_pad(attention_mask: Tensor, length: int) -> bool:
+    """Whether a mask is other than ones at a row's tokens; compiled, where nothing is read, any mask is."""
+    unread = torch.compiler.is_compiling() or attention_mask.is_meta
+    return unread or attention_mask.shape != (1, length) or not token_mask(attention_mask).all()
 
 
 def _check_form(name: str, bounds: object) -> None:
@@ -214,22 +223,26 @@ def _from_marks(
     marks: Tensor = getattr(packing, name)
     if marks.dim() != 2 or marks.shape[0] not in (1, batch) or marks.shape[1] != length:
         raise InputError(f"{name} must be [batch, {length}], got shape {tuple(marks.shape)}")
-    fits = attention_mask is None or ((
-        attention_mask.dim() == 2 and len(attention_mask) == batch
-    ) and attention_mask.shape[1] >= length)  # fmt: skip
-    if marks.is_meta or not fits:
+    if marks.is_meta or not _covers(attention_mask, batch, length):
         return name, Documents()  # nothing to read; or refused by the mixers, in their own words
     marks = marks.expand(batch, length)
     if attention_mask is None:
         is_token = torch.ones_like(marks, dtype=torch.bool)
     else:
-        is_token = attention_mask[:, -length:].bool().to(marks.device)
+        is_token = token_mask(attention_mask)[:, -length:].bool().to(marks.device)
     starts = _starts(name, marks, is_token)
     if starts is None:
         return name, Documents()
     end = torch.tensor([batch * length], device="cpu")
     bounds = torch.cat([starts.flatten().nonzero().flatten(), end])
-    return name, Documents(bounds.to(tokens.device, non_blocking=True), bounds, (batch, length))
+    return name, _documents(bounds, bounds, tokens, (batch, length))
+
+
+def _covers(attention_mask: Tensor | None, batch: int, length: int) -> bool:
+    if attention_mask is None:
+        return True
+    shape = attention_mask.shape
+    return len(shape) == 2 and shape[0] == batch and shape[1] >= length
 
 
 def _starts(name: str, marks: Tensor, is_token: Tensor) -> Tensor | None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gka.ops.library import check_derivable, operator
+from gka.ops.operator import autocasts, no_autocast
 
 IGNORE_INDEX = -100
 # Float32 logits held at a time. Large enough that the matrix products stay efficient.
@@ -161,7 +162,7 @@ def _chunks(
     wide = _sum_dtype(dtype)
     grad_hidden = torch.empty_like(hidden, dtype=wide) if for_hidden else None
     grad_weight = torch.zeros_like(weight, dtype=wide) if for_weight else None
-    with torch.autocast(hidden.device.type, enabled=False):
+    with no_autocast(hidden.device.type):
         weight = weight.to(dtype)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         for start in range(0, hidden.shape[0], rows):
@@ -179,8 +180,8 @@ def _chunks(
 def _product_dtype(hidden: Tensor) -> torch.dtype:
     """Dtype of the matrix products."""
     device = hidden.device.type
-    autocast = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if autocast else hidden.dtype
+    cast = autocasts(device) and hidden.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if cast else hidden.dtype
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -18,6 +18,7 @@ from gka.maths.delta import delta_rule_chunks, delta_rule_sequence
 from gka.maths.layout import chunk_layout
 from gka.ops import checks
 from gka.ops.library import operator, under_transform
+from gka.ops.operator import no_autocast
 
 CHUNK_SIZE = 64
 _CU_SEQLENS, _NUM_TENSORS = 6, 8  # q .. state, cu_seqlens, cu_seqlens_cpu come first
@@ -66,7 +67,7 @@ def _run(
     if known is not None:
         checks.check_bounds(known, q.shape[1])
     inputs: list[Any] = [None if x is None else x.to(state.dtype) for x in (q, k, v, g, beta)]
-    with torch.amp.autocast(q.device.type, enabled=False):
+    with no_autocast(q.device.type):
         if stepwise:
             bounds = None if known is None else known.tolist()
             o, state = _each_sequence(inputs, state, scale, bounds)

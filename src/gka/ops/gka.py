@@ -179,6 +179,8 @@ def _run(
     checks.check_flags(output_final_state=output_final_state)
     sequences = checks.check_cu_seqlens(q, cu_seqlens)
     checks.check_cu_seqlens_cpu(cu_seqlens, cu_seqlens_cpu)
+    if cu_seqlens_cpu is cu_seqlens:  # torch.compile takes no tensor twice
+        cu_seqlens_cpu = None
     h0, u0 = _check_initial_state(initial_state, sequences, q, v, with_h)
     if os.environ.get("GKA_DEBUG") == "1":
         checks.check_values(q=q, k=k, v=v, g=g, gk=gk, alpha=alpha, beta=beta, h_kk=h0, h_kv=u0)

@@ -35,10 +35,10 @@ def _settings(
 
 def no_autocast(device: str) -> AbstractContextManager:
     """Inside, operators compute in the dtypes of their inputs."""
-    return torch.amp.autocast(device, enabled=False) if _autocasts(device) else nullcontext()
+    return torch.amp.autocast(device, enabled=False) if autocasts(device) else nullcontext()
 
 
-def _autocasts(device: str) -> bool:
+def autocasts(device: str) -> bool:
     """Whether torch.autocast is on; devices that have none (meta) know no answer."""
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
@@ -46,7 +46,7 @@ def _autocasts(device: str) -> bool:
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under torch.autocast the heads take its dtype, as they would for a matrix product."""
     device = tensors[0].device.type
-    if not _autocasts(device):
+    if not autocasts(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
