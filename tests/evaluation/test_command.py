@@ -28,10 +28,17 @@ def run(line: str, *more: str):
 
 
 def test_recall_leaves_a_table_figures_and_a_plot(tmp_path):
-    """One command prints the table and writes recall.json and recall.png where it says."""
+    """One command prints what was learnt, the table, its key and what to try next, and writes recall.json
+    and recall.png where it says."""
     done = run(TINY_RECALL + " --seeds 2", "--output", str(tmp_path / "new"))
     assert done.exit_code == 0, done.output
+    lines = done.output.splitlines()
+    assert lines[0].startswith("8 pairs, key cosine 0.5: GKA points to the right value in ")
+    assert (
+        lines[1].startswith("8 pairs, key cosine 0.5: GKA's relative error is ") and lines[2] == ""
+    )
     assert "GKA a=0.02 r=30" in done.output and "recall.png" in done.output
+    assert "A cell: relative error |o - v| / |v|" in done.output and "gka mqar" in lines[-1]
     content = json.loads((tmp_path / "new" / "recall.json").read_text())
     assert content["settings"]["head_dim"] == 8 and content["settings"]["pairs"] == [4, 8]
     assert {m["memory"] for m in content["measurements"]} >= {"linear attention", "DeltaNet beta=1"}

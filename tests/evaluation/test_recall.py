@@ -1,12 +1,18 @@
 """The memory test: what each memory reads back, and what is measured of it."""
 
+from itertools import pairwise
+from pathlib import Path
 from statistics import median
+from typing import Any
 
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 from torch.nn.functional import normalize
 
 from gka.errors import InputError
+from gka.evaluation import plots
 from gka.evaluation.memories import (
     compared_memories,
     deltanet,
@@ -19,8 +25,10 @@ from gka.evaluation.recall import (
     RecallSettings,
     correlated_keys,
     draw_pairs,
+    main_memories,
     measure,
     run_recall,
+    what_was_learnt,
 )
 from tolerances import assert_close
 
@@ -139,6 +147,108 @@ def test_compared_memories_are_named_apart():
         0.01,
         3,
     )
+
+
+def result(correlations: tuple[float, ...], pairs: tuple[int, ...] = (8, 16)) -> dict[str, Any]:
+    settings = RecallSettings(head_dim=16, pairs=pairs, correlations=correlations, seeds=(0, 1, 2))
+    return run_recall(settings, compared_memories((0.1, 0.002, 0.02), (5, 30)))
+
+
+def test_the_main_memories_are_six():
+    """Of any list at most six are named: the simple two, GKA near the default ridge and at both ends with
+    the most steps, and the exact solution of the first."""
+    described = [
+        memory.describe() for memory in compared_memories((0.1, 0.002, 0.5, 0.03), (5, 30))
+    ]
+    assert {role: memory["name"] for role, memory in main_memories(described).items()} == {
+        "linear attention": "linear attention",
+        "DeltaNet": "DeltaNet beta=1",
+        "GKA": "GKA a=0.03 r=30",
+        "smallest ridge": "GKA a=0.002 r=30",
+        "largest ridge": "GKA a=0.5 r=30",
+        "exact ridge": "exact ridge a=0.03",
+    }
+    one = [memory.describe() for memory in compared_memories((0.1,), (30,))]
+    assert list(main_memories(one)) == ["linear attention", "DeltaNet", "GKA", "exact ridge"]
+
+
+def test_three_lines_say_what_was_learnt():
+    """The figures of the lines are medians of the measurements, at the pairs nearest to the head size."""
+    content = result((0.0, 0.9))
+    first, second, third = what_was_learnt(content)
+    found = {
+        (m["memory"], m["correlation"]): m for m in content["measurements"] if m["pairs"] == 16
+    }
+
+    def share(memory: str, correlation: float) -> int:
+        return round(100 * median(found[memory, correlation]["accuracy"]))
+
+    for line, rho in ((first, 0.9), (second, 0.0)):
+        gka, delta, linear = (
+            share(name, rho) for name in ("GKA a=0.02 r=30", "DeltaNet beta=1", "linear attention")
+        )
+        assert line == (
+            f"16 pairs, key cosine {rho:g}: GKA points to the right value in {gka} of 100,"
+            f" DeltaNet in {delta}, linear attention in {linear}"
+        )
+    names = ("GKA a=0.02 r=30", "exact ridge a=0.02", "GKA a=0.002 r=30", "GKA a=0.1 r=30")
+    near, exact, small, large = (f"{median(found[name, 0.9]['error']):.2f}" for name in names)
+    assert third == (
+        f"16 pairs, key cosine 0.9: GKA's relative error is {near} at ridge a = 0.02 (exact solution"
+        f" {exact}), {small} at 0.002, {large} at 0.1"
+    )
+    starts = [line.partition(":")[0] for line in what_was_learnt(result((0.5,), (1, 16, 40)))]
+    assert starts == [f"{n} pairs, key cosine 0.5" for n in (16, 40, 16)]
+    assert what_was_learnt(result((0.5,), (1,)))[0].startswith("1 pair, key")
+
+
+def test_the_plot_has_six_lines_named_where_they_end(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """Both rows show the same six memories, by the relative error of the text and the share of right values,
+    and name them beside their ends, none over another."""
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    content = result((0.0, 0.9), (4, 16, 40))
+    plots.plot_recall(content, tmp_path / "x.png")
+    figure = drawn[0]
+    FigureCanvasAgg(figure).draw()
+    main = main_memories(content["memories"])
+    for row, measure_name in ((0, "error"), (2, "accuracy")):
+        for axes, rho in zip(figure.axes[row : row + 2], (0.0, 0.9), strict=True):
+            lines = [line for line in axes.lines if len(line.get_xdata()) == 3]
+            assert len(lines) == 6
+            for line, memory in zip(lines, main.values(), strict=True):
+                expected = [
+                    median(m[measure_name])
+                    for m in content["measurements"]
+                    if (m["memory"], m["correlation"]) == (memory["name"], rho)
+                ]
+                assert list(line.get_ydata()) == pytest.approx(expected)
+        names = list(figure.axes[row + 1].texts)
+        assert len(names) == 6 and {x.get_text() for x in names} == {
+            "linear attention", "DeltaNet", "GKA, a = 0.02", "GKA, a = 0.002", "GKA, a = 0.1",
+            "exact ridge, a = 0.02",
+        }  # fmt: skip
+        # the text alone, without the line that leads to it
+        boxes = sorted((Text.get_window_extent(text) for text in names), key=lambda box: box.y0)
+        assert all(a.y1 < b.y1 and a.y1 - b.y0 < 3 for a, b in pairwise(boxes))
+
+
+@pytest.mark.parametrize(
+    ("places", "expected"),
+    [
+        ([0.2, 0.6], [0.2, 0.6]),
+        ([0.5, 0.5], [0.45, 0.55]),
+        ([0.0, 0.0, 1.0], [0.0, 0.1, 1.0]),
+        ([0.95, 0.97, 0.99], [0.8, 0.9, 1.0]),
+        ([0.4] * 21, [i / 20 for i in range(21)]),
+        ([], []),
+    ],
+)
+def test_names_are_moved_apart(places: list[float], expected: list[float]):
+    """Places keep their order and a gap of 0.1, move as little as that needs, and stay between 0 and 1."""
+    assert plots.spread(places, 0.1) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

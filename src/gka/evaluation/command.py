@@ -23,6 +23,10 @@ Number = TypeVar("Number", int, float)
 MOST = 1_000_000
 """Seeds, steps and processes at most: beyond it a number is a slip."""
 
+RECALL_NEXT = """Next:
+  gka recall --ridge-ratios 0.002,0.02   a smaller ridge reads more exactly
+  gka mqar                               the same question to trained models (about 20 minutes)"""
+
 
 def recall(
     *,
@@ -113,9 +117,9 @@ def _run_recall(
     from gka.data.files import write_json
     from gka.evaluation.memories import compared_memories
     from gka.evaluation.plots import plot_recall
-    from gka.evaluation.recall import RecallSettings, run_recall
+    from gka.evaluation.recall import RecallSettings, run_recall, what_was_learnt
     from gka.evaluation.results import environment, one_thread
-    from gka.evaluation.tables import recall_tables
+    from gka.evaluation.tables import recall_key, recall_tables
 
     settings, memories = RecallSettings(**wanted), compared_memories(ratios, iterations)
     console = text_console()
@@ -123,9 +127,14 @@ def _run_recall(
         content = {"environment": environment()} | run_recall(settings, memories)
         write_json(folder / "recall.json", content)
         plot_recall(content, folder / "recall.png")
+    for line in what_was_learnt(content):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print()
     for table in recall_tables(content):
         console.print(table)
+    console.print(recall_key(content), highlight=False, markup=False, soft_wrap=True)
     _tell(console, folder, "recall")
+    console.print(RECALL_NEXT, highlight=False, markup=False, soft_wrap=True)
 
 
 class _Stopped(KeyboardInterrupt):

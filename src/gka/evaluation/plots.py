@@ -3,10 +3,11 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 from gka.data.files import write_bytes
+from gka.evaluation.recall import main_memories
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,37 +23,49 @@ MIXER_STYLES = {
     "swa": ("Sliding window", "#CC79A7", "P"),
 }
 
-_RECALL_COLORS = {"linear attention": "#D55E00", "deltanet": "#009E73"}
-_GKA_BLUES = ("#08306B", "#0072B2", "#56B4E9", "#A6CEE3")  # small ridge to large
-_DASHES = ("-", ":", "--", "-.")
+# by role of `recall.main_memories`: colour, line, marker
+_RECALL_STYLES: dict[str, tuple[str, str, str]] = {
+    "linear attention": ("#D55E00", "-", ""),
+    "DeltaNet": ("#009E73", "-", ""),
+    "GKA": ("#0072B2", "-", ""),
+    "smallest ridge": ("#08306B", "--", ""),
+    "largest ridge": ("#56B4E9", "--", ""),
+    "exact ridge": ("#0072B2", "none", "o"),
+}
 
 
 def plot_recall(content: dict[str, Any], path: Path) -> None:
-    """Two rows (error, right values) over N, one column per correlation, of a `run_recall` result."""
-    settings = content["settings"]
+    """Two rows (error, right values) over N, one column per correlation, of a `run_recall` result: the few
+    memories of `main_memories`, named where their lines end."""
+    settings, main = content["settings"], main_memories(content["memories"])
     correlations = settings["correlations"]
-    figure = _new_figure(3.6 * len(correlations) + 2.6, 6.4)
+    figure = _new_figure(max(3.4 * len(correlations) + 2.2, 7.2), 6.4)
     grid = figure.subplots(2, len(correlations), sharex=True, sharey="row", squeeze=False)
-    styles = _memory_styles(content["memories"])
-    rows = (("rescaled_error", "recall error"), ("accuracy", "right values"))
-    for column, correlation in enumerate(correlations):
-        for row, (measure, label) in enumerate(rows):
-            axes = grid[row][column]
-            _draw_memories(axes, content, correlation, measure, styles)
-            _mark_head_size(axes, settings["head_dim"], with_label=row == 0 and column == 0)
-            if column == 0:
-                axes.set_ylabel(label)
-        grid[0][column].set_title(f"key correlation {correlation:g}")
-        grid[1][column].set_xlabel("pairs written, N")
-        grid[1][column].set_xscale("log", base=2)
-        grid[1][column].xaxis.set_major_formatter("{x:.0f}")
+    rows = (("error", "relative error |o − v| / |v|"), ("accuracy", "right values"))
+    for row, (measure, label) in enumerate(rows):
+        for axes, correlation in zip(grid[row], correlations, strict=True):
+            ends = _draw_memories(axes, content["measurements"], main, correlation, measure)
+            axes.axvline(settings["head_dim"], color="0.6", lw=0.8, ls=(0, (2, 2)))
+            axes.axhline(1, color="0.6", lw=0.8, ls=(0, (2, 2)))
+        grid[row][0].set_ylabel(label)
+        _set_recall_axis(grid[row][0], measure)
+        _name_lines(grid[row][-1], ends)
+    for axes, correlation in zip(grid[0], correlations, strict=True):
+        axes.set_title(f"key cosine {correlation:g}")
+    for axes in grid[1]:
+        axes.set_xlabel("pairs written, N")
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:.0f}")
+    note = {"color": "0.4", "fontsize": "small"}
+    grid[0][0].text(min(settings["pairs"]), 1.05, "1: as far off as 0 is", va="bottom", **note)
+    grid[1][0].text(settings["head_dim"], 0.02, "N = head size ", ha="right", **note)
     figure.suptitle(
         f"Reading back N key-value pairs from one head of size {settings['head_dim']}, untrained"
     )
-    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside right center")
     figure.supxlabel(
-        "error: |c o - v| / |v| at the best common scale c.  right values: the written value nearest"
-        f" in angle is the right one.  Median and range over {len(settings['seeds'])} seeds.",
+        "o: what is read for v. right values: the written value nearest in angle to o is the right one."
+        " a: ridge, λ = a |H|;\ncircles: its exact solution."
+        f" Lines: median, shades: range over {len(settings['seeds'])} seeds.",
         fontsize="small",
     )
     _save(figure, path)
@@ -60,57 +73,93 @@ def plot_recall(content: dict[str, Any], path: Path) -> None:
 
 def _draw_memories(
     axes: "Axes",
-    content: dict[str, Any],
+    measurements: Sequence[dict[str, Any]],
+    main: dict[str, dict[str, Any]],
     correlation: float,
     measure: str,
-    styles: dict[str, dict[str, Any]],
-) -> None:
-    for memory in content["memories"]:
+) -> list[tuple[float, str, str]]:
+    """Draw; where each line ends, its name and its colour."""
+    ends = []
+    for role, memory in main.items():
         rows = [
             m
-            for m in content["measurements"]
+            for m in measurements
             if m["memory"] == memory["name"] and m["correlation"] == correlation
         ]
         rows.sort(key=lambda m: m["pairs"])
         numbers = [m["pairs"] for m in rows]
-        style = styles[memory["name"]]
-        axes.plot(numbers, [median(m[measure]) for m in rows], label=memory["name"], **style)
-        if memory["family"] != "exact ridge":
+        color, line, marker = _RECALL_STYLES[role]
+        marker = marker or "." * (len(rows) == 1)
+        middle = [median(m[measure]) for m in rows]
+        axes.plot(
+            numbers,
+            middle,
+            color=color,
+            ls=line,
+            marker=marker,
+            ms=5,
+            mfc="none",
+            lw=2.4 if role == "GKA" else 1.6,
+        )
+        if role != "exact ridge":
             low, high = [min(m[measure]) for m in rows], [max(m[measure]) for m in rows]
-            axes.fill_between(numbers, low, high, color=style["color"], alpha=0.12, lw=0)
-    axes.set_ylim(-0.03, 1.03)
+            axes.fill_between(numbers, low, high, color=color, alpha=0.12, lw=0)
+        ends.append((middle[-1], _recall_name(role, memory), color))
     axes.grid(alpha=0.25)
+    return ends
 
 
-def _memory_styles(memories: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Line styles by name: families differ in colour, ridges in shade, iterations in dashes."""
-    ratios = sorted({m["ridge_ratio"] for m in memories if m["ridge_ratio"] is not None})
-    iterations = sorted({m["num_iter"] for m in memories if m["num_iter"]}, reverse=True)
-    drawn: dict[str, int] = {}
-    styles: dict[str, dict[str, Any]] = {}
-    for memory in memories:
-        family = memory["family"]
-        nth = drawn[family] = drawn.get(family, -1) + 1
-        if family in _RECALL_COLORS:
-            style: dict[str, Any] = {"color": _RECALL_COLORS[family], "ls": _cycle(_DASHES, nth)}
-        else:
-            blue = _cycle(_GKA_BLUES, ratios.index(memory["ridge_ratio"]))
-            if family == "gka":
-                style = {"color": blue, "ls": _cycle(_DASHES, iterations.index(memory["num_iter"]))}
-            else:
-                style = {"color": blue, "ls": "none", "marker": "o", "ms": 5, "mfc": "none"}
-        styles[memory["name"]] = {"lw": 1.8} | style
-    return styles
+def _recall_name(role: str, memory: dict[str, Any]) -> str:
+    if memory["ridge_ratio"] is None:
+        return role
+    kind = "exact ridge" if role == "exact ridge" else "GKA"
+    return f"{kind}, a = {memory['ridge_ratio']:g}"
 
 
-def _cycle(entries: Sequence[str], index: int) -> str:
-    return entries[index % len(entries)]
+def _set_recall_axis(axes: "Axes", measure: str) -> None:
+    if measure != "error":
+        axes.set_ylim(-0.03, 1.03)
+        return
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
 
 
-def _mark_head_size(axes: "Axes", head_dim: int, with_label: bool) -> None:
-    axes.axvline(head_dim, color="0.6", lw=0.8, ls=(0, (2, 2)))
-    if with_label:
-        axes.text(head_dim, 0.99, " N = head size", color="0.4", fontsize="small", va="top")
+def _name_lines(axes: "Axes", ends: list[tuple[float, str, str]]) -> None:
+    """Names right of the axes beside the ends of their lines, moved apart where they would overlap."""
+    low, high = (axes.transScale.transform((1, y))[1] for y in axes.get_ylim())
+    gap, places = 0.085, []
+    for value, name, color in sorted(ends):
+        value = min(max(value, axes.get_ylim()[0]), axes.get_ylim()[1])  # a log axis has no 0
+        at = (axes.transScale.transform((1, value))[1] - low) / (high - low)
+        places.append((at, name, color))
+    heights = spread([at for at, _, _ in places], gap)
+    for (at, name, color), height in zip(places, heights, strict=True):
+        axes.annotate(
+            name, (1, at), (1.09, height), xycoords="axes fraction", textcoords="axes fraction",
+            color=color, va="center", fontsize="small", annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-", "color": color, "lw": 0.8, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5)
+            },
+        )  # fmt: skip
+
+
+def spread(places: Sequence[float], gap: float) -> list[float]:
+    """Ascending `places` in [0, 1] moved apart to at least `gap`, the sum of squared moves the least.
+
+    Without room for that gap they are spaced evenly.
+    """
+    gap = min(gap, 1 / max(len(places) - 1, 1))
+    # places less i gaps may only ascend: neighbours that do not are pooled at their mean
+    pools: list[list[float]] = []
+    for i, place in enumerate(places):
+        pools.append([place - i * gap])
+        while len(pools) > 1 and fmean(pools[-2]) > fmean(pools[-1]):
+            last = pools.pop()
+            pools[-1] += last
+    apart = [fmean(pool) for pool in pools for _ in pool]
+    room = 1 - (len(places) - 1) * gap
+    return [min(max(x, 0.0), room) + i * gap for i, x in enumerate(apart)]
 
 
 def plot_mqar(content: dict[str, Any], path: Path) -> None:

@@ -10,8 +10,10 @@ vectors. All N pairs are written, then every key is asked for. Four numbers per 
 - accuracy: fraction of pairs whose o_i is nearer in angle to v_i than to any other written value.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -111,3 +113,85 @@ def run_recall(settings: RecallSettings, memories: Sequence[Memory]) -> dict[str
         "memories": [memory.describe() for memory in memories],
         "measurements": measurements,
     }
+
+
+def main_memories(memories: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The few of a result's memories that a plot has room for and a summary names, by role.
+
+    "linear attention", "DeltaNet" (the first given), "GKA" (the ridge ratio nearest to the default 0.02, with
+    the most steps), "smallest ridge" and "largest ridge" (of GKA, where they are others), "exact ridge" (at
+    GKA's ratio).
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for role, family in (("linear attention", "linear attention"), ("DeltaNet", "deltanet")):
+        of_family = [m for m in memories if m["family"] == family]
+        if of_family:
+            found[role] = of_family[0]
+    gka = [m for m in memories if m["family"] == "gka"]
+    if gka:
+        steps = max(m["num_iter"] for m in gka)
+        by_ratio = {m["ridge_ratio"]: m for m in gka if m["num_iter"] == steps}
+        ratio = min(by_ratio, key=lambda a: abs(math.log(a / 0.02)))
+        found["GKA"] = by_ratio[ratio]
+        for role, other in (("smallest ridge", min(by_ratio)), ("largest ridge", max(by_ratio))):
+            if other != ratio:
+                found[role] = by_ratio[other]
+        for memory in memories:
+            if (memory["family"], memory["ridge_ratio"]) == ("exact ridge", ratio):
+                found["exact ridge"] = memory
+    return found
+
+
+def what_was_learnt(content: dict[str, Any]) -> list[str]:
+    """A `run_recall` result in at most three sentences: who finds the right values where keys are most alike,
+    who where they are least (or with the most pairs), and how exact the answers are.
+
+    The number of pairs is that nearest to the head size; figures are medians over seeds.
+    """
+    settings, main = content["settings"], main_memories(content["memories"])
+    pairs, dim = settings["pairs"], settings["head_dim"]
+    num = min(pairs, key=lambda number: abs(number - dim))
+    alike, unlike = max(settings["correlations"]), min(settings["correlations"])
+    tests = [(alike, num, _right_values)]
+    if unlike != alike:
+        tests.append((unlike, num, _right_values))
+    elif max(pairs) != num:
+        tests.append((alike, max(pairs), _right_values))
+    if "GKA" in main:
+        tests.append((alike, num, _errors))
+    return [
+        f"{n} pair{'s' if n > 1 else ''}, key cosine {rho:g}: {say(_medians(content, rho, n), main)}"
+        for rho, n, say in tests
+    ]
+
+
+def _medians(content: dict[str, Any], correlation: float, num: int) -> dict[str, dict[str, float]]:
+    """By memory the MEASURES of one test."""
+    return {
+        m["memory"]: {name: median(m[name]) for name in MEASURES}
+        for m in content["measurements"]
+        if (m["correlation"], m["pairs"]) == (correlation, num)
+    }
+
+
+def _right_values(found: dict[str, dict[str, float]], main: dict[str, dict[str, Any]]) -> str:
+    shares = [
+        (role, round(100 * found[main[role]["name"]]["accuracy"]))
+        for role in ("GKA", "DeltaNet", "linear attention")
+        if role in main
+    ]
+    (first, share), *rest = shares
+    return f"{first} points to the right value in {share} of 100" + "".join(
+        f", {role} in {n}" for role, n in rest
+    )
+
+
+def _errors(found: dict[str, dict[str, float]], main: dict[str, dict[str, Any]]) -> str:
+    errors = {role: found[memory["name"]]["error"] for role, memory in main.items()}
+    line = (
+        f"GKA's relative error is {errors['GKA']:.2f} at ridge a = {main['GKA']['ridge_ratio']:g}"
+    )
+    if "exact ridge" in errors:
+        line += f" (exact solution {errors['exact ridge']:.2f})"
+    others = (role for role in ("smallest ridge", "largest ridge") if role in main)
+    return line + "".join(f", {errors[r]:.2f} at {main[r]['ridge_ratio']:g}" for r in others)

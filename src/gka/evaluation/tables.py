@@ -18,9 +18,7 @@ def recall_tables(content: dict[str, Any]) -> list[Table]:
     tables = []
     for correlation in settings["correlations"]:
         table = Table(
-            title=f"Head size {settings['head_dim']}, key correlation {correlation:g}",
-            caption="error, error at the best common scale, right values; medians over"
-            f" {len(settings['seeds'])} seeds",
+            title=f"Head size {settings['head_dim']}, key cosine {correlation:g}",
             box=SIMPLE_HEAD,
         )
         table.add_column("memory", no_wrap=True)
@@ -31,6 +29,18 @@ def recall_tables(content: dict[str, Any]) -> list[Table]:
             table.add_row(memory["name"], *cells)
         tables.append(table)
     return tables
+
+
+def recall_key(content: dict[str, Any]) -> str:
+    """How to read the tables."""
+    seeds = len(content["settings"]["seeds"])
+    return (
+        "A cell: relative error |o - v| / |v|; what is left at the best common scale of all o;\n"
+        "share of right values, where the written value nearest in angle to o is the right one.\n"
+        f"Medians over {seeds} seeds. N: pairs written. a: ridge, lambda = a |H|. r: solver steps.\n"
+        "beta: step of the delta rule. "
+        "exact ridge: GKA's equations solved in float64."
+    )
 
 
 def mqar_tables(content: dict[str, Any]) -> list[Table]:
