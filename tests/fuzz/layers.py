@@ -22,8 +22,8 @@ MIXER_OPTIONS: dict[str, list[Any]] = {
     "gla_rescale": [True, False], "num_iter": [0, 5, 30], "ridge_ratio": [0.02, 0.1],
     "window_size": [1, 3, 64], "qk_norm": [True, False],
 }  # fmt: skip
-# A parameter p that the loss hardly depends on (a scale before a norm, say) has a derivative of which rounding
-# is left: this many roundings of terms that are in |p| times it as large as in any other parameter's.
+# A parameter p that the loss hardly depends on (a scale before a norm, say) has a derivative of which only
+# rounding is left: this many roundings of terms that are as large as any other parameter's |q| |dq|.
 CANCELLED = 256.0
 # A_log of the decay exp(A_log) softplus(.): usual, and so large that every token is a hard reset.
 A_LOGS = (0.0, 0.0, 0.0, 3.0, 10.0, 40.0, 88.0, 100.0)
