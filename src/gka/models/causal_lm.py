@@ -161,6 +161,16 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
             if generation_config.is_assistant:
                 cache.activate_past_recording()
 
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """transformers' inputs of a step, the cache under the name that every version of peft looks for.
+
+        Where peft finds none, it puts its prompt in front of every new token.
+        """
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        if "cache" in inputs:
+            inputs["past_key_values"] = inputs.pop("cache")
+        return inputs
+
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None, **_: Any) -> Tensor | None:
         """The 0/1 mask itself: each mixer makes of it what it needs. Called by `generate`."""

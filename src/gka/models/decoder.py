@@ -21,6 +21,7 @@ from gka.models.initialization import init_module
 from gka.models.naming import CACHE_NAME, one_cache
 from gka.models.pattern import build_mixer
 from gka.models.solver import set_solver
+from gka.models.states import with_prefix
 
 
 class GKAMLP(nn.Module):
@@ -141,17 +142,20 @@ class GKAModel(GKAPreTrainedModel):
 
         Args:
             input_ids: [B,T] token ids; or `inputs_embeds` [B,T,hidden_size] instead.
-            attention_mask: [B,T] of 0/1 of any dtype, 1 for tokens, padding at either end; with a cache it covers the
-                past as well, [B,T_past+T] (a model without attention layers needs the last T only).
+            attention_mask: [B,T] of 0/1 in any dtype, 1 for tokens, padding at either end; with a cache it
+                covers the past as well, [B,T_past+T] (a model without attention layers needs the last T
+                only).
             position_ids: [B,T] or [1,T] rotary positions. None: counted from the mask, packing and cache.
                 Where a token's position is not above that of the token before it in its row, another
                 document begins, and documents do not see each other. To look for that, a GPU is read once
                 a call of more than one token (and torch.compile breaks its graph), unless one of the
                 following says where documents begin.
-            past_key_values: a `GKACache`, or another transformers cache built from the configuration.
+            past_key_values: a `GKACache`, or another transformers cache built from the configuration; or keys
+                and values for every layer, as peft's prefix tuning makes them (`states.with_prefix`).
             cache: the same argument under its name since transformers 5.24.
             use_cache: return a cache. None: `config.use_cache`, but never in training mode, with packed
-                sequences or under `torch.export`.
+                sequences or under `torch.export`; one that is given is returned unless this is False, and is
+                updated in any case.
             cu_seqlens: [N+1] bounds of sequences packed into one row (B = 1), without a cache. On the CPU
                 they make nothing wait for a GPU; on a GPU they are read once a call.
             output_hidden_states: return the embeddings and every layer's output (the last after the norm).
@@ -174,7 +178,7 @@ class GKAModel(GKAPreTrainedModel):
         refuse_attentions(
             self.config.output_attentions if output_attentions is None else output_attentions
         )
-        past = one_cache(past_key_values, cache)
+        past = with_prefix(self.config, one_cache(past_key_values, cache))
         _check_inputs(self.config, input_ids, inputs_embeds, past)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -185,6 +189,7 @@ class GKAModel(GKAPreTrainedModel):
             tokens = input_ids if inputs_embeds is None else inputs_embeds
             caching = past is not None or bool(use_cache)
             documents = find_documents(tokens, packing, attention_mask, caching)
+        returns_cache = use_cache is not False
         if use_cache is None:
             exported = torch.compiler.is_exporting()  # an exported program returns tensors alone
             wanted = self.config.use_cache and not self.training and not documents.packed
@@ -220,7 +225,7 @@ class GKAModel(GKAPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             hidden_states=tuple(every) if output_hidden_states else None,
-            **{CACHE_NAME: past},  # pyright: ignore[reportArgumentType]
+            **{CACHE_NAME: past if returns_cache else None},  # pyright: ignore[reportArgumentType]
         )
 
     def _check_recomputation(self, past: Any, use_cache: bool) -> None:
