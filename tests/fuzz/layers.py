@@ -22,8 +22,8 @@ MIXER_OPTIONS: dict[str, list[Any]] = {
     "gla_rescale": [True, False], "num_iter": [0, 5, 30], "ridge_ratio": [0.02, 0.1],
     "window_size": [1, 3, 64], "qk_norm": [True, False],
 }  # fmt: skip
-# A parameter p that the loss does not depend on (a scale before a norm, say) has a derivative of which only
-# rounding is left: this many roundings of loss/|p|, the size of the terms that cancel.
+# A parameter p that the loss hardly depends on (a scale before a norm, say) has a derivative of which only
+# rounding is left: this many roundings of terms that are as large as any other parameter's |q| |dq|.
 CANCELLED = 256.0
 # A_log of the decay exp(A_log) softplus(.): usual, and so large that every token is a hard reset.
 A_LOGS = (0.0, 0.0, 0.0, 3.0, 10.0, 40.0, 88.0, 100.0)
@@ -151,12 +151,14 @@ def judge_layer(call: LayerCall, seed: int = 0) -> Verdict:
         _double(call, rounded)
         for rounded in (None, Rounding(STEP, seed, torch.finfo(F32).smallest_normal))
     )
-    verdict, loss = Verdict(), (expected["o"] * upstream({"o": expected["o"]})["o"]).norm().item()
+    verdict = Verdict()
     sizes = {f"d{name}": p.norm().item() for name, p in call.layer.named_parameters()}
     sizes["dx"] = call.x.norm().item()
+    terms = [expected[n].norm().item() * size for n, size in sizes.items() if n in expected]
+    most = max(terms, default=0.0)
     for name, y in actual.items():
         size = sizes.get(name, 0.0)
-        floor = CANCELLED * torch.finfo(F32).eps * loss / size if size > 0 else 0.0
+        floor = CANCELLED * torch.finfo(F32).eps * most / size if size > 0 else 0.0
         found = finding(name, y, expected[name], other[name], call, floor)
         if found is None:
             continue
