@@ -14,8 +14,8 @@ from gka.ops.convolution import convolve_heads
 from gka.ops.fusion import why_not_fused
 from gka.ops.gated_norm import gated_rms_norm
 from gka.ops.gates import layer_gates
-from gka.ops.library import under_transform
 from gka.ops.layer_step import step_heads_and_gates
+from gka.ops.library import under_transform
 
 if TYPE_CHECKING:
     from gka.layers.recurrent import RecurrentMixer

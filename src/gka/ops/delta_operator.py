@@ -137,7 +137,9 @@ def delta_rule_backward(
         results = _run(*leaves, cu_seqlens, cu_seqlens_cpu, scale, stepwise)  # pyright: ignore[reportArgumentType]
     wanted = [x for x in leaves if x is not None]
     found = iter(
-        torch.autograd.grad(results, wanted, (do, dstate), allow_unused=True, materialize_grads=True)
+        torch.autograd.grad(
+            results, wanted, (do, dstate), allow_unused=True, materialize_grads=True
+        )
     )
     return [do.new_empty(0) if x is None else next(found).contiguous() for x in leaves]
 
