@@ -52,22 +52,17 @@ def assert_same(mixer: nn.Module, compiled: Graphs, x: Tensor, **options: Any) -
         assert_close(ours, plain, RELATIVE[torch.float64])
 
 
-def dynamic(x: Tensor) -> Tensor:
-    torch._dynamo.mark_dynamic(x, 1)
-    return x
-
-
 def test_one_graph_serves_every_length(kind, tokens):
-    """Where the length is marked as dynamic, one graph serves all from 2 on, forward and backward."""
+    """The graph of a second length serves all lengths from 2 on, forward and backward."""
     compiled = Graphs(kind)
-    for length in (20, 2, 16, 17, 65):
-        assert_same(kind, compiled, dynamic(tokens(2, length)))
-    assert len(compiled) == 1
+    for length in (20, 33, 2, 16, 17, 65):
+        assert_same(kind, compiled, tokens(2, length))
+    assert len(compiled) == 2
 
 
 @pytest.mark.parametrize("name", ["gka", "swa", "gated_deltanet"])
 def test_a_second_length_compiles_once_more(mixer, tokens):
-    """Unmarked, the second length is the last to compile; one token has a graph of its own, as every size
+    """The second length is the last to compile; one token has a graph of its own, as every size
     of 1 has to torch.compile."""
     compiled, counts = Graphs(mixer), []
     for length in (20, 33, 5, 65, 1):
@@ -80,25 +75,23 @@ def test_a_second_length_compiles_once_more(mixer, tokens):
 def test_one_graph_serves_every_padding(mixer, tokens):
     """With a padding mask too."""
     compiled = Graphs(mixer)
-    for length in (20, 5, 65):
+    for length in (20, 33, 5, 65):
         mask = torch.ones(2, length, dtype=torch.long)
         mask[0, : length // 3] = mask[1, length - 1 :] = 0
-        assert_same(mixer, compiled, dynamic(tokens(2, length)), attention_mask=dynamic(mask))
-    assert len(compiled) == 1
+        assert_same(mixer, compiled, tokens(2, length), attention_mask=mask)
+    assert len(compiled) == 2
 
 
 @pytest.mark.parametrize("name", ["gka", "swa", "gated_deltanet"])
 def test_one_graph_serves_every_packing(mixer, tokens):
     """Two packed sequences or more, of any lengths, empty ones too; cu_seqlens_cpu passes through."""
     compiled = Graphs(mixer)
-    for bounds in ([0, 7, 9, 20], [0, 0, 5, 64, 65], [0, 2, 17]):
+    for bounds in ([0, 7, 9, 20], [0, 3, 33], [0, 0, 5, 64, 65]):
         options = {"cu_seqlens": torch.tensor(bounds)}
         if isinstance(mixer, RecurrentMixer):  # attention reads nothing back and takes no copy
             options["cu_seqlens_cpu"] = torch.tensor(bounds)
-        for x in options.values():
-            torch._dynamo.mark_dynamic(x, 0)
-        assert_same(mixer, compiled, dynamic(tokens(1, bounds[-1])), **options)
-    assert len(compiled) == 1
+        assert_same(mixer, compiled, tokens(1, bounds[-1]), **options)
+    assert len(compiled) == 2
 
 
 @pytest.mark.parametrize("name", ["deltanet", "gated_deltanet"])

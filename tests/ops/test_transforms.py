@@ -148,7 +148,7 @@ def test_a_compiled_transform_loses_no_gradient():
     expected = torch.func.grad(loss)(*inputs)
     found = torch.compile(torch.func.grad(loss), backend="aot_eager")(*inputs)
     assert_close(found, expected, RELATIVE[torch.float32])
-    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"torch.func.grad\(torch.compile"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="Observed exception"):
         torch.compile(torch.func.grad(loss), backend="aot_eager", fullgraph=True)(*inputs)
     inside = torch.func.grad(torch.compile(loss, backend="aot_eager"))(*inputs)
     assert_close(inside, expected, RELATIVE[torch.float32])
