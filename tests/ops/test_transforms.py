@@ -8,6 +8,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from gka.ops import backends
+from gka.ops.delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 from gka.ops.gka import chunk_gka, chunk_simple_gla, fused_recurrent_gka
 from gka.ops.operator import backward_op, forward_op
 from problems import Problem, chunkwise, differentiate, make_problem, upstream
@@ -100,6 +101,57 @@ def test_other_ops_compile(op):
     inputs = arguments(20)[:3]
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
     assert_close(compiled(*inputs), f(*inputs), RELATIVE[torch.float32])
+
+
+DELTA = [chunk_gated_delta_rule, fused_recurrent_gated_delta_rule]
+
+
+@pytest.mark.parametrize("op", DELTA)
+def test_the_delta_rule_is_one_graph_at_every_length(op):
+    """Both forms of the delta rule, forward and backward, from an initial to a final state."""
+
+    def f(q, k, v, g, beta, state):
+        o, final = op(q, k, v, g, beta, None, state, True)
+        return o.square().sum() + final.sin().sum()
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(f, fullgraph=True, backend=counter)
+    state = torch.randn(2, 4, 8, 6, requires_grad=True)
+    for length in (20, 33, 70, 5):
+        q, k, v, g, _, beta = arguments(length)
+        inputs = [q, k, v, g, beta, state]
+        for x, y in zip(grads(compiled, inputs), grads(f, inputs), strict=True):
+            assert_close(x, y, RELATIVE[torch.float32])
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("op", DELTA)
+def test_the_delta_rule_in_compiled_transforms(op):
+    """A compiled torch.func.grad or vmap of the delta rule gives what it gives uncompiled."""
+    q, k, v, *_ = (x.detach() for x in arguments(20))
+
+    def total(q, k, v):
+        return op(q, k, v)[0].square().sum()
+
+    def rows(q, k, v):
+        return torch.func.vmap(lambda *x: op(*(y[None] for y in x))[0])(q, k, v)
+
+    for f in (torch.func.grad(total), rows):
+        compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+        assert_close(compiled(q, k, v), f(q, k, v), RELATIVE[torch.float32])
+
+
+def test_a_compiled_transform_loses_no_gradient():
+    """torch.compile around torch.func.grad of chunk_gka gives the gradient, uncompiled, or is refused where
+    it must compile whole; compiled inside the transform it works."""
+    inputs = [x.detach() for x in arguments(20)]
+    expected = torch.func.grad(loss)(*inputs)
+    found = torch.compile(torch.func.grad(loss), backend="aot_eager")(*inputs)
+    assert_close(found, expected, RELATIVE[torch.float32])
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="Observed exception"):
+        torch.compile(torch.func.grad(loss), backend="aot_eager", fullgraph=True)(*inputs)
+    inside = torch.func.grad(torch.compile(loss, backend="aot_eager"))(*inputs)
+    assert_close(inside, expected, RELATIVE[torch.float32])
 
 
 @pytest.mark.parametrize("num_iter", [0, 3])
