@@ -8,9 +8,10 @@ Prints the versions and a line a check; ends with status 1 if one fails.
 """
 
 import contextlib
-import importlib.util
 import importlib.metadata
+import importlib.util
 import io
+import itertools
 import logging
 import math
 import sys
@@ -120,7 +121,7 @@ def apart(s: Setting, trainer: Any) -> str:
     with torch.no_grad():
         joined = model(**batch).loss
         total, targets = 0.0, 0
-        for begin, end in zip(starts, starts[1:], strict=False):
+        for begin, end in itertools.pairwise(starts):
             ids, labels = (batch[k].flatten()[None, begin:end] for k in ("input_ids", "labels"))
             count = int((labels[:, 1:] != -100).sum())
             if count:

@@ -158,7 +158,7 @@ def test_a_prefix_enters_the_attention_layers(build: Build, ids: Ids, mixers: li
 
 def test_a_prefix_that_nobody_could_read_is_refused(build: Build, ids: Ids):
     """Without attention layers, or with other heads, keys and values are refused and the remedy named."""
-    with pytest.raises(ValueError, match="no attention layer .* prompt tuning"):
+    with pytest.raises(ValueError, match=r"no attention layer .* prompt tuning"):
         build(mixers=["gka", "gla"])(ids(2, 4), past_key_values=prefix(4, 8))
     with pytest.raises(ValueError, match="num_attention_heads=2, token_dim=16"):
         build(mixers=["gka", "attention"], num_kv_heads=2)(ids(2, 4), past_key_values=prefix(4, 8))

@@ -134,7 +134,7 @@ class GKAModel(GKAPreTrainedModel):
         Args:
             input_ids: [B,T] token ids; or `inputs_embeds` [B,T,hidden_size] instead.
             attention_mask: [B,T] of 0/1 in any dtype, 1 for tokens, padding at either end; with a cache it
-                covers the past as well, [B,T_past+T] (a model without attention layers needs the last T only).
+                covers the past as well, [B,T_past+T] (without attention layers the last T are enough).
             position_ids: [B,T] rotary positions. None: counted from the mask, packing and cache.
             past_key_values: a `GKACache`, or another transformers cache built from the configuration; or keys
                 and values for every layer, as peft's prefix tuning makes them (`states.with_prefix`).

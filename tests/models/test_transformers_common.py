@@ -1,0 +1,84 @@
+"""transformers' own tests of a model and a configuration, on ours: pure, hybrid and with windows.
+
+See tests/models/common.py for where they come from. `SKIPPED` lists what is not asked of these models, each
+with its reason; what transformers' tests skip by themselves says so in their own words.
+"""
+
+import unittest
+from typing import Any, ClassVar
+
+import torch
+
+from gka.models import GKAConfig, GKAForCausalLM, GKAModel
+from models.common import Nothing, common_tests
+
+ModelTesterMixin, GenerationTesterMixin, ConfigTester = common_tests()
+
+SKIPPED: dict[str, str] = {}
+
+
+class Tester:
+    """What the mixins ask of a model: sizes, a configuration, inputs."""
+
+    batch_size, seq_length, hidden_size = 3, 7, 32
+    num_hidden_layers, num_attention_heads, vocab_size = 2, 4, 99
+    is_training = True
+
+    def __init__(self, mixers: list[str]):
+        self.mixers = mixers
+        self.encoder_seq_length = self.key_length = self.seq_length
+
+    def get_config(self) -> GKAConfig:
+        return GKAConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=48,
+            head_dim=8,
+            num_heads=self.num_attention_heads,
+            sliding_window=4,
+            num_iter=6,
+            mixers=self.mixers,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[GKAConfig, dict[str, Any]]:
+        ids = torch.randint(3, self.vocab_size, (self.batch_size, self.seq_length))
+        return self.get_config(), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+class Common:
+    """The tests, for one pattern of mixers."""
+
+    mixers: ClassVar[list[str]]
+    all_model_classes = (GKAModel, GKAForCausalLM)
+    has_attentions = False  # no layer forms attention weights
+    model_tester: Tester
+
+    def setUp(self) -> None:
+        self.model_tester = Tester(self.mixers)
+        if reason := SKIPPED.get(self._testMethodName):  # type: ignore[attr-defined]
+            self.skipTest(reason)  # type: ignore[attr-defined]
+
+    def test_config(self) -> None:
+        """transformers' checks of a configuration: common names, round trips, common arguments."""
+        config: Any = self.model_tester.get_config()
+        ConfigTester(
+            self, config_class=GKAConfig, hidden_size=37, mixers=config.mixers
+        ).run_common_tests()
+
+
+class PureTest(Common, ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):  # type: ignore[misc]
+    mixers: ClassVar[list[str]] = ["gka", "gka"]
+
+
+class HybridTest(Common, ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):  # type: ignore[misc]
+    mixers: ClassVar[list[str]] = ["gka", "attention"]
+
+
+class WindowTest(Common, ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):  # type: ignore[misc]
+    mixers: ClassVar[list[str]] = ["gka", "swa"]
+
+
+del ModelTesterMixin, GenerationTesterMixin, Nothing
