@@ -23,7 +23,9 @@ from typing import Any
 import torch
 from benchmarks import chain_report
 from benchmarks.needle import NeedleTest
+from benchmarks.output import own
 
+from gka.commandline import text_console
 from gka.data.files import read_json, write_json
 
 MIXERS = ("gka", "gated_deltanet")
@@ -110,7 +112,6 @@ class Chain:
 
     def pretrain(self) -> None:
         """The Transformer, trained for about `scale.pretraining` seconds."""
-        from rich.console import Console
 
         from gka.data import byte_tokenizer
         from gka.training import RunConfig, build_model, train
@@ -126,7 +127,7 @@ class Chain:
         self.say(f"teacher: {1e3 * seconds:.0f} ms a step, {steps} steps")
         del model
         tables["training"] = self.training(steps, 1e-3)
-        console = Console(width=110)
+        console = text_console(width=110)
         metrics = train(RunConfig.from_tables(tables), self.work / "teacher", console=console)
         kept = ("model", "data", "training", "evaluation", "curves")
         self.found["teacher"] = {name: metrics[name] for name in kept}
@@ -164,7 +165,6 @@ class Chain:
 
     def prime(self, mixer: str, steps: dict[str, int]) -> None:
         """One hybrid through both stages; chain.json gets each phase's figures."""
-        from rich.console import Console
 
         from gka.training.priming import PrimeConfig, prime
 
@@ -193,14 +193,13 @@ class Chain:
             self.note()
             return found
 
-        console = Console(width=110)
+        console = text_console(width=110)
         metrics = prime(config, folder, console=console, probe=probe, picture=False)
         self.found["hybrids"][mixer] = metrics
         self.note()
 
     def go_on(self, steps: int) -> None:
         """The control: the Transformer itself, trained as the hybrids are in stage 2."""
-        from rich.console import Console
 
         from gka.data import byte_tokenizer, find_documents, pack, token_blocks
         from gka.training import TrainingConfig
@@ -214,7 +213,7 @@ class Chain:
         part = blocks[1].part
         held = HeldOut(blocks[1], scale.batch_size, scale.precision, part.bytes / part.tokens)
         model, config = load_teacher(str(self.work / "teacher")), self.training(steps, 5e-4)
-        folder, console = self.work / "control", Console(width=110)
+        folder, console = self.work / "control", text_console(width=110)
         settings = TrainingConfig(**config)
         fit(model, settings, folder, blocks, tokenizer, console=console, resume=False)
         self.found["control"] = held.figures(model) | {"probe": self.needles(model)}
@@ -296,7 +295,7 @@ def main() -> None:
         )
     if not given.tiny and not torch.cuda.is_available():
         parser.error("there is no GPU here: --tiny is for a CPU")
-    given.output.mkdir(parents=True, exist_ok=True)
+    own(given.output)
     from transformers.utils import logging
 
     logging.set_verbosity_error()

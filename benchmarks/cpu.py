@@ -17,12 +17,14 @@ from pathlib import Path
 
 import torch
 from benchmarks.memory import peak_added
+from benchmarks.output import own
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from gka.commandline import text_console
 from gka.data.files import write_text
 from gka.ops import chunk_gka
 
@@ -184,7 +186,8 @@ def main() -> None:
         "threads": torch.get_num_threads(), "torch": torch.__version__,
         "load_average_before": round(os.getloadavg()[0], 1),
     }  # fmt: skip
-    console = Console()
+    own(options.output)
+    console = text_console()
     begin = time.perf_counter()
     rows = measure(options.repeats, console)
     fitted = exponents(rows)

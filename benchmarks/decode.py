@@ -33,6 +33,7 @@ from benchmarks.decode_inputs import Artificial, Layer, Shape, Source
 from benchmarks.decode_model import Trained, name_of
 from benchmarks.gpu import commit, reason, versions
 from benchmarks.numerics import relative
+from benchmarks.output import own
 from benchmarks.stopwatch import Call, Stopwatch
 from torch import Tensor
 
@@ -282,7 +283,7 @@ def command(options: argparse.Namespace) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    options.output.mkdir(parents=True, exist_ok=True)
+    own(options.output)
     try:
         result = Bench(options).run()
     except InputError as error:

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from benchmarks.decode import captured
 from benchmarks.gpu import commit, versions
+from benchmarks.output import own
 from benchmarks.prefill import SIZES, build
 from benchmarks.stopwatch import Stopwatch
 from torch import Tensor
@@ -357,7 +358,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    options.output.mkdir(parents=True, exist_ok=True)
+    own(options.output)
     result = Bench(options).run()
     write_text(options.output / "generation.md", markdown(result))
     print(markdown(result))

@@ -27,6 +27,7 @@ from benchmarks import contenders as registry
 from benchmarks import gpu_layer, gpu_profile, gpu_report
 from benchmarks.contenders import Contender, Inputs, LayerSize, NotAvailable, Size, passes, reason
 from benchmarks.gpu_options import LAYER, parse
+from benchmarks.output import own
 from benchmarks.stopwatch import Call, Stopwatch
 
 from gka.data.files import write_text
@@ -259,7 +260,7 @@ def main() -> None:
         name, heads, dim = options.compile
         compile_peer(name, int(heads), int(dim))
         return
-    options.output.mkdir(parents=True, exist_ok=True)
+    own(options.output)
     stored = options.stored
     result = Bench(options).run() if stored is None else json.loads(stored.read_text())
     gpu_report.show(result)

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from benchmarks.memory import peak_added
 from benchmarks.numerics import relative
-from rich.console import Console
+from benchmarks.output import own
 from rich.table import Table
 
 from gka import GenerationSession
+from gka.commandline import text_console
 from gka.data.files import write_json
 from gka.models import GKAConfig, GKAForCausalLM
 
@@ -109,7 +110,7 @@ def resume(session: GenerationSession, path: Path, repeats: int) -> dict[str, An
         for name, work in (
             ("save", lambda: session.save(path)),
             ("load", lambda: GenerationSession(model).load(path)),
-            ("mapped", lambda: GenerationSession(model).load(path, verify=False)),
+            ("mapped", lambda: GenerationSession(model).load(path, verify=False, mmap=True)),
             ("next token", lambda: next(GenerationSession(model).load(path).generate(1)).tolist()),
         ):
             begin = time.perf_counter()
@@ -134,7 +135,7 @@ def main() -> None:
     options = parser.parse_args()
     dtype = options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32")
     mixers = None if options.mixers is None else options.mixers.split(",")
-    options.output.mkdir(parents=True, exist_ok=True)
+    own(options.output)
     model = build(options.size, DTYPES[dtype], options.device, mixers)
     where = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
     content: dict[str, Any] = {"size": options.size, "dtype": dtype, "device": where}
@@ -165,7 +166,7 @@ def main() -> None:
                 "-" if peak is None else f"{peak:,.0f}", f"{found['megabytes']:.2f}",
                 *(f"{ms:.1f}" for ms in medians),
             )  # fmt: skip
-    console = Console(width=110)
+    console = text_console(width=110)
     console.print(table, json.dumps(content["errors"]))
 
 

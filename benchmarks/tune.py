@@ -33,6 +33,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
+from gka.commandline import text_console
 from gka.data.files import write_text
 from gka.kernels import configs, launch
 from gka.kernels.call import Launch
@@ -339,7 +340,7 @@ def made_on(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> None:
-    args, console = parse(arguments), Console()
+    args, console = parse(arguments), text_console()
     chip = resources.compiling_only(args.arch) if args.compile_only else nullcontext()
     with chip:
         found = search(args, console)

@@ -25,6 +25,7 @@ class Case:
     boundary: bool = False
     decay: float = 0.02
     size: float = 1.0  # of keys
+    resets: bool = False  # log decays of -inf among the others
 
 
 CASES = {
@@ -33,6 +34,7 @@ CASES = {
     "grouped heads": Case(heads=(4, 2, 1), group=(2, 2), lengths=(200,)),
     "no gates": Case(gates="", lengths=(200,), stretch=1),
     "strong decay": Case(decay=2.0, boundary=True),
+    "hard resets": Case(boundary=True, resets=True),
     "float16": Case(dtype=F16, boundary=True),
     "float16, strong decay, large keys": Case(dtype=F16, decay=2.0, size=300.0),
     "float16, small keys": Case(dtype=F16, size=1e-3),
@@ -63,6 +65,11 @@ class Problem:
             "alpha": torch.rand(T, H),
             "beta": torch.rand(T, H),
         }
+        if (
+            case.resets
+        ):  # one, two in a chunk, a chunk's first and last token; lowest and minus infinity
+            gates["g"][[10, 20, C, 3 * C - 1]] = -torch.inf
+            gates["g"][[21, 4 * C + 5]] = torch.finfo(torch.float32).min
         self.g, self.alpha, self.beta = (gates[n] if n in case.gates else None for n in gates)
         self._tables()
         M, N = len(self.start), len(case.lengths)

@@ -1,4 +1,4 @@
-"""The one exception that is meant for people rather than for a traceback."""
+"""The exceptions that are meant for people rather than for a traceback."""
 
 
 class InputError(ValueError):
@@ -6,4 +6,11 @@ class InputError(ValueError):
 
     Its message names the argument or file, says what was wrong and what was expected. Commands print it
     on one line and exit with status 2; in Python it is an ordinary `ValueError`.
+    """
+
+
+class StorageError(InputError, OSError):
+    """A file or folder cannot be written: the disk is full or read-only, or permission is missing.
+
+    An `OSError` too, for callers that handle those.
     """

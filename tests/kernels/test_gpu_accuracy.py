@@ -21,7 +21,7 @@ from on_gpu import (
     skip_unless_available,
     upstream,
 )
-from problems import make_problem
+from problems import chunkwise, make_problem
 from tolerances import RELATIVE, relative_error
 
 pytestmark = pytest.mark.gpu
@@ -68,6 +68,41 @@ def test_every_result_is_that_of_float64(name: str, backend: str) -> None:
     assert_all_close(
         run(problem, num_iter=num_iter, backend=backend), expected, RELATIVE[dtype], name
     )
+
+
+@pytest.mark.parametrize("value", [-torch.inf, -1e18, torch.finfo(F32).min])
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(s.values()))
+@pytest.mark.parametrize("dims", [(128, 128), (64, 64)], ids=str)
+def test_hard_resets_are_those_of_float64(
+    dims: tuple[int, int], settings: dict, value: float
+) -> None:
+    """A log decay whose exp is 0, at a chunk's first and last token and inside, several in a chunk."""
+    problem = make_problem(300, dims=dims, batch=2)
+    assert problem.g is not None
+    g = problem.g.clone()
+    g[0, [3, 40, 41, 63, 64, 191, 250]] = value
+    g[1, 5:60] = value
+    problem = on_device(replace(problem, g=g), BF16)
+    expected = float64(problem, num_iter=30)
+    tolerance = RELATIVE[BF16]
+    assert_all_close(run(problem, num_iter=30, **settings), expected, tolerance, "resets")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["k", "v", "beta", "g"])
+def test_nonfinite_tokens_stay_in_their_chunk(name: str, backend: str, value: float) -> None:
+    """On a GPU a bad number at token 100 reaches no chunk before its own, no other head, no other
+    sequence, and is not hidden behind it (docs/numerics.md says why the chunk is not spared)."""
+    problem = gpu_problem(300, BF16, dims=(128, 128), batch=2, gates="ab")
+    skip_unless_available(problem, backend)
+    bad = getattr(problem, name).clone()
+    bad[0, 100, 1] = value
+    o = chunkwise(problem, backend=backend)[0]
+    found = chunkwise(replace(problem, **{name: bad}), backend=backend)[0]
+    assert torch.equal(found[1], o[1]) and torch.equal(found[0, :, 0], o[0, :, 0])
+    assert torch.equal(found[0, :64, 1], o[0, :64, 1])
+    assert not torch.isfinite(found[0, 100:, 1]).all(-1).any()
 
 
 ADAPTIVE: dict[str, dict[str, Any]] = {

@@ -288,3 +288,59 @@ def test_an_update_leaves_alone_what_autograd_keeps():
         cache.update_recurrent_state(torch.zeros(3), 0)
     y.sum().backward()
     assert x.grad is not None and torch.equal(x.grad, y.detach())
+
+
+def held(cache) -> list[Tensor]:
+    """Every tensor that the cache of one layer keeps."""
+    layer = cache.layers[0]
+    found = [getattr(layer, "keys", None), getattr(layer, "values", None)]
+    for states in ("conv_states", "recurrent_states"):
+        found.extend(getattr(layer, states, {}).values())
+    return [x for x in found if x is not None]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("cuts", [[300], [1, 2, 299], [7, 150]])
+def test_a_cache_keeps_no_prompt_alive(mixer, name, tokens, cache, cuts, grad):
+    """After any call a cache owns no more memory than twice what it keeps: no slice of the prompt."""
+    with torch.set_grad_enabled(grad):
+        x = tokens(2, 301)
+        for begin, end in zip([0, *cuts], [*cuts, 301], strict=True):
+            mixer(x[:, begin:end], past_key_values=cache)
+            for state in held(cache):
+                needed = state.numel() * state.element_size()
+                assert state.untyped_storage().nbytes() <= 2 * needed, (name, end)
+    if name == "swa":
+        assert held(cache)[0].shape[-2] == WINDOW - 1
+
+
+@torch.no_grad()
+def test_another_batch_size_is_named(mixer, tokens, cache):
+    """A call with other rows than the cache's is refused before anything is written, by every mixer."""
+    mixer(tokens(2, 5), past_key_values=cache)
+    before = [state.clone() for state in held(cache)]
+    for batch, length in ((1, 1), (3, 1), (1, 30), (4, 30)):
+        with pytest.raises(ValueError, match=f"holds 2 sequences, .* a batch of {batch}: "):
+            mixer(tokens(batch, length), past_key_values=cache)
+    for now, then in zip(held(cache), before, strict=True):
+        assert torch.equal(now, then)
+
+
+@torch.no_grad()
+def test_the_default_device_moves_nothing(mixer, tokens):
+    """Under a default device of meta, packed, padded and cached calls on the CPU give the same bits."""
+    x, bounds = tokens(1, 150), torch.tensor([0, 70, 70, 149, 150])
+    mask = torch.ones(1, 150, dtype=torch.long)
+    mask[0, :9] = 0
+
+    def everything() -> list[Tensor]:
+        cache = StateCache()
+        packed = [mixer(x, cu_seqlens=b)[0] for b in (bounds, bounds.int())]
+        pieces = [mixer(part, past_key_values=cache)[0] for part in x.split([140, 9, 1], 1)]
+        return [*packed, mixer(x, attention_mask=mask)[0], *pieces, *held(cache)]
+
+    expected = everything()
+    with torch.device("meta"):
+        found = everything()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.device.type == "cpu" and torch.equal(ours, theirs)

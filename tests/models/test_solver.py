@@ -1,6 +1,8 @@
 """Steps, ridge and solver of a trained model can be changed, everywhere at once and back."""
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -72,3 +74,36 @@ def test_models_without_gka_layers_are_refused(build: Build):
     """Nothing is accepted and ignored: a model without a ridge has no solver to set."""
     with pytest.raises(InputError, match=r"num_iter: the model has no GKA layer .*attention, gla"):
         set_solver(build(mixers=["gla", "attention"]), num_iter=3)
+
+
+def test_blocks_of_two_threads_do_not_mix(build: Build):
+    """While one thread is inside `solver_settings`, another one's change is refused; one thread's blocks
+    nest, and in the end a model has what it had."""
+    model, entered, ready = build(), threading.Event(), threading.Event()
+
+    def other() -> int:
+        with solver_settings(model, num_iter=5), solver_settings(model, num_iter=4):
+            entered.set()
+            assert ready.wait(30)
+        return model.config.num_iter
+
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(other)
+        assert entered.wait(30)
+        try:
+            with pytest.raises(InputError, match="another thread is inside solver_settings"):
+                set_solver(model, num_iter=9)
+            with (
+                pytest.raises(InputError, match="another thread is inside"),
+                solver_settings(model, num_iter=9),
+            ):
+                pass
+            assert model.config.num_iter == 4
+            with solver_settings(build(), num_iter=9):  # another model is another matter
+                pass
+        finally:
+            ready.set()
+        assert found.result() == 6
+    with solver_settings(model, num_iter=9):
+        assert model.config.num_iter == 9
+    assert model.config.num_iter == 6

@@ -62,6 +62,20 @@ def test_accumulated_batches_equal_one_batch(build: Build, ids: Ids):
         assert_close(one, other, 20 * RELATIVE[torch.float32])
 
 
+def test_shifted_labels_are_taken_as_they_are(build: Build, ids: Ids):
+    """shift_labels says what each position predicts, the last too, and labels are not looked at."""
+    model, tokens = build(mixers=["gka", "attention"]), ids(2, 6)
+    targets = ids(2, 6, seed=4)
+    targets[0, 2] = -100
+    out = model(tokens, shift_labels=targets, labels=tokens)
+    expected = nn.functional.cross_entropy(out.logits.flatten(0, 1), targets.flatten())
+    assert_close(out.loss, expected, RELATIVE[torch.float32])
+    assert model(tokens, shift_labels=targets).loss.equal(out.loss)
+    assert model.train()(tokens, shift_labels=targets).logits is None
+    with pytest.raises(ValueError, match=r"shift_labels must have the tokens' shape \(2, 6\)"):
+        model(tokens, shift_labels=targets[:, 1:])
+
+
 def test_an_adapted_head_is_respected(build: Build, ids: Ids):
     """A head that is more than its weight (here: scaled, as an adapter would) enters the loss as it is."""
 

@@ -63,6 +63,34 @@ def test_it_compiles_and_may_be_int32():
         assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("lengths", [None, LENGTHS])
+@pytest.mark.parametrize("op", [chunk_gka, fused_recurrent_gka])
+def test_the_default_device_moves_nothing(op, lengths):
+    """Under a default device of meta results, states and gradients of tensors on the CPU keep their bits."""
+    problem = make_problem(0 if lengths else 70, (4, 2, 1), (8, 5), lengths=lengths)
+    for solver in ("chebyshev", "adaptive"):
+        options = {"op": op, "num_iter": 5, "solver": solver}
+        results, grads = differentiate(chunkwise, problem, **options)
+        with torch.device("meta"):
+            found, found_grads = differentiate(chunkwise, problem, **options)
+        expected = [*results, *grads.values()]
+        for x, y in zip([*found, *found_grads.values()], expected, strict=True):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize(
+    "op", [chunk_simple_gla, chunk_gated_delta_rule, fused_recurrent_gated_delta_rule]
+)
+def test_the_default_device_moves_nothing_of_other_ops(op):
+    """So it is for the ops of the other memories, packed."""
+    p = make_problem(0, lengths=LENGTHS)
+    options = {"cu_seqlens": p.cu_seqlens, "output_final_state": True}
+    expected, state = op(p.q, p.k, p.v, p.g, **options)
+    with torch.device("meta"):
+        found, same = op(p.q, p.k, p.v, p.g, **options)
+    assert torch.equal(found, expected) and torch.equal(state, same)
+
+
 @pytest.mark.parametrize("op", [chunk_gka, fused_recurrent_gka])
 def test_a_profile_names_the_regions(op):
     """A profile of a training step shows gka.forward and gka.backward, once for each call."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from gka import GenerationSession
@@ -28,16 +28,21 @@ def text(session: GenerationSession, tokens: int = 12) -> Tensor:
 
 @patterns
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("options", [{}, {"verify": False}, {"mmap": True}], ids=str)
 def test_a_stored_session_goes_on(
-    build: Build, ids: Ids, tmp_path: Path, mixers: list[str], dtype: torch.dtype, verify: bool
+    build: Build,
+    ids: Ids,
+    tmp_path: Path,
+    mixers: list[str],
+    dtype: torch.dtype,
+    options: dict[str, bool],
 ):
     """Stored and loaded by an equal model, a batch writes exactly what it would have written."""
     path, mask = tmp_path / "new" / "chat.state", torch.ones(2, 15, dtype=torch.long)
     mask[1, :6] = 0
     session = GenerationSession(build(mixers=mixers, dtype=dtype), track_decay=True)
     session.append(ids(2, 15), mask).save(path)
-    again = GenerationSession(build(mixers=mixers, dtype=dtype)).load(path, verify=verify)
+    again = GenerationSession(build(mixers=mixers, dtype=dtype)).load(path, **options)
     assert (again.num_tokens, again.batch_size, again.tracks_decay) == (15, 2, True)
     assert torch.equal(again.logits, session.logits)  # type: ignore[arg-type]
     for layer, total in session.log_decay.items():
@@ -53,10 +58,50 @@ def test_a_mapped_file_never_changes(build: Build, ids: Ids, tmp_path: Path):
     path, model = tmp_path / "s", build(mixers=["gka", "swa"])
     GenerationSession(model).append(ids(1, 9)).save(path)
     before = path.read_bytes()
-    session = GenerationSession(model).load(path, verify=False)
+    session = GenerationSession(model).load(path, mmap=True)
     expected = text(session)
     assert path.read_bytes() == before
     assert torch.equal(text(GenerationSession(model).load(path)), expected)
+
+
+def harm(path: Path, how: str) -> None:
+    """Change a file in place, as `cp` over it does, so that whoever has mapped it sees the change."""
+    with path.open("r+b") as file:
+        if how == "cut short":
+            file.truncate(0)
+            return
+        size = path.stat().st_size
+        file.seek(size // 2)
+        file.write(bytes(size - size // 2))
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("how", ["cut short", "written over"])
+def test_a_loaded_session_does_not_see_its_file_change(
+    build: Build, ids: Ids, tmp_path: Path, how: str, verify: bool
+):
+    """What was loaded is a copy: the file may then be cut short or written over."""
+    path, model = tmp_path / "s", build(mixers=["gka", "attention"])
+    GenerationSession(model).append(ids(1, 9)).save(path)
+    expected = text(GenerationSession(model).load(path))
+    session = GenerationSession(model).load(path, verify=verify)
+    harm(path, how)
+    assert torch.equal(text(session), expected)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the kernel's list of maps")
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_file_is_mapped_on_request_only(build: Build, ids: Ids, tmp_path: Path, verify: bool):
+    """`mmap=True` uses the file where it lies, and a file that `save` replaces stays the session's own."""
+    path, model = tmp_path / "s", build(mixers=["gka"])
+    first = GenerationSession(model).append(ids(1, 9))
+    first.save(path)
+    copied = GenerationSession(model).load(path, verify=verify)
+    assert str(path) not in Path("/proc/self/maps").read_text()
+    mapped = GenerationSession(model).load(path, verify=verify, mmap=True)
+    assert str(path) in Path("/proc/self/maps").read_text()
+    first.fork().append([1, 2, 3]).save(path)
+    assert torch.equal(text(mapped), text(copied))
 
 
 def test_size_does_not_grow_with_the_context(build: Build, ids: Ids, tmp_path: Path):
@@ -86,6 +131,36 @@ def test_a_failed_save_keeps_the_old_file(
     with pytest.raises(InputError, match="cannot be written: No space left"):
         session.append([3]).save(path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["s"]
+
+
+def test_a_full_disk_keeps_the_old_file(build: Build, ids: Ids, tmp_path: Path):
+    """Where the new states do not fit, one line names the file, the former one stays, without debris."""
+    resource = pytest.importorskip("resource", reason="limits of POSIX")
+    path, session = tmp_path / "s", GenerationSession(build()).append(ids(1, 5))
+    session.save(path)
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(
+            InputError, match=r"^state .*/s cannot be written: .*too large"
+        ) as error:
+            session.append([3]).save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["s"]
+
+
+def test_states_that_are_no_numbers_are_not_stored(build: Build, ids: Ids, tmp_path: Path):
+    """A session that has met NaN does not replace a good file."""
+    path, session = tmp_path / "s", GenerationSession(build()).append(ids(1, 5))
+    session.save(path)
+    before = path.read_bytes()
+    cache: Any = session._contents.cache
+    cache.layers[1].recurrent_states[0][0, 0, 0, 0] = float("nan")
+    with pytest.raises(InputError, match=r"not written: layers.1.recurrent.0 holds .* not finite"):
+        session.save(path)
+    assert path.read_bytes() == before
 
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
@@ -162,17 +237,6 @@ def test_foreign_files_are_refused(build: Build, ids: Ids, tmp_path: Path):
     refuses(model, ids, path, "but not of a session")
     save_file({"x": torch.zeros(2)}, path, metadata={statefile.FORMAT: '{"version": 2}'})
     refuses(model, ids, path, "version 2 of the format; this release reads 1")
-
-
-def test_missing_layers_are_refused(build: Build, ids: Ids, tmp_path: Path):
-    """A file with a valid header and checksum but without a layer's states does not fit."""
-    path, model = tmp_path / "s", build()
-    GenerationSession(model).append(ids(1, 9)).save(path)
-    header, tensors = statefile.read_header(path), load_file(path)
-    tensors = {name: x for name, x in tensors.items() if not name.startswith("layers.1.")}
-    header["sha256"] = statefile._checksum(header, tensors)
-    save_file(tensors, path, metadata={statefile.FORMAT: statefile.json.dumps(header)})
-    refuses(model, ids, path, "layer 1 of the model needs recurrent states")
 
 
 def test_header_can_be_read_alone(build: Build, ids: Ids, tmp_path: Path):

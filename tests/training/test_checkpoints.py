@@ -1,17 +1,22 @@
 """A seal tells a whole checkpoint from any other."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from gka.training.checkpoints import SEAL, fault, newest, seal
+from gka.training.checkpoints import SEAL, clear_cut_short, fault, newest, seal
+
+WEIGHTS = "model.safetensors"
+NAMES = (WEIGHTS, "trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
 def _checkpoint(folder: Path, step: int) -> Path:
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
-    (path / "weights").write_bytes(bytes(range(100)))
-    (path / "state").write_bytes(b"state")
+    (path / WEIGHTS).write_bytes(bytes(range(100)))
+    for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (path / name).write_bytes(b"state")
     return path
 
 
@@ -26,17 +31,31 @@ def test_sealed_is_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("weights", bytes(range(99)), "weights has 99 bytes, sealed with 100"),
-        ("weights", bytes(100), "content of weights has changed"),
-        ("weights", None, "weights is missing"),
+        (WEIGHTS, bytes(range(99)), f"{WEIGHTS} has 99 bytes, sealed with 100"),
+        (WEIGHTS, bytes(100), f"content of {WEIGHTS} has changed"),
+        (WEIGHTS, None, f"{WEIGHTS} is missing"),
+        ("more.bin", b"", "more.bin is not among what was sealed"),
         (SEAL, b'{"weights"', f"{SEAL} is damaged"),
-        (SEAL, b'{"weights": 1}', f"{SEAL} is damaged"),
+        (SEAL, json.dumps(dict.fromkeys(NAMES, 1)).encode(), f"{SEAL} is damaged"),
+        (
+            SEAL,
+            b"{}",
+            f"{SEAL} does not name trainer_state.json, optimizer.pt",
+        ),
+        (
+            SEAL,
+            b'{"trainer_state.json": 1, "scheduler.pt": 1, "a.bin": 1}',
+            "name optimizer.pt, rng_st",
+        ),
+        (SEAL, json.dumps(dict.fromkeys((*NAMES, "../a"), 1)).encode(), "names '../a'"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_every_damage_is_a_fault(
     tmp_path: Path, name: str, content: bytes | None, message: str
 ) -> None:
-    """Shorter, altered, missing files and a damaged seal are each told."""
+    """Shorter, altered, missing and added files, and a seal that is damaged, empty or short of a needed file,
+    are each told."""
     path = _checkpoint(tmp_path, 1)
     seal(path)
     if content is None:
@@ -65,3 +84,23 @@ def test_no_checkpoint_is_none(tmp_path: Path) -> None:
     """An empty or missing folder has no newest checkpoint."""
     assert newest(tmp_path, print) is None
     assert newest(tmp_path / "missing", print) is None
+
+
+def test_what_was_cut_short_goes_when_it_is_there_again(tmp_path: Path) -> None:
+    """What a killed save left is deleted once a whole checkpoint of that step or a later one is there; not
+    before that, not what had been sealed, and nothing of another name."""
+    aside = {"cut": "damaged-checkpoint-4", "later": "damaged-checkpoint-12"}
+    aside |= {"again": "damaged-checkpoint-4-2", "whole": "damaged-checkpoint-3"}
+    for name in (*aside.values(), "damaged-checkpoint-4-old", "checkpoint-2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / WEIGHTS).write_bytes(b"")
+    (tmp_path / aside["whole"] / SEAL).write_text("{}")
+    _checkpoint(tmp_path, 8)
+    clear_cut_short(tmp_path, 8)
+    assert (tmp_path / aside["cut"]).exists()
+    seal(tmp_path / "checkpoint-8")
+    clear_cut_short(tmp_path, 8)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {
+        "checkpoint-2", "checkpoint-8", aside["later"], aside["whole"], "damaged-checkpoint-4-old",
+    }  # fmt: skip

@@ -90,7 +90,8 @@ def test_recipes_describe_runs(path: Path) -> None:
     """Every recipe in recipes/ is found by name, has known keys only, and makes a model or primes one."""
     import torch
 
-    tables = read_recipe(path.stem)
+    prime = path.stem.startswith("prime")
+    tables = read_recipe(path.stem, "prime" if prime else "train")
     if "prime" in tables:
         config = PrimeConfig.from_tables(tables)
         assert config.stage1.max_steps and config.stage2.max_steps
@@ -105,6 +106,10 @@ def test_unknown_recipes_are_refused(tmp_path: Path) -> None:
     """A name that is no recipe lists those there are; missing files and bad TOML are told."""
     with pytest.raises(InputError, match=r"recipe 'gpu9' is unknown; known: .*cpu"):
         read_recipe("gpu9")
+    with pytest.raises(InputError, match=r"known: ((?!prime).)*; or give"):
+        read_recipe("gpu9")
+    with pytest.raises(InputError, match="is one of gka prime"):
+        read_recipe("prime-cpu")
     with pytest.raises(InputError, match="no such file"):
         read_recipe(str(tmp_path / "none.toml"))
     (tmp_path / "bad.toml").write_text("[data\n")

@@ -4,9 +4,10 @@ import hashlib
 import json
 import sysconfig
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from gka.data.files import sha256_of
 from gka.errors import InputError
 
 # Tests are a third of the library and repeat themselves; the rest is generated tables or old grammars.
@@ -16,23 +17,42 @@ PIECE = 1 << 20
 
 @dataclass(frozen=True)
 class Document:
-    """One text file; `name` is its path within the corpus, the same on every machine."""
+    """One text file.
+
+    Attributes:
+        name: its path within the corpus, the same on every machine.
+        path: where it is.
+        size: in bytes.
+        modified, changed: when its content was, and when its content or its entry in the file system was, in
+            nanoseconds. Whoever sets the first back cannot set the second.
+        inode: its number in the file system, another one if a file was moved to its place.
+        sha256: of its content, where that was asked for.
+    """
 
     name: str
     path: Path
     size: int
     modified: int
+    changed: int = 0
+    inode: int = 0
+    sha256: str | None = None
 
 
-def find_documents(text: Sequence[str], glob: str = "*") -> list[Document]:
+def find_documents(text: Sequence[str], glob: str = "*", *, hashed: bool = False) -> list[Document]:
     """Documents of the files and folders in `text`, sorted by name; the standard library if empty.
 
     Folders are searched to any depth for files that match `glob`; hidden files and empty files are
-    left out, and a file that is reached twice is one document.
+    left out, and a file that is reached twice is one document. With `hashed` all of them are read, for
+    their checksums.
 
     Raises:
         InputError: if a path does not exist, or nothing (that is not empty) was found.
     """
+    found = _found(text, glob)
+    return [replace(d, sha256=_sha256(d.path)) for d in found] if hashed else found
+
+
+def _found(text: Sequence[str], glob: str) -> list[Document]:
     if not text:
         return standard_library()
     found = [item for entry in text for item in _documents_of(Path(entry), glob)]
@@ -54,9 +74,25 @@ def standard_library() -> list[Document]:
 
 
 def corpus_fingerprint(documents: Sequence[Document]) -> str:
-    """SHA-256 over names, places, sizes and modification times: changes when a source does."""
-    facts = [[d.name, str(d.path.resolve()), d.size, d.modified] for d in documents]
+    """SHA-256 of what tells that a source has changed.
+
+    That is names, places, sizes, times of modification and change, and inodes; of hashed documents names and
+    checksums, wherever they lie.
+    """
+    facts = [
+        [d.name, d.sha256]
+        if d.sha256
+        else [d.name, str(d.path.resolve()), d.size, d.modified, d.changed, d.inode]
+        for d in documents
+    ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def check_unchanged(document: Document) -> None:
+    """Raise `InputError` if a document is no longer the file that was found."""
+    now = _document(document.path, Path(document.name))
+    if now != replace(document, sha256=None):
+        raise InputError(f"text {document.path} was changed while it was read; start again")
 
 
 def read_pieces(path: Path) -> Iterator[str]:
@@ -89,7 +125,15 @@ def _documents_of(path: Path, glob: str) -> list[Document]:
 
 def _document(path: Path, name: Path) -> Document:
     facts = path.stat()
-    return Document(name.as_posix(), path, facts.st_size, facts.st_mtime_ns)
+    times = facts.st_mtime_ns, facts.st_ctime_ns
+    return Document(name.as_posix(), path, facts.st_size, *times, facts.st_ino)
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return sha256_of(path)
+    except OSError as error:
+        raise InputError(f"text {path} cannot be read: {error.strerror}") from None
 
 
 def _checked(documents: list[Document], what: str) -> list[Document]:

@@ -3,13 +3,13 @@
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from gka.errors import InputError
+from gka.storage import draft_file, storage_errors
 
 
 @contextmanager
@@ -17,20 +17,19 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` to write to; it takes its place when the block ends well.
 
     A crash leaves the old file or the new one, never a part; after an error the old one stays.
+
+    Raises:
+        StorageError: `path` cannot be written: the disk is full or read-only, say.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        yield Path(name)
-        with open(name, "rb+") as file:
-            os.fsync(file.fileno())
-        # mkstemp files are private; what people share should follow their umask.
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with draft_file(path) as draft:
+            yield draft
+            with open(draft, "rb+") as file:
+                os.fsync(file.fileno())
+            # drafts are private; what people share should follow their umask
+            os.chmod(draft, 0o666 & ~_umask())
+            os.replace(draft, path)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -8,9 +8,7 @@ Both live in a folder that appears at once, when it is complete.
 
 import hashlib
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,16 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gka.data.corpus import Document, corpus_fingerprint, read_pieces
+from gka.data.corpus import Document, check_unchanged, corpus_fingerprint, read_pieces
 from gka.data.files import read_json, sha256_of, write_json
 from gka.data.tokenizer import Encoder, fingerprint, vocabulary_size
 from gka.errors import InputError
+from gka.storage import clear_drafts, draft_folder, storage_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FORMAT = 1
 TOKENS, DESCRIPTION = "tokens.bin", "tokens.json"
+_KEY = "[0-9a-f]{32}"  # names of packed corpora
+_DAY = 86400.0
 
 
 def cache_folder() -> Path:
@@ -99,19 +100,26 @@ def pack(
 
     Raises:
         InputError: if a document is not UTF-8, or the cached copy is damaged.
+        StorageError: if the cache cannot be written.
     """
     source = corpus_fingerprint(documents)
     key = hashlib.sha256(f"{FORMAT} {source} {fingerprint(tokenizer)}".encode()).hexdigest()[:32]
     folder = (cache or cache_folder()) / key
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{key}."))
-        try:
-            _write(fresh, documents, tokenizer, on_document)
-            _publish(fresh, folder)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
+        advice = "free space there, or set GKA_CACHE to another folder"
+        with storage_errors(f"packed tokens in {folder.parent}", advice=advice):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            _clear_left_overs(folder.parent)
+            with draft_folder(folder) as draft:
+                _write(draft, documents, tokenizer, on_document)
+                _publish(draft, folder)
     return PackedTokens.open(folder, tokenizer)
+
+
+def _clear_left_overs(cache: Path) -> None:
+    """Remove what killed processes have left of corpora; the names without ending are of older releases."""
+    clear_drafts(cache, _KEY)
+    clear_drafts(cache, _KEY, suffix="", quiet=_DAY)
 
 
 def _write(
@@ -129,6 +137,7 @@ def _write(
                 file.write(ids.data)
                 digest.update(ids.data)
                 tokens, size = tokens + len(ids), size + length
+            check_unchanged(document)
             table.append({"name": document.name, "tokens": tokens, "bytes": size})
             if on_document is not None:
                 on_document(document)

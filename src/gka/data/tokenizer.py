@@ -46,10 +46,10 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     """
     if name == BYTES:
         return byte_tokenizer()
-    from transformers import AutoTokenizer
+    from gka.models.foreign_code import read_tokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = read_tokenizer(name)
     except Exception as error:  # the loaders raise whatever their parsers do
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from gka.commandline import leave_lost, stop_signals, terminals, text_console
 from gka.errors import InputError
+from gka.storage import only_writer
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from gka.evaluation.mqar_sweep import Sweep
 
 Number = TypeVar("Number", int, float)
+MOST = 1_000_000
+"""Seeds, steps and processes at most: beyond it a number is a slip."""
 
 
 def recall(
@@ -51,7 +55,8 @@ def recall(
         "correlations": _numbers("--correlation", correlation, float),
         "seeds": tuple(range(_at_least_one("--seeds", seeds))),
     }
-    _run_recall(wanted, ratios, iterations, _folder(output))
+    with only_writer(output, "--output"):
+        _run_recall(wanted, ratios, iterations, output)
 
 
 def mqar(
@@ -98,14 +103,13 @@ def mqar(
     if processes is None:
         processes = (os.cpu_count() or 1) if device == "cpu" else 1
     _at_least_one("--processes", processes)
-    _run_mqar(sweep, _folder(output), processes, device)
+    with only_writer(output, "--output"):
+        _run_mqar(sweep, output, processes, device)
 
 
 def _run_recall(
     wanted: dict[str, Any], ratios: tuple[float, ...], iterations: tuple[int, ...], folder: Path
 ) -> None:
-    from rich.console import Console
-
     from gka.data.files import write_json
     from gka.evaluation.memories import compared_memories
     from gka.evaluation.plots import plot_recall
@@ -114,7 +118,7 @@ def _run_recall(
     from gka.evaluation.tables import recall_tables
 
     settings, memories = RecallSettings(**wanted), compared_memories(ratios, iterations)
-    console = Console()
+    console = text_console()
     with console.status("writing and reading"), one_thread():
         content = {"environment": environment()} | run_recall(settings, memories)
         write_json(folder / "recall.json", content)
@@ -125,7 +129,7 @@ def _run_recall(
 
 
 class _Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM; `signal` is which."""
+    """Ctrl-C, SIGTERM or SIGHUP; `signal` is which."""
 
     def __init__(self, number: int):
         super().__init__()
@@ -134,14 +138,16 @@ class _Stopped(KeyboardInterrupt):
 
 @contextmanager
 def _stopping_by_signal() -> Iterator[None]:
-    """SIGINT and SIGTERM raise `_Stopped`, so that trainings in other processes are ended too."""
+    """SIGINT, SIGTERM and SIGHUP raise `_Stopped`, so that trainings in other processes are ended too."""
+    shown = terminals()
 
     def stop(number: int, _frame: Any) -> None:
+        leave_lost(shown)
         raise _Stopped(number)
 
     former = {}
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in stop_signals():
             former[number] = signal.signal(number, stop)
     try:
         yield
@@ -151,7 +157,6 @@ def _stopping_by_signal() -> Iterator[None]:
 
 
 def _run_mqar(sweep: "Sweep", folder: Path, processes: int, device: str) -> None:
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeElapsedColumn as Elapsed
 
@@ -160,7 +165,7 @@ def _run_mqar(sweep: "Sweep", folder: Path, processes: int, device: str) -> None
     from gka.evaluation.plots import plot_mqar
     from gka.evaluation.tables import mqar_tables
 
-    console, file = Console(), folder / "mqar.json"
+    console, file = text_console(), folder / "mqar.json"
     columns = TextColumn("trainings"), BarColumn(), MofNCompleteColumn(), Elapsed()
     try:
         with _stopping_by_signal(), Progress(*columns, console=console) as progress:
@@ -218,6 +223,8 @@ def _size_pairs(option: str, text: str) -> tuple[tuple[int, int], ...]:
 def _at_least_one(option: str, number: int) -> int:
     if number < 1:
         raise InputError(f"{option} is {number}; expected 1 or more")
+    if number > MOST:
+        raise InputError(f"{option} is {number}; expected {MOST} or less")
     return number
 
 
@@ -229,15 +236,6 @@ def _check_device(device: str) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {device!r} cannot be used: {reason}") from None
-
-
-def _folder(output: Path) -> Path:
-    """The output folder, made now: better to fail before the work than after it."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output {output}: no folder can be made there ({error})") from None
-    return output
 
 
 def _tell(console: "Console", folder: Path, name: str) -> None:

@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gka.commandline import text_console
 from gka.errors import InputError
-from gka.evaluation.command import _check_device, _folder, _numbers, _Stopped, _stopping_by_signal
+from gka.evaluation.command import _check_device, _numbers, _Stopped, _stopping_by_signal
+from gka.storage import only_writer
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,7 +72,8 @@ def evaluate(
     _silence_libraries()
     documents = find_documents(text or [], glob)
     subjects = [Subject.open(folder, documents) for folder in models]
-    _run(grid, subjects, _folder(output), Machine(device, dtype, chunk))
+    with only_writer(output, "--output"):
+        _run(grid, subjects, output, Machine(device, dtype, chunk))
 
 
 def lm_eval(context: typer.Context) -> None:
@@ -84,14 +87,13 @@ def lm_eval(context: typer.Context) -> None:
 
 
 def _run(grid: "Grid", subjects: "list[Subject]", folder: Path, machine: "Machine") -> None:
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeElapsedColumn as Elapsed
 
     from gka.evaluation.context.run import run_grid
     from gka.evaluation.context.show import tables
 
-    console, file = Console(), folder / "evaluate.json"
+    console, file = text_console(), folder / "evaluate.json"
     columns = TextColumn("cells"), BarColumn(), MofNCompleteColumn(), Elapsed()
     try:
         with _stopping_by_signal(), Progress(*columns, console=console) as progress:

@@ -22,7 +22,7 @@ def register() -> None:
     """
     if find_spec("lm_eval") is None:
         raise InputError(
-            'lm_eval is not installed; install it with pip install "gated-kalmanet[eval]"'
+            'lm_eval is not installed; install it with pip install -e ".[eval]" in a checkout'
         )
     import gka.evaluation.harness_model  # noqa: F401  (registers itself)
 

@@ -12,6 +12,7 @@ from gka.data.tokenizer import check_vocabulary
 from gka.errors import InputError
 from gka.evaluation.context.reader import Reader
 from gka.models import loading
+from gka.models.foreign_code import refuse_adapter_code, without_code
 
 UNLIMITED = 1 << 30
 Request = tuple[
@@ -44,11 +45,12 @@ class GKAHarnessModel(HFLM):
         max_batch_size: taken as lm_eval passes it; `batch_size` is never chosen automatically.
         max_length: longest window in tokens.
         chunk: tokens read at a time; decides memory and speed, not the result.
-        revision, subfolder, trust_remote_code, peft, add_bos_token, prefix_token_id: as in `hf`.
+        revision, subfolder, peft, add_bos_token, prefix_token_id: as in `hf`.
+        trust_remote_code: taken as lm_eval passes it; code that comes with a model is never run.
 
     Raises:
-        InputError: an argument is out of range; or a folder that exists holds no model, or weights are
-            missing or left over, or the tokenizer has more ids than the model.
+        InputError: an argument is out of range, or `trust_remote_code` is set; or a folder that exists holds
+            no model, or weights are missing or left over, or the tokenizer has more ids than the model.
     """
 
     AUTO_MODEL_CLASS = _Whole
@@ -75,6 +77,11 @@ class GKAHarnessModel(HFLM):
             raise InputError(f"batch_size is {batch_size!r}; expected a number of 1 or more")
         if max_length is not None and max_length < 1:
             raise InputError(f"max_length is {max_length}; expected 1 or more")
+        trust_remote_code = without_code({"trust_remote_code": trust_remote_code})[
+            "trust_remote_code"
+        ]
+        if peft is not None:
+            refuse_adapter_code(Path(peft))
         folder = Path(pretrained)
         super().__init__(
             str(loading.model_folder(folder)) if folder.is_dir() and not subfolder else pretrained,

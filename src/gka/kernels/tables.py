@@ -114,10 +114,10 @@ def _of_packed(
     stretch = segment_length(int(first[-1]), programs_per_segment)
     pieces = ((counts + stretch - 1) // stretch).clamp(min=1)
     first_piece = _starts(pieces)
-    sequence = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    within = (torch.arange(len(sequence)) - first[sequence]) * size
-    of = torch.repeat_interleave(torch.arange(len(counts)), pieces)
-    begin = first[of] + (torch.arange(len(of)) - first_piece[of]) * stretch
+    sequence = torch.repeat_interleave(_places(counts), counts)
+    within = (_places(sequence) - first[sequence]) * size
+    of = torch.repeat_interleave(_places(counts), pieces)
+    begin = first[of] + (_places(of) - first_piece[of]) * stretch
     end = torch.minimum(begin + stretch, first[of + 1])
     columns = (of, begin, end, first_piece[of], first_piece[of + 1])
     return Chunking(
@@ -128,6 +128,11 @@ def _of_packed(
         segmented=bool((pieces > 1).any()),
         whole=bool((lengths % size == 0).all()),
     )
+
+
+def _places(like: Tensor) -> Tensor:
+    """0, 1, ... on the CPU, whatever torch.set_default_device says."""
+    return torch.arange(len(like), device="cpu")
 
 
 def _starts(counts: Tensor) -> Tensor:

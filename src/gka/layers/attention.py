@@ -1,5 +1,6 @@
 """Softmax attention over everything so far, or over a sliding window of it."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gka.layers.cache import append_keys, cached_length, open_cache
-from gka.layers.heads import check_positive, rotary_dim, split_heads
+from gka.layers.cache import append_keys, cached_length, check_rows, open_cache
+from gka.layers.heads import check_options, check_positive, rotary_dim, split_heads
 from gka.layers.masks import check_mask_length, positions_of, visible
 from gka.layers.norms import RMSNorm
-from gka.layers.padding import check_inputs
+from gka.layers.padding import check_inputs, check_width
 from gka.layers.rotary import rotate
+from gka.ops.checks import check_bounds
 
 
 class SoftmaxAttention(nn.Module):
@@ -54,6 +56,9 @@ class SoftmaxAttention(nn.Module):
     ):
         super().__init__()
         heads = split_heads(num_heads, num_kv_heads)
+        check_options(norm_eps, layer_idx, qk_norm=qk_norm)
+        if not 0 < rope_theta < math.inf:
+            raise ValueError(f"rope_theta must be above 0 and finite, got {rope_theta}")
         self.num_heads, self.num_kv_heads = num_heads, heads["num_k_heads"]
         self.head_dim = rotary_dim(hidden_size, num_heads, head_dim)
         self.hidden_size = hidden_size
@@ -77,6 +82,7 @@ class SoftmaxAttention(nn.Module):
         use_cache: bool = False,
         cu_seqlens: Tensor | None = None,
         position_ids: Tensor | None = None,
+        cu_seqlens_cpu: Tensor | None = None,
     ) -> tuple[Tensor, None, Any]:
         """Attend.
 
@@ -91,7 +97,9 @@ class SoftmaxAttention(nn.Module):
                 used and updated whatever this says.
             cu_seqlens: bounds [N+1] of sequences packed into B = 1; not with a mask or cache.
             position_ids: [B,T] or [1,T]. None: counted over the tokens of attention_mask, within the
-                sequences of cu_seqlens, or on from the cache.
+                sequences of cu_seqlens, or on from the cache. They rotate and separate nothing: sequences
+                are told apart by cu_seqlens alone.
+            cu_seqlens_cpu: part of every mixer's call; the mask is made on the device.
 
         Returns:
             Output [B,T,hidden_size], None (the weights are never formed), and the cache.
@@ -100,7 +108,13 @@ class SoftmaxAttention(nn.Module):
             ValueError: arguments that do not fit; the message names which.
         """
         attention_mask = check_inputs(hidden_states, attention_mask, cu_seqlens)
+        check_width(hidden_states, self.hidden_size)
+        # on a GPU reading them would mean waiting
+        read = cu_seqlens is not None and cu_seqlens.device.type == "cpu"
+        if cu_seqlens is not None and read and not torch.compiler.is_compiling():
+            check_bounds(cu_seqlens, hidden_states.shape[1])
         cache = open_cache(past_key_values, use_cache, self.layer_idx, cu_seqlens)
+        check_rows(cache, self.layer_idx, hidden_states.shape[0])
         past = cached_length(cache, self.layer_idx)
         x, length = hidden_states, hidden_states.shape[1]
         check_mask_length(attention_mask, past, length)
@@ -119,8 +133,11 @@ class SoftmaxAttention(nn.Module):
             past, length, k.shape[-2], attention_mask=attention_mask, cu_seqlens=cu_seqlens,
             window=self.window_size, device=x.device,
         )  # fmt: skip
+        # Without a past one token is a causal call like any other: no graph depends on the length. With
+        # one it sees all keys.
+        causal = mask is None and bool(past == 0 or length > 1)
         o = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and length > 1,
+            q, k, v, attn_mask=mask, is_causal=causal,
             enable_gqa=self.num_heads != self.num_kv_heads,
         )  # fmt: skip
         output = self.o_proj(o.transpose(1, 2).flatten(-2))

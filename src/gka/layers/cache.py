@@ -10,6 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+OBSERVER = "observer"
+"""Attribute of a layer's cache: where it is set, a recurrent mixer calls it with (mixer, q, k, gates) before
+its memory. It belongs to one cache, so callers that share a model see only their own tokens."""
+
 
 class LayerState:
     """One layer's share of a `StateCache`: a recurrent mixer's states, or an attention's keys and values.
@@ -51,7 +55,7 @@ class LayerState:
         else:
             self.length = keys.shape[-2]
         first = 0 if window is None else max(keys.shape[-2] - window + 1, 0)
-        self.keys, self.values = (x[..., first:, :].detach() for x in (keys, values))
+        self.keys, self.values = (own(x[..., first:, :].detach(), x) for x in (keys, values))
         return keys, values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -223,4 +227,38 @@ def append_keys(
         return keys, values
     if isinstance(cache, StateCache):
         return cache.update(keys, values, layer_idx, window)
-    return cache.update(keys, values, layer_idx)
+    keys, values = cache.update(keys, values, layer_idx)
+    layer = cache.layers[layer_idx]
+    if window is not None and getattr(layer, "keys", None) is not None:
+        layer.keys, layer.values = own(layer.keys, keys), own(layer.values, values)
+    return keys, values
+
+
+def own(part: Tensor, whole: Tensor) -> Tensor:
+    """The last positions `part` of `whole` [...,T,D] without the rest: a slice would keep all of it alive.
+
+    Up to twice the positions are let be: a window that moves on by one token is not copied each time.
+    """
+    large = torch.compiler.is_compiling() or whole.shape[-2] > 2 * part.shape[-2]
+    return part.clone() if large and part.shape[-2] < whole.shape[-2] else part
+
+
+def check_rows(cache: Any, layer_idx: int | None, batch: int) -> None:
+    """The call has as many rows as the layer's cache holds, if it holds anything.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if cache is None or layer_idx is None or layer_idx >= len(cache.layers):
+        return
+    layer = cache.layers[layer_idx]
+    kept = [getattr(layer, "keys", None)]
+    for states in ("conv_states", "recurrent_states"):
+        kept.extend((getattr(layer, states, None) or {}).values())
+    for held in kept:
+        if held is not None and held.shape[0] != batch:
+            raise ValueError(
+                f"past_key_values holds {held.shape[0]} sequences, but hidden_states has a batch of {batch}: "
+                "continue with as many rows in the cache's order (generate reorders, repeats and selects "
+                "them itself), or start a new cache"
+            )

@@ -53,7 +53,7 @@ class ShortConvolution(nn.Module):
         past = self.width - 1
         if cu_seqlens is not None:
             slots = self._slots(cu_seqlens, x.shape[1])
-            gapped = x.new_zeros(1, x.shape[1] + past * (len(cu_seqlens) - 1), self.channels)
+            gapped = x.new_zeros(1, x.shape[1] + past * (cu_seqlens.shape[0] - 1), self.channels)
             x = gapped.index_copy(1, slots, x)
             return self._convolve(F.pad(x.mT, (past, 0))).mT.index_select(1, slots)
         if state is None:
@@ -68,13 +68,15 @@ class ShortConvolution(nn.Module):
             state: the W inputs before x; None for zeros.
             lengths: how many of each row's T inputs count [B]; None for all.
         """
-        if lengths is None:
+        # Spares a copy of x. A compiler sees that by itself, and would bind its graph to T >= W.
+        if lengths is None and not torch.compiler.is_compiling():
             x = x[:, -self.width :]
         seen = F.pad(x.mT, (self.width, 0)) if state is None else torch.cat([state, x.mT], -1)
         if lengths is None:
             return seen[..., -self.width :]
         columns = lengths[:, None] + torch.arange(self.width, device=x.device)
-        return seen.take_along_dim(columns[:, None], dim=-1)
+        # not take_along_dim, which binds a compiled graph to B and T
+        return seen.gather(-1, columns[:, None].expand(-1, seen.shape[1], -1))
 
     def _convolve(self, x: Tensor) -> Tensor:
         """[B,C,W-1+T] -> [B,C,T]."""

@@ -6,7 +6,7 @@ from gka.layers.heads import split_heads
 from gka.layers.mix_arguments import Gates, Run
 from gka.layers.recurrent import RecurrentMixer
 from gka.ops import chunk_gka, fused_recurrent_gka, fused_recurrent_gka_, why_unavailable
-from gka.ops.checks import check_solver
+from gka.ops.checks import check_flags, check_numbers, check_solver
 
 
 class GatedKalmaNet(RecurrentMixer):
@@ -21,8 +21,8 @@ class GatedKalmaNet(RecurrentMixer):
 
     Args:
         hidden_size: width of the hidden states.
-        expand_v: value head dim V over head_dim; V must come out whole.
-        head_dim: K, of queries and keys.
+        expand_v: value head dim V over head_dim; V must come out whole, at most 256.
+        head_dim: K, of queries and keys, at most 256: what the ops take, whatever the backend.
         num_heads: query heads.
         num_v_heads: value heads, a multiple of num_heads (more value than key heads). None: as keys.
         num_kv_heads: key and value heads, a divisor of num_heads (grouped heads). None: num_heads.
@@ -81,10 +81,15 @@ class GatedKalmaNet(RecurrentMixer):
         kv_rank: int | None = None,
         kv_mix: bool = False,
     ):
-        if num_iter < 0:
+        if isinstance(num_iter, int) and num_iter < 0:
             raise ValueError(f"num_iter must be 0 or more, got {num_iter}")
-        if not ridge_ratio > 0:
+        if isinstance(ridge_ratio, int | float) and not ridge_ratio > 0:
             raise ValueError(f"ridge_ratio must be above 0, got {ridge_ratio}")
+        check_numbers(ridge_ratio, num_iter, chunk_size=1)
+        check_flags(
+            use_beta_gate=use_beta_gate, use_alpha_connection=use_alpha_connection,
+            use_forgetting_gate_kk=use_forgetting_gate_kk, gla_rescale=gla_rescale, kv_mix=kv_mix,
+        )  # fmt: skip
         super().__init__(
             hidden_size, **split_heads(num_heads, num_kv_heads, num_v_heads, num_k_heads),
             expand_v=expand_v, head_dim=head_dim, use_v_conv=use_v_conv,

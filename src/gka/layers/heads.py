@@ -3,6 +3,8 @@
 import math
 from typing import TypedDict, cast
 
+from gka.ops.checks import MAX_HEAD_DIM, check_flags
+
 
 class HeadCounts(TypedDict):
     """Heads of queries, keys and values."""
@@ -61,7 +63,10 @@ def _each_count(
     most = max(num_heads, num_k_heads, num_v_heads)
     uneven = [f"{name} = {count}" for name, count in counts.items() if most % cast(int, count)]
     if uneven:
-        raise ValueError(f"{', '.join(uneven)} must divide {most}, the greatest of the head counts")
+        every = ", ".join(f"{name} = {count}" for name, count in counts.items())
+        raise ValueError(
+            f"{', '.join(uneven)} must divide {most}, the greatest of the head counts ({every})"
+        )
     return counts
 
 
@@ -71,12 +76,30 @@ def value_dim(head_dim: int, expand_v: float) -> int:
     Raises:
         ValueError: it is not a positive integer.
     """
+    if not isinstance(expand_v, int | float) or not math.isfinite(expand_v):
+        raise ValueError(f"expand_v must be a number, got {expand_v!r}")
     head_v_dim = round(head_dim * expand_v)
     if head_v_dim < 1 or not math.isclose(head_dim * expand_v, head_v_dim, rel_tol=1e-5):
         raise ValueError(
             f"expand_v * head_dim must be a positive integer, got {expand_v} * {head_dim}"
         )
     return head_v_dim
+
+
+def check_head_dims(head_dim: int, head_v_dim: int) -> None:
+    """K and V of a recurrent mixer are within what its op takes, in every backend.
+
+    Raises:
+        ValueError: one is not.
+    """
+    if head_dim > MAX_HEAD_DIM:
+        raise ValueError(
+            f"head_dim must be at most {MAX_HEAD_DIM}, got {head_dim}: take more heads instead"
+        )
+    if head_v_dim > MAX_HEAD_DIM:
+        raise ValueError(
+            f"expand_v * head_dim must be at most {MAX_HEAD_DIM}, got {head_v_dim}: take more heads instead"
+        )
 
 
 def rotary_dim(hidden_size: int, num_heads: int, head_dim: int | None) -> int:
@@ -108,3 +131,19 @@ def check_positive(**sizes: int) -> None:
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"{name} must be a positive integer, got {size!r}")
+
+
+def check_options(norm_eps: float, layer_idx: int | None, **flags: bool) -> None:
+    """A mixer's epsilon is positive, its place in a cache a count, and what is on or off a bool.
+
+    Raises:
+        ValueError: a number out of range.
+        TypeError: a flag that is no bool.
+    """
+    number = isinstance(norm_eps, int | float) and not isinstance(norm_eps, bool)
+    if not (number and 0 <= norm_eps < math.inf):
+        raise ValueError(f"norm_eps must be 0 or more, got {norm_eps!r}")
+    whole = isinstance(layer_idx, int) and not isinstance(layer_idx, bool)
+    if layer_idx is not None and not (whole and layer_idx >= 0):
+        raise ValueError(f"layer_idx must be None or 0, 1, ..., got {layer_idx!r}")
+    check_flags(**flags)

@@ -58,7 +58,8 @@ def visible(
         window: positions that a query sees, its own among them; None for all.
         device: of the mask.
     """
-    if attention_mask is None and cu_seqlens is None and (window is None or keys <= window):
+    short = window is None or _for_every_length(keys <= window)
+    if attention_mask is None and cu_seqlens is None and short:
         one_sees_all = length == 1 and keys <= past + 1
         if one_sees_all or keys == length:
             return None
@@ -77,6 +78,18 @@ def visible(
         # a softmax over nothing is NaN: what stands at padding sees itself, and is seen by no token
         mask = (mask & is_token[:, None]) | (column == row)
     return mask[:, None]
+
+
+def _for_every_length(condition: bool) -> bool:
+    """Whether a condition holds for all lengths that a graph under compilation may meet.
+
+    Deciding it for the length at hand alone would bind the graph to lengths that decide alike.
+    """
+    if not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
 
 
 def _sequence(places: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gka.ops import checks
+
 
 def check_inputs(
     hidden_states: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None
@@ -17,6 +19,10 @@ def check_inputs(
     Raises:
         ValueError: a shape or dtype that does not fit, or a mask together with cu_seqlens.
     """
+    checks.check_tensor("hidden_states", hidden_states)
+    for name, x in (("attention_mask", attention_mask), ("cu_seqlens", cu_seqlens)):
+        if x is not None:
+            checks.check_tensor(name, x)
     if hidden_states.dim() != 3 or hidden_states.shape[1] == 0:
         raise ValueError(
             "hidden_states must be [batch, tokens, hidden_size] with at least one token, got shape "
@@ -40,9 +46,26 @@ def check_inputs(
             )
     if cu_seqlens is not None and batch != 1:
         raise ValueError(f"cu_seqlens needs the sequences packed into batch 1, got batch {batch}")
+    if cu_seqlens is not None:
+        checks.check_cu_seqlens(hidden_states, cu_seqlens)
     if attention_mask is not None and attention_mask.is_floating_point():
         return token_mask(attention_mask)
     return attention_mask
+
+
+def check_width(hidden_states: Tensor, hidden_size: int) -> None:
+    """Hidden states as wide as a mixer, and of numbers that it can multiply.
+
+    Raises:
+        ValueError: another width.
+        TypeError: integers.
+    """
+    if hidden_states.shape[-1] != hidden_size:
+        raise ValueError(
+            f"hidden_states must be hidden_size = {hidden_size} wide, got {hidden_states.shape[-1]}"
+        )
+    if hidden_states.dtype not in checks.DTYPES:
+        raise TypeError(f"hidden_states must be floating-point, got {hidden_states.dtype}")
 
 
 def token_mask(attention_mask: Tensor) -> Tensor:
@@ -108,7 +131,7 @@ class Padding:
 
     def align(self, x: Tensor) -> Tensor:
         """[B,T,D]: tokens first, zeros behind."""
-        x = x.take_along_dim(self.order[..., None], dim=1)
+        x = _take(x, self.order)
         return x.masked_fill(self.is_padding[..., None], 0)
 
     def clear(self, x: Tensor) -> Tensor:
@@ -118,5 +141,10 @@ class Padding:
 
     def restore(self, x: Tensor) -> Tensor:
         """The inverse of `align`: [B,T,D] in the caller's order, zeros at the padding."""
-        x = x.take_along_dim(torch.argsort(self.order, dim=1)[..., None], dim=1)
+        x = _take(x, torch.argsort(self.order, dim=1))
         return x.masked_fill(~self.is_token[..., None], 0)
+
+
+def _take(x: Tensor, order: Tensor) -> Tensor:
+    """Row b's tokens order[b] of x [B,T,D]. Not take_along_dim, which binds a compiled graph to B and T."""
+    return x.gather(1, order[..., None].expand_as(x))

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gka.layers import fused
-from gka.layers.cache import open_cache, read_state, recurrent_layer
+from gka.layers.cache import OBSERVER, check_rows, open_cache, read_state, recurrent_layer
 from gka.layers.convolution import ShortConvolution
 from gka.layers.decay import DecayParameters
 from gka.layers.expansion import HeadExpansion
-from gka.layers.heads import check_positive, value_dim
+from gka.layers.heads import check_head_dims, check_options, check_positive, value_dim
 from gka.layers.mix_arguments import Gates, Run
 from gka.layers.norms import GatedRMSNorm, RMSNorm, unit, working_dtype
-from gka.layers.padding import Padding, check_inputs
+from gka.layers.padding import Padding, check_inputs, check_width
 
 MOST_DECAY = 1e30  # exp of minus that is 0, and its products with a gradient are finite
 DECODE_TOKENS = 16
@@ -34,7 +34,7 @@ class RecurrentMixer(DecayParameters):
     Args:
         hidden_size: width of the hidden states.
         expand_v: value head dim over head_dim.
-        head_dim: K, of queries and keys.
+        head_dim: K, of queries and keys, at most 256, as is V.
         num_heads: query heads.
         num_k_heads, num_v_heads: key and value heads.
         use_v_conv: whether values are convolved.
@@ -83,9 +83,14 @@ class RecurrentMixer(DecayParameters):
         super().__init__()
         sizes = {"hidden_size": hidden_size, "head_dim": head_dim, "conv_size": conv_size}
         check_positive(**sizes, num_heads=num_heads)
+        check_options(
+            norm_eps, layer_idx, use_v_conv=use_v_conv, use_forgetting_gate=use_forgetting_gate,
+            use_gate=use_gate,
+        )  # fmt: skip
         self.hidden_size = hidden_size
         self.head_dim = head_dim
         self.head_v_dim = value_dim(head_dim, expand_v)
+        check_head_dims(head_dim, self.head_v_dim)
         self.num_heads = num_heads
         self.num_k_heads = num_k_heads
         self.num_v_heads = num_v_heads
@@ -165,6 +170,7 @@ class RecurrentMixer(DecayParameters):
                 used and updated whatever this says.
             cu_seqlens: bounds [N+1] of sequences packed into B = 1; not with a mask or cache.
             position_ids: part of every mixer's call; a recurrence has its order and needs no positions.
+                They separate nothing: sequences are told apart by cu_seqlens alone.
             cu_seqlens_cpu: a copy of cu_seqlens on the CPU; with it nothing waits for the device.
 
         Returns:
@@ -174,8 +180,10 @@ class RecurrentMixer(DecayParameters):
             ValueError: arguments that do not fit; the message names which.
         """
         attention_mask = check_inputs(hidden_states, attention_mask, cu_seqlens)
+        check_width(hidden_states, self.hidden_size)
         cache = open_cache(past_key_values, use_cache, self.layer_idx, cu_seqlens)
         layer = recurrent_layer(cache, self.layer_idx)
+        check_rows(cache, self.layer_idx, hidden_states.shape[0])
         padding = Padding.of(attention_mask, hidden_states.shape[1])
         x = hidden_states if padding is None else padding.align(hidden_states)
 
@@ -190,6 +198,9 @@ class RecurrentMixer(DecayParameters):
         else:
             q, k, v = self._heads(inputs, layer, padding, cu_seqlens, fuse)
             gates = self.gates(x, padding, fuse)
+        observe = getattr(layer, OBSERVER, None)
+        if observe is not None:
+            observe(self, q, k, gates)
         o, states = self.mix(q, k, v, gates, run)
         for idx, state in enumerate(states):
             layer.update_recurrent_state(state.detach(), idx)
@@ -314,8 +325,9 @@ class RecurrentMixer(DecayParameters):
             read_state(layer.recurrent_states, i) for i in range(self.num_states)
         ]  # fmt: skip
         states = tuple(s for s in cached if s is not None)
-        few = length <= DECODE_TOKENS and not torch.is_grad_enabled()
-        return Run(states, layer is not None, few and layer is not None, *bounds, padding)
+        # the length last: where nothing is cached, no compiled graph depends on it
+        few = layer is not None and not torch.is_grad_enabled() and length <= DECODE_TOKENS
+        return Run(states, layer is not None, few, *bounds, padding)
 
     def _readout(self, o: Tensor, x: Tensor, fuse: bool) -> Tensor:
         """Norm of each head, gated by SiLU(g_proj x) if there is a gate: [B,T,H,V] -> [B,T,H*V]."""

@@ -77,7 +77,7 @@ class Adaptive:
         phi = phi.masked_fill(plain, 1.0)
         tau = part.strength / (ridge_ratio + part.strength)
         tau = tau.masked_fill(plain.unsqueeze(-1), 0.0)
-        longest = int(counts.max())
+        longest = int(counts.max()) if counts.numel() > 0 else 0
         omega = weights(phi, ridge_ratio, longest).to(fro.dtype)
         alive = torch.arange(1, longest + 1, device=fro.device)[:, None, None] <= counts
         factor = (2.0 / (phi + 2.0 * ridge_ratio)).to(fro.dtype)  # 2/((kappa + 1) a)

@@ -77,7 +77,7 @@ class ChunkLayout:
             alive = [n for n, count in enumerate(counts) if count > i]
             rows = [self.offsets[n] + i for n in alive]
             # a copy that is not non-blocking would make the host wait for the device
-            both = torch.tensor([alive, rows]).to(device, non_blocking=True)
+            both = torch.tensor([alive, rows], device="cpu").to(device, non_blocking=True)
             yield both[0], both[1]
 
     def blocks(self, chunks_per_block: int) -> Iterator[slice]:
@@ -105,7 +105,7 @@ def chunk_layout(
     offsets = [0]
     slots = []
     for begin, end in itertools.pairwise(bounds):
-        slots.append(torch.arange(end - begin) + offsets[-1] * chunk_size)
+        slots.append(torch.arange(end - begin, device="cpu") + offsets[-1] * chunk_size)
         offsets.append(offsets[-1] + -(-(end - begin) // chunk_size))
     placed = torch.cat(slots).to(cu_seqlens.device, non_blocking=True)
     return ChunkLayout(chunk_size, batch, length, tuple(offsets), placed)

@@ -87,7 +87,7 @@ def take_out(tokens, tied: bool):
         k=tokens.k.nan_to_num(0.0, 0.0, 0.0),
         v=tokens.v.nan_to_num(0.0, 0.0, 0.0),
         beta=None if tokens.beta is None else tokens.beta.nan_to_num(0.0, 0.0, 0.0),
-        g=None if fine_g is None else tokens.g.where(fine_g, 0.0),
+        g=None if tokens.g is None else tokens.g.where(finite_decay(tokens.g), 0.0),
         gk=None if tokens.gk is None else tokens.gk.where(finite_decay(tokens.gk), 0.0),
     )
     return clean, Reach(h, u, h | u)

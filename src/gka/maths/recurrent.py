@@ -15,7 +15,7 @@ from gka.maths.chebyshev import chebyshev_solve_, iterate_
 from gka.maths.chunked import Forward, Settings, Tokens
 from gka.maths.nystroem import nystroem
 from gka.maths.readout import mix
-from gka.maths.ridge import split_empty
+from gka.maths.ridge import split_empty, split_empty_in, square_limit, unit_root
 from gka.maths.system import System
 
 
@@ -91,7 +91,7 @@ def step_(
 def advance_(tokens: Tokens, settings: Settings, states: States, counts: Tensor) -> None:
     """Decay and update of the first counts[b] tokens of each sequence; no solve, no readout."""
     limits = counts.tolist()
-    everything = replace(states, indices=torch.arange(len(limits)))
+    everything = replace(states, indices=torch.arange(len(limits), device="cpu"))
     for rows, places in (states if states.indices is not None else everything).rows(len(limits)):
         part = _slice(tokens, rows, None)
         h, u = _working(states, places, part.work_dtype)
@@ -107,7 +107,7 @@ def _bounds(tokens: Tokens) -> list[int] | None:
 
 def _packed(bounds: list[int], states: States) -> Iterator[tuple[slice, slice]]:
     """Packed sequences one by one: each is a `row` of its own."""
-    one_by_one = replace(states, indices=torch.arange(len(bounds) - 1))
+    one_by_one = replace(states, indices=torch.arange(len(bounds) - 1, device="cpu"))
     return one_by_one.rows(len(bounds) - 1)
 
 
@@ -205,13 +205,24 @@ def _solve(h: Tensor, q: Tensor, settings: Settings) -> Tensor:
     """x [B,H,K]. H is symmetric, and on a CPU a row times a matrix is several times as fast as H d."""
     if settings.solver == "adaptive":
         return _solve_adaptively(h, q, settings)
-    fro, empty = split_empty(torch.linalg.vector_norm(h, dim=(-2, -1)).square())
+    fro, empty = _frobenius(h)
     q = q.masked_fill(empty.unsqueeze(-1), 0.0)
 
     def apply(d: Tensor) -> Tensor:
         return (d.unsqueeze(-2) @ h).squeeze(-2)
 
     return chebyshev_solve_(apply, q, fro, settings.ridge_ratio, settings.num_iter)
+
+
+def _frobenius(h: Tensor) -> tuple[Tensor, Tensor]:
+    """(F, empty) of H [B,H,K,K]."""
+    trace = h.diagonal(dim1=-2, dim2=-1).abs().sum(-1)  # F <= tr H
+    # a CPU's values are at hand: ordinary states are spared the copy
+    if h.device.type == "cpu" and bool((trace <= square_limit(h.dtype)).all()):
+        return split_empty(torch.linalg.vector_norm(h, dim=(-2, -1)).square())
+    root = unit_root(trace)
+    small = h / root.square()[..., None, None]
+    return split_empty_in(torch.linalg.vector_norm(small, dim=(-2, -1)).square(), root)
 
 
 def _solve_adaptively(h: Tensor, q: Tensor, settings: Settings) -> Tensor:

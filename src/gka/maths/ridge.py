@@ -1,5 +1,7 @@
 """The ridge lambda_t = a F_t, F_t = |H_t|_F, and what happens when the history is empty (section 4.1)."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,33 @@ def split_empty(fro_squared: Tensor) -> tuple[Tensor, Tensor]:
     """(F_t, empty_t) from F_t^2 [...]; F_t is 1 where the history is empty, so that 1/F_t is safe."""
     empty = fro_squared < empty_below(fro_squared.dtype) ** 2
     return fro_squared.masked_fill(empty, 1.0).sqrt(), empty
+
+
+def split_empty_in(fro_squared: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+    """`split_empty` of F_t^2 given in units of root^4 [...]; F_t is root^2 where the history is empty.
+
+    Where root > 1, F_t^2 below the precision's smallest normal number counts as empty too.
+    """
+    unit = root.square()
+    floor = empty_below(fro_squared.dtype) ** 2 / unit.square()
+    empty = fro_squared < floor.clamp_min(torch.finfo(fro_squared.dtype).tiny)
+    return fro_squared.masked_fill(empty, 1.0).sqrt() * unit, empty
+
+
+def square_limit(dtype: torch.dtype) -> float:
+    """Norms up to this one have squares, and sums of some of them, that do not overflow."""
+    return 2.0 ** (math.frexp(torch.finfo(dtype).max)[1] // 2 - 4)
+
+
+def unit_root(bound: Tensor) -> Tensor:
+    """The root to divide keys by, and H by its square, so that F_t^2 does not overflow, [...].
+
+    1 where F_t <= `bound` [...] has a square far below the largest number, which is everywhere but for keys
+    of norm 1e9 (float32); else a power of two, so dividing is exact. NaN and infinity have 1 too.
+    """
+    top, limit = torch.finfo(bound.dtype).max, square_limit(bound.dtype)
+    root = torch.exp2((bound / limit).log2().div(2.0).ceil())
+    return root.where((bound > limit) & (bound <= top), torch.ones_like(root))
 
 
 def key_energies(k: Tensor, h: Tensor) -> Tensor:

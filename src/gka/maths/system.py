@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from gka.maths.adaptive import adaptive_solve
 from gka.maths.chebyshev import Solver, chebyshev_solve_
 from gka.maths.grouped import shared_matmul
-from gka.maths.ridge import empty_below, frobenius_squared, key_energies, split_empty
+from gka.maths.ridge import empty_below, frobenius_squared, key_energies, split_empty_in, unit_root
 
 
 @dataclass(frozen=True)
@@ -61,23 +61,45 @@ class System:
         h: chunk-start states H_[c] [M,H,K,K].
         zeta: decay from the chunk's start [M,H,C].
         weights: W_tj = M_jt beta_j^2 [M,H,C,C].
-        energies: s_j = k_j^T H_[c] k_j [M,H,C].
-        pair_energies: (W (K K^T)^2)_tj [M,H,C,C].
-        h_norm_squared: |H_[c]|^2 [M,H].
-        fro: F_t, 1 where empty, [M,H,C].
+        root: what keys are divided by, and H by its square, in the next three; 1 for ordinary keys, [M,Hk].
+        energies: s_j = k_j^T H_[c] k_j [M,H,C], over root^4.
+        pair_energies: (W (K K^T)^2)_tj [M,H,C,C], over root^4.
+        h_norm_squared: |H_[c]|^2 [M,H], over root^4.
+        fro: F_t, root^2 where empty, [M,H,C].
         empty: no history at t [M,H,C].
     """
 
     def __init__(self, k: Tensor, h: Tensor, zeta: Tensor, weights: Tensor) -> None:
         self.k, self.h, self.zeta, self.weights = k, h, zeta, weights
         self.k_t = k.transpose(-1, -2)
-        self.energies = key_energies(k, h)
-        self.pair_energies = shared_matmul(weights, (k @ self.k_t).square())
-        self.h_norm_squared = h.square().sum((-2, -1))
+        self.root = self._root()
+        small_k = k / self.root[..., None, None]
+        small_h = h / self.unit[..., None, None]
+        self.energies = key_energies(small_k, small_h)
+        self.pair_energies = shared_matmul(weights, (small_k @ small_k.mT).square())
+        self.h_norm_squared = small_h.square_().sum((-2, -1))
         squared = frobenius_squared(
             self.h_norm_squared, zeta, weights, self.energies, self.pair_energies
         )
-        self.fro, self.empty = split_empty(squared)
+        self.fro, self.empty = split_empty_in(squared, self.unit.sqrt().unsqueeze(-1))
+
+    def _root(self) -> Tensor:
+        """[M,Hk], of the bound F_t <= tr H_[c] + sum_j max(1, W_jj) |k_j|^2 of all heads that share a key."""
+        written = self.weights.diagonal(dim1=-2, dim2=-1).clamp_min(1.0)
+        shared = self.k.shape[1]
+        keys = written.unflatten(1, (shared, -1)) * self.k.square().sum(-1).unsqueeze(2)
+        trace = self.h.diagonal(dim1=-2, dim2=-1).abs().sum(-1)
+        return unit_root((trace.unflatten(1, (shared, -1)) + keys.sum(-1)).amax(-1))
+
+    @property
+    def unit(self) -> Tensor:
+        """root^2, the unit of F_t, [M,H]."""
+        return self.root.square().repeat_interleave(self.h.shape[1] // self.k.shape[1], 1)
+
+    @property
+    def energy_divisor(self) -> Tensor:
+        """What makes <H_[c], H_t>/F_t and k_j^T H_t k_j/F_t of sums of the energies, [M,H,C]."""
+        return self.fro / self.unit.square().unsqueeze(-1)
 
     @classmethod
     def of_state(cls, h: Tensor) -> "System":
@@ -90,7 +112,7 @@ class System:
     def relative(self) -> Relative:
         fro, key_norms = self.fro, self.k.square().sum(-1)
         key_norms = key_norms.repeat_interleave(self.h.shape[1] // self.k.shape[1], 1)
-        norm = self.h_norm_squared.sqrt()
+        norm = self.h_norm_squared.sqrt() * self.unit
         floor = empty_below(fro.dtype)
         return Relative(
             k=normalize(self.k, dim=-1, eps=floor),

@@ -18,7 +18,7 @@ from gka.models.causal_lm import GKAForCausalLM
 from gka.models.configuration import GKAConfig
 from gka.models.decoder import GKAModel, GKAPreTrainedModel
 from gka.models.solver import set_solver, solver_settings
-from gka.models.states import cache_tensors, fill_cache
+from gka.models.states import cache_tensors, fill_cache, state_shapes
 from gka.models.summary import ParameterCount, count_parameters
 
 AutoConfig.register(GKAConfig.model_type, GKAConfig, exist_ok=True)
@@ -40,6 +40,7 @@ __all__ = [
     "write_auto_map",
     "cache_tensors",
     "fill_cache",
+    "state_shapes",
     "set_solver",
     "solver_settings",
     "ParameterCount",

@@ -1,11 +1,15 @@
 """The cache of a decoder with recurrent layers, for transformers' `generate`."""
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
+
+from gka.layers.cache import OBSERVER
 
 
 class GKACache(DynamicCache):
@@ -70,6 +74,19 @@ class GKACache(DynamicCache):
                 "model with recurrent layers can neither draft for another one nor be assisted; leave "
                 "assistant_model out"
             )
+
+    @contextmanager
+    def observing(self, observers: dict[int, Callable[..., None]]) -> Iterator[None]:
+        """Call `observers[i](mixer, q, k, gates)` in the `with` block whenever recurrent layer i reads into
+        this cache, and no other: q [B,T,H,K], k [B,T,Hk,K] and `Gates` as its `mix` is given them.
+        """
+        for index, observer in observers.items():
+            setattr(self.layers[index], OBSERVER, observer)
+        try:
+            yield
+        finally:
+            for index in observers:
+                delattr(self.layers[index], OBSERVER)
 
     def clone(self) -> "GKACache":
         """An independent copy."""

@@ -15,6 +15,7 @@ from gka.layers.padding import token_mask
 from gka.models.adapters.load import load_with
 from gka.models.cache import GKACache
 from gka.models.configuration import GKAConfig
+from gka.models.documents import Documents, Packing, find_documents
 from gka.models.experts import build_experts, has_experts
 from gka.models.initialization import init_module
 from gka.models.naming import CACHE_NAME, one_cache
@@ -66,7 +67,9 @@ class GKAPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["GKADecoderLayer"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values", "cache", "past"]
+    _skip_keys_device_placement: ClassVar[list[str]] = [
+        "past_key_values", "cache", "past", "cu_seqlens_cpu",
+    ]  # fmt: skip
     _supports_sdpa = True
     # The layers keep these in float32 themselves; transformers' loader has to know.
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = list(DECAY_PARAMETERS)
@@ -128,6 +131,12 @@ class GKAModel(GKAPreTrainedModel):
         output_attentions: bool | None = None,
         *,
         cache: Cache | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: Tensor | int | None = None,
+        max_length_k: Tensor | int | None = None,
+        seq_idx: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> BaseModelOutputWithPast:
         """Hidden states of every token.
 
@@ -135,15 +144,26 @@ class GKAModel(GKAPreTrainedModel):
             input_ids: [B,T] token ids; or `inputs_embeds` [B,T,hidden_size] instead.
             attention_mask: [B,T] of 0/1 in any dtype, 1 for tokens, padding at either end; with a cache it
                 covers the past as well, [B,T_past+T] (without attention layers the last T are enough).
-            position_ids: [B,T] rotary positions. None: counted from the mask, packing and cache.
+            position_ids: [B,T] or [1,T] rotary positions. None: counted from the mask, packing and cache.
+                Where a token's position is not above that of the token before it in its row, another
+                document begins, and documents do not see each other. To look for that, a GPU is read once
+                a call of more than one token (and torch.compile breaks its graph), unless one of the
+                following says where documents begin.
             past_key_values: a `GKACache`, or another transformers cache built from the configuration; or keys
                 and values for every layer, as peft's prefix tuning makes them (`states.with_prefix`).
             cache: the same argument under its name since transformers 5.24.
-            use_cache: return a cache. None: `config.use_cache`, but never in training mode or with packed
-                sequences; one that is given is returned unless this is False, and is updated in any case.
-            cu_seqlens: [N+1] bounds of sequences packed into one row (B = 1), without a cache.
+            use_cache: return a cache. None: `config.use_cache`, but never in training mode, with packed
+                sequences or under `torch.export`; one that is given is returned unless this is False, and is
+                updated in any case.
+            cu_seqlens: [N+1] bounds of sequences packed into one row (B = 1), without a cache. On the CPU
+                they make nothing wait for a GPU; on a GPU they are read once a call.
             output_hidden_states: return the embeddings and every layer's output (the last after the norm).
                 None: `config.output_hidden_states`.
+            cu_seq_lens_q, cu_seq_lens_k: cu_seqlens under transformers' names; where both are given they
+                are equal.
+            max_length_q, max_length_k: tokens of the longest document, or more; only with cu_seq_lens_q.
+            seq_idx: [B,T] or [1,T], the same number throughout a document.
+            documents: what `gka.models.documents.find_documents` made of all these; then they are not read.
             output_attentions: None or False, as trl's trainers and peft's wrappers pass it on.
 
         Returns:
@@ -162,26 +182,42 @@ class GKAModel(GKAPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         returns_cache = use_cache is not False
+        if documents is None:
+            packing = Packing(
+                cu_seqlens, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx, position_ids
+            )  # fmt: skip
+            tokens = input_ids if inputs_embeds is None else inputs_embeds
+            caching = past is not None or bool(use_cache)
+            documents = find_documents(tokens, packing, attention_mask, caching)
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training and cu_seqlens is None
+            exported = torch.compiler.is_exporting()  # an exported program returns tensors alone
+            wanted = self.config.use_cache and not self.training and not documents.packed
+            use_cache = wanted and not exported
         self._check_recomputation(past, use_cache)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        attention_mask = _without_trivial(attention_mask, past, hidden_states)
+        # padding has become documents of its own where rows have several
+        attention_mask = (
+            None if documents.packed else _without_trivial(attention_mask, past, hidden_states)
+        )
+        hidden_states = documents.row(hidden_states)
+        if position_ids is not None:
+            position_ids = documents.row(position_ids)
         if use_cache and past is None:
             past = GKACache(self.config)
         every: list[Tensor] = []
         for layer in self.layers:
             if output_hidden_states:
-                every.append(hidden_states)
+                every.append(documents.rows(hidden_states))
             hidden_states = layer(
                 hidden_states,
                 past=past,
                 attention_mask=attention_mask,
                 use_cache=use_cache,
-                cu_seqlens=cu_seqlens,
+                cu_seqlens=documents.cu_seqlens,
+                cu_seqlens_cpu=documents.cu_seqlens_cpu,
                 position_ids=position_ids,
             )
-        hidden_states = self.norm(hidden_states)
+        hidden_states = documents.rows(self.norm(hidden_states))
         if isinstance(past, GKACache):
             past.advance(hidden_states.shape[1])
         every.append(hidden_states)

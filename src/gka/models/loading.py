@@ -4,13 +4,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from gka.errors import InputError
 from gka.models.adapters import ADAPTERS, PLAIN, adapter_of
 from gka.models.adapters.load import check_complete, stored_config
 from gka.models.causal_lm import GKAForCausalLM
+from gka.models.checks import fewest_parameters
 from gka.models.configuration import GKAConfig
+from gka.models.foreign_code import read_tokenizer, refuse_code, without_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,6 +63,7 @@ def load_gka(
     """
     folder = model_folder(folder)
     config = stored_config(folder, {"local_files_only": True}) or {}
+    refuse_code(f"model {folder}", config)
     kind = config.get("model_type", GKAConfig.model_type)
     if adapter_of(config) is None and kind != GKAConfig.model_type:
         raise InputError(
@@ -82,7 +85,7 @@ def load_tokenizer_of(folder: Path) -> "PreTrainedTokenizerBase":
             f"model {folder} has no tokenizer beside it (tokenizer.json); save its tokenizer there"
         )
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return read_tokenizer(folder, local_files_only=True)
     except Exception as error:  # parsers of three formats, each with its own exceptions
         raise InputError(f"tokenizer of {folder} cannot be loaded: {_reason(error)}") from error
 
@@ -108,7 +111,9 @@ def config_of(name: Any, **options: Any) -> Any:
     """
     reader = AutoConfig if _class_for(name, **options) is AutoModelForCausalLM else GKAConfig
     try:
-        return reader.from_pretrained(name, **options)
+        return reader.from_pretrained(name, **without_code(options))
+    except InputError:
+        raise
     except Exception as error:  # as of the models
         raise InputError(f"model {name} cannot be loaded: {_reason(error)}") from error
 
@@ -118,6 +123,7 @@ def _class_for(name: Any, **options: Any) -> Any:
     config = stored_config(name, options)
     if config is None:
         return AutoModelForCausalLM
+    refuse_code(f"model {name}", config)
     adapter = adapter_of(config)
     if config.get("model_type") == GKAConfig.model_type:
         return GKAForCausalLM
@@ -125,16 +131,39 @@ def _class_for(name: Any, **options: Any) -> Any:
 
 
 def _load(kind: Any, folder: Path, dtype: str, device: torch.device | str | None) -> Any:
+    _check_amount(kind, folder)
     model = _whole(kind, folder, dtype=dtype, local_files_only=True)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval()
 
 
+def _check_amount(kind: Any, folder: Path) -> None:
+    """Refuse a config.json that describes far more than the weight files hold, before it is built."""
+    stored = stored_config(folder, {"local_files_only": True}) or {}
+    files = [path for end in ("safetensors", "bin") for path in folder.glob(f"*.{end}")]
+    try:
+        if kind is GKAForCausalLM:
+            least = fewest_parameters(GKAConfig.from_dict(dict(stored)))
+        else:  # a vector in every layer, whatever model it is
+            least = int(stored["num_hidden_layers"]) * int(stored["hidden_size"])
+    except InputError as error:
+        raise InputError(f"model {folder}: {error}") from error
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return  # the model's own reader knows better what is wrong
+    size = sum(path.stat().st_size for path in files)
+    if files and least > 4 * size:  # two bits a number are the fewest that are in use
+        raise InputError(
+            f"model {folder}: its config.json describes {least:.3g} numbers or more, but its weight files "
+            f"have {size:,} bytes; one of them is damaged"
+        )
+
+
 def _whole(kind: Any, name: Any, **options: Any) -> Any:
     """A model of class `kind` with every weight of its files in it and none made up."""
     try:
-        model, notes = kind.from_pretrained(name, output_loading_info=True, **options)
+        options = without_code(options) | {"output_loading_info": True}
+        model, notes = kind.from_pretrained(name, **options)
     except Exception as error:  # parsers of three formats, each with its own exceptions
         raise InputError(f"model {name} cannot be loaded: {_reason(error)}") from error
     check_complete(f"model {name}", notes)

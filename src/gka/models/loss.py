@@ -8,12 +8,16 @@ in float32 the largest tensor of a language model. Here they exist for `rows` to
 
 and the two gradients are formed in the forward pass while the logits of the chunk are at hand, so that
 nothing is computed twice: [N,D] and [V,D] are kept for the backward pass instead of [N,V].
+
+The loop has as many rounds as N asks for, so torch.compile and torch.export see it as one operator.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from gka.ops.library import check_derivable, operator
 
 IGNORE_INDEX = -100
 # Float32 logits held at a time. Large enough that the matrix products stay efficient.
@@ -30,7 +34,8 @@ def next_token_targets(labels: Tensor, cu_seqlens: Tensor | None = None) -> Tens
     Returns:
         [B,T] of labels' dtype.
     """
-    targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    # padded first: T - 1 columns would be a case of their own to a compiler where T is 2
+    targets = torch.nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
     if cu_seqlens is None:
         return targets
     starts = torch.zeros(targets.shape[1] + 1, dtype=torch.bool, device=targets.device)
@@ -63,12 +68,13 @@ def linear_cross_entropy(
     """
     itemsize = 8 if hidden.dtype == torch.float64 else 4
     rows = max(1, logits_bytes // (itemsize * weight.shape[0]))
+    check_derivable("linear_cross_entropy")
     grads = torch.is_grad_enabled()
     if grads and (hidden.requires_grad or weight.requires_grad):
         return _LinearCrossEntropy.apply(
             hidden, weight, targets, rows, hidden.requires_grad, weight.requires_grad
         )
-    return _walk(hidden, weight, targets, rows, False, False)[0]
+    return _walk(hidden, weight, targets, _product_dtype(hidden), rows, False, False)[0]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -82,7 +88,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for_hidden: bool,
         for_weight: bool,
     ) -> Tensor:
-        loss, *gradients = _walk(hidden, weight, targets, rows, for_hidden, for_weight)
+        dtype = _product_dtype(hidden)
+        loss, *gradients = _walk(hidden, weight, targets, dtype, rows, for_hidden, for_weight)
         ctx.save_for_backward(*gradients)
         ctx.dtypes = hidden.dtype, weight.dtype
         return loss
@@ -103,10 +110,55 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _walk(
-    hidden: Tensor, weight: Tensor, targets: Tensor, rows: int, for_hidden: bool, for_weight: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Loss, and the gradients asked for, chunk of `rows` tokens by chunk."""
-    dtype, wide = _dtypes(hidden)
+    hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, rows: int,
+    for_hidden: bool, for_weight: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Loss, and the gradients asked for, chunk of `rows` tokens by chunk; products in `dtype`."""
+    if not torch.compiler.is_compiling():
+        return _chunks(hidden, weight, targets, dtype, rows, for_hidden, for_weight)
+    loss, *grads = walk_op(hidden, weight, targets, dtype, rows, for_hidden, for_weight)
+    grad_hidden, grad_weight = (
+        grad if wanted else None
+        for grad, wanted in zip(grads, (for_hidden, for_weight), strict=True)
+    )
+    return loss, grad_hidden, grad_weight
+
+
+def linear_cross_entropy_walk(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    dtype: torch.dtype,
+    rows: int,
+    for_hidden: bool,
+    for_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_walk` as an operator: a gradient that is not asked for is empty."""
+    with torch.no_grad():
+        found = _chunks(hidden, weight, targets, dtype, rows, for_hidden, for_weight)
+    loss, *grads = found
+    grad_hidden, grad_weight = (loss.new_empty(0) if grad is None else grad for grad in grads)
+    return loss, grad_hidden, grad_weight
+
+
+walk_op = operator(linear_cross_entropy_walk)
+
+
+@torch.library.register_fake(walk_op)
+def _(hidden, weight, targets, dtype, rows, for_hidden, for_weight):
+    loss = hidden.new_empty((), dtype=_sum_dtype(dtype))
+    return (
+        loss,
+        loss.new_empty(hidden.shape if for_hidden else (0,)),
+        loss.new_empty(weight.shape if for_weight else (0,)),
+    )
+
+
+def _chunks(
+    hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, rows: int,
+    for_hidden: bool, for_weight: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    wide = _sum_dtype(dtype)
     grad_hidden = torch.empty_like(hidden, dtype=wide) if for_hidden else None
     grad_weight = torch.zeros_like(weight, dtype=wide) if for_weight else None
     with torch.autocast(hidden.device.type, enabled=False):
@@ -124,12 +176,18 @@ def _walk(
     return loss, grad_hidden, grad_weight
 
 
-def _dtypes(hidden: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """Dtype of the matrix products, and of everything that is summed."""
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    """Dtype of the matrix products."""
     device = hidden.device.type
-    autocast = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
-    return dtype, torch.float64 if dtype == torch.float64 else torch.float32
+    # the meta device has no autocast, nor an answer to whether it is on
+    autocasts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = autocasts and hidden.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if autocast else hidden.dtype
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of everything that is summed."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _cross_entropy_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:

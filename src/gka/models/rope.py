@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,6 +47,8 @@ def check_rope(config: GKAConfig) -> None:
             f"rope_options: rope_type must be one of {', '.join(ROPE_TYPES)}, got {kind!r}"
         )
     try:
-        rotary_frequencies(config, 8)
-    except (KeyError, TypeError, ValueError) as error:
+        frequencies, factor = rotary_frequencies(config, 8)
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise InputError(f"rope_options of type {kind!r}: {error}") from error
+    if not all(map(math.isfinite, (*frequencies, factor))):
+        raise InputError(f"rope_options of type {kind!r}: their numbers give no finite angles")

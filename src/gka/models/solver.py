@@ -1,14 +1,21 @@
 """The solve of a model's GKA layers, changed after training: steps, ridge and solver."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypedDict
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from gka.errors import InputError
 from gka.layers import GatedKalmaNet
+from gka.models.checks import check_range
 from gka.ops.checks import check_numbers, check_solver
+
+_lock = threading.Lock()
+_blocks: WeakKeyDictionary[nn.Module, list[int]] = WeakKeyDictionary()
+"""For each GKA layer the threads that are inside `solver_settings`, a thread as often as it entered."""
 
 
 class SolverSettings(TypedDict):
@@ -34,7 +41,8 @@ def set_solver(
     """Change how every GKA layer of `model`, and its configuration, solve (H + lambda I) x = q.
 
     A model was trained with one setting: fewer steps are faster and less exact, and another ridge is
-    another map.
+    another map. The setting is the model's, as its weights are: every session of it and every thread
+    computes with it from the next call on.
 
     Args:
         model: a `GKAModel` or `GKAForCausalLM`.
@@ -43,7 +51,8 @@ def set_solver(
         solver: "chebyshev" or "adaptive". None: as before.
 
     Raises:
-        InputError: a value is out of range, or the model has no GKA layer; nothing has changed.
+        InputError: a value is out of range, the model has no GKA layer, or another thread is inside
+            `solver_settings` of it; nothing has changed.
     """
     given = {"num_iter": num_iter, "ridge_ratio": ridge_ratio, "solver": solver}
     changes = {name: value for name, value in given.items() if value is not None}
@@ -56,9 +65,11 @@ def set_solver(
             f"{', '.join(changes)}: the model has no GKA layer to set (its mixers: {mixers})"
         )
     _check(changes)
-    for target in (*layers, model.config):
-        for name, value in changes.items():
-            setattr(target, name, value)
+    with _lock:
+        _check_no_other_thread(layers)
+        for target in (*layers, model.config):
+            for name, value in changes.items():
+                setattr(target, name, value)
 
 
 @contextmanager
@@ -71,23 +82,46 @@ def solver_settings(
 ) -> Iterator[None]:
     """`set_solver` for the length of a `with` block; what each layer had before comes back after it.
 
+    It holds for every thread that uses the model meanwhile. Two threads cannot each have a setting of their
+    own: the second one is refused, and needs a model of its own.
+
     Raises:
         InputError: as `set_solver`.
     """
-    targets = (*gka_layers(model), model.config)
-    before = [{name: getattr(x, name) for name in SolverSettings.__annotations__} for x in targets]
-    set_solver(model, num_iter=num_iter, ridge_ratio=ridge_ratio, solver=solver)
+    layers, here = gka_layers(model), threading.get_ident()
+    targets = (*layers, model.config)
+    with _lock:
+        _check_no_other_thread(layers)
+        before = [{n: getattr(x, n) for n in SolverSettings.__annotations__} for x in targets]
+        for layer in layers:
+            _blocks.setdefault(layer, []).append(here)
     try:
+        set_solver(model, num_iter=num_iter, ridge_ratio=ridge_ratio, solver=solver)
         yield
     finally:
-        for target, values in zip(targets, before, strict=True):
-            for name, value in values.items():
-                setattr(target, name, value)
+        with _lock:
+            for layer in layers:
+                _blocks[layer].remove(here)
+            for target, values in zip(targets, before, strict=True):
+                for name, value in values.items():
+                    setattr(target, name, value)
+
+
+def _check_no_other_thread(layers: list[GatedKalmaNet]) -> None:
+    """Raise `InputError` where another thread would put its own settings back over a change made now."""
+    here = threading.get_ident()
+    if any(thread != here for layer in layers for thread in _blocks.get(layer, ())):
+        raise InputError(
+            "another thread is inside solver_settings of this model, whose end would undo the change: give "
+            "each thread a model of its own (copy.deepcopy)"
+        )
 
 
 def _check(changes: dict[str, Any]) -> None:
     try:
         check_numbers(changes.get("ridge_ratio", 1.0), changes.get("num_iter", 0), chunk_size=1)
+        for name, value in changes.items():
+            check_range(name, value)
         if "solver" in changes:
             check_solver(changes["solver"])
     except (TypeError, ValueError) as error:

@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
+from gka.layers.recurrent import RecurrentMixer
 from gka.models.cache import GKACache
 from gka.models.configuration import GKAConfig
 from gka.models.pattern import attention_heads
@@ -28,6 +29,36 @@ def cache_tensors(cache: GKACache) -> dict[str, Tensor]:
             named |= {f"conv.{n}": x for n, x in layer.conv_states.items()}
         found |= {f"layers.{index}.{name}": x for name, x in named.items()}
     return {name: x for name, x in found.items() if x is not None}
+
+
+def state_shapes(model: Any, rows: int, tokens: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors, named as by `cache_tensors`, after `tokens` >= 1 positions of `rows` rows.
+
+    Args:
+        model: a `GKAForCausalLM`.
+        rows: B.
+        tokens: positions read, padding included.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for index, layer in enumerate(model.model.layers):
+        of = _recurrent_shapes if isinstance(layer.mixer, RecurrentMixer) else _attention_shapes
+        shapes |= {f"layers.{index}.{n}": (rows, *x) for n, x in of(layer.mixer, tokens).items()}
+    return shapes
+
+
+def _recurrent_shapes(mixer: Any, tokens: int) -> dict[str, tuple[int, ...]]:
+    heads, k, v = mixer.num_expanded_heads, mixer.head_dim, mixer.head_v_dim
+    states = [(heads, k, k), (heads, k, v)][-mixer.num_states :]
+    shapes = {f"recurrent.{n}": shape for n, shape in enumerate(states)}
+    modules = [getattr(mixer, f"{name}_conv1d", None) for name in "qkv"]
+    return shapes | {
+        f"conv.{n}": (x.channels, x.width) for n, x in enumerate(modules) if x is not None
+    }
+
+
+def _attention_shapes(mixer: Any, tokens: int) -> dict[str, tuple[int, ...]]:
+    kept = tokens if mixer.window_size is None else min(tokens, mixer.window_size - 1)
+    return dict.fromkeys(("keys", "values"), (mixer.num_kv_heads, kept, mixer.head_dim))
 
 
 def fill_cache(cache: GKACache, tensors: dict[str, Tensor], tokens: int) -> GKACache:

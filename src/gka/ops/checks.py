@@ -11,6 +11,14 @@ from gka.maths.chebyshev import Solver
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
+MAX_KEY_NORM = 4e9  # its fourth power is float32's largest number, about
+FLOAT32_MAX = torch.finfo(torch.float32).max
+# A chunk holds C x C decays a head: beyond this no machine does.
+MAX_CHUNK_SIZE = 4096
+# Beyond it a call only hangs: 10,000 steps solve to 1e-8 at ridge_ratio = 1e-6.
+MAX_NUM_ITER = 10_000
+# a F_t and its reciprocal stay in float32's range for F_t of 1e-16 to 1e19
+RIDGE_RATIOS = (1e-9, 1e9)
 
 
 def _shape(x: Tensor) -> str:
@@ -25,6 +33,22 @@ def check_tensor(name: str, x: object) -> None:
     """An argument that must be a tensor is one."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}.")
+    if x.layout != torch.strided or x.is_nested or x.is_mkldnn:
+        raise TypeError(f"{name} must be a dense tensor; got a {_kind(x)} one.")
+
+
+def _kind(x: Tensor) -> str:
+    """What a tensor that is not dense is: sparse_coo, nested, mkldnn, ..."""
+    if x.is_nested:
+        return "nested"
+    return "mkldnn" if x.is_mkldnn else str(x.layout).removeprefix("torch.")
+
+
+def check_flags(**flags: object) -> None:
+    """Options that are on or off."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be True or False; got {flag!r:.60}.")
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -83,17 +107,35 @@ def check_numbers(
     for name, number in (("num_iter", num_iter), ("chunk_size", chunk_size)):
         if not isinstance(number, int) or isinstance(number, bool):
             raise TypeError(f"{name} must be an int; got {number!r}.")
-    for name, value in (("ridge_ratio", ridge_ratio), ("scale", 1.0 if scale is None else scale)):
-        if not isinstance(value, int | float):
-            raise TypeError(f"{name} must be a number; got {value!r}.")
+    if not isinstance(ridge_ratio, int | float) or isinstance(ridge_ratio, bool):
+        raise TypeError(f"ridge_ratio must be a number; got {ridge_ratio!r}.")
     if num_iter < 0:
         raise ValueError(f"num_iter must be >= 0 (0 leaves the ridge out); got {num_iter}.")
+    if num_iter > MAX_NUM_ITER:
+        raise ValueError(f"num_iter must be at most {MAX_NUM_ITER}; got {num_iter}.")
     if not 0 < ridge_ratio < math.inf:
         raise ValueError(f"ridge_ratio must be > 0 and finite; got {ridge_ratio}.")
-    if scale is not None and not -math.inf < scale < math.inf:
-        raise ValueError(f"scale must be finite; got {scale}.")
+    if not RIDGE_RATIOS[0] <= ridge_ratio <= RIDGE_RATIOS[1]:
+        raise ValueError(
+            f"ridge_ratio must be between {RIDGE_RATIOS[0]:g} and {RIDGE_RATIOS[1]:g}; got {ridge_ratio}."
+        )
+    check_scale(scale)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be >= 1; got {chunk_size}.")
+    if chunk_size > MAX_CHUNK_SIZE:
+        raise ValueError(f"chunk_size must be at most {MAX_CHUNK_SIZE}; got {chunk_size}.")
+
+
+def check_scale(scale: float | None) -> None:
+    """Factor of the readout: None, or a number that float32 holds."""
+    if scale is None:
+        return
+    if not isinstance(scale, int | float) or isinstance(scale, bool):
+        raise TypeError(f"scale must be a number; got {scale!r}.")
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"scale must be finite; got {scale}.")
+    if abs(scale) > FLOAT32_MAX:
+        raise ValueError(f"scale must be in float32's range; got {scale}.")
 
 
 def check_solver(solver: str) -> Solver:
@@ -152,6 +194,8 @@ def check_same_bounds(cu_seqlens: Tensor | None, copy: Tensor | None) -> None:
 
 def check_bounds(cu_seqlens: Tensor, length: int) -> None:
     """Values of cu_seqlens: reads them, so it runs where they are read anyway."""
+    if cu_seqlens.device.type == "meta":
+        raise ValueError("cu_seqlens has no values on the meta device: pass cu_seqlens_cpu too.")
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != length:
         raise ValueError(
@@ -172,6 +216,22 @@ def check_state(name: str, state: Tensor, expected: tuple[int, ...], q: Tensor) 
         raise TypeError(f"{name} must be {dtype} for {q.dtype} inputs; got {state.dtype}.")
     if state.device != q.device:
         raise TypeError(f"{name} must be on {q.device}; got {state.device}.")
+
+
+def check_key_norms(k: Tensor, backend: str) -> None:
+    """Debug check (GKA_DEBUG=1): F_t^2, of size |k|^4, is in float32's range; "torch" needs none.
+
+    Raises:
+        ValueError: keys that are too large for the backend.
+    """
+    if backend == "torch" or k.dtype == torch.float64 or k.numel() == 0:
+        return
+    largest = torch.linalg.vector_norm(k.double(), dim=-1).max().item()
+    if largest > MAX_KEY_NORM:
+        raise ValueError(
+            f"k holds a key of norm {largest:.1e}: with backend={backend!r} |H|^2 overflows float32 above "
+            f'{MAX_KEY_NORM:.0e}. Scale the keys, or use backend="torch".'
+        )
 
 
 def check_values(**named: Tensor | None) -> None:

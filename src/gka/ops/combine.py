@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gka.maths.combine import after
-from gka.ops.checks import check_tensor
+from gka.ops.checks import DTYPES, check_tensor
 
 State = tuple[Tensor, Tensor]
 
@@ -39,6 +39,8 @@ def combine_states(a: State, b: State, g: Tensor | None, gk: Tensor | None = Non
                 f"{name} must be a total log decay [N, H] = {list(a[0].shape[:2])}, "
                 f"summed over the later text's tokens; got {list(total.shape)}."
             )
+        if total.dtype not in DTYPES:
+            raise TypeError(f"{name} must be a floating-point tensor; got {total.dtype}.")
         if total.device != a[0].device:
             raise TypeError(f"{name} must be on {a[0].device}; got {total.device}.")
     return after(a[0], b[0], gk), after(a[1], b[1], g)
@@ -69,13 +71,19 @@ def mean_states(states: Sequence[State]) -> State:
 
 
 def _check_states(states: Sequence[State]) -> None:
+    if not isinstance(states, Sequence):
+        raise TypeError(f"states must be a list of pairs; got {type(states).__name__}.")
     if len(states) == 0:
         raise ValueError("states must hold at least one pair (h_kk, h_kv); got none.")
     for number, state in enumerate(states):
         if not isinstance(state, tuple | list) or len(state) != 2:
-            raise TypeError(f"state {number} must be a pair (h_kk, h_kv); got {state!r:.60}.")
+            raise TypeError(
+                f"state {number} must be a pair (h_kk, h_kv); got {type(state).__name__}."
+            )
         for name, x, first in zip(("h_kk", "h_kv"), state, states[0], strict=True):
             check_tensor(f"{name} of state {number}", x)
+            if x.dtype not in DTYPES:
+                raise TypeError(f"{name} of state {number} must be floating-point; got {x.dtype}.")
             if x.dim() != 4 or x.shape != first.shape:
                 raise ValueError(
                     f"{name} must have one shape [N, H, K, dim] in all states; got {list(first.shape)} "
@@ -86,3 +94,14 @@ def _check_states(states: Sequence[State]) -> None:
                     f"{name} must have one dtype and device in all states; got {first.dtype}, "
                     f"{first.device} in state 0 and {x.dtype}, {x.device} in state {number}."
                 )
+    h, u = states[0]
+    if h.shape[:3] != u.shape[:3] or h.shape[2] != h.shape[3]:
+        raise ValueError(
+            f"h_kk [N, H, K, K] and h_kv [N, H, K, V] of a state must fit; got {list(h.shape)} "
+            f"and {list(u.shape)}."
+        )
+    if u.dtype != h.dtype or u.device != h.device:
+        raise TypeError(
+            f"h_kk and h_kv must have one dtype and device; got {h.dtype}, {h.device} and "
+            f"{u.dtype}, {u.device}."
+        )

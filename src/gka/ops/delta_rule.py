@@ -1,17 +1,10 @@
 """Functional calls of the (gated) delta rule, in FLA's signatures. The mathematics: gka.maths.delta."""
 
-import itertools
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from gka.maths.delta import delta_rule_chunks, delta_rule_sequence
-from gka.maths.layout import chunk_layout
 from gka.ops import checks
-
-CHUNK_SIZE = 64
+from gka.ops.delta_operator import run
 
 
 def chunk_gated_delta_rule(
@@ -50,18 +43,14 @@ def chunk_gated_delta_rule(
     Raises:
         ValueError, TypeError: a shape, range or dtype is wrong; the message names the argument.
     """
+    checks.check_scale(scale)
+    checks.check_flags(output_final_state=output_final_state)
     q, state = _prepare(q, k, v, g, beta, initial_state, cu_seqlens, cu_seqlens_cpu)
     g = q.new_zeros(q.shape[:3]) if g is None else g
     beta = q.new_ones(q.shape[:3]) if beta is None else beta
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    layout = chunk_layout(q.shape[0], q.shape[1], CHUNK_SIZE, cu_seqlens, cu_seqlens_cpu)
-    dtype = state.dtype
-    with torch.amp.autocast(q.device.type, enabled=False):
-        o, state = delta_rule_chunks(
-            q.to(dtype), k.to(dtype), v.to(dtype), g.to(dtype), beta.to(dtype), state,
-            scale=scale, layout=layout,
-        )  # fmt: skip
-    return o.to(q.dtype), state if output_final_state else None
+    o, state = run(q, k, v, g, beta, state, cu_seqlens, cu_seqlens_cpu, scale, stepwise=False)
+    return o, state if output_final_state else None
 
 
 def fused_recurrent_gated_delta_rule(
@@ -78,30 +67,13 @@ def fused_recurrent_gated_delta_rule(
     cu_seqlens_cpu: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`chunk_gated_delta_rule` token by token: the same arguments and results, for decoding a few tokens."""
+    checks.check_scale(scale)
+    checks.check_flags(output_final_state=output_final_state)
     q, state = _prepare(q, k, v, g, beta, initial_state, cu_seqlens, cu_seqlens_cpu)
     k, v = _expand_heads(k, q.shape[2]), _expand_heads(v, q.shape[2])
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    known = cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu
-    bounds = None if known is None else known.tolist()
-    inputs = [None if x is None else x.to(state.dtype) for x in (q, k, v, g, beta)]
-    with torch.amp.autocast(q.device.type, enabled=False):
-        o, state = _each_sequence(inputs, state, scale, bounds)
-    return o.to(q.dtype), state if output_final_state else None
-
-
-def _each_sequence(
-    inputs: Sequence[Any], state: Tensor, scale: float, bounds: list[int] | None
-) -> tuple[Tensor, Tensor]:
-    """`delta_rule_sequence` on the batch, or on each sequence that `bounds` cuts from B = 1."""
-    if bounds is None:
-        q, k, v, g, beta = inputs
-        return delta_rule_sequence(q, k, v, g, beta, state, scale=scale)
-    results = []
-    for n, (begin, end) in enumerate(itertools.pairwise(bounds)):
-        part = [None if x is None else x[:, begin:end] for x in inputs]
-        results.append(_each_sequence(part, state[n : n + 1], scale, None))
-    outputs, states = zip(*results, strict=True)
-    return torch.cat(outputs, 1), torch.cat(states)
+    o, state = run(q, k, v, g, beta, state, cu_seqlens, cu_seqlens_cpu, scale, stepwise=True)
+    return o, state if output_final_state else None
 
 
 def _expand_heads(x: Tensor, heads: int) -> Tensor:
@@ -120,14 +92,15 @@ def _prepare(
     cu_seqlens_cpu: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Check the call. Queries with all H heads, and the initial states in the dtype to compute in."""
-    if all(x.dim() == 4 for x in (q, k, v)) and max(k.shape[2], v.shape[2]) % q.shape[2] == 0:
-        q = _expand_heads(q, max(x.shape[2] for x in (q, k, v)))
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        checks.check_tensor(name, x)
+    if all(x.dim() == 4 for x in (q, k, v)) and q.shape[2] > 0:
+        most = max(x.shape[2] for x in (q, k, v))
+        q = _expand_heads(q, most) if most % q.shape[2] == 0 else q
     checks.check_heads(q, k, v)
     checks.check_gates(q, g=g, beta=beta)
     sequences = checks.check_cu_seqlens(q, cu_seqlens)
     checks.check_cu_seqlens_cpu(cu_seqlens, cu_seqlens_cpu)
-    if cu_seqlens is not None:
-        checks.check_bounds(cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu, q.shape[1])
     shape = (sequences, q.shape[2], q.shape[3], v.shape[3])
     if initial_state is None:
         return q, q.new_zeros(shape, dtype=torch.promote_types(q.dtype, torch.float32))

@@ -2,13 +2,13 @@
 
 import os
 
-import torch
 from torch import Tensor
 
 from gka.ops import checks
 from gka.ops.backend_types import Call, Mode
 from gka.ops.backends import note_backend, resolve_backend
-from gka.ops.operator import GKAFunction, autocast
+from gka.ops.library import check_derivable
+from gka.ops.operator import GKAFunction, autocast, no_autocast
 from gka.ops.reference import reference_gka
 
 State = tuple[Tensor, Tensor]
@@ -46,15 +46,17 @@ def chunk_gka(
 
     Args:
         q: queries [B,T,H,K], float64, float32, bfloat16 or float16; K in 1..256.
-        k: keys [B,T,Hk,K]; H a multiple of Hk: consecutive query heads share a key head.
+        k: keys [B,T,Hk,K]; H a multiple of Hk: consecutive query heads share a key head. Of any norm with
+            backend="torch"; the others square |H_t| as it is, so float32 keys (and bfloat16 ones) of norm
+            above 4e9 give NaN there (GKA_DEBUG=1 refuses them).
         v: values [B,T,Hv,V]; H a multiple of Hv; V in 1..256.
         g: log decay of U [B,T,H], <= 0. None: no decay.
         gk: log decay of H [B,T,H]. Pass g itself to tie the two, as the paper's layer does.
             None: H does not decay.
         alpha: mix gate [B,T,H]. None: 1, the ridge solution itself.
         scale: factor of the readout. None: K^-1/2.
-        ridge_ratio: a > 0 in lambda_t = a |H_t|_F.
-        num_iter: Chebyshev steps r. 0 leaves the ridge out: gated linear attention.
+        ridge_ratio: a in lambda_t = a |H_t|_F, 1e-9..1e9.
+        num_iter: Chebyshev steps r, 0..10000. 0 leaves the ridge out: gated linear attention.
         initial_state: (h_kk [N,H,K,K], h_kv [N,H,K,V]) before the first token, float32 (float64 for
             float64 inputs); h_kk symmetric. N is B, or the number of packed sequences.
         output_final_state: return the states after the last token too.
@@ -62,7 +64,7 @@ def chunk_gka(
         beta: write gate [B,T,H]: scales k and v of each head without copying them.
         backend: "auto", "hopper" (H100, H200), "triton" (NVIDIA GPUs), "torch" (any device) or
             "reference" (token by token, slow); `gka.ops.available_backends` lists what can run.
-        chunk_size: tokens a chunk; a matter of speed and memory, not of the result (with
+        chunk_size: tokens a chunk, 1..4096; a matter of speed and memory, not of the result (with
             solver="adaptive": not beyond the error bound of num_iter steps).
         solver: "chebyshev" takes num_iter steps; "adaptive" takes, per chunk and head, the fewest
             whose proven error bound is that of num_iter steps (docs/numerics.md).
@@ -174,6 +176,7 @@ def _run(
     checks.check_heads(q, k, v)
     checks.check_gates(q, g=g, gk=gk, alpha=alpha, beta=beta)
     checks.check_numbers(ridge_ratio, num_iter, chunk_size, scale)
+    checks.check_flags(output_final_state=output_final_state)
     sequences = checks.check_cu_seqlens(q, cu_seqlens)
     checks.check_cu_seqlens_cpu(cu_seqlens, cu_seqlens_cpu)
     h0, u0 = _check_initial_state(initial_state, sequences, q, v, with_h)
@@ -183,18 +186,21 @@ def _run(
     dims = (q.shape[-1], v.shape[-1])
     call = Call(q.device, q.dtype, checks.check_solver(solver), dims, chunk_size)
     backend = resolve_backend(backend, call)
+    if num_iter > 0 and os.environ.get("GKA_DEBUG") == "1":
+        checks.check_key_norms(k, backend)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if backend == "reference":
         note_backend(backend)
         bounds = cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu
         if bounds is not None:
             checks.check_bounds(bounds, q.shape[1])
-        with torch.amp.autocast(q.device.type, enabled=False):
+        with no_autocast(q.device.type):
             o, state = reference_gka(
                 q, k, v, g, gk, alpha, beta, (h0, u0), bounds,
                 scale=scale, ridge_ratio=ridge_ratio, num_iter=num_iter,
             )  # fmt: skip
         return o, state if output_final_state else None
+    check_derivable("Gated KalmaNet")
     tied = gk is not None and gk is g
     o, _, _, h, u = GKAFunction.apply(
         q, k, v, g, None if tied else gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu,

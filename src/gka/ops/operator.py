@@ -35,14 +35,18 @@ def _settings(
 
 def no_autocast(device: str) -> AbstractContextManager:
     """Inside, operators compute in the dtypes of their inputs."""
-    enabled = torch.is_autocast_enabled(device)
-    return torch.amp.autocast(device, enabled=False) if enabled else nullcontext()
+    return torch.amp.autocast(device, enabled=False) if _autocasts(device) else nullcontext()
+
+
+def _autocasts(device: str) -> bool:
+    """Whether torch.autocast is on; devices that have none (meta) know no answer."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under torch.autocast the heads take its dtype, as they would for a matrix product."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not _autocasts(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)

@@ -37,6 +37,10 @@ def check_pool(
     if h is not None:
         check_tensor("state[0] (h_kk)", h)
         _check_states("state[0] (h_kk)", h, (places, heads, dim, dim), (work,), q)
+        if h is u:
+            raise ValueError(
+                "state[0] (h_kk) and state[1] (h_kv) must be two tensors; got one twice."
+            )
     elif solves:
         raise ValueError("state[0] (h_kk) may be None only with num_iter = 0.")
     if indices is not None:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from gka.maths.chunked import Settings, Tokens, token_steps
 from gka.ops import checks
+from gka.ops.operator import no_autocast
 
 
 @torch.no_grad()
@@ -39,6 +40,10 @@ def solver_steps(
     if k.dim() != 4:
         raise ValueError(f"k must have 4 dimensions [B, T, heads, dim]; got {list(k.shape)}.")
     heads = k.shape[2] if num_heads is None else num_heads
+    if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1:
+        raise ValueError(f"num_heads must be a positive int; got {heads!r}.")
+    if k.shape[2] > 0 and heads % k.shape[2] != 0:
+        raise ValueError(f"num_heads must be a multiple of k's {k.shape[2]} heads; got {heads}.")
     q = k.new_zeros(1, 1, 1, 1).expand(*k.shape[:2], heads, k.shape[3])
     checks.check_heads(q, k, k)
     checks.check_gates(q, gk=gk, beta=beta)
@@ -51,5 +56,5 @@ def solver_steps(
         checks.check_state("initial_state (h_kk)", initial_state, shape, q)
     tokens = Tokens(q, k, k, None, gk, None, beta, initial_state, None, cu_seqlens)
     settings = Settings(1.0, ridge_ratio, num_iter, chunk_size, False, True, "adaptive")
-    with torch.amp.autocast(k.device.type, enabled=False):
+    with no_autocast(k.device.type):
         return token_steps(tokens, settings)

@@ -28,7 +28,8 @@ def generate(
     *,
     prompt: Prompt = None,
     prompt_file: Annotated[
-        Path | None, typer.Option(help="A UTF-8 file with the prompt. [default: standard input]")
+        Path | None,
+        typer.Option(help="A UTF-8 file with the prompt, not printed. [default: standard input]"),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
@@ -76,7 +77,7 @@ def generate(
     session = sample.open_session(
         loaded, state, must_exist=save_state is not None, prefill_chunk=prefill_chunk
     )
-    sample.stream_to_stdout(session, tokenizer, text, sampling)
+    sample.stream_to_stdout(session, tokenizer, text, sampling, echo=prompt is not None)
     target = save_state or state
     if target is not None:
         session.save(target)

@@ -41,10 +41,9 @@ class Contents:
         """An independent copy, each row `repeats` times."""
         cache = self.cache.clone()
         decay = None if self.decay is None else self.decay.copy()
-        if repeats == 1:
-            return Contents(cache, self.tokens, self.logits, self.mask, decay)
-        cache.batch_repeat_interleave(repeats)
-        if decay is not None:
+        if repeats > 1:
+            cache.batch_repeat_interleave(repeats)
+        if decay is not None and repeats > 1:
             decay.totals = {i: x.repeat_interleave(repeats, 0) for i, x in decay.totals.items()}
         logits, mask = (
             None if x is None else x.repeat_interleave(repeats, 0) for x in (self.logits, self.mask)
@@ -66,11 +65,7 @@ class Contents:
     def of_named(
         cls, model: GKAForCausalLM, tensors: dict[str, Tensor], tokens: int, tracked: bool
     ) -> "Contents":
-        """The inverse of `named`; the tensors are taken over, not copied.
-
-        Raises:
-            ValueError: the tensors are not those of `model`'s layers.
-        """
+        """The inverse of `named`; the tensors, which fit the model, are taken over, not copied."""
         tensors = dict(tensors)
         logits, mask = tensors.pop("logits", None), tensors.pop("mask", None)
         names = [name for name in tensors if name.startswith("log_decay.")]

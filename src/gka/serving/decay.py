@@ -5,16 +5,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gka.layers.padding import Padding
-from gka.layers.recurrent import RecurrentMixer
+from gka.layers.mix_arguments import Gates
+from gka.models import GKACache
 
 
 class DecayTotals:
-    """Sums of g_t over the tokens that a model reads while it is watched.
-
-    Costs one small product a layer (the decay's own projection a second time), and nothing unless used.
+    """Sums of g_t over the tokens that are read into a cache while it is watched.
 
     Attributes:
         totals: by layer index, float64 [B,H]; layers without a decay are not in it.
@@ -24,29 +22,20 @@ class DecayTotals:
         self.totals: dict[int, Tensor] = dict(totals or {})
 
     @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        """Add up what `model` reads in the `with` block."""
-        mixers = [x for x in model.modules() if isinstance(x, RecurrentMixer)]
-        hooks = [
-            mixer.register_forward_pre_hook(self._add, with_kwargs=True)
-            for mixer in mixers
-            if mixer.use_forgetting_gate
-        ]
-        try:
+    def watching(self, cache: GKACache) -> Iterator[None]:
+        """Add up what is read into `cache` in the `with` block, whatever else its model reads meanwhile."""
+        layers = range(len(cache.layers))
+        with cache.observing(dict.fromkeys(layers, self._add)):
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     @torch.no_grad()
-    def _add(self, mixer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs["hidden_states"]
-        padding = Padding.of(kwargs.get("attention_mask"), x.shape[1])
-        g = mixer.gates(x if padding is None else padding.align(x), padding).g
-        total = g.double().sum(1)
+    def _add(self, mixer: Any, q: Tensor, k: Tensor, gates: Gates) -> None:
+        if gates.g is None:
+            return
+        total = gates.g.double().sum(1)
         before = self.totals.get(mixer.layer_idx)
         self.totals[mixer.layer_idx] = total if before is None else before + total
 
     def copy(self) -> "DecayTotals":
-        """An independent copy; sums are replaced, never changed in place."""
-        return DecayTotals(self.totals)
+        """An independent copy."""
+        return DecayTotals({index: x.clone() for index, x in self.totals.items()})

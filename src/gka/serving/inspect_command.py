@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from gka.commandline import text_console
 from gka.errors import InputError
 from gka.serving.command import (
     Model,
@@ -15,6 +16,7 @@ from gka.serving.command import (
     SolverName,
     silence_libraries,
 )
+from gka.storage import only_writer
 
 
 def inspect(
@@ -37,10 +39,9 @@ def inspect(
 ) -> None:
     """Show what a model's memory does with a text: decay, ridge, solver error, by layer and head.
 
-    Writes a page that any browser opens, the figures as JSON, and prints a table.
+    The model needs a GKA layer. Writes a page that any browser opens and the figures as JSON, and prints
+    a table.
     """
-    from rich.console import Console
-
     from gka.data.files import write_json, write_text
     from gka.serving import inspection, inspection_page, sample
     from gka.serving.inspection_table import table
@@ -52,20 +53,18 @@ def inspect(
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
     if not ids:
         raise InputError("the text is empty: give --prompt, --file or standard input")
-    found = inspection.inspect_model(
-        loaded,
-        ids,
-        positions=positions,
-        chunk=prefill_chunk,
-    )
-    content = {"model_folder": str(model)} | found
     page, figures = output / "inspection.html", output / "inspection.json"
-    try:
+    with only_writer(output, "--output"):
+        found = inspection.inspect_model(
+            loaded,
+            ids,
+            positions=positions,
+            chunk=prefill_chunk,
+        )
+        content = {"model_folder": str(model)} | found
         write_json(figures, content)
         write_text(page, inspection_page.page(content))
-    except OSError as error:
-        raise InputError(f"--output {output}: cannot be written ({error})") from None
-    console = Console()
+    console = text_console()
     console.print(table(content))
     for what, path in (("page", page), ("figures", figures)):
         console.print(f"{what + ':':8} {path}", highlight=False, soft_wrap=True)

@@ -5,8 +5,7 @@ layer's own keys and gates, and looked at in some places of the text.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from gka.errors import InputError
 from gka.layers import GatedKalmaNet
-from gka.layers.mix_arguments import Gates, Run
+from gka.layers.mix_arguments import Gates
 from gka.maths.adaptive import solver_steps
 from gka.maths.chebyshev import chebyshev_bound
 from gka.maths.exact import exact_solve
@@ -39,7 +38,7 @@ def inspect_model(
     """Read one text and describe what each layer's memory does with it.
 
     Args:
-        model: a model with any pattern of mixers.
+        model: a model with a GKA layer among its mixers.
         tokens: ids of one text [T] or [1,T].
         positions: how many evenly spaced places are looked at, the last token among them.
         chunk: tokens read at a time.
@@ -55,7 +54,8 @@ def inspect_model(
         Other layers have their `mixer` alone.
 
     Raises:
-        InputError: another model, no tokens, several texts, or `positions` or `chunk` not positive.
+        InputError: another model, one without a GKA layer, no tokens, several texts, or `positions` or
+            `chunk` not positive.
     """
     check_model(model)
     ids = torch.as_tensor(tokens, device=model.device)
@@ -64,14 +64,19 @@ def inspect_model(
         raise InputError(f"tokens: expected one text [T], got shape {tuple(ids.shape)}")
     if positions < 1:
         raise InputError(f"positions is {positions}; expected 1 or more")
+    if "gka" not in model.config.pattern:
+        mixers = ", ".join(sorted(set(model.config.pattern)))
+        raise InputError(
+            f"the model has no Gated KalmaNet layer, whose ridge could be looked at (its mixers: {mixers})"
+        )
     places = _places(ids.shape[1], positions)
     cache = GKACache(model.config)
-    with ExitStack() as stack:
-        watches = {}
-        for index, layer in enumerate(model.model.layers):
-            if isinstance(layer.mixer, GatedKalmaNet):
-                watches[index] = _Watch(layer.mixer, places, ids.shape[1])
-                stack.enter_context(watches[index].watching())
+    watches = {
+        index: _Watch(layer.mixer, places, ids.shape[1])
+        for index, layer in enumerate(model.model.layers)
+        if isinstance(layer.mixer, GatedKalmaNet)
+    }
+    with cache.observing({index: watch.look for index, watch in watches.items()}):
         prefill(model, ids, cache, chunk=chunk)
     layers = []
     for index, name in enumerate(model.config.pattern):
@@ -104,25 +109,9 @@ class _Watch:
         self.gammas: list[Tensor] = []
         self.curves: dict[str, list[Any]] = {name: [] for name in CURVES}
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """See what the mixer's memory is given, by standing before its `mix`."""
-        mixer: Any = self.mixer
-        mix = mixer.mix
-
-        def seen(q: Tensor, k: Tensor, v: Tensor, gates: Gates, run: Run) -> Any:
-            self._look(q, k, gates)
-            return mix(q, k, v, gates, run)
-
-        mixer.mix = seen
-        try:
-            yield
-        finally:
-            del mixer.mix
-
-    def _look(self, q: Tensor, k: Tensor, seen: Gates) -> None:
-        """A piece of the text: q [1,T,H,K], k [1,T,Hk,K], gates [1,T,H]."""
-        mixer, length = self.mixer, q.shape[1]
+    def look(self, mixer: GatedKalmaNet, q: Tensor, k: Tensor, seen: Gates) -> None:
+        """Take in a piece of the text: q [1,T,H,K], k [1,T,Hk,K], gates [1,T,H]."""
+        length = q.shape[1]
         heads = self.h.shape[1]
         k = k.double().repeat_interleave(heads // k.shape[2], 2)
         zeros = q.new_zeros(q.shape[:3], dtype=torch.float64)

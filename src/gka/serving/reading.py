@@ -1,5 +1,8 @@
 """A prompt of any length through the model in pieces, so that memory is bounded by the piece."""
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -73,3 +76,29 @@ def check_chunk(chunk: int) -> None:
         raise InputError(
             f"prefill_chunk is {chunk!r}; expected a whole number of tokens, 1 or more"
         )
+
+
+class OneAtATime:
+    """Lets one user into a session at a time; a second one is refused, not made to wait."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> Any:  # a copied session is in use by nobody
+        return OneAtATime, ()
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """Hold the session in the `with` block.
+
+        Raises:
+            InputError: somebody else does.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise InputError(
+                "the session is in use by another thread: give each thread a session of its own (fork())"
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()

@@ -33,12 +33,16 @@ class Sampling:
             raise InputError(f"max_new_tokens is {self.max_new_tokens}; expected 1 or more")
         if not self.temperature >= 0:
             raise InputError(f"temperature is {self.temperature}; expected 0 (greedy) or more")
+        if 0 < self.temperature < 1e-30:  # logits divided by it leave float32
+            raise InputError(
+                f"temperature is {self.temperature}; expected 0 (greedy), or 1e-30 or more"
+            )
         if self.top_k < 0:
             raise InputError(f"top_k is {self.top_k}; expected 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p is {self.top_p}; expected above 0 and at most 1")
-        if self.seed is not None and self.seed < 0:
-            raise InputError(f"seed is {self.seed}; expected 0 or more")
+        if self.seed is not None and not 0 <= self.seed < 2**64:
+            raise InputError(f"seed is {self.seed}; expected a number from 0 to {2**64 - 1}")
 
 
 def chooser(sampling: Sampling, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -54,7 +58,13 @@ def chooser(sampling: Sampling, device: torch.device) -> Callable[[Tensor], Tens
         # these processors look at the logits alone, whatever tokens came before
         nothing = torch.empty(logits.shape[0], 0, dtype=torch.long, device=logits.device)
         probabilities = process(nothing, logits.float()).softmax(-1)
-        return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        try:
+            return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        except RuntimeError as error:  # on a CPU it looks
+            raise InputError(
+                "the next token has no probabilities, its logits are not finite: the weights, or the states "
+                f"gone on from, are damaged ({str(error).splitlines()[0]})"
+            ) from None
 
     return draw
 

@@ -1,7 +1,7 @@
 """A conversation with a model whose memory has a constant size: kept, copied, stored, combined."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from gka.models import GKAForCausalLM
 from gka.serving import combination, statefile
 from gka.serving.contents import Contents
 from gka.serving.graph import CaptureError, GraphedSteps, check_choice, why_not_graphed
-from gka.serving.reading import PREFILL_CHUNK, check_chunk, check_model, prefill
+from gka.serving.reading import PREFILL_CHUNK, OneAtATime, check_chunk, check_model, prefill
 from gka.serving.sampling import Sampling, chooser
 from gka.serving.tokens import Ids, left_padding, token_ids
 
@@ -23,6 +23,9 @@ class GenerationSession:
 
     Every token that was appended or yielded is in the states, so a session can be left, copied or
     stored at any time. A batch has one text a row; its rows are padded on the left where they differ.
+
+    Sessions of one model share its weights and its solver settings (`set_solver`), and nothing that reading
+    changes: each may run in a thread of its own. One session serves one thread at a time.
 
     Args:
         model: a `GKAForCausalLM`; used as it is, not copied, and not trained.
@@ -58,6 +61,7 @@ class GenerationSession:
         self._attends = any(kind != "linear_attention" for kind in model.config.layer_types)
         self._contents = Contents.empty(model, track_decay)
         self._whole = True
+        self._turn = OneAtATime()
         self.cuda_graph = cuda_graph
         self._graphs = GraphedSteps(model)
         if cuda_graph:
@@ -155,7 +159,8 @@ class GenerationSession:
             top_p=top_p,
             seed=seed,
         )
-        self._check_whole()
+        with self._turn.use():
+            self._check_whole()
         if self.logits is None:
             raise InputError("there is nothing to go on from: append the beginning of a text first")
         config: Any = self.model.config
@@ -172,36 +177,46 @@ class GenerationSession:
         """
         if repeats < 1:
             raise InputError(f"repeats is {repeats}; expected 1 or more")
-        self._check_whole()
-        return self._with(self._contents.copy(repeats))
+        with self._turn.use():
+            self._check_whole()
+            return self._with(self._contents.copy(repeats))
 
     def save(self, path: str | Path) -> None:
         """Store the session; a file that is there is replaced once the new one is whole.
 
         Raises:
-            InputError: the file cannot be written.
+            InputError: the file cannot be written, or the states are no numbers; a file that is there stays.
         """
-        self._check_whole()
-        statefile.save_contents(Path(path), self.model, self._contents)
+        with self._turn.use():
+            self._check_whole()
+            statefile.save_contents(Path(path), self.model, self._contents)
 
-    def load(self, path: str | Path, *, verify: bool = True) -> "GenerationSession":
+    def load(
+        self, path: str | Path, *, verify: bool = True, mmap: bool = False
+    ) -> "GenerationSession":
         """Take up a stored session in place of this one's past.
 
         Args:
             path: what `save` wrote, with this model.
-            verify: compare the checksum, which reads the whole file. Without, a file is mapped into
-                memory and read as it is used.
+            verify: compare the checksum, and refuse numbers that are not finite.
+            mmap: use the tensors where they lie in the file, mapped into memory, instead of a copy. The file
+                must then stay as it is while the session lives: what is written into it changes the states,
+                unnoticed, and where it is cut short the process ends by SIGBUS. A file that is replaced
+                as `save` does it (`os.replace`) is no harm.
 
         Returns:
             The session itself.
 
         Raises:
-            InputError: the file is absent, cut short, damaged or of another model; the session is as
-                it was.
+            InputError: the file is absent, cut short, damaged or of another model, or holds what no
+                session of this model would; the session is as it was.
         """
-        self._contents = statefile.load_contents(Path(path), self.model, verify=verify)
-        self._graphs.forget()
-        self._whole = True
+        with self._turn.use():
+            self._contents = statefile.load_contents(
+                Path(path), self.model, verify=verify, mmap=mmap
+            )
+            self._graphs.forget()
+            self._whole = True
         return self
 
     @staticmethod
@@ -226,11 +241,13 @@ class GenerationSession:
         sessions = list(sessions)
         if len(sessions) < 2 or any(x.model is not sessions[0].model for x in sessions):
             raise InputError("sessions: expected two or more that share one model")
-        for session in sessions:
-            session._check_whole()
         first = sessions[0]
-        contents = [session._contents for session in sessions]
-        return first._with(combination.combined(first.model, contents, how))
+        with ExitStack() as stack:
+            for session in {id(x): x for x in sessions}.values():
+                stack.enter_context(session._turn.use())
+                session._check_whole()
+            contents = [session._contents for session in sessions]
+            return first._with(combination.combined(first.model, contents, how))
 
     def _with(self, contents: Contents) -> "GenerationSession":
         session = GenerationSession(
@@ -276,7 +293,11 @@ class GenerationSession:
 
     def _feed(self, tokens: Tensor, mask: Tensor | None, graphed: bool = False) -> None:
         """Read [B,T] tokens; mask [B,T] is None without padding. `graphed`: T = 1, as a CUDA graph."""
-        self._check_whole()
+        with self._turn.use():
+            self._check_whole()
+            self._feed_alone(tokens, mask, graphed)
+
+    def _feed_alone(self, tokens: Tensor, mask: Tensor | None, graphed: bool) -> None:
         contents = self._contents
         covering = mask
         if self._attends and not (mask is None and contents.mask is None):
@@ -305,7 +326,7 @@ class GenerationSession:
             except CaptureError:
                 self._whole = True  # nothing was read
                 raise
-        with nullcontext() if decay is None else decay.watching(self.model):
+        with nullcontext() if decay is None else decay.watching(cache):
             return prefill(self.model, tokens, cache, attention_mask=mask, chunk=self.prefill_chunk)
 
     def _check_whole(self) -> None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from gka.data.files import replacing
 from gka.errors import InputError
 from gka.models import GKAConfig, GKAForCausalLM
+from gka.serving import contents_check
 from gka.serving.contents import Contents
 
 FORMAT, VERSION = "gka-session", 1
@@ -27,8 +28,9 @@ def save_contents(path: Path, model: GKAForCausalLM, contents: Contents) -> None
     """Write `contents`; an existing file is replaced once the new one is whole.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: the file cannot be written, or the states could not be loaded again.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {name: x.detach().cpu().contiguous() for name, x in contents.named().items()}
@@ -37,34 +39,44 @@ def save_contents(path: Path, model: GKAForCausalLM, contents: Contents) -> None
         "batch_size": contents.batch_size or 0,
         "tracks_decay": contents.decay is not None,
     }
+    wrong = contents_check.why_not(model, header, tensors) or contents_check.why_not_finite(tensors)
+    if wrong is not None:
+        raise InputError(f"state {path} was not written: {wrong}")
     header["sha256"] = _checksum(header, tensors)
     try:
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata={FORMAT: json.dumps(header)})
-    except OSError as error:
-        raise InputError(f"state {path} cannot be written: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"state {path} cannot be written: {_reason(error)}") from None
 
 
-def load_contents(path: Path, model: GKAForCausalLM, *, verify: bool = True) -> Contents:
+def load_contents(
+    path: Path, model: GKAForCausalLM, *, verify: bool = True, mmap: bool = False
+) -> Contents:
     """Read what `save_contents` wrote for the same model.
 
-    The file is mapped into memory, and on a CPU its tensors are used where they lie (copies are made of
-    what is written to, the file never changes). `verify` reads all of it once, for the checksum.
+    Args:
+        path: the file.
+        model: as it was.
+        verify: compare the checksum, and refuse what is not finite.
+        mmap: on a CPU use tensors where they lie in the mapped file (copies are made of what is written
+            to). Whoever changes the file in place then changes the states.
 
     Raises:
         InputError: no such file, cut short, damaged, no session, or one of another model; the message
             says which, and what differs.
     """
-    header, tensors = _read(path)
+    header, tensors = _read(path, mmap)
     _check_identity(path, header, _identity(model))
     if verify and _checksum(header, tensors) != header.get("sha256"):
         raise InputError(f"state {path} is damaged: its content does not have its checksum")
+    wrong = contents_check.why_not(model, header, tensors)
+    if wrong is None and verify:
+        wrong = contents_check.why_not_finite(tensors)
+    if wrong is not None:
+        raise InputError(f"state {path} does not fit the model: {wrong}")
     tensors = {name: x.to(model.device) for name, x in tensors.items()}
-    tokens, tracked = int(header["tokens"]), bool(header["tracks_decay"])
-    try:
-        return Contents.of_named(model, tensors, tokens, tracked)
-    except (ValueError, KeyError) as error:
-        raise InputError(f"state {path} does not fit the model: {error}") from None
+    return Contents.of_named(model, tensors, header["tokens"], header["tracks_decay"])
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -73,28 +85,57 @@ def read_header(path: Path) -> dict[str, Any]:
     Raises:
         InputError: no such file, or no session in it.
     """
-    return _read(path)[0]
+    return _read(path, mmap=True)[0]
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
+def _read(path: Path, mmap: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from safetensors import SafetensorError
 
     if not path.is_file():
-        raise InputError(f"state {path} does not exist")
+        raise InputError(
+            f"state {path} does not exist" if not path.exists() else f"state {path} is no file"
+        )
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            header = json.loads((file.metadata() or {}).get(FORMAT, "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"state {path} is cut short or no state of a session: {error}") from None
+        metadata, tensors = _mapped(path) if mmap else _copied(path)
+        header = json.loads(metadata.get(FORMAT, "null"))
+    except OSError as error:
+        raise InputError(f"state {path} cannot be read: {_reason(error)}") from None
+    # safetensors' own dtypes and shapes may be none of torch's: KeyError, RuntimeError
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(
+            f"state {path} is cut short or no state of a session: {_reason(error)}"
+        ) from None
     if not isinstance(header, dict):
         raise InputError(f"state {path} is a safetensors file, but not of a session")
     if header.get("version") != VERSION:
         raise InputError(
-            f"state {path} has version {header.get('version')} of the format; this release reads "
+            f"state {path} has version {header.get('version')!s:.40} of the format; this release reads "
             f"{VERSION}"
         )
     return header, tensors
+
+
+def _mapped(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt", device="cpu") as file:
+        return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _copied(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Nothing that happens to the file afterwards is seen; what is checked is what is used."""
+    from safetensors.torch import load
+
+    content = path.read_bytes()
+    tensors = load(content)
+    size = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + size]).get("__metadata__") or {}, tensors
+
+
+def _reason(error: Exception) -> str:
+    """An error as part of a line."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(text).split())[:200]
 
 
 def _identity(model: GKAForCausalLM) -> dict[str, Any]:
@@ -115,15 +156,18 @@ def _layout(config: GKAConfig) -> dict[str, Any]:
 
 def _check_identity(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
     """Raise `InputError` where the file is of another model."""
-    theirs, ours = found.get("model") or {}, expected["model"]
+    theirs, ours = found.get("model"), expected["model"]
+    theirs = theirs if isinstance(theirs, dict) else {}
     differing = [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]
     if differing:
-        shown = ", ".join(f"{n} {theirs.get(n)!r} not {ours.get(n)!r}" for n in differing[:4])
+        shown = ", ".join(
+            f"{n:.40} {theirs.get(n)!r:.200} not {ours.get(n)!r:.200}" for n in differing[:4]
+        )
         raise InputError(f"state {path} is of another model: {shown}")
     if found.get("dtype") != expected["dtype"]:
         raise InputError(
-            f"state {path} is of a model in {found.get('dtype')}, this one is in {expected['dtype']}: "
-            f"load the model with dtype=torch.{found.get('dtype')}"
+            f"state {path} is of a model in {found.get('dtype')!s:.40}, this one is in "
+            f"{expected['dtype']}: load the model with dtype=torch.{found.get('dtype')!s:.40}"
         )
     if found.get("weights") != expected["weights"]:
         raise InputError(

@@ -14,8 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from gka.commandline import leave_lost, stop_signals, terminals
 from gka.errors import InputError
-from gka.training.checkpoints import SEAL, seal
+from gka.storage import storage_errors
+from gka.training.checkpoints import SEAL, clear_cut_short, seal
 
 
 class Stop:
@@ -26,15 +28,16 @@ class Stop:
 
 @contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-    """SIGINT and SIGTERM ask for a stop instead of ending the process; the second one ends it."""
-    stop, former = Stop(), {}
+    """SIGINT, SIGTERM and SIGHUP ask for a stop instead of ending the process; the second one ends it."""
+    stop, former, shown = Stop(), {}, terminals()
 
     def note(number: int, _frame: Any) -> None:
         stop.signal = number
+        leave_lost(shown)
         signal.signal(number, former[number])
 
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in stop_signals():
             former[number] = signal.signal(number, note)
     try:
         yield stop
@@ -75,7 +78,10 @@ class SealCheckpoints(TrainerCallback):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()  # every process has written its own generator state
         if state.is_world_process_zero:
-            seal(self._folder(args, state))
+            folder = self._folder(args, state)
+            with storage_errors(f"checkpoint {folder}"):
+                seal(folder)
+            clear_cut_short(folder.parent, state.global_step)
 
     @staticmethod
     def _folder(args: TrainingArguments, state: TrainerState) -> Path:

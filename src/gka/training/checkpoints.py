@@ -2,15 +2,25 @@
 
 import os
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from gka.data.files import read_json, sha256_of, write_json
 from gka.errors import InputError
 from gka.training.folder import is_main_process
 
+if TYPE_CHECKING:
+    from transformers import TrainerState
+
 SEAL = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
+_ASIDE = re.compile(r"damaged-checkpoint-(\d+)(-\d+)?")
+# Without one of these the Trainer goes on in silence from something else than where it stopped.
+_NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+_WEIGHTS = (".safetensors", ".bin")
 
 
 def seal(folder: Path) -> None:
@@ -32,24 +42,107 @@ def fault(folder: Path) -> str | None:
         return "it was cut short while being written"
     try:
         files = read_json(folder / SEAL)
+        what = _fault_of_seal(folder, files)
         for name, expected in files.items():
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != expected["size"]:
-                return f"{name} has {path.stat().st_size} bytes, sealed with {expected['size']}"
-            if sha256_of(path) != expected["sha256"]:
-                return f"the content of {name} has changed since it was sealed"
+            what = what or _fault_of_file(folder / name, expected)
     except (InputError, KeyError, TypeError) as error:
         return f"{SEAL} is damaged ({error})"
+    return what
+
+
+def _fault_of_seal(folder: Path, files: dict[str, Any]) -> str | None:
+    """What a seal does not name though it must, or names though it must not."""
+    missing = [name for name in _NEEDED if name not in files]
+    if not any(name.startswith("rng_state") for name in files):
+        missing.append("rng_state.pth")
+    if not any(name.endswith(_WEIGHTS) and "training_args" not in name for name in files):
+        missing.append("weights")
+    if missing:
+        return f"{SEAL} does not name {', '.join(missing)}"
+    there = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    if extra := sorted(there - {SEAL, *files}):
+        return f"{extra[0]} is not among what was sealed"
+    if strange := [name for name in files if Path(name).name != name]:
+        return f"{SEAL} names {strange[0]!r}, which is no file of a checkpoint"
     return None
+
+
+def _fault_of_file(path: Path, expected: dict[str, Any]) -> str | None:
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if path.stat().st_size != expected["size"]:
+        return f"{path.name} has {path.stat().st_size} bytes, sealed with {expected['size']}"
+    if sha256_of(path) != expected["sha256"]:
+        return f"the content of {path.name} has changed since it was sealed"
+    return None
+
+
+def clear_cut_short(folder: Path, step: int) -> None:
+    """Delete what was set aside unsealed, up to `step`, of which a whole checkpoint is there now.
+
+    A save that was killed left it, and the run has been there again. What had been sealed is kept: it was
+    whole once, and somebody may want to look at it. So is everything while no whole one has its place.
+    """
+    if not (folder / f"checkpoint-{step}" / SEAL).is_file():
+        return
+    for path in folder.iterdir():
+        found = _ASIDE.fullmatch(path.name)
+        if found is None or int(found[1]) > step or path.is_symlink():
+            continue
+        if path.is_dir() and not (path / SEAL).exists():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def state_of(checkpoint: Path) -> "TrainerState":
+    """The Trainer's state in a checkpoint.
+
+    Raises:
+        InputError: it is unreadable, or of another step than the checkpoint.
+    """
+    from transformers import TrainerState
+
+    with loading(checkpoint):
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        history: object = state.log_history
+        rows = history if isinstance(history, list) else [None]
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError("log_history in trainer_state.json is no list of tables")
+        if f"checkpoint-{state.global_step}" != checkpoint.name:
+            raise ValueError(f"trainer_state.json is of step {state.global_step!r}")
+    return state
+
+
+@contextmanager
+def loading(checkpoint: str | Path | None) -> Iterator[None]:
+    """Name the checkpoint in whatever goes wrong while it is loaded.
+
+    Raises:
+        InputError: a file of it is unreadable, does not fit the run, or holds more than numbers.
+    """
+    from pickle import UnpicklingError
+
+    try:
+        yield
+    except InputError:
+        raise
+    except UnpicklingError as error:
+        raise InputError(
+            f"{checkpoint} cannot be loaded: a file of it holds objects that no checkpoint has; nothing of "
+            "them was run. Move it away and resume from the one before"
+        ) from error
+    except Exception as error:  # each reader has exceptions of its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"{checkpoint} cannot be loaded: {reason}; it does not fit this run's settings, or was altered. "
+            "Move it away and resume from the one before"
+        ) from error
 
 
 def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
     """The newest whole checkpoint in `folder`; None if there is none.
 
-    Damaged ones that are newer are set aside as `damaged-checkpoint-N`, never loaded nor deleted,
-    and `say` is told which and why.
+    Damaged ones that are newer are set aside as `damaged-checkpoint-N`, never loaded, and `say` is told which
+    and why; `clear_cut_short` deletes those that a later save has made superfluous.
     """
     found = [(int(m[1]), path) for path in folder.glob("*") if (m := _NAME.fullmatch(path.name))]
     for _, path in sorted(found, reverse=True):

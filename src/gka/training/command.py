@@ -9,6 +9,7 @@ from typing import Any
 
 import typer
 
+from gka.commandline import text_console
 from gka.errors import InputError
 from gka.training import options as opt
 from gka.training.config import RunConfig, merged, read_recipe
@@ -58,13 +59,11 @@ def train(
 
 
 def _run(config: RunConfig, folder: Path, given: Tables, *, resume: bool, overwrite: bool) -> None:
-    from rich.console import Console
-
     from gka.training import folder as files
     from gka.training import report, run
 
     silence_libraries()
-    console = Console(quiet=not files.is_main_process())
+    console = text_console(quiet=not files.is_main_process())
     if resume and any(given.values()) and not (folder / files.RUN).exists():
         # A whole command can be repeated until its run is complete, by make or by a job queue.
         console.print(f"no run in {folder} yet: starting one", highlight=False, soft_wrap=True)
@@ -81,7 +80,7 @@ def _run(config: RunConfig, folder: Path, given: Tables, *, resume: bool, overwr
             soft_wrap=True,
         )
         raise typer.Exit(INTERRUPTED + stop.signal) from None
-    console.print(report.table(metrics))
+    console.print(files.drawn(report.table, metrics, folder))
     for what, name in {"model": files.MODEL, "figures": files.METRICS, "plot": files.PLOT}.items():
         console.print(f"{what + ':':8} {folder / name}", highlight=False, soft_wrap=True)
 

@@ -1,18 +1,24 @@
 """What a training run is: three tables (data, model, training), read from TOML, checked by name."""
 
 import dataclasses
+import math
 import tomllib
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from gka.errors import InputError
 
 PRECISIONS = ("float32", "bfloat16")
-RECIPES = Path(__file__).resolve().parents[3] / "recipes"
+MOST = 2**31 - 1
+"""The largest count that is taken."""
+MOST_SEED = 2**32 - 1
+"""The largest seed that all generators of random numbers take."""
+Command = Literal["train", "prime"]
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 # Decided by the tokenizer, so that model and data cannot disagree.
 FROM_TOKENIZER = ("vocab_size", "eos_token_id", "pad_token_id", "bos_token_id")
 
@@ -27,6 +33,8 @@ class DataConfig:
         tokenizer: "bytes", or a Hugging Face tokenizer's folder or name.
         sequence_length: tokens in a block.
         eval_fraction: share of the tokens held out, by whole documents.
+        hash_sources: read all text once before each run to see whether it has changed; else names, places,
+            sizes, inodes and times of modification and change tell.
     """
 
     text: tuple[str, ...] = ()
@@ -34,11 +42,12 @@ class DataConfig:
     tokenizer: str = "bytes"
     sequence_length: int = 512
     eval_fraction: float = 0.01
+    hash_sources: bool = False
 
     def __post_init__(self) -> None:
-        _require(
-            self.sequence_length >= 2, "data.sequence_length", self.sequence_length, "2 or more"
-        )
+        length = self.sequence_length
+        _require(length >= 2, "data.sequence_length", length, "2 or more")
+        _require(length <= MOST, "data.sequence_length", length, f"{MOST} or less")
         ok = 0 < self.eval_fraction < 1
         _require(ok, "data.eval_fraction", self.eval_fraction, "between 0 and 1")
 
@@ -90,9 +99,18 @@ class TrainingConfig:
         least |= dict.fromkeys(("warmup_steps", "weight_decay", "max_grad_norm", "seed"), 0)
         for name, number in least.items():
             self.require(getattr(self, name) >= number, name, f"{number} or more")
+        self._check_largest()
         self.require(self.learning_rate > 0, "learning_rate", "above 0")
         self.require(0 < self.adam_beta2 < 1, "adam_beta2", "in (0, 1)")
         self.require(self.precision in PRECISIONS, "precision", " or ".join(map(repr, PRECISIONS)))
+
+    def _check_largest(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, float):
+                self.require(math.isfinite(value), name, "a finite number")
+            elif isinstance(value, int):
+                most = MOST_SEED if name == "seed" else MOST
+                self.require(value <= most, name, f"{most} or less")
 
     def require(self, condition: bool, name: str, expected: str) -> None:
         """Raise `InputError` about the field `name` unless `condition` holds."""
@@ -139,13 +157,13 @@ class RunConfig:
         )
 
 
-def read_recipe(name: str) -> dict[str, dict[str, Any]]:
-    """The tables of a recipe: a .toml file, or the name of one in recipes/.
+def read_recipe(name: str, command: Command = "train") -> dict[str, dict[str, Any]]:
+    """The tables of a recipe: a .toml file, or the name of one in ./recipes or in the package.
 
     Raises:
-        InputError: if there is no such recipe (those there are are named) or it is not TOML.
+        InputError: if `command` has no such recipe (those it has are named) or it is not TOML.
     """
-    path = Path(name) if name.endswith(".toml") else _named_recipe(name)
+    path = Path(name) if name.endswith(".toml") else _named_recipe(name, command)
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -181,15 +199,27 @@ def _complete(given: Mapping[str, Any]) -> dict[str, Any]:
     return model
 
 
-def _named_recipe(name: str) -> Path:
+def _named_recipe(name: str, command: Command) -> Path:
     folders = [Path("recipes"), RECIPES]
     found = {path.stem: path for folder in reversed(folders) for path in folder.glob("*.toml")}
+    if name in found and _is_for(found[name]) != command:
+        raise InputError(f"recipe {name!r} is one of gka {_is_for(found[name])}")
     if name not in found:
-        known = ", ".join(sorted(found)) or "none here"
+        mine = sorted(name for name, path in found.items() if _is_for(path) == command)
         raise InputError(
-            f"recipe {name!r} is unknown; known: {known}; or give a path to a .toml file"
+            f"recipe {name!r} is unknown; known: {', '.join(mine) or 'none here'}; "
+            "or give a path to a .toml file"
         )
     return found[name]
+
+
+def _is_for(recipe: Path) -> Command:
+    """The command that a recipe is for: those with a table [prime] prime."""
+    try:
+        tables = tomllib.loads(recipe.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError):
+        return "train"  # what is wrong with it is said when it is read
+    return "prime" if "prime" in tables else "train"
 
 
 def build_table(kind: type, table: str, values: Mapping[str, Any]) -> Any:

@@ -5,6 +5,8 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from gka.storage import only_maker
+
 Source = Annotated[Path, Argument(help="Folder of a model, in any format that this library reads.")]
 Target = Annotated[
     str,
@@ -29,5 +31,6 @@ def convert(folder: Source, to: Target, output: Output, max_shard_size: ShardSiz
 
     folder = model_folder(folder)
     model = load_gka(folder, device="cpu")
-    save_as(model, output, to, max_shard_size=max_shard_size, extra_files=folder)
+    with only_maker(output, "--output"):
+        save_as(model, output, to, max_shard_size=max_shard_size, extra_files=folder)
     print(f"{output}: {to}, {sum(p.numel() for p in model.parameters()):,} parameters")

@@ -7,18 +7,23 @@ metrics.json       figures, loss curves, versions, hardware; there once the run 
 loss.png           the curves
 """
 
+import hashlib
+import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 from gka.data.files import read_json, write_json
 from gka.errors import InputError
+from gka.storage import is_empty, only_writer, storage_errors
 from gka.training.config import merged
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 RUN, CHECKPOINTS, MODEL, METRICS, PLOT = (
     "run.json",
@@ -28,6 +33,8 @@ RUN, CHECKPOINTS, MODEL, METRICS, PLOT = (
     "loss.png",
 )
 FORMAT = 1
+# Where sources lie may change; what they hold has checksums of its own.
+_PLACES = {"data": ("text", "chat"), "prime": ("teacher",)}
 # Written by `gka prime` beside those: its two stages and its report.
 STAGES, REPORT = ("stage1", "stage2"), "report"
 
@@ -44,10 +51,11 @@ class Settings(Protocol):
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
+@contextmanager
 def open_output(
     output: Path, console: "Console", *, resume: bool, overwrite: bool
-) -> dict[str, Any] | None:
-    """Check where a run is to write, and tell whether there is anything left to do.
+) -> Iterator[dict[str, Any] | None]:
+    """Check where a run is to write, tell whether there is anything left to do, and keep others out.
 
     Args:
         output: the run's folder.
@@ -55,17 +63,20 @@ def open_output(
         resume: go on with the run in it.
         overwrite: it may be replaced.
 
-    Returns:
+    Yields:
         The metrics of a run that was to go on and is complete; None: there is a run to do.
 
     Raises:
-        InputError: `output` may not be used; nothing has been changed.
+        InputError: `output` may not be used, or another process writes it; nothing has been changed.
     """
     _check_output(output, resume, overwrite)
-    if not resume or not (output / METRICS).exists():
-        return None
-    console.print(f"The run in {output} is complete; there is nothing to resume.")
-    return read_json(output / METRICS)
+    if resume and (output / METRICS).exists():
+        console.print(f"The run in {output} is complete; there is nothing to resume.", markup=False)
+        yield read_json(output / METRICS)
+        return
+    with only_writer(output) if is_main_process() else nullcontext():
+        _check_output(output, resume, overwrite)  # another run may have ended in between
+        yield None
 
 
 def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
@@ -82,7 +93,7 @@ def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
         stored_tables(output)
     elif output.exists() and not output.is_dir():
         raise InputError(f"output {output} is a file; give a folder")
-    elif output.is_dir() and any(output.iterdir()):
+    elif output.is_dir() and not is_empty(output):
         if not (output / RUN).is_file():
             raise InputError(f"output {output} is not empty and holds no run; give another folder")
         if not overwrite:
@@ -90,10 +101,6 @@ def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
                 f"output {output} already holds a run; go on with --resume, replace it with "
                 "--overwrite, or give another folder"
             )
-    try:
-        output.mkdir(parents=True, exist_ok=True)  # better to fail now than after the training
-    except OSError as error:
-        raise InputError(f"output {output} cannot be made: {error.strerror}") from None
 
 
 def is_main_process() -> bool:
@@ -123,11 +130,13 @@ def resumed_config(
     Raises:
         InputError: naming the first setting that differs, or that the run is of another command.
     """
-    stored = stored_tables(output)
-    if set(stored) != set(kind.from_tables({}).tables()):
+    tables = stored_tables(output)
+    if set(tables) != set(kind.from_tables({}).tables()):
         raise InputError(
-            f"the run in {output} is of another command: its tables are {', '.join(stored)}"
+            f"the run in {output} is of another command: its tables are {', '.join(tables)}"
         )
+    config = _believed(output, kind, tables)
+    stored = config.tables()
     asked = kind.from_tables(merged(stored, given)).tables()
     for table, values in asked.items():
         for key, value in values.items():
@@ -136,7 +145,48 @@ def resumed_config(
                     f"{table}.{key} is {value!r}, but the run in {output} began with "
                     f"{stored[table].get(key)!r}; a resumed run keeps its settings"
                 )
-    return kind.from_tables(stored)
+    return config
+
+
+def _believed(output: Path, kind: type[AnySettings], tables: dict[str, Any]) -> AnySettings:
+    """The settings in run.json, each of its type and range, and as they were written."""
+    try:
+        config = kind.from_tables(tables)
+    except InputError as error:
+        raise InputError(f"{output / RUN}: {error}") from None
+    noted = read_json(output / RUN).get("config_sha256")
+    if noted is not None and noted != _settings_checksum(tables):  # older runs have none
+        raise InputError(
+            f"{output / RUN}: its settings have changed since the run began (their checksum differs); "
+            "restore them, or start a new run"
+        )
+    return config
+
+
+def _settings_checksum(tables: Mapping[str, Mapping[str, Any]]) -> str:
+    """SHA-256 of the settings, but for the places of what is read."""
+    kept = {
+        table: {key: value for key, value in values.items() if key not in _PLACES.get(table, ())}
+        for table, values in tables.items()
+    }
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def drawn(
+    draw: Callable[[dict[str, Any]], "Table"], metrics: dict[str, Any], output: Path
+) -> "Table":
+    """The table of a run's metrics.
+
+    Raises:
+        InputError: they were read from a file that lacks some.
+    """
+    try:
+        return draw(metrics)
+    except (KeyError, TypeError, ValueError, AttributeError, LookupError) as error:
+        raise InputError(
+            f"{output / METRICS} is no account of a complete run ({error!r}); move it away to run the end "
+            "again"
+        ) from None
 
 
 def begin(
@@ -168,7 +218,9 @@ def begin(
         return
     if overwrite:
         _remove_run(output)
-    write_json(output / RUN, {"format": FORMAT, "config": config.tables()} | checksums)
+    tables = config.tables()
+    content = {"format": FORMAT, "config": tables, "config_sha256": _settings_checksum(tables)}
+    write_json(output / RUN, content | checksums)
 
 
 def _remove_run(output: Path) -> None:
@@ -181,11 +233,20 @@ def _remove_run(output: Path) -> None:
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Save model and tokenizer beside `folder`, then put them there at once."""
+    """Save model and tokenizer beside `folder`, then put them there at once.
+
+    Raises:
+        StorageError: the disk is full, say; what was in `folder` is still there.
+    """
     fresh = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
     model.config.use_cache = True  # the Trainer turns it off; whoever loads the model wants it
-    model.save_pretrained(fresh)
-    tokenizer.save_pretrained(fresh)
-    shutil.rmtree(folder, ignore_errors=True)
-    fresh.rename(folder)
+    advice = "the checkpoints are kept: free space, then go on with --resume"
+    with storage_errors(f"model {folder}", advice=advice):
+        shutil.rmtree(fresh, ignore_errors=True)
+        try:
+            model.save_pretrained(fresh)
+            tokenizer.save_pretrained(fresh)
+            shutil.rmtree(folder, ignore_errors=True)
+            fresh.rename(folder)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)

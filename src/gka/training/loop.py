@@ -85,7 +85,7 @@ def tokens_of_a_step(config: TrainingConfig, sequence_length: int, processes: in
 
 def _last_checkpoint(folder: Path, console: "Console") -> Path | None:
     def say(text: str) -> None:
-        console.print(text, highlight=False, soft_wrap=True)
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     last = checkpoints.newest(folder, say)
     say(f"resuming from {last}" if last else "no whole checkpoint: starting from step 0")
@@ -97,9 +97,7 @@ def _is_at_the_end(trainer: "Trainer", checkpoint: Path, max_steps: int) -> bool
 
     The Trainer would go on: in the midst of an epoch it takes a step before it asks whether it is done.
     """
-    from transformers import TrainerState
-
-    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    state = checkpoints.state_of(checkpoint)
     if state.global_step < max_steps:
         return False
     trainer._load_from_checkpoint(str(checkpoint))

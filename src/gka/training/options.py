@@ -82,7 +82,10 @@ Output = Annotated[
 ]
 Recipe = Annotated[
     str | None,
-    Option(help="A name in recipes/ or a .toml file; options win over it.", rich_help_panel=_RUN),
+    Option(
+        help="A name (cpu, gpu; prime-cpu, prime-gpu) or a .toml file; options win.",
+        rich_help_panel=_RUN,
+    ),
 ]
 Settings = Annotated[
     list[str] | None,

@@ -1,5 +1,6 @@
 """One training run, from text to a saved model and what there is to say about it."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,11 +46,18 @@ def train(
 
     Raises:
         InputError: if anything given cannot be used; nothing is deleted or overwritten then.
-        Interrupted: after SIGINT or SIGTERM, when the checkpoint is written.
+        Interrupted: after SIGINT, SIGTERM or SIGHUP, when the checkpoint is written.
     """
-    complete = files.open_output(output, console, resume=resume, overwrite=overwrite)
-    if complete is not None:
-        return complete
+    with files.open_output(output, console, resume=resume, overwrite=overwrite) as complete:
+        if complete is not None:
+            return complete
+        return _train(config, output, console, resume, overwrite)
+
+
+def _train(
+    config: RunConfig, output: Path, console: "Console", resume: bool, overwrite: bool
+) -> dict[str, Any]:
+    """`train`, in a folder that is this process's alone."""
     tokenizer = load_tokenizer(config.data.tokenizer)
     packed = pack_text(config.data, tokenizer, console)
     blocks = token_blocks(packed, config.data.sequence_length, config.data.eval_fraction)
@@ -75,6 +83,7 @@ def build_model(config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> "Pre
     from transformers import set_seed
 
     from gka.models import GKAConfig, GKAForCausalLM
+    from gka.models.checks import fewest_parameters
     from gka.training.trainer import recompute_layers
 
     special = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.eos_token_id}
@@ -89,13 +98,26 @@ def build_model(config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> "Pre
                 **special,
             }
         )
+        _check_memory(fewest_parameters(settings))
         set_seed(config.training.seed)
         model = GKAForCausalLM(settings)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, MemoryError) as error:
         raise InputError(f"[model]: {error}") from error
     if config.training.gradient_checkpointing:
         recompute_layers(model)
     return model
+
+
+def _check_memory(parameters: int) -> None:
+    """Raise `InputError` if so many float32 numbers are more than this machine's memory."""
+    if not hasattr(os, "sysconf"):
+        return
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if 4 * parameters > there:
+        raise InputError(
+            f"{parameters:.3g} parameters or more take {parameters * 4 / 2**30:.3g} GiB, and this machine "
+            f"has {there / 2**30:.3g} GiB; lower hidden_size, num_hidden_layers or the vocabulary"
+        )
 
 
 def pack_text(
@@ -106,7 +128,7 @@ def pack_text(
     Raises:
         InputError: if the text cannot be used.
     """
-    documents = find_documents(data.text, data.glob)
+    documents = find_documents(data.text, data.glob, hashed=data.hash_sources)
     what = "text" if data.text else "Python's standard library"
     with console.status(f"reading {what}") as status:
         done = iter(range(1, len(documents) + 1))

@@ -1,12 +1,17 @@
 """Hugging Face's Trainer, set up for these models."""
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from gka.errors import StorageError
 from gka.layers import decayed_parameters
+from gka.storage import storage_errors
+from gka.training.checkpoints import SEAL, loading
 from gka.training.config import TrainingConfig
 
 
@@ -24,7 +29,32 @@ class SelectiveDecay:
 
 
 class DecoderTrainer(SelectiveDecay, Trainer):
-    """Trainer whose weight decay leaves out what should not shrink."""
+    """Trainer whose weight decay leaves out what should not shrink, and whose errors name the checkpoint."""
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        advice = "earlier checkpoints are kept: free space, then go on with --resume"
+        try:
+            with storage_errors(f"checkpoint {folder}", advice=advice):
+                super()._save_checkpoint(model, trial)
+        except StorageError:
+            if not (folder / SEAL).exists():
+                shutil.rmtree(
+                    folder, ignore_errors=True
+                )  # a part of one; it takes the room that is missing
+            raise
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with loading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with loading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with loading(checkpoint):
+            super()._load_rng_state(checkpoint)
 
 
 def arguments(config: TrainingConfig, folder: Path) -> TrainingArguments:

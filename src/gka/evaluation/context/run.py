@@ -68,8 +68,8 @@ class Grid:
             raise InputError(f"depths is {self.depths}; expected numbers from 0 to 1")
         if self.samples < 1:
             raise InputError(f"samples is {self.samples}; expected 1 or more")
-        if self.seed < 0:
-            raise InputError(f"seed is {self.seed}; expected 0 or more")
+        if not 0 <= self.seed < 2**64:
+            raise InputError(f"seed is {self.seed}; expected a number from 0 to {2**64 - 1}")
 
     def cells(self) -> list["Cell"]:
         """All cells, short lengths first."""
@@ -214,9 +214,10 @@ def load_records(result_file: Path) -> dict[str, dict[str, Any]]:
 
 
 def model_fingerprint(folder: Path) -> str:
-    """SHA-256 over the names, sizes and modification times of a model's files."""
+    """SHA-256 over the names, sizes, times of modification and change, and inodes of a model's files."""
     files = sorted(path for path in model_folder(folder).iterdir() if path.is_file())
-    facts = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    stats = [(f.name, f.stat()) for f in files]
+    facts = [[n, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for n, s in stats]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

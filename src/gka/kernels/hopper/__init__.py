@@ -23,6 +23,7 @@ CHUNK = 64
 _PARTS = (
     "tensor_cores",
     "numbers",
+    "decay",
     "chunk",
     "fragments",
     "ridge",
@@ -110,9 +111,9 @@ def why_not(
 
 
 SCAN_PARTS = {
-    "sums": ("inputs", "scan", "state", "weights", "products"),
+    "sums": ("inputs", "decay", "scan", "state", "weights", "products"),
     "combine": ("scan",),
-    "scan": ("inputs", "scan", "state", "weights", "products"),
+    "scan": ("inputs", "decay", "scan", "state", "weights", "products"),
 }
 SCANS = tuple(f"{part}_{direction}" for part in SCAN_PARTS for direction in ("states", "back"))
 

@@ -3,12 +3,6 @@
 constexpr float TINY = 1e-30f;  // below it a tile, or a row, counts as zero, and its scale as one
 
 constexpr float LOG2_E = 1.44269504f;
-
-// A log decay, not below RESET, whose exp is zero: -inf would give inf - inf between the tokens behind it, and a
-// sum would swallow what follows -1e18. 64 of them sum to 8192: 5e-4 of what follows, a 16-bit operand's rounding.
-constexpr float RESET = -128.f;
-DEVICE float log_decay(float g) { return g < RESET ? RESET : g; }  // NaN stays NaN
-
 DEVICE float power_of_two(float x) {  // one instruction; zero where float32 has only subnormal numbers
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

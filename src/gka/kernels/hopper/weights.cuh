@@ -100,7 +100,7 @@ struct Weights {
     if constexpr (KIND != STATES && EVERY) stored_bound = from.stored_bound;
     float2 g = {0.f, 0.f};
     if (decay != nullptr) g = *(const float2*)(from.g + row);
-    g = {log_decay(g.x), log_decay(g.y)};
+    g.x = log_decay(g.x), g.y = log_decay(g.y);
     float sum = g.x + g.y;
 #pragma unroll
     for (int i = 1; i < 32; i <<= 1) {

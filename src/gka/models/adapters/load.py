@@ -14,6 +14,7 @@ from gka.errors import InputError
 from gka.models.adapters import Adapter, adapter_of
 from gka.models.adapters.files import check_stored
 from gka.models.configuration import GKAConfig
+from gka.models.foreign_code import refuse_code
 
 if TYPE_CHECKING:
     from gka.models.decoder import GKAPreTrainedModel
@@ -35,9 +36,11 @@ def load_with(
 
     Raises:
         InputError: a foreign checkpoint whose configuration has no meaning here, or whose weights are
-            missing, left over, misshapen or damaged. Nothing is initialised in their place.
+            missing, left over, misshapen or damaged. Nothing is initialised in their place. Or a
+            configuration that asks for code from elsewhere.
     """
     theirs = stored_config(name, options)
+    refuse_code(f"model {name}", theirs or {})
     adapter = None if theirs is None else adapter_of(theirs)
     if adapter is None or theirs is None:
         return load(name, *args, **options)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from gka.errors import InputError
 from gka.layers.decay import DECAY_PARAMETERS
 from gka.layers.heads import split_heads
 from gka.models.adapters import ADAPTERS, Adapter
+from gka.storage import draft_folder, storage_errors
 
 if TYPE_CHECKING:
     from gka.models.causal_lm import GKAForCausalLM
@@ -54,6 +54,7 @@ def save_as(
 
     Raises:
         InputError: the format is unknown or cannot express the model, or the folder is in use.
+        StorageError: the folder cannot be written: the disk is full, say. Nothing of it is left.
     """
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -61,18 +62,16 @@ def save_as(
     if format != OURS and format not in ADAPTERS:
         raise InputError(f"format {format!r} is unknown; choose {OURS}, {', '.join(ADAPTERS)}")
     values = None if format == OURS else foreign_config(model.config, format)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        _fill(draft, model, values, ADAPTERS.get(format), max_shard_size)
-        if extra_files is not None:
-            _copy_others(Path(extra_files), draft)
-        draft.chmod(0o777 & ~_umask())
-        if target.exists():
-            target.rmdir()
-        os.replace(draft, target)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    with storage_errors(f"model {target}"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with draft_folder(target) as draft:
+            _fill(draft, model, values, ADAPTERS.get(format), max_shard_size)
+            if extra_files is not None:
+                _copy_others(Path(extra_files), draft)
+            draft.chmod(0o777 & ~_umask())
+            if target.exists():
+                target.rmdir()
+            os.replace(draft, target)
 
 
 def foreign_config(config: GKAConfig, format: str) -> dict[str, Any]:

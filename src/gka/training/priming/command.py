@@ -6,6 +6,7 @@ from typing import Any
 
 import typer
 
+from gka.commandline import text_console
 from gka.errors import InputError
 from gka.training.command import (
     INTERRUPTED,
@@ -66,7 +67,9 @@ def prime(
     }
     tables["data"]["sequence_length"] = sequence_length
     given = merged(
-        read_recipe(recipe) if recipe else {}, given_tables(tables), assigned_tables(settings or [])
+        read_recipe(recipe, "prime") if recipe else {},
+        given_tables(tables),
+        assigned_tables(settings or []),
     )
     tokens = {"stage1": stage1_tokens, "stage2": stage2_tokens}
     _run(_with_tokens(given, tokens), output, resume=resume, overwrite=overwrite)
@@ -93,8 +96,6 @@ def _with_tokens(given: Tables, tokens: dict[str, int | None]) -> Tables:
 
 
 def _run(given: Tables, output: Path | None, *, resume: bool, overwrite: bool) -> None:
-    from rich.console import Console
-
     from gka.training import folder as files
     from gka.training.loop import Interrupted
     from gka.training.priming import report, run
@@ -102,7 +103,7 @@ def _run(given: Tables, output: Path | None, *, resume: bool, overwrite: bool) -
     config = PrimeConfig.from_tables(given)
     folder = output or Path("runs") / f"prime-{config.prime.mixer}"
     silence_libraries()
-    console = Console(quiet=not files.is_main_process())
+    console = text_console(quiet=not files.is_main_process())
     if resume and config.prime.teacher and not (folder / files.RUN).exists():
         # A whole command can be repeated until its run is complete, by make or by a job queue.
         console.print(f"no run in {folder} yet: starting one", highlight=False, soft_wrap=True)
@@ -123,7 +124,7 @@ def _run(given: Tables, output: Path | None, *, resume: bool, overwrite: bool) -
             soft_wrap=True,
         )
         raise typer.Exit(INTERRUPTED + stop.signal) from None
-    console.print(report.table(metrics))
+    console.print(files.drawn(report.table, metrics, folder))
     places = {"model": files.MODEL, "figures": files.METRICS, "report": files.REPORT}
     for what, name in places.items():
         console.print(f"{what + ':':8} {folder / name}", highlight=False, soft_wrap=True)

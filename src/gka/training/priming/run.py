@@ -100,13 +100,21 @@ def prime(
 
     Raises:
         InputError: if anything given cannot be used; nothing is deleted or overwritten then.
-        Interrupted: after SIGINT or SIGTERM, when the checkpoint is written.
+        Interrupted: after SIGINT, SIGTERM or SIGHUP, when the checkpoint is written.
     """
-    complete = files.open_output(output, console, resume=resume, overwrite=overwrite)
-    if complete is not None:
-        return complete
-    teacher = load_teacher(config.prime.teacher)
-    job = _opened(config, output, console, resume, teacher, probe)
+    with files.open_output(output, console, resume=resume, overwrite=overwrite) as complete:
+        if complete is not None:
+            return complete
+        teacher = load_teacher(config.prime.teacher)
+        job = _opened(config, output, console, resume, teacher, probe)
+        return _primed(job, teacher, overwrite=overwrite, picture=picture)
+
+
+def _primed(
+    job: Job, teacher: "GKAForCausalLM", *, overwrite: bool, picture: bool
+) -> dict[str, Any]:
+    """`prime`, in a folder that is this process's alone and with everything opened."""
+    config, output, resume = job.config, job.output, job.resume
     checksums = {"tokens_sha256": _checksum(job), "teacher_sha256": teacher_checksum(config)}
     files.begin(config, output, checksums, resume=resume, overwrite=overwrite)
     job.about = _about(job)

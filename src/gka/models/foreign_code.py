@@ -1,0 +1,66 @@
+"""Nothing that lies in a folder is run: the one way in which transformers is asked to read one.
+
+A model's folder may name Python files of its own (`auto_map`, `custom_generate`), or kernels to be fetched
+(`attn_implementation`). Left to itself transformers asks on standard input whether to run them, and takes the
+"y" of `yes |` for an answer.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from gka.errors import InputError
+
+_KERNELS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+_KERNELS += (
+    "experts_implementation",
+    "_experts_implementation",
+    "_experts_implementation_internal",
+)
+
+
+def without_code(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of any `from_pretrained`, with which it runs nothing of a folder's.
+
+    Raises:
+        InputError: `trust_remote_code` is asked for.
+    """
+    if options.get("trust_remote_code"):
+        raise InputError(
+            "trust_remote_code is set, but code that comes with a model is never run here; load it with "
+            "transformers itself if you trust it"
+        )
+    return {**options, "trust_remote_code": False}
+
+
+def read_tokenizer(name: Any, **options: Any) -> Any:
+    """`AutoTokenizer.from_pretrained`, without code of the folder's; options and errors are its own."""
+    return AutoTokenizer.from_pretrained(name, **without_code(options))
+
+
+def refuse_code(what: str, config: Mapping[str, Any]) -> None:
+    """Raise `InputError` if a config.json asks for kernels from elsewhere (a hub name, with a slash)."""
+    for key in _KERNELS:
+        values = config.get(key)
+        for value in values.values() if isinstance(values, dict) else [values]:
+            if isinstance(value, str) and "/" in value:
+                raise InputError(
+                    f"{what}: {key} in its config.json is {value!r}, code from elsewhere, which is never "
+                    "run; leave it out"
+                )
+
+
+def refuse_adapter_code(folder: Path) -> None:
+    """Raise `InputError` if the adapter in a folder has peft import a module that its configuration names."""
+    try:
+        content = json.loads((folder / "adapter_config.json").read_bytes())
+    except (OSError, ValueError):
+        return  # peft says what is wrong
+    if isinstance(content, dict) and content.get("megatron_config") is not None:
+        raise InputError(
+            f"adapter {folder}: megatron_config in its adapter_config.json makes peft import "
+            f"{content.get('megatron_core')!r}, code from elsewhere, which is never run; leave it out"
+        )
