@@ -6,15 +6,20 @@ with its reason; what transformers' tests skip by themselves says so in their ow
 
 import unittest
 from typing import Any, ClassVar
+from unittest import mock
 
 import torch
 
 from gka.models import GKAConfig, GKAForCausalLM, GKAModel
-from models.common import Nothing, common_tests
+from models.common import common_tests
 
 ModelTesterMixin, GenerationTesterMixin, ConfigTester = common_tests()
 
-SKIPPED: dict[str, str] = {}
+NO_GENERATION = "GenerationTesterMixin comes with transformers' repository alone"
+SKIPPED = {
+    "test_causal_lm_loss_honors_shift_labels": "shift_labels is refused: it comes with sequences split over "
+    "ranks, where recurrent states would have to travel",
+}
 
 
 class Tester:
@@ -69,6 +74,31 @@ class Common:
             self, config_class=GKAConfig, hidden_size=37, mixers=config.mixers
         ).run_common_tests()
 
+    def test_left_padding_compatibility(self) -> None:
+        """Left-padded prompts, which transformers leaves out where no attention weights are formed."""
+        test = getattr(super(), "test_left_padding_compatibility", None)
+        if test is None:
+            self.skipTest(NO_GENERATION)  # type: ignore[attr-defined]
+        with mock.patch.object(type(self), "has_attentions", True):
+            test()  # type: ignore[misc]
+
+    def _check_past_key_values_for_generate(
+        self, batch_size: int, past_key_values: Any, seq_length: int, config: Any
+    ) -> None:
+        """What each layer keeps; transformers' own version knows one convolution a layer."""
+        heads, dim = config.num_heads, config.head_dim
+        assert len(past_key_values) == len(config.pattern)
+        for mixer, layer in zip(config.pattern, past_key_values.layers, strict=True):
+            if mixer == "gka":
+                kept = [*layer.conv_states.values(), *layer.recurrent_states.values()]
+                shapes = [(batch_size, heads * dim, config.conv_size)] * 3
+                shapes += [(batch_size, heads, dim, dim)] * 2
+                assert [tuple(x.shape) for x in kept if x is not None] == shapes
+            else:
+                seen = min(seq_length, config.sliding_window - 1) if mixer == "swa" else seq_length
+                for x in (layer.keys, layer.values):
+                    assert tuple(x.shape) == (batch_size, heads, seen, dim)
+
 
 class PureTest(Common, ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):  # type: ignore[misc]
     mixers: ClassVar[list[str]] = ["gka", "gka"]
@@ -82,4 +112,4 @@ class WindowTest(Common, ModelTesterMixin, GenerationTesterMixin, unittest.TestC
     mixers: ClassVar[list[str]] = ["gka", "swa"]
 
 
-del ModelTesterMixin, GenerationTesterMixin, Nothing
+del ModelTesterMixin, GenerationTesterMixin

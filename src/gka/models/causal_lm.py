@@ -56,14 +56,13 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
         max_length_q: Tensor | int | None = None,
         max_length_k: Tensor | int | None = None,
         seq_idx: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         return_logits: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
     ) -> CausalLMOutputWithPast:
-        """Logits of the next token, and the loss against `labels` or `shift_labels`.
+        """Logits of the next token, and the loss against `labels`.
 
         The loss never needs the logits of all tokens at once (`gka.models.loss`), so in training mode they
         are left out where labels are given; in evaluation mode they are returned as well.
@@ -75,8 +74,6 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
             labels: [B,T] the tokens themselves, -100 where nothing is to be predicted; position t is
                 compared with label t+1, and the last token of a document with nothing, however documents
                 are told apart.
-            shift_labels: [B,T] what each position is to predict, -100 for nothing, taken as it is instead of
-                labels: whoever shards sequences shifts them before.
             use_cache: return a cache. None: `config.use_cache`, but never in training mode, with labels,
                 with packed sequences or under `torch.export`.
             logits_to_keep: logits of the last so many tokens only (0: all), or of these positions. Does
@@ -92,8 +89,7 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
             ValueError: inputs contradict each other, or attention weights are asked for.
         """
         past = one_cache(past_key_values, cache)
-        learns = labels is not None or shift_labels is not None
-        if use_cache is None and learns and past is None:
+        if use_cache is None and labels is not None and past is None:
             use_cache = False
         packing = Packing(
             cu_seqlens, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx, position_ids
@@ -115,10 +111,9 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
         )
         hidden = outputs.last_hidden_state
         loss = logits = None
-        if learns:
-            targets = _targets(hidden, labels, shift_labels, documents)
-            loss = self._loss(hidden, targets, num_items_in_batch)
-        if return_logits or (return_logits is None and not (learns and self.training)):
+        if labels is not None:
+            loss = self._loss(hidden, labels, documents, num_items_in_batch)
+        if return_logits or (return_logits is None and (labels is None or not self.training)):
             logits = self.lm_head(_kept(hidden, logits_to_keep))
         return CausalLMOutputWithPast(
             loss=loss,  # pyright: ignore[reportArgumentType]
@@ -128,9 +123,19 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
         )
 
     def _loss(
-        self, hidden: Tensor, targets: Tensor, num_items_in_batch: Tensor | int | None
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        documents: Documents,
+        num_items_in_batch: Tensor | int | None,
     ) -> Tensor:
         """Mean next-token loss. A head that adapters have changed is called as a module, all at once."""
+        if labels.shape != hidden.shape[:2]:
+            raise ValueError(
+                f"labels must have the tokens' shape {tuple(hidden.shape[:2])}, got {tuple(labels.shape)}"
+            )
+        labels = documents.row(labels.to(hidden.device))
+        targets = next_token_targets(labels, documents.cu_seqlens).flatten()
         hidden = hidden.flatten(0, 1)
         if _is_plain(self.lm_head):
             total = linear_cross_entropy(hidden, self.lm_head.weight, targets)
@@ -176,22 +181,6 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
     def _valid_auto_compile_criteria(self, model_kwargs: Any, generation_config: Any) -> bool:
         """False: `generate`'s mask grows by the token, and each length would compile anew."""
         return False
-
-
-def _targets(
-    hidden: Tensor, labels: Tensor | None, shift_labels: Tensor | None, documents: Documents
-) -> Tensor:
-    """What each of the B*T positions is to predict."""
-    name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
-    assert given is not None
-    if given.shape != hidden.shape[:2]:
-        raise ValueError(
-            f"{name} must have the tokens' shape {tuple(hidden.shape[:2])}, got {tuple(given.shape)}"
-        )
-    given = given.to(hidden.device)
-    if shift_labels is not None:
-        return given.flatten()
-    return next_token_targets(documents.row(given), documents.cu_seqlens).flatten()
 
 
 def _check_generation(config: GKAConfig, generation_config: Any, given: Any) -> None:
