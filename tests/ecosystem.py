@@ -51,8 +51,8 @@ class Setting:
             num_heads=4,
             num_iter=8,
             mixers=PATTERNS[pattern],
-            eos_token_id=self.tokenizer.eos_token_id,
-            pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=self.tokenizer.eos_token_id,  # pyright: ignore
+            pad_token_id=self.tokenizer.pad_token_id,  # pyright: ignore
         )
         gka.GKAForCausalLM(config).save_pretrained(self.path)
         self.tokenizer.save_pretrained(self.path)
@@ -92,8 +92,8 @@ def falls(trainer: Any) -> str:
 
 def sft(s: Setting, model: Any = None, **options: Any) -> Any:
     """trl's SFTTrainer on a few texts."""
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
+    from datasets import Dataset  # pyright: ignore
+    from trl import SFTConfig, SFTTrainer  # pyright: ignore
 
     peft_config = options.pop("peft_config", None)
     return SFTTrainer(
@@ -144,15 +144,15 @@ def check_sft_padding_free(s: Setting) -> str:
 
 def check_sft_lora(s: Setting) -> str:
     """trl SFT with LoRA on the default targets."""
-    from peft import LoraConfig
+    from peft import LoraConfig  # pyright: ignore
 
     trainer = sft(s, peft_config=LoraConfig(task_type="CAUSAL_LM"), learning_rate=5e-2)
     return falls(trainer)
 
 
 def dpo(s: Setting, **options: Any) -> Any:
-    from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
+    from datasets import Dataset  # pyright: ignore
+    from trl import DPOConfig, DPOTrainer  # pyright: ignore
 
     return DPOTrainer(
         model=options.pop("model", str(s.path)),
@@ -175,14 +175,14 @@ def check_dpo_object(s: Setting) -> str:
 
 def check_dpo_lora(s: Setting) -> str:
     """trl DPO with LoRA and without ref_model."""
-    from peft import LoraConfig
+    from peft import LoraConfig  # pyright: ignore
 
     return falls(dpo(s, peft_config=LoraConfig(task_type="CAUSAL_LM")))
 
 
 def adapt(s: Setting, config: Any) -> str:
     """Train an adapter by hand, generate, save, load again: the same logits."""
-    from peft import AutoPeftModelForCausalLM, get_peft_model
+    from peft import AutoPeftModelForCausalLM, get_peft_model  # pyright: ignore
 
     torch.manual_seed(1)
     model, batch = get_peft_model(s.load(), config).train(), s.batch()
@@ -210,7 +210,7 @@ def adapt(s: Setting, config: Any) -> str:
 
 def check_lora(s: Setting) -> str:
     """peft LoRA without target_modules, merged to the same logits."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, get_peft_model  # pyright: ignore
 
     said = adapt(s, LoraConfig(task_type="CAUSAL_LM"))
     model = get_peft_model(
@@ -228,28 +228,28 @@ def check_lora(s: Setting) -> str:
 
 def check_lora_all_linear(s: Setting) -> str:
     """peft LoRA with target_modules="all-linear"."""
-    from peft import LoraConfig
+    from peft import LoraConfig  # pyright: ignore
 
     return adapt(s, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
 
 
 def check_ia3(s: Setting) -> str:
     """peft IA3 without target_modules."""
-    from peft import IA3Config
+    from peft import IA3Config  # pyright: ignore
 
     return adapt(s, IA3Config(task_type="CAUSAL_LM"))
 
 
 def check_prompt_tuning(s: Setting) -> str:
     """peft prompt tuning: learned vectors before the text."""
-    from peft import PromptTuningConfig
+    from peft import PromptTuningConfig  # pyright: ignore
 
     return adapt(s, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5))
 
 
 def check_p_tuning(s: Setting) -> str:
     """peft p-tuning: the vectors come from a small network."""
-    from peft import PromptEncoderConfig
+    from peft import PromptEncoderConfig  # pyright: ignore
 
     options: dict[str, Any] = {"num_virtual_tokens": 5, "encoder_hidden_size": 16}
     return adapt(s, PromptEncoderConfig(task_type="CAUSAL_LM", **options))
@@ -257,7 +257,7 @@ def check_p_tuning(s: Setting) -> str:
 
 def check_prefix_tuning(s: Setting) -> str:
     """peft prefix tuning: keys and values for attention layers; refused where there are none."""
-    from peft import PrefixTuningConfig, get_peft_model
+    from peft import PrefixTuningConfig, get_peft_model  # pyright: ignore
 
     config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
     if s.attends:
@@ -274,7 +274,7 @@ def check_prefix_tuning(s: Setting) -> str:
 
 def check_feature_extraction(s: Setting) -> str:
     """peft's FEATURE_EXTRACTION wrapper around GKAModel."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, get_peft_model  # pyright: ignore
 
     model = get_peft_model(s.load().model, LoraConfig(task_type="FEATURE_EXTRACTION"))
     batch = s.batch()

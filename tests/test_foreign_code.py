@@ -231,7 +231,7 @@ def test_trust_is_refused_rather_than_ignored(clean: Path) -> None:
 def test_adapters_import_no_module(planted: Path, tmp_path: Path) -> None:
     """An adapter whose configuration names a module to import (peft's megatron_core) is refused."""
     plant_adapter(planted, tmp_path / "ran")
-    with pytest.raises(InputError, match="megatron_config .* 'planted', code from elsewhere"):
+    with pytest.raises(InputError, match=r"megatron_config .* 'planted', code from elsewhere"):
         refuse_adapter_code(planted)
     edit(planted / "adapter_config.json", megatron_config=None)
     refuse_adapter_code(planted)

@@ -129,7 +129,8 @@ def test_a_lock_is_not_written_through_a_link(tmp_path: Path) -> None:
 def test_without_locks_there_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
-    """Where the system or the file system has no locks, the command goes on and says so; it clears no drafts."""
+    """Where the system or the file system has no locks, the command goes on and says so; it clears no
+    drafts."""
 
     class Without:
         LOCK_EX = LOCK_NB = 0

@@ -61,7 +61,7 @@ class _Finder:
             return None
         spec = PathFinder.find_spec(fullname, path)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Then(spec.loader, _TELL[fullname])
+            spec.loader = _Then(spec.loader, _TELL[fullname])  # pyright: ignore
         return spec
 
 

@@ -142,7 +142,7 @@ def test_a_prefix_enters_the_attention_layers(build: Build, ids: Ids, mixers: li
     model, tokens = build(mixers=mixers), ids(2, 5)
     given = prefix(4, 8)
     index = mixers.index("attention" if "attention" in mixers else "swa")
-    keys = given.layers[index].keys.requires_grad_()
+    keys = given.layers[index].keys.requires_grad_()  # pyright: ignore
     out = model(tokens[:, :4], past_key_values=given)
     assert not torch.allclose(out.logits, model(tokens[:, :4]).logits, atol=1e-4)
     cache = getattr(out, CACHE_NAME)

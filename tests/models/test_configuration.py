@@ -188,7 +188,7 @@ def test_everything_transformers_writes_is_known():
 def test_transformers_names_of_head_counts():
     """num_attention_heads and num_key_value_heads are read, written and given; of a hybrid they are the
     softmax layers'."""
-    config = GKAConfig(num_attention_heads=8, num_key_value_heads=2)
+    config = GKAConfig(num_attention_heads=8, num_key_value_heads=2)  # pyright: ignore
     assert (config.num_heads, config.num_kv_heads) == (8, 2)
     assert not {"num_attention_heads", "num_key_value_heads"} & set(config.to_dict())
     config.num_attention_heads = 4

@@ -232,7 +232,7 @@ def test_other_masks_are_refused(
     if isinstance(mask[0][0], float):
         layer = build(mixers=mixers).model.layers[1].mixer
         with pytest.raises(ValueError, match=r"0 \(padding\) and 1 \(token\) only"):
-            layer(torch.zeros(1, 3, 32), attention_mask=torch.tensor(mask))
+            layer(torch.zeros(1, 3, 32), attention_mask=torch.tensor(mask))  # pyright: ignore
 
 
 def test_the_body_refuses_attention_weights_too(build: Build, ids: Ids) -> None:

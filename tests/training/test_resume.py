@@ -180,7 +180,8 @@ except Interrupted as stop:
 
 
 def test_a_closed_terminal_saves(tables: dict[str, Any], tmp_path: Path) -> None:
-    """When its terminal is closed a training saves a checkpoint and ends; writing to it is no error by then."""
+    """When its terminal is closed a training saves a checkpoint and ends; writing to it is no error by
+    then."""
     output = tmp_path / "run"
     command = [sys.executable, "-c", HUNG_UP, json.dumps(tables), str(output)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -168,7 +168,7 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
 
         Where peft finds none, it puts its prompt in front of every new token.
         """
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # pyright: ignore
         if "cache" in inputs:
             inputs["past_key_values"] = inputs.pop("cache")
         return inputs

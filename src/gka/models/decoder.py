@@ -143,7 +143,8 @@ class GKAModel(GKAPreTrainedModel):
         Args:
             input_ids: [B,T] token ids; or `inputs_embeds` [B,T,hidden_size] instead.
             attention_mask: [B,T] of 0/1 in any dtype, 1 for tokens, padding at either end; with a cache it
-                covers the past as well, [B,T_past+T] (without attention layers the last T are enough).
+                covers the past as well, [B,T_past+T] (a model without attention layers needs the last T
+                only).
             position_ids: [B,T] or [1,T] rotary positions. None: counted from the mask, packing and cache.
                 Where a token's position is not above that of the token before it in its row, another
                 document begins, and documents do not see each other. To look for that, a GPU is read once
@@ -181,7 +182,6 @@ class GKAModel(GKAPreTrainedModel):
         _check_inputs(self.config, input_ids, inputs_embeds, past)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        returns_cache = use_cache is not False
         if documents is None:
             packing = Packing(
                 cu_seqlens, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx, position_ids
@@ -189,6 +189,7 @@ class GKAModel(GKAPreTrainedModel):
             tokens = input_ids if inputs_embeds is None else inputs_embeds
             caching = past is not None or bool(use_cache)
             documents = find_documents(tokens, packing, attention_mask, caching)
+        returns_cache = use_cache is not False
         if use_cache is None:
             exported = torch.compiler.is_exporting()  # an exported program returns tensors alone
             wanted = self.config.use_cache and not self.training and not documents.packed

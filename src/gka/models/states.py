@@ -119,14 +119,14 @@ def with_prefix(config: GKAConfig, past: Any) -> Any:
     _, heads, dim = attention_heads(config)
     cache = GKACache(config)
     for index in attending:
-        keys, values = layers[index].keys, layers[index].values
-        if (keys.shape[1], keys.shape[3]) != (heads, dim):
+        keys, values = layers[index].keys, layers[index].values  # pyright: ignore
+        if (keys.shape[1], keys.shape[3]) != (heads, dim):  # pyright: ignore
             raise ValueError(
                 f"past_key_values: the attention layers have {heads} key and value heads of size {dim}, the "
-                f"prefix {keys.shape[1]} of {keys.shape[3]}; PrefixTuningConfig(num_attention_heads={heads}, "
+                f"prefix {keys.shape[1]} of {keys.shape[3]}; PrefixTuningConfig(num_attention_heads={heads}, "  # pyright: ignore
                 f"token_dim={heads * dim}) makes one that fits"
             )
-        _fill_attention(cache.layers[index], {"keys": keys, "values": values}, keys.shape[2])
+        _fill_attention(cache.layers[index], {"keys": keys, "values": values}, keys.shape[2])  # pyright: ignore
     cache.advance(past.get_seq_length())
     return cache
 

@@ -1,3 +1,4 @@
+# pyright: reportCallIssue=false
 """How a checked call of the delta rule runs: plain torch, or one operator to torch.compile and torch.export.
 
 Eager calls are differentiated by autograd as they run. Their loops have as many rounds as there are
@@ -71,7 +72,7 @@ def _run(
             o, state = _each_sequence(inputs, state, scale, bounds)
         else:
             layout = chunk_layout(q.shape[0], q.shape[1], CHUNK_SIZE, cu_seqlens, cu_seqlens_cpu)
-            o, state = delta_rule_chunks(*inputs, state, scale=scale, layout=layout)
+            o, state = delta_rule_chunks(*inputs, state, scale=scale, layout=layout)  # pyright: ignore
     return o.to(q.dtype), state
 
 
