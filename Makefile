@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 RUNS ?= runs
 JOBS ?= 2
 
-.PHONY: help install run test lint types imports check test-gpu bench-gpu tune-gpu bench-decode bench-generation bench-prefill bench clean
+.PHONY: help install run test test-transformers lint types imports check test-gpu bench-gpu tune-gpu bench-decode bench-generation bench-prefill bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -34,6 +34,22 @@ run: install ## train a small model on this CPU, complete a prompt, test the mem
 
 test: install ## all tests that need no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+# transformers' own tests come with its source distribution, not with its wheel
+TRANSFORMERS := transformers==5.24.0 --hash=sha256:906cb8c3cb2123575e263962586a4d21a979ce97feeb95fe6aaf66fe6ae88bf3
+THEIRS := $(VENV)/transformers-tests
+
+$(THEIRS)/tests/__init__.py: $(BIN)/.installed
+	mkdir -p $(THEIRS)
+	echo "$(TRANSFORMERS)" > $(THEIRS)/pinned.txt
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraint.txt parameterized
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary transformers --require-hashes --requirement $(THEIRS)/pinned.txt --dest $(THEIRS)
+	tar xzf $(THEIRS)/transformers-*.tar.gz -C $(THEIRS) --strip-components 1
+	touch $@
+
+test-transformers: $(THEIRS)/tests/__init__.py ## transformers' own tests of a model, on ours
+	$(BIN)/python -c "import transformers as t; assert '==' + t.__version__ in '$(firstword $(TRANSFORMERS))', t.__version__ + ' is installed, the tests are of $(firstword $(TRANSFORMERS))'"
+	OMP_NUM_THREADS=1 GKA_TRANSFORMERS_TESTS=$(THEIRS) $(BIN)/python -m pytest tests/models/test_transformers_common.py -rs
 
 lint: install ## ruff: style and formatting
 	$(BIN)/ruff check .

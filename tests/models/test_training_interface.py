@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
+from transformers.utils import find_labels
 
 from gka.models import GKAForCausalLM
 from gka.models.naming import CACHE_NAME
@@ -60,6 +61,15 @@ def test_accumulated_batches_equal_one_batch(build: Build, ids: Ids):
     parts = [p.grad for p in model.parameters() if p.grad is not None]
     for one, other in zip(parts, whole, strict=True):
         assert_close(one, other, 20 * RELATIVE[torch.float32])
+
+
+def test_labels_have_one_name(build: Build, ids: Ids):
+    """Trainer takes every argument with "label" in its name for one that evaluation needs: there is one.
+    shift_labels is refused with it: it comes with sequences split over ranks, which no layer here can run."""
+    model, tokens = build(), ids(1, 5)
+    assert find_labels(GKAForCausalLM) == ["labels"]
+    with pytest.raises(TypeError, match="shift_labels"):
+        model(tokens, labels=tokens, shift_labels=tokens)  # pyright: ignore[reportCallIssue]
 
 
 def test_an_adapted_head_is_respected(build: Build, ids: Ids):

@@ -1,5 +1,6 @@
 """GKAForCausalLM: the decoder with an output head, a loss, and `generate`."""
 
+from functools import wraps
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -161,6 +162,7 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
             if generation_config.is_assistant:
                 cache.activate_past_recording()
 
+    @wraps(GenerationMixin.prepare_inputs_for_generation)  # generate reads the signature
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """transformers' inputs of a step, the cache under the name that every version of peft looks for.
 
