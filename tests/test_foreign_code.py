@@ -29,8 +29,8 @@ class Tokenizer(PreTrainedTokenizerFast): pass
 class Model: pass
 def generate(model, *args, **kwargs): return None
 """
-TINY = "--sequence-length=16 --batch-size=2 --max-steps=1 --set=data.eval_fraction=0.3".split()
-TINY += "--hidden-size=16 --num-layers=1 --num-heads=2 --set=model.num_iter=3".split()
+TINY = ["--sequence-length=16", "--batch-size=2", "--max-steps=1", "--set=data.eval_fraction=0.3"]
+TINY += ["--hidden-size=16", "--num-layers=1", "--num-heads=2", "--set=model.num_iter=3"]
 
 
 class Pickled:
@@ -86,7 +86,7 @@ def plant_known_tokenizer(folder: Path, mark: Path) -> None:
 
 
 def plant_config(folder: Path, mark: Path) -> None:
-    auto = {name: "planted.Model" for name in ("AutoModel", "AutoModelForCausalLM")}
+    auto = dict.fromkeys(("AutoModel", "AutoModelForCausalLM"), "planted.Model")
     auto |= {"AutoConfig": "planted.Config", "AutoTokenizer": "planted.Tokenizer"}
     edit(folder / "config.json", auto_map=auto)
 
@@ -148,7 +148,7 @@ def commands(model: Path, folder: Path) -> list[list[str | Path]]:
     chat.write_text(3 * (json.dumps({"messages": turns}) + "\n"))
     torch.save(Pickled(folder / "ran"), state)
     few = ["--max-new-tokens=2", "--prompt=to"]
-    one = "--set=stage1.max_steps=0 --set=stage2.max_steps=0 --set=stage1.batch_size=2".split()
+    one = ["--set=stage1.max_steps=0", "--set=stage2.max_steps=0", "--set=stage1.batch_size=2"]
     one += ["--set=stage2.batch_size=2", "--sequence-length=16", "--set=data.eval_fraction=0.3"]
     asked = ["--lengths=256", "--tasks=perplexity", "--samples=1"]
     return [
@@ -231,7 +231,7 @@ def test_trust_is_refused_rather_than_ignored(clean: Path) -> None:
 def test_adapters_import_no_module(planted: Path, tmp_path: Path) -> None:
     """An adapter whose configuration names a module to import (peft's megatron_core) is refused."""
     plant_adapter(planted, tmp_path / "ran")
-    with pytest.raises(InputError, match="megatron_config .* 'planted', code from elsewhere"):
+    with pytest.raises(InputError, match=r"megatron_config .* 'planted', code from elsewhere"):
         refuse_adapter_code(planted)
     edit(planted / "adapter_config.json", megatron_config=None)
     refuse_adapter_code(planted)
