@@ -74,9 +74,9 @@ def test_a_lock_ends_with_its_owner(tmp_path: Path, how: str) -> None:
     child, draft = hold(folder, target, how)
     try:
         who = rf"process {child.pid} on host {socket.gethostname()} since \d{{4}}-.*; wait until"
-        with pytest.raises(InputError, match=f"output {folder} is being written by {who}"):
-            with only_writer(folder):
-                pass
+        told = pytest.raises(InputError, match=f"output {folder} is being written by {who}")
+        with told, only_writer(folder):
+            pass
         make_old(draft, 3600)
         clear_drafts(tmp_path, "corpus")
         assert (draft / "tokens").exists()
@@ -109,9 +109,9 @@ def test_a_folder_that_appears_at_once_is_locked_beside_it(tmp_path: Path) -> No
     """`only_maker` keeps others out of a folder that is not there yet, and does not make it."""
     with only_maker(tmp_path / "model"):
         assert not (tmp_path / "model").exists()
-        with pytest.raises(InputError, match=f"being written by process {os.getpid()} on host"):
-            with only_maker(tmp_path / "model"):
-                pass
+        told = pytest.raises(InputError, match=f"being written by process {os.getpid()} on host")
+        with told, only_maker(tmp_path / "model"):
+            pass
     assert not list(tmp_path.iterdir())
 
 
@@ -129,8 +129,7 @@ def test_a_lock_is_not_written_through_a_link(tmp_path: Path) -> None:
 def test_without_locks_there_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
-    """Where the system or the file system has no locks, the command goes on and says so; it clears no
-    drafts."""
+    """Where the system or the file system has no locks, commands go on and say so; no drafts are cleared."""
 
     class Without:
         LOCK_EX = LOCK_NB = 0
@@ -143,9 +142,9 @@ def test_without_locks_there_is_a_warning(
     draft = tmp_path / f".corpus.abcdefgh{DRAFT}"
     draft.mkdir()
     make_old(draft, 3600)
-    with pytest.warns(RuntimeWarning, match=r"run is not locked, as this system or file system"):
-        with only_writer(tmp_path / "run"):
-            pass
+    told = pytest.warns(RuntimeWarning, match=r"run is not locked, as this system or file system")
+    with told, only_writer(tmp_path / "run"):
+        pass
     with draft_folder(tmp_path / "corpus"):
         pass
     assert draft.exists()

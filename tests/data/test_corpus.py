@@ -1,6 +1,8 @@
 """Documents are found, named alike everywhere, and read exactly or refused."""
 
+import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,50 @@ def test_fingerprint_changes_with_any_source(tmp_path: Path) -> None:
     (tmp_path / "b").unlink()
     third = corpus.corpus_fingerprint(corpus.find_documents([str(tmp_path)]))
     assert len({first, second, third}) == 3
+
+
+@pytest.mark.parametrize("how", ["in place", "another file"])
+def test_a_change_without_change_of_size_and_time_is_seen(tmp_path: Path, how: str) -> None:
+    """A file that was written over, or replaced by another of the same size, and given its former time of
+    modification, is another source."""
+    _write(tmp_path, a=b"one", b=b"b")
+    first = corpus.corpus_fingerprint(corpus.find_documents([str(tmp_path)]))
+    path, before = tmp_path / "a", (tmp_path / "a").stat()
+    time.sleep(0.02)  # the clock of the file system ticks
+    if how == "in place":
+        path.write_bytes(b"two")
+    else:
+        (tmp_path / "new").write_bytes(b"two")
+        (tmp_path / "new").replace(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert corpus.corpus_fingerprint(corpus.find_documents([str(tmp_path)])) != first
+
+
+def test_hashed_sources_are_their_content(tmp_path: Path) -> None:
+    """With `hashed` the fingerprint follows names and content: not places and times, whatever they say."""
+    (tmp_path / "a").mkdir()
+    _write(tmp_path / "a", x=b"one", y=b"y")
+
+    def found(folder: str) -> str:
+        documents = corpus.find_documents([str(tmp_path / folder / "a")], hashed=True)
+        return corpus.corpus_fingerprint(documents)
+
+    first = found(".")
+    shutil.copytree(tmp_path / "a", tmp_path / "copy" / "a")
+    assert found("copy") == first
+    (tmp_path / "copy" / "a" / "x").write_bytes(b"two")
+    assert found("copy") != first
+
+
+def test_a_document_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    """A document is the file that was found, or an error that names it."""
+    _write(tmp_path, a=b"one")
+    (document,) = corpus.find_documents([str(tmp_path)], hashed=True)
+    corpus.check_unchanged(document)
+    (tmp_path / "a").write_bytes(b"longer")
+    with pytest.raises(InputError, match=r"a was changed while it was read; start again"):
+        corpus.check_unchanged(document)
 
 
 def test_missing_and_empty_corpora_are_refused(tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """Packed tokens are the documents' tokens; they are reused, verified, and never half there."""
 
 import json
+import os
+import resource
+import time
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +11,7 @@ import pytest
 
 from gka.data import Document, PackedTokens, byte_tokenizer, find_documents, load_tokenizer, pack
 from gka.data import packed as module
-from gka.errors import InputError
+from gka.errors import InputError, StorageError
 
 TEXTS = {"a.txt": "first\n", "b.txt": "zwölf\n", "c.txt": "x" * 1000}
 
@@ -76,6 +79,38 @@ def test_failure_leaves_nothing(documents: list[Document], tmp_path: Path) -> No
     with pytest.raises(InputError, match=r"c\.txt is not UTF-8"):
         pack(documents, byte_tokenizer(), tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    documents: list[Document], tmp_path: Path
+) -> None:
+    """No room for the tokens: an error that names the cache and says what to do, and an empty cache."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4, before[1]))
+    try:
+        with pytest.raises(
+            StorageError, match=r"packed tokens in .*cache cannot be written: .*GKA_"
+        ):
+            pack(documents, byte_tokenizer(), tmp_path / "cache")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_left_overs_of_killed_packings_go(documents: list[Document], tmp_path: Path) -> None:
+    """What processes killed while packing have left, of any corpus, goes with the next packing: drafts that
+    nobody locks, and after a day those of older releases, which had no locks. Packed corpora stay."""
+    cache, key = tmp_path / "cache", "0123456789abcdef" * 2
+    gone, young = f".{key}.abcdefgh.draft", f".{key}.aaaaaaaa"
+    for name in (gone, f".{key}.bbbbbbbb", young, key, ".mine.abcdefgh.draft"):
+        (cache / name).mkdir(parents=True)
+        (cache / name / "tokens.bin").write_bytes(b"0")
+        age = 3600 if name == young else 90_000
+        for path in (cache / name / "tokens.bin", cache / name):
+            os.utime(path, (time.time() - age,) * 2)
+    packed = pack(documents, byte_tokenizer(), cache)
+    left = {path.name for path in cache.iterdir()}
+    assert left == {packed.folder.name, young, key, ".mine.abcdefgh.draft"}
 
 
 def test_damage_is_refused(documents: list[Document], tmp_path: Path) -> None:

@@ -175,17 +175,16 @@ try:
     train(RunConfig.from_tables(tables), Path(sys.argv[2]), console=console)
 except Interrupted as stop:
     console.print("Stopped")
-    os._exit(stop.signal)
+    os._exit(100 + stop.signal)
 """
 
 
 def test_a_closed_terminal_saves(tables: dict[str, Any], tmp_path: Path) -> None:
-    """When its terminal is closed a training saves a checkpoint and ends; writing to it is no error by
-    then."""
+    """When its terminal is closed a training saves a checkpoint and ends; writing to it is no error then."""
     output = tmp_path / "run"
     command = [sys.executable, "-c", HUNG_UP, json.dumps(tables), str(output)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == signal.SIGHUP, done.stderr
+    assert done.returncode == 100 + signal.SIGHUP, done.stderr
     saved = sorted(output.glob("checkpoints/checkpoint-*"), key=lambda p: int(p.name[11:]))
     assert fault(saved[-1]) is None
 

@@ -33,8 +33,7 @@ WEIGHTS = "model.safetensors"
 
 @contextmanager
 def files_up_to(size: int) -> Iterator[None]:
-    """No file can grow beyond `size` bytes; Python has SIGXFSZ ignored, so that it is an error as of a
-    disk."""
+    """No file can grow beyond `size` bytes; Python ignores SIGXFSZ, so that it is an error as of a disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -59,9 +58,8 @@ def same_model(output: Path, reference: Reference) -> bool:
 def test_a_second_run_is_refused(
     run_tiny: Run, run_prime: Run, reference: Reference, tmp_path: Path
 ) -> None:
-    """While a process writes a run, `train` and `prime` refuse its folder, new or to be resumed; nothing
-    in it
-    changes."""
+    """While a process writes a run, `train` and `prime` refuse its folder, new or to be resumed; nothing in
+    it changes."""
     output = unfinished(reference, tmp_path)
     for folder, options in ((tmp_path / "new", {}), (output, {"resume": True})):
         with only_writer(folder):
@@ -138,9 +136,8 @@ def test_settings_of_a_priming_run_are_not_believed_either(
 def test_a_model_that_does_not_fit_its_checkpoint(
     run_tiny: Run, reference: Reference, tmp_path: Path
 ) -> None:
-    """Settings of a run without their checksum (of an older release) that do not fit the checkpoint are
-    one line
-    that names it."""
+    """Settings of a run without their checksum (of an older release) that do not fit the checkpoint are one
+    line that names it."""
     output = unfinished(reference, tmp_path)
     content = json.loads((output / "run.json").read_text())
     del content["config_sha256"]
@@ -189,9 +186,8 @@ def test_a_full_disk_in_a_checkpoint_loses_nothing(
 def test_a_full_disk_at_the_end_loses_nothing(
     run_tiny: Run, reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No room for the final model, or for a converted one: one line that names it, nothing half-written,
-    and the
-    checkpoints are there to go on from."""
+    """No room for the final model, or for a converted one: one line that names it, nothing half-written, and
+    the checkpoints are there to go on from."""
     output = unfinished(reference, tmp_path)
     save = files.save_model
 
@@ -233,8 +229,7 @@ class Payload:
 def test_payloads_in_sealed_checkpoints_are_one_line(
     run_tiny: Run, reference: Reference, tmp_path: Path, name: str
 ) -> None:
-    """A file of a checkpoint that holds code, sealed again by whoever put it there, is refused and never
-    run."""
+    """A file of a checkpoint that holds code, sealed again by who put it there, is refused and never run."""
     output, mark = unfinished(reference, tmp_path), tmp_path / "ran"
     shutil.rmtree(
         output / "checkpoints" / "checkpoint-12"
