@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import gka as package
 from gka import cli
 
 TINY = [
@@ -94,6 +95,16 @@ def test_help_loads_nothing_heavy() -> None:
         assert "Usage: " in done.stdout
 
 
+def test_version_and_module(gka: Run) -> None:
+    """`gka --version` names this version; `python -m gka` is the same command."""
+    status, shown, _ = gka("--version")
+    assert (status, shown) == (0, f"gka {package.__version__}\n")
+    command = [sys.executable, "-m", "gka"]
+    assert subprocess.check_output([*command, "--version"], text=True) == shown
+    done = subprocess.run([*command, "train", "--recipe", "nope"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr[:12]) == (2, "gka: recipe ")
+
+
 def test_help_names_every_command_and_its_options(gka: Run) -> None:
     """The commands are listed; train's help names each option with what it is for."""
     _, shown, _ = gka("--help")
@@ -111,6 +122,7 @@ def test_train_says_where_everything_is(gka: Run, text: Path, tmp_path: Path) ->
     assert status == 0
     assert "bits per byte" in shown
     assert "204 bytes in 6 documents" in shown
+    assert "model: 1 gka, " in shown and f"4 steps of 2 x 16 tokens, into {output}" in shown
     for name in ("model", "metrics.json", "loss.png"):
         assert str(output / name) in shown
         assert (output / name).exists()
@@ -155,7 +167,9 @@ def test_a_recipe_is_the_base_that_options_change(gka: Run, text: Path, tmp_path
     ("arguments", "message"),
     [
         ("train nowhere.txt", "text nowhere.txt does not exist"),
-        ("train --recipe nope", "recipe 'nope' is unknown"),
+        ("train --recipe nope", "recipe 'nope' is unknown; known: cpu, gpu;"),
+        ("train --recipe prime-cpu", "recipe 'prime-cpu' is one of another command"),
+        ("prime none --recipe cpu", "known: prime-cpu, prime-gpu;"),
         ("train --mixer rwkv", "unknown mixer 'rwkv'"),
         ("train --set model.ridge=1", "ridge"),
         ("train --set training.lr=1", "unknown key training.lr"),
@@ -281,10 +295,13 @@ def test_temperature_zero_is_greedy(gka: Run, trained: Path) -> None:
 def test_prompt_from_file_and_standard_input(
     gka: Run, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same prompt gives the same text from an argument, a file and standard input."""
+    """The same prompt is gone on with from an argument, a file and standard input; only the argument is
+    shown again."""
     (tmp_path / "prompt").write_text("to é", encoding="utf-8")
     few = ("--max-new-tokens", "4")
-    expected = gka("generate", trained, "--prompt", "to é", *few)[1]
+    shown = gka("generate", trained, "--prompt", "to é", *few)[1]
+    expected = shown.removeprefix("to é")
+    assert expected != shown and expected.strip()
     assert gka("generate", trained, "--prompt-file", tmp_path / "prompt", *few)[1] == expected
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("to é".encode())))
     assert gka("generate", trained, *few)[1] == expected

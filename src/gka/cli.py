@@ -3,11 +3,12 @@
 import contextlib
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
-from gka.commandline import to_nowhere
+from gka import __version__
+from gka.commandline import to_nowhere, wait_without_spinning
 from gka.errors import InputError
 from gka.evaluation.command import mqar, recall
 from gka.evaluation.evaluate_command import evaluate, lm_eval
@@ -19,12 +20,28 @@ from gka.training.priming.command import prime
 
 app = typer.Typer(
     name="gka",
-    help="Gated KalmaNet: language models whose memory is a ridge regression over the whole past.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"gka {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def gka(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Say which.")
+    ] = False,
+) -> None:
+    """Gated KalmaNet: language models whose memory is a ridge regression over the whole past."""
+
+
 for command in (train, prime, generate, inspect, convert, recall, mqar, evaluate):
     app.command()(command)
 # its arguments, --help too, are the harness's own
@@ -43,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
     Errors of the disk (full, read-only, no permission) are unusable input, wherever they occur.
     """
+    wait_without_spinning()
     try:
         try:
             app(args=arguments)

@@ -9,9 +9,11 @@ import pytest
 from gka.data import byte_tokenizer
 from gka.errors import InputError
 from gka.training import RunConfig, build_model, read_recipe
-from gka.training.config import RECIPES, merged
+from gka.training.config import TABLES, merged
 from gka.training.folder import resumed_config
 from gka.training.priming import PrimeConfig
+from gka.training.priming.config import TABLES as PRIME_TABLES
+from gka.training.recipes import recipe_names
 
 
 def test_tables_round_trip() -> None:
@@ -85,12 +87,12 @@ def test_later_tables_win_key_by_key() -> None:
     }
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
-def test_recipes_describe_runs(path: Path) -> None:
-    """Every recipe in recipes/ is found by name, has known keys only, and makes a model or primes one."""
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipes_describe_runs(name: str) -> None:
+    """Every recipe of the package is found by name, has known keys only, and makes a model or primes one."""
     import torch
 
-    tables = read_recipe(path.stem)
+    tables = read_recipe(name)
     if "prime" in tables:
         config = PrimeConfig.from_tables(tables)
         assert config.stage1.max_steps and config.stage2.max_steps
@@ -99,6 +101,29 @@ def test_recipes_describe_runs(path: Path) -> None:
     with torch.device("meta"):
         model = build_model(config, byte_tokenizer())
     assert model.num_parameters() > 0
+
+
+def test_the_defaults_fit_a_laptop() -> None:
+    """A bare run is the recipe cpu's; of one's own text, which may be short, 1 % is held out."""
+    assert RunConfig.from_tables({}) == RunConfig.from_tables(read_recipe("cpu"))
+    assert RunConfig.from_tables({"data": {"text": ["a"]}}).data.eval_fraction == 0.01
+
+
+def test_recipes_are_those_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each command names its own recipes, and refuses those of the other by name; one's own are found
+    in ./recipes, and go before the package's."""
+    monkeypatch.chdir(tmp_path)
+    assert recipe_names(TABLES) == ["cpu", "gpu"]
+    assert recipe_names(PRIME_TABLES) == ["prime-cpu", "prime-gpu"]
+    with pytest.raises(InputError, match="'prime-cpu' is one of another command; known: cpu, gpu;"):
+        read_recipe("prime-cpu", TABLES)
+    with pytest.raises(InputError, match="'cpu9' is unknown; known: prime-cpu, prime-gpu;"):
+        read_recipe("cpu9", PRIME_TABLES)
+    (tmp_path / "recipes").mkdir()
+    for name in ("cpu", "mine"):
+        (tmp_path / "recipes" / f"{name}.toml").write_text("[training]\nmax_steps = 3\n")
+        assert read_recipe(name, TABLES) == {"training": {"max_steps": 3}}
+    assert recipe_names(TABLES) == ["cpu", "gpu", "mine"]
 
 
 def test_unknown_recipes_are_refused(tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ def generate(
 ) -> None:
     """Complete a prompt with a trained model; the text appears as it is made.
 
+    The text of --prompt is shown before it; that of a file or of standard input, which may be a book, is not.
     With --state a text goes on from run to run: only what is new is read. An interrupted run leaves the
     stored states as they were.
     """
@@ -76,7 +77,7 @@ def generate(
     session = sample.open_session(
         loaded, state, must_exist=save_state is not None, prefill_chunk=prefill_chunk
     )
-    sample.stream_to_stdout(session, tokenizer, text, sampling)
+    sample.stream_to_stdout(session, tokenizer, text, sampling, echo=prompt is not None)
     target = save_state or state
     if target is not None:
         session.save(target)

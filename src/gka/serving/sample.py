@@ -90,11 +90,14 @@ def stream_to_stdout(
     tokenizer: "PreTrainedTokenizerBase",
     prompt: str,
     sampling: Sampling,
+    *,
+    echo: bool = True,
 ) -> str:
-    """Print prompt and continuation while it is made; the continuation is returned."""
+    """Print the continuation of a prompt while it is made, `echo` the prompt before it; it is returned."""
     from transformers import TextStreamer
 
-    print(prompt, end="", flush=True)
+    if echo:
+        print(prompt, end="", flush=True)
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)  # type: ignore[arg-type]
     return complete(session, tokenizer, prompt, sampling, streamer)
 

@@ -5,7 +5,8 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from gka.training.config import MODEL_DEFAULTS, PRECISIONS, DataConfig, TrainingConfig
+from gka.training.config import MODEL_DEFAULTS, PRECISIONS, TABLES, DataConfig, TrainingConfig
+from gka.training.recipes import recipe_names
 
 _DATA, _MODEL, _TRAINING, _RUN = "Data", "Model", "Training", "Run"
 
@@ -82,7 +83,10 @@ Output = Annotated[
 ]
 Recipe = Annotated[
     str | None,
-    Option(help="A name in recipes/ or a .toml file; options win over it.", rich_help_panel=_RUN),
+    Option(
+        help=f"{', '.join(recipe_names(TABLES))} or a .toml file; options win over it (cpu).",
+        rich_help_panel=_RUN,
+    ),
 ]
 Settings = Annotated[
     list[str] | None,

@@ -15,10 +15,11 @@ from gka.training.command import (
     given_tables,
     silence_libraries,
 )
-from gka.training.config import merged, read_recipe
-from gka.training.options import Overwrite, Recipe
+from gka.training.config import merged
+from gka.training.options import Overwrite
 from gka.training.priming import options as opt
-from gka.training.priming.config import PrimeConfig
+from gka.training.priming.config import TABLES, PrimeConfig
+from gka.training.recipes import read_recipe
 
 
 def prime(
@@ -45,7 +46,7 @@ def prime(
     precision: opt.Precision = None,
     seed: opt.Seed = None,
     output: opt.Output = None,
-    recipe: Recipe = None,
+    recipe: opt.Recipe = None,
     settings: opt.Settings = None,
     resume: opt.Resume = False,
     overwrite: Overwrite = False,
@@ -66,9 +67,8 @@ def prime(
         "stage2": both | two | {"kl_weight": kl_weight, "lora_rank": lora_rank},
     }
     tables["data"]["sequence_length"] = sequence_length
-    given = merged(
-        read_recipe(recipe) if recipe else {}, given_tables(tables), assigned_tables(settings or [])
-    )
+    base = read_recipe(recipe, TABLES) if recipe else {}
+    given = merged(base, given_tables(tables), assigned_tables(settings or []))
     tokens = {"stage1": stage1_tokens, "stage2": stage2_tokens}
     _run(_with_tokens(given, tokens), output, resume=resume, overwrite=overwrite)
 

@@ -7,11 +7,13 @@ from typer import Argument, Option
 
 from gka.training.config import PRECISIONS
 from gka.training.priming.config import (
+    TABLES,
     MatchingConfig,
     PrimingDataConfig,
     RecoveryConfig,
     ReplacementConfig,
 )
+from gka.training.recipes import recipe_names
 
 _DATA, _REPLACED, _ONE, _TWO, _RUN = "Data", "What is replaced", "Stage 1", "Stage 2", "Run"
 
@@ -144,6 +146,13 @@ Seed = Annotated[
 Output = Annotated[
     Path | None,
     Option("--output", "-o", help="Folder of the run (runs/prime-MIXER).", rich_help_panel=_RUN),
+]
+Recipe = Annotated[
+    str | None,
+    Option(
+        help=f"{', '.join(recipe_names(TABLES))} or a .toml file; options win over it.",
+        rich_help_panel=_RUN,
+    ),
 ]
 Settings = Annotated[
     list[str] | None,
