@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 RUNS ?= runs
 JOBS ?= 2
 
-.PHONY: help install run test lint types imports check test-gpu bench-gpu tune-gpu bench-decode bench-generation bench-prefill bench clean
+.PHONY: help install run test wheel-test dist lint types imports check test-gpu bench-gpu tune-gpu bench-decode bench-generation bench-prefill bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -32,6 +32,15 @@ run: install ## train a small model on this CPU, complete a prompt, test the mem
 
 test: install ## all tests that need no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+wheel-test: install ## the wheel, built and used apart from the checkout (make test does this too)
+	$(BIN)/python -m pytest tests/test_wheel.py
+
+dist: install ## what would be published, checked, in dist/
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraint.txt --editable ".[dev,publish]"
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
 
 lint: install ## ruff: style and formatting
 	$(BIN)/ruff check .

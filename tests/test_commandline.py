@@ -9,8 +9,10 @@ import time
 
 import pytest
 from rich.console import Console
+from rich.progress import Progress
 
-from gka.commandline import duration, lines, wait_without_spinning
+from gka import commandline
+from gka.commandline import counted, duration, lines, status, wait_without_spinning
 
 LONG = """
 import signal, sys, threading, time
@@ -43,6 +45,19 @@ def test_lines_go_on_where_no_terminal_moves_one() -> None:
         with lines(console, lambda line=line: line, seconds=0.01):
             time.sleep(0.1)
     assert not (empty.getvalue() or terminal.getvalue() or quiet.getvalue())
+
+
+def test_a_status_and_a_bar_become_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would move on a terminal is said in lines elsewhere: the newest text, how many are done."""
+    monkeypatch.setattr(commandline, "LINE_SECONDS", 0.02)
+    console = Console(file=(said := io.StringIO()), width=80)
+    with status(console, "reading") as change:
+        change("reading 2 of 3")
+        time.sleep(0.2)
+    assert "reading 2 of 3\n" in said.getvalue()
+    progress = Progress(console=console)
+    progress.advance(progress.add_task("", total=7), 3)
+    assert counted("cells", progress)() == "cells: 3 of 7, 0 s"
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
 
 LINE_SECONDS = 10.0
 """Between two lines that show that work goes on, where no terminal shows a moving one."""
@@ -45,14 +46,14 @@ def wait_without_spinning() -> None:
 
 @contextmanager
 def lines(
-    console: "Console", say: Callable[[], str], seconds: float = LINE_SECONDS
+    console: "Console", say: Callable[[], str], seconds: float | None = None
 ) -> Iterator[None]:
-    """Print `say()` every `seconds` while the block runs, unless a terminal shows a moving line.
+    """Print `say()` now and then while the block runs, unless a terminal shows a moving line.
 
     Args:
         console: printed to; nothing if it is a terminal, or quiet.
         say: what there is to say now, called in another thread; "" says nothing.
-        seconds: between two lines.
+        seconds: between two lines (`LINE_SECONDS`).
     """
     if console.is_terminal or console.quiet:
         yield
@@ -61,7 +62,7 @@ def lines(
 
     def tell() -> None:
         with contextlib.suppress(OSError):  # a reader that left; the command itself will notice
-            while not over.wait(seconds):
+            while not over.wait(LINE_SECONDS if seconds is None else seconds):
                 if line := say():
                     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -72,6 +73,30 @@ def lines(
     finally:
         over.set()
         teller.join()
+
+
+@contextmanager
+def status(console: "Console", text: str) -> Iterator[Callable[[str], None]]:
+    """Show what is being done, moving on a terminal, else as `lines`; yields what changes the text."""
+    said = text
+
+    def change(new: str) -> None:
+        nonlocal said
+        said = new
+        shown.update(new)
+
+    with console.status(text) as shown, lines(console, lambda: said):
+        yield change
+
+
+def counted(what: str, progress: "Progress") -> Callable[[], str]:
+    """A bar as text, for `lines`: how many of `what` are done, and since when."""
+
+    def say() -> str:
+        task = progress.tasks[0]
+        return f"{what}: {task.completed:.0f} of {task.total:.0f}, {duration(task.elapsed or 0)}"
+
+    return say
 
 
 def duration(seconds: float) -> str:
@@ -96,8 +121,8 @@ def stop_signals() -> tuple[int, ...]:
 def answered(numbers: Collection[int], answer: str, grace: float = 2.0) -> Iterator[None]:
     """Write `answer` to standard errors as soon as one of some signals arrives; end the process at a second.
 
-    Python runs a signal's handler only once a call into torch returns, which may be a long step: here a thread
-    is told by the system. It leaves the second signal to its handler for a while, then exits in its place.
+    Python runs a signal's handler only once a call into torch returns, which may be a long step: here the
+    system tells a thread. It leaves the second signal to its handler for a while, then exits in its place.
 
     Args:
         numbers: signals that have Python handlers.

@@ -217,8 +217,8 @@ class ProgressBar(TrainerCallback):
 class Estimate(TrainerCallback):
     """Says after a few steps how long the run will take and how much memory, unless it is a short one.
 
-    The first step is not counted: it also compiles and allocates. A block of an evaluation counts as a third of
-    one in training, as it has no backward pass.
+    The first step is not counted: it also compiles and allocates. A block of an evaluation counts as a third
+    of one in training, as it has no backward pass.
     """
 
     SECONDS, STEPS = 2.0, 20  # whichever is first

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gka.commandline import lines
+from gka.commandline import status
 from gka.data import (
     PackedTokens,
     TokenBlocks,
@@ -146,19 +146,13 @@ def pack_text(
     """
     documents = find_documents(data.text, data.glob, hashed=data.hash_sources)
     what = "text" if data.text else "Python's standard library"
-    done = 0
-
-    def tell() -> str:
-        return f"tokenising {done} of {len(documents)}" if done else f"reading {what}"
-
-    with console.status(tell()) as status, lines(console, tell):
-
-        def on_document(_: Any) -> None:
-            nonlocal done
-            done += 1
-            status.update(tell())
-
-        packed = pack(documents, tokenizer, on_document=on_document)
+    done = iter(range(1, len(documents) + 1))
+    with status(console, f"reading {what}") as change:
+        packed = pack(
+            documents,
+            tokenizer,
+            on_document=lambda _: change(f"tokenising {next(done)} of {len(documents)}"),
+        )
     console.print(
         f"{what}: {packed.description['bytes']:,} bytes in {len(documents):,} documents, "
         f"{packed.description['tokens']:,} tokens",
