@@ -98,7 +98,7 @@ def test_help_loads_nothing_heavy() -> None:
 def test_version_and_module(gka: Run) -> None:
     """`gka --version` names this version; `python -m gka` is the same command."""
     status, shown, _ = gka("--version")
-    assert (status, shown) == (0, f"gka {package.__version__}\n")
+    assert (status, shown) == (0, f"gated-kalmanet {package.__version__}\n")
     command = [sys.executable, "-m", "gka"]
     assert subprocess.check_output([*command, "--version"], text=True) == shown
     done = subprocess.run([*command, "train", "--recipe", "nope"], capture_output=True, text=True)
@@ -168,8 +168,8 @@ def test_a_recipe_is_the_base_that_options_change(gka: Run, text: Path, tmp_path
     [
         ("train nowhere.txt", "text nowhere.txt does not exist"),
         ("train --recipe nope", "recipe 'nope' is unknown; known: cpu, gpu;"),
-        ("train --recipe prime-cpu", "recipe 'prime-cpu' is one of another command"),
-        ("prime none --recipe cpu", "known: prime-cpu, prime-gpu;"),
+        ("train --recipe prime-cpu", "recipe 'prime-cpu' is one of gka prime"),
+        ("prime none --recipe nope", "known: prime-cpu, prime-gpu;"),
         ("train --mixer rwkv", "unknown mixer 'rwkv'"),
         ("train --set model.ridge=1", "ridge"),
         ("train --set training.lr=1", "unknown key training.lr"),
@@ -295,13 +295,11 @@ def test_temperature_zero_is_greedy(gka: Run, trained: Path) -> None:
 def test_prompt_from_file_and_standard_input(
     gka: Run, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same prompt is gone on with from an argument, a file and standard input; only the argument is
-    shown again."""
+    """The same prompt gives the same text from an argument, a file and standard input; only an argument is
+    printed again."""
     (tmp_path / "prompt").write_text("to é", encoding="utf-8")
     few = ("--max-new-tokens", "4")
-    shown = gka("generate", trained, "--prompt", "to é", *few)[1]
-    expected = shown.removeprefix("to é")
-    assert expected != shown and expected.strip()
+    expected = gka("generate", trained, "--prompt", "to é", *few)[1].removeprefix("to é")
     assert gka("generate", trained, "--prompt-file", tmp_path / "prompt", *few)[1] == expected
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("to é".encode())))
     assert gka("generate", trained, *few)[1] == expected
@@ -465,3 +463,20 @@ def test_inspect_writes_page_figures_and_table(gka: Run, trained: Path, tmp_path
     assert (output / "inspection.html").read_text().startswith("<!doctype html>")
     status, _, errors = gka("inspect", trained, "--prompt", "", "--output", tmp_path / "none")
     assert status == 2 and "the text is empty" in errors and not (tmp_path / "none").exists()
+
+
+def test_inspect_refuses_models_without_a_ridge(gka: Run, trained: Path, tmp_path: Path) -> None:
+    """A model of attention and gla has nothing to inspect: status 2, one line, no page; it generates."""
+    from gka.models import GKAConfig, GKAForCausalLM
+
+    model = Path(shutil.copytree(trained / "model", tmp_path / "model"))
+    sizes: dict[str, Any] = {"vocab_size": 259, "hidden_size": 16, "num_heads": 2, "head_dim": 8}
+    GKAForCausalLM(GKAConfig(mixers=["attention", "gla"], **sizes)).save_pretrained(model)
+    status, shown, errors = gka(
+        "inspect", model, "--prompt", "to be", "--output", tmp_path / "look"
+    )
+    assert status == 2 and shown == "" and not (tmp_path / "look").exists()
+    assert "no Gated KalmaNet layer" in errors and "(its mixers: attention, gla)" in errors
+    assert errors.count("\n") == 1
+    assert gka("generate", model, "--prompt", "to be", "--state", tmp_path / "s", *GREEDY)[0] == 0
+    assert (tmp_path / "s").exists()

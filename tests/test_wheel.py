@@ -132,7 +132,7 @@ def test_commands_work_without_the_checkout(apart: Path, tmp_path: Path) -> None
     """Outside a checkout: help and version, a recipe by name, a memory test, `python -m gka`."""
     assert " recall " in _run(apart, tmp_path, "gka", "--help").stdout
     shown = _run(apart, tmp_path, "python", "-m", "gka", "--version").stdout
-    assert shown == f"gka {gka.__version__}\n"
+    assert shown == f"gated-kalmanet {gka.__version__}\n"
     (tmp_path / "a.txt").write_text("to be or not to be\n" * 500)
     few = ("--max-steps", "3", "--sequence-length", "32")
     _run(apart, tmp_path, "gka", "train", "a.txt", "--recipe", "cpu", *few)

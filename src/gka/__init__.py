@@ -1,11 +1,14 @@
 """Gated KalmaNet (arXiv 2511.21016): sequence layers whose memory is a ridge regression over the past.
 
 The public names are loaded when they are first used: `import gka` costs nothing, the layer and the
-ops need torch only, and the models need transformers.
+ops need torch only, and the models need transformers. Its Auto classes know the models, whichever of the
+two is imported first.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from gka.discovery import announce
 
 if TYPE_CHECKING:
     from gka.layers import MIXERS, GatedKalmaNet, StateCache
@@ -68,3 +71,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+announce()

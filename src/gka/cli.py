@@ -7,7 +7,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from gka import __version__
+import gka
 from gka.commandline import to_nowhere, wait_without_spinning
 from gka.errors import InputError
 from gka.evaluation.command import mqar, recall
@@ -20,6 +20,7 @@ from gka.training.priming.command import prime
 
 app = typer.Typer(
     name="gka",
+    help="Gated KalmaNet: language models whose memory is a ridge regression over the whole past.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -27,19 +28,19 @@ app = typer.Typer(
 )
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
-        print(f"gka {__version__}")
-        raise typer.Exit()
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"gated-kalmanet {gka.__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def gka(
+def _common(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Say which.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it and exit.")
     ] = False,
 ) -> None:
-    """Gated KalmaNet: language models whose memory is a ridge regression over the whole past."""
+    pass
 
 
 for command in (train, prime, generate, inspect, convert, recall, mqar, evaluate):

@@ -165,7 +165,9 @@ def _disk_reason(error: Exception) -> str | None:
     if type(error).__name__ == "SafetensorError" and (found := re.search(r"os error (\d+)", text)):
         return os.strerror(int(found[1]))
     # torch.save tells neither file nor reason
-    if isinstance(error, RuntimeError) and re.search("inline_container|PytorchStreamWriter", text):
+    if isinstance(error, RuntimeError) and re.search(
+        "inline_container|StreamWriter|iostream", text
+    ):
         return "writing stopped half-way (is the disk full?)"
     return None
 

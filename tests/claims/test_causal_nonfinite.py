@@ -58,7 +58,7 @@ def test_gradients_before_it(name):
 
     expected = gradients(base)
     for n, grad in gradients(spoil(base, name, 40, torch.nan)).items():
-        assert torch.equal(grad, expected[n]), n
+        assert torch.equal(grad, expected[n]), n  # pyright: ignore
 
 
 @pytest.mark.parametrize("where", ["output", "q"])
@@ -74,7 +74,7 @@ def test_gradients_behind_it(where):
         grad = getattr(leaves, name).grad
         assert torch.isfinite(grad[:, 41:]).all() and torch.isfinite(grad[:, :, 0]).all(), name
         assert torch.isnan(grad[:, :41, 1]).all(), name
-    assert leaves.q is not None and torch.isfinite(leaves.q.grad[:, 41:]).all()
+    assert leaves.q is not None and torch.isfinite(leaves.q.grad[:, 41:]).all()  # pyright: ignore
 
 
 def test_nothing_is_hidden():

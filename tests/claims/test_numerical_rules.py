@@ -89,6 +89,42 @@ def test_keys_of_any_size(size):
     differentiate_finite(problem)
 
 
+@pytest.mark.parametrize("op", [chunk_gka, fused_recurrent_gka])
+@pytest.mark.parametrize("solver", ["chebyshev", "adaptive"])
+@pytest.mark.parametrize("size", [1e9, 1e10, 1e13, 1e15])
+def test_keys_whose_fourth_power_overflows(size, solver, op):
+    """|H|^2 ~ |k|^4 is beyond float32 from keys of norm 4e9 on, |H| is not: results and gradients are right,
+    beside a head and a sequence of ordinary keys as well."""
+    base = make_problem(70, (4, 2, 2), (8, 8), batch=2, dtype=F32)
+    assert base.h0 is not None
+    sizes = torch.ones(2, 1, 2, 1)
+    sizes[0, 0, 0] = size
+    h0 = base.h0 * sizes.square().repeat_interleave(2, 2).permute(0, 2, 1, 3)
+    problem = with_(base, k=base.k * sizes, h0=h0)
+    results, grads = differentiate_finite(problem, op=op, solver=solver)
+    precise, precise_grads = differentiate(
+        chunkwise, problem.map(lambda x: x.double()), op=op, solver=solver
+    )
+    for (name, x), y in zip(grads.items(), precise_grads.values(), strict=True):
+        assert_close(x, y, RELATIVE[F32], f"d{name}")
+    for x, y in zip(results, precise, strict=True):
+        for b, head in ((0, 0), (1, 3)):  # each on its own scale
+            some = (b, slice(None), head) if x.shape[1] == 70 else (b, head)
+            assert_close(x[some], y[some], RELATIVE[F32])
+
+
+def test_the_gradient_of_a_strong_decay_is_no_difference():
+    """With g = -20 the gradient of g is e^-20 of that of k and v, and right to rounding all the same: no sum
+    less its last term is in it."""
+    base = make_problem(20, states=False, dtype=F32)
+    assert base.g is not None
+    problem = with_(base, g=torch.full_like(base.g, -20.0))
+    _, grads = differentiate_finite(problem, num_iter=0)
+    _, precise = differentiate(chunkwise, problem.map(lambda x: x.double()), num_iter=0)
+    assert 0 < precise["g"].abs().max() < 1e-6
+    assert_close(grads["g"], precise["g"], RELATIVE[F32], "dg")
+
+
 @pytest.mark.parametrize("gate", [1.0, 1e-3, 1e-6])
 def test_write_gate_at_its_floor_is_not_an_empty_history(gate):
     """With every beta at g, o is that with beta = 1: U and H scale alike (the layer's floor is 1e-6)."""

@@ -147,4 +147,4 @@ def test_layer_of_any_rate(start):
     y.sum().backward()
     assert torch.isfinite(y).all()
     for name, grad in [("x", x.grad), *((n, p.grad) for n, p in layer.named_parameters())]:
-        assert torch.isfinite(grad).all(), name
+        assert torch.isfinite(grad).all(), name  # pyright: ignore

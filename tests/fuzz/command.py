@@ -4,6 +4,7 @@ Every call is drawn from the seed and its number alone: `--only NUMBER` runs one
 """
 
 import argparse
+import random
 import sys
 import time
 import warnings
@@ -14,7 +15,8 @@ import torch
 
 from fuzz.compare import Verdict, judge_call
 from fuzz.draw import draw_call
-from fuzz.invalid import attempt, draw_invalid
+from fuzz.invalid import Case, attempt, wrong_ops
+from fuzz.invalid_layers import wrong_configurations, wrong_layers
 from fuzz.layers import draw_layer, judge_layer
 from fuzz.report import Report
 
@@ -39,6 +41,17 @@ def _has_triton() -> bool:
     from gka.ops import why_unavailable
 
     return why_unavailable("triton", "cpu", torch.float32, dims=(16, 16)) is None
+
+
+def draw_invalid(seed: int, count: int) -> list[Case]:
+    """`count` wrong calls: all there are before any comes twice."""
+    rng, drawn = random.Random(seed), []
+    while len(drawn) < count:
+        torch.manual_seed(seed + len(drawn))
+        cases = wrong_ops() + wrong_layers() + wrong_configurations()
+        rng.shuffle(cases)
+        drawn += cases
+    return drawn[:count]
 
 
 def run(

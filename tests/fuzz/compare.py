@@ -102,10 +102,12 @@ def run_op(call: Call, p: Problem) -> dict[str, Tensor]:
     if call.is_delta:
         op = DELTA_OPS[call.op]
         o, u = op(p.q, p.k, p.v, p.g, p.beta, initial_state=p.u0, **common)
+        assert u is not None
         return {"o": o, "u": u}
     common["backend"] = call.backend
     if call.op == "chunk_simple_gla":
         o, u = chunk_simple_gla(p.q, p.k, p.v, p.g, beta=p.beta, initial_state=p.u0, **common)
+        assert u is not None
         return {"o": o, "u": u}
     state = None if p.h0 is None or p.u0 is None else (p.h0, p.u0)
     o, final = GKA_OPS[call.op](
@@ -145,16 +147,20 @@ def expected_in_place(
     if call.op == "fused_recurrent_gka_":
         results = truth.answer(p, truth.gka_sequence, rounded, **settings)
         if not call.settings["commit"]:
-            results |= {"h": p.h0, "u": p.u0}  # pyright: ignore[reportArgumentType]
+            results |= _untouched(p)
         return results
     rows = []
     for b, count in enumerate(counts.clamp(0, p.q.shape[1]).tolist()):
         one = p.map(lambda x, b=b: x[b : b + 1]).tokens(0, count)
         rows.append(truth.answer(one, truth.gka_sequence, rounded, **settings))
     if not rows:
-        assert p.h0 is not None and p.u0 is not None
-        return {"h": p.h0, "u": p.u0}
+        return _untouched(p)
     return {name: torch.cat([row[name] for row in rows]) for name in ("h", "u")}
+
+
+def _untouched(p: Problem) -> dict[str, Tensor]:
+    assert p.h0 is not None and p.u0 is not None
+    return {"h": p.h0, "u": p.u0}
 
 
 def _truth_settings(call: Call, p: Problem) -> dict:

@@ -1,17 +1,14 @@
 """Wrong calls: a good one with one argument made wrong. Each must be refused by name, in one line."""
 
-import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gka.errors import InputError
-from gka.layers import MIXERS
-from gka.layers.registry import mixer_options
 from gka.ops import (
     advance_states_,
     chunk_gka,
@@ -100,8 +97,8 @@ def bounds(*values: float) -> Tensor:
 
 WRONG_BOUNDS = [
     [0, T], "text", bounds(0), bounds(1, T), bounds(0, T - 1), bounds(0, 4, 3, T), bounds(0, T + 3),
-    bounds(0.0, float(T)), bounds(0, T)[None], bounds(0, T).to("meta"), bounds(0, T).bool(), bounds(0, T).to_sparse(),
-    bounds(-1, T),
+    bounds(0.0, float(T)), bounds(0, T)[None], bounds(0, T).to("meta"), bounds(0, T).bool(),
+    bounds(0, T).to_sparse(), bounds(-1, T),
 ]  # fmt: skip
 
 
@@ -136,7 +133,7 @@ def _may_run(name: str, x: Tensor) -> bool:
 Case = tuple[str, str, Callable[[], Any]]
 
 
-def _bind(op: Callable, good: dict[str, Any], wrong: list[Wrong], name: str = "") -> list[Case]:
+def bind(op: Callable, good: dict[str, Any], wrong: list[Wrong], name: str = "") -> list[Case]:
     """(what, the argument's name, the call) of each wrong argument."""
     label = name or op.__name__
     return [
@@ -173,9 +170,9 @@ def _sequence_op(op: Callable, gates: tuple[str, ...], numbers: tuple[str, ...])
         ("v", every["v"].double()),
     ]
     wrong += [("k", torch.zeros(B, T, 3, K)), ("k", torch.zeros(B, T, 0, K)), ("num_iters", 3)]
-    cases = _bind(op, good, wrong)
-    cases += _bind(op, _packed(good), [("cu_seqlens", bad) for bad in WRONG_BOUNDS])
-    cases += _bind(op, good, [("cu_seqlens", bounds(0, T)), ("cu_seqlens_cpu", bounds(0, T))])
+    cases = bind(op, good, wrong)
+    cases += bind(op, _packed(good), [("cu_seqlens", bad) for bad in WRONG_BOUNDS])
+    cases += bind(op, good, [("cu_seqlens", bounds(0, T)), ("cu_seqlens_cpu", bounds(0, T))])
     whole = {**_packed(good), "cu_seqlens": bounds(0, T)}
     copies = [bad for bad in WRONG_BOUNDS if isinstance(bad, Tensor) and bad.shape == (2,)]
     copies = [
@@ -183,7 +180,7 @@ def _sequence_op(op: Callable, gates: tuple[str, ...], numbers: tuple[str, ...])
         for x in copies
         if not (x.dtype == torch.int64 and x.device.type == "cpu" and not x.is_sparse)
     ]
-    return cases + _bind(
+    return cases + bind(
         op, whole, [("cu_seqlens_cpu", bad) for bad in (*copies, [0, T], bounds(0, 3, T))]
     )
 
@@ -194,7 +191,7 @@ def _initial_states(op: Callable, paired: bool) -> list[Case]:
     good = {name: good[name] for name in names}
     if not paired:
         bad: list[Any] = [x for _, x in wrong_tensor("", u, optional=True)] + [u.double(), (h, u)]
-        return _bind(op, good, [("initial_state", x) for x in bad])
+        return bind(op, good, [("initial_state", x) for x in bad])
     bad = [
         h,
         (h,),
@@ -208,7 +205,7 @@ def _initial_states(op: Callable, paired: bool) -> list[Case]:
         3,
     ]
     bad += [(x, u) for _, x in wrong_tensor("", h)] + [(h, x) for _, x in wrong_tensor("", u)]
-    return _bind(op, good, [("initial_state", x) for x in bad])
+    return bind(op, good, [("initial_state", x) for x in bad])
 
 
 def _in_place() -> list[Case]:
@@ -266,7 +263,7 @@ def _in_place() -> list[Case]:
     ]
     bad = [*(("counts", x) for x in counts), *options("backend"), *shared]
     bad += [w for n in ("g", "gk", "beta") for w in wrong_tensor(n, every[n], optional=True)]
-    return _bind(fused_recurrent_gka_, step, wrong) + _bind(advance_states_, advance, bad)
+    return bind(fused_recurrent_gka_, step, wrong) + bind(advance_states_, advance, bad)
 
 
 def _states() -> list[Case]:
@@ -287,7 +284,7 @@ def _states() -> list[Case]:
         for _, x in combine
     ]
     totals = [*of_another_kind(g), g[0], g[:, :1], 3.0]
-    cases += _bind(
+    cases += bind(
         combine_states,
         {"a": a, "b": b, "g": g, "gk": g},
         [(n, x) for n in ("g", "gk") for x in totals],
@@ -308,7 +305,7 @@ def _states() -> list[Case]:
         *wrong_tensor("gk", good["gk"], optional=True),
         *wrong_tensor("initial_state", h, optional=True),
     ]
-    return cases + _bind(solver_steps, good, wrong)
+    return cases + bind(solver_steps, good, wrong)
 
 
 def _around() -> list[Case]:
@@ -316,10 +313,11 @@ def _around() -> list[Case]:
     x, w, c = torch.randn(B, T, 16), torch.randn(16, 1, 4), torch.randn(B, 16, 4)
     cases = []
     for name, bad in (
-        ("q", (x[0], x, x)), ("k", (x, x[:1], x)), ("v", (x, x, x[:, :3])), ("q", (None, x, x)), ("v", (x, x, None)),
-        ("q", (x[..., :15], x, x)),
+        ("q", (x[0], x, x)), ("k", (x, x[:1], x)), ("v", (x, x, x[:, :3])), ("q", (None, x, x)),
+        ("v", (x, x, None)), ("q", (x[..., :15], x, x)),
     ):  # fmt: skip
-        run = lambda bad=bad: convolve_heads(bad, (w, w, w), 8)  # noqa: E731
+        given: Any = bad
+        run = lambda bad=given: convolve_heads(bad, (w, w, w), 8)  # noqa: E731
         cases.append((f"convolve_heads({name})", name, run))
     for bad in ((w[:, :, :2], w, w), (w, w[:3], w), (w, w, w.squeeze(1))):
         run = lambda bad=bad: convolve_heads((x, x, x), bad, 8)  # noqa: E731
@@ -339,91 +337,8 @@ def _around() -> list[Case]:
     return cases
 
 
-OPTIONS: dict[str, list[Any]] = {
-    "hidden_size": [0, -1, 16.0, "a", True], "head_dim": [0, -8, 8.0, "a", 300, 257],
-    "num_heads": [0, -2, 2.0, True], "num_kv_heads": [0, 3, 2.0], "num_v_heads": [0, 3], "num_k_heads": [0, 3],
-    "expand_v": [0.0, -1.0, 0.33, NAN, INF, "a", 40.0], "conv_size": [0, -1, 2.0, "a"],
-    "num_iter": NUMBERS["num_iter"], "ridge_ratio": NUMBERS["ridge_ratio"], "solver": NUMBERS["solver"],
-    "backend": NUMBERS["backend"], "norm_eps": [-1.0, NAN, INF, "a"], "layer_idx": [-1, "a", 1.0],
-    "window_size": [0, -1, 2.0], "rope_theta": [0.0, -1.0, NAN, INF], "kv_rank": [0, 1.0, "a"],
-    "use_gate": FLAGS, "use_v_conv": FLAGS, "use_beta_gate": FLAGS, "use_forgetting_gate": FLAGS, "qk_norm": FLAGS,
-    "use_alpha_connection": FLAGS, "use_forgetting_gate_kk": FLAGS, "gla_rescale": FLAGS, "kv_mix": FLAGS,
-}  # fmt: skip
-
-
-def _layers() -> list[Case]:
-    cases = []
-    for name, mixer in MIXERS.items():
-        sizes = {"hidden_size": 16, "head_dim": 8, "num_heads": 2}
-        wrong = [
-            (key, bad) for key in mixer_options(name) for bad in OPTIONS.get(key, [])
-            if not (name in ("attention", "swa") and (key, bad) == ("head_dim", 300))
-        ]  # fmt: skip
-        cases += _bind(mixer, sizes, wrong)
-        layer, x = mixer(**sizes), torch.randn(B, T, 16)
-        kinds = [
-            bad
-            for bad in of_another_kind(x)
-            if not (isinstance(bad, Tensor) and bad.device.type == "meta")
-        ]
-        shapes = [x[0], x[..., :8], x[:, :0], x.unsqueeze(0)]
-        cases += _bind(layer, {}, [("hidden_states", bad) for bad in (None, *kinds, *shapes)], name)
-        good, packed = {"hidden_states": x}, {"hidden_states": x[:1]}
-        masks = [
-            "x",
-            [1],
-            torch.ones(B, 3).long(),
-            torch.ones(B, 1, 1, T).bool(),
-            torch.ones(B + 1, T).bool(),
-        ]
-        cases += _bind(layer, good, [("attention_mask", bad) for bad in masks], name)
-        cases += _bind(layer, packed, [("cu_seqlens", bad) for bad in WRONG_BOUNDS], name)
-        cases += _bind(layer, good, [("cu_seqlens", bounds(0, T))], name)
-    return cases
-
-
-def _configurations() -> list[Case]:
-    """Wrong fields of a configuration; a layer's limits hold there already."""
-    from gka.models import GKAConfig
-
-    known = {f.name for f in fields(GKAConfig)}
-    wrong = [(key, bad) for key, values in OPTIONS.items() if key in known for bad in values]
-    wrong = [
-        w for w in wrong if not (w[0] in ("num_heads", "conv_size", "kv_rank") and w[1] is None)
-    ]
-    wrong += [
-        ("head_dims", 8),
-        ("mixer", "gkb"),
-        ("mixers", ["gka", "gla "]),
-        ("mixers", "gka"),
-        ("vocab_size", 0),
-    ]
-    wrong += [
-        ("attention_layers", [7]),
-        ("sliding_window", 0),
-        ("head_dim", 300),
-        ("initializer_range", NAN),
-    ]
-    sizes = {
-        "hidden_size": 16,
-        "head_dim": 8,
-        "num_heads": 2,
-        "num_hidden_layers": 1,
-        "vocab_size": 7,
-    }
-    cases = _bind(GKAConfig, sizes, wrong)
-    overridden = {"gla": {"head_dim": 300}}
-    mixed = {
-        **sizes,
-        "num_hidden_layers": None,
-        "mixers": ["gka", "gla"],
-        "mixer_overrides": overridden,
-    }
-    return [*cases, ("GKAConfig(mixer_overrides)", "head_dim", lambda: GKAConfig(**mixed))]
-
-
-def all_cases() -> list[Case]:
-    """Every wrong call there is to draw from."""
+def wrong_ops() -> list[Case]:
+    """Every wrong call of an op."""
     gka, gla = ("g", "gk", "alpha", "beta"), ("g", "beta")
     every = ("num_iter", "ridge_ratio", "scale", "solver", "backend")
     cases = _sequence_op(chunk_gka, gka, (*every, "chunk_size")) + _initial_states(chunk_gka, True)
@@ -434,15 +349,4 @@ def all_cases() -> list[Case]:
     cases += _initial_states(chunk_simple_gla, False)
     for op in (chunk_gated_delta_rule, fused_recurrent_gated_delta_rule):
         cases += _sequence_op(op, gla, ("scale",)) + _initial_states(op, False)
-    return cases + _in_place() + _states() + _around() + _layers() + _configurations()
-
-
-def draw_invalid(seed: int, count: int) -> list[Case]:
-    """`count` wrong calls: all there are before any comes twice."""
-    rng, drawn = random.Random(seed), []
-    while len(drawn) < count:
-        torch.manual_seed(seed + len(drawn))
-        cases = all_cases()
-        rng.shuffle(cases)
-        drawn += cases
-    return drawn[:count]
+    return cases + _in_place() + _states() + _around()

@@ -19,8 +19,8 @@ MIXER_OPTIONS: dict[str, list[Any]] = {
     "num_kv_heads": [None, 1], "expand_v": [1.0, 0.5, 2.0], "use_gate": [True, False], "conv_size": [1, 2, 4],
     "use_v_conv": [True, False], "use_beta_gate": [True, False], "use_alpha_connection": [True, False],
     "use_forgetting_gate": [True, True, False], "use_forgetting_gate_kk": [True, False],
-    "gla_rescale": [True, False], "num_iter": [0, 5, 30], "ridge_ratio": [0.02, 0.1], "window_size": [1, 3, 64],
-    "qk_norm": [True, False],
+    "gla_rescale": [True, False], "num_iter": [0, 5, 30], "ridge_ratio": [0.02, 0.1],
+    "window_size": [1, 3, 64], "qk_norm": [True, False],
 }  # fmt: skip
 # A parameter p that the loss does not depend on (a scale before a norm, say) has a derivative of which only
 # rounding is left: this many roundings of loss/|p|, the size of the terms that cancel.
@@ -182,7 +182,9 @@ def _double(call: LayerCall, rounded: Rounding | None) -> dict[str, Tensor]:
     if not call.wanted:
         return {"o": o}
     if hasattr(layer, "backend") and hasattr(layer, "ridge_ratio"):
-        layer.backend = "torch"  # its derivative is the library's; the reference's is another
+        layer.__dict__["backend"] = (
+            "torch"  # its derivative is the library's; the reference's is another
+        )
     x.requires_grad_()
     whole = expected_layer(call, layer, x, lambda mixer, y: mixer(y)[0])
     return _with_gradients(call, layer, x, whole) | {"o": o}

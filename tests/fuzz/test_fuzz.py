@@ -18,10 +18,10 @@ from tolerances import assert_close
     "ignore"
 )  # of the prototypes that wrong calls are made of, and of NumPy's
 def test_a_small_run_finds_nothing():
-    """400 random calls are right against float64, and 300 wrong ones are refused by name in one line."""
-    report = run(seed=1, valid=400, invalid=300, minutes=1.0)
-    assert report.valid["right"] > 300 and report.invalid["refused"] == 300, report.show()
+    """200 random calls are right against float64, and 150 wrong ones are refused by name in one line."""
+    report = run(seed=1, valid=200, invalid=150, minutes=10.0)
     assert not report.failed, report.show()
+    assert report.valid["right"] > 190 and report.invalid["refused"] == 150, report.show()
 
 
 def test_its_truth_is_the_reference():

@@ -41,8 +41,9 @@ class Rounding:
     """What a precision does to every intermediate number, in both passes, at a step of one's choice.
 
     A number that is not zero is moved by step (|x| + tiny), tiny being the precision's smallest normal
-    number: below it numbers are further apart. Two answers that differ by it alone show how well conditioned a call is, cancellation inside the
-    derivative included, where two answers to slightly different inputs may agree by invariance.
+    number: below it numbers are further apart. Two answers that differ by it alone show how well
+    conditioned a call is, cancellation inside the derivative included, where two answers to slightly
+    different inputs may agree by invariance.
     """
 
     def __init__(self, step: float, seed: int, tiny: float = 0.0) -> None:
@@ -112,7 +113,7 @@ class Threshold:
 
 @contextmanager
 def as_the_library(work: torch.dtype, exact_derivative: bool) -> Iterator[Threshold]:
-    """The reference with the threshold of `work` and, as backend="reference" has not, the library's derivative."""
+    """The reference with the threshold of `work`, and with the library's derivative or autograd's own."""
     threshold = Threshold(work)
     solve = solve_with_exact_derivative if exact_derivative else chebyshev_solve
     with (

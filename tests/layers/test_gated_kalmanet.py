@@ -230,6 +230,12 @@ def test_states_are_float32_for_narrow_inputs(tokens):
         ({"ridge_ratio": 0.0}, "ridge_ratio must be above 0, got 0.0"),
         ({"ridge_ratio": float("nan")}, "ridge_ratio must be above 0"),
         ({"conv_size": 0}, "conv_size must be a positive integer, got 0"),
+        ({"head_dim": 300}, "head_dim must be at most 256, got 300: take more heads"),
+        ({"head_dim": 200, "expand_v": 2.0}, r"expand_v \* head_dim must be at most 256, got 400"),
+        ({"num_iter": 10**9}, "num_iter must be at most 10000"),
+        ({"ridge_ratio": 1e300}, "ridge_ratio must be between"),
+        ({"norm_eps": float("nan")}, "norm_eps must be 0 or more, got nan"),
+        ({"layer_idx": -1}, "layer_idx must be None or 0, 1, ..., got -1"),
     ],
 )
 def test_options_that_do_not_fit(options, message):

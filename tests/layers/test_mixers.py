@@ -168,7 +168,7 @@ def test_compiles_whole(mixer, tokens):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"attention_mask": torch.ones(2, 9)}, "attention_mask must be .* bool or integer"),
+        ({"attention_mask": torch.full((2, 9), 0.5)}, "attention_mask must hold 0 .* and 1"),
         ({"attention_mask": torch.ones(2, 1, 9, 9).bool()}, "attention_mask must be"),
         ({"attention_mask": torch.ones(2, 8).bool()}, "attention_mask must cover .* 9 tokens"),
         ({"attention_mask": torch.ones(3, 9).bool()}, "attention_mask must cover the batch of 2"),

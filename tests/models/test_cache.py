@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch import Tensor
+from transformers import DynamicCache
 
 from gka.models import GKACache, GKAForCausalLM, cache_tensors, fill_cache
 from gka.models.naming import CACHE_NAME
@@ -120,3 +121,61 @@ def test_a_decode_step_compiles_whole(build: Build, ids: Ids, mixers: list[str])
     assert counter.frame_count <= 3
     assert places == [x.data_ptr() for n, x in cache_tensors(cache).items() if "recurrent" in n]
     torch._dynamo.reset()
+
+
+def prefix(heads: int, dim: int, layers: int = 2, length: int = 3, batch: int = 2) -> DynamicCache:
+    """Keys and values of every layer, as peft's prefix tuning hands them over."""
+    draw = torch.Generator().manual_seed(3)
+    shape = (batch, heads, length, dim)
+    return DynamicCache(
+        [
+            (torch.randn(shape, generator=draw), torch.randn(shape, generator=draw))
+            for _ in range(layers)
+        ]
+    )
+
+
+@pytest.mark.parametrize("mixers", [["gka", "attention"], ["attention", "gla"], ["gka", "swa"]])
+def test_a_prefix_enters_the_attention_layers(build: Build, ids: Ids, mixers: list[str]):
+    """Keys and values given for every layer are seen by the attention layers, carry gradients, and can be
+    gone on from; recurrent layers begin empty."""
+    model, tokens = build(mixers=mixers), ids(2, 5)
+    given = prefix(4, 8)
+    index = mixers.index("attention" if "attention" in mixers else "swa")
+    keys = given.layers[index].keys.requires_grad_()  # pyright: ignore
+    out = model(tokens[:, :4], past_key_values=given)
+    assert not torch.allclose(out.logits, model(tokens[:, :4]).logits, atol=1e-4)
+    cache = getattr(out, CACHE_NAME)
+    assert cache.get_seq_length() == 3 + 4
+    out.logits.sum().backward()
+    assert keys.grad is not None and keys.grad.abs().max() > 0
+    with torch.no_grad():
+        whole = model(tokens, past_key_values=prefix(4, 8), attention_mask=torch.ones(2, 8))
+        first = model(tokens[:, :4], past_key_values=prefix(4, 8))
+        last = model(tokens[:, 4:], past_key_values=getattr(first, CACHE_NAME))
+    assert_close(last.logits[:, -1], whole.logits[:, -1], RELATIVE[torch.float32])
+
+
+def test_a_prefix_that_nobody_could_read_is_refused(build: Build, ids: Ids):
+    """Without attention layers, or with other heads, keys and values are refused and the remedy named."""
+    with pytest.raises(ValueError, match=r"no attention layer .* prompt tuning"):
+        build(mixers=["gka", "gla"])(ids(2, 4), past_key_values=prefix(4, 8))
+    with pytest.raises(ValueError, match="num_attention_heads=2, token_dim=16"):
+        build(mixers=["gka", "attention"], num_kv_heads=2)(ids(2, 4), past_key_values=prefix(4, 8))
+
+
+def test_a_cache_comes_back_unless_it_is_declined(build: Build, ids: Ids):
+    """A given cache is returned, but not with use_cache=False."""
+    model, tokens = build(mixers=["gka", "attention"]), ids(1, 4)
+    assert CACHE_NAME in model(tokens, past_key_values=GKACache(model.config))
+    assert CACHE_NAME not in model(tokens, past_key_values=GKACache(model.config), use_cache=False)
+
+
+def test_steps_name_the_cache_as_peft_looks_for_it(build: Build, ids: Ids):
+    """What `generate` hands to the model holds the cache as past_key_values in every version."""
+    model = build(mixers=["gka", "attention"])
+    cache = GKACache(model.config)
+    inputs = model.prepare_inputs_for_generation(
+        ids(1, 4), **{CACHE_NAME: cache, "use_cache": True}
+    )
+    assert inputs["past_key_values"] is cache and "cache" not in inputs

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, PreTrainedConfig
 
+from gka.errors import InputError
 from gka.layers import MIXERS
 from gka.models import GKAConfig, GKAForCausalLM
 
@@ -95,6 +96,10 @@ def test_softmax_heads_default_to_the_recurrent_ones():
     [
         ({"num_heds": 4}, r"'num_heds' \(did you mean 'num_heads'\?\)"),
         ({"temperature": 0.5}, "does not know 'temperature'"),
+        ({"head_dim": 300}, "head_dim must be at most 256, got 300"),
+        ({"expand_v": 3.0}, r"expand_v \* head_dim must be at most 256, got 384"),
+        ({"mixer": "gla", "mixer_overrides": {"gla": {"head_dim": 300}}}, "head_dim must be at most 256"),
+        ({"num_iter": 10**9}, "num_iter must be at most 10000"),
         ({"per_layer_config": {0: {"num_iter": 3}}}, "per_layer_config"),
         ({"mixer": "gkaa"}, r"mixer: unknown mixer 'gkaa' \(did you mean 'gka'\?\)"),
         ({"mixers": ["gka", "mamba"]}, "mixers: unknown mixer 'mamba'.*known: gka"),
@@ -178,3 +183,45 @@ def test_everything_transformers_writes_is_known():
     written: dict[str, Any] = PreTrainedConfig().to_dict()
     written.pop("model_type")
     assert isinstance(GKAConfig(**written), GKAConfig)
+
+
+def test_transformers_names_of_head_counts():
+    """num_attention_heads and num_key_value_heads are read, written and given; of a hybrid they are the
+    softmax layers'."""
+    config = GKAConfig(num_attention_heads=8, num_key_value_heads=2)  # pyright: ignore
+    assert (config.num_heads, config.num_kv_heads) == (8, 2)
+    assert not {"num_attention_heads", "num_key_value_heads"} & set(config.to_dict())
+    config.num_attention_heads = 4
+    assert config.num_heads == 4
+    assert GKAConfig(num_heads=6).num_key_value_heads == 6
+    hybrid = GKAConfig(mixers=["gka", "attention"], num_heads=8, attention_num_heads=4)
+    assert (hybrid.num_attention_heads, hybrid.num_key_value_heads) == (4, 4)
+    hybrid.num_key_value_heads = 2
+    hybrid.num_attention_heads = 2
+    assert (hybrid.attention_num_heads, hybrid.attention_num_kv_heads) == (2, 2)
+    assert (hybrid.num_heads, hybrid.num_kv_heads) == (8, None)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"num_attention_heads": 8, "num_heads": 4}, "two names of one count"),
+        ({"num_attention_heads": "8"}, "num_heads: expected int"),
+        ({"num_key_value_heads": 0}, "num_kv_heads: expected more than 0"),
+        ({"num_attention_heads": 8, "num_key_value_heads": 3}, "3"),
+    ],
+    ids=str,
+)
+def test_head_counts_must_fit_under_any_name(fields: dict, message: str):
+    """Two names that disagree, and values out of range, are refused as under our own names."""
+    with pytest.raises(InputError, match=message):
+        GKAConfig(**fields)
+
+
+def test_auto_map_is_there_and_not_written():
+    """Loaders look into config.auto_map: it is empty, each configuration's own, and not in config.json."""
+    one, other = GKAConfig(), GKAConfig()
+    assert one.auto_map == {} and "auto_map" not in one.to_dict()
+    one.auto_map["AutoConfig"] = "owner/code--file.Class"
+    assert other.auto_map == {}
+    assert one.to_dict()["auto_map"] == {"AutoConfig": "owner/code--file.Class"}

@@ -170,3 +170,72 @@ def test_attention_weights_are_refused(build: Build, ids: Ids) -> None:
     assert model(tokens, output_attentions=False).logits.equal(model(tokens).logits)
     with pytest.raises(ValueError, match="forms no attention weights"):
         model(tokens, output_attentions=True)
+
+
+PATTERNS = [["gka", "gka"], ["gka", "attention"], ["gated_deltanet", "swa"]]
+
+
+@pytest.mark.parametrize("mixers", PATTERNS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.uint8])
+def test_masks_of_any_dtype_mean_the_same(
+    build: Build, ids: Ids, mixers: list[str], dtype: torch.dtype
+):
+    """A mask of 0 and 1 gives the same bits in every dtype, with padding and without, with a cache too."""
+    model, tokens = build(mixers=mixers), ids(2, 9)
+    for start in (0, 4):
+        mask = torch.ones(2, 9, dtype=torch.long)
+        mask[0, :start] = 0
+        expected = model(tokens, attention_mask=mask, use_cache=True)
+        out = model(tokens, attention_mask=mask.to(dtype), use_cache=True)
+        assert out.logits.equal(expected.logits)
+        longer = torch.nn.functional.pad(mask, (0, 1), value=1)
+        steps = [
+            model(
+                ids(2, 1),
+                attention_mask=longer.to(kind),
+                **{CACHE_NAME: getattr(given, CACHE_NAME)},
+            )
+            for given, kind in ((out, dtype), (expected, torch.long))
+        ]
+        assert steps[0].logits.equal(steps[1].logits)
+
+
+@pytest.mark.parametrize("mixers", PATTERNS, ids=str)
+@pytest.mark.parametrize(
+    "mask",
+    [
+        [[0.0, -torch.inf, 0.0]],
+        [[0.0, torch.finfo(torch.float32).min, 0.0]],
+        [[1.0, 0.5, 1.0]],
+        [[1.0, torch.nan, 1.0]],
+        [[1, 1, 2]],
+        [[-1, 0, 1]],
+    ],
+    ids=str,
+)
+def test_other_masks_are_refused(
+    build: Build, ids: Ids, mixers: list[str], mask: list[list[float]]
+):
+    """Additive masks, weights and numbers of documents are no masks of 0 and 1: a ValueError says so."""
+    with pytest.raises(ValueError, match=r"0 \(padding\) and 1 \(token\) only"):
+        build(mixers=mixers)(ids(1, 3), attention_mask=torch.tensor(mask))
+    if isinstance(mask[0][0], float):
+        layer = build(mixers=mixers).model.layers[1].mixer
+        with pytest.raises(ValueError, match=r"0 \(padding\) and 1 \(token\) only"):
+            layer(torch.zeros(1, 3, 32), attention_mask=torch.tensor(mask))  # pyright: ignore
+
+
+def test_the_body_refuses_attention_weights_too(build: Build, ids: Ids) -> None:
+    """GKAModel takes output_attentions as wrappers pass it, and refuses True, on the configuration too."""
+    body, tokens = build(mixers=["gka", "attention"]).model, ids(1, 5)
+    expected = body(tokens).last_hidden_state
+    assert body(tokens, output_attentions=False).last_hidden_state.equal(expected)
+    with pytest.raises(ValueError, match="forms no attention weights"):
+        body(tokens, output_attentions=True)
+
+
+def test_statefulness_is_known_of_the_class(build: Build):
+    """`_is_stateful` is True of the class, and False of a model without recurrent layers."""
+    assert GKAForCausalLM._is_stateful
+    assert build(mixers=["gka", "attention"])._is_stateful
+    assert not build(mixers=["attention", "swa"])._is_stateful

@@ -1,11 +1,13 @@
 """Every wrong argument is refused at the boundary, by name, with what was expected."""
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from gka.ops.delta_rule import chunk_gated_delta_rule
 from gka.ops.gka import chunk_gka, chunk_simple_gla, fused_recurrent_gka
 from problems import make_problem
 
@@ -22,6 +24,12 @@ ONE = {name: x[:1] for name, x in X.items()}
 
 def bounds(*values: int, dtype: torch.dtype = torch.int64) -> Tensor:
     return torch.tensor(values, dtype=dtype)
+
+
+def nested(x: Tensor, layout: torch.layout = torch.strided) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a prototype
+        return torch.nested.nested_tensor(list(x), layout=layout)
 
 
 V, T = ValueError, TypeError
@@ -54,6 +62,17 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"ridge_ratio": float("nan")}, V, "ridge_ratio must be > 0 and finite; got nan"),
     ({"ridge_ratio": float("inf")}, V, "ridge_ratio must be > 0 and finite; got inf"),
     ({"ridge_ratio": "0.02"}, T, "ridge_ratio must be a number; got '0.02'"),
+    ({"num_iter": 10**9}, V, "num_iter must be at most 10000; got 1000000000"),
+    ({"ridge_ratio": 1e300}, V, "ridge_ratio must be between 1e-09 and 1e.09; got 1e.300"),
+    ({"ridge_ratio": True}, T, "ridge_ratio must be a number; got True"),
+    ({"scale": 1e300}, V, r"scale must be in float32's range; got 1e\+300"),
+    ({"chunk_size": 10**12}, V, "chunk_size must be at most 4096; got 1000000000000"),
+    ({"output_final_state": "yes"}, T, "output_final_state must be True or False; got 'yes'"),
+    ({"q": X["q"].to_sparse()}, T, "q must be a dense tensor; got a sparse_coo one"),
+    ({"g": X["g"].to_sparse()}, T, "g must be a dense tensor; got a sparse_coo one"),
+    ({"k": X["k"].to_mkldnn()}, T, "k must be a dense tensor; got a mkldnn one"),
+    ({"v": nested(X["v"])}, T, "v must be a dense tensor; got a nested one"),
+    ({"beta": nested(X["beta"], torch.jagged)}, T, "beta must be a dense tensor; got a nested one"),
     ({"scale": "big"}, T, "scale must be a number; got 'big'"),
     ({"scale": float("nan")}, V, "scale must be finite; got nan"),
     ({"chunk_size": 0}, V, "chunk_size must be >= 1; got 0"),
@@ -156,6 +175,32 @@ def test_a_wrong_copy_of_the_lengths_is_found_on_request(monkeypatch):
         chunk_gka(**packed)
 
 
+def test_keys_too_large_for_a_backend_are_refused_on_request(monkeypatch):
+    """GKA_DEBUG=1 refuses keys whose |H|^2 overflows, in backends that square it as it is."""
+    large = {**X, "k": 1e10 * X["k"]}
+    assert chunk_gka(**large, backend="torch")[0].isfinite().all()
+    monkeypatch.setenv("GKA_DEBUG", "1")
+    chunk_gka(**large, backend="torch")
+    with pytest.raises(
+        ValueError, match=r"k holds a key of norm 1.0e\+10: with backend='reference'"
+    ):
+        chunk_gka(**large, backend="reference")
+
+
+def test_meta_tensors_give_shapes():
+    """On the meta device the ops compute nothing and tell shapes; packed lengths must come as a CPU copy."""
+    x = {name: y.to("meta") for name, y in X.items()}
+    for op in (chunk_gka, fused_recurrent_gka):
+        o, state = op(**x, output_final_state=True, solver="adaptive")
+        assert o.device.type == "meta" and o.shape == (2, 6, 4, 5)
+        assert (
+            state is not None and state[0].shape == (2, 4, 8, 8) and state[1].shape == (2, 4, 8, 5)
+        )
+    packed = {name: y[:1] for name, y in x.items() if name in "qkv"}
+    with pytest.raises(ValueError, match="cu_seqlens has no values on the meta device: pass"):
+        chunk_gated_delta_rule(**packed, cu_seqlens=bounds(0, 6).to("meta"))
+
+
 def test_debug_lets_good_values_pass(monkeypatch):
     """GKA_DEBUG=1 refuses nothing that is right: states as the op returns them, empty inputs, no gates."""
     monkeypatch.setenv("GKA_DEBUG", "1")
@@ -165,6 +210,15 @@ def test_debug_lets_good_values_pass(monkeypatch):
     _, state = chunk_gka(**X, output_final_state=True)
     chunk_gka(**X, initial_state=state)
     chunk_gka(**{name: x[:, :0] for name, x in X.items()})
+
+
+@pytest.mark.parametrize("op", [chunk_gka, fused_recurrent_gka])
+def test_no_sequences_with_the_adaptive_solver(op):
+    """Of B = 0 sequences the longest number of steps is 0."""
+    x = torch.randn(0, 5, 2, 4, requires_grad=True)
+    o, _ = op(x, x, x, solver="adaptive")
+    o.sum().backward()
+    assert o.shape == x.shape and x.grad is not None
 
 
 @pytest.mark.parametrize("op", [chunk_gka, fused_recurrent_gka, chunk_simple_gla])

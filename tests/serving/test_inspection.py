@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.transforms import Bbox
 from rich.console import Console
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from gka.models import GKACache, GKAForCausalLM, cache_tensors
 from gka.ops import solver_steps
 from gka.serving import inspect_model
 from gka.serving.inspection_page import page
+from gka.serving.inspection_plots import layer_figure, overview, round_range, tick_text
 from gka.serving.inspection_table import table
 from tolerances import assert_close
 
@@ -138,19 +140,20 @@ def test_hybrids_and_long_texts(build: Build, ids: Ids):
     assert undecayed["curves"]["memory"][-1] == [9.0] * 4
 
 
-@pytest.mark.parametrize("mixers", [["gka", "attention"], ["attention"]])
+@pytest.mark.parametrize("fields", [{}, {"use_forgetting_gate": False}])
 @pytest.mark.parametrize("num_iter", [6, 0])
-def test_the_page_stands_alone(build: Build, ids: Ids, mixers: list[str], num_iter: int):
+def test_the_page_stands_alone(build: Build, ids: Ids, fields: dict[str, Any], num_iter: int):
     """One HTML page: it asks for nothing from outside, its images are whole SVG documents, names are
     escaped."""
-    model = build(mixers=mixers, num_iter=num_iter)
+    mixers = ["gka", "attention"]
+    model = build(mixers=mixers, num_iter=num_iter, **fields)
     content = {"model_folder": "<b>&"} | inspect_model(model, ids(1, 30), positions=4)
     text = page(content)
     assert "&lt;b&gt;&amp;" in text and "<b>&" not in text
     sources = re.findall(r'(?:src|href)=[\'"]([^\'"]+)', text)
     assert all(source.startswith("data:image/svg+xml;base64,") for source in sources)
     assert "<script" not in text and "@import" not in text and "url(" not in text
-    assert len(sources) == (2 if "gka" in mixers else 0)
+    assert len(sources) == 2
     for source in sources:
         root = ElementTree.fromstring(base64.b64decode(source.partition(",")[2]))
         assert root.tag.endswith("svg") and len(list(root.iter())) > 100
@@ -168,6 +171,73 @@ def test_the_table_has_every_layer(build: Build, ids: Ids):
     for word in ("0 gka", "1 attention", "half-life", "remembered", "lambda", "condition", "steps"):
         assert word in shown, shown
     assert "…" not in shown
+
+
+def drawn(figure: Any) -> Any:
+    """The figure, laid out."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure).draw()
+    return figure
+
+
+@pytest.mark.parametrize(("layers", "heads", "length"), [(1, 1, 2), (2, 4, 300), (9, 16, 40)])
+def test_no_panel_runs_into_another(build: Build, ids: Ids, layers: int, heads: int, length: int):
+    """Titles, tick labels and axes of a panel leave a tenth of an inch to those of every other panel."""
+    model = build(num_hidden_layers=layers, num_heads=heads)
+    content = inspect_model(model, ids(1, length), positions=20)
+    for figure in (overview(content), layer_figure(content["layers"][0], content["positions"])):
+        boxes = [axes.get_tightbbox() for axes in drawn(figure).axes]
+        panels = len(boxes) if figure.axes[-1].get_label() != "<colorbar>" else len(boxes) // 2
+        # a colour bar belongs to its panel
+        joined = [
+            Bbox.union([boxes[i], *boxes[i + panels : i + panels + 1]]) for i in range(panels)
+        ]
+        for i, one in enumerate(joined):
+            assert all(not one.padded(0.05 * figure.dpi).overlaps(x.padded(0.05 * figure.dpi))
+                       for x in joined[:i])  # fmt: skip
+            assert one.x0 >= 0 and one.x1 <= figure.bbox.x1
+
+
+def test_long_memories_are_told_apart(build: Build, ids: Ids):
+    """Decays of 0.993 and 0.999 are 143 and 1000 tokens, apart in the figure and the page, and a state that
+    does not decay is drawn and named as such."""
+    content = inspect_model(build(num_heads=4), ids(1, 30), positions=3)
+    layer = content["layers"][0]
+    for head, gamma in zip(layer["heads"], (0.993, 0.999, 0.2, 1.0), strict=True):
+        head["decay_quantiles"] = [gamma] * 5
+    axes = drawn(layer_figure(layer, content["positions"])).axes[0]
+    medians = [line.get_ydata()[0] for line in axes.lines if line.get_marker() == "_"]
+    assert medians[:3] == pytest.approx([1 / 0.007, 1000, 1.25]) and axes.get_yscale() == "log"
+    places = axes.transData.transform([(0, y) for y in medians])[:, 1]
+    assert places[1] - places[0] > 0.1 * axes.bbox.height < places[3] - places[1]
+    assert [text.get_text() for text in axes.texts] == ["no decay"]
+    shown = page(content)
+    assert all(f"<td>{x}</td>" in shown for x in ("143", "1e+03", "1.25", "∞"))
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0.3, 7.0], (0.2, 10)),
+        ([1.0], (1, 2)),
+        ([2.0, 50.0], (2, 50)),
+        ([3e-5], (2e-5, 5e-5)),
+        ([], (1, 2)),
+    ],
+)
+def test_axes_end_at_round_numbers(values: list[float], expected: tuple[float, float]):
+    """A log axis begins and ends at 1, 2 or 5 times a power of ten, which get short labels."""
+    assert round_range(values) == pytest.approx(expected)
+    assert tick_text(2e-5) == "2e-5" and tick_text(1e6) == "1e6" and tick_text(0.0002) == "0.0002"
+
+
+def test_models_without_a_ridge_are_refused(build: Build, ids: Ids):
+    """A model without a GKA layer has nothing to be looked at, and is not shown as an empty page."""
+    with pytest.raises(
+        InputError, match=r"no Gated KalmaNet layer, .* \(its mixers: attention, gla\)"
+    ):
+        inspect_model(build(mixers=["gla", "attention", "gla"]), ids(1, 5))
 
 
 def test_other_models_are_refused():

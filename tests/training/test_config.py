@@ -9,11 +9,9 @@ import pytest
 from gka.data import byte_tokenizer
 from gka.errors import InputError
 from gka.training import RunConfig, build_model, read_recipe
-from gka.training.config import TABLES, merged
+from gka.training.config import RECIPES, merged, recipe_names
 from gka.training.folder import resumed_config
 from gka.training.priming import PrimeConfig
-from gka.training.priming.config import TABLES as PRIME_TABLES
-from gka.training.recipes import recipe_names
 
 
 def test_tables_round_trip() -> None:
@@ -87,12 +85,13 @@ def test_later_tables_win_key_by_key() -> None:
     }
 
 
-@pytest.mark.parametrize("name", recipe_names())
-def test_recipes_describe_runs(name: str) -> None:
-    """Every recipe of the package is found by name, has known keys only, and makes a model or primes one."""
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_recipes_describe_runs(path: Path) -> None:
+    """Every recipe in recipes/ is found by name, has known keys only, and makes a model or primes one."""
     import torch
 
-    tables = read_recipe(name)
+    prime = path.stem.startswith("prime")
+    tables = read_recipe(path.stem, "prime" if prime else "train")
     if "prime" in tables:
         config = PrimeConfig.from_tables(tables)
         assert config.stage1.max_steps and config.stage2.max_steps
@@ -110,26 +109,25 @@ def test_the_defaults_fit_a_laptop() -> None:
 
 
 def test_recipes_are_those_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each command names its own recipes, and refuses those of the other by name; one's own are found
-    in ./recipes, and go before the package's."""
+    """Each command lists its own recipes; one's own are found in ./recipes, and go before the package's."""
     monkeypatch.chdir(tmp_path)
-    assert recipe_names(TABLES) == ["cpu", "gpu"]
-    assert recipe_names(PRIME_TABLES) == ["prime-cpu", "prime-gpu"]
-    with pytest.raises(InputError, match="'prime-cpu' is one of another command; known: cpu, gpu;"):
-        read_recipe("prime-cpu", TABLES)
-    with pytest.raises(InputError, match="'cpu9' is unknown; known: prime-cpu, prime-gpu;"):
-        read_recipe("cpu9", PRIME_TABLES)
+    assert recipe_names("train") == ["cpu", "gpu"]
+    assert recipe_names("prime") == ["prime-cpu", "prime-gpu"]
     (tmp_path / "recipes").mkdir()
     for name in ("cpu", "mine"):
         (tmp_path / "recipes" / f"{name}.toml").write_text("[training]\nmax_steps = 3\n")
-        assert read_recipe(name, TABLES) == {"training": {"max_steps": 3}}
-    assert recipe_names(TABLES) == ["cpu", "gpu", "mine"]
+        assert read_recipe(name) == {"training": {"max_steps": 3}}
+    assert recipe_names("train") == ["cpu", "gpu", "mine"]
 
 
 def test_unknown_recipes_are_refused(tmp_path: Path) -> None:
     """A name that is no recipe lists those there are; missing files and bad TOML are told."""
     with pytest.raises(InputError, match=r"recipe 'gpu9' is unknown; known: .*cpu"):
         read_recipe("gpu9")
+    with pytest.raises(InputError, match=r"known: ((?!prime).)*; or give"):
+        read_recipe("gpu9")
+    with pytest.raises(InputError, match="is one of gka prime"):
+        read_recipe("prime-cpu")
     with pytest.raises(InputError, match="no such file"):
         read_recipe(str(tmp_path / "none.toml"))
     (tmp_path / "bad.toml").write_text("[data\n")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from gka.errors import InputError
 from gka.training import Interrupted, callbacks
+from gka.training.checkpoints import fault
 
 Run = Callable[..., dict[str, Any]]
 Reference = tuple[Path, dict[str, Any]]
@@ -74,6 +75,8 @@ def test_killed_while_writing_a_checkpoint(
     assert "resuming from" in metrics["shown"]
     assert "checkpoint-4" in metrics["shown"]
     _same(metrics, output, reference)
+    left = {path.name for path in half.parent.iterdir()}
+    assert left == {"checkpoint-8", "checkpoint-12"}  # the cut one went when it was there again
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
@@ -125,7 +128,7 @@ def test_without_a_whole_checkpoint_it_starts_over(
     _same(metrics, output, reference)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interruption_saves_and_resumes_exactly(
     run_tiny: Run,
     reference: Reference,
@@ -151,6 +154,51 @@ def test_interruption_saves_and_resumes_exactly(
     assert (output / "checkpoints" / "checkpoint-6" / "complete.json").exists()
     assert not (output / "model").exists()
     _same(run_tiny(output, resume=True), output, reference)
+
+
+# A training on a terminal of its own, which is closed in the midst of step 6.
+HUNG_UP = """
+import json, os, pty, sys
+from pathlib import Path
+pid, terminal = pty.fork()
+if pid:
+    while b"step      6" not in (shown := os.read(terminal, 4096)) and shown:
+        pass
+    os.close(terminal)
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+from gka.training import RunConfig, train, Interrupted
+from gka.commandline import text_console
+tables = json.loads(sys.argv[1])
+tables["training"]["max_steps"] = 100000
+try:
+    console = text_console()
+    train(RunConfig.from_tables(tables), Path(sys.argv[2]), console=console)
+except Interrupted as stop:
+    console.print("Stopped")
+    os._exit(stop.signal)
+"""
+
+
+def test_a_closed_terminal_saves(tables: dict[str, Any], tmp_path: Path) -> None:
+    """When its terminal is closed a training saves a checkpoint and ends; writing to it is no error by
+    then."""
+    output = tmp_path / "run"
+    command = [sys.executable, "-c", HUNG_UP, json.dumps(tables), str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == signal.SIGHUP, done.stderr
+    saved = sorted(output.glob("checkpoints/checkpoint-*"), key=lambda p: int(p.name[11:]))
+    assert fault(saved[-1]) is None
+
+
+def test_nohup_is_respected() -> None:
+    """Where SIGHUP is ignored, as under nohup, a training goes on without its terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with callbacks.stop_on_signals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.signal is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_complete_run_is_not_trained_again(run_tiny: Run, reference: Reference) -> None:

@@ -22,8 +22,8 @@ def register() -> None:
     """
     if find_spec("lm_eval") is None:
         raise InputError(
-            'lm_eval is not installed: pip install "lm-eval>=0.4.13,<0.5", or in a checkout of this library '
-            'pip install -e ".[eval]"'
+            'lm_eval is not installed; install it with pip install -e ".[eval]" in a checkout, or anywhere '
+            'with pip install "lm-eval>=0.4.13,<0.5"'
         )
     import gka.evaluation.harness_model  # noqa: F401  (registers itself)
 

@@ -12,7 +12,7 @@ from gka.data.tokenizer import check_vocabulary
 from gka.errors import InputError
 from gka.evaluation.context.reader import Reader
 from gka.models import loading
-from gka.models.foreign_code import without_code
+from gka.models.foreign_code import refuse_adapter_code, without_code
 
 UNLIMITED = 1 << 30
 Request = tuple[
@@ -80,6 +80,8 @@ class GKAHarnessModel(HFLM):
         trust_remote_code = without_code({"trust_remote_code": trust_remote_code})[
             "trust_remote_code"
         ]
+        if peft is not None:
+            refuse_adapter_code(Path(peft))
         folder = Path(pretrained)
         super().__init__(
             str(loading.model_folder(folder)) if folder.is_dir() and not subfolder else pretrained,

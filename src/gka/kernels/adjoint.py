@@ -122,12 +122,12 @@ def max_blocks(ptr, index, N: tl.constexpr):
 def decay_gradient(pairs, ends, start, whole, beta2, places, PREC: tl.constexpr):
     """dg_i of a chunk by rectangle sums, as gka.maths.adjoint states it; pairs without beta_j^2."""
     since = tl.where(places[:, None] <= places[None, :], 1.0, 0.0)
-    after = (
-        tl.dot(since, pairs, input_precision=PREC) * beta2[None, :]
-    )  # sum over t >= i, for each j
+    after = tl.dot(since, pairs, input_precision=PREC)  # sum over t >= i, for each j
+    # The end's part of j belongs to every i > j; a running sum less its last term would keep that
+    # term's rounding.
+    after = (after + ends[None, :]) * beta2[None, :]
     rectangles = tl.sum(tl.where(places[:, None] > places[None, :], after, 0.0), 1)
-    before_end = tl.cumsum(ends * beta2, 0) - ends * beta2
-    return rectangles + before_end + tl.cumsum(start, 0, reverse=True) + whole
+    return rectangles + tl.cumsum(start, 0, reverse=True) + whole
 
 
 @triton.jit

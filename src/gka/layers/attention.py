@@ -107,7 +107,7 @@ class SoftmaxAttention(nn.Module):
         Raises:
             ValueError: arguments that do not fit; the message names which.
         """
-        check_inputs(hidden_states, attention_mask, cu_seqlens)
+        attention_mask = check_inputs(hidden_states, attention_mask, cu_seqlens)
         check_width(hidden_states, self.hidden_size)
         # on a GPU reading them would mean waiting
         read = cu_seqlens is not None and cu_seqlens.device.type == "cpu"

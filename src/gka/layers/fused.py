@@ -15,6 +15,7 @@ from gka.ops.fusion import why_not_fused
 from gka.ops.gated_norm import gated_rms_norm
 from gka.ops.gates import layer_gates
 from gka.ops.layer_step import step_heads_and_gates
+from gka.ops.library import under_transform
 
 if TYPE_CHECKING:
     from gka.layers.recurrent import RecurrentMixer
@@ -50,8 +51,7 @@ def why_plain(
 
 def _why_called(mixer: "RecurrentMixer") -> str | None:
     """Modules must be called themselves: someone replaced one or listens to it, or transforms the call."""
-    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    if not torch.compiler.is_compiling() and functorch.peek_interpreter_stack():
+    if under_transform():
         return "inside a transform of torch.func or torch.vmap modules are called one by one."
     if hasattr(mixer, "k_expand") or hasattr(mixer, "v_expand"):
         return "keys or values are expanded between their convolution and their norm."

@@ -21,8 +21,8 @@ class GatedKalmaNet(RecurrentMixer):
 
     Args:
         hidden_size: width of the hidden states.
-        expand_v: value head dim V over head_dim; V must come out whole.
-        head_dim: K, of queries and keys.
+        expand_v: value head dim V over head_dim; V must come out whole, at most 256.
+        head_dim: K, of queries and keys, at most 256: what the ops take, whatever the backend.
         num_heads: query heads.
         num_v_heads: value heads, a multiple of num_heads (more value than key heads). None: as keys.
         num_kv_heads: key and value heads, a divisor of num_heads (grouped heads). None: num_heads.

@@ -10,8 +10,11 @@ from gka.ops import checks
 
 def check_inputs(
     hidden_states: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None
-) -> None:
+) -> Tensor | None:
     """The part of a mixer's call that all mixers check alike.
+
+    Returns:
+        The mask: bool where it was floating point, else as it is.
 
     Raises:
         ValueError: a shape or dtype that does not fit, or a mask together with cu_seqlens.
@@ -31,10 +34,10 @@ def check_inputs(
             raise ValueError(
                 "attention_mask and cu_seqlens exclude each other: packed sequences have no padding"
             )
-        if attention_mask.dim() != 2 or attention_mask.is_floating_point():
+        if attention_mask.dim() != 2:
             raise ValueError(
-                "attention_mask must be [batch, tokens] of 0 (padding) and 1 (token), bool or integer; "
-                f"got {attention_mask.dtype} of shape {tuple(attention_mask.shape)}"
+                "attention_mask must be [batch, tokens] of 0 (padding) and 1 (token), "
+                f"got shape {tuple(attention_mask.shape)}"
             )
         if attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
             raise ValueError(
@@ -45,6 +48,9 @@ def check_inputs(
         raise ValueError(f"cu_seqlens needs the sequences packed into batch 1, got batch {batch}")
     if cu_seqlens is not None:
         checks.check_cu_seqlens(hidden_states, cu_seqlens)
+    if attention_mask is not None and attention_mask.is_floating_point():
+        return token_mask(attention_mask)
+    return attention_mask
 
 
 def check_width(hidden_states: Tensor, hidden_size: int) -> None:
@@ -60,6 +66,35 @@ def check_width(hidden_states: Tensor, hidden_size: int) -> None:
         )
     if hidden_states.dtype not in checks.DTYPES:
         raise TypeError(f"hidden_states must be floating-point, got {hidden_states.dtype}")
+
+
+def token_mask(attention_mask: Tensor) -> Tensor:
+    """Where tokens are: a mask of 0 and 1 as it is, but floating point as bool.
+
+    peft's prompts come with masks in floating point. So do additive masks (0 and -inf), which mean the
+    opposite at 0 and are refused; a compiled graph asserts it as it runs.
+
+    Args:
+        attention_mask: [B,T] of 0 (padding) and 1 (token) in any dtype.
+
+    Raises:
+        ValueError: it holds other numbers.
+    """
+    if attention_mask.dtype == torch.bool:
+        return attention_mask
+    is_token = attention_mask == 1
+    known = (is_token | (attention_mask == 0)).all()
+    if torch.compiler.is_compiling():
+        torch._assert_async(known, _OTHER_NUMBERS)
+    elif not known:
+        raise ValueError(_OTHER_NUMBERS)
+    return is_token if attention_mask.is_floating_point() else attention_mask
+
+
+_OTHER_NUMBERS = (
+    "attention_mask must hold 0 (padding) and 1 (token) only; masks to be added to scores, and masks that "
+    "number documents, are not taken"
+)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class RecurrentMixer(DecayParameters):
     Args:
         hidden_size: width of the hidden states.
         expand_v: value head dim over head_dim.
-        head_dim: K, of queries and keys.
+        head_dim: K, of queries and keys, at most 256, as is V.
         num_heads: query heads.
         num_k_heads, num_v_heads: key and value heads.
         use_v_conv: whether values are convolved.
@@ -179,7 +179,7 @@ class RecurrentMixer(DecayParameters):
         Raises:
             ValueError: arguments that do not fit; the message names which.
         """
-        check_inputs(hidden_states, attention_mask, cu_seqlens)
+        attention_mask = check_inputs(hidden_states, attention_mask, cu_seqlens)
         check_width(hidden_states, self.hidden_size)
         cache = open_cache(past_key_values, use_cache, self.layer_idx, cu_seqlens)
         layer = recurrent_layer(cache, self.layer_idx)

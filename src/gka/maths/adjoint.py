@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from gka.maths.chunked import Chunks, Settings, Tokens
 from gka.maths.grouped import group_sum, group_sum_matmul, shared_matmul, weight_shared
@@ -275,5 +276,6 @@ def _decay_gradient(
         (pairs * beta2.unsqueeze(-2)).flip(-2).cumsum(-2).flip(-2)
     )  # sum over t >= i, for each j
     rectangles = after.tril(-1).sum(-1)  # row i: over j < i
-    before_end = (ends * beta2).cumsum(-1) - ends * beta2
+    # summed up to the one before: a sum less its last term would keep that term's rounding
+    before_end = pad((ends * beta2)[..., :-1].cumsum(-1), (1, 0))
     return rectangles + before_end + start.flip(-1).cumsum(-1).flip(-1) + whole.unsqueeze(-1)

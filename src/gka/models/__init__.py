@@ -1,13 +1,18 @@
 """Language models with any pattern of mixers, as Hugging Face classes.
 
-Importing this module registers them, so `AutoConfig`, `AutoModel` and `AutoModelForCausalLM` know
-model_type "gka".
+transformers' Auto classes know model_type "gka" since `import gka` (`gka.discovery`); importing this
+module, which they then do, registers the classes.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 
 from gka.models.adapters.auto import register
 from gka.models.adapters.save import save_as
+from gka.models.auto_map import write_auto_map
 from gka.models.cache import GKACache
 from gka.models.causal_lm import GKAForCausalLM
 from gka.models.configuration import GKAConfig
@@ -19,6 +24,9 @@ from gka.models.summary import ParameterCount, count_parameters
 AutoConfig.register(GKAConfig.model_type, GKAConfig, exist_ok=True)
 AutoModel.register(GKAConfig, GKAModel, exist_ok=True)
 AutoModelForCausalLM.register(GKAConfig, GKAForCausalLM, exist_ok=True)
+# by name too: pipelines and Trainer ask these tables what a class is for
+MODEL_MAPPING_NAMES[GKAConfig.model_type] = GKAModel.__name__
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[GKAConfig.model_type] = GKAForCausalLM.__name__
 
 register()
 
@@ -29,6 +37,7 @@ __all__ = [
     "GKAPreTrainedModel",
     "GKACache",
     "save_as",
+    "write_auto_map",
     "cache_tensors",
     "fill_cache",
     "state_shapes",

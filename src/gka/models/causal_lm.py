@@ -9,12 +9,10 @@ from transformers.utils.generic import can_return_tuple
 
 from gka.models.cache import GKACache
 from gka.models.configuration import GKAConfig
-from gka.models.decoder import GKAModel, GKAPreTrainedModel
+from gka.models.decoder import GKAModel, GKAPreTrainedModel, refuse_attentions
 from gka.models.documents import Documents, Packing, find_documents
 from gka.models.loss import linear_cross_entropy, mean_loss, next_token_targets
 from gka.models.naming import CACHE_NAME, one_cache
-
-_NO_ATTENTIONS = "output_attentions: this model forms no attention weights; leave it out"
 
 
 class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
@@ -27,13 +25,15 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
     # The Trainer then passes num_items_in_batch, so that gradient accumulation averages over tokens.
     accepts_loss_kwargs = True
+    # Read by `generate`: a recurrent state cannot be rolled back, as assisted decoding would need. Of a
+    # model without recurrent layers it is False.
+    _is_stateful = True
 
     def __init__(self, config: GKAConfig):
         super().__init__(config)
         self.model = GKAModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        # Read by `generate`: a recurrent state cannot be rolled back, as assisted decoding would need.
         self._is_stateful = "linear_attention" in config.layer_types
         self.post_init()
 
@@ -68,8 +68,8 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids, attention_mask, position_ids, past_key_values, cache, inputs_embeds, cu_seqlens,
-                cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx, output_hidden_states: as
-                in `GKAModel.forward`.
+                cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx, output_hidden_states,
+                output_attentions: as in `GKAModel.forward`.
             labels: [B,T] the tokens themselves, -100 where nothing is to be predicted; position t is
                 compared with label t+1, and the last token of a document with nothing, however documents
                 are told apart.
@@ -79,7 +79,6 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
                 not touch the loss.
             num_items_in_batch: divide the summed loss by this, instead of by the number of targets.
             return_logits: None: unless in training mode with labels.
-            output_attentions: None or False, as wrappers such as peft's pass on.
 
         Returns:
             `loss` (float32), `logits` [B,T',vocab_size] in the model's dtype, `past_key_values`
@@ -88,8 +87,6 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: inputs contradict each other, or attention weights are asked for.
         """
-        if output_attentions:
-            raise ValueError(_NO_ATTENTIONS)
         past = one_cache(past_key_values, cache)
         if use_cache is None and labels is not None and past is None:
             use_cache = False
@@ -108,6 +105,7 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             documents=documents,
             output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
             return_dict=True,
         )
         hidden = outputs.last_hidden_state
@@ -163,6 +161,16 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
             if generation_config.is_assistant:
                 cache.activate_past_recording()
 
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """transformers' inputs of a step, the cache under the name that every version of peft looks for.
+
+        Where peft finds none, it puts its prompt in front of every new token.
+        """
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # pyright: ignore
+        if "cache" in inputs:
+            inputs["past_key_values"] = inputs.pop("cache")
+        return inputs
+
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None, **_: Any) -> Tensor | None:
         """The 0/1 mask itself: each mixer makes of it what it needs. Called by `generate`."""
@@ -176,8 +184,7 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
 def _check_generation(config: GKAConfig, generation_config: Any, given: Any) -> None:
     """Raise `ValueError` for caches that cannot hold or count what the layers keep, and for other options
     that this model has no answer to."""
-    if generation_config.output_attentions:
-        raise ValueError(_NO_ATTENTIONS)
+    refuse_attentions(generation_config.output_attentions)
     kind = generation_config.cache_implementation
     if kind not in (None, "dynamic", "static"):
         raise ValueError(

@@ -9,7 +9,13 @@ from transformers import PreTrainedConfig
 from gka.errors import InputError
 from gka.models.adapters import adapter_of
 from gka.models.checks import check_sizes, check_types
-from gka.models.pattern import check_pattern, layer_types, resolve_pattern
+from gka.models.pattern import (
+    SOFTMAX_MIXERS,
+    attention_heads,
+    check_pattern,
+    layer_types,
+    resolve_pattern,
+)
 
 # What transformers itself writes into a config.json, or hands over when it reads one.
 _WRITTEN_BY_TRANSFORMERS = frozenset(
@@ -34,6 +40,9 @@ _WRITTEN_BY_TRANSFORMERS = frozenset(
 )
 # What a foreign configuration says that is not about the model's mathematics.
 _CARRIED = ("dtype", "torch_dtype", "quantization_config", "_commit_hash", "_name_or_path")
+# transformers' and peft's names of head counts; properties here.
+_HEADS = ("num_attention_heads", "num_key_value_heads")
+_COUNTS = ("num_heads", "num_kv_heads", "attention_num_heads", "attention_num_kv_heads")
 # Read-only here because the pattern implies them; accepted in a file when they agree with it.
 _DERIVED = ("layer_types", "number_of_conv_states")
 
@@ -54,6 +63,7 @@ class GKAConfig(PreTrainedConfig):
         attention_layers: layers (counted from 0) that use "attention" instead of `mixer`.
         head_dim, num_heads, num_kv_heads, num_v_heads, expand_v: head sizes and counts of the recurrent
             mixers, as in `gka.layers.GatedKalmaNet`.
+            Also known as num_attention_heads and num_key_value_heads (properties; see there for hybrids).
         num_k_heads, kv_rank, kv_mix: of "gka" alone, as in `GatedKalmaNet`.
         use_beta_gate, use_alpha_connection, use_v_conv, use_forgetting_gate, use_forgetting_gate_kk,
             gla_rescale, ridge_ratio, num_iter, use_gate, conv_size, backend, solver: as in `GatedKalmaNet`;
@@ -84,6 +94,9 @@ class GKAConfig(PreTrainedConfig):
     """
 
     model_type = "gka"
+    auto_map: ClassVar[
+        dict[str, str]
+    ]  # of each configuration; read by transformers' and trl's loaders
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
 
     vocab_size: int = 32000
@@ -141,6 +154,10 @@ class GKAConfig(PreTrainedConfig):
         check_types(self)
         self._fill_in()
         derived = {key: others.pop(key) for key in _DERIVED if key in others}
+        for key in _HEADS:
+            if key in others:
+                self._set_heads(key, others.pop(key))
+        others["auto_map"] = others.get("auto_map") or {}
         super().__post_init__(**others)
         self.check()
         self._check_derived(derived)
@@ -157,6 +174,48 @@ class GKAConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
         """A configuration from the fields of a config.json, ours or a foreign one."""
         return super().from_dict(_translated(config_dict), **options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields for a config.json.
+
+        Without those of `auto_map` that name a file in the folder the model came from, unless this class is
+        itself from there: what is saved elsewhere does not have it.
+        """
+        values = super().to_dict()
+        auto_map = values.pop("auto_map", None) or {}
+        if self._auto_class is None:
+            auto_map = {name: code for name, code in auto_map.items() if "--" in str(code)}
+        return values | ({"auto_map": auto_map} if auto_map else {})
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Query heads of the softmax layers, or of the recurrent ones where there are no others.
+
+        Assigning sets `attention_num_heads` where softmax layers have a count of their own, else `num_heads`.
+        """
+        return attention_heads(self)[0] if self._has_softmax() else self.num_heads
+
+    @num_attention_heads.setter
+    def num_attention_heads(self, value: int) -> None:
+        own = self._has_softmax() and self.attention_num_heads is not None
+        setattr(self, "attention_num_heads" if own else "num_heads", value)
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Key and value heads of the layers that `num_attention_heads` counts.
+
+        Assigning sets `attention_num_kv_heads` where softmax layers have counts of their own, else
+        `num_kv_heads`.
+        """
+        if self._has_softmax():
+            return attention_heads(self)[1]
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @num_key_value_heads.setter
+    def num_key_value_heads(self, value: int) -> None:
+        counts = (self.attention_num_heads, self.attention_num_kv_heads)
+        own = self._has_softmax() and counts != (None, None)
+        setattr(self, "attention_num_kv_heads" if own else "num_kv_heads", value)
 
     @property
     def pattern(self) -> list[str]:
@@ -182,6 +241,24 @@ class GKAConfig(PreTrainedConfig):
         check_types(self)
         check_pattern(self)
         check_sizes(self)
+
+    def _has_softmax(self) -> bool:
+        return not set(self.pattern).isdisjoint(SOFTMAX_MIXERS)
+
+    def _set_heads(self, key: str, value: Any) -> None:
+        """A head count under transformers' name; it may stand beside ours where the two agree.
+
+        Raises:
+            InputError: they do not.
+        """
+        before = {name: getattr(self, name) for name in _COUNTS}
+        setattr(self, key, value)
+        for name, was in before.items():
+            default = type(self).__dataclass_fields__[name].default
+            if getattr(self, name) != was and was != default:
+                raise InputError(
+                    f"{key} = {value!r} and {name} = {was!r} are two names of one count: give one of the two"
+                )
 
     def _fill_in(self) -> None:
         if self.num_hidden_layers is None:
@@ -216,7 +293,7 @@ def _translated(config: dict[str, Any]) -> dict[str, Any]:
 
 def _refuse_unknown(others: dict[str, Any]) -> None:
     """Raise for keys that neither this configuration nor transformers knows."""
-    unknown = sorted(set(others) - _WRITTEN_BY_TRANSFORMERS - set(_DERIVED))
+    unknown = sorted(set(others) - _WRITTEN_BY_TRANSFORMERS - {*_DERIVED, *_HEADS})
     if not unknown:
         return
     known = [field.name for field in fields(GKAConfig)]

@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from gka.layers import DECAY_PARAMETERS, RMSNorm
+from gka.layers.padding import token_mask
 from gka.models.adapters.load import load_with
 from gka.models.cache import GKACache
 from gka.models.configuration import GKAConfig
@@ -20,6 +21,7 @@ from gka.models.initialization import init_module
 from gka.models.naming import CACHE_NAME, one_cache
 from gka.models.pattern import build_mixer
 from gka.models.solver import set_solver
+from gka.models.states import with_prefix
 
 
 class GKAMLP(nn.Module):
@@ -126,6 +128,7 @@ class GKAModel(GKAPreTrainedModel):
         use_cache: bool | None = None,
         cu_seqlens: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         *,
         cache: Cache | None = None,
         cu_seq_lens_q: Tensor | None = None,
@@ -139,17 +142,20 @@ class GKAModel(GKAPreTrainedModel):
 
         Args:
             input_ids: [B,T] token ids; or `inputs_embeds` [B,T,hidden_size] instead.
-            attention_mask: [B,T] of 0/1, 1 for tokens, padding at either end; with a cache it covers the
-                past as well, [B,T_past+T] (a model without attention layers needs the last T only).
+            attention_mask: [B,T] of 0/1 in any dtype, 1 for tokens, padding at either end; with a cache it
+                covers the past as well, [B,T_past+T] (a model without attention layers needs the last T
+                only).
             position_ids: [B,T] or [1,T] rotary positions. None: counted from the mask, packing and cache.
                 Where a token's position is not above that of the token before it in its row, another
                 document begins, and documents do not see each other. To look for that, a GPU is read once
                 a call of more than one token (and torch.compile breaks its graph), unless one of the
                 following says where documents begin.
-            past_key_values: a `GKACache`, or another transformers cache built from the configuration.
+            past_key_values: a `GKACache`, or another transformers cache built from the configuration; or keys
+                and values for every layer, as peft's prefix tuning makes them (`states.with_prefix`).
             cache: the same argument under its name since transformers 5.24.
             use_cache: return a cache. None: `config.use_cache`, but never in training mode, with packed
-                sequences or under `torch.export`.
+                sequences or under `torch.export`; one that is given is returned unless this is False, and is
+                updated in any case.
             cu_seqlens: [N+1] bounds of sequences packed into one row (B = 1), without a cache. On the CPU
                 they make nothing wait for a GPU; on a GPU they are read once a call.
             output_hidden_states: return the embeddings and every layer's output (the last after the norm).
@@ -159,15 +165,20 @@ class GKAModel(GKAPreTrainedModel):
             max_length_q, max_length_k: tokens of the longest document, or more; only with cu_seq_lens_q.
             seq_idx: [B,T] or [1,T], the same number throughout a document.
             documents: what `gka.models.documents.find_documents` made of all these; then they are not read.
+            output_attentions: None or False, as trl's trainers and peft's wrappers pass it on.
 
         Returns:
             `last_hidden_state` [B,T,hidden_size], `past_key_values` (`cache` since transformers 5.24),
             `hidden_states`.
 
         Raises:
-            ValueError: inputs contradict each other; the message names them.
+            ValueError: inputs contradict each other, the mask holds other numbers than 0 and 1, or attention
+                weights are asked for; the message names them.
         """
-        past = one_cache(past_key_values, cache)
+        refuse_attentions(
+            self.config.output_attentions if output_attentions is None else output_attentions
+        )
+        past = with_prefix(self.config, one_cache(past_key_values, cache))
         _check_inputs(self.config, input_ids, inputs_embeds, past)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -178,6 +189,7 @@ class GKAModel(GKAPreTrainedModel):
             tokens = input_ids if inputs_embeds is None else inputs_embeds
             caching = past is not None or bool(use_cache)
             documents = find_documents(tokens, packing, attention_mask, caching)
+        returns_cache = use_cache is not False
         if use_cache is None:
             exported = torch.compiler.is_exporting()  # an exported program returns tensors alone
             wanted = self.config.use_cache and not self.training and not documents.packed
@@ -213,7 +225,7 @@ class GKAModel(GKAPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             hidden_states=tuple(every) if output_hidden_states else None,
-            **{CACHE_NAME: past},  # pyright: ignore[reportArgumentType]
+            **{CACHE_NAME: past if returns_cache else None},  # pyright: ignore[reportArgumentType]
         )
 
     def _check_recomputation(self, past: Any, use_cache: bool) -> None:
@@ -241,15 +253,22 @@ def _check_inputs(config: GKAConfig, input_ids: Any, inputs_embeds: Any, cache: 
         )
 
 
+def refuse_attentions(output_attentions: Any) -> None:
+    """Raise `ValueError` where attention weights are asked for."""
+    if output_attentions:
+        raise ValueError("output_attentions: this model forms no attention weights; leave it out")
+
+
 def _without_trivial(attention_mask: Any, cache: Any, tokens: Tensor) -> Any:
     """None for a mask that covers all tokens and finds no padding among them.
 
     One look here spares every layer the work of keeping padding away. Any other mask is left to the
     mixers, which also say what is wrong with it.
     """
-    if attention_mask is None or torch.compiler.is_compiling():
-        return attention_mask
-    if not (cache is None or isinstance(cache, GKACache)) or attention_mask.is_floating_point():
+    if attention_mask is None:
+        return None
+    attention_mask = token_mask(attention_mask)
+    if torch.compiler.is_compiling() or not (cache is None or isinstance(cache, GKACache)):
         return attention_mask
     past = 0 if cache is None else cache.get_seq_length()
     if attention_mask.shape != (tokens.shape[0], past + tokens.shape[1]):

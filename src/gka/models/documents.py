@@ -34,6 +34,11 @@ class Packing:
     seq_idx: Tensor | None = None
     position_ids: Tensor | None = None
 
+    @property
+    def marked(self) -> bool:
+        """Whether anything says it token by token."""
+        return self.seq_idx is not None or self.position_ids is not None
+
 
 # Neither frozen nor a tuple: wrappers that move or cast arguments either copy it or leave it alone.
 @dataclass
@@ -93,7 +98,7 @@ def find_documents(
     name = _bounds_name(packing)
     if name is not None:
         documents = _from_bounds(name, packing, tokens, attention_mask)
-    elif tokens.shape[1] > 1:
+    elif tokens.shape[1] > 1 and packing.marked:
         name, documents = _from_marks(packing, tokens, attention_mask)
     else:
         return Documents()
@@ -134,10 +139,7 @@ def _from_bounds(
         )
     if bounds.is_meta:  # no values
         return Documents(bounds.long(), None, (1, tokens.shape[1]))
-    if other is None or other is bounds:
-        on_cpu = bounds.cpu()
-    else:
-        on_cpu = _agreed(bounds, other)
+    on_cpu = bounds.cpu() if other is None or other is bounds else _agreed(bounds, other)
     if not torch.compiler.is_compiling():  # where values cannot be looked at; the ops check them
         _check_values(name, on_cpu, tokens.shape[1])
         _check_longest(packing, on_cpu)
@@ -209,14 +211,12 @@ def _from_marks(
     """The documents that seq_idx or else position_ids tell apart, and which of them it was."""
     batch, length = tokens.shape[:2]
     name = "position_ids" if packing.seq_idx is None else "seq_idx"
-    marks = getattr(packing, name)
-    if marks is None:
-        return name, Documents()
+    marks: Tensor = getattr(packing, name)
     if marks.dim() != 2 or marks.shape[0] not in (1, batch) or marks.shape[1] != length:
         raise InputError(f"{name} must be [batch, {length}], got shape {tuple(marks.shape)}")
-    fits = attention_mask is None or (
+    fits = attention_mask is None or ((
         attention_mask.dim() == 2 and len(attention_mask) == batch
-    ) and attention_mask.shape[1] >= length  # fmt: skip
+    ) and attention_mask.shape[1] >= length)  # fmt: skip
     if marks.is_meta or not fits:
         return name, Documents()  # nothing to read; or refused by the mixers, in their own words
     marks = marks.expand(batch, length)

@@ -5,7 +5,9 @@ A model's folder may name Python files of its own (`auto_map`, `custom_generate`
 "y" of `yes |` for an answer.
 """
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -49,3 +51,16 @@ def refuse_code(what: str, config: Mapping[str, Any]) -> None:
                     f"{what}: {key} in its config.json is {value!r}, code from elsewhere, which is never "
                     "run; leave it out"
                 )
+
+
+def refuse_adapter_code(folder: Path) -> None:
+    """Raise `InputError` if the adapter in a folder has peft import a module that its configuration names."""
+    try:
+        content = json.loads((folder / "adapter_config.json").read_bytes())
+    except (OSError, ValueError):
+        return  # peft says what is wrong
+    if isinstance(content, dict) and content.get("megatron_config") is not None:
+        raise InputError(
+            f"adapter {folder}: megatron_config in its adapter_config.json makes peft import "
+            f"{content.get('megatron_core')!r}, code from elsewhere, which is never run; leave it out"
+        )

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gka.ops.library import operator
+from gka.ops.library import check_derivable, operator
 
 IGNORE_INDEX = -100
 # Float32 logits held at a time. Large enough that the matrix products stay efficient.
@@ -68,6 +68,7 @@ def linear_cross_entropy(
     """
     itemsize = 8 if hidden.dtype == torch.float64 else 4
     rows = max(1, logits_bytes // (itemsize * weight.shape[0]))
+    check_derivable("linear_cross_entropy")
     grads = torch.is_grad_enabled()
     if grads and (hidden.requires_grad or weight.requires_grad):
         return _LinearCrossEntropy.apply(

@@ -3,10 +3,13 @@
 from typing import Any
 
 from torch import Tensor
+from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
 from gka.layers.recurrent import RecurrentMixer
 from gka.models.cache import GKACache
+from gka.models.configuration import GKAConfig
+from gka.models.pattern import attention_heads
 
 
 def cache_tensors(cache: GKACache) -> dict[str, Tensor]:
@@ -89,6 +92,42 @@ def fill_cache(cache: GKACache, tensors: dict[str, Tensor], tokens: int) -> GKAC
     if left:
         raise ValueError(f"the model has no place for {', '.join(sorted(left)[:4])}")
     cache.advance(tokens)
+    return cache
+
+
+def with_prefix(config: GKAConfig, past: Any) -> Any:
+    """A cache that holds keys and values for every layer, as peft's prefix tuning makes it, as a `GKACache`.
+
+    The prefix enters the attention layers; recurrent layers have no place for keys and values and begin
+    empty. Gradients reach the prefix. Any other cache, or None, is returned as it is.
+
+    Raises:
+        ValueError: the model has no attention layer, or the prefix was made for other heads.
+    """
+    if not isinstance(past, DynamicCache) or isinstance(past, GKACache):
+        return past
+    types, layers = config.layer_types, past.layers
+    given = [isinstance(x, CacheLayerMixin) and x.get_seq_length() > 0 for x in layers]
+    if len(layers) != len(types) or "linear_attention" not in types or not all(given):
+        return past
+    attending = [i for i, kind in enumerate(types) if kind != "linear_attention"]
+    if not attending:
+        raise ValueError(
+            "past_key_values holds keys and values, as prefix tuning makes them, but this model has no "
+            "attention layer that could read them; prompt tuning works with every model"
+        )
+    _, heads, dim = attention_heads(config)
+    cache = GKACache(config)
+    for index in attending:
+        keys, values = layers[index].keys, layers[index].values  # pyright: ignore
+        if (keys.shape[1], keys.shape[3]) != (heads, dim):  # pyright: ignore
+            raise ValueError(
+                f"past_key_values: the attention layers have {heads} key and value heads of size {dim}, the "
+                f"prefix {keys.shape[1]} of {keys.shape[3]}; PrefixTuningConfig(num_attention_heads={heads}, "  # pyright: ignore
+                f"token_dim={heads * dim}) makes one that fits"
+            )
+        _fill_attention(cache.layers[index], {"keys": keys, "values": values}, keys.shape[2])  # pyright: ignore
+    cache.advance(past.get_seq_length())
     return cache
 
 

@@ -11,6 +11,7 @@ from gka.maths.chebyshev import Solver
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
+MAX_KEY_NORM = 4e9  # its fourth power is float32's largest number, about
 FLOAT32_MAX = torch.finfo(torch.float32).max
 # A chunk holds C x C decays a head: beyond this no machine does.
 MAX_CHUNK_SIZE = 4096
@@ -116,7 +117,7 @@ def check_numbers(
         raise ValueError(f"ridge_ratio must be > 0 and finite; got {ridge_ratio}.")
     if not RIDGE_RATIOS[0] <= ridge_ratio <= RIDGE_RATIOS[1]:
         raise ValueError(
-            f"ridge_ratio must be between {RIDGE_RATIOS[0]} and {RIDGE_RATIOS[1]}; got {ridge_ratio}."
+            f"ridge_ratio must be between {RIDGE_RATIOS[0]:g} and {RIDGE_RATIOS[1]:g}; got {ridge_ratio}."
         )
     check_scale(scale)
     if chunk_size < 1:
@@ -215,6 +216,22 @@ def check_state(name: str, state: Tensor, expected: tuple[int, ...], q: Tensor) 
         raise TypeError(f"{name} must be {dtype} for {q.dtype} inputs; got {state.dtype}.")
     if state.device != q.device:
         raise TypeError(f"{name} must be on {q.device}; got {state.device}.")
+
+
+def check_key_norms(k: Tensor, backend: str) -> None:
+    """Debug check (GKA_DEBUG=1): F_t^2, of size |k|^4, is in float32's range; "torch" needs none.
+
+    Raises:
+        ValueError: keys that are too large for the backend.
+    """
+    if backend == "torch" or k.dtype == torch.float64 or k.numel() == 0:
+        return
+    largest = torch.linalg.vector_norm(k.double(), dim=-1).max().item()
+    if largest > MAX_KEY_NORM:
+        raise ValueError(
+            f"k holds a key of norm {largest:.1e}: with backend={backend!r} |H|^2 overflows float32 above "
+            f'{MAX_KEY_NORM:.0e}. Scale the keys, or use backend="torch".'
+        )
 
 
 def check_values(**named: Tensor | None) -> None:

@@ -1,9 +1,10 @@
+# pyright: reportCallIssue=false
 """How a checked call of the delta rule runs: plain torch, or one operator to torch.compile and torch.export.
 
 Eager calls are differentiated by autograd as they run. Their loops have as many rounds as there are
 chunks (or tokens), and packed bounds are read, so no graph of them serves every length. A compiled graph
 holds gka::delta_rule instead. Its derivative runs the call again and differentiates that, so that
-nothing but the inputs is kept.
+nothing but the inputs is kept. Inside a compiled transform of torch.func the loops are traced as they are.
 """
 
 import itertools
@@ -16,8 +17,7 @@ from torch import Tensor
 from gka.maths.delta import delta_rule_chunks, delta_rule_sequence
 from gka.maths.layout import chunk_layout
 from gka.ops import checks
-from gka.ops.library import keep_signature, operator
-from gka.ops.operator import fold_into_batch
+from gka.ops.library import operator, under_transform
 
 CHUNK_SIZE = 64
 _CU_SEQLENS, _NUM_TENSORS = 6, 8  # q .. state, cu_seqlens, cu_seqlens_cpu come first
@@ -45,7 +45,8 @@ def run(
     Raises:
         ValueError: cu_seqlens does not rise from 0 to T (compiled: when the graph runs).
     """
-    call = DeltaRule.apply if torch.compiler.is_compiling() else _run
+    as_operator = torch.compiler.is_compiling() and not under_transform()
+    call = forward_op if as_operator else _run
     return call(q, k, v, g, beta, state, cu_seqlens, cu_seqlens_cpu, scale, stepwise)
 
 
@@ -71,7 +72,7 @@ def _run(
             o, state = _each_sequence(inputs, state, scale, bounds)
         else:
             layout = chunk_layout(q.shape[0], q.shape[1], CHUNK_SIZE, cu_seqlens, cu_seqlens_cpu)
-            o, state = delta_rule_chunks(*inputs, state, scale=scale, layout=layout)
+            o, state = delta_rule_chunks(*inputs, state, scale=scale, layout=layout)  # pyright: ignore
     return o.to(q.dtype), state
 
 
@@ -148,42 +149,21 @@ backward_op = operator(delta_rule_backward)
 
 
 @torch.library.register_fake(backward_op)
-def _(
-    q, k, v, g, beta, state, cu_seqlens, cu_seqlens_cpu, do, dstate, scale, stepwise
-):  # fmt: skip
+def _(q, k, v, g, beta, state, cu_seqlens, cu_seqlens_cpu, do, dstate, scale, stepwise):
     given = (q, k, v, g, beta, state)
     return [do.new_empty(0) if x is None else x.new_empty(x.shape) for x in given]
 
 
-torch.library.register_vmap(forward_op, fold_into_batch(forward_op, _CU_SEQLENS))
-torch.library.register_vmap(backward_op, fold_into_batch(backward_op, _CU_SEQLENS))
+def _keep(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:_NUM_TENSORS])
+    ctx.options = inputs[_NUM_TENSORS:]
 
 
-class DeltaRule(torch.autograd.Function):
-    """gka::delta_rule, differentiable."""
-
-    generate_vmap_rule = True
-
-    # Spelt out: without gradients Dynamo tells by their number whether a context comes first.
-    @staticmethod
-    def forward(q, k, v, g, beta, state, cu_seqlens, cu_seqlens_cpu, scale, stepwise):
-        return forward_op(q, k, v, g, beta, state, cu_seqlens, cu_seqlens_cpu, scale, stepwise)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs[:_NUM_TENSORS])
-        ctx.options = inputs[_NUM_TENSORS:]
-
-    @staticmethod
-    def backward(ctx, *grads):
-        do, dstate = grads
-        tensors = ctx.saved_tensors
-        found = backward_op(*tensors, do.contiguous(), dstate.contiguous(), *ctx.options)
-        wanted = (
-            None if x is None else grad
-            for x, grad in zip(tensors[:_CU_SEQLENS], found, strict=True)
-        )  # fmt: skip
-        return *wanted, None, None, None, None
+def _derive(ctx, do, dstate):
+    tensors = ctx.saved_tensors
+    found = backward_op(*tensors, do.contiguous(), dstate.contiguous(), *ctx.options)
+    wanted = [None if x is None else dx for x, dx in zip(tensors[:_CU_SEQLENS], found, strict=True)]
+    return *wanted, None, None, None, None
 
 
-keep_signature(DeltaRule)
+torch.library.register_autograd(forward_op, _derive, setup_context=_keep)

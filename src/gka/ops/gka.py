@@ -7,6 +7,7 @@ from torch import Tensor
 from gka.ops import checks
 from gka.ops.backend_types import Call, Mode
 from gka.ops.backends import note_backend, resolve_backend
+from gka.ops.library import check_derivable
 from gka.ops.operator import GKAFunction, autocast, no_autocast
 from gka.ops.reference import reference_gka
 
@@ -45,15 +46,17 @@ def chunk_gka(
 
     Args:
         q: queries [B,T,H,K], float64, float32, bfloat16 or float16; K in 1..256.
-        k: keys [B,T,Hk,K]; H a multiple of Hk: consecutive query heads share a key head.
+        k: keys [B,T,Hk,K]; H a multiple of Hk: consecutive query heads share a key head. Of any norm with
+            backend="torch"; the others square |H_t| as it is, so float32 keys (and bfloat16 ones) of norm
+            above 4e9 give NaN there (GKA_DEBUG=1 refuses them).
         v: values [B,T,Hv,V]; H a multiple of Hv; V in 1..256.
         g: log decay of U [B,T,H], <= 0. None: no decay.
         gk: log decay of H [B,T,H]. Pass g itself to tie the two, as the paper's layer does.
             None: H does not decay.
         alpha: mix gate [B,T,H]. None: 1, the ridge solution itself.
         scale: factor of the readout. None: K^-1/2.
-        ridge_ratio: a > 0 in lambda_t = a |H_t|_F.
-        num_iter: Chebyshev steps r. 0 leaves the ridge out: gated linear attention.
+        ridge_ratio: a in lambda_t = a |H_t|_F, 1e-9..1e9.
+        num_iter: Chebyshev steps r, 0..10000. 0 leaves the ridge out: gated linear attention.
         initial_state: (h_kk [N,H,K,K], h_kv [N,H,K,V]) before the first token, float32 (float64 for
             float64 inputs); h_kk symmetric. N is B, or the number of packed sequences.
         output_final_state: return the states after the last token too.
@@ -61,7 +64,7 @@ def chunk_gka(
         beta: write gate [B,T,H]: scales k and v of each head without copying them.
         backend: "auto", "hopper" (H100, H200), "triton" (NVIDIA GPUs), "torch" (any device) or
             "reference" (token by token, slow); `gka.ops.available_backends` lists what can run.
-        chunk_size: tokens a chunk; a matter of speed and memory, not of the result (with
+        chunk_size: tokens a chunk, 1..4096; a matter of speed and memory, not of the result (with
             solver="adaptive": not beyond the error bound of num_iter steps).
         solver: "chebyshev" takes num_iter steps; "adaptive" takes, per chunk and head, the fewest
             whose proven error bound is that of num_iter steps (docs/numerics.md).
@@ -183,6 +186,8 @@ def _run(
     dims = (q.shape[-1], v.shape[-1])
     call = Call(q.device, q.dtype, checks.check_solver(solver), dims, chunk_size)
     backend = resolve_backend(backend, call)
+    if num_iter > 0 and os.environ.get("GKA_DEBUG") == "1":
+        checks.check_key_norms(k, backend)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if backend == "reference":
         note_backend(backend)
@@ -195,6 +200,7 @@ def _run(
                 scale=scale, ridge_ratio=ridge_ratio, num_iter=num_iter,
             )  # fmt: skip
         return o, state if output_final_state else None
+    check_derivable("Gated KalmaNet")
     tied = gk is not None and gk is g
     o, _, _, h, u = GKAFunction.apply(
         q, k, v, g, None if tied else gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu,

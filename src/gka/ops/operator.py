@@ -176,14 +176,11 @@ def _(
 _CU_SEQLENS, _NUM_TENSORS = 9, 11  # q .. cu_seqlens, cu_seqlens_cpu come first
 
 
-def fold_into_batch(op, cu_seqlens: int = _CU_SEQLENS):
-    """The vmap rule of an operator: the mapped dimension joins the batch, and leaves it again.
-
-    `cu_seqlens`: that argument's place.
-    """
+def _vmap(op):
+    """The vmap rule of an operator: the mapped dimension joins the batch, and leaves it again."""
 
     def rule(info, in_dims, *inputs):
-        if inputs[cu_seqlens] is not None:
+        if inputs[_CU_SEQLENS] is not None:
             raise RuntimeError(
                 "torch.vmap cannot map over packed sequences: "
                 "pack them all with one cu_seqlens, or pass sequences of one length as a batch."
@@ -202,8 +199,8 @@ def fold_into_batch(op, cu_seqlens: int = _CU_SEQLENS):
     return rule
 
 
-torch.library.register_vmap(forward_op, fold_into_batch(forward_op))
-torch.library.register_vmap(backward_op, fold_into_batch(backward_op))
+torch.library.register_vmap(forward_op, _vmap(forward_op))
+torch.library.register_vmap(backward_op, _vmap(backward_op))
 
 
 class GKABackward(torch.autograd.Function):

@@ -71,6 +71,8 @@ def fused_recurrent_gka_(
     h, u = state_checks.check_pool(state, state_indices, q, v, num_iter > 0)
     _check_call(q, state_indices, u.shape[0], k=k, v=v, g=g, gk=gk, alpha=alpha, beta=beta)
     name = _resolve(backend, q, v, solver)
+    if num_iter > 0 and os.environ.get("GKA_DEBUG") == "1":
+        checks.check_key_norms(k, name)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     tied = gk is not None and gk is g
     return step_op(

@@ -28,7 +28,8 @@ def generate(
     *,
     prompt: Prompt = None,
     prompt_file: Annotated[
-        Path | None, typer.Option(help="A UTF-8 file with the prompt. [default: standard input]")
+        Path | None,
+        typer.Option(help="A UTF-8 file with the prompt, not printed. [default: standard input]"),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,

@@ -39,7 +39,8 @@ def inspect(
 ) -> None:
     """Show what a model's memory does with a text: decay, ridge, solver error, by layer and head.
 
-    Writes a page that any browser opens, the figures as JSON, and prints a table.
+    The model needs a GKA layer. Writes a page that any browser opens and the figures as JSON, and prints
+    a table.
     """
     from gka.data.files import write_json, write_text
     from gka.serving import inspection, inspection_page, sample

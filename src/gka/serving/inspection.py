@@ -38,7 +38,7 @@ def inspect_model(
     """Read one text and describe what each layer's memory does with it.
 
     Args:
-        model: a model with any pattern of mixers.
+        model: a model with a GKA layer among its mixers.
         tokens: ids of one text [T] or [1,T].
         positions: how many evenly spaced places are looked at, the last token among them.
         chunk: tokens read at a time.
@@ -54,7 +54,8 @@ def inspect_model(
         Other layers have their `mixer` alone.
 
     Raises:
-        InputError: another model, no tokens, several texts, or `positions` or `chunk` not positive.
+        InputError: another model, one without a GKA layer, no tokens, several texts, or `positions` or
+            `chunk` not positive.
     """
     check_model(model)
     ids = torch.as_tensor(tokens, device=model.device)
@@ -63,6 +64,11 @@ def inspect_model(
         raise InputError(f"tokens: expected one text [T], got shape {tuple(ids.shape)}")
     if positions < 1:
         raise InputError(f"positions is {positions}; expected 1 or more")
+    if "gka" not in model.config.pattern:
+        mixers = ", ".join(sorted(set(model.config.pattern)))
+        raise InputError(
+            f"the model has no Gated KalmaNet layer, whose ridge could be looked at (its mixers: {mixers})"
+        )
     places = _places(ids.shape[1], positions)
     cache = GKACache(model.config)
     watches = {

@@ -2,9 +2,17 @@
 
 import base64
 import html
+import math
 from typing import Any
 
-from gka.serving.inspection_plots import gka_layers, layer_figure, overview, svg, worst_errors
+from gka.serving.inspection_plots import (
+    gka_layers,
+    layer_figure,
+    memory_length,
+    overview,
+    svg,
+    worst_errors,
+)
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1150px;margin:2rem auto;padding:0 1rem}
@@ -14,13 +22,14 @@ th,td{padding:.15rem .7rem;text-align:right;border-bottom:1px solid #eee}th{font
 th:first-child,td:first-child{text-align:left}.wide{overflow-x:auto}p.note{color:#555}
 """
 _LEGEND = """
-<b>decay γ</b>: what a state keeps of its past from one token to the next.
-<b>half-life</b>: tokens until half is left, at the mean log decay.
+<b>decay γ</b>: what a state keeps of its past from one token to the next. <b>memory length</b>
+1/(1 − γ): the tokens that such a decay keeps; by head over the text 5 to 95 % (line), quartiles (bar),
+median. <b>half-life</b>: tokens until half is left, at the mean log decay.
 <b>tokens remembered</b>: the sum of the decays from every token so far to the present one.
 <b>λ</b> = a |H|: the ridge. <b>condition</b>: largest over smallest eigenvalue of H + λI, never above
 (1 + a)/a. <b>solve error</b>: |x − x*| / |x*| in the norm of A = H + λI, x* being the exact solution
 (Cholesky, float64); its bound is that of num_iter Chebyshev steps, and float32 adds its rounding to the
-error. Curves have one colour a head, that of the head in the decay panel.
+error. Curves have one colour a head, that of the head in the first panel.
 """
 
 
@@ -64,11 +73,11 @@ def _settings(layer: dict[str, Any]) -> str:
 
 
 def _table(layer: dict[str, Any]) -> str:
-    names = ("head", "half-life", "median γ", "mean α", "mean β", "|H|", "|U|", "worst error")
+    names = ("head", "half-life", "memory length", "mean α", "mean β", "|H|", "|U|", "worst error")
     rows = []
     for head, (found, worst) in enumerate(zip(layer["heads"], worst_errors(layer), strict=True)):
         numbers = (
-            found["half_life"], found["decay_quantiles"][2], found["alpha"], found["beta"],
+            found["half_life"], memory_length(found["decay_quantiles"][2]), found["alpha"], found["beta"],
             found["final_norm_h"], found["final_norm_u"], worst,
         )  # fmt: skip
         cells = "".join(f"<td>{number(x)}</td>" for x in numbers)
@@ -79,4 +88,6 @@ def _table(layer: dict[str, Any]) -> str:
 
 def number(value: float | None) -> str:
     """Three digits; a dash for what does not exist."""
-    return "–" if value is None else f"{value:.3g}"
+    if value is None:
+        return "–"
+    return "∞" if value == math.inf else f"{value:.3g}"

@@ -93,7 +93,7 @@ def stream_to_stdout(
     *,
     echo: bool = True,
 ) -> str:
-    """Print the continuation of a prompt while it is made, `echo` the prompt before it; it is returned."""
+    """Print the prompt (`echo`) and the continuation while it is made, which is returned."""
     from transformers import TextStreamer
 
     if echo:

@@ -2,8 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from gka.training.config import DataConfig, RunConfig, TrainingConfig
-from gka.training.recipes import read_recipe
+from gka.training.config import DataConfig, RunConfig, TrainingConfig, read_recipe
 
 if TYPE_CHECKING:
     from gka.training.run import Interrupted, build_model, train

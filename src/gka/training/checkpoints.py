@@ -6,11 +6,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gka.data.files import read_json, sha256_of, write_json
 from gka.errors import InputError
 from gka.training.folder import is_main_process
+
+if TYPE_CHECKING:
+    from transformers import TrainerState
 
 SEAL = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -88,6 +91,25 @@ def clear_cut_short(folder: Path, step: int) -> None:
             continue
         if path.is_dir() and not (path / SEAL).exists():
             shutil.rmtree(path, ignore_errors=True)
+
+
+def state_of(checkpoint: Path) -> "TrainerState":
+    """The Trainer's state in a checkpoint.
+
+    Raises:
+        InputError: it is unreadable, or of another step than the checkpoint.
+    """
+    from transformers import TrainerState
+
+    with loading(checkpoint):
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        history: object = state.log_history
+        rows = history if isinstance(history, list) else [None]
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError("log_history in trainer_state.json is no list of tables")
+        if f"checkpoint-{state.global_step}" != checkpoint.name:
+            raise ValueError(f"trainer_state.json is of step {state.global_step!r}")
+    return state
 
 
 @contextmanager

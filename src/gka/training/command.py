@@ -12,8 +12,7 @@ import typer
 from gka.commandline import text_console
 from gka.errors import InputError
 from gka.training import options as opt
-from gka.training.config import TABLES, RunConfig, merged
-from gka.training.recipes import read_recipe
+from gka.training.config import RunConfig, merged, read_recipe
 
 Tables = dict[str, dict[str, Any]]
 INTERRUPTED = 128  # the shell's convention: 128 + the signal's number
@@ -53,8 +52,7 @@ def train(
     training = {"max_steps": max_steps, "batch_size": batch_size, "learning_rate": learning_rate}
     training |= {"precision": precision, "seed": seed}
     options = given_tables({"data": data, "model": model, "training": training})
-    base = read_recipe(recipe, TABLES) if recipe else {}
-    given = merged(base, options, assigned_tables(settings or []))
+    given = merged(read_recipe(recipe) if recipe else {}, options, assigned_tables(settings or []))
     config = RunConfig.from_tables(given)
     folder = output or _default_output(recipe, config)
     _run(config, folder, given, resume=resume, overwrite=overwrite)

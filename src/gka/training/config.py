@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+import tomllib
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 from gka.errors import InputError
 
@@ -15,7 +17,8 @@ MOST = 2**31 - 1
 """The largest count that is taken."""
 MOST_SEED = 2**32 - 1
 """The largest seed that all generators of random numbers take."""
-TABLES = ("data", "model", "training")
+Command = Literal["train", "prime"]
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 STANDARD_LIBRARY_HELD_OUT = 0.002
 """`eval_fraction` where no text is given: enough of the standard library, and quickly evaluated."""
 # Decided by the tokenizer, so that model and data cannot disagree.
@@ -154,7 +157,7 @@ class RunConfig:
         Raises:
             InputError: naming the table and key that is unknown, of the wrong type or out of range.
         """
-        check_known("", tables, TABLES)
+        check_known("", tables, ("data", "model", "training"))
         for name, table in tables.items():
             _require(isinstance(table, Mapping), name, table, "a table")
         model = _complete(tables.get("model", {}))
@@ -166,6 +169,21 @@ class RunConfig:
             model=model,
             training=build_table(TrainingConfig, "training", tables.get("training", {})),
         )
+
+
+def read_recipe(name: str, command: Command = "train") -> dict[str, dict[str, Any]]:
+    """The tables of a recipe: a .toml file, or the name of one in ./recipes or in the package.
+
+    Raises:
+        InputError: if `command` has no such recipe (those it has are named) or it is not TOML.
+    """
+    path = Path(name) if name.endswith(".toml") else _named_recipe(name, command)
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"recipe {name}: there is no such file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe {path} is not valid TOML: {error}") from None
 
 
 def merged(*layers: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -193,6 +211,38 @@ def _complete(given: Mapping[str, Any]) -> dict[str, Any]:
     if "head_dim" not in model and isinstance(heads, int) and isinstance(width, int) and heads > 0:
         model["head_dim"] = width // heads
     return model
+
+
+def recipe_names(command: Command) -> list[str]:
+    """The recipes of a command that can be given by name: those in ./recipes and in the package."""
+    return sorted(name for name, path in _recipes().items() if _is_for(path) == command)
+
+
+def _recipes() -> dict[str, Path]:
+    """Every recipe by name; one in ./recipes goes before one in the package."""
+    folders = [RECIPES, Path("recipes")]
+    return {path.stem: path for folder in folders for path in folder.glob("*.toml")}
+
+
+def _named_recipe(name: str, command: Command) -> Path:
+    found = _recipes()
+    if name in found and _is_for(found[name]) != command:
+        raise InputError(f"recipe {name!r} is one of gka {_is_for(found[name])}")
+    if name not in found:
+        raise InputError(
+            f"recipe {name!r} is unknown; known: {', '.join(recipe_names(command)) or 'none here'}; "
+            "or give a path to a .toml file"
+        )
+    return found[name]
+
+
+def _is_for(recipe: Path) -> Command:
+    """The command that a recipe is for: those with a table [prime] prime."""
+    try:
+        tables = tomllib.loads(recipe.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError):
+        return "train"  # what is wrong with it is said when it is read
+    return "prime" if "prime" in tables else "train"
 
 
 def build_table(kind: type, table: str, values: Mapping[str, Any]) -> Any:

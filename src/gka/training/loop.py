@@ -99,10 +99,7 @@ def _is_at_the_end(trainer: "Trainer", checkpoint: Path, max_steps: int) -> bool
 
     The Trainer would go on: in the midst of an epoch it takes a step before it asks whether it is done.
     """
-    from transformers import TrainerState
-
-    with checkpoints.loading(checkpoint):
-        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    state = checkpoints.state_of(checkpoint)
     if state.global_step < max_steps:
         return False
     trainer._load_from_checkpoint(str(checkpoint))

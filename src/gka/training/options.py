@@ -5,8 +5,13 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from gka.training.config import MODEL_DEFAULTS, PRECISIONS, TABLES, DataConfig, TrainingConfig
-from gka.training.recipes import recipe_names
+from gka.training.config import (
+    MODEL_DEFAULTS,
+    PRECISIONS,
+    DataConfig,
+    TrainingConfig,
+    recipe_names,
+)
 
 _DATA, _MODEL, _TRAINING, _RUN = "Data", "Model", "Training", "Run"
 
@@ -84,7 +89,7 @@ Output = Annotated[
 Recipe = Annotated[
     str | None,
     Option(
-        help=f"{', '.join(recipe_names(TABLES))} or a .toml file; options win over it (cpu).",
+        help=f"{', '.join(recipe_names('train'))} or a .toml file; options win over it (cpu).",
         rich_help_panel=_RUN,
     ),
 ]

@@ -15,11 +15,10 @@ from gka.training.command import (
     given_tables,
     silence_libraries,
 )
-from gka.training.config import merged
+from gka.training.config import merged, read_recipe
 from gka.training.options import Overwrite
 from gka.training.priming import options as opt
-from gka.training.priming.config import TABLES, PrimeConfig
-from gka.training.recipes import read_recipe
+from gka.training.priming.config import PrimeConfig
 
 
 def prime(
@@ -67,8 +66,11 @@ def prime(
         "stage2": both | two | {"kl_weight": kl_weight, "lora_rank": lora_rank},
     }
     tables["data"]["sequence_length"] = sequence_length
-    base = read_recipe(recipe, TABLES) if recipe else {}
-    given = merged(base, given_tables(tables), assigned_tables(settings or []))
+    given = merged(
+        read_recipe(recipe, "prime") if recipe else {},
+        given_tables(tables),
+        assigned_tables(settings or []),
+    )
     tokens = {"stage1": stage1_tokens, "stage2": stage2_tokens}
     _run(_with_tokens(given, tokens), output, resume=resume, overwrite=overwrite)
 

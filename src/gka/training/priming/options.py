@@ -5,15 +5,13 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from gka.training.config import PRECISIONS
+from gka.training.config import PRECISIONS, recipe_names
 from gka.training.priming.config import (
-    TABLES,
     MatchingConfig,
     PrimingDataConfig,
     RecoveryConfig,
     ReplacementConfig,
 )
-from gka.training.recipes import recipe_names
 
 _DATA, _REPLACED, _ONE, _TWO, _RUN = "Data", "What is replaced", "Stage 1", "Stage 2", "Run"
 
@@ -150,7 +148,7 @@ Output = Annotated[
 Recipe = Annotated[
     str | None,
     Option(
-        help=f"{', '.join(recipe_names(TABLES))} or a .toml file; options win over it.",
+        help=f"{', '.join(recipe_names('prime'))} or a .toml file; options win over it.",
         rich_help_panel=_RUN,
     ),
 ]

@@ -1,0 +1,97 @@
+"""How transformers and peft learn of these models when they are imported, before or after `import gka`.
+
+`import gka` loads neither. It notes the model types where transformers looks them up, so that its Auto
+classes open our folders; transformers then imports `transformers.models.<type>` for a type's classes, and
+finds `gka.models` there. peft learns which maps adapters change where no `target_modules` are given.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any
+
+MODEL_TYPES = ("gka", "hybrid_qwen3", "hybrid_qwen2", "hybrid_llama", "hybrid_qwen3_moe")
+"""What config.json calls our models and the released hybrids."""
+
+_CONFIGURATIONS = "transformers.models.auto.configuration_auto"
+_ADAPTERS = "peft.utils.constants"
+_ALIASES = {f"transformers.models.{name}" for name in MODEL_TYPES}
+
+
+def announce() -> None:
+    """Tell those that are loaded, and the others as soon as they are."""
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return
+    for name, tell in _TELL.items():
+        if name in sys.modules:
+            tell(sys.modules[name])
+    sys.meta_path.insert(0, _Finder())
+
+
+def _tell_transformers(module: ModuleType) -> None:
+    for model_type in MODEL_TYPES:
+        module.CONFIG_MAPPING_NAMES.setdefault(model_type, "GKAConfig")
+
+
+def _tell_peft(module: ModuleType) -> None:
+    """Our maps have a Llama's names, so each method's default is what it is for a Llama."""
+    for name, table in vars(module).items():
+        if name.endswith("_MODULES_MAPPING") and "llama" in table:
+            table.setdefault("gka", table["llama"])
+
+
+_TELL: dict[str, Callable[[ModuleType], None]] = {
+    _CONFIGURATIONS: _tell_transformers,
+    _ADAPTERS: _tell_peft,
+}
+
+
+class _Finder:
+    """Finds the modules that are to be told of us, and the aliases; all else is left to the others."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname in _ALIASES:
+            # a type that transformers has itself is its own
+            return PathFinder.find_spec(fullname, path) or ModuleSpec(fullname, _Alias())  # pyright: ignore[reportArgumentType]
+        if fullname not in _TELL:
+            return None
+        spec = PathFinder.find_spec(fullname, path)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Then(spec.loader, _TELL[fullname])  # pyright: ignore
+        return spec
+
+
+class _Then:
+    """A module's own loader, and what is to be done once the module has run."""
+
+    def __init__(self, loader: Any, then: Callable[[ModuleType], None]):
+        self.loader, self.then = loader, then
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
+        self.loader.exec_module(module)
+        self.then(module)
+
+
+class _Alias:
+    """`gka.models` under the name that transformers looks for; loaded when a class of it is asked for."""
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        def attribute(name: str) -> Any:
+            if name.startswith("__"):
+                raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+            return getattr(import_module("gka.models"), name)
+
+        vars(module)["__getattr__"] = attribute
