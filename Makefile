@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 RUNS ?= runs
 JOBS ?= 2
 
-.PHONY: help install run test test-transformers lint types imports check test-gpu bench-gpu tune-gpu bench-decode bench-generation bench-prefill bench clean
+.PHONY: help install run test test-transformers wheel-test dist lint types imports check test-gpu bench-gpu tune-gpu bench-decode bench-generation bench-prefill bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -50,6 +50,15 @@ $(THEIRS)/tests/__init__.py: $(BIN)/.installed
 test-transformers: $(THEIRS)/tests/__init__.py ## transformers' own tests of a model, on ours
 	$(BIN)/python -c "import transformers as t; assert '==' + t.__version__ in '$(firstword $(TRANSFORMERS))', t.__version__ + ' is installed, the tests are of $(firstword $(TRANSFORMERS))'"
 	OMP_NUM_THREADS=1 GKA_TRANSFORMERS_TESTS=$(THEIRS) $(BIN)/python -m pytest tests/models/test_transformers_common.py -rs
+
+wheel-test: install ## the wheel, built and used apart from the checkout (make test does this too)
+	$(BIN)/python -m pytest tests/test_wheel.py
+
+dist: install ## what would be published, checked, in dist/
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraint.txt --editable ".[dev,publish]"
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
 
 lint: install ## ruff: style and formatting
 	$(BIN)/ruff check .

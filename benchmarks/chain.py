@@ -117,7 +117,8 @@ class Chain:
         from gka.training import RunConfig, build_model, train
 
         scale = self.scale
-        tables = {"data": self.data(), "model": scale.model, "training": self.training(1, 1e-3)}
+        shape = {"tie_word_embeddings": False} | scale.model
+        tables = {"data": self.data(), "model": shape, "training": self.training(1, 1e-3)}
         model: Any = build_model(RunConfig.from_tables(tables), byte_tokenizer())
         model = model.to(self.device)
         self.say(f"teacher: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
@@ -241,7 +242,7 @@ class Chain:
     def training(self, steps: int, rate: float) -> dict[str, Any]:
         return {
             "max_steps": steps, "batch_size": self.scale.batch_size, "learning_rate": rate,
-            "warmup_steps": max(1, steps // 20), "precision": self.scale.precision,
+            "warmup_steps": max(1, steps // 20), "weight_decay": 0.1, "precision": self.scale.precision,
             "log_steps": max(1, steps // 50), "eval_steps": max(1, -(-steps // 4)), "save_steps": steps,
         }  # fmt: skip
 

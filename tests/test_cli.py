@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import gka as package
 from gka import cli
 
 TINY = [
@@ -94,6 +95,16 @@ def test_help_loads_nothing_heavy() -> None:
         assert "Usage: " in done.stdout
 
 
+def test_version_and_module(gka: Run) -> None:
+    """`gka --version` names this version; `python -m gka` is the same command."""
+    status, shown, _ = gka("--version")
+    assert (status, shown) == (0, f"gated-kalmanet {package.__version__}\n")
+    command = [sys.executable, "-m", "gka"]
+    assert subprocess.check_output([*command, "--version"], text=True) == shown
+    done = subprocess.run([*command, "train", "--recipe", "nope"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr[:12]) == (2, "gka: recipe ")
+
+
 def test_help_names_every_command_and_its_options(gka: Run) -> None:
     """The commands are listed; train's help names each option with what it is for."""
     _, shown, _ = gka("--help")
@@ -111,6 +122,7 @@ def test_train_says_where_everything_is(gka: Run, text: Path, tmp_path: Path) ->
     assert status == 0
     assert "bits per byte" in shown
     assert "204 bytes in 6 documents" in shown
+    assert "model: 1 gka, " in shown and f"4 steps of 2 x 16 tokens, into {output}" in shown
     for name in ("model", "metrics.json", "loss.png"):
         assert str(output / name) in shown
         assert (output / name).exists()
@@ -155,7 +167,9 @@ def test_a_recipe_is_the_base_that_options_change(gka: Run, text: Path, tmp_path
     ("arguments", "message"),
     [
         ("train nowhere.txt", "text nowhere.txt does not exist"),
-        ("train --recipe nope", "recipe 'nope' is unknown"),
+        ("train --recipe nope", "recipe 'nope' is unknown; known: cpu, gpu;"),
+        ("train --recipe prime-cpu", "recipe 'prime-cpu' is one of gka prime"),
+        ("prime none --recipe nope", "known: prime-cpu, prime-gpu;"),
         ("train --mixer rwkv", "unknown mixer 'rwkv'"),
         ("train --set model.ridge=1", "ridge"),
         ("train --set training.lr=1", "unknown key training.lr"),

@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import gka
-from gka.commandline import to_nowhere
+from gka.commandline import to_nowhere, wait_without_spinning
 from gka.errors import InputError
 from gka.evaluation.command import mqar, recall
 from gka.evaluation.evaluate_command import evaluate, lm_eval
@@ -61,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
     Errors of the disk (full, read-only, no permission) are unusable input, wherever they occur.
     """
+    wait_without_spinning()
     try:
         try:
             app(args=arguments)

@@ -55,7 +55,7 @@ def test_without_lm_eval_the_command_says_what_to_install(monkeypatch):
     monkeypatch.setattr(harness, "find_spec", lambda name: None)
     done = CliRunner().invoke(app, ["lm-eval", "--model", "gka"])
     assert isinstance(done.exception, InputError)
-    assert 'pip install "gated-kalmanet[eval]"' in str(done.exception)
+    assert 'pip install -e ".[eval]"' in str(done.exception)
 
 
 def test_all_arguments_are_handed_on(monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from gka.data import byte_tokenizer
 from gka.errors import InputError
 from gka.training import RunConfig, build_model, read_recipe
-from gka.training.config import RECIPES, merged
+from gka.training.config import RECIPES, merged, recipe_names
 from gka.training.folder import resumed_config
 from gka.training.priming import PrimeConfig
 
@@ -108,6 +108,24 @@ def test_recipes_describe_runs(path: Path) -> None:
     with torch.device("meta"):
         model = build_model(config, byte_tokenizer())
     assert model.num_parameters() > 0
+
+
+def test_the_defaults_fit_a_laptop() -> None:
+    """A bare run is the recipe cpu's; of one's own text, which may be short, 1 % is held out."""
+    assert RunConfig.from_tables({}) == RunConfig.from_tables(read_recipe("cpu"))
+    assert RunConfig.from_tables({"data": {"text": ["a"]}}).data.eval_fraction == 0.01
+
+
+def test_recipes_are_those_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each command lists its own recipes; one's own are found in ./recipes, and go before the package's."""
+    monkeypatch.chdir(tmp_path)
+    assert recipe_names("train") == ["cpu", "gpu"]
+    assert recipe_names("prime") == ["prime-cpu", "prime-gpu"]
+    (tmp_path / "recipes").mkdir()
+    for name in ("cpu", "mine"):
+        (tmp_path / "recipes" / f"{name}.toml").write_text("[training]\nmax_steps = 3\n")
+        assert read_recipe(name) == {"training": {"max_steps": 3}}
+    assert recipe_names("train") == ["cpu", "gpu", "mine"]
 
 
 def test_unknown_recipes_are_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A run trains what it was told to, and leaves a whole account of itself."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gka import commandline
 from gka.data import byte_tokenizer, find_documents, pack, token_blocks
 from gka.errors import InputError
 from gka.layers import MIXERS
-from gka.training import RunConfig, build_model
+from gka.training import RunConfig, build_model, callbacks
 from gka.training.config import merged
 
 Run = Callable[..., dict[str, Any]]
@@ -31,6 +33,34 @@ def test_everything_a_run_leaves_is_there(reference: Reference) -> None:
     assert [row["step"] for row in stored["curves"]["evaluation"]] == [6, 12]
     assert stored["training"]["tokens"] == 12 * 2 * 16
     assert not list(output.glob(".*"))
+
+
+def test_a_run_says_what_it_does_and_will_take(
+    run_tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is going to be done comes first, then, measured in the first steps, time and memory; where no
+    terminal shows the moving line, lines say how far it is."""
+    monkeypatch.setattr(callbacks.Estimate, "SHORT", 0.0)
+    monkeypatch.setattr(callbacks.Estimate, "SECONDS", 0.0)
+    monkeypatch.setattr(commandline, "LINE_SECONDS", 0.001)
+    shown = run_tiny(tmp_path / "run")["shown"].splitlines()
+    before, estimate, first = (
+        next(i for i, line in enumerate(shown) if re.match(pattern, line))
+        for pattern in (
+            r"model: 1 gka, [\d,]+ parameters; 12 steps of 2 x 16 tokens, into ",
+            r"about [\d.]+ (s|min): 10 more steps of \S+ s, 2 evaluations; [\d.]+ GiB of memory; Ctrl-C ",
+            r"step      6  loss \d",
+        )
+    )
+    assert before < estimate < first
+    moving = r"step +\d+ of 12  loss [\d.]+  [\d,]+ tokens/s  \d+ s left"
+    assert any(re.fullmatch(moving, line) for line in shown)
+
+
+def test_a_short_run_has_no_estimate(reference: Reference) -> None:
+    """Where a run takes seconds there is nothing to announce."""
+    shown = reference[1]["shown"]
+    assert "model: 1 gka" in shown and "more steps" not in shown and " left" not in shown
 
 
 def test_reported_loss_is_the_saved_models(reference: Reference, text: Path) -> None:

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from gka.commandline import leave_lost, stop_signals, terminals, text_console
+from gka.commandline import (
+    counted,
+    leave_lost,
+    lines,
+    status,
+    stop_signals,
+    terminals,
+    text_console,
+)
 from gka.errors import InputError
 from gka.storage import only_writer
 
@@ -123,7 +131,7 @@ def _run_recall(
 
     settings, memories = RecallSettings(**wanted), compared_memories(ratios, iterations)
     console = text_console()
-    with console.status("writing and reading"), one_thread():
+    with status(console, "writing and reading"), one_thread():
         content = {"environment": environment()} | run_recall(settings, memories)
         write_json(folder / "recall.json", content)
         plot_recall(content, folder / "recall.png")
@@ -176,9 +184,10 @@ def _run_mqar(sweep: "Sweep", folder: Path, processes: int, device: str) -> None
 
     console, file = text_console(), folder / "mqar.json"
     columns = TextColumn("trainings"), BarColumn(), MofNCompleteColumn(), Elapsed()
+    progress = Progress(*columns, console=console)
+    bar = progress.add_task("", total=len(sweep))
     try:
-        with _stopping_by_signal(), Progress(*columns, console=console) as progress:
-            bar = progress.add_task("", total=len(sweep))
+        with _stopping_by_signal(), progress, lines(console, counted("trainings", progress)):
 
             def show(cell: Cell, result: dict[str, Any]) -> None:
                 found = " ".join(f"{accuracy:.3f}" for accuracy in result["test_accuracy"])

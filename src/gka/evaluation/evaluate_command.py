@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gka.commandline import text_console
+from gka.commandline import counted, lines, text_console
 from gka.errors import InputError
 from gka.evaluation.command import _check_device, _numbers, _Stopped, _stopping_by_signal
 from gka.storage import only_writer
@@ -95,9 +95,10 @@ def _run(grid: "Grid", subjects: "list[Subject]", folder: Path, machine: "Machin
 
     console, file = text_console(), folder / "evaluate.json"
     columns = TextColumn("cells"), BarColumn(), MofNCompleteColumn(), Elapsed()
+    progress = Progress(*columns, console=console)
+    bar = progress.add_task("", total=len(grid.cells()) * len(subjects))
     try:
-        with _stopping_by_signal(), Progress(*columns, console=console) as progress:
-            bar = progress.add_task("", total=len(grid.cells()) * len(subjects))
+        with _stopping_by_signal(), progress, lines(console, counted("cells", progress)):
 
             def show(record: dict[str, Any]) -> None:
                 progress.console.print(_told(record), highlight=False, soft_wrap=True)

@@ -22,7 +22,8 @@ def register() -> None:
     """
     if find_spec("lm_eval") is None:
         raise InputError(
-            'lm_eval is not installed; install it with pip install -e ".[eval]" in a checkout'
+            'lm_eval is not installed; install it with pip install -e ".[eval]" in a checkout, or anywhere '
+            'with pip install "lm-eval>=0.4.13,<0.5"'
         )
     import gka.evaluation.harness_model  # noqa: F401  (registers itself)
 

@@ -55,6 +55,7 @@ def generate(
 ) -> None:
     """Complete a prompt with a trained model; the text appears as it is made.
 
+    The text of --prompt is shown before it; that of a file or of standard input, which may be a book, is not.
     With --state a text goes on from run to run: only what is new is read. An interrupted run leaves the
     stored states as they were.
     """

@@ -1,7 +1,8 @@
-"""What happens beside the training loop: seals, interruptions, time, a progress bar, a check for NaN."""
+"""What happens beside the training loop: seals, interruptions, time, progress, a check for NaN."""
 
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,10 +15,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from gka.commandline import leave_lost, stop_signals, terminals
+from gka.commandline import answered, duration, leave_lost, stop_signals, terminals
 from gka.errors import InputError
 from gka.storage import storage_errors
 from gka.training.checkpoints import SEAL, clear_cut_short, seal
+from gka.training.folder import is_main_process
 
 
 class Stop:
@@ -28,7 +30,8 @@ class Stop:
 
 @contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-    """SIGINT, SIGTERM and SIGHUP ask for a stop instead of ending the process; the second one ends it."""
+    """SIGINT, SIGTERM and SIGHUP ask for a stop instead of ending the process, which is answered at once; the
+    second one ends it."""
     stop, former, shown = Stop(), {}, terminals()
 
     def note(number: int, _frame: Any) -> None:
@@ -39,8 +42,10 @@ def stop_on_signals() -> Iterator[Stop]:
     if threading.current_thread() is threading.main_thread():
         for number in stop_signals():
             former[number] = signal.signal(number, note)
+    answer = "finishing this step, then saving; once more: stop now" if is_main_process() else ""
     try:
-        yield stop
+        with answered(former, answer):
+            yield stop
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
@@ -150,11 +155,13 @@ class ProgressBar(TrainerCallback):
             console=console,
             transient=True,
         )
+        self._state: TrainerState | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._first, self._began, self._loss = state.global_step, time.perf_counter(), math.nan
+        self._state = state if state.is_world_process_zero else None
         self.task = self.progress.add_task(
             "training", total=state.max_steps, completed=state.global_step, loss=""
         )
@@ -186,6 +193,83 @@ class ProgressBar(TrainerCallback):
                 highlight=False,
             )
 
+    def line(self) -> str:
+        """The same as text, for where no line can move; "" as long as there is nothing to say."""
+        state = self._state
+        if state is None:
+            return ""
+        spent, steps = time.perf_counter() - self._began, state.global_step - self._first
+        said = f"step {state.global_step:>6} of {state.max_steps}"
+        if not math.isnan(self._loss):
+            said += f"  loss {self._loss:.3f}"
+        if not steps:
+            return f"{said}  after {duration(spent)}"
+        left = (state.max_steps - state.global_step) * spent / steps
+        return (
+            f"{said}  {steps * self.tokens_per_step / spent:,.0f} tokens/s  {duration(left)} left"
+        )
+
     def close(self) -> None:
         """Take the moving line away."""
         self.progress.stop()
+
+
+class Estimate(TrainerCallback):
+    """Says after a few steps how long the run will take and how much memory, unless it is a short one.
+
+    The first step is not counted: it also compiles and allocates. A block of an evaluation counts as a third
+    of one in training, as it has no backward pass.
+    """
+
+    SECONDS, STEPS = 2.0, 20  # whichever is first
+    SHORT = 10.0
+
+    def __init__(self, console: Console, evaluated_blocks: int) -> None:
+        self.console, self.evaluated_blocks = console, evaluated_blocks
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._first, self._said = state.global_step + 1, not state.is_world_process_zero
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._said:
+            return
+        if args.device.type == "cuda":
+            torch.cuda.synchronize()  # else the clock sees only that work was queued
+        steps, now = state.global_step - self._first, time.perf_counter()
+        if steps == 0:
+            self._began = now
+        elif now - self._began >= self.SECONDS or steps == self.STEPS:
+            self._said = True
+            self._say(args, state, (now - self._began) / steps)
+
+    def _say(self, args: TrainingArguments, state: TrainerState, seconds: float) -> None:
+        left, every = state.max_steps - state.global_step, int(args.eval_steps or state.max_steps)
+        evaluations = state.max_steps // every - state.global_step // every
+        trained = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        blocks = evaluations * self.evaluated_blocks / args.world_size
+        total = seconds * (left + blocks / trained / 3)
+        if total < self.SHORT:
+            return
+        self.console.print(
+            f"about {duration(total)}: {left:,} more steps of {seconds:.2g} s, {evaluations} evaluations; "
+            f"{memory(args.device)}; Ctrl-C saves and stops",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def memory(device: torch.device) -> str:
+    """The most memory that this process has had so far, in words."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_reserved(device) / 2**30:.1f} GiB of GPU memory"
+    try:
+        import resource
+    except ImportError:  # Windows
+        return "memory unknown"
+    unit = 1 if sys.platform == "darwin" else 1024
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return f"{used / 2**30:.1f} GiB of memory"

@@ -19,6 +19,8 @@ MOST_SEED = 2**32 - 1
 """The largest seed that all generators of random numbers take."""
 Command = Literal["train", "prime"]
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+STANDARD_LIBRARY_HELD_OUT = 0.002
+"""`eval_fraction` where no text is given: enough of the standard library, and quickly evaluated."""
 # Decided by the tokenizer, so that model and data cannot disagree.
 FROM_TOKENIZER = ("vocab_size", "eos_token_id", "pad_token_id", "bos_token_id")
 
@@ -32,7 +34,8 @@ class DataConfig:
         glob: which files of a folder, such as "*.py".
         tokenizer: "bytes", or a Hugging Face tokenizer's folder or name.
         sequence_length: tokens in a block.
-        eval_fraction: share of the tokens held out, by whole documents.
+        eval_fraction: share of the tokens held out, by whole documents. Of the standard library
+            `RunConfig.from_tables` holds out `STANDARD_LIBRARY_HELD_OUT` unless told otherwise.
         hash_sources: read all text once before each run to see whether it has changed; else names, places,
             sizes, inodes and times of modification and change tell.
     """
@@ -40,7 +43,7 @@ class DataConfig:
     text: tuple[str, ...] = ()
     glob: str = "*"
     tokenizer: str = "bytes"
-    sequence_length: int = 512
+    sequence_length: int = 256
     eval_fraction: float = 0.01
     hash_sources: bool = False
 
@@ -55,6 +58,8 @@ class DataConfig:
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How to train: AdamW, linear warm-up then cosine to zero, gradients clipped.
+
+    The defaults are those of the recipe cpu: some minutes on a laptop.
 
     Attributes:
         max_steps: optimizer steps.
@@ -72,19 +77,19 @@ class TrainingConfig:
         seed: of initial weights and data order.
     """
 
-    max_steps: int = 1000
-    batch_size: int = 16
+    max_steps: int = 1300
+    batch_size: int = 2
     gradient_accumulation: int = 1
-    learning_rate: float = 1e-3
+    learning_rate: float = 4e-3
     warmup_steps: int = 50
-    weight_decay: float = 0.1
+    weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     adam_beta2: float = 0.95
     precision: str = "float32"
     gradient_checkpointing: bool = False
     log_steps: int = 10
-    eval_steps: int = 200
-    save_steps: int = 200
+    eval_steps: int = 260
+    save_steps: int = 260
     keep_checkpoints: int = 2
     seed: int = 0
 
@@ -117,8 +122,14 @@ class TrainingConfig:
         _require(condition, f"{self.table}.{name}", getattr(self, name), expected)
 
 
-# A small model; any field of GKAConfig can be given beside or instead of these.
-MODEL_DEFAULTS = {"mixer": "gka", "hidden_size": 256, "num_hidden_layers": 4, "num_heads": 4}
+# A model that two processor cores train in minutes; any field of GKAConfig can be given beside or instead.
+MODEL_DEFAULTS = {
+    "mixer": "gka",
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_heads": 4,
+    "tie_word_embeddings": True,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,8 +161,11 @@ class RunConfig:
         for name, table in tables.items():
             _require(isinstance(table, Mapping), name, table, "a table")
         model = _complete(tables.get("model", {}))
+        data = dict(tables.get("data", {}))
+        if not data.get("text"):
+            data.setdefault("eval_fraction", STANDARD_LIBRARY_HELD_OUT)
         return cls(
-            data=build_table(DataConfig, "data", tables.get("data", {})),
+            data=build_table(DataConfig, "data", data),
             model=model,
             training=build_table(TrainingConfig, "training", tables.get("training", {})),
         )
@@ -199,15 +213,24 @@ def _complete(given: Mapping[str, Any]) -> dict[str, Any]:
     return model
 
 
+def recipe_names(command: Command) -> list[str]:
+    """The recipes of a command that can be given by name: those in ./recipes and in the package."""
+    return sorted(name for name, path in _recipes().items() if _is_for(path) == command)
+
+
+def _recipes() -> dict[str, Path]:
+    """Every recipe by name; one in ./recipes goes before one in the package."""
+    folders = [RECIPES, Path("recipes")]
+    return {path.stem: path for folder in folders for path in folder.glob("*.toml")}
+
+
 def _named_recipe(name: str, command: Command) -> Path:
-    folders = [Path("recipes"), RECIPES]
-    found = {path.stem: path for folder in reversed(folders) for path in folder.glob("*.toml")}
+    found = _recipes()
     if name in found and _is_for(found[name]) != command:
         raise InputError(f"recipe {name!r} is one of gka {_is_for(found[name])}")
     if name not in found:
-        mine = sorted(name for name, path in found.items() if _is_for(path) == command)
         raise InputError(
-            f"recipe {name!r} is unknown; known: {', '.join(mine) or 'none here'}; "
+            f"recipe {name!r} is unknown; known: {', '.join(recipe_names(command)) or 'none here'}; "
             "or give a path to a .toml file"
         )
     return found[name]

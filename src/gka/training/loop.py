@@ -1,9 +1,9 @@
 """The training loop that every kind of run shares: the Trainer, its checkpoints, its interruptions."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from gka.training import checkpoints
 from gka.training.config import TrainingConfig
@@ -59,15 +59,17 @@ def fit(
         Interrupted: if asked to stop.
         InputError: if the loss is no longer a number.
     """
-    from gka.training.callbacks import ProgressBar, stop_on_signals
+    from gka.commandline import lines
+    from gka.training.callbacks import Estimate, ProgressBar, stop_on_signals
     from gka.training.trainer import arguments
 
     args = arguments(config, folder)
     last = _last_checkpoint(folder, console) if resume else None
     tokens = tokens_of_a_step(config, getattr(blocks[0], "length", 0), args.world_size)
     bar = ProgressBar(console, tokens)
-    with stop_on_signals() as stop, contextlib.closing(bar):
-        trainer = _trainer(kind, [*_callbacks(stop), bar], {
+    beside = [Estimate(console, len(cast(Sized, blocks[1]))), bar]
+    with stop_on_signals() as stop, contextlib.closing(bar), lines(console, bar.line):
+        trainer = _trainer(kind, [*_callbacks(stop), *beside], {
             "model": model, "args": args, "train_dataset": blocks[0], "eval_dataset": blocks[1],
             "processing_class": tokenizer, **(settings or {}),
         })  # fmt: skip

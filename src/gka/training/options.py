@@ -5,7 +5,13 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from gka.training.config import MODEL_DEFAULTS, PRECISIONS, DataConfig, TrainingConfig
+from gka.training.config import (
+    MODEL_DEFAULTS,
+    PRECISIONS,
+    DataConfig,
+    TrainingConfig,
+    recipe_names,
+)
 
 _DATA, _MODEL, _TRAINING, _RUN = "Data", "Model", "Training", "Run"
 
@@ -83,7 +89,7 @@ Output = Annotated[
 Recipe = Annotated[
     str | None,
     Option(
-        help="A name (cpu, gpu; prime-cpu, prime-gpu) or a .toml file; options win.",
+        help=f"{', '.join(recipe_names('train'))} or a .toml file; options win over it (cpu).",
         rich_help_panel=_RUN,
     ),
 ]

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gka.commandline import status
 from gka.data import (
     PackedTokens,
     TokenBlocks,
@@ -64,6 +65,7 @@ def _train(
     model = build_model(config, tokenizer)
     checksums = {"tokens_sha256": packed.checksum}
     files.begin(config, output, checksums, resume=resume, overwrite=overwrite)
+    _introduce(config, model, output, console)
     folder = output / files.CHECKPOINTS
     trainer = fit(model, config.training, folder, blocks, tokenizer, console=console, resume=resume)
     metrics = _metrics(config, trainer, packed, blocks)
@@ -72,6 +74,20 @@ def _train(
         report.plot_losses(metrics, output / files.PLOT)
         write_json(output / files.METRICS, metrics)  # last: it says that the run is complete
     return metrics
+
+
+def _introduce(
+    config: RunConfig, model: "PreTrainedModel", output: Path, console: "Console"
+) -> None:
+    """Say what is going to be done, before it takes its time."""
+    training, tokens = config.training, config.data.sequence_length
+    blocks = training.batch_size * training.gradient_accumulation
+    console.print(
+        f"model: {mixers(model.config)}, {model.num_parameters():,} parameters; "
+        f"{training.max_steps:,} steps of {blocks} x {tokens} tokens, into {output}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def build_model(config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedModel":
@@ -130,12 +146,12 @@ def pack_text(
     """
     documents = find_documents(data.text, data.glob, hashed=data.hash_sources)
     what = "text" if data.text else "Python's standard library"
-    with console.status(f"reading {what}") as status:
-        done = iter(range(1, len(documents) + 1))
+    done = iter(range(1, len(documents) + 1))
+    with status(console, f"reading {what}") as change:
         packed = pack(
             documents,
             tokenizer,
-            on_document=lambda _: status.update(f"tokenising {next(done)} of {len(documents)}"),
+            on_document=lambda _: change(f"tokenising {next(done)} of {len(documents)}"),
         )
     console.print(
         f"{what}: {packed.description['bytes']:,} bytes in {len(documents):,} documents, "

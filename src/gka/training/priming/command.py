@@ -16,7 +16,7 @@ from gka.training.command import (
     silence_libraries,
 )
 from gka.training.config import merged, read_recipe
-from gka.training.options import Overwrite, Recipe
+from gka.training.options import Overwrite
 from gka.training.priming import options as opt
 from gka.training.priming.config import PrimeConfig
 
@@ -45,7 +45,7 @@ def prime(
     precision: opt.Precision = None,
     seed: opt.Seed = None,
     output: opt.Output = None,
-    recipe: Recipe = None,
+    recipe: opt.Recipe = None,
     settings: opt.Settings = None,
     resume: opt.Resume = False,
     overwrite: Overwrite = False,

@@ -24,6 +24,7 @@ class PrimingDataConfig(DataConfig):
     """
 
     tokenizer: str = ""
+    sequence_length: int = 512
     chat: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -90,7 +91,19 @@ class ReplacementConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MatchingConfig(TrainingConfig):
+class StageConfig(TrainingConfig):
+    """What both stages have in common; a pretrained model is larger than what `gka train` begins with."""
+
+    max_steps: int = 500
+    batch_size: int = 16
+    eval_steps: int = 200
+    save_steps: int = 200
+
+    fewest_steps: ClassVar[int] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchingConfig(StageConfig):
     """Stage 1: only the new mixers learn, to give the hidden states that the attention gave.
 
     Attributes:
@@ -100,13 +113,12 @@ class MatchingConfig(TrainingConfig):
         others: as in `TrainingConfig`; max_steps 0 leaves the stage out.
     """
 
-    max_steps: int = 500
+    learning_rate: float = 1e-3
     weight_decay: float = 0.0
     layer_weight: float = 1.0
     end_weight: float = 0.0
 
     table: ClassVar[str] = "stage1"
-    fewest_steps: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -118,7 +130,7 @@ class MatchingConfig(TrainingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecoveryConfig(TrainingConfig):
+class RecoveryConfig(StageConfig):
     """Stage 2: the whole hybrid goes on learning the next token.
 
     Attributes:
@@ -130,14 +142,13 @@ class RecoveryConfig(TrainingConfig):
         others: as in `TrainingConfig`; max_steps 0 leaves the stage out.
     """
 
-    max_steps: int = 500
     learning_rate: float = 3e-4
+    weight_decay: float = 0.1
     kl_weight: float = 0.0
     lora_rank: int = 0
     lora_alpha: float = 0.0
 
     table: ClassVar[str] = "stage2"
-    fewest_steps: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()

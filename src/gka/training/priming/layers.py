@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gka.commandline import status
 from gka.data.files import read_json, write_json
 from gka.errors import InputError
 from gka.models.pattern import SOFTMAX_MIXERS
@@ -75,10 +76,10 @@ def rank(
     if (found.get("window"), found.get("blocks")) != (window, blocks):
         found = {"window": window, "blocks": blocks, "loss": held.loss(model, blocks), "rise": {}}
     softmax = attention_layers(model)
-    with console.status("ranking layers") as status:
+    with status(console, "ranking layers") as change:
         for layer in softmax:
             if str(layer) not in found["rise"]:
-                status.update(f"ranking layers: {layer} of {softmax[-1]}")
+                change(f"ranking layers: {layer} of {softmax[-1]}")
                 with windowed(model.model.layers[layer].mixer, window):
                     found["rise"][str(layer)] = held.loss(model, blocks) - found["loss"]
                 if is_main_process():

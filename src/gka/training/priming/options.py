@@ -5,7 +5,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from gka.training.config import PRECISIONS
+from gka.training.config import PRECISIONS, recipe_names
 from gka.training.priming.config import (
     MatchingConfig,
     PrimingDataConfig,
@@ -144,6 +144,13 @@ Seed = Annotated[
 Output = Annotated[
     Path | None,
     Option("--output", "-o", help="Folder of the run (runs/prime-MIXER).", rich_help_panel=_RUN),
+]
+Recipe = Annotated[
+    str | None,
+    Option(
+        help=f"{', '.join(recipe_names('prime'))} or a .toml file; options win over it.",
+        rich_help_panel=_RUN,
+    ),
 ]
 Settings = Annotated[
     list[str] | None,

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gka.commandline import status
 from gka.data.files import read_json, sha256_of, write_json
 from gka.errors import InputError
 from gka.training import folder as files
@@ -62,7 +63,8 @@ class Job:
         """The figures of a phase's model, unless they are known already."""
         known = self.about["phases"]
         if phase not in known:
-            known[phase] = self.held.figures(model)
+            with status(self.console, f"measuring: {phase}"):
+                known[phase] = self.held.figures(model)
             self.note()
             self._show(phase)
         if self.probe is not None and "probe" not in known[phase]:
