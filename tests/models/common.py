@@ -50,8 +50,8 @@ def common_tests() -> tuple[Any, Any, Any]:
     folder = Path(os.environ.get(VARIABLE, "")) / "tests"
     if not os.environ.get(VARIABLE) or not (folder / "test_modeling_common.py").is_file():
         pytest.skip(
-            f"transformers' own tests are not here: run make test-transformers, or set {VARIABLE} to "
-            f"a folder of transformers {transformers.__version__} with tests/test_modeling_common.py",
+            f"transformers' own tests are not here: run make test-transformers, or set {VARIABLE} to a "
+            f"folder of transformers {transformers.__version__} with tests/test_modeling_common.py",
             allow_module_level=True,
         )
     if importlib.util.find_spec("parameterized") is None:

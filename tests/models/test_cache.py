@@ -1,6 +1,7 @@
 """GKACache: states by name, copies, rows, compiled steps, and no rolling back."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -150,7 +151,7 @@ def test_a_prefix_enters_the_attention_layers(build: Build, ids: Ids, mixers: li
     out.logits.sum().backward()
     assert keys.grad is not None and keys.grad.abs().max() > 0
     with torch.no_grad():
-        whole = model(tokens, past_key_values=prefix(4, 8), attention_mask=torch.ones(2, 8))
+        whole: Any = model(tokens, past_key_values=prefix(4, 8), attention_mask=torch.ones(2, 8))
         first = model(tokens[:, :4], past_key_values=prefix(4, 8))
         last = model(tokens[:, 4:], past_key_values=getattr(first, CACHE_NAME))
     assert_close(last.logits[:, -1], whole.logits[:, -1], RELATIVE[torch.float32])
@@ -175,7 +176,6 @@ def test_steps_name_the_cache_as_peft_looks_for_it(build: Build, ids: Ids):
     """What `generate` hands to the model holds the cache as past_key_values in every version."""
     model = build(mixers=["gka", "attention"])
     cache = GKACache(model.config)
-    inputs = model.prepare_inputs_for_generation(
-        ids(1, 4), **{CACHE_NAME: cache, "use_cache": True}
-    )
+    given: dict[str, Any] = {"input_ids": ids(1, 4), CACHE_NAME: cache, "use_cache": True}
+    inputs = model.prepare_inputs_for_generation(**given)
     assert inputs["past_key_values"] is cache and "cache" not in inputs

@@ -162,7 +162,8 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
             if generation_config.is_assistant:
                 cache.activate_past_recording()
 
-    @wraps(GenerationMixin.prepare_inputs_for_generation)  # generate reads the signature
+    # generate reads the signature
+    @wraps(GenerationMixin.prepare_inputs_for_generation)  # pyright: ignore[reportAttributeAccessIssue]
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """transformers' inputs of a step, the cache under the name that every version of peft looks for.
 
