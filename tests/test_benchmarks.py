@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from gka.errors import InputError
+from gka.storage import only_writer
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -99,3 +102,23 @@ def test_repeats_must_be_positive(cpu, monkeypatch, capsys):
         cpu.main()
     assert stop.value.code == 2
     assert "--repeats must be at least 1" in capsys.readouterr().err
+
+
+def test_one_writer_for_the_results_of_a_benchmark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A benchmark ends at once where another process writes its folder; it may take its own again."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    own = importlib.import_module("benchmarks.output").own
+    with (
+        only_writer(tmp_path / "taken"),
+        pytest.raises(SystemExit, match=r"error: --output .* being"),
+    ):
+        own(tmp_path / "taken")
+    own(tmp_path / "mine")
+    own(tmp_path / "mine")
+    with (
+        pytest.raises(InputError, match="is being written by process"),
+        only_writer(tmp_path / "mine"),
+    ):
+        pass

@@ -105,9 +105,9 @@ def test_left_overs_of_killed_packings_go(documents: list[Document], tmp_path: P
     for name in (gone, f".{key}.bbbbbbbb", young, key, ".mine.abcdefgh.draft"):
         (cache / name).mkdir(parents=True)
         (cache / name / "tokens.bin").write_bytes(b"0")
-        age = 3600 if name == young else 90_000
+        then = time.time() - (3600 if name == young else 90_000)
         for path in (cache / name / "tokens.bin", cache / name):
-            os.utime(path, (time.time() - age,) * 2)
+            os.utime(path, (then, then))
     packed = pack(documents, byte_tokenizer(), cache)
     left = {path.name for path in cache.iterdir()}
     assert left == {packed.folder.name, young, key, ".mine.abcdefgh.draft"}

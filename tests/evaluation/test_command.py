@@ -60,9 +60,9 @@ def test_mqar_trains_reports_and_does_not_train_twice(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals and process groups of POSIX")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stopped_sweep_leaves_no_process_behind(number, tmp_path):
-    """SIGTERM and Ctrl-C, also where a shell has switched that off for background jobs, end the trainings
+    """SIGTERM, SIGHUP and Ctrl-C, also where a shell has switched that off, end the trainings
     of every process, with status 128 + signal and word of how to go on."""
     line = (
         "mqar --mixers gla,deltanet --sizes 8x8 --learning-rates 0.01 --seeds 1 --steps 1000000"

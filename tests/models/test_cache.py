@@ -174,7 +174,7 @@ def test_a_cache_comes_back_unless_it_is_declined(build: Build, ids: Ids):
 
 def test_steps_name_the_cache_as_peft_looks_for_it(build: Build, ids: Ids):
     """What `generate` hands to the model holds the cache as past_key_values in every version."""
-    model = build(mixers=["gka", "attention"])
+    model: Any = build(mixers=["gka", "attention"])
     cache = GKACache(model.config)
     given: dict[str, Any] = {"input_ids": ids(1, 4), CACHE_NAME: cache, "use_cache": True}
     inputs = model.prepare_inputs_for_generation(**given)

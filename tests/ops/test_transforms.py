@@ -1,10 +1,12 @@
 """The ops under torch.compile, torch.func, autocast, and what autograd may and may not ask of them."""
 
 import shutil
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.exc import Unsupported
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from gka.ops import backends
@@ -126,7 +128,7 @@ def test_the_delta_rule_is_one_graph_at_every_length(op):
 
 
 @pytest.mark.parametrize("op", DELTA)
-def test_the_delta_rule_in_compiled_transforms(op):
+def test_the_delta_rule_in_compiled_transforms(op: Any):
     """A compiled torch.func.grad or vmap of the delta rule gives what it gives uncompiled."""
     q, k, v, *_ = (x.detach() for x in arguments(20))
 
@@ -148,7 +150,7 @@ def test_a_compiled_transform_loses_no_gradient():
     expected = torch.func.grad(loss)(*inputs)
     found = torch.compile(torch.func.grad(loss), backend="aot_eager")(*inputs)
     assert_close(found, expected, RELATIVE[torch.float32])
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="Observed exception"):
+    with pytest.raises(Unsupported, match="Observed exception"):
         torch.compile(torch.func.grad(loss), backend="aot_eager", fullgraph=True)(*inputs)
     inside = torch.func.grad(torch.compile(loss, backend="aot_eager"))(*inputs)
     assert_close(inside, expected, RELATIVE[torch.float32])
