@@ -1,5 +1,6 @@
 """Code that lies in a folder is never run, whatever standard input answers."""
 
+import ast
 import io
 import json
 import os
@@ -237,6 +238,16 @@ def test_adapters_import_no_module(planted: Path, tmp_path: Path) -> None:
     refuse_adapter_code(planted)
 
 
+def code_of(path: Path) -> str:
+    """The statements of a file, without docstrings, which may show a user what to call."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+        if isinstance(node, documented) and ast.get_docstring(node) is not None:
+            node.body[0] = ast.Pass()
+    return ast.unparse(tree)
+
+
 def test_one_way_to_read_folders() -> None:
     """No file of the package reads a folder by an Auto class but through the helper."""
     source = Path(cli.__file__).parent
@@ -246,6 +257,6 @@ def test_one_way_to_read_folders() -> None:
     found = [
         path.relative_to(source).as_posix()
         for path in sorted(source.rglob("*.py"))
-        if any(reader in path.read_text(encoding="utf-8") for reader in readers)
+        if any(reader in code_of(path) for reader in readers)
     ]
     assert found == ["models/foreign_code.py"]

@@ -118,7 +118,7 @@ def test_the_delta_rule_is_one_graph_at_every_length(op):
 
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(f, fullgraph=True, backend=counter)
-    state = torch.randn(2, 4, 8, 6, requires_grad=True)
+    state = torch.randn(1, 2, 8, 6, requires_grad=True)
     for length in (20, 33, 70, 5):
         q, k, v, g, _, beta = arguments(length)
         inputs = [q, k, v, g, beta, state]
@@ -133,7 +133,7 @@ def test_the_delta_rule_in_compiled_transforms(op: Any):
     q, k, v, *_ = (x.detach() for x in arguments(20))
 
     def total(q, k, v):
-        return op(q, k, v)[0].square().sum()
+        return op(q, k, v)[0].square().sum()  # pyright: ignore[reportIndexIssue]
 
     def rows(q, k, v):
         return torch.func.vmap(lambda *x: op(*(y[None] for y in x))[0])(q, k, v)
@@ -150,6 +150,7 @@ def test_a_compiled_transform_loses_no_gradient():
     expected = torch.func.grad(loss)(*inputs)
     found = torch.compile(torch.func.grad(loss), backend="aot_eager")(*inputs)
     assert_close(found, expected, RELATIVE[torch.float32])
+    torch._dynamo.reset()  # which remembers what runs uncompiled
     with pytest.raises(Unsupported, match="Observed exception"):
         torch.compile(torch.func.grad(loss), backend="aot_eager", fullgraph=True)(*inputs)
     inside = torch.func.grad(torch.compile(loss, backend="aot_eager"))(*inputs)
