@@ -99,7 +99,7 @@ def test_softmax_heads_default_to_the_recurrent_ones():
         ({"head_dim": 300}, "head_dim must be at most 256, got 300"),
         ({"expand_v": 3.0}, r"expand_v \* head_dim must be at most 256, got 384"),
         ({"mixer": "gla", "mixer_overrides": {"gla": {"head_dim": 300}}}, "head_dim must be at most 256"),
-        ({"num_iter": 10**9}, "num_iter must be at most 10000"),
+        ({"num_iter": 10**9}, "num_iter: expected at most 10000"),
         ({"per_layer_config": {0: {"num_iter": 3}}}, "per_layer_config"),
         ({"mixer": "gkaa"}, r"mixer: unknown mixer 'gkaa' \(did you mean 'gka'\?\)"),
         ({"mixers": ["gka", "mamba"]}, "mixers: unknown mixer 'mamba'.*known: gka"),
