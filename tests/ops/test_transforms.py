@@ -133,10 +133,14 @@ def test_the_delta_rule_in_compiled_transforms(op: Any):
     q, k, v, *_ = (x.detach() for x in arguments(20))
 
     def total(q, k, v):
-        return op(q, k, v)[0].square().sum()  # pyright: ignore[reportIndexIssue]
+        found: Any = op(q, k, v)
+        return found[0].square().sum()  # pyright: ignore[reportIndexIssue]
 
     def rows(q, k, v):
-        return torch.func.vmap(lambda *x: op(*(y[None] for y in x))[0])(q, k, v)
+        def one(*x: Tensor) -> Any:
+            return op(*(y[None] for y in x))[0]
+
+        return torch.func.vmap(one)(q, k, v)
 
     for f in (torch.func.grad(total), rows):
         compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
