@@ -122,12 +122,15 @@ def max_blocks(ptr, index, N: tl.constexpr):
 def decay_gradient(pairs, ends, start, whole, beta2, places, PREC: tl.constexpr):
     """dg_i of a chunk by rectangle sums, as gka.maths.adjoint states it; pairs without beta_j^2."""
     since = tl.where(places[:, None] <= places[None, :], 1.0, 0.0)
-    after = tl.dot(since, pairs, input_precision=PREC)  # sum over t >= i, for each j
-    # The end's part of j belongs to every i > j; a running sum less its last term would keep that
-    # term's rounding.
-    after = (after + ends[None, :]) * beta2[None, :]
-    rectangles = tl.sum(tl.where(places[:, None] > places[None, :], after, 0.0), 1)
-    return rectangles + tl.cumsum(start, 0, reverse=True) + whole
+    after = (
+        tl.dot(since, pairs, input_precision=PREC) * beta2[None, :]
+    )  # sum over t >= i, for each j
+    earlier_keys = places[:, None] > places[None, :]
+    rectangles = tl.sum(tl.where(earlier_keys, after, 0.0), 1)
+    # Summed anew: a running sum less its last term would keep that term's rounding. Added to `after`
+    # instead, Triton 3.6 compiled an illegal memory access for keys 200 wide on an H200.
+    before_end = tl.sum(tl.where(earlier_keys, (ends * beta2)[None, :], 0.0), 1)
+    return rectangles + before_end + tl.cumsum(start, 0, reverse=True) + whole
 
 
 @triton.jit
