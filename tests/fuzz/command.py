@@ -8,7 +8,8 @@ import random
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -54,10 +55,35 @@ def draw_invalid(seed: int, count: int) -> list[Case]:
     return drawn[:count]
 
 
+def judged(
+    seed: int, valid: int, workers: int
+) -> Iterator[tuple[int, tuple[str, dict[str, str], Verdict]]]:
+    """(number, what `judge_number` returns) of every valid call, from `workers` processes, in any order."""
+    if workers == 1:
+        yield from ((index, judge_number(seed, index)) for index in range(valid))
+        return
+    with get_context("spawn").Pool(workers, initializer=_be_quiet) as pool:
+        yield from pool.imap_unordered(_numbered, ((seed, i) for i in range(valid)), chunksize=10)
+
+
+def _numbered(given: tuple[int, int]) -> tuple[int, tuple[str, dict[str, str], Verdict]]:
+    return given[1], judge_number(*given)
+
+
+def _be_quiet() -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+
+
 def run(
-    seed: int, valid: int, invalid: int, minutes: float, say: Callable[[str], None] = print
+    seed: int,
+    valid: int,
+    invalid: int,
+    minutes: float,
+    say: Callable[[Report], None] = lambda report: print(report.line()),
+    workers: int = 1,
 ) -> Report:
-    """Run the calls, or as many as there is time for."""
+    """Run the calls, or as many as there is time for; `say` gets the report every ten seconds."""
     report, start, told = Report(seed), time.monotonic(), time.monotonic()
 
     def in_time() -> bool:
@@ -66,17 +92,17 @@ def run(
         report.seconds = now - start
         if now - told > PROGRESS:
             told = now
-            say(report.line())
+            say(report)
         return report.seconds < 60 * minutes
 
     for index, (what, argument, call) in enumerate(draw_invalid(seed, invalid)):
         if not in_time():
             break
         report.add_invalid(index, attempt(what, argument, call))
-    for index in range(valid):
+    for index, verdict in judged(seed, valid, workers):
+        report.add_valid(index, *verdict)
         if not in_time():
             break
-        report.add_valid(index, *judge_number(seed, index))
     in_time()
     return report
 
@@ -90,6 +116,7 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--only", type=int, help="run the valid call of this number alone, in detail"
     )
+    parser.add_argument("--workers", type=int, default=1, help="processes (1)")
     parser.add_argument("--output", type=Path, default=Path("runs/fuzz/fuzz.json"))
     return parser.parse_args(arguments)
 
@@ -97,8 +124,7 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """0 if every call was right, or refused where it had to be; 1 if not."""
     given = options(arguments)
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
+    _be_quiet()
     if given.only is not None:
         op, traits, verdict = judge_number(given.seed, given.only)
         print(op, traits, verdict.status, verdict.message)
@@ -107,9 +133,12 @@ def main(arguments: list[str] | None = None) -> int:
                 f"  {found.name}: {found.error:.2g} tolerances, relative {found.relative:.1e}, {found.dtype}"
             )
         return int(verdict.status not in ("right", "border"))
-    report = run(
-        given.seed, given.valid, given.invalid, given.minutes, lambda x: print(x, file=sys.stderr)
-    )
+
+    def say(report: Report) -> None:
+        print(report.line(), file=sys.stderr)
+        report.write(given.output)  # an interrupted run keeps its faults by name
+
+    report = run(given.seed, given.valid, given.invalid, given.minutes, say, given.workers)
     report.write(given.output)
     print(report.show())
     print(f"All of it: {given.output}")
