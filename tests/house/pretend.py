@@ -82,6 +82,7 @@ def hopper() -> Iterator[None]:
         for owner, names in ((torch, FACTORIES), (torch.Tensor, METHODS)):
             for name in names:
                 change(owner, name, _in_memory(getattr(owner, name)))
+        change(torch.Tensor, "pin_memory", lambda x: x)
         torch.Tensor.device = property(lambda _: GPU)  # pyright: ignore[reportAttributeAccessIssue]
         stack.callback(lambda: delattr(torch.Tensor, "device"))
         yield
