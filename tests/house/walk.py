@@ -34,7 +34,8 @@ import torch
 import gka
 
 HOUSE = str(Path(gka.__file__).parent) + os.sep
-PYPROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+ROOT = Path(__file__).parents[2]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 TEXT = "Every token asks the whole past, and the past fades. " * 80
 TINY = {
     "data.sequence_length": 32, "model.hidden_size": 32, "model.num_hidden_layers": 1, "model.num_heads": 2,
@@ -158,8 +159,9 @@ def alone(name: str) -> list[dict[str, Any]]:
     """The walks of a process of their own, where nothing has been called before."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "tests.house.walk", "--only", name, folder]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
-        told = subprocess.run(command, env=env, capture_output=True, text=True)
+        env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "TRITON_INTERPRET": "0"}
+        env["OMP_NUM_THREADS"] = "1"
+        told = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
     if told.returncode:
         raise RuntimeError(f"{name}:\n{told.stderr}")
     return json.loads(told.stdout.splitlines()[-1])
