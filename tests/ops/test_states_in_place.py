@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from gka.maths.chebyshev import chebyshev_bound
+from gka.maths.solvers.chebyshev import chebyshev_bound
 from gka.ops import (
     advance_states_,
     available_backends,

@@ -7,7 +7,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from gka.maths.chebyshev import Solver
+from gka.maths.solvers import SolverName
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
@@ -138,12 +138,12 @@ def check_scale(scale: float | None) -> None:
         raise ValueError(f"scale must be in float32's range; got {scale}.")
 
 
-def check_solver(solver: str) -> Solver:
+def check_solver(solver: str) -> SolverName:
     """A name of a solver, and its type."""
-    for known in get_args(Solver):
+    for known in get_args(SolverName):
         if solver == known:
             return known
-    raise ValueError(f"solver must be one of {', '.join(get_args(Solver))}; got {solver!r}.")
+    raise ValueError(f"solver must be one of {', '.join(get_args(SolverName))}; got {solver!r}.")
 
 
 def check_cu_seqlens(q: Tensor, cu_seqlens: Tensor | None) -> int:

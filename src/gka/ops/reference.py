@@ -5,7 +5,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from gka.maths.reference import Solver, State, reference_sequence
+from gka.maths.reference import ReferenceSolver, State, reference_sequence
 
 
 def reference_gka(
@@ -22,7 +22,7 @@ def reference_gka(
     scale: float = 1.0,
     ridge_ratio: float = 0.02,
     num_iter: int = 30,
-    solver: Solver = "chebyshev",
+    solver: ReferenceSolver = "chebyshev",
 ) -> tuple[Tensor, State]:
     """`gka.maths.reference` on the inputs of `chunk_gka`, checked there; float32 or better inside.
 
