@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn.functional import normalize, silu
 
 from gka.maths import nystroem
-from gka.maths.chebyshev import chebyshev_bound, chebyshev_solve, chebyshev_weights
 from gka.maths.chunked import Chunks, Settings, Tokens
-from gka.maths.exact import exact_solve
-from gka.maths.system import Relative
+from gka.maths.ridge import Relative
+from gka.maths.solvers.chebyshev import chebyshev_bound, chebyshev_solve, chebyshev_weights
+from gka.maths.solvers.exact import exact_solve
 from gka.ops import chunk_gka, chunk_simple_gla, solver_steps
 from gka.ops.checks import check_solver
 from gka.ops.reference import reference_gka

@@ -35,12 +35,13 @@ from torch import Tensor
 
 from gka.commandline import text_console
 from gka.data.files import write_text
-from gka.kernels import configs, launch
-from gka.kernels.call import Launch
-from gka.kernels.plan import SIZES, Launcher, Plan, plan_of
+from gka.kernels import backward, configs, forward
+from gka.kernels.call import GpuCall
+from gka.kernels.triton.passes import TRITON
+from gka.kernels.triton.plan import SIZES, Launcher, Plan, plan_of
 from gka.maths import adjoint, chunked
-from gka.maths.chebyshev import Solver
 from gka.maths.chunked import Settings, Tokens
+from gka.maths.solvers import SolverName
 
 SCANS = (
     "moments",
@@ -102,12 +103,12 @@ def recording(run: bool) -> Iterator[list[Recorded]]:
 
         return call
 
-    def zeros(self: Launch, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    def zeros(self: GpuCall, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(
             shape, device=self.t.q.device, dtype=dtype
         )  # what is compared is all defined
 
-    with patch.object(Plan, "launcher", launcher), patch.object(Launch, "empty", zeros):
+    with patch.object(Plan, "launcher", launcher), patch.object(GpuCall, "empty", zeros):
         yield found
 
 
@@ -122,15 +123,17 @@ def tokens_of(dim: int, dtype: torch.dtype, heads: int, length: int, device: str
     return Tokens(q, k, v, -(10.0 ** (-3 + 2 * g)), None, alpha, beta, None, None, None)
 
 
-def settings_of(solver: Solver) -> Settings:
+def settings_of(solver: SolverName) -> Settings:
     return Settings(1.0, 0.02, 30, 64, tied=True, with_h=False, solver=solver)
 
 
-def passes(tokens: Tokens, solver: Solver) -> dict[str, Tensor]:
+def passes(tokens: Tokens, solver: SolverName) -> dict[str, Tensor]:
     """o and the gradients for the gradient v of o."""
     settings = settings_of(solver)
-    out = launch.chunk_forward(tokens, settings)
-    grads = launch.chunk_backward(tokens, out.x, out.x_scale, tokens.v, None, None, settings)
+    out = forward.chunk_forward(TRITON, tokens, settings)
+    grads = backward.chunk_backward(
+        TRITON, tokens, out.x, out.x_scale, tokens.v, None, None, settings
+    )
     return {"o": out.o, "q": grads.q, "k": grads.k, "v": grads.v}
 
 
@@ -141,7 +144,7 @@ def error(x: Tensor, y: Tensor) -> float:
     return found if found == found else float("inf")
 
 
-def check_against_float64(dim: int, dtype: torch.dtype, solver: Solver) -> None:
+def check_against_float64(dim: int, dtype: torch.dtype, solver: SolverName) -> None:
     """Raises RuntimeError where the stored configurations give wrong results."""
     tokens = tokens_of(dim, dtype, 2, 200, "cuda")
     found = passes(tokens, solver)
@@ -232,7 +235,7 @@ def trials(args: argparse.Namespace, dtype: str, dim: int) -> list[Trial]:
     """Every kernel's launches in both passes with both solvers, recorded, as trials."""
     device, kind = "cpu" if args.compile_only else "cuda", getattr(torch, dtype)
     found: list[Recorded] = []
-    for solver in get_args(Solver):
+    for solver in get_args(SolverName):
         plan_of.cache_clear()
         if not args.compile_only:
             check_against_float64(dim, kind, solver)
