@@ -1,47 +1,31 @@
-"""Reading a long prompt, and resuming from it: `python -m benchmarks.prefill --tokens 1048576 --output DIR`.
+"""Reading a long prompt, and resuming from it: `python -m benchmarks.run prefill --tokens 1048576`.
 
 Checks first (pieces against one pass, a stored session against the one that stored it), then tokens a
 second and peak memory of reading --tokens random tokens in pieces, then the time to store and to resume.
-Weights are random: speed does not depend on them. Writes prefill.json, prints a table.
+Weights are random: speed does not depend on them. Writes prefill.json and prefill.md, prints the table.
 """
 
 import argparse
 import copy
-import json
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.memory import peak_added
-from benchmarks.numerics import relative
-from benchmarks.output import own
-from rich.table import Table
+from benchmarks import registry, results
+from benchmarks.stopwatch import peak_added
 
 from gka import GenerationSession
-from gka.commandline import text_console
-from gka.data.files import write_json
-from gka.models import GKAConfig, GKAForCausalLM
+from gka.experiments.ledger import markdown_table, print_table
+from gka.experiments.numerics import relative
+from gka.models import GKAForCausalLM
 
-SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_heads": 2, "head_dim": 32},
-    "small": {"hidden_size": 256, "num_hidden_layers": 4, "num_heads": 4, "head_dim": 64},
-    "medium": {"hidden_size": 1024, "num_hidden_layers": 24, "num_heads": 8, "head_dim": 128},
-    "2.8b": {"hidden_size": 2560, "num_hidden_layers": 32, "num_heads": 20, "head_dim": 128},
-}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def build(size: str, dtype: torch.dtype, device: str, mixers: list[str] | None) -> GKAForCausalLM:
-    """A model with random weights."""
-    torch.manual_seed(0)
-    fields = dict(SIZES[size])
-    if mixers is not None:
-        fields |= {"mixers": mixers, "num_hidden_layers": len(mixers)}
-    with torch.device(device):
-        model: Any = GKAForCausalLM(GKAConfig(vocab_size=32000, **fields))
-    return model.to(dtype).eval()
+RESUMING = ("save", "load", "mapped", "next token")
+HEAD = (
+    "tokens", "chunk", "tokens/s", "MiB added", "state MB", *(f"{name} ms" for name in RESUMING),
+)  # fmt: skip
 
 
 def check(model: GKAForCausalLM, folder: Path) -> dict[str, float]:
@@ -98,13 +82,7 @@ def read(session: GenerationSession, tokens: torch.Tensor) -> tuple[float, float
 
 def resume(session: GenerationSession, path: Path, repeats: int) -> dict[str, Any]:
     """Seconds to store, to load with and without the checksum, and from the file to the next token."""
-    found: dict[str, Any] = {
-        "megabytes": 0.0,
-        "save": [],
-        "load": [],
-        "mapped": [],
-        "next token": [],
-    }
+    found: dict[str, Any] = {"megabytes": 0.0} | {name: [] for name in RESUMING}
     model = session.model
     for _ in range(repeats):
         for name, work in (
@@ -122,53 +100,58 @@ def resume(session: GenerationSession, path: Path, repeats: int) -> dict[str, An
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1 << 20])
-    parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--mixers", help="as in gka,gka,attention; default: gka in every layer")
-    parser.add_argument("--chunk", type=int, nargs="+", default=[4096])
-    parser.add_argument("--dtype", choices=DTYPES, default=None)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=5, help="of storing and resuming")
-    parser.add_argument("--output", type=Path, required=True)
-    options = parser.parse_args()
-    dtype = options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32")
-    mixers = None if options.mixers is None else options.mixers.split(",")
-    own(options.output)
-    model = build(options.size, DTYPES[dtype], options.device, mixers)
-    where = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
-    content: dict[str, Any] = {"size": options.size, "dtype": dtype, "device": where}
-    content["torch"], content["pattern"] = torch.__version__, model.config.pattern
-    content["parameters"] = sum(p.numel() for p in model.parameters())
-    content["errors"] = check(model, options.output)
-    content["rows"] = rows = []
-    table = Table(title=f"{options.size}, {content['parameters'] / 1e6:.0f} M, {dtype}, {where}")
-    columns = ("tokens", "chunk", "tokens/s", "MiB added", "state MB", "save ms")
-    for name in (*columns, "load ms", "mapped ms", "next token ms"):
-        table.add_column(name, justify="right")
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row of the table."""
+    rate = row["tokens"] / row["seconds"]
+    peak = "-" if row["peak"] is None else f"{row['peak']:,.0f}"
+    times = (f"{1e3 * statistics.median(row[name]):.1f}" for name in RESUMING)
+    return [
+        f"{row['tokens']:,}", str(row["chunk"]), f"{rate:,.0f}", peak, f"{row['megabytes']:.2f}",
+        *times,
+    ]  # fmt: skip
+
+
+def measure(run: results.Run, model: GKAForCausalLM) -> list[dict[str, Any]]:
+    """A row for each length and chunk."""
+    options, rows = run.options, run.found["rows"]
     GenerationSession(model, prefill_chunk=options.chunk[0]).append([1] * options.chunk[0])
     for length in options.tokens:
-        tokens = torch.randint(32000, (1, length), device=model.device)
+        tokens = torch.randint(32000, (1, length), device=options.device)
         for chunk in options.chunk:
             session = GenerationSession(model, prefill_chunk=chunk)
             seconds, peak = read(session, tokens)
             found = resume(session, options.output / "prefill.state", options.repeats)
-            rows.append(
-                {"tokens": length, "chunk": chunk, "seconds": seconds, "peak": peak} | found
-            )
-            write_json(options.output / "prefill.json", content)
-            medians = (
-                statistics.median(found[n]) * 1e3 for n in ("save", "load", "mapped", "next token")
-            )
-            table.add_row(
-                f"{length:,}", str(chunk), f"{length / seconds:,.0f}",
-                "-" if peak is None else f"{peak:,.0f}", f"{found['megabytes']:.2f}",
-                *(f"{ms:.1f}" for ms in medians),
-            )  # fmt: skip
-    console = text_console(width=110)
-    console.print(table, json.dumps(content["errors"]))
+            row = {"tokens": length, "chunk": chunk, "seconds": seconds, "peak": peak}
+            rows.append(row | found)
+            run.note()
+    return rows
 
 
-if __name__ == "__main__":
-    main()
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = results.parser("prefill", __doc__, device)
+    add = parser.add_argument
+    add("--tokens", type=int, nargs="+", default=[1 << 20])
+    add("--size", choices=registry.MODELS, default="small")
+    add("--mixers", help="as in gka,gka,attention; default: gka in every layer")
+    add("--chunk", type=int, nargs="+", default=[4096])
+    add("--dtype", choices=DTYPES, default=None)
+    add("--repeats", type=int, default=5, help="of storing and resuming")
+    return results.parse(parser, arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    dtype = options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32")
+    mixers = None if options.mixers is None else options.mixers.split(",")
+    run = results.Run("prefill", options, on_cpu="CPU")
+    model = registry.model(options.size, DTYPES[dtype], options.device, mixers)
+    parameters, where = sum(p.numel() for p in model.parameters()), run.found["card"]
+    run.found |= {"size": options.size, "dtype": dtype, "device": where}
+    run.found |= {"pattern": model.config.pattern, "parameters": parameters}
+    run.found |= {"errors": check(model, options.output), "rows": []}
+    rows = [cells(row) for row in measure(run, model)]
+    title = f"{options.size}, {parameters / 1e6:.0f} M, {dtype}, {where}"
+    print_table(HEAD, rows, title)
+    print(run.found["errors"])
+    run.report(f"{title}\n\n{markdown_table(HEAD, rows)}\n")
