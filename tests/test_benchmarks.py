@@ -119,3 +119,19 @@ def test_one_writer_for_the_results_of_a_benchmark(tmp_path: Path) -> None:
         only_writer(tmp_path / "mine"),
     ):
         pass
+
+
+def test_every_benchmark_is_run_by_name(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """The runner lists all of them, each says what its options are, and an unknown name is refused."""
+    pytest.importorskip("triton", reason="host, resources and tune compile kernels")
+    monkeypatch.syspath_prepend(str(ROOT))
+    run = importlib.import_module("benchmarks.run")
+    run.main(["--help"])
+    listed = capsys.readouterr().out
+    for name in run.BENCHMARKS:
+        with pytest.raises(SystemExit) as stop:
+            run.main([name, "--help"])
+        assert stop.value.code == 0 and f"  {name} " in listed
+        assert f"usage: python -m benchmarks.run {name} " in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="there is no benchmark 'gpu'; there are"):
+        run.main(["gpu"])
