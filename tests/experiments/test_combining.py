@@ -8,7 +8,13 @@ import torch
 from gka.experiments import combining
 from gka.models import GKAConfig, GKAForCausalLM
 
-TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "head_dim": 16, "num_iter": 4}
+TINY: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_heads": 2,
+    "head_dim": 16,
+    "num_iter": 4,
+}
 
 
 def test_combining_scores_every_way() -> None:

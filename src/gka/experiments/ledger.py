@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = Sequence[object]
-Draw = Callable[["Figure"], None]
+Draw = Callable[["Figure"], object]
 _stack = ExitStack()
 _owned: set[Path] = set()
 atexit.register(_stack.close)
@@ -124,8 +124,9 @@ def print_table(head: Row, rows: Sequence[Row], title: str | None = None) -> Non
         from rich.table import Table
 
         table = Table(title=title)
-        for number, name in enumerate(lines[0]):
-            table.add_column(name, justify="right" if number else "left", overflow="fold")
+        for name, *cells in zip(*lines, strict=True):
+            numbers = all(cell[:1].isdigit() for cell in cells if cell)
+            table.add_column(name, justify="right" if numbers else "left", overflow="fold")
         for line in lines[1:]:
             table.add_row(*line)
         text_console(width=None if os.isatty(1) else 200).print(table)
