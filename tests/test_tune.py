@@ -35,7 +35,7 @@ def tune(monkeypatch):
 def test_every_kernel_has_a_configuration(capability, monkeypatch) -> None:
     """On every chip, for every kernel, operands and head width; float32 in a single stage."""
     from gka.kernels import configs
-    from gka.kernels.plan import SIZES
+    from gka.kernels.triton.plan import SIZES
 
     monkeypatch.setattr(configs, "capability_of", lambda device: capability)
     for kernel in SIZES:

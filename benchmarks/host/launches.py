@@ -23,7 +23,8 @@ from benchmarks.host.resources import as_if_on
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from gka.kernels import launch, nvrtc, tables
+from gka.kernels import backward, tables
+from gka.kernels.hopper import nvrtc
 from gka.ops import backends, chunk_gka
 
 CALLS, WARM_UP = 200, 5
@@ -42,7 +43,7 @@ class _Kernel(nvrtc.Kernel):
     def __init__(self, cubin: bytes, name: str, threads: int, shared: int) -> None:
         pass
 
-    def __call__(self, blocks: int, sides: int, arguments) -> None:
+    def __call__(self, grid, arguments) -> None:
         pass
 
 
@@ -63,7 +64,7 @@ def launching_nothing(arch: int = 90) -> Iterator[None]:
             # as on a GPU, where the tables of sequences of one length are kept
             (tables, "_of_batch", functools.cache(tables._of_batch)),
             (tables, "SHORTEST_SEGMENT", 1),
-            (launch, "CHUNK_HEADS", launch.CHUNK_HEADS // SHORTER),
+            (backward, "CHUNK_HEADS", backward.CHUNK_HEADS // SHORTER),
             (nvrtc, "compile_cubin", lambda *args: b""),
             (torch.cuda, "get_device_properties", lambda device: _Processor),
         ):

@@ -25,7 +25,11 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend, get_ptxas
 from triton.runtime.jit import JITFunction
 
-from gka.kernels import around, configs, hopper, launch, nvrtc, plan
+from gka.kernels import backward, configs, forward
+from gka.kernels.hopper import build, nvrtc
+from gka.kernels.surround import launch as surround
+from gka.kernels.triton import plan
+from gka.kernels.triton.passes import TRITON
 from gka.maths.chebyshev import Solver
 from gka.maths.chunked import Settings, Tokens
 
@@ -81,13 +85,13 @@ def compiling_only(arch: int) -> Iterator[list]:
         return kernel
 
     plan.plan_of.cache_clear()  # nothing has been compiled before
-    around._launchers.clear()
+    surround._launchers.clear()
     try:
         with as_if_on(arch), patch.object(JITFunction, "run", run):
             yield compiled
     finally:
         plan.plan_of.cache_clear()
-        around._launchers.clear()
+        surround._launchers.clear()
 
 
 def problem(dim: int, dtype: torch.dtype, heads: int = 16, length: int = 2048) -> Tokens:
@@ -102,9 +106,9 @@ def run_all(dim: int, dtype: torch.dtype, solver: Solver = "chebyshev") -> None:
     """Every kernel of a forward and a backward pass."""
     tokens = problem(dim, dtype)
     settings = Settings(1.0, 0.02, 30, 64, tied=True, with_h=False, solver=solver)
-    out = launch.chunk_forward(tokens, settings)
-    launch.chunk_backward(
-        tokens, out.x, out.x_scale, torch.empty_like(tokens.v), None, None, settings
+    out = forward.chunk_forward(TRITON, tokens, settings)
+    backward.chunk_backward(
+        TRITON, tokens, out.x, out.x_scale, torch.empty_like(tokens.v), None, None, settings
     )
 
 
@@ -112,31 +116,31 @@ def run_around(dim: int, dtype: torch.dtype, heads: int = 16, length: int = 2048
     """Every kernel around the op in a layer: from a past, packed, and a step in decoding."""
     channels, lengths = heads * dim, torch.zeros(1, dtype=torch.int64)
 
-    def three(*shape: int, dtype: torch.dtype = dtype) -> around.Three:
+    def three(*shape: int, dtype: torch.dtype = dtype) -> surround.Three:
         q, k, v = (torch.empty(shape, dtype=dtype) for _ in range(3))
         return q, k, v
 
-    def heads_of(tokens: int) -> around.Three:
+    def heads_of(tokens: int) -> surround.Three:
         return three(1, tokens, channels)
 
     weights, states = three(channels, 1, 4), three(1, channels, 4)
-    none: around.Three = (None, None, None)
+    none: surround.Three = (None, None, None)
     past = torch.zeros(length, dtype=torch.uint8)
     for held, before, ends in ((states, None, lengths), (none, past, None)):
-        parts = around.Parts(heads_of(length), weights, held, before, ends, dim)
-        around.convolve(parts)
-        around.convolve_backward(parts, heads_of(length), True, True)
+        parts = surround.Parts(heads_of(length), weights, held, before, ends, dim)
+        surround.convolve(parts)
+        surround.convolve_backward(parts, heads_of(length), True, True)
 
     decay = (torch.empty(heads), torch.empty(heads))
-    given = around.Gates(*three(1, length, heads), *decay, None, 1e-6)
-    around.gates(given)
-    around.gates_backward(given, three(1, length, heads, dtype=torch.float32))
+    given = surround.GateInputs(*three(1, length, heads), *decay, None, 1e-6)
+    surround.gates(given)
+    surround.gates_backward(given, three(1, length, heads, dtype=torch.float32))
     o, weight = torch.empty(1, length, heads, dim, dtype=dtype), torch.empty(dim, dtype=dtype)
-    around.gated_norm(o, o, weight, 1e-6)
-    around.gated_norm_backward(o, o, weight, o, 1e-6)
+    surround.gated_norm(o, o, weight, 1e-6)
+    surround.gated_norm_backward(o, o, weight, o, 1e-6)
     for tokens in (1, 16):
-        parts = around.Parts(heads_of(tokens), weights, states, None, lengths, dim)
-        around.step(parts, around.Gates(*three(1, tokens, heads), *decay, lengths, 1e-6))
+        parts = surround.Parts(heads_of(tokens), weights, states, None, lengths, dim)
+        surround.step(parts, surround.GateInputs(*three(1, tokens, heads), *decay, lengths, 1e-6))
 
 
 def usage(name: str, kernel, arch: int) -> Usage:
@@ -160,14 +164,14 @@ def usage_of_cubin(cubin: bytes) -> tuple[int, int]:
 
 def hopper_usages(dim: int, dtype: str) -> Iterator[Usage]:
     """The CUDA C++ kernels for heads of that width, as NVRTC compiles them; none where they do not apply."""
-    if dim not in hopper.DIMS or dtype == "float32" or nvrtc.why_missing() is not None:
+    if dim not in build.DIMS or dtype == "float32" or nvrtc.why_missing() is not None:
         return
-    for kernel in ("forward", "adjoint", *hopper.SCANS):
+    for kernel in ("forward", "adjoint", *build.SCANS):
         for adaptive in (False, True) if kernel in ("forward", "adjoint") else (False,):
-            source = hopper.source(kernel, dim, dim, dtype == "bfloat16", adaptive)
-            registers, stack = usage_of_cubin(nvrtc.compile_cubin(source, kernel, "sm_90a"))
-            warps = hopper.threads_of(kernel, dim) // 32
-            shared = hopper.shared_bytes(kernel, dim, dim)
+            source = build.source(kernel, dim, dim, dtype == "bfloat16", adaptive)
+            registers, stack = usage_of_cubin(build.compile_cubin(source, kernel))
+            warps = build.threads_of(kernel, dim) // 32
+            shared = build.shared_bytes(kernel, dim, dim)
             name = f"hopper {kernel}{' adaptive' if adaptive else ''}"
             yield Usage(
                 name, warps, registers, stack, shared, _blocks(registers, shared, warps, 90)

@@ -34,9 +34,10 @@ from torch import Tensor
 from gka.commandline import text_console
 from gka.data.files import write_json, write_text
 from gka.experiments.ledger import print_table
-from gka.kernels import configs, launch
-from gka.kernels.call import Launch
-from gka.kernels.plan import SIZES, Launcher, Plan, plan_of
+from gka.kernels import backward, configs, forward
+from gka.kernels.call import GpuCall
+from gka.kernels.triton.passes import TRITON
+from gka.kernels.triton.plan import SIZES, Launcher, Plan, plan_of
 from gka.maths import adjoint, chunked
 from gka.maths.chebyshev import Solver
 from gka.maths.chunked import Settings, Tokens
@@ -104,12 +105,12 @@ def recording(run: bool) -> Iterator[list[Recorded]]:
 
         return call
 
-    def zeros(self: Launch, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    def zeros(self: GpuCall, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(
             shape, device=self.t.q.device, dtype=dtype
         )  # what is compared is all defined
 
-    with patch.object(Plan, "launcher", launcher), patch.object(Launch, "empty", zeros):
+    with patch.object(Plan, "launcher", launcher), patch.object(GpuCall, "empty", zeros):
         yield found
 
 
@@ -131,8 +132,10 @@ def settings_of(solver: Solver) -> Settings:
 def passes(tokens: Tokens, solver: Solver) -> dict[str, Tensor]:
     """o and the gradients for the gradient v of o."""
     settings = settings_of(solver)
-    out = launch.chunk_forward(tokens, settings)
-    grads = launch.chunk_backward(tokens, out.x, out.x_scale, tokens.v, None, None, settings)
+    out = forward.chunk_forward(TRITON, tokens, settings)
+    grads = backward.chunk_backward(
+        TRITON, tokens, out.x, out.x_scale, tokens.v, None, None, settings
+    )
     return {"o": out.o, "q": grads.q, "k": grads.k, "v": grads.v}
 
 

@@ -133,7 +133,7 @@ def test_long_segments_give_the_same_gradients(length: int, monkeypatch) -> None
     p = problem(heads=(1, 1, 1), dims=(8, 4), length=length, **bounds)
     expected = results(p, modules, torch.float64, "cpu")
     for tokens in (16, 64):
-        monkeypatch.setattr("gka.kernels.around.segment_length", lambda *_, t=tokens: t)
+        monkeypatch.setattr("gka.kernels.surround.launch.segment_length", lambda *_, t=tokens: t)
         for key, value in results(p, kernels, torch.float32, DEVICE).items():
             assert_close(value.cpu(), expected[key], EXACT, key)
 
@@ -233,7 +233,7 @@ def test_norm_equals_the_module(dim: int, rows: int, gated: bool, monkeypatch) -
     """Output and all gradients of the (gated) norm are the module's in float64, in one part or several."""
     from gka.layers import GatedRMSNorm, RMSNorm
 
-    monkeypatch.setattr("gka.kernels.around.NORM_PROGRAMS", 2)
+    monkeypatch.setattr("gka.kernels.surround.launch.NORM_PROGRAMS", 2)
     torch.manual_seed(0)
     x, gate, do = (torch.randn(1, rows, 3, dim, dtype=torch.float64) for _ in range(3))
     weight = torch.rand(dim, dtype=torch.float64)

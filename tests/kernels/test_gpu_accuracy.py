@@ -150,7 +150,7 @@ def test_groups_of_heads(settings: dict, monkeypatch: pytest.MonkeyPatch) -> Non
     """The derivative works on a few heads at a time where scratch memory is short: same results."""
     problem = gpu_problem(1000, BF16, dims=(128, 128), heads=(6, 3, 6))
     monkeypatch.setattr(
-        "gka.kernels.launch.CHUNK_HEADS", 64
+        "gka.kernels.backward.CHUNK_HEADS", 64
     )  # 16 chunks: two groups of four and two
     assert_all_close(run(problem, **settings), float64(problem), RELATIVE[BF16])
 

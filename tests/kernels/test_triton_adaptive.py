@@ -39,17 +39,20 @@ def leaning(**case: Any) -> dict[str, Tensor]:
 @pytest.fixture
 def certificates(monkeypatch: pytest.MonkeyPatch) -> list:
     """Certificates of all solves from here on, in their order."""
-    from gka.kernels.call import Launch
+    from gka.kernels.triton import passes
 
-    found, certify = [], Launch.certify
+    found, certify = [], passes._certify
 
-    def keep(self, heads, h):
-        made = certify(self, heads, h)
-        values = {name: x.clone().cpu() for name, x in vars(made).items()}
-        found.append(type(made)(**values))
-        return made
+    def keep(call, heads, h, made):
+        launch = certify(call, heads, h, made)
 
-    monkeypatch.setattr(Launch, "certify", keep)
+        def kernel(grid, *arguments) -> None:
+            launch.kernel(grid, *arguments)
+            found.append(type(made)(*(x.clone().cpu() for x in made)))
+
+        return launch._replace(kernel=kernel)
+
+    monkeypatch.setattr(passes, "_certify", keep)
     return found
 
 
@@ -96,7 +99,7 @@ def test_results_and_steps_are_those_of_the_torch_form(name: str, certificates: 
 def test_groups_of_heads_solve_as_the_forward_pass_did(certificates, monkeypatch) -> None:
     """Where the derivative works on 2 of 8 heads at a time its certificates are the forward pass's, bit for
     bit: sequences are cut as they were there."""
-    monkeypatch.setattr("gka.kernels.launch.CHUNK_HEADS", 12)
+    monkeypatch.setattr("gka.kernels.backward.CHUNK_HEADS", 12)
     monkeypatch.setattr("gka.kernels.tables.SHORTEST_SEGMENT", 1)
     monkeypatch.setattr("gka.kernels.tables.SCAN_PROGRAMS", 32)  # 2 segments for 8 heads, 6 for 2
     inputs = leaning(heads=(8, 4, 8), length=90)

@@ -18,7 +18,7 @@ def _parts(
     q: Tensor, k: Tensor, v: Tensor | None, weights, states, past: Tensor | None,
     lengths: Tensor | None, head_dim: int,
 ):  # fmt: skip
-    from gka.kernels.around import Parts
+    from gka.kernels.surround.launch import Parts
 
     return Parts((q, k, v), weights, states, past, lengths, head_dim)
 
@@ -38,11 +38,11 @@ def short_convolutions(
     head_dim: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Unit queries, unit keys and values; those empty where there are no v. All contiguous."""
-    from gka.kernels import around
+    from gka.kernels.surround import launch as surround
 
     parts = _parts(q, k, v, (wq, wk, wv), (sq, sk, sv), past, lengths, head_dim)
     with current(q):
-        yq, yk, yv = around.convolve(parts)
+        yq, yk, yv = surround.convolve(parts)
     assert yq is not None and yk is not None
     return yq, yk, q.new_empty(0) if yv is None else yv
 
@@ -75,11 +75,11 @@ def short_convolutions_backward(
     with_weights: bool,
 ) -> list[Tensor]:
     """Gradients of q, k, v, wq, wk, wv; empty where there is no such input or none is wanted."""
-    from gka.kernels import around
+    from gka.kernels.surround import launch as surround
 
     parts = _parts(q, k, v, (wq, wk, wv), (sq, sk, sv), past, lengths, head_dim)
     with current(q):
-        dx, dw = around.convolve_backward(parts, (dq, dk, dv), with_inputs, with_weights)
+        dx, dw = surround.convolve_backward(parts, (dq, dk, dv), with_inputs, with_weights)
     return [q.new_empty(0) if x is None else x for x in (*dx, *dw)]
 
 

@@ -9,10 +9,10 @@ from gka.ops.library import keep_signature, operator
 
 def gated_norm(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     """Contiguous, in the shape and dtype of x."""
-    from gka.kernels import around
+    from gka.kernels.surround import launch as surround
 
     with current(x):
-        return around.gated_norm(x, gate, weight, eps)
+        return surround.gated_norm(x, gate, weight, eps)
 
 
 forward_op = operator(gated_norm)
@@ -27,10 +27,10 @@ def gated_norm_backward(
     x: Tensor, gate: Tensor | None, weight: Tensor, dout: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, the gate (empty without one) and the weight."""
-    from gka.kernels import around
+    from gka.kernels.surround import launch as surround
 
     with current(x):
-        dx, dgate, dweight = around.gated_norm_backward(x, gate, weight, dout, eps)
+        dx, dgate, dweight = surround.gated_norm_backward(x, gate, weight, dout, eps)
     return dx, x.new_empty(0) if dgate is None else dgate, dweight
 
 

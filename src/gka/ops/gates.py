@@ -17,11 +17,11 @@ def gates(
     eps: float,
 ) -> list[Tensor]:
     """beta, alpha and g of the pre-activations that there are."""
-    from gka.kernels import around
+    from gka.kernels.surround import launch as surround
 
-    given = around.Gates(b, a2, a, A_log, dt_bias, lengths, eps)
+    given = surround.GateInputs(b, a2, a, A_log, dt_bias, lengths, eps)
     with current(given.any):
-        found = around.gates(given)
+        found = surround.gates(given)
     return [x for x in found if x is not None]
 
 
@@ -43,13 +43,13 @@ def gates_backward(
     grads: list[Tensor],
 ) -> list[Tensor]:
     """Gradients of b, a2, a, A_log and dt_bias, of those that there are; `grads` as gates gives them."""
-    from gka.kernels import around
+    from gka.kernels.surround import launch as surround
 
-    given = around.Gates(b, a2, a, A_log, dt_bias, lengths, 0.0)
+    given = surround.GateInputs(b, a2, a, A_log, dt_bias, lengths, 0.0)
     rest = iter(grads)
     dbeta, dalpha, dg = (None if x is None else next(rest) for x in given.inputs)
     with current(given.any):
-        inputs, rate, shift = around.gates_backward(given, (dbeta, dalpha, dg))
+        inputs, rate, shift = surround.gates_backward(given, (dbeta, dalpha, dg))
     return [x for x in (*inputs, rate, shift) if x is not None]
 
 

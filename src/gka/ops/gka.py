@@ -5,8 +5,7 @@ import os
 from torch import Tensor
 
 from gka.ops import checks
-from gka.ops.backend_types import Call, Mode
-from gka.ops.backends import note_backend, resolve_backend
+from gka.ops.backends import Call, Mode, note_backend, resolve_backend
 from gka.ops.library import check_derivable
 from gka.ops.operator import GKAFunction, autocast, no_autocast
 from gka.ops.reference import reference_gka

@@ -31,11 +31,13 @@ def layer_step(
     eps: float,
 ) -> list[Tensor]:
     """Unit q, unit k, v, beta, alpha and g, of those that there are."""
-    from gka.kernels import around
+    from gka.kernels.surround import launch as surround
 
-    parts = around.Parts((q, k, v), (wq, wk, wv), (sq, sk, sv), None, lengths, head_dim)
+    parts = surround.Parts((q, k, v), (wq, wk, wv), (sq, sk, sv), None, lengths, head_dim)
     with current(q):
-        heads, gates = around.step(parts, around.Gates(b, a2, a, A_log, dt_bias, lengths, eps))
+        heads, gates = surround.step(
+            parts, surround.GateInputs(b, a2, a, A_log, dt_bias, lengths, eps)
+        )
     return [x for x in (*heads, *gates) if x is not None]
 
 

@@ -9,8 +9,7 @@ from torch.profiler import record_function
 from gka.maths.chunked import Settings, Tokens
 from gka.maths.recurrent import States
 from gka.ops import checks, state_checks
-from gka.ops.backend_types import Call, Stepper
-from gka.ops.backends import get_backend, note_backend, resolve_backend
+from gka.ops.backends import Call, Stepper, get_backend, note_backend, resolve_backend
 from gka.ops.library import operator
 from gka.ops.operator import autocast, no_autocast
 

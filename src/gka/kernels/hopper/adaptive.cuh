@@ -1,5 +1,9 @@
 // Fewer steps with the same proven bound (gka/maths/adaptive.py; proof in docs/numerics.md): the rank-one
 // Nystroem part N_t = strength_t F_t w_t w_t^T <= H_t of every token, and a certified bound of the rest.
+#pragma once
+
+#include "chebyshev.cuh"
+#include "ridge.cuh"
 
 // Relative errors: of the chunk's own share of F_t^2, whose weights and squares are float16; of float32 sums;
 // of the operator, whose weights the solve holds in float16.

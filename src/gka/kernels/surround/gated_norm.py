@@ -6,8 +6,8 @@ y = w x r SiLU(gate),  r = 1 / sqrt(mean(x^2) + eps)
 import triton
 import triton.language as tl
 
-from gka.kernels.common import divides
-from gka.kernels.convolution import silu
+from gka.kernels.surround.convolution import silu
+from gka.kernels.triton.common import divides
 
 
 @triton.jit

@@ -1,16 +1,14 @@
-"""The forward kernels of one chunk of one head: ridge and solve, then mix and readout."""
+"""Ridge and solve of one chunk of one head: F_t, the Chebyshev loop on the tensor cores, x_t."""
 
 import triton
 import triton.language as tl
 
-from gka.kernels.chebyshev import chebyshev
-from gka.kernels.common import (
+from gka.kernels.triton.common import (
     add_product,
     cumulative_decays,
     decay_mask,
     load_decay,
     load_gate,
-    load_mix,
     load_raw,
     load_rows,
     load_scaled,
@@ -19,17 +17,73 @@ from gka.kernels.common import (
     store_gate,
     store_rows,
     store_scaled,
+    sum_blocks,
 )
-from gka.kernels.ridge import chunk_system
 
 
 @triton.jit
-def sum_blocks(ptr, index, N: tl.constexpr):
-    """Sum of N consecutive numbers."""
-    total = 0.0
-    for i in tl.static_range(N):
-        total += tl.load(ptr + index * N + i)
-    return total
+def chunk_system(
+    kn, hn, h_ptr, h_scale, h_norm2, zeta, weight, K: tl.constexpr, TILED: tl.constexpr,
+    PREC: tl.constexpr,
+):  # fmt: skip
+    """F_t^2 and what the derivative reuses, for keys kn and weights that carry the keys' scale.
+
+    Returns s_j = k_j^T H_[c] k_j, (W (K K^T)^2)_tj, F_t^2.
+    """
+    kh = tl.zeros(kn.shape, tl.float32)
+    kh = add_product(kh, kn, hn, h_ptr, K, TILED, False, PREC) * h_scale
+    energies = tl.sum(kh * kn.to(tl.float32), 1)
+    gram = tl.dot(kn, tl.trans(kn), input_precision=PREC)
+    pair = tl.dot(weight, gram * gram, input_precision=PREC)
+    fro2 = zeta * zeta * h_norm2 + tl.sum(
+        weight * (2.0 * zeta[:, None] * energies[None, :] + pair), 1
+    )
+    return energies, pair, fro2
+
+
+@triton.jit
+def without(residual, w_ptr, tau, heads, valid, K: tl.constexpr):
+    """(1 - tau_t w_t w_t^T) r_t of every row, w of the first of `heads` at w_ptr; r where tau is None."""
+    if tau is not None:
+        columns = tl.arange(0, residual.shape[1])
+        w = load_raw(w_ptr, 0, heads, 0, K, columns, valid).to(tl.float32)
+        residual -= (tau * tl.sum(residual * w, 1))[:, None] * w
+    return residual
+
+
+@triton.jit
+def chebyshev(
+    rhs, kn, hn, h_ptr, h_coef, weight, lamb, rho2, num_iter, w_ptr, tau, w_heads, valid,
+    K: tl.constexpr, TILED: tl.constexpr, OP: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """x of B_t x_t = rhs_t, B_t = 2/(L + mu) (H_t + lambda_t I), in the residual form.
+
+    rhs [C, BK] float32 of size about one; kn [C, BK], hn [BK, BK] in OP (TILED: at h_ptr); h_coef [C] and
+    weight [C, C] carry 2/(L + mu); lamb = 2a/(1 + 2a). The update d is rounded to OP before it
+    enters both x and the residual, so rounding it costs no accuracy. With tau (else None) the residual
+    that updates d is (1 - tau_t w_t w_t^T) times it, and 2/((kappa + 1) lambda) stands for 2/(L + mu).
+    """
+    residual = rhs
+    d = without(rhs, w_ptr, tau, w_heads, valid, K).to(OP)
+    x = d.to(tl.float32)
+    kt = tl.trans(kn)
+    minus_weight = (-weight).to(OP)
+    omega = 2.0
+    for i in range(num_iter):
+        omega = 4.0 / (4.0 - rho2 * omega)
+        d32 = d.to(tl.float32)
+        scaled = (d32 * (-h_coef)[:, None]).to(OP)
+        # an address that is not the same in every step: tiles read once for all would not fit
+        again = h_ptr + i // 1073741824
+        residual = add_product(residual, scaled, hn, again, K, TILED, False, PREC)
+        scores = tl.dot(d, kt, input_precision=PREC) * minus_weight.to(tl.float32)
+        residual = tl.dot(scores.to(OP), kn, residual, input_precision=PREC)
+        residual -= lamb * d32
+        w_again = None if tau is None else w_ptr + i // 1073741824
+        z = without(residual, w_again, tau, w_heads, valid, K)
+        d = ((omega - 1.0) * d32 + omega * z).to(OP)
+        x += d.to(tl.float32)
+    return x
 
 
 @triton.jit
@@ -39,7 +93,7 @@ def solve_kernel(
     k,  # [tokens, HK, K]
     gk,  # [tokens, H] or None: decay of H
     beta,  # [tokens, H] or None
-    h_states,  # [M, G, K, K] OP
+    h_start,  # [M, G, K, K] OP
     h_scales,  # [M, G, NK] float32
     h_norms,  # [M, G, NK] float32
     x,  # the solutions, like rhs: rows divided by x_scale; may be rhs itself
@@ -97,7 +151,7 @@ def solve_kernel(
     coarse, fine = cumulative_decays(log_decays)
     zeta = tl.exp(coarse + fine)
     weight = decay_mask(coarse, fine, places) * (write * write * k_max * k_max)[None, :]
-    h_ptr = h_states + mh * K * K
+    h_ptr = h_start + mh * K * K
     hn = None if TILED else load_state(h_ptr, rk, rk, K, K)
     h_scale = tl.load(h_scales + mh * NK)
     h_norm2 = sum_blocks(h_norms, mh, NK)
@@ -162,61 +216,3 @@ def solve_kernel(
         store_rows(dq, solution, row, H, h, K, rk, valid)
     else:
         store_scaled(x, x_scale, solution, row, H, h, K, rk, valid)
-
-
-@triton.jit
-def readout_kernel(
-    q,  # [tokens, H, K]
-    x,  # [tokens, H, K] or None without a solve: rows divided by x_scale
-    x_scale,  # [tokens, H] float32, with x
-    k,  # [tokens, HK, K]
-    v,  # [tokens, HV, V]
-    g,  # [tokens, H] or None: decay of U
-    alpha,  # [tokens, H] or None
-    beta,  # [tokens, H] or None
-    u_states,  # [M, G, K, V] OP
-    u_scales,  # [M, G, NV] float32
-    o,  # [tokens, H, V]
-    chunk_start,
-    chunk_len,
-    scale,
-    base,
-    G,
-    H,
-    HK: tl.constexpr,
-    HV: tl.constexpr,
-    GK: tl.constexpr,
-    GV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    NV: tl.constexpr,
-    C: tl.constexpr,
-    OP: tl.constexpr,
-    PREC: tl.constexpr,
-):
-    """o_t = scale U_t^T z_t for one chunk of one head: mix and readout."""
-    m, j = (tl.program_id(0) // G).to(tl.int64), tl.program_id(0) % G
-    mh, h = m * G + j, base + j
-    places = tl.arange(0, C)
-    row = tl.load(chunk_start + m)
-    valid = places < tl.load(chunk_len + m)
-    rk = tl.arange(0, BK)
-    write = load_gate(beta, row, H, h, valid, 1.0)
-    kn, k_max = operand(load_rows(k, row, HK, h // GK, K, rk, valid), OP)
-    z = load_mix(q, x, x_scale, alpha, row, H, h, K, rk, valid)
-    zn, z_max = operand(z, OP)
-    log_decays = load_decay(g, row, H, h, valid)
-    coarse, fine = cumulative_decays(log_decays)
-    zeta = tl.exp(coarse + fine)
-    weight = decay_mask(coarse, fine, places) * (write * write)[None, :]
-    pn, p_max = operand(tl.dot(zn, tl.trans(kn), input_precision=PREC) * weight, OP)
-    for block in tl.static_range(NV):
-        rv = block * BV + tl.arange(0, BV)
-        un = load_state(u_states + mh * K * V, rk, rv, K, V)
-        past = tl.dot(zn, un, input_precision=PREC)
-        past *= (zeta * tl.load(u_scales + mh * NV + block))[:, None]
-        vn, v_max = operand(load_rows(v, row, HV, h // GV, V, rv, valid), OP)
-        now = tl.dot(pn, vn, input_precision=PREC) * (p_max * v_max * k_max)
-        store_rows(o, (past + now) * (scale * z_max), row, H, h, V, rv, valid)

@@ -5,6 +5,29 @@ H stays in registers from the first token to the last; U passes by in blocks of 
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+# How H is held in registers, by its padded width: more warps only where fewer would spill it. 256 columns
+# spill whatever the number; all the registers that 16 warps can have spill least.
+HELD: dict[int, dict[str, int]] = {
+    16: {"num_warps": 1},
+    32: {"num_warps": 1},
+    64: {"num_warps": 2},
+    128: {"num_warps": 4},
+    256: {"num_warps": 16, "maxnreg": 128},
+}
+COLUMNS = 16  # of U at a time
+ROWS = 16  # of H and U that a program of advance_kernel owns
+
+
+def width(dim: int) -> int:
+    """A head dimension as these kernels pad it."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def strides(x: Tensor | None) -> tuple[int, int, int]:
+    """Of batch, token and head."""
+    return (0, 0, 0) if x is None else (x.stride(0), x.stride(1), x.stride(2))
 
 
 @triton.jit

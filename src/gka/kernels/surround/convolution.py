@@ -8,7 +8,7 @@ One launch does queries, keys and values: a program owns one tile of channels, a
 import triton
 import triton.language as tl
 
-from gka.kernels.common import divides
+from gka.kernels.triton.common import divides
 
 EPS = tl.constexpr(1e-6)  # as in gka.layers.norms.unit
 

@@ -7,8 +7,7 @@ those that the solve multiplies with: rounded to OP.
 import triton
 import triton.language as tl
 
-from gka.kernels.chunked import sum_blocks
-from gka.kernels.common import (
+from gka.kernels.triton.common import (
     add_product,
     cumulative_decays,
     decay_mask,
@@ -20,8 +19,9 @@ from gka.kernels.common import (
     operand,
     store_gate,
     store_rows,
+    sum_blocks,
 )
-from gka.kernels.ridge import chunk_system
+from gka.kernels.triton.solve import chunk_system
 
 THETA_FLOOR: tl.constexpr = tl.constexpr(2.0**-10)
 SMALL: tl.constexpr = tl.constexpr(1e-30)
@@ -95,7 +95,7 @@ def certify_kernel(
     k,  # [tokens, HK, K]
     gk,  # [tokens, H] or None: decay of H
     beta,  # [tokens, H] or None
-    h_states,  # [M, G, K, K] OP
+    h_start,  # [M, G, K, K] OP
     h_scales,  # [M, G, NK] float32
     h_norms,  # [M, G, NK] float32
     w,  # [tokens, G, K] OP: N_t = strength_t F_t w_t w_t^T / |w_t|^2
@@ -133,7 +133,7 @@ def certify_kernel(
     coarse, fine = cumulative_decays(log_decays)
     zeta = tl.exp(coarse + fine)
     weight = decay_mask(coarse, fine, places) * (write * write * k_max * k_max)[None, :]
-    h_ptr = h_states + mh * K * K
+    h_ptr = h_start + mh * K * K
     hn = None if TILED else load_state(h_ptr, rk, rk, K, K)
     h_scale = tl.load(h_scales + mh * NK)
     h_norm2 = sum_blocks(h_norms, mh, NK)

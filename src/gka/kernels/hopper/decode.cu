@@ -6,6 +6,8 @@
 // leave thread t with entry t: it owns entry t of every vector. U waits in shared memory for the solve.
 // FORMAT of q, k, v, o: 0 float32, 1 bfloat16, 2 float16. U16: U is stored as bfloat16.
 
+#include "numbers.cuh"
+
 struct View {  // [B,T,heads,...], strides in elements; data is null where an argument is None
   const void* data;
   long long batch, token, head;

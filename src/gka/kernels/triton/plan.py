@@ -6,15 +6,14 @@ Made once for each kind of inputs and kept, for working it out takes the host as
 # Triton declares a launch with the kernel's device types and without its launch options.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
 
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 
 from gka.kernels import configs
+from gka.kernels.call import Sizes
 
 SCAN = ("H", "HK", "HV", "GK", "GV", "K", "V", "BK", "BN", "BV", "NK", "NV")
 READOUT = ("H", "HK", "HV", "GK", "GV", "K", "V", "BK", "BV", "NV")
@@ -33,55 +32,29 @@ SIZES = {
 }
 
 
-@dataclass(frozen=True)
-class Kind:
-    """Inputs that share a plan.
-
-    Attributes:
-        heads: H, HK and HV.
-        dims: K and V.
-        capability: the chip's; with the device for kernels belong to one.
-    """
-
-    heads: tuple[int, int, int]
-    dims: tuple[int, int]
-    dtype: torch.dtype
-    chunk_size: int
-    device: torch.device
-    capability: tuple[int, int]
-
-
 class Plan:
     """Tile sizes and launch options of a kind, and the kernels compiled for it so far."""
 
-    def __init__(self, kind: Kind) -> None:
-        self.kind = kind
-        self.H, self.HK, self.HV = kind.heads
-        self.K, self.V = kind.dims
-        self.C = kind.chunk_size
-        self.BK = max(16, triton.next_power_of_2(self.K))
-        # 64 columns a tile: 32 make triton 3.6 read past its shared memory in through_u_kernel
-        self.BV = min(64, max(16, triton.next_power_of_2(self.V)))
-        self.BN = min(64, self.BK)  # columns of H a program scans
-        self.NV, self.NK = triton.cdiv(self.V, self.BV), triton.cdiv(self.K, self.BN)
-        self.exact = kind.dtype == torch.float32
-        self.OP = tl.float32 if self.exact else tl.float16
-        self.op_dtype = torch.float32 if self.exact else torch.float16
-        self.tiled = (64 if self.exact else 128) < self.BK  # a K x K state outgrows shared memory
-        self.PREC = "tf32x3" if self.exact else "tf32"
+    def __init__(self, sizes: Sizes) -> None:
+        self.sizes = sizes
         self.options = {kernel: self._options(kernel) for kernel in SIZES}
         self._launchers: dict[tuple, Launcher] = {}
 
     def _options(self, kernel: str) -> dict[str, Any]:
         """Compile-time sizes by name, and the launch configuration."""
+        of, exact = self.sizes, self.sizes.exact
+        (heads, key_heads, value_heads), (key_dim, value_dim) = of.heads, of.dims
+        (BK, BN, BV), (NK, NV) = of.tiles, of.blocks
         sizes = {
-            "H": self.H, "HK": self.HK, "HV": self.HV, "GK": self.H // self.HK, "GV": self.H // self.HV,
-            "K": self.K, "V": self.V, "BK": self.BK, "BN": self.BN, "BV": self.BV, "NK": self.NK,
-            "NV": self.NV, "TILED": self.tiled, "C": self.C, "OP": self.OP, "PREC": self.PREC,
+            "H": heads, "HK": key_heads, "HV": value_heads, "GK": heads // key_heads,
+            "GV": heads // value_heads, "K": key_dim, "V": value_dim, "BK": BK, "BN": BN, "BV": BV,
+            "NK": NK, "NV": NV, "C": of.chunk_size, "OP": tl.float32 if exact else tl.float16,
+            "TILED": (64 if exact else 128) < BK,  # a K x K state outgrows shared memory
+            "PREC": "tf32x3" if exact else "tf32",
         }  # fmt: skip
         chosen = {name: sizes[name] for name in (*SIZES[kernel], "C", "OP", "PREC")}
-        width = max(self.BK, triton.next_power_of_2(self.V))
-        return chosen | configs.config(kernel, width, self.exact, self.kind.device)
+        width = max(BK, triton.next_power_of_2(value_dim))
+        return chosen | configs.config(kernel, width, exact, of.device)
 
     def launcher(self, kernel, name: str, signature: tuple, **more: Any) -> "Launcher":
         """The kernel for arguments of that signature, with `more` compile-time values.
@@ -118,6 +91,16 @@ class Launcher:
         self.constants = tuple(self.options[name] for name in self.kernel.arg_names[len(args) :])
 
 
+class Jitted:
+    """A kernel that Triton itself specialises at every launch."""
+
+    def __init__(self, kernel, options: dict[str, Any]) -> None:
+        self.kernel, self.options = kernel, options
+
+    def __call__(self, grid: tuple[int, ...], *args: Any) -> None:
+        self.kernel[grid](*args, **self.options)
+
+
 @lru_cache(maxsize=64)
-def plan_of(kind: Kind) -> Plan:
-    return Plan(kind)
+def plan_of(sizes: Sizes) -> Plan:
+    return Plan(sizes)

@@ -7,6 +7,8 @@ import ctypes
 import functools
 import glob
 import importlib.util
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 
@@ -42,16 +44,20 @@ def why_missing() -> str | None:
     return None
 
 
-def compile_cubin(source: str, name: str, arch: str) -> bytes:
-    """Machine code of `source` for `arch` ("sm_90a").
+def compile_cubin(
+    source: str, name: str, arch: str, headers: Mapping[str, str] = MappingProxyType({})
+) -> bytes:
+    """Machine code of `source` for `arch` ("sm_90a"); `headers`: what it may include, by name.
 
     Raises:
         CompilationError: with NVRTC's log.
     """
-    return compile_with_notes(source, name, arch)[0]
+    return compile_with_notes(source, name, arch, headers)[0]
 
 
-def compile_with_notes(source: str, name: str, arch: str, *options: str) -> tuple[bytes, str]:
+def compile_with_notes(
+    source: str, name: str, arch: str, headers: Mapping[str, str], *options: str
+) -> tuple[bytes, str]:
     """Machine code and what the compilers say of it; with "--ptxas-options=-v" the assembler's notes too.
 
     Raises:
@@ -59,8 +65,11 @@ def compile_with_notes(source: str, name: str, arch: str, *options: str) -> tupl
     """
     lib = _library()
     program = ctypes.c_void_p()
+    count = len(headers)
+    texts = (ctypes.c_char_p * count)(*(text.encode() for text in headers.values()))
+    names = (ctypes.c_char_p * count)(*(file.encode() for file in headers))
     made = lib.nvrtcCreateProgram(
-        ctypes.byref(program), source.encode(), f"{name}.cu".encode(), 0, None, None
+        ctypes.byref(program), source.encode(), f"{name}.cu".encode(), count, texts, names
     )
     if made:
         raise CompilationError(f"NVRTC could not start on {name} (error {made}).")
@@ -112,12 +121,12 @@ class Kernel:
             "set the shared memory of",
         )
 
-    def __call__(self, blocks: int, sides: int, arguments: ctypes.Structure) -> None:
-        """Launch on a grid of blocks x sides, on torch's current stream."""
+    def __call__(self, grid: tuple[int, int], arguments: ctypes.Structure) -> None:
+        """Launch on a grid of blocks, on torch's current stream."""
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         pointer = _Pointer(ctypes.addressof(arguments))
         launched = self.launch(
-            self.function, blocks, sides, 1, self.threads, 1, 1, self.shared, stream, pointer, None
+            self.function, *grid, 1, self.threads, 1, 1, self.shared, stream, pointer, None
         )
         if launched:
             self._check(launched, "launch")

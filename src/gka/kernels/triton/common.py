@@ -218,3 +218,12 @@ def store_scaled(ptr, scale, value, row, heads, head, dim: tl.constexpr, cols, r
     largest = tl.max(tl.abs(value), 1)
     store_rows(ptr, value * inverse(largest)[:, None], row, heads, head, dim, cols, rows_valid)
     store_gate(scale, largest, row, heads, head, rows_valid)
+
+
+@triton.jit
+def sum_blocks(ptr, index, N: tl.constexpr):
+    """Sum of N consecutive numbers."""
+    total = 0.0
+    for i in tl.static_range(N):
+        total += tl.load(ptr + index * N + i)
+    return total

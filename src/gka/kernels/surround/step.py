@@ -6,8 +6,8 @@ The convolutions' states are updated in place; each channel of each row belongs 
 import triton
 import triton.language as tl
 
-from gka.kernels.convolution import EPS, shifted, silu
-from gka.kernels.gates import write_gates
+from gka.kernels.surround.convolution import EPS, shifted, silu
+from gka.kernels.surround.gates import write_gates
 
 
 @triton.jit

@@ -7,7 +7,7 @@ of y and x does. Stored E are divided by a bound that is carried along, as the m
 import triton
 import triton.language as tl
 
-from gka.kernels.common import (
+from gka.kernels.triton.common import (
     cumulative_decays,
     inverse,
     load_decay,
@@ -18,7 +18,7 @@ from gka.kernels.common import (
     row_maxima,
     store_state,
 )
-from gka.kernels.moments import earlier, segment_of, unit_of
+from gka.kernels.triton.scan import earlier, segment_of, unit_of
 
 
 @triton.jit

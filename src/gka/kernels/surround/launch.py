@@ -1,6 +1,6 @@
 """Launches of what surrounds the op in a layer: convolutions, gates and norm; and its step in decoding.
 
-Kernels are compiled once for each kind of arguments and kept, as in `gka.kernels.plan`.
+Kernels are compiled once for each kind of arguments and kept, as in `gka.kernels.triton.plan`.
 """
 
 # Triton declares a launch without its launch options.
@@ -13,11 +13,11 @@ import torch
 import triton
 from torch import Tensor
 
-from gka.kernels.convolution import convolution_backward_kernel, convolution_kernel
-from gka.kernels.gated_norm import gated_norm_backward_kernel, gated_norm_kernel
-from gka.kernels.gates import gates_backward_kernel, gates_kernel
-from gka.kernels.plan import Launcher
-from gka.kernels.step import step_kernel
+from gka.kernels.surround.convolution import convolution_backward_kernel, convolution_kernel
+from gka.kernels.surround.gated_norm import gated_norm_backward_kernel, gated_norm_kernel
+from gka.kernels.surround.gates import gates_backward_kernel, gates_kernel
+from gka.kernels.surround.step import step_kernel
+from gka.kernels.triton.plan import Launcher
 
 TILE = 128  # channels of a tile of values, which have no norm and so no heads
 ENOUGH = 1024  # programs that fill any GPU: longer segments only beyond
@@ -169,7 +169,7 @@ def _weight_gradients(partial: Tensor | None, parts: Parts) -> Three:
 
 
 @dataclass(frozen=True)
-class Gates:
+class GateInputs:
     """Pre-activations [B,T,H] of beta, alpha and g, None where there is no such gate.
 
     Attributes:
@@ -201,7 +201,7 @@ class Gates:
         return {"H": heads, "BH": block, "BT": max(1, 1024 // block)}
 
 
-def gates(given: Gates) -> Three:
+def gates(given: GateInputs) -> Three:
     """beta, alpha and g, float32."""
     sizes, some = given.sizes(), given.any
     batch, length = some.shape[:2]
@@ -217,7 +217,7 @@ def gates(given: Gates) -> Three:
     return beta, alpha, g
 
 
-def gates_backward(given: Gates, grads: Three) -> tuple[Three, Tensor | None, Tensor | None]:
+def gates_backward(given: GateInputs, grads: Three) -> tuple[Three, Tensor | None, Tensor | None]:
     """Gradients of the pre-activations, of A_log and of dt_bias."""
     sizes, some = given.sizes(), given.any
     batch, length = some.shape[:2]
@@ -237,7 +237,7 @@ def gates_backward(given: Gates, grads: Three) -> tuple[Three, Tensor | None, Te
     return out, rate.to(given.A_log.dtype), shift.to(given.dt_bias.dtype)
 
 
-def step(parts: Parts, given: Gates) -> tuple[Three, Three]:
+def step(parts: Parts, given: GateInputs) -> tuple[Three, Three]:
     """q, k, v and beta, alpha, g of a few tokens; the states of `parts` are updated in place."""
     sizes, (batch, tokens) = parts.sizes(), parts.shape
     heads = next((x.shape[-1] for x in given.inputs if x is not None), 0)

@@ -11,7 +11,7 @@ Stored states are divided by a bound on their entries that is carried along: S <
 import triton
 import triton.language as tl
 
-from gka.kernels.common import (
+from gka.kernels.triton.common import (
     decays_to_end,
     inverse,
     load_decay,
@@ -211,13 +211,13 @@ def moments_kernel(
     beta,
     h0,  # [N, H, K, K] float32 or None
     h0_scale,  # [N, H] float32, max |h0| of a head; with h0
-    h_states,  # [M, G, K, K] OP: H_[c] / scale
+    h_start,  # [M, G, K, K] OP: H_[c] / scale
     h_scales,  # [M, G, NK] float32, the same for every block
     h_norms,  # [M, G, NK] float32: sum of H_[c]^2 over the block's columns
     h_final,  # [N, H, K, K] float32 or None
     u0,
     u0_scale,
-    u_states,  # [M, G, K, V]
+    u_start,  # [M, G, K, V]
     u_scales,  # [M, G, NV]
     u_final,
     k_maxima,  # [M, G] float32 or None: max |k| of the chunk
@@ -254,13 +254,13 @@ def moments_kernel(
     if NK > 0:  # noqa: SIM102 - two conditions, since without H its arrays are None
         if block < NK:
             scan_segment(
-                k, k, gk, beta, h0, h0_scale, h_states, h_scales, h_norms, h_final, None, None,
+                k, k, gk, beta, h0, h0_scale, h_start, h_scales, h_norms, h_final, None, None,
                 sums_h, sum_scales_h, sum_decays_h, segments, bounds, chunk_start, index,
                 block, NK, base, G, H, HK, HK, GK, GK, K, K, BK, BN, C, True, OP, PREC,
             )  # fmt: skip
     if block >= NK:
         scan_segment(
-            k, v, g, beta, u0, u0_scale, u_states, u_scales, None, u_final, k_maxima, v_maxima,
+            k, v, g, beta, u0, u0_scale, u_start, u_scales, None, u_final, k_maxima, v_maxima,
             sums_u, sum_scales_u, sum_decays_u, segments, bounds, chunk_start, index,
             block - NK, NV, base, G, H, HK, HV, GK, GV, K, V, BK, BV, C, False, OP, PREC,
         )  # fmt: skip
