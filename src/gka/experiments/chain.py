@@ -1,7 +1,7 @@
 """A Transformer pretrained, primed into hybrids of two kinds with equal budgets, and measured on the way.
 
-    PYTHONPATH=src python -m benchmarks.chain --output results          on a GPU, about 5 minutes
-    PYTHONPATH=src python -m benchmarks.chain --tiny --output results   on a CPU, less than a minute
+    python -m gka.experiments.chain --output results          on a GPU, about 5 minutes
+    python -m gka.experiments.chain --tiny --output results   on a CPU, less than a minute
 
 Text is the source of Python's standard library, byte by byte. Steps follow from the time that a step takes:
 the budgets below are seconds. chain.json in the output folder is written anew whenever a figure is known.
@@ -16,17 +16,17 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import chain_report
-from benchmarks.needle import NeedleTest
-from benchmarks.output import own
 
 from gka.commandline import text_console
-from gka.data.files import read_json, write_json
+from gka.data.files import read_json
+from gka.experiments import chain_report
+from gka.experiments.ledger import Ledger, report
+from gka.experiments.needle import NeedleTest
 
 MIXERS = ("gka", "gated_deltanet")
 NEEDED = ("transformers", "accelerate", "rich", "safetensors", "tokenizers")
@@ -69,22 +69,23 @@ TINY = Scale(
 )  # fmt: skip
 
 
-@dataclass
-class Chain:
-    """A run of everything; `found` is what chain.json holds."""
+class Chain(Ledger):
+    """A run of everything.
 
-    scale: Scale
-    output: Path
-    work: Path
-    began: float = field(default_factory=time.perf_counter)
-    found: dict[str, Any] = field(default_factory=lambda: {"hybrids": {}})
+    Args:
+        scale: what is run.
+        output: folder of chain.json, chain.md and chain.png.
+        work: folder of models and checkpoints.
+    """
 
-    def say(self, text: str) -> None:
-        print(f"[{time.perf_counter() - self.began:6.1f} s] {text}", flush=True)
+    def __init__(self, scale: Scale, output: Path, work: Path) -> None:
+        super().__init__(output, "chain")
+        self.scale, self.work = scale, work
+        self.found = {"hybrids": {}}
 
-    def note(self) -> None:
-        self.found["seconds"] = time.perf_counter() - self.began
-        write_json(self.output / "chain.json", self.found)
+    def note(self, **figures: Any) -> None:
+        """Add figures and the time so far, and write all."""
+        super().note(**figures, seconds=self.elapsed)
 
     @property
     def device(self) -> torch.device:
@@ -99,16 +100,13 @@ class Chain:
         from gka.training.report import hardware, versions
 
         scale = self.scale
-        self.found |= {"versions": versions(), "hardware": hardware(), "scale": vars(scale)}
-        self.note()
+        self.note(versions=versions(), hardware=hardware(), scale=vars(scale))
         self.pretrain()
         steps = self.stage_steps()
         for mixer in MIXERS:
             self.prime(mixer, steps)
         self.go_on(steps["stage2"])
-        self.found["complete"] = True
-        self.note()
-        print("\n" + chain_report.markdown(self.found))
+        self.note(complete=True)
 
     def pretrain(self) -> None:
         """The Transformer, trained for about `scale.pretraining` seconds."""
@@ -131,8 +129,7 @@ class Chain:
         console = text_console(width=110)
         metrics = train(RunConfig.from_tables(tables), self.work / "teacher", console=console)
         kept = ("model", "data", "training", "evaluation", "curves")
-        self.found["teacher"] = {name: metrics[name] for name in kept}
-        self.note()
+        self.note(teacher={name: metrics[name] for name in kept})
         self.say(f"teacher: {metrics['evaluation']['bits_per_byte']:.4f} bits per byte")
 
     def stage_steps(self) -> dict[str, int]:
@@ -156,12 +153,11 @@ class Chain:
             self.say(
                 f"{mixer}: {1e3 * alone:.0f} ms a step of stage 1, {1e3 * whole:.0f} of stage 2"
             )
-        left = self.scale.limit - (time.perf_counter() - self.began)
+        left = self.scale.limit - self.elapsed
         # a tenth for evaluations, checkpoints and starts
         each = min(self.scale.stage, 0.9 * left / (2 * len(MIXERS) + 1))
         steps = {name: max(5, int(each / seconds)) for name, seconds in slowest.items()}
-        self.found |= {"seconds_a_step": timed, "steps": steps}
-        self.note()
+        self.note(seconds_a_step=timed, steps=steps)
         return steps
 
     def prime(self, mixer: str, steps: dict[str, int]) -> None:
@@ -217,8 +213,7 @@ class Chain:
         folder, console = self.work / "control", text_console(width=110)
         settings = TrainingConfig(**config)
         fit(model, settings, folder, blocks, tokenizer, console=console, resume=False)
-        self.found["control"] = held.figures(model) | {"probe": self.needles(model)}
-        self.note()
+        self.note(control=held.figures(model) | {"probe": self.needles(model)})
         self.say(f"teacher trained on: {self.found['control']['bits_per_byte']:.4f} bits per byte")
 
     def needles(self, model: Any) -> dict[str, float]:
@@ -268,47 +263,55 @@ class Chain:
         return statistics.median(times[3:])
 
 
-def main() -> None:
-    """Parse the command line and run."""
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line, with the scale that it gives."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--output", type=Path, help="folder for chain.json, chain.md and chain.png")
-    parser.add_argument("--tiny", action="store_true", help="a model and budgets for a CPU")
-    parser.add_argument("--work", type=Path, help="folder for models and checkpoints; kept")
-    parser.add_argument(
-        "--draw", type=Path, help="only write chain.md and chain.png of that folder's chain.json"
-    )
-    for name, what in (
-        ("pretraining", "seconds of pretraining, in steps"),
-        ("stage", "seconds of each stage, in steps"),
-        ("limit", "seconds of everything"),
-    ):
-        parser.add_argument(f"--{name}", type=float, help=f"{what} (GPU: {getattr(GPU, name):g})")
-    given = parser.parse_args()
-    if given.draw is not None:
-        chain_report.write(read_json(given.draw / "chain.json"), given.draw)
-        return
+        prog="python -m gka.experiments.chain", description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--output", type=Path, help="folder for chain.json, chain.md and chain.png")
+    add("--tiny", action="store_true", help="a model and budgets for a CPU")
+    add("--work", type=Path, help="folder for models and checkpoints; kept")
+    add("--draw", type=Path, help="only write chain.md and chain.png of that folder's chain.json")
+    budgets = {
+        "pretraining": "seconds of pretraining, in steps", "stage": "seconds of each stage, in steps",
+        "limit": "seconds of everything",
+    }  # fmt: skip
+    for name, what in budgets.items():
+        add(f"--{name}", type=float, help=f"{what} (GPU: {getattr(GPU, name):g})")
+    options = parser.parse_args(arguments)
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if given.output is None or missing:
+    if options.draw is None and (options.output is None or missing):
         parser.error(
             f"packages are missing: {', '.join(missing)}" if missing else "--output is missing"
         )
-    if not given.tiny and not torch.cuda.is_available():
+    if options.draw is None and not options.tiny and not torch.cuda.is_available():
         parser.error("there is no GPU here: --tiny is for a CPU")
-    own(given.output)
+    given = {name: getattr(options, name) for name in budgets}
+    scale = TINY if options.tiny else GPU
+    options.scale = replace(scale, **{name: x for name, x in given.items() if x is not None})
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line and run."""
+    options = parse(arguments)
+    if options.draw is not None:
+        found = read_json(options.draw / "chain.json")
+        page = chain_report.markdown(found)
+        report(options.draw / "chain", page, lambda figure: chain_report.draw(found, figure))
+        return
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as temporary:
-        work = given.work or Path(temporary)
-        scale = TINY if given.tiny else GPU
-        budgets = {name: getattr(given, name) for name in ("pretraining", "stage", "limit")}
-        scale = replace(scale, **{name: x for name, x in budgets.items() if x is not None})
-        chain = Chain(scale, given.output, work)
+        chain = Chain(options.scale, options.output, options.work or Path(temporary))
         chain.run()
-        chain_report.write(chain.found, given.output)
+        page = chain_report.markdown(chain.found)
+        print("\n" + page)
+        chain.report(page, lambda figure: chain_report.draw(chain.found, figure))
         chain.say("done")
 
 

@@ -1,6 +1,6 @@
 """Measures the Triton kernels' launch configurations on this GPU and stores the fastest.
 
-`python -m benchmarks.tune --seconds 300` runs both passes with both solvers, records every launch, and
+`python -m benchmarks.run tune --seconds 300` runs both passes with both solvers, records every launch, and
 launches each kernel alone again in every candidate: warps, and for scans pipeline stages and caps on
 registers. A candidate is left out, with its reason, if it does not compile, spills too much,
 outgrows shared memory or gives other results than the stored configuration, which is first compared with
@@ -12,9 +12,7 @@ The chip's table (src/gka/kernels/chips) changes where a candidate is 2 % faster
 
 import argparse
 import itertools
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -25,16 +23,17 @@ from unittest.mock import patch
 
 import torch
 import triton
-from benchmarks import resources, tune_table
+from benchmarks.host import resources
+from benchmarks.op import tune_table
+from benchmarks.op.tune_table import Candidate, Options
 from benchmarks.stopwatch import Stopwatch
-from benchmarks.tune_table import Candidate, Options
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor
 
 from gka.commandline import text_console
-from gka.data.files import write_text
+from gka.data.files import write_json, write_text
+from gka.experiments.ledger import print_table
 from gka.kernels import backward, configs, forward
 from gka.kernels.call import GpuCall
 from gka.kernels.triton.passes import TRITON
@@ -50,6 +49,9 @@ SCANS = (
 )  # loops over chunks: loads to pipeline, registers to cap
 WARPS, STAGES, CAPS = (4, 8), (1, 2, 3), (None, 168)
 AGAINST_FLOAT64 = {"float32": 2e-5, "float16": 5e-3, "bfloat16": 3e-2}
+HEAD = (
+    "kernel", "operands", "width", "warps", "stages", "cap", "registers", "spills", "shared", "ms", "",
+)  # fmt: skip
 AGAINST_STORED = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 8e-3}
 
 
@@ -284,25 +286,22 @@ def search(args: argparse.Namespace, console: Console) -> list[Candidate]:
     return found
 
 
-def report(found: list[Candidate], console: Console) -> None:
+def report(found: list[Candidate]) -> None:
     """One line a candidate; the chosen ones marked."""
-    best = set(map(id, tune_table.chosen(found).values()))
-    table = Table("kernel", "operands", "width", "warps", "stages", "cap", "registers", "spills")
-    for column in ("shared", "ms", ""):
-        table.add_column(column, overflow="fold")
+    best, rows = set(map(id, tune_table.chosen(found).values())), []
     for c in found:
         mark = "stored" * c.stored + (", chosen" if id(c) in best else "")
-        table.add_row(
-            c.kernel, c.operands, c.width, str(c.options["num_warps"]), str(c.options["num_stages"]),
-            str(c.options.get("maxnreg", "")), str(c.registers), str(c.spills), str(c.shared),
+        rows.append([
+            c.kernel, c.operands, c.width, c.options["num_warps"], c.options["num_stages"],
+            c.options.get("maxnreg", ""), c.registers, c.spills, c.shared,
             "" if c.ms is None else f"{c.ms:.4f}", c.reason or mark.lstrip(", "),
-        )  # fmt: skip
-    console.print(table)
+        ])  # fmt: skip
+    print_table(HEAD, rows)
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.tune", description=__doc__,
+        prog="python -m benchmarks.run tune", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument(
@@ -342,14 +341,14 @@ def made_on(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str] | None = None) -> None:
     args, console = parse(arguments), text_console()
     chip = resources.compiling_only(args.arch) if args.compile_only else nullcontext()
     with chip:
         found = search(args, console)
-    report(found, console)
+    report(found)
     told = {"made": made_on(args), "candidates": [asdict(c) for c in found]}
-    write_text(args.output, json.dumps(told, indent=1) + "\n")
+    write_json(args.output, told)
     console.print(f"all candidates: {args.output}")
     if args.dry_run or args.compile_only:
         return
@@ -357,7 +356,3 @@ def main(arguments: list[str]) -> None:
     path = configs.CHIPS / f"sm_{capability[0]}{capability[1]}.json"
     write_text(path, tune_table.dumps(tune_table.updated(capability, found, made_on(args))))
     console.print(f"stored: {path}")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

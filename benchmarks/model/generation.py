@@ -1,4 +1,4 @@
-"""Tokens a second of a decoder, recurrent against attention: `python -m benchmarks.generation --output DIR`.
+"""Tokens a second of a decoder, recurrent against attention: `python -m benchmarks.run generation`.
 
 One decoder of 400M parameters, random weights, with Gated KalmaNet in every layer and with softmax attention
 in every layer; greedy text of --tokens tokens after contexts of several lengths. Checks first, then
@@ -16,27 +16,22 @@ the median and spread of three measurements on the wall clock. Writes generation
 """
 
 import argparse
-import datetime
 import gc
-import json
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from benchmarks.decode import captured
-from benchmarks.gpu import commit, versions
-from benchmarks.output import own
-from benchmarks.prefill import SIZES, build
-from benchmarks.stopwatch import Stopwatch
+from benchmarks import registry, results
+from benchmarks.stopwatch import captured, spread
 from torch import Tensor
 
 from gka import GenerationSession
-from gka.data.files import write_text
+from gka.experiments.ledger import markdown_table
 from gka.models import GKACache, GKAForCausalLM, cache_tensors
 from gka.models.naming import CACHE_NAME
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CONTEXTS, REPEATS, WARM_UP = (4096, 16384, 65536, 131072), 3, 4
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of logits, in the relative 2-norm
@@ -92,47 +87,31 @@ def attention_step(model: GKAForCausalLM, tokens: Tensor, cache: Any) -> Tensor:
     return model(input_ids=tokens, **options).logits[:, -1]
 
 
-class Bench:
-    """One run: options, clock and what was found so far."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.begin = options, time.perf_counter()
-        self.device, self.watch = options.device, Stopwatch(options.device)
-        self.dtype = torch.bfloat16 if self.watch.cuda else torch.float32
-        card = (
-            torch.cuda.get_device_name()
-            if self.watch.cuda
-            else "CPU, a trial: these times mean nothing"
-        )
-        self.result: dict[str, Any] = {
-            "command": options.command, "date": datetime.date.today().isoformat(),
-            "commit": options.commit or commit(), "versions": versions(), "card": card,
-            "size": options.size, "dtype": str(self.dtype).removeprefix("torch."),
-            "batch": options.batch, "tokens": options.tokens, "checks": {}, "rows": [],
-        }  # fmt: skip
-
-    def say(self, text: str) -> None:
-        print(f"[{time.perf_counter() - self.begin:5.1f} s] {text}", flush=True)
+class Bench(results.Run):
+    """One run of `python -m benchmarks.run generation`."""
 
     def run(self) -> dict[str, Any]:
+        """Check and time both models."""
+        options, dtype = self.options, torch.bfloat16 if self.watch.cuda else torch.float32
+        self.found |= {
+            "size": options.size, "dtype": str(dtype).removeprefix("torch."),
+            "batch": options.batch, "tokens": options.tokens, "checks": {}, "rows": [],
+        }  # fmt: skip
         with torch.no_grad():
             self.bandwidth()
-            self.kalmanet(build(self.options.size, self.dtype, self.device, None))
+            self.kalmanet(registry.model(options.size, dtype, self.device, None))
             gc.collect()
-            layers = SIZES[self.options.size]["num_hidden_layers"]
-            self.attention(
-                build(self.options.size, self.dtype, self.device, ["attention"] * layers)
-            )
-        self.result["seconds"] = time.perf_counter() - self.begin
-        self.save()
-        return self.result
+            mixers = ["attention"] * registry.MODELS[options.size]["num_hidden_layers"]
+            self.attention(registry.model(options.size, dtype, self.device, mixers))
+        self.note(seconds=self.elapsed)
+        return self.found
 
     def bandwidth(self) -> None:
         size = 1 << 30 if self.watch.cuda else 1 << 24
         source, target = (torch.empty(size, dtype=torch.int8, device=self.device) for _ in range(2))
         times = self.watch.interleaved({"copy": lambda: target.copy_(source)}, 0.2)["copy"]
-        self.result["copy_gbps"] = 2 * size / times.as_json()["median"] / 1e6
-        self.say(f"a copy: {self.result['copy_gbps']:.0f} GB/s, read and written")
+        self.found["copy_gbps"] = 2 * size / times.as_json()["median"] / 1e6
+        self.say(f"a copy: {self.found['copy_gbps']:.0f} GB/s, read and written")
 
     def random_tokens(self, length: int) -> Tensor:
         return torch.randint(32000, (self.options.batch, length), device=self.device)
@@ -143,7 +122,7 @@ class Bench:
         Raises:
             RuntimeError: it failed; nothing is timed.
         """
-        self.result["checks"][name] = {"ok": ok, "told": told}
+        self.found["checks"][name] = {"ok": ok, "told": told}
         self.say(f"{name}: {'' if ok else 'FAILED: '}{told}")
         if not ok:
             raise RuntimeError(f"{name}: {told}")
@@ -155,7 +134,7 @@ class Bench:
             "gka, launched": GenerationSession(model, cuda_graph=False),
         }
         reason = sessions["gka, recorded"].why_not_graphed
-        self.result["why_not_recorded"] = reason
+        self.found["why_not_recorded"] = reason
         if reason is not None:
             self.say(f"gka, recorded: not measured: {reason}")
             del sessions["gka, recorded"]
@@ -196,7 +175,7 @@ class Bench:
             cache.length, cache.fixed = length, True
             if self.watch.cuda:
                 self.row("attention, recorded", length, states, self.repeats(model, cache))
-            seconds = self.options.tokens * states / self.result["copy_gbps"] / 1e9
+            seconds = self.options.tokens * states / self.found["copy_gbps"] / 1e9
             self.keep("attention, floor", length, states, self.options.tokens, [seconds])
 
     def attends(self, model: GKAForCausalLM, cache: KeysAndValues) -> Callable[[int], None]:
@@ -232,11 +211,11 @@ class Bench:
         for part in (prompt, *more.split(1, 1)):
             a, b = (attention_step(model, part, cache).double() for cache in (ours, theirs))
         error = float((a - b).norm() / b.norm())
-        self.passed("attention", error < TOLERANCE[self.dtype], f"logits differ by {error:.1e}")
+        self.passed("attention", error < TOLERANCE[model.dtype], f"logits differ by {error:.1e}")
 
     def parameters(self, name: str, model: GKAForCausalLM) -> None:
         count = sum(p.numel() for p in model.parameters())
-        self.result.setdefault("parameters", {})[name] = count
+        self.found.setdefault("parameters", {})[name] = count
         self.say(f"{name}: {count / 1e6:.0f} M parameters")
 
     def row(self, name: str, length: int, states: int, write_on: Callable[[int], None]) -> None:
@@ -251,19 +230,14 @@ class Bench:
         rates = [self.options.batch * tokens / x for x in seconds]
         row = {
             "name": name, "context": length, "tokens": tokens, "seconds": seconds, "state_bytes": states,
-            "median": statistics.median(rates), "min": min(rates), "max": max(rates),
+            **dict(zip(("median", "min", "max"), spread(rates), strict=True)),
         }  # fmt: skip
-        self.result["rows"].append(row)
+        self.found["rows"].append(row)
         self.say(
             f"{name}, context {length}: {row['median']:.0f} tokens/s "
             f"({row['min']:.0f}..{row['max']:.0f}), {states / 2**20:.1f} MiB"
         )
-        self.save()
-
-    def save(self) -> None:
-        """What is there so far: a run that is cut off leaves it."""
-        text = json.dumps(self.result, indent=1) + "\n"
-        write_text(self.options.output / "generation.json", text)
+        self.note()
 
 
 def by_name(result: dict[str, Any]) -> dict[str, dict[int, dict[str, Any]]]:
@@ -278,13 +252,10 @@ def markdown(result: dict[str, Any]) -> str:
     """Tokens a second (lowest..highest), and MiB of states or keys and values."""
     rows = by_name(result)
     contexts = sorted({row["context"] for row in result["rows"]})
-    lines = [
-        f"{result['card']}, {result['size']}, {result['dtype']}, batch {result['batch']}, "
-        f"{result['tokens']} tokens, launched a quarter. A copy: {result['copy_gbps']:.0f} GB/s.",
-        f"`{result['command']}`, {result['date']}, commit {result['commit']}.", "",
-        "| tokens/s | " + " | ".join(f"context {n}: tokens/s | MiB" for n in contexts) + " |",
-        "|---" * (1 + 2 * len(contexts)) + "|",
-    ]  # fmt: skip
+    head = ["tokens/s"]
+    for context in contexts:
+        head += [f"context {context}: tokens/s", "MiB"]
+    table = []
     for name, found in rows.items():
         cells = []
         for context in contexts:
@@ -294,22 +265,22 @@ def markdown(result: dict[str, Any]) -> str:
                 continue
             spread = f" ({row['min']:.0f}..{row['max']:.0f})" if len(row["seconds"]) > 1 else ""
             cells += [f"{row['median']:.0f}{spread}", f"{row['state_bytes'] / 2**20:.1f}"]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        table.append([name, *cells])
+    parts = [
+        f"{result['card']}, {result['size']}, {result['dtype']}, batch {result['batch']}, "
+        f"{result['tokens']} tokens, launched a quarter. A copy: {result['copy_gbps']:.0f} GB/s.\n"
+        f"`{result['command']}`, {result['date']}, commit {result['commit']}.",
+        markdown_table(head, table),
+    ]
     if result["why_not_recorded"]:
-        lines.append(f"\ngka, recorded: not measured: {result['why_not_recorded']}")
-    return "\n".join(lines) + "\n"
+        parts.append(f"gka, recorded: not measured: {result['why_not_recorded']}")
+    return "\n\n".join(parts) + "\n"
 
 
-def plot(result: dict[str, Any], path: Path) -> bool:
-    """Tokens a second and memory over the context; whether matplotlib is there."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return False
-    figure, (speed, memory) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+def draw(result: dict[str, Any], figure: "Figure") -> None:
+    """Tokens a second and memory over the context."""
+    figure.set_size_inches(11, 4.5)
+    speed, memory = figure.subplots(1, 2)
     for name, rows in by_name(result).items():
         contexts = sorted(rows)
         style = "k--" if name.endswith("floor") else "o-"
@@ -323,49 +294,23 @@ def plot(result: dict[str, Any], path: Path) -> bool:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.suptitle(f"{result['card']}: {result['size']}, batch {result['batch']}")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return True
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--device", default="cuda", help="cpu: a trial of the command")
-    parser.add_argument("--size", choices=SIZES, default="medium")
-    parser.add_argument(
-        "--contexts", type=int, nargs="+", help=f"default: {CONTEXTS}; 128 256 on a CPU"
-    )
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument(
-        "--tokens", type=int, default=64, help="of each measurement; a quarter where launched"
-    )
-    parser.add_argument("--commit", help="what the tables name, where there is no repository")
-    options = parser.parse_args(arguments)
+    parser = results.parser("generation", __doc__)
+    add = parser.add_argument
+    add("--size", choices=registry.MODELS, default="medium")
+    add("--contexts", type=int, nargs="+", help=f"default: {CONTEXTS}; 128 256 on a CPU")
+    add("--batch", type=int, default=1)
+    add("--tokens", type=int, default=64, help="of each measurement; a quarter where launched")
+    options = results.parse(parser, arguments)
     cuda = torch.device(options.device).type == "cuda"
-    given = [
-        ("--size", options.size, "medium"),
-        ("--batch", options.batch, 1),
-        ("--tokens", options.tokens, 64),
-    ]
-    words = [f"{name} {value}" for name, value, default in given if value != default]
-    if options.contexts is not None:
-        words.append(f"--contexts {' '.join(map(str, options.contexts))}")
-    options.command = " ".join(["python -m benchmarks.generation", *words])
     options.contexts = sorted(options.contexts or (CONTEXTS if cuda else (128, 256)))
     return options
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parse(arguments)
-    own(options.output)
-    result = Bench(options).run()
-    write_text(options.output / "generation.md", markdown(result))
-    print(markdown(result))
-    if not plot(result, options.output / "generation.png"):
-        print("no plot: matplotlib is not installed")
-    print(f"Written to {options.output}")
-
-
-if __name__ == "__main__":
-    main()
+    bench = Bench("generation", parse(arguments))
+    found = bench.run()
+    print(markdown(found))
+    bench.report(markdown(found), lambda figure: draw(found, figure))

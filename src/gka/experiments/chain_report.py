@@ -1,23 +1,13 @@
 """What a chain run found, as a table and a picture: from its JSON alone."""
 
-import importlib.util
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gka.data.files import write_bytes, write_text
+from gka.evaluation.plots import MIXER_STYLES
+from gka.experiments.ledger import markdown_table
 from gka.training.priming.report import TITLES
 
-COLORS = {"gka": "#0072B2", "gated_deltanet": "#E69F00"}
-NAMES = {"gka": "Gated KalmaNet", "gated_deltanet": "Gated DeltaNet"}
-
-
-def write(found: dict[str, Any], folder: Path) -> None:
-    """chain.md, and chain.png where matplotlib is."""
-    write_text(folder / "chain.md", markdown(found))
-    if importlib.util.find_spec("matplotlib") is None:
-        print(f"no matplotlib here: python -m benchmarks.chain --draw {folder} draws the picture")
-        return
-    draw(found, folder / "chain.png")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -31,12 +21,14 @@ def markdown(found: dict[str, Any]) -> str:
         }
     )
     titles = ["hybrid", "phase", "loss", "perplexity", "bits per byte", "gap recovered", *probes]
-    lines = [titles, ["---"] * len(titles)]
+    lines = []
     for number, (mixer, hybrid) in enumerate(found["hybrids"].items()):
         for phase, figures in hybrid["phases"].items():
             if phase == "teacher" and number:
                 continue
-            lines.append(_row("" if phase == "teacher" else NAMES[mixer], phase, figures, probes))
+            lines.append(
+                _row("" if phase == "teacher" else MIXER_STYLES[mixer][0], phase, figures, probes)
+            )
     if "control" in found:
         lines.append(["control", "teacher, stage 2 too", *_figures(found["control"], probes)])
     steps = ", ".join(f"{name} {count} steps" for name, count in found.get("steps", {}).items())
@@ -48,13 +40,13 @@ def markdown(found: dict[str, Any]) -> str:
         "",
     ]
     times = [
-        f"{NAMES[mixer]}: " + ", ".join(
+        f"{MIXER_STYLES[mixer][0]}: " + ", ".join(
             f"{name} {s['seconds']:.0f} s, {s['tokens_per_second']:,.0f} tokens a second"
             for name, s in hybrid["stages"].items()
         )
         for mixer, hybrid in found["hybrids"].items()
     ]  # fmt: skip
-    return "\n".join([*head, *("| " + " | ".join(row) + " |" for row in lines), "", *times]) + "\n"
+    return "\n".join([*head, markdown_table(titles, lines), "", *times]) + "\n"
 
 
 def _row(mixer: str, phase: str, figures: dict[str, Any], probes: list[str]) -> list[str]:
@@ -68,34 +60,26 @@ def _figures(figures: dict[str, Any], probes: list[str]) -> list[str]:
     return row + [f"{figures['probe'][name]:.3f}" for name in probes]
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
+def draw(found: dict[str, Any], figure: "Figure") -> None:
     """Bits per byte and values copied by phase; losses of both stages."""
-    import io
-
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 7.2), layout="constrained")
-    grid = FigureCanvasAgg(figure).figure.subplots(2, 2)
+    figure.set_size_inches(11, 7.2)
+    grid = figure.subplots(2, 2)
     for mixer, hybrid in found["hybrids"].items():
         phases = hybrid["phases"]
-        names, style = list(phases)[1:], {"color": COLORS[mixer], "marker": "o"}
+        names, style = list(phases)[1:], {"color": MIXER_STYLES[mixer][1], "marker": "o"}
         titles = [TITLES[name].replace("hybrid ", "") for name in names]
         bits = [phases[name]["bits_per_byte"] for name in names]
-        grid[0][0].plot(titles, bits, label=NAMES[mixer], **style)
-        _draw_needles(grid[0][1], phases, titles, style | {"label": NAMES[mixer]})
+        grid[0][0].plot(titles, bits, label=MIXER_STYLES[mixer][0], **style)
+        _draw_needles(grid[0][1], phases, titles, style | {"label": MIXER_STYLES[mixer][0]})
         for axes, stage in ((grid[1][0], "stage1"), (grid[1][1], "stage2")):
             rows = hybrid["stages"].get(stage, {"curves": {"training": []}})["curves"]["training"]
             axes.plot(
                 [r["step"] for r in rows],
                 [r["loss"] for r in rows],
-                color=COLORS[mixer],
-                label=NAMES[mixer],
+                color=MIXER_STYLES[mixer][1],
+                label=MIXER_STYLES[mixer][0],
             )
     _draw_teacher(grid, found)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=110)
-    write_bytes(path, image.getvalue())
 
 
 def _draw_teacher(grid: Any, found: dict[str, Any]) -> None:

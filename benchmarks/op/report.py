@@ -1,14 +1,17 @@
 """What a GPU benchmark found, as a table in the terminal, Markdown and a plot: from its JSON alone."""
 
-import importlib.util
-import os
-import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from benchmarks.contenders import BASELINE, BASELINE_LAYER
+from benchmarks import stopwatch
+from benchmarks.registry import BASELINE, BASELINE_LAYER
 
 from gka.data.files import write_text
+from gka.experiments.ledger import markdown_table, print_table, report
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BEGIN, END = "<!-- gpu results: begin -->", "<!-- gpu results: end -->"
 HEAD = (
@@ -23,11 +26,8 @@ def ratio(times: dict | None, base: dict | None) -> str:
     """Of the medians of each round, since those are neighbours in time: their median and range."""
     if not times or not base:
         return ""
-    rounds = [
-        statistics.median(a) / statistics.median(b)
-        for a, b in zip(times["ms"], base["ms"], strict=True)
-    ]
-    return f"{statistics.median(rounds):.2f} ({min(rounds):.2f}-{max(rounds):.2f})"
+    median, least, most = stopwatch.spread(stopwatch.ratios(times["ms"], base["ms"]))
+    return f"{median:.2f} ({least:.2f}-{most:.2f})"
 
 
 def span(times: dict | None) -> str:
@@ -146,22 +146,20 @@ def facts(result: dict) -> list[str]:
 
 def markdown(result: dict) -> str:
     """For docs/performance.md, with its command."""
-
-    def table(body: Sequence[Sequence[str]], head: Sequence[str] = HEAD) -> str:
-        lines = [head, ["---"] * len(head), *body]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-    parts = [*facts(result), f"`{result['command']}`", table(list(rows(result)))]
+    parts = [*facts(result), f"`{result['command']}`", markdown_table(HEAD, list(rows(result)))]
     found = list(layer_rows(result))
     if found:
-        parts += ["One layer, forward and backward to its input and parameters:", table(found)]
+        parts += [
+            "One layer, forward and backward to its input and parameters:",
+            markdown_table(HEAD, found),
+        ]
     found = list(profile_rows(result))
     if found:
         size = result["layer_profile"]["size"]
         words = (
             "forward and backward to its input and parameters, mean of several by torch.profiler"
         )
-        parts += [f"{size[0].upper()}{size[1:]}, {words}:", table(found, PROFILE_HEAD)]
+        parts += [f"{size[0].upper()}{size[1:]}, {words}:", markdown_table(PROFILE_HEAD, found)]
     lines = [f"- {line}" for line in [*growth(result), *missing(result)]]
     return "\n\n".join([*parts, "\n".join(lines)]).strip() + "\n"
 
@@ -180,36 +178,19 @@ def update(page: Path, result: dict) -> None:
     write_text(page, f"{before}{BEGIN}\n{markdown(result)}{END}{after}")
 
 
-def show(result: dict) -> None:
-    """To the terminal, with rich if it is there."""
-    body = [*rows(result), *layer_rows(result)]
-    if importlib.util.find_spec("rich"):
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(*HEAD)
-        for line in body:
-            table.add_row(*line)
-        Console(width=None if os.isatty(1) else 200).print(table)
-    else:
-        widths = [max(len(line[i]) for line in [HEAD, *body]) for i in range(len(HEAD))]
-        for line in [HEAD, *body]:
-            print("  ".join(x.ljust(n) for x, n in zip(line, widths, strict=True)).rstrip())
+def write(result: dict, folder: Path) -> None:
+    """To the terminal, op.md and op.png."""
+    print_table(HEAD, [*rows(result), *layer_rows(result)])
     print("\n".join([*facts(result), *growth(result), *missing(result)]))
+    report(folder / "op", markdown(result), lambda figure: draw(result, figure))
 
 
-def plot(result: dict, path: Path) -> bool:
-    """Forward and forward + backward of every contender and size; False without matplotlib."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return False
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+def draw(result: dict, figure: "Figure") -> None:
+    """Forward and forward + backward of every contender and size."""
     sizes = list(dict.fromkeys(group["size"] for group in result["groups"]))
     names = list(dict.fromkeys(n for g in result["groups"] for n in g["contenders"]))
-    figure, axes = plt.subplots(1, 2, figsize=(11, 0.6 + 0.75 * max(2, len(sizes))), sharey=True)
+    figure.set_size_inches(11, 0.6 + 0.75 * max(2, len(sizes)))
+    axes = figure.subplots(1, 2, sharey=True)
     for axis, which in zip(axes, PASSES, strict=True):
         for i, name in enumerate(names):
             points = [
@@ -225,6 +206,3 @@ def plot(result: dict, path: Path) -> bool:
     axes[0].invert_yaxis()
     if axes[1].collections:
         axes[1].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    return True

@@ -1,8 +1,8 @@
-"""The chunk-wise form against the token-by-token reference on this CPU: `python -m benchmarks.cpu`.
+"""The chunk-wise form against the token-by-token reference on this CPU: `python -m benchmarks.run cpu`.
 
 Time of forward + backward by length, their ratio measured in one process with the two interleaved,
-and peak memory (Linux only, see `benchmarks.memory`), each in a fresh process. Writes cpu.json and
-cpu.png, prints a table.
+and peak memory (Linux only, see `benchmarks.stopwatch.peak_added`), each in a fresh process. Writes cpu.json
+and cpu.png, prints a table.
 """
 
 import argparse
@@ -13,26 +13,27 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from benchmarks.memory import peak_added
-from benchmarks.output import own
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from benchmarks import results, stopwatch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from gka.commandline import text_console
-from gka.data.files import write_text
+from gka.experiments.ledger import markdown_table, print_table
 from gka.ops import chunk_gka
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 HEADS, DIM = 2, 64
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 BOTH = (256, 512, 2048)  # lengths at which the reference is run too, which is slow
 LONG = 1024  # from here on what each call costs whatever its length is small beside the rest
 BACKENDS = {"chunk-wise": "torch", "token by token": "reference"}
+HEAD = (
+    "T", "chunk-wise s (min-max)", "us a token", "MiB", "token by token s", "MiB", "ratio (min-max)",
+)  # fmt: skip
 
 
 def inputs(length: int) -> list[Tensor]:
@@ -57,7 +58,7 @@ def peak_memory(length: int, form: str) -> float | None:
 
     None where the system does not tell.
     """
-    command = [sys.executable, "-m", "benchmarks.cpu", "--peak", form, str(length)]
+    command = [sys.executable, "-m", "benchmarks.run", "cpu", "--peak", form, str(length)]
     child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(child.stdout)
 
@@ -66,13 +67,14 @@ def print_peak(form: str, length: int) -> None:
     """The body of `peak_memory`'s process."""
     forward_backward(inputs(64), form)  # what is loaded on first use does not count
     leaves = inputs(length)
-    print(json.dumps(peak_added(lambda: forward_backward(leaves, form))))
+    print(json.dumps(stopwatch.peak_added(lambda: forward_backward(leaves, form))))
 
 
-def measure(repeats: int, console: Console) -> list[dict]:
+def measure(run: results.Run, repeats: int) -> list[dict]:
     """One row for each length: seconds of every repeat, MiB, ratio of medians."""
     rows = []
-    for length in track(LENGTHS, "measuring", console=console):
+    for length in LENGTHS:
+        run.say(f"{length} tokens")
         leaves = inputs(length)
         forms = [form for form in BACKENDS if form == "chunk-wise" or length in BOTH]
         times: dict[str, list[float]] = {form: [] for form in forms}
@@ -83,15 +85,10 @@ def measure(repeats: int, console: Console) -> list[dict]:
         row: dict = {"length": length, "seconds": times}
         row["mebibytes"] = {form: peak_memory(length, form) for form in forms}
         if len(forms) > 1:  # of each repeat, its two passes being neighbours in time
-            fast, slow = (times[form] for form in forms)
-            row["ratios"] = [b / a for a, b in zip(fast, slow, strict=True)]
+            fast, slow = ([[x] for x in times[form]] for form in forms)
+            row["ratios"] = stopwatch.ratios(slow, fast)
         rows.append(row)
     return rows
-
-
-def spread(values: list[float]) -> tuple[float, float, float]:
-    """Least, median, most."""
-    return min(values), statistics.median(values), max(values)
 
 
 def growth(rows: list[dict], least: int = 0) -> float:
@@ -109,41 +106,38 @@ def exponents(rows: list[dict]) -> dict[str, float]:
     return {str(least): growth(rows, least) for least in (rows[0]["length"], LONG)}
 
 
-def show(rows: list[dict], fitted: dict[str, float], console: Console) -> None:
-    table = Table(title=f"forward + backward, H = {HEADS}, K = V = {DIM}, float32, 30 steps")
-    names = ("T", "chunk-wise s (min-max)", "us a token", "MiB", "token by token s", "MiB")
-    names = (*names, "ratio (min-max)")
-    for name in names:
-        table.add_column(name, justify="right", overflow="fold")
+def table(rows: list[dict]) -> list[list[str]]:
+    """A row for each length, below HEAD."""
+    lines = []
     for row in rows:
         fast, slow = (row["seconds"].get(form) for form in BACKENDS)
-        least, median, most = spread(fast)
+        median, least, most = stopwatch.spread(fast)
         cells = [str(row["length"]), f"{median:.3f} ({least:.3f}-{most:.3f})"]
         cells += [f"{median / row['length'] * 1e6:.0f}", _mib(row["mebibytes"]["chunk-wise"])]
         if slow:
             cells += [f"{statistics.median(slow):.2f}", _mib(row["mebibytes"]["token by token"])]
-            cells.append("{1:.0f}x ({0:.0f}-{2:.0f})".format(*spread(row["ratios"])))
-        table.add_row(*cells)
-    console.print(table)
+            cells.append("{:.0f}x ({:.0f}-{:.0f})".format(*stopwatch.spread(row["ratios"])))
+        lines.append(cells + [""] * (len(HEAD) - len(cells)))
+    return lines
+
+
+def facts(rows: list[dict], fitted: dict[str, float]) -> list[str]:
+    """What the table shows in a line, and what it lacks."""
     powers = ", ".join(f"T^{power:.2f} from T = {least}" for least, power in fitted.items())
-    console.print(f"chunk-wise time grows as {powers} on; T^1 is linear")
+    lines = [f"chunk-wise time grows as {powers} on; T^1 is linear"]
     if None in (found for row in rows for found in row["mebibytes"].values()):
-        console.print(
-            "memory: not measured, /proc/self/clear_refs cannot be written on this system"
-        )
+        lines.append("memory: not measured, /proc/self/clear_refs cannot be written on this system")
+    return lines
 
 
 def _mib(memory: float | None) -> str:
     return "not measured" if memory is None else f"{memory:.1f}"
 
 
-def plot(rows: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+def draw(rows: list[dict], figure: "Figure") -> None:
+    """Seconds and memory of both forms over the length."""
+    figure.set_size_inches(9, 3.6)
+    axes = figure.subplots(1, 2)
     for form, color, marker in zip(BACKENDS, ("#0072B2", "#D55E00"), "os", strict=True):
         part = [row for row in rows if form in row["seconds"]]
         lengths = [row["length"] for row in part]
@@ -163,43 +157,34 @@ def plot(rows: list[dict], path: Path) -> None:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False)
-    figure.savefig(path, dpi=90)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/bench"), help="folder of the results"
-    )
+def machine() -> dict[str, Any]:
+    """What the times are of."""
+    return {
+        "processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "load_average_before": round(os.getloadavg()[0], 1),
+    }  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = results.parser("cpu", __doc__, device=None)
     parser.add_argument("--repeats", type=int, default=3, help="repeats of each measurement (3)")
     parser.add_argument("--peak", nargs=2, metavar=("FORM", "T"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = results.parse(parser, arguments)
     if options.peak:
         print_peak(options.peak[0], int(options.peak[1]))
         return
     if options.repeats < 1:
         parser.error(f"--repeats must be at least 1; got {options.repeats}.")
-    machine = {
-        "processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "load_average_before": round(os.getloadavg()[0], 1),
-    }  # fmt: skip
-    own(options.output)
-    console = text_console()
-    begin = time.perf_counter()
-    rows = measure(options.repeats, console)
+    run = results.Run("cpu", options, on_cpu="CPU")
+    run.found |= {"machine": machine(), "heads": HEADS, "dim": DIM}
+    rows = measure(run, options.repeats)
     fitted = exponents(rows)
-    show(rows, fitted, console)
-    options.output.mkdir(parents=True, exist_ok=True)
-    result = {"machine": machine, "heads": HEADS, "dim": DIM, "exponents": fitted, "rows": rows}
-    write_text(options.output / "cpu.json", json.dumps(result, indent=1) + "\n")
-    plot(rows, options.output / "cpu.png")
-    console.print(
-        f"{time.perf_counter() - begin:.0f} s. Written: cpu.json, cpu.png in {options.output}"
-    )
-
-
-if __name__ == "__main__":
-    main()
+    run.note(exponents=fitted, rows=rows, seconds=run.elapsed)
+    title = f"forward + backward, H = {HEADS}, K = V = {DIM}, float32, 30 steps"
+    print_table(HEAD, table(rows), title)
+    print("\n".join(facts(rows, fitted)))
+    page = "\n\n".join([title, markdown_table(HEAD, table(rows)), *facts(rows, fitted)])
+    run.report(page + "\n", lambda figure: draw(rows, figure))

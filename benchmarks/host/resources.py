@@ -1,6 +1,6 @@
 """Registers, spills and shared memory of every kernel, compiled here for chips that need not be here.
 
-`python -m benchmarks.resources --arch 90 --dims 64 128 --dtypes bfloat16` prints one table. The
+`python -m benchmarks.run resources --arch 90 --dims 64 128 --dtypes bfloat16` prints one table. The
 launcher runs as on the chip, but its kernels are compiled and not launched. `--shared` stops before
 the assembler, which takes most of the time, and tells shared memory alone; it needs a TRITON_CACHE_DIR
 of its own, for what it leaves there cannot run.
@@ -219,8 +219,8 @@ def shared_table(arch: int, dim: int, dtype: str, run: Callable) -> None:
         print(arch, dim, dtype, name, kernel.metadata.shared, SHARED_LIMITS[arch], flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run resources", description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", default=[90])
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
@@ -228,7 +228,7 @@ def main() -> None:
     parser.add_argument(
         "--around", action="store_true", help="what surrounds the op in a layer alone"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     run = run_around if args.around else run_solvers
     if args.shared:
         if "TRITON_CACHE_DIR" not in os.environ:
@@ -253,7 +253,3 @@ def main() -> None:
                         f"| {u.spills} | {u.shared} | {u.blocks} |",
                         flush=True,
                     )
-
-
-if __name__ == "__main__":
-    main()

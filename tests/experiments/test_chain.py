@@ -1,6 +1,5 @@
 """The chain's needle test counts what it says, and its tables and picture follow from its JSON alone."""
 
-import importlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,13 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def needle(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(ROOT))
-    return importlib.import_module("benchmarks.needle")
+from gka.data.files import write_json
+from gka.experiments import chain, needle
 
 
 class Copier(torch.nn.Module):
@@ -31,7 +25,7 @@ class Copier(torch.nn.Module):
         return SimpleNamespace(logits=torch.nn.functional.one_hot(said, 256).float())
 
 
-def test_needles_are_planted_and_asked_for(needle: Any) -> None:
+def test_needles_are_planted_and_asked_for() -> None:
     """Texts have the length asked for, hold a key and value once, and ask for the value at their end."""
     filler = list(b"x" * 500)
     test = needle.NeedleTest.drawn(filler, 120, 9, lambda text: list(text.encode()))
@@ -47,17 +41,15 @@ def test_needles_are_planted_and_asked_for(needle: Any) -> None:
 
 
 @pytest.mark.parametrize(("wrong", "part", "whole"), [(0, 1.0, 1.0), (2, 0.75, 0.0), (8, 0.0, 0.0)])
-def test_copied_values_are_counted(needle: Any, wrong: int, part: float, whole: float) -> None:
+def test_copied_values_are_counted(wrong: int, part: float, whole: float) -> None:
     """A model that copies all but some characters has that share of them, and no value whole."""
     test = needle.NeedleTest.drawn(list(b"y" * 300), 100, 5, lambda text: list(text.encode()))
     found = test.run(Copier(test.rows, wrong), 2, lambda: torch.autocast("cpu", enabled=False))
     assert found == (part, whole)
 
 
-def test_report_follows_from_the_figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_report_follows_from_the_figures(tmp_path: Path) -> None:
     """Table and picture are made of chain.json; the teacher has one row, the control its own."""
-    monkeypatch.syspath_prepend(str(ROOT))
-    report = importlib.import_module("benchmarks.chain_report")
     figures = {
         "loss": 1.0, "perplexity": 2.7183, "bits_per_byte": 1.4427, "recovered": 0.5,
         "probe": {"copied, 96": 0.25, "whole, 96": 0.125},
@@ -82,7 +74,8 @@ def test_report_follows_from_the_figures(monkeypatch: pytest.MonkeyPatch, tmp_pa
         "control": figures,
         "steps": {"stage1": 5, "stage2": 4},
     }
-    report.write(found, tmp_path)
+    write_json(tmp_path / "chain.json", found)
+    chain.main(["--draw", str(tmp_path)])
     lines = (tmp_path / "chain.md").read_text().splitlines()
     rows = [line for line in lines if line.startswith("| ") and "---" not in line]
     assert len(rows) == 1 + 1 + 3 + 3 + 1

@@ -1,7 +1,5 @@
-"""Who is measured on a GPU: this library's op and layer and their peers, one registry."""
+"""Who is measured: this library's op, layer, kernels of decoding and models, and their peers."""
 
-import inspect
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +15,7 @@ from gka.ops import chunk_gka
 NUM_ITER, CHUNK = 30, 64
 MEAN = 1.0  # of what goes through SiLU, for keys with a common direction
 SOLVERS = ("chebyshev", "adaptive")
+Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,9 @@ class Contender:
     flops: Callable[[Size], float] | None = None
 
 
-def passes(call: Callable[[Inputs], Tensor], inputs: Inputs, leaves: tuple[str, ...]) -> dict:
+def passes(
+    call: Callable[[Inputs], Tensor], inputs: Inputs, leaves: tuple[str, ...]
+) -> dict[str, Call]:
     """The two calls that are measured of a contender, by name."""
     tensors = [getattr(inputs, name) for name in leaves]
 
@@ -129,15 +130,10 @@ def forward_flops(size: Size) -> float:
 
 def ours(solver: str, backend: str, num_iter: int = NUM_ITER) -> Contender:
     def load() -> Callable[[Inputs], Tensor]:
-        known = "solver" in inspect.signature(chunk_gka).parameters
-        if solver != "chebyshev" and not known:
-            raise NotAvailable("not available: chunk_gka has no argument solver")
-        more: dict[str, Any] = {"solver": solver} if known else {}
-
         def call(x: Inputs) -> Tensor:
             o, _ = chunk_gka(
                 x.q, x.k, x.v, x.g, x.g, x.alpha, num_iter=num_iter, beta=x.beta, backend=backend,
-                **more,
+                solver=solver,
             )  # fmt: skip
             return o
 
@@ -205,6 +201,30 @@ class LayerSize:
         return f"hidden {self.hidden}, {self.heads} heads of {self.dim}, 1 x {self.length}"
 
 
+Build = Callable[[LayerSize], nn.Module]
+
+
+def hidden_states(size: LayerSize, device: str) -> Tensor:
+    """Gaussian [1,T,hidden], bfloat16."""
+    return torch.randn(1, size.length, size.hidden, device=device, dtype=torch.bfloat16)
+
+
+def layer_passes(layer: nn.Module, size: LayerSize, device: str) -> dict[str, Call]:
+    """The two calls that are measured of a layer, by name; gradients go to the input and all parameters."""
+    x, do = hidden_states(size, device).requires_grad_(), hidden_states(size, device)
+    layer.train()
+    wanted = [x, *layer.parameters()]
+
+    def forward() -> None:
+        with torch.no_grad():
+            layer(x)
+
+    return {
+        "forward": forward,
+        "forward+backward": lambda: torch.autograd.grad(layer(x)[0], wanted, do),
+    }
+
+
 class PlainKalmaNet(GatedKalmaNet):
     """The layer with torch's modules around the op, whatever could be fused."""
 
@@ -213,14 +233,10 @@ class PlainKalmaNet(GatedKalmaNet):
 
 
 def our_layer(size: LayerSize, solver: str, backend: str, fused: bool = True) -> nn.Module:
-    known = "solver" in inspect.signature(GatedKalmaNet).parameters
-    if solver != "chebyshev" and not known:
-        raise NotAvailable("not available: GatedKalmaNet has no argument solver")
-    more: dict[str, Any] = {"solver": solver} if known else {}
     kind = GatedKalmaNet if fused else PlainKalmaNet
     return kind(
         size.hidden, head_dim=size.dim, num_heads=size.heads, num_iter=NUM_ITER, backend=backend,
-        **more,
+        solver=solver,
     )  # fmt: skip
 
 
@@ -233,9 +249,9 @@ def peer_layer(size: LayerSize) -> nn.Module:
     )
 
 
-def layers(backend: str, peers: bool) -> dict[str, Callable[[LayerSize], nn.Module]]:
+def layers(backend: str, peers: bool) -> dict[str, Build]:
     """Builders by name."""
-    found: dict[str, Callable[[LayerSize], nn.Module]] = {}
+    found: dict[str, Build] = {}
     if peers:
         found[BASELINE_LAYER] = peer_layer
     for solver in SOLVERS:
@@ -243,7 +259,7 @@ def layers(backend: str, peers: bool) -> dict[str, Callable[[LayerSize], nn.Modu
     return found
 
 
-def profiled_layers(backend: str, peers: bool) -> dict[str, Callable[[LayerSize], nn.Module]]:
+def profiled_layers(backend: str, peers: bool) -> dict[str, Build]:
     """Builders by name: those of `layers`, and ours with torch's modules around the op."""
     plain = f"GatedKalmaNet, {SOLVERS[0]}, torch's modules around the op"
     return layers(backend, peers) | {
@@ -251,5 +267,52 @@ def profiled_layers(backend: str, peers: bool) -> dict[str, Callable[[LayerSize]
     }
 
 
-def matmul_flops(n: int) -> float:
-    return 2.0 * math.pow(n, 3)
+SOLVES: dict[str, dict[str, Any]] = {
+    "chebyshev 10": {"solver": "chebyshev", "num_iter": 10},
+    "chebyshev 30": {"solver": "chebyshev", "num_iter": 30},
+    "adaptive 30": {"solver": "adaptive", "num_iter": 30},
+}
+STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class DecodeKernel:
+    """A kernel that takes single tokens, with one solve and one storage of U."""
+
+    backend: str
+    solve: str
+    stored: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.backend}, {self.solve}, U {self.stored}"
+
+
+def decode_kernels(cuda: bool) -> list[DecodeKernel]:
+    """All that there are on a device."""
+    backends = ("hopper", "triton") if cuda else ("torch",)
+    return [
+        DecodeKernel(backend, solve, stored)
+        for backend in backends for solve in SOLVES for stored in STORED
+    ]  # fmt: skip
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_heads": 2, "head_dim": 32},
+    "small": {"hidden_size": 256, "num_hidden_layers": 4, "num_heads": 4, "head_dim": 64},
+    "medium": {"hidden_size": 1024, "num_hidden_layers": 24, "num_heads": 8, "head_dim": 128},
+    "2.8b": {"hidden_size": 2560, "num_hidden_layers": 32, "num_heads": 20, "head_dim": 128},
+}
+
+
+def model(size: str, dtype: torch.dtype, device: str, mixers: list[str] | None) -> Any:
+    """A GKAForCausalLM with random weights."""
+    from gka.models import GKAConfig, GKAForCausalLM
+
+    torch.manual_seed(0)
+    fields = dict(MODELS[size])
+    if mixers is not None:
+        fields |= {"mixers": mixers, "num_hidden_layers": len(mixers)}
+    with torch.device(device):
+        made: Any = GKAForCausalLM(GKAConfig(vocab_size=32000, **fields))
+    return made.to(dtype).eval()

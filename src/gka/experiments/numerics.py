@@ -1,18 +1,21 @@
-"""The tables of docs/numerics.md: `python -m benchmarks.numerics [name ...]`, minutes on one core.
+"""The tables of docs/numerics.md: `python -m gka.experiments.numerics [name ...]`, minutes on one core.
 
-Every table compares against float64, prints Markdown and depends on the seed alone.
+Every table compares against float64, is printed as Markdown and depends on the seed alone.
 """
 
+import argparse
 import itertools
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, silu
 
+from gka.experiments.ledger import Ledger, markdown_table, refusing
 from gka.maths import nystroem
 from gka.maths.chunked import Chunks, Settings, Tokens
 from gka.maths.ridge import Relative
@@ -24,6 +27,8 @@ from gka.ops.reference import reference_gka
 
 SEED = 0
 Inputs = list[Tensor]
+Table = dict[str, list]
+"""`head`, and `rows` of cells."""
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
@@ -31,9 +36,8 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    lines = [head, ["---"] * len(head), *rows]
-    print("\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines), "\n")
+def table(head: list[str], rows: list[list]) -> Table:
+    return {"head": head, "rows": rows}
 
 
 def unit_keys(kind: str, *shape: int) -> Tensor:
@@ -56,14 +60,14 @@ def tokens(length: int, heads: int, dim: int, kind: str = "SiLU") -> Inputs:
     return [q, k, v, g, alpha, beta]
 
 
-def bound() -> None:
+def bound() -> Table:
     """Table 1: 2 R^(r+1)."""
     ratios = (0.005, 0.01, 0.02, 0.05, 0.1, 0.5)
     rows = [
         [r, *(f"{chebyshev_bound(a, r):.1e}" for a in ratios)]
         for r in (1, 5, 10, 15, 20, 30, 45, 60)
     ]
-    table(["r", *(f"a = {a}" for a in ratios)], rows)
+    return table(["r", *(f"a = {a}" for a in ratios)], rows)
 
 
 def iterate_form(apply_a: Callable, q: Tensor, fro: Tensor, ratio: float, steps: int) -> Tensor:
@@ -103,7 +107,7 @@ def rounding(kind: str, ratio: float, steps: int, operand: torch.dtype) -> list[
     return [*errors, relative(same, exact_solve(h, q, ratio * fro))]
 
 
-def forms() -> None:
+def forms() -> Table:
     """Table 2: rounding of the two forms, against the same polynomial in float64."""
     rows = []
     for operand in (torch.float32, torch.float16, torch.bfloat16):
@@ -112,7 +116,7 @@ def forms() -> None:
                 errors = rounding(kind, ratio, steps, operand)
                 name = str(operand).removeprefix("torch.")
                 rows.append([name, kind, ratio, steps, *(f"{e:.1e}" for e in errors)])
-    table(["operand", "keys", "a", "r", "residual form", "iterate form", "truncation"], rows)
+    return table(["operand", "keys", "a", "r", "residual form", "iterate form", "truncation"], rows)
 
 
 def gradients(o: Tensor, do: Tensor, inputs: Inputs) -> list[Tensor]:
@@ -127,7 +131,7 @@ def oracle(inputs: Inputs, do: Tensor) -> list[Tensor]:
     return [o.detach(), *gradients(o, do.double(), leaves)]
 
 
-def dtypes() -> None:
+def dtypes() -> Table:
     """Table 3: chunk_gka in each dtype against the oracle on the same (rounded) inputs."""
     data = tokens(512, 2, 64)
     rows = []
@@ -142,10 +146,10 @@ def dtypes() -> None:
         results = [o.detach(), *gradients(o, do, inputs)]
         errors = [relative(x, y) for x, y in zip(results, oracle(inputs, do), strict=True)]
         rows.append([str(dtype).removeprefix("torch."), steps, *(f"{e:.1e}" for e in errors)])
-    table(["q, k, v", "r", "o", "dq", "dk", "dv", "dg", "dalpha", "dbeta"], rows)
+    return table(["q, k, v", "r", "o", "dq", "dk", "dv", "dg", "dalpha", "dbeta"], rows)
 
 
-def convention() -> None:
+def convention() -> Table:
     """Table 4: this gradient and autograd through the iteration, against the exact gradient."""
     rows = []
     for kind in ("Gaussian", "SiLU", "aligned"):
@@ -163,10 +167,10 @@ def convention() -> None:
                 found = gradients(o, do, inputs)
                 errors += [f"{relative(found[i], exact[i]):.1e}" for i in (1, 3)]
             rows.append([kind, steps, f"{chebyshev_bound(0.02, steps):.1e}", *errors])
-    table(["keys", "r", "2R^(r+1)", "dk", "dg", "dk, autograd", "dg, autograd"], rows)
+    return table(["keys", "r", "2R^(r+1)", "dk", "dg", "dk, autograd", "dg, autograd"], rows)
 
 
-def decay_gradient() -> None:
+def decay_gradient() -> Table:
     """Table 5: dg in float32 from rectangle sums and from running differences of q.dq - k.dk."""
     rows = []
     for decay in (-0.001, -0.01, -0.1, -1.0, -5.0):
@@ -183,10 +187,10 @@ def decay_gradient() -> None:
         running = differences.flip(1).cumsum(1).flip(1)
         errors = [relative(x, found[0][3]) for x in (dg, running)]
         rows.append([decay, *(f"{e:.1e}" for e in errors)])
-    table(["g", "rectangle sums", "running differences"], rows)
+    return table(["g", "rectangle sums", "running differences"], rows)
 
 
-def failures() -> None:
+def failures() -> Table:
     """Table 6: distance of x_r from the exact solution where the steps are too few for the ridge."""
     rows = []
     for ratio in (0.0001, 0.001, 0.005, 0.02):
@@ -202,7 +206,7 @@ def failures() -> None:
             )
             cells.append(f"{relative(x, exact):.1e} ({chebyshev_bound(ratio, steps):.1e})")
         rows.append([ratio, f"{(1 + ratio) / ratio:.0f}", *cells])
-    table(["a", "(1+a)/a", "r = 10", "r = 30", "r = 100"], rows)
+    return table(["a", "(1+a)/a", "r = 10", "r = 30", "r = 100"], rows)
 
 
 def family(kind: str, length: int, dim: int) -> Tensor:
@@ -245,7 +249,7 @@ def solve_errors(k: Tensor, q: Tensor, gk: Tensor, solver: str) -> tuple[float, 
     return largest, (error / size) ** 0.5
 
 
-def steps() -> None:
+def steps() -> Table:
     """Table 7: steps of solver="adaptive" for the error bound of 30, and errors of both solvers."""
     rows = []
     kinds = (
@@ -265,13 +269,13 @@ def steps() -> None:
         errors = [solve_errors(k, q, gk, solver) for solver in ("chebyshev", "adaptive")]
         cells = [f"{error:.1e}" for both in zip(*errors, strict=True) for error in both]
         rows.append([kind, decay, f"{counts.mean():.1f}", int(counts.max()), *cells])
-    table(
+    return table(
         ["keys", "gk", "mean n", "max n", "A-norm, plain", "adaptive", "2-norm, plain", "adaptive"],
         rows,
     )
 
 
-def vectors() -> None:
+def vectors() -> Table:
     """Table 9: mean steps of solver="adaptive" by v: the torch form's, and that of the Hopper kernels.
 
     Of keys as they are, and of keys each with a random sign.
@@ -288,7 +292,7 @@ def vectors() -> None:
                 with patch.object(nystroem, "leading_vector", choice):
                     cells.append(f"{solver_steps(keys, gk)[0, ::64, 0].double().mean():.1f}")
         rows.append([kind, decay, *cells])
-    table(["keys", "gk", "v of S", "mean key", "random signs: v of S", "mean key"], rows)
+    return table(["keys", "gk", "v of S", "mean key", "random signs: v of S", "mean key"], rows)
 
 
 def mean_key(relative: Relative) -> Tensor:
@@ -296,7 +300,7 @@ def mean_key(relative: Relative) -> Tensor:
     return normalize(relative.k.sum(2), dim=-1).expand(*relative.h.shape[:2], -1)
 
 
-def cost() -> None:
+def cost() -> Table:
     """Table 8: processor time of solver="adaptive" over "chebyshev", median and range of 5 repeats."""
     rows = []
     for kind, decay in itertools.product(("SiLU", "SiLU, mean 1"), (-1e-3, -1e-2, -1e-1)):
@@ -320,23 +324,47 @@ def cost() -> None:
         pairs = [(passes("adaptive"), passes("chebyshev")) for _ in range(5)]
         ratios = [sorted(a[i] / b[i] for a, b in pairs) for i in (0, 1)]
         rows.append([kind, decay, *(f"{r[2]:.2f} ({r[0]:.2f}-{r[-1]:.2f})" for r in ratios)])
-    table(["keys", "g", "forward", "forward and backward"], rows)
+    return table(["keys", "g", "forward", "forward and backward"], rows)
 
 
-TABLES: dict[str, Callable[[], None]] = {
+TABLES: dict[str, Callable[[], Table]] = {
     f.__name__: f
     for f in (bound, forms, dtypes, convention, decay_gradient, failures, steps, vectors, cost)
 }
 
 
-def main(names: Sequence[str]) -> None:
-    unknown = [name for name in names if name not in TABLES]
-    if unknown:
+def shown(name: str, found: Table) -> str:
+    """A table below what it is."""
+    title = (TABLES[name].__doc__ or name).strip()
+    return f"{title}\n\n{markdown_table(found['head'], found['rows'])}\n"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line and print the tables."""
+    parser = argparse.ArgumentParser(prog="python -m gka.experiments.numerics", description=__doc__)
+    add = parser.add_argument
+    add("tables", nargs="*", metavar="name", help=f"of {', '.join(TABLES)} (all)")
+    add("--output", type=Path, help="folder for numerics.json and numerics.md too")
+    add("--resume", action="store_true", help="keep the tables that --output has already")
+    options = parser.parse_args(arguments)
+    names = options.tables or list(TABLES)
+    if unknown := [name for name in names if name not in TABLES]:
         raise SystemExit(f"unknown table {', '.join(unknown)}; there are {', '.join(TABLES)}.")
-    for name in names or TABLES:
-        print((TABLES[name].__doc__ or name).strip())
-        TABLES[name]()
+    if options.resume and options.output is None:
+        parser.error("--resume needs --output")
+    ledger = None if options.output is None else Ledger(options.output, "numerics")
+    if ledger is not None:
+        settings: dict[str, Any] = {"seed": SEED, "torch": torch.__version__}
+        with refusing():
+            ledger.begin(settings, options.resume)
+    pages = []
+    for name in names:
+        found = TABLES[name]() if ledger is None else ledger.cell(name, TABLES[name])
+        pages.append(shown(name, found))
+        print(pages[-1], flush=True)
+    if ledger is not None:
+        ledger.report("\n".join(pages))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

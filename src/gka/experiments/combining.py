@@ -1,4 +1,4 @@
-"""What is lost where documents are read apart: `python -m benchmarks.combining MODEL --output DIR`.
+"""What is lost where documents are read apart: `python -m gka.experiments.combining`.
 
 MODEL is the folder of a run, such as `gka train --recipe cpu` makes. Pieces of the run's held-out text
 (or of --file) are read in turn and apart, and the apart states combined in three ways; then the same
@@ -10,13 +10,11 @@ import statistics
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from gka import GenerationSession
 from gka.data import Encoder
-from gka.data.files import write_json
+from gka.experiments.ledger import Ledger, markdown_table, print_table
 from gka.models import GKACache, GKAForCausalLM
 from gka.models.naming import CACHE_NAME
 from gka.serving.sample import load
@@ -57,38 +55,6 @@ def one(model: GKAForCausalLM, text: Tensor, pieces: int, length: int) -> dict[s
     return {way: bits(sessions[way], continuation, bridge) for way in WAYS}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path)
-    parser.add_argument(
-        "--file", type=Path, required=True, help="text the model was not trained on"
-    )
-    parser.add_argument("--pieces", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--length", type=int, default=256, help="tokens of a piece")
-    parser.add_argument("--samples", type=int, default=40)
-    parser.add_argument("--output", type=Path, required=True)
-    options = parser.parse_args()
-    loaded, tokenizer = load(options.model)
-    model: GKAForCausalLM = loaded  # type: ignore[assignment]
-    ids = torch.from_numpy(Encoder(tokenizer)(options.file.read_text()).astype("int64"))
-    rows = []
-    for pieces in options.pieces:
-        span = (pieces + 1) * options.length
-        if len(ids) < span:
-            parser.error(f"--file has {len(ids)} tokens; {pieces} pieces need {span} or more")
-        starts = torch.linspace(0, len(ids) - span, options.samples).long().tolist()
-        found = [one(model, ids[None, s : s + span], pieces, options.length) for s in starts]
-        rows.append({"pieces": pieces, "samples": found})
-    write_json(options.output / "combining.json", {"length": options.length, "rows": rows})
-    table = Table(title="bits per token of a continuation, and what it has over reading in turn")
-    table.add_column("read")
-    for pieces in options.pieces:
-        table.add_column(f"{pieces} x {options.length} tokens", justify="right")
-    for way in WAYS:
-        table.add_row(way, *(cell(row["samples"], way) for row in rows))
-    Console(width=100).print(table)
-
-
 def cell(samples: list[dict[str, float]], way: str) -> str:
     """Mean, mean excess over reading in turn, and the excess's standard error."""
     over = [x[way] - x["read in turn"] for x in samples]
@@ -97,6 +63,38 @@ def cell(samples: list[dict[str, float]], way: str) -> str:
         statistics.stdev(over) / len(over) ** 0.5,
     )
     return f"{mean:.3f}  {statistics.mean(over):+.4f} ± {error:.4f}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(
+        prog="python -m gka.experiments.combining", description=__doc__
+    )
+    add = parser.add_argument
+    add("model", type=Path)
+    add("--file", type=Path, required=True, help="text the model was not trained on")
+    add("--pieces", type=int, nargs="+", default=[2, 4])
+    add("--length", type=int, default=256, help="tokens of a piece")
+    add("--samples", type=int, default=40)
+    add("--output", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    loaded, tokenizer = load(options.model)
+    model: GKAForCausalLM = loaded  # type: ignore[assignment]
+    ids = torch.from_numpy(Encoder(tokenizer)(options.file.read_text()).astype("int64"))
+    rows, ledger = [], Ledger(options.output, "combining")
+    for pieces in options.pieces:
+        span = (pieces + 1) * options.length
+        if len(ids) < span:
+            parser.error(f"--file has {len(ids)} tokens; {pieces} pieces need {span} or more")
+        starts = torch.linspace(0, len(ids) - span, options.samples).long().tolist()
+        found = [one(model, ids[None, s : s + span], pieces, options.length) for s in starts]
+        rows.append({"pieces": pieces, "samples": found})
+        ledger.note(length=options.length, rows=rows)
+    title = "bits per token of a continuation, and what it has over reading in turn"
+    head = ["read", *(f"{pieces} x {options.length} tokens" for pieces in options.pieces)]
+    table = [[way, *(cell(row["samples"], way) for row in rows)] for way in WAYS]
+    print_table(head, table, title)
+    ledger.report(f"{title}\n\n{markdown_table(head, table)}\n")
 
 
 if __name__ == "__main__":

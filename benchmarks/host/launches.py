@@ -1,6 +1,6 @@
 """Time that the host needs to launch a call's kernels, with the launches themselves left out.
 
-`python -m benchmarks.host` needs no GPU: tensors lie on the CPU, kernels are compiled for a Hopper chip
+`python -m benchmarks.run host` needs no GPU: tensors lie on the CPU, kernels are compiled for a Hopper chip
 (once; Triton caches them) and launching does nothing. `--profile` tells where the time goes. Smaller
 than on a GPU's host by what the driver and torch's CUDA allocator take. What torch itself computes on the
 CPU is kept small by shorter sequences, cut into as many segments and groups of heads as the long ones.
@@ -19,7 +19,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from benchmarks.resources import as_if_on
+from benchmarks.host.resources import as_if_on
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
@@ -125,15 +125,15 @@ def profile(call: Callable) -> None:
     pstats.Stats(found).sort_stats("tottime").print_stats(35)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run host", description=__doc__)
     parser.add_argument("--backends", nargs="+", default=["hopper", "triton"])
     parser.add_argument("--solver", default="chebyshev")
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--profile", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.set_flush_denormal(True)
     with launching_nothing():
         for backend in args.backends:
@@ -143,7 +143,3 @@ def main() -> None:
                 print(f"{backend} {name}: {median:.0f} us (quartiles {low:.0f}, {high:.0f})")
                 if args.profile:
                     profile(call)
-
-
-if __name__ == "__main__":
-    main()
