@@ -208,7 +208,7 @@ class LayerSize:
 class PlainKalmaNet(GatedKalmaNet):
     """The layer with torch's modules around the op, whatever could be fused."""
 
-    def why_plain(self, device: torch.device | str, dtype: torch.dtype) -> str | None:
+    def why_unfused(self, device: torch.device | str, dtype: torch.dtype) -> str | None:
         return "it is measured beside the fused kernels."
 
 

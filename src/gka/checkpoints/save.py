@@ -14,7 +14,7 @@ from torch import Tensor
 from gka.checkpoints.format import FORMATS, Format
 from gka.errors import InputError
 from gka.layers import DECAY_PARAMETERS, mixer_options
-from gka.layers.heads import split_heads
+from gka.layers.parts.heads import split_heads
 from gka.models.causal_lm import GKAForCausalLM
 from gka.models.configuration import GKAConfig
 from gka.models.pattern import mixer_values

@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from gka.layers import DECAY_PARAMETERS, RMSNorm
-from gka.layers.padding import token_mask
+from gka.layers.parts.padding import token_mask
 from gka.models.cache import GKACache
 from gka.models.configuration import READING, GKAConfig
 from gka.models.documents import Documents, Packing, find_documents

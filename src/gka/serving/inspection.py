@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gka.errors import InputError
 from gka.layers import GatedKalmaNet
-from gka.layers.mix_arguments import Gates
+from gka.layers.parts.surround import Gates
 from gka.maths.adaptive import solver_steps
 from gka.maths.chebyshev import chebyshev_bound
 from gka.maths.exact import exact_solve

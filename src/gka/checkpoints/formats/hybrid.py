@@ -6,7 +6,7 @@ from typing import Any
 from gka.checkpoints.format import Format
 from gka.checkpoints.formats.plain import read_base, write_base
 from gka.errors import InputError
-from gka.layers.heads import split_heads
+from gka.layers.parts.heads import split_heads
 from gka.models.configuration import GKAConfig
 
 SYMBOLS = {"*": "attention", "GKA": "gka", "SWA": "swa", "GDN": "gated_deltanet"}
