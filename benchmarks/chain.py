@@ -25,7 +25,7 @@ from benchmarks import chain_report
 from benchmarks.needle import NeedleTest
 from benchmarks.output import own
 
-from gka.commandline import text_console
+from gka.console import text_console
 from gka.data.files import read_json, write_json
 
 MIXERS = ("gka", "gated_deltanet")

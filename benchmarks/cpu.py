@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from gka.commandline import text_console
+from gka.console import text_console
 from gka.data.files import write_text
 from gka.ops import chunk_gka
 

@@ -20,7 +20,7 @@ from benchmarks.output import own
 from rich.table import Table
 
 from gka import GenerationSession
-from gka.commandline import text_console
+from gka.console import text_console
 from gka.data.files import write_json
 from gka.models import GKAConfig, GKAForCausalLM
 

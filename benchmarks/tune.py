@@ -33,7 +33,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from gka.commandline import text_console
+from gka.console import text_console
 from gka.data.files import write_text
 from gka.kernels import configs, launch
 from gka.kernels.call import Launch
