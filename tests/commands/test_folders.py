@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from gka import cli, storage
+from gka import storage
+from gka.commands import main as cli
 from gka.console import text_console
 from gka.data import byte_tokenizer
 from gka.errors import InputError

@@ -118,7 +118,7 @@ def _group_size(group: int) -> int:
         ("recall --head-dim 0", "head_dim"),
         ("mqar --preset huge", "--preset"),
         ("mqar --mixers gka,mamba", "mamba"),
-        ("mqar --steps 0", "--max-steps"),
+        ("mqar --max-steps 0", "--max-steps"),
         ("mqar --processes 0", "--processes"),
         ("mqar --device tpu9", "--device"),
         ("mqar --learning-rates fast", "--learning-rates"),
