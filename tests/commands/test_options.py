@@ -183,7 +183,7 @@ def test_unknown_keys_name_the_closest(assignment: str, closest: str) -> None:
 def test_one_rule_for_head_dim(tmp_path: Path) -> None:
     """Where head_dim is not given it is hidden_size / num_heads, in Python and in recipes; what is stored
     has it written, and keeps it."""
-    sizes = {"hidden_size": 128, "num_heads": 4}
+    sizes: dict[str, Any] = {"hidden_size": 128, "num_heads": 4}
     built = build_model(RunConfig.from_tables({"model": sizes}), byte_tokenizer())
     assert built.config.head_dim == GKAConfig(**sizes).head_dim == 32
     assert GKAConfig(hidden_size=96, num_attention_heads=8).head_dim == 12  # pyright: ignore

@@ -7,7 +7,6 @@ import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -37,26 +36,24 @@ Overwrite = Annotated[
 
 
 def run_folder(default: str) -> Any:
-    """The type of the option `--output` of a command that makes a run."""
-    more = {"rich_help_panel": RUN, "show_default": default}
-    return Annotated[Path | None, output_folder("Folder of the run.", **more)]
+    """The option `--output` of a command that makes a run."""
+    return output_folder("Folder of the run.", rich_help_panel=RUN, show_default=default)
 
 
 def any_setting(examples: str) -> Any:
-    """The type of the option `--set`."""
-    info = typer.Option(
+    """The option `--set`."""
+    return typer.Option(
         "--set",
         metavar="TABLE.KEY=VALUE",
         help=f"Any setting of a recipe, as in {examples}. Can be given several times.",
         rich_help_panel=RUN,
     )
-    return Annotated[list[str] | None, info]
 
 
-def recipe(names: Iterable[str], default: str | bool = False) -> Any:
-    """The type of the option `--recipe`."""
+def named_recipe(names: Iterable[str], default: str | bool = False) -> Any:
+    """The option `--recipe`."""
     help = f"{', '.join(names)} or a .toml file; options win over it."
-    return Annotated[str | None, typer.Option(help=help, rich_help_panel=RUN, show_default=default)]
+    return typer.Option(help=help, rich_help_panel=RUN, show_default=default)
 
 
 @dataclass(frozen=True)

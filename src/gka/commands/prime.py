@@ -13,7 +13,7 @@ from gka.commands.derived import (
     Resume,
     any_setting,
     assigned,
-    recipe,
+    named_recipe,
     run_folder,
     with_settings,
 )
@@ -22,17 +22,18 @@ from gka.training.config import read_recipe, recipe_names
 from gka.training.priming.config import KINDS, PrimeConfig
 from gka.training.settings import Tables, merged
 
-Settings = any_setting("mixer.num_iter=15 or stage1.save_steps=50")
-Recipe = recipe(recipe_names("prime"))
-Output = run_folder("runs/prime-MIXER")
+Output = Annotated[Path | None, run_folder("runs/prime-MIXER")]
+Recipe = Annotated[str | None, named_recipe(recipe_names("prime"))]
+Settings = Annotated[list[str] | None, any_setting("mixer.num_iter=15 or stage1.save_steps=50")]
 
 
 def _tokens(stage: str) -> Any:
     help = "Instead of steps: tokens to read, rounded up to steps."
-    return Annotated[int | None, typer.Option(help=help, rich_help_panel=PANELS[stage])]
+    return typer.Option(help=help, rich_help_panel=PANELS[stage])
 
 
-Stage1Tokens, Stage2Tokens = _tokens("stage1"), _tokens("stage2")
+Stage1Tokens = Annotated[int | None, _tokens("stage1")]
+Stage2Tokens = Annotated[int | None, _tokens("stage2")]
 
 
 @with_settings(KINDS, argument="teacher")

@@ -1,6 +1,7 @@
 """`gka train`: a run from its settings, resumed or new."""
 
 from pathlib import Path
+from typing import Annotated
 
 from gka.commands import running
 from gka.commands.derived import (
@@ -8,7 +9,7 @@ from gka.commands.derived import (
     Resume,
     any_setting,
     assigned,
-    recipe,
+    named_recipe,
     run_folder,
     with_settings,
 )
@@ -22,9 +23,9 @@ from gka.training.config import (
 )
 from gka.training.settings import Tables, merged
 
-Settings = any_setting("model.num_iter=15 or training.save_steps=50")
-Recipe = recipe(recipe_names("train"), "cpu")
-Output = run_folder("runs/RECIPE-MIXER")
+Output = Annotated[Path | None, run_folder("runs/RECIPE-MIXER")]
+Recipe = Annotated[str | None, named_recipe(recipe_names("train"), "cpu")]
+Settings = Annotated[list[str] | None, any_setting("model.num_iter=15 or training.save_steps=50")]
 
 
 @with_settings(

@@ -16,7 +16,7 @@ class HeadCounts(TypedDict):
 
 def default_head_dim(hidden_size: int, num_heads: int) -> int:
     """The head size of a configuration or recipe that gives none: hidden_size / num_heads, rounded down."""
-    return hidden_size // max(num_heads, 1)
+    return hidden_size // num_heads
 
 
 def split_heads(

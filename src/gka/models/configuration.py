@@ -161,6 +161,7 @@ class GKAConfig(PreTrainedConfig):
             if key in others:
                 self._set_heads(key, others.pop(key))
         if self.head_dim is None:
+            check_types(self)  # of the counts just set
             self.head_dim = default_head_dim(self.hidden_size, self.num_heads)
         others["auto_map"] = others.get("auto_map") or {}
         super().__post_init__(**others)

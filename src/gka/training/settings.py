@@ -111,8 +111,8 @@ def build_tables(
     Raises:
         InputError: naming the table or key that is unknown, of the wrong type or out of range.
     """
-    every = {table: [name for name, *_ in settings(kind)] for table, kind in kinds.items()}
-    every |= keys or {}
+    own = {table: [name for name, *_ in settings(kind)] for table, kind in kinds.items()}
+    every: dict[str, Iterable[str]] = {**own, **(keys or {})}
     return {
         table: kind(**_typed_values(kind, table, _renamed(table, given.get(table, {})), every))
         for table, kind in kinds.items()
