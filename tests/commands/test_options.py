@@ -54,8 +54,8 @@ def test_help_pages_come_from_the_declarations(command: str) -> None:
             if setting.option:
                 assert setting.help in page
                 value = getattr(kind, name)
-                told = f"({setting.default})" if setting.default else str(value).removesuffix(".0")
-                assert f"[default: {told}]" in page or not (setting.default or value)
+                told = f"({setting.shown})" if setting.shown else str(value).removesuffix(".0")
+                assert f"[default: {told}]" in page or not (setting.shown or value)
 
 
 def test_a_default_that_is_given_is_given() -> None:

@@ -73,7 +73,7 @@ class _Option:
         often = kind == list[str] | None and self.name != argument
         said = {
             "help": self.setting.help + " Can be given several times." * often,
-            "show_default": self.setting.default or default not in (None, ""),
+            "show_default": self.setting.shown or default not in (None, ""),
         }
         if self.name == argument:
             info: Any = typer.Argument(**said)

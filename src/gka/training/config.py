@@ -5,10 +5,10 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from gka.errors import InputError
-from gka.training.settings import Setting, Table, Tables, build_tables, check_tables, require
+from gka.training.settings import Table, Tables, build_tables, check_tables, require, setting
 
 DTYPES = ("float32", "bfloat16")
 MOST_SEED = 2**32 - 1
@@ -26,32 +26,27 @@ _MATRICES = "For matrices; never for A_log, dt_bias, norms, biases and embedding
 class DataConfig(Table):
     """What to train on."""
 
-    text: Annotated[
-        tuple[str, ...],
-        Setting(
-            "Text files and folders (UTF-8).",
-            option=True,
-            metavar="PATH",
-            default="Python's standard library",
-        ),
-    ] = ()
-    glob: Annotated[str, Setting('Which files of folders, such as "*.py".', option=True)] = "*"
-    tokenizer: Annotated[
-        str, Setting("bytes, or a Hugging Face tokenizer's folder or name.", option=True)
-    ] = "bytes"
-    sequence_length: Annotated[int, Setting("Tokens in a block.", option=True, least=2)] = 256
+    text: tuple[str, ...] = setting(
+        (),
+        "Text files and folders (UTF-8).",
+        option=True,
+        metavar="PATH",
+        shown="Python's standard library",
+    )
+    glob: str = setting("*", 'Which files of folders, such as "*.py".', option=True)
+    tokenizer: str = setting(
+        "bytes", "bytes, or a Hugging Face tokenizer's folder or name.", option=True
+    )
+    sequence_length: int = setting(256, "Tokens in a block.", option=True, least=2)
     # `RunConfig.from_tables` holds out less of the standard library, `STANDARD_LIBRARY_HELD_OUT`.
-    eval_fraction: Annotated[
-        float,
-        Setting("Share of the tokens held out, by whole documents.", above=0, below=1),
-    ] = 0.01
-    hash_sources: Annotated[
-        bool,
-        Setting(
-            "Read all text once before each run to see whether it has changed; else names, places, sizes, "
-            "inodes and times of modification and change tell."
-        ),
-    ] = False
+    eval_fraction: float = setting(
+        0.01, "Share of the tokens held out, by whole documents.", above=0, below=1
+    )
+    hash_sources: bool = setting(
+        False,
+        "Read all text once before each run to see whether it has changed; else names, places, sizes, "
+        "inodes and times of modification and change tell.",
+    )
 
     table: ClassVar[str] = "data"
 
@@ -63,22 +58,16 @@ class ModelSettings:
     The defaults give a model that two processor cores train in minutes.
     """
 
-    mixer: Annotated[
-        str,
-        Setting("gka, attention, swa, gla, deltanet or gated_deltanet.", option=True),
-    ] = "gka"
-    attention_layers: Annotated[
-        list[int] | None,
-        Setting("Layers, from 0, with attention instead, as in 1,3.", option=True, metavar="N,N"),
-    ] = None
-    hidden_size: Annotated[int, Setting("Width of the model.", option=True)] = 128
-    num_hidden_layers: Annotated[int, Setting("Layers.", option=True)] = 2
-    num_heads: Annotated[
-        int, Setting("Heads of a layer, each hidden_size / num_heads wide.", option=True)
-    ] = 4
-    tie_word_embeddings: Annotated[
-        bool, Setting("One matrix for the embedding and the output.")
-    ] = True
+    mixer: str = setting(
+        "gka", "gka, attention, swa, gla, deltanet or gated_deltanet.", option=True
+    )
+    attention_layers: list[int] | None = setting(
+        None, "Layers, from 0, with attention instead, as in 1,3.", option=True, metavar="N,N"
+    )
+    hidden_size: int = setting(128, "Width of the model.", option=True)
+    num_hidden_layers: int = setting(2, "Layers.", option=True)
+    num_heads: int = setting(4, "Heads of a layer, each hidden_size / num_heads wide.", option=True)
+    tie_word_embeddings: bool = setting(True, "One matrix for the embedding and the output.")
 
 
 MODEL_DEFAULTS = {f.name: f.default for f in fields(ModelSettings) if f.default is not None}
@@ -91,38 +80,35 @@ class TrainingConfig(Table):
     The defaults are those of the recipe cpu: some minutes on a laptop.
     """
 
-    max_steps: Annotated[int, Setting("Optimizer steps.", option=True, by_table=True, least=1)] = (
-        1300
+    max_steps: int = setting(1300, "Optimizer steps.", option=True, by_table=True, least=1)
+    batch_size: int = setting(2, "Blocks in a forward pass, of each device.", option=True, least=1)
+    gradient_accumulation: int = setting(1, "Forward passes in a step.", least=1)
+    learning_rate: float = setting(
+        4e-3, "Highest learning rate.", option=True, by_table=True, above=0
     )
-    batch_size: Annotated[
-        int, Setting("Blocks in a forward pass, of each device.", option=True, least=1)
-    ] = 2
-    gradient_accumulation: Annotated[int, Setting("Forward passes in a step.", least=1)] = 1
-    learning_rate: Annotated[
-        float, Setting("Highest learning rate.", option=True, by_table=True, above=0)
-    ] = 4e-3
-    warmup_steps: Annotated[int, Setting("Steps until the rate is the highest.", least=0)] = 50
-    weight_decay: Annotated[float, Setting(_MATRICES, least=0)] = 0.01
-    max_grad_norm: Annotated[
-        float, Setting("Gradients are scaled down to this norm; 0 does not clip.", least=0)
-    ] = 1.0
-    adam_beta2: Annotated[float, Setting("AdamW's second decay rate.", above=0, below=1)] = 0.95
-    dtype: Annotated[
-        str,
-        Setting("Of the computation (autocast); weights are float32.", option=True, choices=DTYPES),
-    ] = "float32"
-    gradient_checkpointing: Annotated[
-        bool, Setting("Recompute layers in the backward pass to save memory.")
-    ] = False
-    log_steps: Annotated[int, Setting("Steps between two notes of the loss.", least=1)] = 10
-    eval_steps: Annotated[int, Setting("Steps between two evaluations.", least=1)] = 260
-    save_steps: Annotated[int, Setting("Steps between two checkpoints.", least=1)] = 260
+    warmup_steps: int = setting(50, "Steps until the rate is the highest.", least=0)
+    weight_decay: float = setting(0.01, _MATRICES, least=0)
+    max_grad_norm: float = setting(
+        1.0, "Gradients are scaled down to this norm; 0 does not clip.", least=0
+    )
+    adam_beta2: float = setting(0.95, "AdamW's second decay rate.", above=0, below=1)
+    dtype: str = setting(
+        "float32",
+        "Of the computation (autocast); weights are float32.",
+        option=True,
+        choices=DTYPES,
+    )
+    gradient_checkpointing: bool = setting(
+        False, "Recompute layers in the backward pass to save memory."
+    )
+    log_steps: int = setting(10, "Steps between two notes of the loss.", least=1)
+    eval_steps: int = setting(260, "Steps between two evaluations.", least=1)
+    save_steps: int = setting(260, "Steps between two checkpoints.", least=1)
     # One is whole while the next is written.
-    keep_checkpoints: Annotated[int, Setting("Checkpoints that are kept.", least=2)] = 2
-    seed: Annotated[
-        int,
-        Setting("Of initial weights and data order.", option=True, least=0, most=MOST_SEED),
-    ] = 0
+    keep_checkpoints: int = setting(2, "Checkpoints that are kept.", least=2)
+    seed: int = setting(
+        0, "Of initial weights and data order.", option=True, least=0, most=MOST_SEED
+    )
 
     table: ClassVar[str] = "training"
 

@@ -1,12 +1,11 @@
 """Settings: what a field of a configuration is for, which values it takes, and tables of such fields.
 
-A field is declared once, as `name: Annotated[type, Setting("What it is.")] = default`. The command line, its
+A field is declared once, as `name: type = setting(default, "What it is.")`. The command line, its
 help pages, recipes (TOML) and the texts of errors are made from that.
 """
 
 import dataclasses
 import difflib
-import inspect
 import math
 import types
 import typing
@@ -19,6 +18,7 @@ from gka.errors import InputError, RenamedWarning
 MOST = 2**31 - 1
 """The largest whole number that a setting takes, unless it says another."""
 Tables = dict[str, dict[str, Any]]
+_SAID = "setting"
 # Keys of an earlier release; they work and warn.
 _FORMER = {(table, "precision"): "dtype" for table in ("training", "stage1", "stage2")}
 
@@ -33,7 +33,7 @@ class Setting:
         by_table: whether each table that has the field has an option of its own, `--TABLE-FIELD`. Otherwise
             one option sets the field in all of them.
         metavar: what a help page shows for the value; if empty, the choices or the type.
-        default: what a help page shows as the default; if empty, the default itself.
+        shown: what a help page shows as the default; if empty, the default itself.
         least, most: bounds that are allowed themselves.
         above, below: bounds that are not.
         choices: the only values allowed; any if empty.
@@ -44,7 +44,7 @@ class Setting:
     option: bool = False
     by_table: bool = False
     metavar: str = ""
-    default: str = ""
+    shown: str = ""
     least: float = -math.inf
     most: float = MOST
     above: float = -math.inf
@@ -68,6 +68,11 @@ class Setting:
         return None if value <= self.most else f"{self.most} or less"
 
 
+def setting(default: Any, help: str, **more: Any) -> Any:
+    """A field of a dataclass with a default and what there is to say about it; `more`: of `Setting`."""
+    return dataclasses.field(default=default, metadata={_SAID: Setting(help, **more)})
+
+
 class Table:
     """What dataclasses of settings have in common: each field is checked when an instance is made."""
 
@@ -89,11 +94,11 @@ def settings(kind: type) -> Iterator[tuple[str, Setting, Any]]:
 
     A subclass that changes a default only keeps the setting of its base class.
     """
-    plain = typing.get_type_hints(kind)
-    for field in dataclasses.fields(kind):
-        hints = [inspect.get_annotations(base).get(field.name) for base in kind.__mro__]
-        said = [extra for hint in hints for extra in getattr(hint, "__metadata__", ())]
-        yield field.name, said[0], plain[field.name]
+    hints = typing.get_type_hints(kind)
+    bases = [vars(base).get("__dataclass_fields__", {}) for base in kind.__mro__]
+    for name in (field.name for field in dataclasses.fields(kind)):
+        said = (fields[name].metadata for fields in bases if name in fields)
+        yield name, next(found[_SAID] for found in said if _SAID in found), hints[name]
 
 
 def build_tables(

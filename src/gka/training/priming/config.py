@@ -3,11 +3,11 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 from gka.errors import InputError
 from gka.training.config import DataConfig, TrainingConfig
-from gka.training.settings import Setting, Table, Tables, build_tables, check_tables
+from gka.training.settings import Table, Tables, build_tables, check_tables, setting
 
 EVERY_OTHER, RANK = "every-other", "rank"
 TABLES = ("prime", "mixer", "data", "stage1", "stage2")
@@ -17,22 +17,17 @@ TABLES = ("prime", "mixer", "data", "stage1", "stage2")
 class PrimingDataConfig(DataConfig):
     """What to train on: text, as in `gka train`, or conversations."""
 
-    tokenizer: Annotated[
-        str,
-        Setting(
-            "bytes, or a tokenizer's folder or name.", option=True, default="the teacher's own"
-        ),
-    ] = ""
+    tokenizer: str = setting(
+        "", "bytes, or a tokenizer's folder or name.", option=True, shown="the teacher's own"
+    )
     sequence_length: int = 512
-    chat: Annotated[
-        tuple[str, ...],
-        Setting(
-            'Instead of text: a .jsonl file of {"messages": [{"role": ..., "content": ...}, ...]}; '
-            "stage 2 learns the assistant's turns.",
-            option=True,
-            metavar="FILE",
-        ),
-    ] = ()
+    chat: tuple[str, ...] = setting(
+        (),
+        'Instead of text: a .jsonl file of {"messages": [{"role": ..., "content": ...}, ...]}; stage 2 '
+        "learns the assistant's turns.",
+        option=True,
+        metavar="FILE",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,35 +42,30 @@ _GATES = "What the gate {} of the new layers begins with."
 class ReplacementConfig(Table):
     """What is replaced, and by what."""
 
-    teacher: Annotated[
-        str,
-        Setting(
-            "Folder of the model to begin from: ours, Qwen3, Qwen2.5, Llama, Mistral, or a hybrid with "
-            "attention layers.",
-            option=True,
-        ),
-    ] = ""
-    layers: Annotated[
-        str,
-        Setting(
-            "every-other (the 1st, 3rd, ... attention layer), a list from 0 as in 0,2,5, or rank: those "
-            "whose held-out loss rises least when they see a sliding window only.",
-            option=True,
-        ),
-    ] = EVERY_OTHER
-    count: Annotated[
-        int,
-        Setting("How many layers rank replaces.", option=True, default="half of them", least=0),
-    ] = 0
-    rank_window: Annotated[int, Setting("Tokens of that sliding window.", least=1)] = 64
-    rank_blocks: Annotated[
-        int, Setting("Held-out blocks that rank measures the loss on, at most.", least=1)
-    ] = 64
-    mixer: Annotated[str, Setting("What they become: gka or gated_deltanet.", option=True)] = "gka"
+    teacher: str = setting(
+        "",
+        "Folder of the model to begin from: ours, Qwen3, Qwen2.5, Llama, Mistral, or a hybrid with "
+        "attention layers.",
+        option=True,
+    )
+    layers: str = setting(
+        EVERY_OTHER,
+        "every-other (the 1st, 3rd, ... attention layer), a list from 0 as in 0,2,5, or rank: those "
+        "that lose least when they see a sliding window only.",
+        option=True,
+    )
+    count: int = setting(
+        0, "How many layers rank replaces.", option=True, shown="half of them", least=0
+    )
+    rank_window: int = setting(64, "Tokens of that sliding window.", least=1)
+    rank_blocks: int = setting(
+        64, "Held-out blocks that rank measures the loss on, at most.", least=1
+    )
+    mixer: str = setting("gka", "What they become: gka or gated_deltanet.", option=True)
     # As in `gka.models.replacement.Start`.
-    alpha: Annotated[float, Setting(_GATES.format("alpha"), above=0, below=1)] = 0.05
-    beta: Annotated[float, Setting(_GATES.format("beta"), above=0, below=1)] = 0.95
-    decay: Annotated[float, Setting("Minus the log decay they begin with.", above=0)] = 1e-3
+    alpha: float = setting(0.05, _GATES.format("alpha"), above=0, below=1)
+    beta: float = setting(0.95, _GATES.format("beta"), above=0, below=1)
+    decay: float = setting(1e-3, "Minus the log decay they begin with.", above=0)
 
     table: ClassVar[str] = "prime"
 
@@ -105,10 +95,9 @@ class ReplacementConfig(Table):
 class StageConfig(TrainingConfig):
     """What both stages have in common; a pretrained model is larger than what `gka train` begins with."""
 
-    max_steps: Annotated[
-        int,
-        Setting("Optimizer steps; 0 leaves the stage out.", option=True, by_table=True, least=0),
-    ] = 500
+    max_steps: int = setting(
+        500, "Optimizer steps; 0 leaves the stage out.", option=True, by_table=True, least=0
+    )
     batch_size: int = 16
     eval_steps: int = 200
     save_steps: int = 200
@@ -120,20 +109,16 @@ class MatchingConfig(StageConfig):
 
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
-    layer_weight: Annotated[
-        float,
-        Setting("Weight of each layer's error on the teacher's own hidden states.", least=0),
-    ] = 1.0
-    # Above 0 the whole model is differentiated, at about three times the cost.
-    end_weight: Annotated[
-        float,
-        Setting(
-            "Weight of the error of the model's last hidden states; above 0 a step costs about three times "
-            "as much.",
-            option=True,
-            least=0,
-        ),
-    ] = 0.0
+    layer_weight: float = setting(
+        1.0, "Weight of each layer's error on the teacher's own hidden states.", least=0
+    )
+    end_weight: float = setting(
+        0.0,
+        "Weight of the error of the model's last hidden states; above 0 a step costs about three times "
+        "as much.",
+        option=True,
+        least=0,
+    )
 
     table: ClassVar[str] = "stage1"
 
@@ -150,28 +135,22 @@ class RecoveryConfig(StageConfig):
 
     learning_rate: float = 3e-4
     weight_decay: float = 0.1
-    kl_weight: Annotated[
-        float,
-        Setting(
-            "Weight of the divergence from the teacher's predictions; above 0 a copy of the teacher is kept "
-            "in memory.",
-            option=True,
-            least=0,
-        ),
-    ] = 0.0
-    lora_rank: Annotated[
-        int,
-        Setting(
-            "Train adapters of this rank instead of all weights (needs peft); they are merged into the saved "
-            "model, and kept apart beside it.",
-            option=True,
-            default="all weights",
-            least=0,
-        ),
-    ] = 0
-    lora_alpha: Annotated[
-        float, Setting("Scale of the adapters; 0 is twice the rank.", least=0)
-    ] = 0.0
+    kl_weight: float = setting(
+        0.0,
+        "Weight of the divergence from the teacher's predictions; above 0 a copy of the teacher is kept "
+        "in memory.",
+        option=True,
+        least=0,
+    )
+    lora_rank: int = setting(
+        0,
+        "Train adapters of this rank instead of all weights (needs peft); they are merged into the saved "
+        "model, and kept apart beside it.",
+        option=True,
+        shown="all weights",
+        least=0,
+    )
+    lora_alpha: float = setting(0.0, "Scale of the adapters; 0 is twice the rank.", least=0)
 
     table: ClassVar[str] = "stage2"
 
