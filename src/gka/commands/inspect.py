@@ -52,7 +52,6 @@ def inspect(
     """
     from gka.data.files import write_json, write_text
     from gka.serving import inspection, inspection_page, sample
-    from gka.serving.inspection_table import table
 
     at_least_one("--chunk", chunk)
     known_dtype(dtype)
@@ -70,5 +69,5 @@ def inspect(
         write_json(figures, content)
         write_text(page, inspection_page.page(content))
     console = text_console()
-    console.print(table(content))
+    console.print(inspection_page.table(content))
     tell(console, output, page=page.name, figures=figures.name)

@@ -114,7 +114,7 @@ def _sweep(preset: str, changes: dict[str, Any], max_steps: int | None) -> "Swee
     """The preset with what the options change."""
     from dataclasses import replace
 
-    from gka.evaluation.mqar_presets import PRESETS
+    from gka.evaluation.mqar_sweep import PRESETS
 
     if preset not in PRESETS:
         raise InputError(f"--preset is {preset!r}; expected one of {', '.join(PRESETS)}")
