@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from gka.errors import InputError
+from gka.layers.parts.heads import default_head_dim
 from gka.models.checks import check_sizes, check_types
 from gka.models.pattern import (
     SOFTMAX_MIXERS,
@@ -79,8 +80,10 @@ class GKAConfig(PreTrainedConfig):
         mixer: mixer of every layer, a key of `gka.layers.MIXERS`.
         mixers: the mixer of each layer in turn, instead of `mixer`.
         attention_layers: layers (counted from 0) that use "attention" instead of `mixer`.
-        head_dim, num_heads, num_kv_heads, num_v_heads, expand_v: head sizes and counts of the recurrent
-            mixers, as in `gka.layers.GatedKalmaNet`.
+        head_dim: size of a head of the recurrent mixers. None: hidden_size / num_heads, rounded down, as in
+            recipes. A stored configuration has it written and keeps it.
+        num_heads, num_kv_heads, num_v_heads, expand_v: their head counts, and the size of values beside
+            head_dim, as in `gka.layers.GatedKalmaNet`.
             Also known as num_attention_heads and num_key_value_heads (properties; see there for hybrids).
         num_k_heads, kv_rank, kv_mix: of "gka" alone, as in `GatedKalmaNet`.
         use_beta_gate, use_alpha_connection, use_v_conv, use_forgetting_gate, use_forgetting_gate_kk,
@@ -124,7 +127,7 @@ class GKAConfig(PreTrainedConfig):
     mixer: str = "gka"
     mixers: list[str] | None = None
     attention_layers: list[int] | None = None
-    head_dim: int = 128
+    head_dim: int | None = None
     num_heads: int = 16
     num_kv_heads: int | None = None
     num_v_heads: int | None = None
@@ -175,6 +178,9 @@ class GKAConfig(PreTrainedConfig):
         for key in _HEADS:
             if key in others:
                 self._set_heads(key, others.pop(key))
+        if self.head_dim is None:
+            check_types(self)  # of the counts just set
+            self.head_dim = default_head_dim(self.hidden_size, self.num_heads)
         others["auto_map"] = others.get("auto_map") or {}
         super().__post_init__(**others)
         self.check()
