@@ -49,7 +49,7 @@ def name_of(case: tuple) -> str:
 @pytest.fixture
 def resources(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
-    return importlib.import_module("benchmarks.resources")
+    return importlib.import_module("benchmarks.host.resources")
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)

@@ -1,13 +1,14 @@
 """GKAConfig: one configuration for a decoder of any pattern of mixers."""
 
 import difflib
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
 from gka.errors import InputError
-from gka.models.adapters import adapter_of
+from gka.layers.parts.heads import default_head_dim
 from gka.models.checks import check_sizes, check_types
 from gka.models.pattern import (
     SOFTMAX_MIXERS,
@@ -38,13 +39,31 @@ _WRITTEN_BY_TRANSFORMERS = frozenset(
         "transformers_weights",
     }
 )
-# What a foreign configuration says that is not about the model's mathematics.
-_CARRIED = ("dtype", "torch_dtype", "quantization_config", "_commit_hash", "_name_or_path")
 # transformers' and peft's names of head counts; properties here.
 _HEADS = ("num_attention_heads", "num_key_value_heads")
 _COUNTS = ("num_heads", "num_kv_heads", "attention_num_heads", "attention_num_kv_heads")
 # Read-only here because the pattern implies them; accepted in a file when they agree with it.
 _DERIVED = ("layer_types", "number_of_conv_states")
+
+
+def _load_ours(cls: Any, load: Callable[..., Any], name: Any, *args: Any, **options: Any) -> Any:
+    return load(name, *args, **options)
+
+
+@dataclass
+class Reading:
+    """How a folder is read; `gka.checkpoints` puts its functions here, so that other formats are read too.
+
+    Attributes:
+        translate: fields of `GKAConfig` from the fields of a config.json.
+        load: (class, transformers' `from_pretrained` of it, its arguments) -> what it returns.
+    """
+
+    translate: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    load: Callable[..., Any] = _load_ours
+
+
+READING = Reading()
 
 
 class GKAConfig(PreTrainedConfig):
@@ -61,8 +80,10 @@ class GKAConfig(PreTrainedConfig):
         mixer: mixer of every layer, a key of `gka.layers.MIXERS`.
         mixers: the mixer of each layer in turn, instead of `mixer`.
         attention_layers: layers (counted from 0) that use "attention" instead of `mixer`.
-        head_dim, num_heads, num_kv_heads, num_v_heads, expand_v: head sizes and counts of the recurrent
-            mixers, as in `gka.layers.GatedKalmaNet`.
+        head_dim: size of a head of the recurrent mixers. None: hidden_size / num_heads, rounded down, as in
+            recipes. A stored configuration has it written and keeps it.
+        num_heads, num_kv_heads, num_v_heads, expand_v: their head counts, and the size of values beside
+            head_dim, as in `gka.layers.GatedKalmaNet`.
             Also known as num_attention_heads and num_key_value_heads (properties; see there for hybrids).
         num_k_heads, kv_rank, kv_mix: of "gka" alone, as in `GatedKalmaNet`.
         use_beta_gate, use_alpha_connection, use_v_conv, use_forgetting_gate, use_forgetting_gate_kk,
@@ -106,7 +127,7 @@ class GKAConfig(PreTrainedConfig):
     mixer: str = "gka"
     mixers: list[str] | None = None
     attention_layers: list[int] | None = None
-    head_dim: int = 128
+    head_dim: int | None = None
     num_heads: int = 16
     num_kv_heads: int | None = None
     num_v_heads: int | None = None
@@ -157,6 +178,9 @@ class GKAConfig(PreTrainedConfig):
         for key in _HEADS:
             if key in others:
                 self._set_heads(key, others.pop(key))
+        if self.head_dim is None:
+            check_types(self)  # of the counts just set
+            self.head_dim = default_head_dim(self.hidden_size, self.num_heads)
         others["auto_map"] = others.get("auto_map") or {}
         super().__post_init__(**others)
         self.check()
@@ -166,14 +190,14 @@ class GKAConfig(PreTrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: Any, **options: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The fields stored in a folder or on the hub, of any format that `gka.models.adapters` knows."""
+        """The fields stored in a folder or on the hub, of any format that `READING` knows."""
         theirs, unused = super().get_config_dict(pretrained_model_name_or_path, **options)
-        return _translated(theirs), unused
+        return READING.translate(theirs), unused
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
         """A configuration from the fields of a config.json, ours or a foreign one."""
-        return super().from_dict(_translated(config_dict), **options)
+        return super().from_dict(READING.translate(config_dict), **options)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields for a config.json.
@@ -272,23 +296,6 @@ class GKAConfig(PreTrainedConfig):
                 raise InputError(
                     f"{key} follows from the mixers and is {getattr(self, key)}, not {value}: leave it out"
                 )
-
-
-def _translated(config: dict[str, Any]) -> dict[str, Any]:
-    """Fields of ours from a foreign config.json; ours as they are."""
-    adapter = adapter_of(config)
-    if adapter is None:
-        return config
-    kept = {key: config[key] for key in _CARRIED if config.get(key) is not None}
-    try:
-        return adapter.fields(config) | kept
-    except InputError:
-        raise
-    except Exception as error:  # transformers' own checks of its configurations among them
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"config.json of a {adapter.name} model cannot be used: {reason}"
-        ) from error
 
 
 def _refuse_unknown(others: dict[str, Any]) -> None:

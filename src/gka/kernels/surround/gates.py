@@ -30,7 +30,7 @@ def softplus(x):
 
 @triton.jit
 def decay_rate(A_log):
-    """-exp(A_log), finite: a rate of inf would meet a softplus of 0 as NaN (gka.layers.recurrent)."""
+    """-exp(A_log), finite: a rate of inf would meet a softplus of 0 as NaN (gka.layers.parts.decay)."""
     return -tl.exp(tl.where(A_log > 88.0, 88.0, A_log))
 
 

@@ -1,0 +1,73 @@
+"""`gka inspect`: what a saved model's memory does with a text, as a page, figures and a table."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gka.commands.options import (
+    Chunk,
+    Device,
+    Dtype,
+    Model,
+    NumIter,
+    Prompt,
+    PromptFile,
+    RidgeRatio,
+    Solver,
+    at_least_one,
+    known_dtype,
+    output_folder,
+    silence_libraries,
+    usable_device,
+)
+from gka.commands.running import tell
+from gka.console import text_console
+from gka.errors import InputError
+from gka.storage import only_writer
+
+
+def inspect(
+    model: Model,
+    *,
+    prompt: Prompt = None,
+    prompt_file: PromptFile = None,
+    positions: Annotated[
+        int, typer.Option(help="Places of the text at which the states are looked at.")
+    ] = 64,
+    num_iter: NumIter = None,
+    ridge_ratio: RidgeRatio = None,
+    solver: Solver = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    chunk: Chunk = 4096,
+    output: Annotated[
+        Path, output_folder("Folder for inspection.html and inspection.json.")
+    ] = Path("inspection"),
+) -> None:
+    """Show what a model's memory does with a text: decay, ridge, solver error, by layer and head.
+
+    The model needs a GKA layer. Writes a page that any browser opens and the figures as JSON, and prints
+    a table.
+    """
+    from gka.data.files import write_json, write_text
+    from gka.serving import inspection, inspection_page, sample
+
+    at_least_one("--chunk", chunk)
+    known_dtype(dtype)
+    text = sample.read_prompt(prompt, prompt_file)
+    silence_libraries()
+    loaded, tokenizer = sample.load(model, dtype=dtype, device=usable_device(device))
+    loaded.set_solver(num_iter=num_iter, ridge_ratio=ridge_ratio, solver=solver)
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+    if not ids:
+        raise InputError("the text is empty: give --prompt, --prompt-file or standard input")
+    page, figures = output / "inspection.html", output / "inspection.json"
+    with only_writer(output, "--output"):
+        found = inspection.inspect_model(loaded, ids, positions=positions, chunk=chunk)
+        content = {"model_folder": str(model)} | found
+        write_json(figures, content)
+        write_text(page, inspection_page.page(content))
+    console = text_console()
+    console.print(inspection_page.table(content))
+    tell(console, output, page=page.name, figures=figures.name)

@@ -1,0 +1,154 @@
+"""Head counts and sizes, checked once when a mixer is constructed."""
+
+import math
+from typing import TypedDict, cast
+
+from gka.ops.checks import MAX_HEAD_DIM, check_flags
+
+
+class HeadCounts(TypedDict):
+    """Heads of queries, keys and values."""
+
+    num_heads: int
+    num_k_heads: int
+    num_v_heads: int
+
+
+def default_head_dim(hidden_size: int, num_heads: int) -> int:
+    """The head size of a configuration or recipe that gives none: hidden_size / num_heads, rounded down."""
+    return hidden_size // num_heads
+
+
+def split_heads(
+    num_heads: int,
+    num_kv_heads: int | None,
+    num_v_heads: int | None = None,
+    num_k_heads: int | None = None,
+) -> HeadCounts:
+    """Counts with grouped keys and values (num_kv_heads), with more value heads (num_v_heads), or with
+    each count given (num_k_heads and num_v_heads).
+
+    Raises:
+        ValueError: two that exclude each other, or counts that do not divide.
+    """
+    if num_k_heads is not None:
+        return _each_count(num_heads, num_k_heads, num_v_heads, num_kv_heads)
+    if num_kv_heads is not None and num_v_heads is not None:
+        raise ValueError(
+            "num_kv_heads (fewer key and value heads than queries) and num_v_heads (more value "
+            f"heads) exclude each other, got {num_kv_heads} and {num_v_heads}: leave one None"
+        )
+    counts = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "num_v_heads": num_v_heads}
+    check_positive(**{name: count for name, count in counts.items() if count is not None})
+    if num_kv_heads is not None and num_heads % num_kv_heads:
+        raise ValueError(
+            f"num_heads = {num_heads} must be a multiple of num_kv_heads = {num_kv_heads}"
+        )
+    if num_v_heads is not None and num_v_heads % num_heads:
+        raise ValueError(
+            f"num_v_heads = {num_v_heads} must be a multiple of num_heads = {num_heads}"
+        )
+    num_k_heads = num_kv_heads or num_heads
+    return HeadCounts(
+        num_heads=num_heads, num_k_heads=num_k_heads, num_v_heads=num_v_heads or num_k_heads
+    )
+
+
+def _each_count(
+    num_heads: int, num_k_heads: int, num_v_heads: int | None, num_kv_heads: int | None
+) -> HeadCounts:
+    if num_kv_heads is not None:
+        raise ValueError(
+            f"num_k_heads = {num_k_heads} and num_kv_heads = {num_kv_heads} both count key heads: leave "
+            "one None"
+        )
+    num_v_heads = num_k_heads if num_v_heads is None else num_v_heads
+    counts = HeadCounts(num_heads=num_heads, num_k_heads=num_k_heads, num_v_heads=num_v_heads)
+    check_positive(num_heads=num_heads, num_k_heads=num_k_heads, num_v_heads=num_v_heads)
+    most = max(num_heads, num_k_heads, num_v_heads)
+    uneven = [f"{name} = {count}" for name, count in counts.items() if most % cast(int, count)]
+    if uneven:
+        every = ", ".join(f"{name} = {count}" for name, count in counts.items())
+        raise ValueError(
+            f"{', '.join(uneven)} must divide {most}, the greatest of the head counts ({every})"
+        )
+    return counts
+
+
+def value_dim(head_dim: int, expand_v: float) -> int:
+    """V = expand_v * head_dim.
+
+    Raises:
+        ValueError: it is not a positive integer.
+    """
+    if not isinstance(expand_v, int | float) or not math.isfinite(expand_v):
+        raise ValueError(f"expand_v must be a number, got {expand_v!r}")
+    head_v_dim = round(head_dim * expand_v)
+    if head_v_dim < 1 or not math.isclose(head_dim * expand_v, head_v_dim, rel_tol=1e-5):
+        raise ValueError(
+            f"expand_v * head_dim must be a positive integer, got {expand_v} * {head_dim}"
+        )
+    return head_v_dim
+
+
+def check_head_dims(head_dim: int, head_v_dim: int) -> None:
+    """K and V of a recurrent mixer are within what its op takes, in every backend.
+
+    Raises:
+        ValueError: one is not.
+    """
+    if head_dim > MAX_HEAD_DIM:
+        raise ValueError(
+            f"head_dim must be at most {MAX_HEAD_DIM}, got {head_dim}: take more heads instead"
+        )
+    if head_v_dim > MAX_HEAD_DIM:
+        raise ValueError(
+            f"expand_v * head_dim must be at most {MAX_HEAD_DIM}, got {head_v_dim}: take more heads instead"
+        )
+
+
+def rotary_dim(hidden_size: int, num_heads: int, head_dim: int | None) -> int:
+    """head_dim, hidden_size / num_heads if None.
+
+    Raises:
+        ValueError: it does not divide, or is odd.
+    """
+    check_positive(hidden_size=hidden_size, num_heads=num_heads)
+    if head_dim is None:
+        if hidden_size % num_heads:
+            raise ValueError(
+                f"hidden_size = {hidden_size} must be a multiple of num_heads = {num_heads}, "
+                "or head_dim be given"
+            )
+        head_dim = hidden_size // num_heads
+    check_positive(head_dim=head_dim)
+    if head_dim % 2:
+        raise ValueError(f"head_dim must be even for rotary positions, got {head_dim}")
+    return head_dim
+
+
+def check_positive(**sizes: int) -> None:
+    """Each a positive integer.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} must be a positive integer, got {size!r}")
+
+
+def check_options(norm_eps: float, layer_idx: int | None, **flags: bool) -> None:
+    """A mixer's epsilon is positive, its place in a cache a count, and what is on or off a bool.
+
+    Raises:
+        ValueError: a number out of range.
+        TypeError: a flag that is no bool.
+    """
+    number = isinstance(norm_eps, int | float) and not isinstance(norm_eps, bool)
+    if not (number and 0 <= norm_eps < math.inf):
+        raise ValueError(f"norm_eps must be 0 or more, got {norm_eps!r}")
+    whole = isinstance(layer_idx, int) and not isinstance(layer_idx, bool)
+    if layer_idx is not None and not (whole and layer_idx >= 0):
+        raise ValueError(f"layer_idx must be None or 0, 1, ..., got {layer_idx!r}")
+    check_flags(**flags)
