@@ -10,9 +10,14 @@ import pytest
 pytest.importorskip("importlinter", reason="import-linter reads the imports")
 from house.circles import PACKAGES, ROOT, circles
 
+KNOWN = pytest.mark.xfail(
+    strict=True, reason="configuration and its checks; tests/house/circles.py"
+)
 
-@pytest.mark.xfail(strict=True, reason="python -m tests.house.circles names those there are")
-@pytest.mark.parametrize("package", PACKAGES)
+
+@pytest.mark.parametrize(
+    "package", [pytest.param(p, marks=KNOWN if p == "gka" else ()) for p in PACKAGES]
+)
 def test_no_circles(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No module of the package reaches itself by imports."""
     monkeypatch.syspath_prepend(str(ROOT))
