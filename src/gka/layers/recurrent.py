@@ -22,6 +22,7 @@ from gka.layers.norms import GatedRMSNorm, RMSNorm, unit, working_dtype
 from gka.layers.padding import Padding, check_inputs, check_width
 
 MOST_DECAY = 1e30  # exp of minus that is 0, and its products with a gradient are finite
+MOST_LOG_RATE = 60.0  # e^60 times a gradient is finite, and g = -1e-12 needs no subnormal softplus
 DECODE_TOKENS = 16
 """Cached calls without gradient of up to this many tokens run token by token, longer ones by chunks."""
 
@@ -261,11 +262,13 @@ class RecurrentMixer(DecayParameters):
     def _log_decay(self, a: Tensor, padding: Padding | None) -> Tensor:
         """[B,T,H], zero at padding. Rate and decay stay finite: inf times 0 would be NaN.
 
-        An A_log above 88 (float32; 709 in float64) counts as that; a decay of 0 is one of any rate.
+        What A_log has above MOST_LOG_RATE goes into the softplus, e^s softplus(x) = softplus(x + s) for
+        x + s << 0. Where that does not hold both forms are a decay of 0.
         """
-        limits = torch.finfo(a.dtype)
-        rate = self.A_log.to(a.dtype).clamp_max(math.floor(math.log(limits.max))).exp()
-        g = -(rate * F.softplus(a + self.dt_bias.to(a.dtype))).clamp_max(MOST_DECAY)
+        A_log = self.A_log.to(a.dtype)
+        capped = A_log.clamp_max(MOST_LOG_RATE)
+        shift = self.dt_bias.to(a.dtype) + (A_log - capped)
+        g = -(capped.exp() * F.softplus(a + shift)).clamp_max(MOST_DECAY)
         return g if padding is None else padding.clear(g)
 
     def _heads(
