@@ -58,7 +58,8 @@ class Adjoint:
 
     y: Tensor
     y_scale: Tensor
-    w_t: Tensor
+    w_t: Tensor  # of Triton's kernels: p_t
+    fro: Tensor | None  # of Triton's kernels only
     start_h: Tensor
     key_weight: Tensor
     start_weight: Tensor

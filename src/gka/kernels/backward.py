@@ -66,9 +66,11 @@ class Backward:
         if not run.solve:
             return None
         shape = (*run.t.q.shape[:2], heads.count)
-        numbers = (run.scratch(f"adjoint {i}", *shape) for i in range(4))
+        y_scale, w_t, start_h, key_weight = (run.scratch(f"adjoint {i}", *shape) for i in range(4))
+        fro = None if run.hopper else run.scratch("fro", *shape)
         y = run.scratch("y", *shape, run.K, dtype=run.op_dtype)
-        return Adjoint(y, *numbers, start_weight=run.scratch("start weight", run.M, heads.count))
+        start_weight = run.scratch("start weight", run.M, heads.count)
+        return Adjoint(y, y_scale, w_t, fro, start_h, key_weight, start_weight)
 
     def _shared_heads(self, heads: Heads):
         """Where dk and dv go: (array, first head, heads); scratch where heads share, summed afterwards."""
@@ -134,10 +136,10 @@ class Backward:
         self, heads: Heads, h: Moments, maxima: Maxima, adjoint: Adjoint | None, dk
     ) -> None:
         run, t, a = self.run, self.run.t, adjoint
-        x, of_tokens, of_scan = (None, None), (None,) * 5, (None,) * 6
+        x, of_tokens, of_scan = (None, None), (None,) * 6, (None,) * 6
         if a is not None:
             x, y = (self.x, self.x_scale), (a.y, a.y_scale)
-            numbers = (a.w_t, a.start_h, a.key_weight)
+            numbers = (a.w_t, a.fro, a.start_h, a.key_weight)
             run.solve_(heads, y, h, y, *x, self.dq, *numbers, a.start_weight)
             of_tokens = (*y, *numbers)
             of_scan = (*y, t.k, maxima.k, a.key_weight, a.start_weight)

@@ -172,7 +172,7 @@ class Launch:
     def solve_(self, heads: Heads, rhs, h: Moments, out, *adjoint: Tensor) -> None:
         """x of A x = rhs into `out`, both with their scales; `adjoint`: the derivative's other arrays."""
         t, s = self.t, self.settings
-        extra = adjoint or (None,) * 7
+        extra = adjoint or (None,) * 8
         adaptive = s.solver == "adaptive"
         certificate = self.certify(heads, h).args if adaptive else (None,) * 4
         args = (
