@@ -89,7 +89,7 @@ def figures(steps: int) -> Iterator[tuple[str, Figures]]:
     """Every run's, by its name."""
     torch.set_num_threads(1)
     for precision in ("float32", "bfloat16"):
-        yield f"cpu recipe, {dtype}", of_recipe(precision, steps)
+        yield f"cpu recipe, {precision}", of_recipe(precision, steps)
     if not torch.cuda.is_available():
         return
     torch.use_deterministic_algorithms(True)
