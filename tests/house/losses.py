@@ -27,12 +27,11 @@ from tests.house.walk import command
 from torch import Tensor
 
 import gka
+from gka.training import TrainingConfig
 
 Figures = dict[str, list[str] | str]
 # "precision" until it was given the name that models give it
-DTYPE = next(
-    n for n in ("dtype", "precision") if n in gka.training.TrainingConfig.__dataclass_fields__
-)
+DTYPE = next(n for n in ("dtype", "precision") if n in TrainingConfig.__dataclass_fields__)
 GPU_RUNS = (("hopper", torch.bfloat16), ("triton", torch.bfloat16), ("triton", torch.float32))
 
 
