@@ -51,7 +51,7 @@ def of_recipe(dtype: str, steps: int) -> Figures:
 
     def noted(self, *args, **options):
         loss = step(self, *args, **options)
-        losses.append(loss.double().item().hex())
+        losses.append(float(loss).hex())
         return loss
 
     with tempfile.TemporaryDirectory() as folder:
@@ -71,7 +71,7 @@ def on_gpu(backend: str, dtype: torch.dtype, steps: int) -> Figures:
     config = gka.GKAConfig(
         vocab_size=256, hidden_size=256, head_dim=128, num_heads=2, num_hidden_layers=2
     )
-    model = gka.GKAForCausalLM(config).to("cuda", dtype)
+    model = gka.GKAForCausalLM(config).to(dtype=dtype).cuda()
     for module in model.modules():
         if isinstance(module, gka.GatedKalmaNet):
             module.backend = backend
@@ -84,7 +84,7 @@ def on_gpu(backend: str, dtype: torch.dtype, steps: int) -> Figures:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.double().item().hex())
+        losses.append(float(loss).hex())
     return {"losses": losses, "weights": digest(model.state_dict())}
 
 

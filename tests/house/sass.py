@@ -185,8 +185,7 @@ def decode(
 
 def layer(head_dim: int, dtype: torch.dtype) -> None:
     """What surrounds the op: both passes, packed, padded, and from a cache of 1, 16 and 64 tokens."""
-    size = {"hidden_size": 2 * head_dim, "head_dim": head_dim, "num_heads": 2, "layer_idx": 0}
-    mixer = gka.GatedKalmaNet(**size).to(dtype)
+    mixer = gka.GatedKalmaNet(2 * head_dim, head_dim=head_dim, num_heads=2, layer_idx=0).to(dtype)
     x = torch.zeros(1, LENGTH, 2 * head_dim, dtype=dtype).requires_grad_()
     mask = torch.ones(1, LENGTH)
     mask[:, :7] = 0
