@@ -19,8 +19,8 @@ from torch.nn.functional import normalize, silu
 
 from gka.errors import InputError
 from gka.layers import gated_kalmanet
-from gka.maths.adaptive import solver_steps
-from gka.maths.system import System
+from gka.maths.ridge import System
+from gka.maths.solvers import Adaptive
 
 HISTORY = 512
 GRAPH_BYTES, MOST_LAYERS = 1 << 29, 24
@@ -91,7 +91,7 @@ class Layer:
     def steps(self, num_iter: int) -> Tensor:
         """Steps that the adaptive solver takes at these states in the torch form, int64 [B,H]."""
         ridge_ratio = self.settings.get("ridge_ratio", 0.02)
-        return solver_steps(System.of_state(self.state[0]), ridge_ratio, num_iter)
+        return Adaptive(ridge_ratio, num_iter).steps(System.of_state(self.state[0]))
 
 
 class Source(Protocol):

@@ -30,8 +30,8 @@ from gka.kernels.hopper import build, nvrtc
 from gka.kernels.surround import launch as surround
 from gka.kernels.triton import plan
 from gka.kernels.triton.passes import TRITON
-from gka.maths.chebyshev import Solver
 from gka.maths.chunked import Settings, Tokens
+from gka.maths.solvers import SolverName
 
 SHARED_LIMITS = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 REGISTERS = 65536  # of a multiprocessor
@@ -102,7 +102,7 @@ def problem(dim: int, dtype: torch.dtype, heads: int = 16, length: int = 2048) -
     return Tokens(q, k, v, g, None, alpha, beta, None, None, None)
 
 
-def run_all(dim: int, dtype: torch.dtype, solver: Solver = "chebyshev") -> None:
+def run_all(dim: int, dtype: torch.dtype, solver: SolverName = "chebyshev") -> None:
     """Every kernel of a forward and a backward pass."""
     tokens = problem(dim, dtype)
     settings = Settings(1.0, 0.02, 30, 64, tied=True, with_h=False, solver=solver)
@@ -208,7 +208,7 @@ def compile_all(arch: int, dim: int, dtype: str, run: Callable[..., None]) -> li
 
 def run_solvers(dim: int, dtype: torch.dtype) -> None:
     """Both passes of the op with either solver."""
-    for solver in get_args(Solver):
+    for solver in get_args(SolverName):
         plan.plan_of.cache_clear()  # what is compiled would be launched
         run_all(dim, dtype, solver)
 

@@ -39,8 +39,8 @@ from gka.kernels.call import GpuCall
 from gka.kernels.triton.passes import TRITON
 from gka.kernels.triton.plan import SIZES, Launcher, Plan, plan_of
 from gka.maths import adjoint, chunked
-from gka.maths.chebyshev import Solver
 from gka.maths.chunked import Settings, Tokens
+from gka.maths.solvers import SolverName
 
 SCANS = (
     "moments",
@@ -125,11 +125,11 @@ def tokens_of(dim: int, dtype: torch.dtype, heads: int, length: int, device: str
     return Tokens(q, k, v, -(10.0 ** (-3 + 2 * g)), None, alpha, beta, None, None, None)
 
 
-def settings_of(solver: Solver) -> Settings:
+def settings_of(solver: SolverName) -> Settings:
     return Settings(1.0, 0.02, 30, 64, tied=True, with_h=False, solver=solver)
 
 
-def passes(tokens: Tokens, solver: Solver) -> dict[str, Tensor]:
+def passes(tokens: Tokens, solver: SolverName) -> dict[str, Tensor]:
     """o and the gradients for the gradient v of o."""
     settings = settings_of(solver)
     out = forward.chunk_forward(TRITON, tokens, settings)
@@ -146,7 +146,7 @@ def error(x: Tensor, y: Tensor) -> float:
     return found if found == found else float("inf")
 
 
-def check_against_float64(dim: int, dtype: torch.dtype, solver: Solver) -> None:
+def check_against_float64(dim: int, dtype: torch.dtype, solver: SolverName) -> None:
     """Raises RuntimeError where the stored configurations give wrong results."""
     tokens = tokens_of(dim, dtype, 2, 200, "cuda")
     found = passes(tokens, solver)
@@ -237,7 +237,7 @@ def trials(args: argparse.Namespace, dtype: str, dim: int) -> list[Trial]:
     """Every kernel's launches in both passes with both solvers, recorded, as trials."""
     device, kind = "cpu" if args.compile_only else "cuda", getattr(torch, dtype)
     found: list[Recorded] = []
-    for solver in get_args(Solver):
+    for solver in get_args(SolverName):
         plan_of.cache_clear()
         if not args.compile_only:
             check_against_float64(dim, kind, solver)

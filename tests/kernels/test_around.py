@@ -9,11 +9,8 @@ from torch import Tensor
 
 from gka.layers import MIXERS, build_mixer
 from gka.layers.recurrent import RecurrentMixer
-from gka.ops.convolution import convolve_heads
-from gka.ops.fusion import why_not_fused
-from gka.ops.gated_norm import gated_rms_norm
-from gka.ops.gates import layer_gates
-from gka.ops.layer_step import step_heads_and_gates
+from gka.ops.convolution import convolve_heads, step_heads_and_gates
+from gka.ops.surround import gated_rms_norm, layer_gates, why_unfused
 from tolerances import RELATIVE, assert_close
 
 pytest.importorskip("triton", reason="the kernels need the package triton")
@@ -416,8 +413,8 @@ def test_why_a_layer_runs_plain() -> None:
         handle.remove()
         with pytest.raises(RuntimeError, match=r"transform of torch\.func"):
             torch.vmap(lambda x: x * (layer.why_plain("cpu", torch.float32) is None))(torch.ones(2))
-    assert "conv_size" in (why_not_fused(DEVICE, torch.float32, width=9) or "")
-    assert "heads up to" in (why_not_fused(DEVICE, torch.float32, (300, 8)) or "")
+    assert "conv_size" in (why_unfused(DEVICE, torch.float32, width=9) or "")
+    assert "heads up to" in (why_unfused(DEVICE, torch.float32, (300, 8)) or "")
 
 
 @pytest.fixture(params=["StateCache", "transformers"])

@@ -70,6 +70,18 @@ def expected_steps(inputs: dict[str, Tensor], bounds: list[int] | None) -> Tenso
     return steps[0, firsts]
 
 
+def told_steps(inputs: dict[str, Tensor], cu_seqlens: Tensor | None) -> Tensor:
+    """n of every chunk [M,H] as `solver_steps` has it from the kernels."""
+    x = {name: value.float().to(DEVICE) for name, value in inputs.items()}
+    steps = solver_steps(
+        x["k"], x.get("gk", x["g"]), RATIO, STEPS, x["h0"], cu_seqlens, beta=x["beta"],
+        num_heads=x["q"].shape[2], chunk_size=16, value_dim=x["v"].shape[3], backend="triton",
+    )  # fmt: skip
+    length = steps.shape[1]
+    ends = [0, length] if cu_seqlens is None else cu_seqlens.tolist()
+    return steps[0, [t for a, b in pairwise(ends) for t in range(a, b, 16)]].cpu()
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_results_and_steps_are_those_of_the_torch_form(name: str, certificates: list) -> None:
     """In float32 every chunk takes the torch form's steps in both passes, and every output, state and
@@ -87,6 +99,7 @@ def test_results_and_steps_are_those_of_the_torch_form(name: str, certificates: 
     actual = results(inputs, "triton", torch.float32, DEVICE, **options)
     forward, backward = certificates
     steps = expected_steps(inputs, bounds)
+    assert torch.equal(told_steps(inputs, options.get("cu_seqlens")), steps)
     assert torch.equal(forward.steps.long(), steps)
     assert torch.equal(backward.steps, forward.steps)
     if max(case.get("dims", (0,))) < 100:

@@ -168,7 +168,7 @@ class Chain(Ledger):
         folder = self.work / mixer
         config = PrimeConfig.from_tables(
             {
-                # gates that began better in small trials on a CPU (docs/log.md); alpha is GKA's alone
+                # gates that began better in small trials on a CPU (docs/log); alpha is GKA's alone
                 "prime": {
                     "teacher": str(self.work / "teacher"),
                     "mixer": mixer,

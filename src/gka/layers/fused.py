@@ -10,12 +10,9 @@ from gka.layers.convolution import ShortConvolution
 from gka.layers.norms import GatedRMSNorm, RMSNorm
 from gka.layers.padding import Padding
 from gka.ops import why_unavailable
-from gka.ops.convolution import convolve_heads
-from gka.ops.fusion import why_not_fused
-from gka.ops.gated_norm import gated_rms_norm
-from gka.ops.gates import layer_gates
-from gka.ops.layer_step import step_heads_and_gates
-from gka.ops.library import under_transform
+from gka.ops.autograd import under_transform
+from gka.ops.convolution import convolve_heads, step_heads_and_gates
+from gka.ops.surround import gated_rms_norm, layer_gates, why_unfused
 
 if TYPE_CHECKING:
     from gka.layers.recurrent import RecurrentMixer
@@ -40,7 +37,7 @@ def why_plain(
     if name == "auto" and device.type != "cuda":
         return f"the kernels need an NVIDIA GPU; got {device}."
     dims = (mixer.head_dim, mixer.head_v_dim)
-    reason = why_not_fused(device, dtype, dims, mixer.q_conv1d.width) or _why_called(mixer)
+    reason = why_unfused(device, dtype, dims, mixer.q_conv1d.width) or _why_called(mixer)
     if reason is not None and name != "auto":
         raise RuntimeError(
             f"backend={name!r} cannot run this layer's convolutions, gates and norm: {reason} "

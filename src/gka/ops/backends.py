@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from gka.maths.adjoint import Gradients, chunk_backward
-from gka.maths.chebyshev import Solver
 from gka.maths.chunked import Forward, Settings, Tokens, chunk_forward, token_steps
 from gka.maths.recurrent import States, advance_, recurrent_forward, step_
+from gka.maths.solvers import SolverName
 
 if TYPE_CHECKING:
     from gka.kernels.passes import Passes
@@ -40,7 +40,7 @@ class Call:
 
     device: torch.device
     dtype: torch.dtype
-    solver: Solver = "chebyshev"
+    solver: SolverName = "chebyshev"
     dims: tuple[int, int] = (128, 128)
     chunk_size: int = 64
     mode: AnyMode = "chunk"
@@ -97,7 +97,7 @@ class Backend:
     refusal: Callable[["Call"], str | None]
     automatic: Callable[[torch.device], bool] = lambda device: True
     scaled_dtype: Callable[[torch.dtype], torch.dtype] | None = None
-    solvers: tuple[Solver, ...] = ("chebyshev",)
+    solvers: tuple[SolverName, ...] = ("chebyshev",)
     stepper: Stepper | None = None
     steps: Callable[[Tokens, Settings], Tensor] = token_steps
 
@@ -111,7 +111,7 @@ TORCH = Backend(
     forward={"chunk": chunk_forward, "recurrent": recurrent_forward},
     backward=_torch_backward,
     refusal=lambda call: None,
-    solvers=get_args(Solver),
+    solvers=get_args(SolverName),
     stepper=Stepper(step_, advance_, lambda call: None),
 )
 
@@ -248,7 +248,7 @@ def _on_gpu(
         refusal=refusal,
         automatic=lambda device: device.type == "cuda",  # interpreted only if asked for by name
         scaled_dtype=lambda dtype: torch.float32 if dtype == torch.float32 else torch.float16,
-        solvers=get_args(Solver),
+        solvers=get_args(SolverName),
         stepper=Stepper(step, advance, step_refusal),
         steps=steps,
     )
@@ -301,7 +301,7 @@ def why_unavailable(
     name: str,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    solver: Solver = "chebyshev",
+    solver: SolverName = "chebyshev",
     dims: tuple[int, int] = (128, 128),
     chunk_size: int = 64,
     mode: AnyMode = "chunk",
@@ -320,7 +320,7 @@ def why_unavailable(
 def available_backends(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    solver: Solver = "chebyshev",
+    solver: SolverName = "chebyshev",
     dims: tuple[int, int] = (128, 128),
     chunk_size: int = 64,
     mode: AnyMode = "chunk",
@@ -357,7 +357,7 @@ def _resolve(
     name: str,
     device: torch.device,
     dtype: torch.dtype,
-    solver: Solver,
+    solver: SolverName,
     key_dim: int,
     value_dim: int,
     chunk_size: int,

@@ -11,6 +11,8 @@ import torch
 
 from gka.kernels.configs import capability_of
 from gka.kernels.hopper import nvrtc
+from gka.maths.moments import reset_floor
+from gka.maths.solvers.adaptive import THETA_FLOOR, WORTHWHILE
 
 DIMS = (64, 128)
 CHUNK = 64
@@ -75,9 +77,21 @@ def name_of(kernel: str) -> str:
     return f"gka_{kernel.split('_')[0]}"
 
 
+def shared_numbers() -> str:
+    """`#define`s of the numbers that torch's form has too: `gka.maths` is where they are changed."""
+    floats = {
+        "RESET": reset_floor(torch.float32),
+        "THETA_FLOOR": THETA_FLOOR,
+        "FLOAT32_EPS": torch.finfo(torch.float32).eps,
+    }
+    lines = [f"#define {name} ({x.hex()}f)" for name, x in floats.items()]
+    lines += [f"#define WORTHWHILE {WORTHWHILE[0]}", f"#define WORTHWHILE_OF {WORTHWHILE[1]}"]
+    return "\n".join(lines) + "\n"
+
+
 def defines(kernel: str, key_dim: int, value_dim: int, bfloat16: bool, adaptive: bool) -> str:
     """What comes before a chunk or scan kernel's file."""
-    return (
+    return shared_numbers() + (
         f"#define BF16 {int(bfloat16)}\n#define ADAPTIVE {int(adaptive)}\n"
         f"#define BLOCKS {BLOCKS[max(key_dim, value_dim)]}\n"
         f"#define BACKWARDS {int(kernel.endswith('_back'))}\n"
@@ -95,7 +109,7 @@ def step_defines(
     dims: tuple[int, int], dtype: torch.dtype, u_dtype: torch.dtype, adaptive: bool
 ) -> str:
     """What comes before decode.cu for q of `dtype` and U stored as `u_dtype`."""
-    return (
+    return shared_numbers() + (
         f"#define BF16 {int(dtype == torch.bfloat16)}\n#define FORMAT {FORMATS[dtype]}\n"
         f"#define U16 {int(u_dtype == torch.bfloat16)}\n#define ADAPTIVE {int(adaptive)}\n"
         f"#define BLOCKS {DECODE_BLOCKS[dims]}\nconstexpr int K = {dims[0]}, V = {dims[1]};\n"

@@ -144,8 +144,7 @@ struct Plan {
 
 #if ADAPTIVE
 // Fewer steps with the same proven bound: gka/maths/adaptive.py and nystroem.py for one token.
-constexpr float SLACK_SUM = 4.f * K * 1.1920929e-7f, SLACK_OPERATOR = 1.1920929e-7f;
-constexpr float THETA_FLOOR = 1.f / 1024.f;
+constexpr float SLACK_SUM = 4.f * K * FLOAT32_EPS, SLACK_OPERATOR = FLOAT32_EPS;
 
 DEVICE float arcosh_1p(float x) { return log1pf(x + sqrtf(x * (x + 2.f))); }
 
@@ -228,7 +227,7 @@ DEVICE void tighten(Plan& plan, const float (&h)[4][C], float q, float fro, floa
   float ratio = __fdividef(arcosh_1p(2.f * a.ridge_ratio), arcosh_1p(gap));
   int steps = max((int)ceilf((a.num_iter + 1) * ratio) - 1, 0);
   // a length of zero or beyond float32, which a history that is not empty does not have, runs plain
-  if (6 * steps > 5 * a.num_iter || !(strength >= 0.f) || !(sums[2] > 0.f)) return;
+  if (WORTHWHILE_OF * steps > WORTHWHILE * a.num_iter || !(strength >= 0.f) || !(sums[2] > 0.f)) return;
   float length = rsqrtf(sums[2]), w = u * length;
   plan = Plan{steps, __fdividef(2.f, (phi + 2.f * a.ridge_ratio) * fro), rho * rho,
               __fdividef(strength, a.ridge_ratio + strength) * w, sums[4] * length, true};

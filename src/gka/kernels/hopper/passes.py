@@ -164,7 +164,7 @@ class HopperPasses:
         q, v = tokens.q, tokens.v
         bounds = None if bounds is None else bounds.long()
         sequences = q.shape[0] if bounds is None else bounds.numel() - 1
-        dims, adaptive = (q.shape[3], v.shape[3]), settings.solver == "adaptive"
+        dims, adaptive = (q.shape[3], v.shape[3]), settings.adaptive
         kernel = build.step_kernel_of(
             q.device.index, dims, q.dtype, states.u.dtype, adaptive and settings.num_iter > 0
         )
@@ -217,7 +217,7 @@ def _launch(
     q = call.t.q
     found = build.kernel_of(
         q.device.index, kernel, call.K, call.V, q.dtype == torch.bfloat16,
-        call.settings.solver == "adaptive",
+        call.settings.adaptive,
     )  # fmt: skip
     return Launch(found, blocks, (arguments,))
 

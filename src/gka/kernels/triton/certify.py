@@ -1,7 +1,7 @@
 """The rank-one Nystroem part N_t of every H_t, its certificate, and the steps that asks for.
 
-As `gka.maths.nystroem` and `gka.maths.adaptive` have it. All is relative to F_t, H_[c] and the keys being
-those that the solve multiplies with: rounded to OP.
+As `gka.maths.solvers.adaptive` has it. All is relative to F_t, H_[c] and the keys being those that the solve
+multiplies with: rounded to OP.
 """
 
 import triton
@@ -22,8 +22,11 @@ from gka.kernels.triton.common import (
     sum_blocks,
 )
 from gka.kernels.triton.solve import chunk_system
+from gka.maths.solvers import adaptive
 
-THETA_FLOOR: tl.constexpr = tl.constexpr(2.0**-10)
+THETA_FLOOR: tl.constexpr = tl.constexpr(adaptive.THETA_FLOOR)
+WORTHWHILE: tl.constexpr = tl.constexpr(adaptive.WORTHWHILE[0])
+WORTHWHILE_OF: tl.constexpr = tl.constexpr(adaptive.WORTHWHILE[1])
 SMALL: tl.constexpr = tl.constexpr(1e-30)
 
 
@@ -170,7 +173,7 @@ def certify_kernel(
     trace = past * tl.sum(diagonal, 0) + tl.sum(weight * tl.sum(k32 * k32, 1)[None, :], 1)
     most = largest_remainder(trace, rayleigh * per_norm2, strength, empty, operands, K)
     n = fewest_steps(most, ridge_ratio, num_iter)
-    plain = 6 * n > 5 * num_iter  # a step with N_t costs about a sixth more
+    plain = WORTHWHILE_OF * n > WORTHWHILE * num_iter  # a step with N_t costs about a sixth more
     tl.store(phi + mh, tl.where(plain, 1.0, most))
     tl.store(steps + mh, tl.where(plain, num_iter, n))
     store_gate(tau, strength / (ridge_ratio + strength) * per_norm2, row, G, j, valid)

@@ -1,7 +1,12 @@
 """Device functions that every kernel shares: tiles of a chunk, decays inside it, scaled operands."""
 
+import torch
 import triton
 import triton.language as tl
+
+from gka.maths.moments import reset_floor
+
+RESET: tl.constexpr = tl.constexpr(reset_floor(torch.float32))
 
 
 @triton.constexpr_function
@@ -141,7 +146,7 @@ def load_gate(ptr, row, heads, head, rows_valid, default: tl.constexpr):
 def load_decay(ptr, row, heads, head, rows_valid):
     """Log decays of one head, [C] float32, not below gka.maths.moments.reset_floor; NaN stays NaN."""
     gate = load_gate(ptr, row, heads, head, rows_valid, 0.0)
-    return tl.where(gate < -128.0, -128.0, gate)
+    return tl.where(gate < RESET, RESET, gate)
 
 
 @triton.jit

@@ -7,6 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gka.kernels.triton.certify import THETA_FLOOR, WORTHWHILE, WORTHWHILE_OF
+
+EPS: tl.constexpr = tl.constexpr(2.0**-23)  # of float32
 # How H is held in registers, by its padded width: more warps only where fewer would spill it. 256 columns
 # spill whatever the number; all the registers that 16 warps can have spill least.
 HELD: dict[int, dict[str, int]] = {
@@ -78,8 +81,8 @@ def arcosh_1p(x):
 @triton.jit
 def tighten(h, fro, ridge_ratio, num_iter, K: tl.constexpr, BK: tl.constexpr):
     """(w, strength, phi, steps) of maths/nystroem.py and adaptive.py for a state h with |h| = fro."""
-    slack_sum: tl.constexpr = 4.0 * K * 1.1920929e-7
-    slack_operator: tl.constexpr = 1.1920929e-7
+    slack_sum: tl.constexpr = 4.0 * K * EPS
+    slack_operator: tl.constexpr = EPS
     rows = tl.arange(0, BK)
     inverse = 1.0 / fro
     diagonal = tl.sum(tl.where(rows[:, None] == rows[None, :], h, 0.0), 1)
@@ -88,7 +91,7 @@ def tighten(h, fro, ridge_ratio, num_iter, K: tl.constexpr, BK: tl.constexpr):
     v = tl.sum(h * v[None, :], 1) * inverse
     v *= 1.0 / tl.sqrt(tl.sum(v * v, 0))
     u = tl.sum(h * v[None, :], 1) * inverse
-    theta = tl.maximum(tl.sum(u * v, 0), 0.0) * (1.0 + slack_sum + slack_operator) + 1.0 / 1024.0
+    theta = tl.maximum(tl.sum(u * v, 0), 0.0) * (1.0 + slack_sum + slack_operator) + THETA_FLOOR
     square = tl.sum(u * u, 0)
     strength = square / theta
     w = u * (1.0 / tl.sqrt(square))
@@ -114,7 +117,7 @@ def solve(
     if ADAPTIVE:
         w, strength, phi, steps = tighten(h, fro, ridge_ratio, num_iter, K, BK)
         # false for NaN too: a length of zero or beyond float32 runs plain
-        worthwhile = (6 * steps <= 5 * num_iter) & (strength >= 0.0)
+        worthwhile = (WORTHWHILE_OF * steps <= WORTHWHILE * num_iter) & (strength >= 0.0)
         tau = tl.where(worthwhile, strength / (ridge_ratio + strength), 0.0)
         phi = tl.where(worthwhile, phi, 1.0)
         steps = tl.where(worthwhile, steps, num_iter)

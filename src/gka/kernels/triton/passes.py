@@ -49,7 +49,7 @@ class TritonPasses:
 
     def segments_by_group(self, settings: Settings) -> bool:
         """Other segments sum H in another order: its last bits could turn the adaptive solver's steps."""
-        return settings.solver != "adaptive"
+        return not settings.adaptive
 
     def ends(
         self, call: GpuCall, heads: Heads, h: Moments | None, u: Moments
@@ -192,7 +192,7 @@ class TritonPasses:
         options = {
             "K": dim, "V": value_dim, "BK": block, "BV": min(decode.COLUMNS, decode.width(value_dim)),
             "COMMIT": commit, "SOLVE": settings.num_iter > 0,
-            "ADAPTIVE": settings.solver == "adaptive", **decode.HELD[block],
+            "ADAPTIVE": settings.adaptive, **decode.HELD[block],
         }  # fmt: skip
         return [Launch(Jitted(decode.step_kernel, options), (sequences * heads,), args)]
 
@@ -264,7 +264,7 @@ def _solve(
     *adjoint: Tensor | None,
 ) -> list[Launch]:
     """x of A x = rhs into `out`, both with their scales; `adjoint`: the derivative's other arrays."""
-    t, adaptive = call.t, call.settings.solver == "adaptive"
+    t, adaptive = call.t, call.settings.adaptive
     extra = adjoint or (None,) * 7
     certificate = _certificate(call, heads) if adaptive else (None,) * 4
     launches = [_certify(call, heads, h, certificate)] if adaptive else []

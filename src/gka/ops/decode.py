@@ -8,10 +8,9 @@ from torch.profiler import record_function
 
 from gka.maths.chunked import Settings, Tokens
 from gka.maths.recurrent import States
-from gka.ops import checks, state_checks
+from gka.ops import checks
+from gka.ops.autograd import autocast, no_autocast, operator
 from gka.ops.backends import Call, Stepper, get_backend, note_backend, resolve_backend
-from gka.ops.library import operator
-from gka.ops.operator import autocast, no_autocast
 
 MAX_TOKENS = 64
 
@@ -67,7 +66,7 @@ def fused_recurrent_gka_(
     checks.check_gates(q, g=g, gk=gk, alpha=alpha, beta=beta)
     checks.check_numbers(ridge_ratio, num_iter, 64, scale)
     checks.check_flags(commit=commit)
-    h, u = state_checks.check_pool(state, state_indices, q, v, num_iter > 0)
+    h, u = checks.check_pool(state, state_indices, q, v, num_iter > 0)
     _check_call(q, state_indices, u.shape[0], k=k, v=v, g=g, gk=gk, alpha=alpha, beta=beta)
     name = _resolve(backend, q, v, solver)
     if num_iter > 0 and os.environ.get("GKA_DEBUG") == "1":
@@ -111,12 +110,12 @@ def advance_states_(
     k, v = autocast(k, v)
     if k.dim() != 4:
         raise ValueError(f"k must have 4 dimensions [B, T, heads, dim]; got {list(k.shape)}.")
-    heads = state_checks.heads_of(state)
+    heads = checks.heads_of(state)
     q = k.new_empty(1, 1, 1, 1).expand(*k.shape[:2], heads, k.shape[3])  # its shape alone
     checks.check_heads(q, k, v)
     checks.check_gates(q, g=g, gk=gk, beta=beta)
-    h, u = state_checks.check_pool(state, state_indices, q, v, True)
-    state_checks.check_integers("counts", counts, q)
+    h, u = checks.check_pool(state, state_indices, q, v, True)
+    checks.check_integers("counts", counts, q)
     _check_call(q, state_indices, u.shape[0], k=k, v=v, g=g, gk=gk, beta=beta)
     name = _resolve(backend, q, v, "chebyshev")
     tied = gk is not None and gk is g
@@ -140,7 +139,7 @@ def _check_call(q: Tensor, indices: Tensor | None, places: int, **inputs: Tensor
     if debug:
         checks.check_values(q=q, **inputs)
     if indices is not None and (debug or indices.device.type == "cpu"):
-        state_checks.check_places(indices, places)
+        checks.check_places(indices, places)
 
 
 def _resolve(backend: str, q: Tensor, v: Tensor, solver: str) -> str:

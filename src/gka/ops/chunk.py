@@ -4,10 +4,10 @@ import os
 
 from torch import Tensor
 
+from gka.maths.chunked import Settings, Tokens
 from gka.ops import checks
+from gka.ops.autograd import GKAFunction, autocast, check_derivable, no_autocast, pack
 from gka.ops.backends import Call, Mode, note_backend, resolve_backend
-from gka.ops.library import check_derivable
-from gka.ops.operator import GKAFunction, autocast, no_autocast
 from gka.ops.reference import reference_gka
 
 State = tuple[Tensor, Tensor]
@@ -203,11 +203,11 @@ def _run(
         return o, state if output_final_state else None
     check_derivable("Gated KalmaNet")
     tied = gk is not None and gk is g
-    o, _, _, h, u = GKAFunction.apply(
-        q, k, v, g, None if tied else gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu,
-        scale, float(ridge_ratio), num_iter, chunk_size, tied, with_h and output_final_state,
-        solver, mode, backend,
-    )  # fmt: skip
+    gk = None if tied else gk
+    tokens = Tokens(q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu)
+    with_h = with_h and output_final_state
+    settings = Settings(scale, float(ridge_ratio), num_iter, chunk_size, tied, with_h, call.solver)
+    o, _, _, h, u = GKAFunction.apply(*pack(tokens, settings), mode, backend)
     return o, (h, u) if output_final_state else None
 
 

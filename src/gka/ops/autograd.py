@@ -1,10 +1,13 @@
 """The torch operators gka::forward and gka::backward: opaque to torch.compile, known to autograd.
 
 One pair serves every mode and backend. States enter as None and leave as empty tensors where they
-do not exist, because operators return tensors only.
+do not exist, because operators return tensors only. `operator` makes the package's other operators known.
 """
 
+import inspect
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,24 +16,61 @@ from torch.profiler import record_function
 from gka.maths.chunked import Settings, Tokens
 from gka.ops import checks
 from gka.ops.backends import get_backend, note_backend
-from gka.ops.library import keep_signature, operator
 
-_OptionalTensors = list[Tensor | None]
-
-
-def _tokens(inputs: _OptionalTensors) -> Tokens:
-    q, k, v, *rest = inputs
-    assert q is not None and k is not None and v is not None
-    return Tokens(q, k, v, *rest)
+_CU_SEQLENS, _NUM_TENSORS = 9, 11  # q .. cu_seqlens, cu_seqlens_cpu come first
+_LIBRARY = torch.library.Library("gka", "DEF")
 
 
-def _settings(
-    scale: float, ridge_ratio: float, num_iter: int, chunk_size: int, tied: bool, with_h: bool,
-    solver: str,
-) -> Settings:  # fmt: skip
-    return Settings(
-        scale, ridge_ratio, num_iter, chunk_size, tied, with_h, checks.check_solver(solver)
-    )
+def operator(function: Callable, mutates: tuple[str, ...] = ()) -> torch._ops.OpOverload:
+    """gka::<function's name>, which writes to the arguments `mutates`. Without the layers that
+    torch.library.custom_op puts around each call (a derivative, which an autograd.Function has, and
+    checks): they cost the host as much as launches."""
+    schema = torch.library.infer_schema(function, mutates_args=mutates)
+    _LIBRARY.define(function.__name__ + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(function.__name__, function, "CompositeExplicitAutograd")
+    return getattr(torch.ops.gka, function.__name__).default
+
+
+def under_transform() -> bool:
+    """Whether a transform of torch.func is at work (vmap, grad, ...); a constant to torch.compile."""
+    return torch._C._are_functorch_transforms_active()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def check_derivable(name: str) -> None:
+    """Where torch.compile would lose the derivative of an autograd.Function, say so.
+
+    Around a transform of torch.func Dynamo traces through the function's forward alone, and an operator in
+    it has no derivative: the gradient would be zero. Which tensors want one cannot be seen there. Without
+    fullgraph=True the call runs uncompiled instead.
+
+    Raises:
+        RuntimeError: a transform is compiled and gradients are on.
+    """
+    if torch.compiler.is_compiling() and under_transform() and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name}: torch.compile loses its gradient around a transform of torch.func. Compile inside "
+            "the transform, torch.func.grad(torch.compile(f)), or call under torch.no_grad()."
+        )
+
+
+def keep_signature(*functions: type[torch.autograd.Function]) -> None:
+    """apply() asks for forward's signature at every call, which takes the host as long as launches."""
+    for function in functions:
+        function.forward.__signature__ = inspect.signature(function.forward)
+
+
+def pack(tokens: Tokens, settings: Settings) -> tuple[Any, ...]:
+    """The operators' arguments: 11 tensors, then 7 numbers."""
+    t, s = tokens, settings
+    return (
+        t.q, t.k, t.v, t.g, t.gk, t.alpha, t.beta, t.h0, t.u0, t.cu_seqlens, t.cu_seqlens_cpu,
+        s.scale, s.ridge_ratio, s.num_iter, s.chunk_size, s.tied, s.with_h, s.solver,
+    )  # fmt: skip
+
+
+def unpack(*arguments: Any) -> tuple[Tokens, Settings]:
+    """The inverse of `pack`."""
+    return Tokens(*arguments[:_NUM_TENSORS]), Settings(*arguments[_NUM_TENSORS:])
 
 
 def no_autocast(device: str) -> AbstractContextManager:
@@ -85,8 +125,10 @@ def forward(
     """
     if cu_seqlens is not None:
         checks.check_bounds(cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu, q.shape[1])
-    tokens = Tokens(q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu)
-    settings = _settings(scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver)
+    tokens, settings = unpack(
+        q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu,
+        scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver,
+    )  # fmt: skip
     note_backend(backend)
     with no_autocast(q.device.type), record_function("gka.forward"):
         run = get_backend(backend).forward["recurrent" if mode == "recurrent" else "chunk"]
@@ -100,24 +142,23 @@ forward_op = operator(forward)
 
 
 @torch.library.register_fake(forward_op)
-def _(
-    q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu,
-    scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver, mode, backend,
-):  # fmt: skip
-    batch, length, heads, key_dim = q.shape
-    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    work = torch.float64 if q.dtype == torch.float64 else torch.float32
-    solve = num_iter > 0
+def _(*arguments):
+    *packed, mode, backend = arguments
+    t, s = unpack(*packed)
+    batch, length, heads, key_dim = t.q.shape
+    sequences = batch if t.cu_seqlens is None else t.cu_seqlens.shape[0] - 1
+    solve = s.num_iter > 0
     scaled = get_backend(backend).scaled_dtype if solve and mode != "recurrent" else None
     x_shape = (batch, length, heads, key_dim) if solve else (0,)
     scale_shape = (batch, length, heads) if scaled else (0,)
-    h_shape = (sequences, heads, key_dim, key_dim) if solve or with_h else (0,)
+    h_shape = (sequences, heads, key_dim, key_dim) if solve or s.with_h else (0,)
+    value_dim, work = t.v.shape[-1], t.work_dtype
     return (
-        q.new_empty(batch, length, heads, v.shape[-1]),
-        q.new_empty(x_shape, dtype=scaled(q.dtype) if scaled else work),
-        q.new_empty(scale_shape, dtype=work),
-        q.new_empty(h_shape, dtype=work),
-        q.new_empty((sequences, heads, key_dim, v.shape[-1]), dtype=work),
+        t.q.new_empty(batch, length, heads, value_dim),
+        t.q.new_empty(x_shape, dtype=scaled(t.q.dtype) if scaled else work),
+        t.q.new_empty(scale_shape, dtype=work),
+        t.q.new_empty(h_shape, dtype=work),
+        t.q.new_empty((sequences, heads, key_dim, value_dim), dtype=work),
     )
 
 
@@ -148,8 +189,10 @@ def backward(
     backend: str,
 ) -> list[Tensor]:
     """Gradients of q, k, v, g, gk, alpha, beta, h0, u0; empty where the input is None."""
-    tokens = Tokens(q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu)
-    settings = _settings(scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver)
+    tokens, settings = unpack(
+        q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu,
+        scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver,
+    )  # fmt: skip
     note_backend(backend)
     with no_autocast(q.device.type), record_function("gka.backward"):
         solutions = x if num_iter > 0 else None
@@ -164,17 +207,13 @@ backward_op = operator(backward)
 
 
 @torch.library.register_fake(backward_op)
-def _(
-    q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu, x, x_scale, do, dh, du,
-    scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver, backend,
-):  # fmt: skip
+def _(*arguments):
+    do = arguments[_NUM_TENSORS + 2]
+
     def like(given: Tensor | None) -> Tensor:
         return do.new_empty(0) if given is None else given.new_empty(given.shape)
 
-    return [like(given) for given in (q, k, v, g, gk, alpha, beta, h0, u0)]
-
-
-_CU_SEQLENS, _NUM_TENSORS = 9, 11  # q .. cu_seqlens, cu_seqlens_cpu come first
+    return [like(given) for given in arguments[:_CU_SEQLENS]]
 
 
 def _vmap(op):

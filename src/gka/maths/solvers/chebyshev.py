@@ -6,11 +6,12 @@ so rho = (L - mu)/(L + mu) = 1/(1 + 2a) and the weights omega_i are the same for
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
-Solver = Literal["chebyshev", "adaptive"]
+from gka.maths.ridge import System, frobenius
 
 
 def chebyshev_weights(ridge_ratio: float, num_iter: int) -> list[float]:
@@ -76,7 +77,7 @@ class Plan(Protocol):
 
 
 @dataclass(frozen=True)
-class Plain:
+class ChebyshevPlan:
     """Chebyshev iteration on the spectrum [a F_t, (1 + a) F_t]: the same weights for every token.
 
     Attributes:
@@ -126,8 +127,38 @@ def chebyshev_solve_(
     """`chebyshev_solve` with its arrays updated in place; not differentiable, `q` untouched."""
     fro = fro.unsqueeze(-1)
     weights = chebyshev_weights(ridge_ratio, num_iter)
-    plan = Plain(2.0 / ((1.0 + 2.0 * ridge_ratio) * fro), weights)
+    plan = ChebyshevPlan(2.0 / ((1.0 + 2.0 * ridge_ratio) * fro), weights)
     d = plan.first(q)
     x = d.clone()
     iterate_(apply_h, ridge_ratio * fro, plan, q.clone(), d, x, range(1, num_iter + 1))
     return x
+
+
+@dataclass(frozen=True)
+class Chebyshev:
+    """r = num_iter steps for every token, a = ridge_ratio."""
+
+    adaptive: ClassVar[bool] = False
+    ridge_ratio: float
+    num_iter: int
+
+    def solve(self, system: System, q: Tensor) -> Tensor:
+        """x_t [M,H,C,K] of the systems of some chunks, q zero where the history is empty."""
+        return chebyshev_solve_(system.products, q, system.fro, self.ridge_ratio, self.num_iter)
+
+    def solve_state(self, h: Tensor, q: Tensor) -> Tensor:
+        """x [B,H,K] of H [B,H,K,K] itself. H is symmetric, and on a CPU a row times a matrix is several
+        times as fast as H d."""
+        fro, empty = frobenius(h)
+        q = q.masked_fill(empty.unsqueeze(-1), 0.0)
+
+        def apply(d: Tensor) -> Tensor:
+            return (d.unsqueeze(-2) @ h).squeeze(-2)
+
+        return chebyshev_solve_(apply, q, fro, self.ridge_ratio, self.num_iter)
+
+    def steps(self, system: System) -> Tensor:
+        """Steps of each chunk and head, int64 [M,H]."""
+        return system.h_norm_squared.new_full(
+            system.h_norm_squared.shape, self.num_iter, dtype=torch.int64
+        )
