@@ -228,7 +228,7 @@ def layer_passes(layer: nn.Module, size: LayerSize, device: str) -> dict[str, Ca
 class PlainKalmaNet(GatedKalmaNet):
     """The layer with torch's modules around the op, whatever could be fused."""
 
-    def why_plain(self, device: torch.device | str, dtype: torch.dtype) -> str | None:
+    def why_unfused(self, device: torch.device | str, dtype: torch.dtype) -> str | None:
         return "it is measured beside the fused kernels."
 
 

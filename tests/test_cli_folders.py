@@ -16,11 +16,11 @@ import pytest
 from rich.console import Console
 
 from gka import cli, storage
+from gka.checkpoints.open import load_model
 from gka.commandline import text_console
 from gka.data import byte_tokenizer
 from gka.errors import InputError
 from gka.models import GKAConfig, GKAForCausalLM
-from gka.models.loading import load_model
 from gka.storage import only_maker, only_writer
 
 TINY = [

@@ -134,8 +134,8 @@ def test_a_trained_model_beside_artificial_states(decode, folder, tmp_path, monk
 
 def test_a_layers_states_and_token_are_the_models_own(decode, folder):
     """The step of a layer's states by its token gives the states that the model has after reading all."""
+    from gka.checkpoints.open import load_gka
     from gka.models import GKACache
-    from gka.models.loading import load_gka
     from gka.serving.reading import prefill
 
     trained = importlib.import_module("benchmarks.decode.states")

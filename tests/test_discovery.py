@@ -14,9 +14,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import gka
 from gka import discovery
+from gka.checkpoints import write_auto_map
+from gka.checkpoints.formats import hybrid
 from gka.errors import InputError
-from gka.models import GKAConfig, GKAForCausalLM, write_auto_map
-from gka.models.adapters.hybrid import HYBRID
+from gka.models import GKAConfig, GKAForCausalLM
 
 RELEASED = Path(__file__).parent / "fixtures" / "official_hybrid_qwen3_tiny"
 TINY: dict[str, Any] = {"vocab_size": 31, "hidden_size": 16, "head_dim": 8, "num_heads": 2}
@@ -112,7 +113,8 @@ def test_an_auto_map_needs_a_model_of_ours(tmp_path: Path) -> None:
 
 def test_all_types_are_announced() -> None:
     """The types known without loading the models are theirs and the released hybrids'."""
-    assert {GKAConfig.model_type, *HYBRID} == set(discovery.MODEL_TYPES)
+    released = {format.model_type for format in hybrid.FORMATS}
+    assert {GKAConfig.model_type, *released} == set(discovery.MODEL_TYPES)
     for model_type in discovery.MODEL_TYPES:
         assert issubclass(CONFIG_MAPPING[model_type], GKAConfig)
 

@@ -19,8 +19,8 @@ from transformers import AutoConfig, AutoTokenizer, dynamic_module_utils
 from gka import cli
 from gka.data import byte_tokenizer
 from gka.errors import InputError
+from gka.foreign_code import read_tokenizer, refuse_adapter_code, without_code
 from gka.models import GKAConfig, GKAForCausalLM
-from gka.models.foreign_code import read_tokenizer, refuse_adapter_code, without_code
 
 PLANT = """
 open({mark!r}, "w").close()
@@ -222,7 +222,7 @@ def test_trust_is_refused_rather_than_ignored(clean: Path) -> None:
         InputError, match="trust_remote_code is set, but code that comes with a model"
     ):
         read_tokenizer(clean, trust_remote_code=True)
-    from gka.models.loading import config_of, from_pretrained
+    from gka.checkpoints.open import config_of, from_pretrained
 
     for reader in (config_of, from_pretrained):
         with pytest.raises(InputError, match="trust_remote_code is set"):
@@ -259,4 +259,4 @@ def test_one_way_to_read_folders() -> None:
         for path in sorted(source.rglob("*.py"))
         if any(reader in code_of(path) for reader in readers)
     ]
-    assert found == ["models/foreign_code.py"]
+    assert found == ["foreign_code.py"]

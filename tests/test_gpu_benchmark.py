@@ -82,7 +82,7 @@ def test_a_layer_of_torchs_modules_calls_them(gpu, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     size = gpu.LayerSize(32, 2, 16, 64)
     layers = [gpu.registry.our_layer(size, "chebyshev", "triton", fused) for fused in (True, False)]
-    reasons = [layer.why_plain("cpu", gpu.torch.bfloat16) for layer in layers]
+    reasons = [layer.why_unfused("cpu", gpu.torch.bfloat16) for layer in layers]
     assert reasons[0] is None and reasons[1]
 
 

@@ -174,7 +174,7 @@ class Trained:
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
-        from gka.models.loading import load_gka, load_tokenizer_of
+        from gka.checkpoints.open import load_gka, load_tokenizer_of
         from gka.models.solver import gka_layers
         from gka.serving.reading import check_model
 

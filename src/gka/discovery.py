@@ -3,6 +3,7 @@
 `import gka` loads neither. It notes the model types where transformers looks them up, so that its Auto
 classes open our folders; transformers then imports `transformers.models.<type>` for a type's classes, and
 finds `gka.models` there. peft learns which maps adapters change where no `target_modules` are given.
+`gka.models` knows its own format alone: `gka.checkpoints`, which adds the others, is imported after it.
 """
 
 import sys
@@ -42,7 +43,12 @@ def _tell_peft(module: ModuleType) -> None:
             table.setdefault("gka", table["llama"])
 
 
+def _add_formats(_: ModuleType) -> None:
+    import_module("gka.checkpoints")
+
+
 _TELL: dict[str, Callable[[ModuleType], None]] = {
+    "gka.models": _add_formats,
     _CONFIGURATIONS: _tell_transformers,
     _ADAPTERS: _tell_peft,
 }

@@ -19,8 +19,7 @@ from fuzz.invalid import (
     bounds,
     of_another_kind,
 )
-from gka.layers import MIXERS
-from gka.layers.registry import mixer_options
+from gka.layers import MIXERS, mixer_options
 
 OPTIONS: dict[str, list[Any]] = {
     "hidden_size": [0, -1, 16.0, "a", True], "head_dim": [0, -8, 8.0, "a", 300, 257],

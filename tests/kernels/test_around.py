@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gka.layers import MIXERS, build_mixer
-from gka.layers.recurrent import RecurrentMixer
+from gka.layers.recurrent_mixer import RecurrentMixer
 from gka.ops.convolution import convolve_heads, step_heads_and_gates
 from gka.ops.surround import gated_rms_norm, layer_gates, why_unfused
 from tolerances import RELATIVE, assert_close
@@ -60,7 +60,7 @@ def modules(p: dict[str, Any], x: list[Tensor], w: list[Tensor]) -> list[Tensor]
     from torch.func import functional_call
 
     from gka.layers import ShortConvolution
-    from gka.layers.norms import unit
+    from gka.layers.parts.norms import unit
 
     out = []
     for i, (y, weight) in enumerate(zip(x, w, strict=True)):
@@ -275,7 +275,7 @@ def mixer(name: str, dtype: torch.dtype, device: str, backend: str, **options: A
 def fused_mixer(name: str, monkeypatch, **options: Any) -> Any:
     """In float32, with the kernels around the op; the op itself by torch where there is no GPU."""
     if DEVICE == "cpu":
-        monkeypatch.setattr("gka.layers.fused.why_plain", lambda *_: None)
+        monkeypatch.setattr("gka.layers.parts.surround.why_unfused", lambda *_: None)
     return mixer(name, torch.float32, DEVICE, "auto", **options)
 
 
@@ -396,23 +396,25 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 def test_why_a_layer_runs_plain() -> None:
     """The layer tells: for a backend, a device, a dtype, a width or a module that must be called itself."""
     layer = mixer("gka", torch.float32, "cpu", "torch")
-    assert 'backend="torch"' in (layer.why_plain("cpu", torch.float32) or "")
+    assert 'backend="torch"' in (layer.why_unfused("cpu", torch.float32) or "")
     layer.backend = "auto"
-    assert "NVIDIA GPU" in (layer.why_plain("cpu", torch.float32) or "")
+    assert "NVIDIA GPU" in (layer.why_unfused("cpu", torch.float32) or "")
     layer.backend = "nonsense"
     with pytest.raises(ValueError, match="backend must be one of"):
-        layer.why_plain("cpu", torch.float32)
+        layer.why_unfused("cpu", torch.float32)
     layer.backend = "triton"
     if DEVICE == "cpu":  # interpreted on request
-        assert layer.why_plain("cpu", torch.float32) is None
+        assert layer.why_unfused("cpu", torch.float32) is None
         with pytest.raises(RuntimeError, match="float64"):
-            layer.why_plain("cpu", torch.float64)
+            layer.why_unfused("cpu", torch.float64)
         handle = layer.k_conv1d.register_forward_hook(lambda *_: None)
         with pytest.raises(RuntimeError, match="k_conv1d was replaced or has hooks"):
-            layer.why_plain("cpu", torch.float32)
+            layer.why_unfused("cpu", torch.float32)
         handle.remove()
         with pytest.raises(RuntimeError, match=r"transform of torch\.func"):
-            torch.vmap(lambda x: x * (layer.why_plain("cpu", torch.float32) is None))(torch.ones(2))
+            torch.vmap(lambda x: x * (layer.why_unfused("cpu", torch.float32) is None))(
+                torch.ones(2)
+            )
     assert "conv_size" in (why_unfused(DEVICE, torch.float32, width=9) or "")
     assert "heads up to" in (why_unfused(DEVICE, torch.float32, (300, 8)) or "")
 
@@ -465,15 +467,15 @@ def test_cached_decoding_equals_one_call(name: str, cache, monkeypatch) -> None:
 
 def count_steps(monkeypatch) -> list[int]:
     """Tokens of every call of the fused step from here on."""
-    from gka.layers import fused
+    from gka.layers.parts.surround import FusedSurround
 
-    steps, step = [], fused.step
+    steps, step = [], FusedSurround.step
 
-    def counting(mixer, inputs, *rest):
-        steps.append(inputs[0].shape[1])
-        return step(mixer, inputs, *rest)
+    def counting(self, mixer, projected, *rest):
+        steps.append(projected[0].shape[1])
+        return step(self, mixer, projected, *rest)
 
-    monkeypatch.setattr(fused, "step", counting)
+    monkeypatch.setattr(FusedSurround, "step", counting)
     return steps
 
 

@@ -38,7 +38,7 @@ def outcome(layer: GatedKalmaNet, x: Tensor) -> dict[str, Tensor]:
 def test_deterministic_with_scratch_memory_full_of_nan(monkeypatch):
     """The same inputs give the same outputs and gradients, bit for bit, whatever fresh memory holds."""
     layer, x = make_layer(BF16), tokens()
-    assert layer.why_plain(DEVICE, BF16) is None
+    assert layer.why_unfused(DEVICE, BF16) is None
     expected = outcome(layer, x)
 
     def poisoned(make):
@@ -61,7 +61,7 @@ def test_16_bits_are_as_accurate_as_plain_modules(monkeypatch):
     exact = make_layer(torch.float64)
     exact.load_state_dict({k: v.double() for k, v in layer.state_dict().items()})
     expected, mine = outcome(exact, x.double()), outcome(layer, x)
-    monkeypatch.setattr("gka.layers.fused.why_plain", lambda *_: "for comparison")
+    monkeypatch.setattr("gka.layers.parts.surround.why_unfused", lambda *_: "for comparison")
     plain = outcome(layer, x)
     for key, value in expected.items():
         scale = value.double().norm()
@@ -74,7 +74,7 @@ def test_autocast_gives_the_dtypes_of_plain_modules(monkeypatch):
     layer, x = make_layer(torch.float32), tokens(dtype=torch.float32)
     with torch.autocast(DEVICE, dtype=BF16):
         mine = outcome(layer, x)
-        monkeypatch.setattr("gka.layers.fused.why_plain", lambda *_: "for comparison")
+        monkeypatch.setattr("gka.layers.parts.surround.why_unfused", lambda *_: "for comparison")
         plain = outcome(layer, x)
     assert mine["output"].dtype == BF16
     for key, value in plain.items():

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 
 from gka.layers import MIXERS, StateCache
-from gka.layers.recurrent import RecurrentMixer
+from gka.layers.recurrent_mixer import RecurrentMixer
 from tolerances import RELATIVE, assert_close
 
 KINDS = {**{name: (name, {}) for name in MIXERS}, "adaptive": ("gka", {"solver": "adaptive"})}

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from gka.layers import DeltaNet, GatedDeltaNet, GatedKalmaNet, GatedLinearAttention
-from gka.layers.recurrent import RecurrentMixer
+from gka.layers.recurrent_mixer import RecurrentMixer
 from tolerances import assert_close
 
 EXACT = 1e-10

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gka.layers import MIXERS, build_mixer
-from gka.layers.recurrent import RecurrentMixer
+from gka.layers.recurrent_mixer import RecurrentMixer
 from tolerances import RELATIVE, assert_close, relative_error
 
 EXACT = 1e-9

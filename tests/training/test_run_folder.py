@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer
 
+from gka.checkpoints import save_as
+from gka.checkpoints.open import load_gka
 from gka.data.tokenizer import byte_tokenizer
 from gka.errors import InputError, StorageError
-from gka.models import save_as
-from gka.models.loading import load_gka
 from gka.storage import only_writer
 from gka.training import RunConfig
 from gka.training import folder as files

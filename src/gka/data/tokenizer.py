@@ -46,7 +46,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     """
     if name == BYTES:
         return byte_tokenizer()
-    from gka.models.foreign_code import read_tokenizer
+    from gka.foreign_code import read_tokenizer
 
     try:
         tokenizer = read_tokenizer(name)

@@ -48,10 +48,10 @@ def evaluate(
     Tasks: needle, needle-keys, needle-only, needle-values, needle-queries, variables, common-words,
     frequent-words, questions, facts-1 to facts-5, perplexity.
     """
+    from gka.checkpoints.open import DTYPES
     from gka.data.corpus import find_documents
     from gka.evaluation.context.run import Grid, Machine, Subject
     from gka.evaluation.context.tasks import NAMES
-    from gka.models.loading import DTYPES
 
     names = NAMES if tasks == "all" else tuple(name.strip() for name in tasks.split(","))
     grid = Grid(

@@ -8,11 +8,11 @@ from lm_eval.api.registry import register_model  # pyright: ignore[reportMissing
 from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
 
+from gka.checkpoints import open as opening
 from gka.data.tokenizer import check_vocabulary
 from gka.errors import InputError
 from gka.evaluation.context.reader import Reader
-from gka.models import loading
-from gka.models.foreign_code import refuse_adapter_code, without_code
+from gka.foreign_code import refuse_adapter_code, without_code
 
 UNLIMITED = 1 << 30
 Request = tuple[
@@ -21,9 +21,9 @@ Request = tuple[
 
 
 class _Whole:
-    """In place of `AutoModelForCausalLM`: all formats that `gka.models.loading` reads, whole or refused."""
+    """In place of `AutoModelForCausalLM`: all formats that `gka.checkpoints.open` reads, whole or refused."""
 
-    from_pretrained = staticmethod(loading.from_pretrained)
+    from_pretrained = staticmethod(opening.from_pretrained)
 
 
 @register_model("gka")
@@ -84,7 +84,7 @@ class GKAHarnessModel(HFLM):
             refuse_adapter_code(Path(peft))
         folder = Path(pretrained)
         super().__init__(
-            str(loading.model_folder(folder)) if folder.is_dir() and not subfolder else pretrained,
+            str(opening.model_folder(folder)) if folder.is_dir() and not subfolder else pretrained,
             backend="causal",
             tokenizer=tokenizer,
             device=device or "default",
@@ -103,8 +103,8 @@ class GKAHarnessModel(HFLM):
         self.reader = Reader(self.model, chunk)
 
     def _get_config(self, pretrained: str, **options: Any) -> None:
-        """As `hf`, for all formats that `gka.models.loading` reads."""
-        self._config = loading.config_of(pretrained, **options)
+        """As `hf`, for all formats that `gka.checkpoints.open` reads."""
+        self._config = opening.config_of(pretrained, **options)
 
     @property
     def max_length(self) -> int:

@@ -3,9 +3,9 @@ the error with which the state recalls the token's value."""
 
 from torch import Tensor, nn
 
-from gka.layers.heads import split_heads
-from gka.layers.mix_arguments import Gates, Run
-from gka.layers.recurrent import RecurrentMixer
+from gka.layers.parts.heads import split_heads
+from gka.layers.parts.surround import Gates, MixCall
+from gka.layers.recurrent_mixer import RecurrentMixer
 from gka.ops.delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 
 
@@ -50,13 +50,13 @@ class DeltaNet(RecurrentMixer):
         self.b_proj = nn.Linear(hidden_size, self.num_expanded_heads, bias=False)
 
     def mix(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, run: Run
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, call: MixCall
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        op = fused_recurrent_gated_delta_rule if run.stepwise else chunk_gated_delta_rule
+        op = fused_recurrent_gated_delta_rule if call.stepwise else chunk_gated_delta_rule
         o, state = op(
-            q, k, v, gates.g, gates.beta, initial_state=run.states[0] if run.states else None,
-            output_final_state=run.keep, cu_seqlens=run.cu_seqlens,
-            cu_seqlens_cpu=run.cu_seqlens_cpu,
+            q, k, v, gates.g, gates.beta, initial_state=call.states[0] if call.states else None,
+            output_final_state=call.keep, cu_seqlens=call.cu_seqlens,
+            cu_seqlens_cpu=call.cu_seqlens_cpu,
         )  # fmt: skip
         return o, () if state is None else (state,)
 

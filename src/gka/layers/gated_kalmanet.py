@@ -2,9 +2,9 @@
 
 from torch import Tensor, nn
 
-from gka.layers.heads import split_heads
-from gka.layers.mix_arguments import Gates, Run
-from gka.layers.recurrent import RecurrentMixer
+from gka.layers.parts.heads import split_heads
+from gka.layers.parts.surround import Gates, MixCall
+from gka.layers.recurrent_mixer import RecurrentMixer
 from gka.ops import chunk_gka, fused_recurrent_gka, fused_recurrent_gka_, why_unavailable
 from gka.ops.checks import check_flags, check_numbers, check_solver
 
@@ -15,7 +15,7 @@ class GatedKalmaNet(RecurrentMixer):
     q, k, v are short convolutions + SiLU of linear maps of the hidden states; q and k have unit norm;
     beta = sigmoid(b_proj) + 1e-6, alpha = sigmoid(alpha_proj) and
     g = -exp(A_log) softplus(a_proj + dt_bias) gate `chunk_gka`; its readout goes through a gated
-    RMSNorm and o_proj. Cached calls of up to `recurrent.DECODE_TOKENS` tokens without gradient
+    RMSNorm and o_proj. Cached calls of up to `recurrent_mixer.DECODE_TOKENS` tokens without gradient
     run the same map token by token, `fused_recurrent_gka_`, on the cache's own memory once it holds
     states; all others run `chunk_gka`.
 
@@ -115,22 +115,22 @@ class GatedKalmaNet(RecurrentMixer):
             self.alpha_proj = nn.Linear(hidden_size, self.num_expanded_heads)
 
     def mix(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, run: Run
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, call: MixCall
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         # gk is g, the same tensor: that is how the op knows that one decay serves both states
         gk = gates.g if self.use_forgetting_gate_kk else None
         given = (q, k, v, gates.g, gk, gates.alpha, self.scale, self.ridge_ratio, self.num_iter)
-        if run.in_place and self.backend != "reference":  # which keeps no states in place
+        if call.in_place and self.backend != "reference":  # which keeps no states in place
             o = fused_recurrent_gka_(
-                *given, state=(run.states[0], run.states[1]), beta=gates.beta, backend=self.backend,
+                *given, state=(call.states[0], call.states[1]), beta=gates.beta, backend=self.backend,
                 solver=self.solver,
             )  # fmt: skip
             return o, ()
-        op = fused_recurrent_gka if run.stepwise else chunk_gka
+        op = fused_recurrent_gka if call.stepwise else chunk_gka
         o, states = op(
-            *given, initial_state=(run.states[0], run.states[1]) if run.states else None,
-            output_final_state=run.keep, cu_seqlens=run.cu_seqlens, beta=gates.beta, backend=self.backend,
+            *given, initial_state=(call.states[0], call.states[1]) if call.states else None,
+            output_final_state=call.keep, cu_seqlens=call.cu_seqlens, beta=gates.beta, backend=self.backend,
             solver=self.solver,
-            cu_seqlens_cpu=run.cu_seqlens_cpu,
+            cu_seqlens_cpu=call.cu_seqlens_cpu,
         )  # fmt: skip
         return o, states or ()

@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from gka.layers.heads import split_heads
-from gka.layers.mix_arguments import Gates, Run
-from gka.layers.recurrent import RecurrentMixer
+from gka.layers.parts.heads import split_heads
+from gka.layers.parts.surround import Gates, MixCall
+from gka.layers.recurrent_mixer import RecurrentMixer
 from gka.ops import chunk_simple_gla, why_unavailable
 
 
@@ -50,11 +50,11 @@ class GatedLinearAttention(RecurrentMixer):
         self.backend = backend
 
     def mix(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, run: Run
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, call: MixCall
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         o, state = chunk_simple_gla(
-            q, k, v, gates.g, initial_state=run.states[0] if run.states else None,
-            output_final_state=run.keep, cu_seqlens=run.cu_seqlens, backend=self.backend,
-            chunk_size=q.shape[1] if run.stepwise else 64, cu_seqlens_cpu=run.cu_seqlens_cpu,
+            q, k, v, gates.g, initial_state=call.states[0] if call.states else None,
+            output_final_state=call.keep, cu_seqlens=call.cu_seqlens, backend=self.backend,
+            chunk_size=q.shape[1] if call.stepwise else 64, cu_seqlens_cpu=call.cu_seqlens_cpu,
         )  # fmt: skip
         return o, () if state is None else (state,)

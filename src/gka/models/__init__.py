@@ -4,15 +4,16 @@ transformers' Auto classes know model_type "gka" since `import gka` (`gka.discov
 module, which they then do, registers the classes.
 """
 
+import warnings
+from importlib import import_module
+from typing import Any
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_MAPPING_NAMES,
 )
 
-from gka.models.adapters.auto import register
-from gka.models.adapters.save import save_as
-from gka.models.auto_map import write_auto_map
 from gka.models.cache import GKACache
 from gka.models.causal_lm import GKAForCausalLM
 from gka.models.configuration import GKAConfig
@@ -28,16 +29,12 @@ AutoModelForCausalLM.register(GKAConfig, GKAForCausalLM, exist_ok=True)
 MODEL_MAPPING_NAMES[GKAConfig.model_type] = GKAModel.__name__
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[GKAConfig.model_type] = GKAForCausalLM.__name__
 
-register()
-
 __all__ = [
     "GKAConfig",
     "GKAModel",
     "GKAForCausalLM",
     "GKAPreTrainedModel",
     "GKACache",
-    "save_as",
-    "write_auto_map",
     "cache_tensors",
     "fill_cache",
     "state_shapes",
@@ -46,3 +43,18 @@ __all__ = [
     "ParameterCount",
     "count_parameters",
 ]
+
+_MOVED = ("save_as", "write_auto_map")
+
+
+def __getattr__(name: str) -> Any:
+    """What has moved to `gka.checkpoints`, for one release."""
+    if name in ("adapters", "loading"):
+        return import_module(f"gka.models.{name}")
+    if name not in _MOVED:
+        raise AttributeError(f"module 'gka.models' has no attribute {name!r}")
+    warnings.warn(
+        f"gka.models.{name} is gka.checkpoints.{name} now", DeprecationWarning, stacklevel=2
+    )
+    globals()[name] = getattr(import_module("gka.checkpoints"), name)  # `from` asks twice
+    return globals()[name]

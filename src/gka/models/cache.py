@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
-from gka.layers.cache import OBSERVER
+from gka.layers.parts.cache import OBSERVER
 
 
 class GKACache(DynamicCache):

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from gka.errors import InputError
-from gka.layers.heads import check_head_dims, split_heads, value_dim
+from gka.layers.parts.heads import check_head_dims, split_heads, value_dim
 from gka.maths.solvers import SolverName
 from gka.models.experts import check_experts
 from gka.models.pattern import SOFTMAX_MIXERS, attention_heads, check_overrides, mixer_values

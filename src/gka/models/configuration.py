@@ -1,13 +1,13 @@
 """GKAConfig: one configuration for a decoder of any pattern of mixers."""
 
 import difflib
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
 from gka.errors import InputError
-from gka.models.adapters import adapter_of
 from gka.models.checks import check_sizes, check_types
 from gka.models.pattern import (
     SOFTMAX_MIXERS,
@@ -38,13 +38,31 @@ _WRITTEN_BY_TRANSFORMERS = frozenset(
         "transformers_weights",
     }
 )
-# What a foreign configuration says that is not about the model's mathematics.
-_CARRIED = ("dtype", "torch_dtype", "quantization_config", "_commit_hash", "_name_or_path")
 # transformers' and peft's names of head counts; properties here.
 _HEADS = ("num_attention_heads", "num_key_value_heads")
 _COUNTS = ("num_heads", "num_kv_heads", "attention_num_heads", "attention_num_kv_heads")
 # Read-only here because the pattern implies them; accepted in a file when they agree with it.
 _DERIVED = ("layer_types", "number_of_conv_states")
+
+
+def _load_ours(cls: Any, load: Callable[..., Any], name: Any, *args: Any, **options: Any) -> Any:
+    return load(name, *args, **options)
+
+
+@dataclass
+class Reading:
+    """How a folder is read; `gka.checkpoints` puts its functions here, so that other formats are read too.
+
+    Attributes:
+        translate: fields of `GKAConfig` from the fields of a config.json.
+        load: (class, transformers' `from_pretrained` of it, its arguments) -> what it returns.
+    """
+
+    translate: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    load: Callable[..., Any] = _load_ours
+
+
+READING = Reading()
 
 
 class GKAConfig(PreTrainedConfig):
@@ -166,14 +184,14 @@ class GKAConfig(PreTrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: Any, **options: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The fields stored in a folder or on the hub, of any format that `gka.models.adapters` knows."""
+        """The fields stored in a folder or on the hub, of any format that `READING` knows."""
         theirs, unused = super().get_config_dict(pretrained_model_name_or_path, **options)
-        return _translated(theirs), unused
+        return READING.translate(theirs), unused
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
         """A configuration from the fields of a config.json, ours or a foreign one."""
-        return super().from_dict(_translated(config_dict), **options)
+        return super().from_dict(READING.translate(config_dict), **options)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields for a config.json.
@@ -272,23 +290,6 @@ class GKAConfig(PreTrainedConfig):
                 raise InputError(
                     f"{key} follows from the mixers and is {getattr(self, key)}, not {value}: leave it out"
                 )
-
-
-def _translated(config: dict[str, Any]) -> dict[str, Any]:
-    """Fields of ours from a foreign config.json; ours as they are."""
-    adapter = adapter_of(config)
-    if adapter is None:
-        return config
-    kept = {key: config[key] for key in _CARRIED if config.get(key) is not None}
-    try:
-        return adapter.fields(config) | kept
-    except InputError:
-        raise
-    except Exception as error:  # transformers' own checks of its configurations among them
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"config.json of a {adapter.name} model cannot be used: {reason}"
-        ) from error
 
 
 def _refuse_unknown(others: dict[str, Any]) -> None:

@@ -11,10 +11,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from gka.layers import DECAY_PARAMETERS, RMSNorm
-from gka.layers.padding import token_mask
-from gka.models.adapters.load import load_with
+from gka.layers.parts.padding import token_mask
 from gka.models.cache import GKACache
-from gka.models.configuration import GKAConfig
+from gka.models.configuration import READING, GKAConfig
 from gka.models.documents import Documents, Packing, find_documents
 from gka.models.experts import build_experts, has_experts
 from gka.models.initialization import init_module
@@ -76,12 +75,12 @@ class GKAPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **options: Any) -> Any:
-        """transformers' `from_pretrained`, for our folders and those `gka.models.adapters` knows.
+        """transformers' `from_pretrained`, for our folders and foreign ones that `gka.checkpoints` knows.
 
-        A foreign checkpoint is complete or refused; see `gka.models.adapters.load.load_with`.
+        A foreign checkpoint is complete or refused; see `gka.checkpoints.open.load_with`.
         """
         load = super().from_pretrained
-        return load_with(cls, load, pretrained_model_name_or_path, *args, **options)
+        return READING.load(cls, load, pretrained_model_name_or_path, *args, **options)
 
     def _init_weights(self, module: nn.Module) -> None:
         init_module(module, std=self.config.initializer_range)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import initialization
 
-from gka.layers.expansion import ZeroLinear
+from gka.layers.parts.expansion import ZeroLinear
 
 
 @torch.no_grad()

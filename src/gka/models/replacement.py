@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from gka.errors import InputError
 from gka.layers import DECAY_PARAMETERS, SoftmaxAttention, mixer_options
-from gka.layers.heads import split_heads
-from gka.layers.recurrent import RecurrentMixer
+from gka.layers.parts.heads import split_heads
+from gka.layers.recurrent_mixer import RecurrentMixer
 from gka.models.causal_lm import GKAForCausalLM
 from gka.models.configuration import GKAConfig
 from gka.models.pattern import SOFTMAX_MIXERS, attention_heads, build_mixer, mixer_values

@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
-from gka.layers.recurrent import RecurrentMixer
+from gka.layers.recurrent_mixer import RecurrentMixer
 from gka.models.cache import GKACache
 from gka.models.configuration import GKAConfig
 from gka.models.pattern import attention_heads

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gka.layers.recurrent import RecurrentMixer
+from gka.layers.recurrent_mixer import RecurrentMixer
 from gka.models import GKAForCausalLM, state_shapes
 
 _MOST = 2**40  # tokens and rows; beyond, products of sizes leave the range of 64 bits

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gka.layers.mix_arguments import Gates
+from gka.layers.parts.surround import Gates
 from gka.models import GKACache
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gka.errors import InputError
 from gka.layers import GatedKalmaNet
-from gka.layers.recurrent import RecurrentMixer
+from gka.layers.recurrent_mixer import RecurrentMixer
 from gka.models import GKACache, GKAForCausalLM
 from gka.models.experts import has_experts
 from gka.ops import available_backends, why_unavailable

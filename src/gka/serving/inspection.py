@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gka.errors import InputError
 from gka.layers import GatedKalmaNet
-from gka.layers.mix_arguments import Gates
+from gka.layers.parts.surround import Gates
 from gka.maths.ridge import System
 from gka.maths.solvers import make_solver
 from gka.maths.solvers.chebyshev import chebyshev_bound

@@ -4,10 +4,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from gka.checkpoints.open import load_gka, load_tokenizer_of
 from gka.data.tokenizer import check_vocabulary
 from gka.errors import InputError
 from gka.models import GKAForCausalLM
-from gka.models.loading import load_gka, load_tokenizer_of
 from gka.serving.sampling import Sampling
 from gka.serving.session import GenerationSession
 
@@ -19,7 +19,7 @@ def load(folder: Path) -> "tuple[GKAForCausalLM, PreTrainedTokenizerBase]":
     """Model and tokenizer saved in `folder`, or in the `model/` of a run's folder; on a GPU if there is one.
 
     Raises:
-        InputError: as `gka.models.loading.load_gka`; or there is no tokenizer, or it has more ids than the
+        InputError: as `gka.checkpoints.open.load_gka`; or there is no tokenizer, or it has more ids than the
             model.
     """
     tokenizer = load_tokenizer_of(folder)

@@ -26,8 +26,8 @@ def convert(folder: Source, to: Target, output: Output, max_shard_size: ShardSiz
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    from gka.models import save_as
-    from gka.models.loading import load_gka, model_folder
+    from gka.checkpoints import save_as
+    from gka.checkpoints.open import load_gka, model_folder
 
     folder = model_folder(folder)
     model = load_gka(folder, device="cpu")

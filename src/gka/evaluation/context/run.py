@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from gka.checkpoints.open import load_model, load_tokenizer_of, model_folder
 from gka.data.corpus import Document
 from gka.data.files import read_json, write_json
 from gka.data.tokenizer import check_vocabulary
@@ -24,7 +25,6 @@ from gka.evaluation.context.reader import Reader
 from gka.evaluation.context.scoring import Grader
 from gka.evaluation.context.tasks import NAMES, PERPLEXITY, TASKS, draw_sample
 from gka.evaluation.results import environment
-from gka.models.loading import load_model, load_tokenizer_of, model_folder
 
 FORMAT = 1
 SHORTEST = 256

@@ -156,7 +156,7 @@ class TritonPasses:
             *call.tables, call.settings.scale, *of_dk, *of_dv,
         )  # fmt: skip
         launches = [_of_chunks(call, through_u_kernel, "through_u", heads, args)]
-        if h is None:
+        if h is None or group.ends_h is None:
             return launches
         x, of_tokens = (None, None), (None,) * 5
         if a is not None:

@@ -137,7 +137,7 @@ def load_teacher(name: str) -> "GKAForCausalLM":
     Raises:
         InputError: if there is none, or it is damaged or incomplete.
     """
-    from gka.models.loading import load_gka
+    from gka.checkpoints.open import load_gka
 
     try:
         return load_gka(Path(name), dtype="float32", device=device())
@@ -160,7 +160,7 @@ def teacher_checksum(config: PrimeConfig) -> str:
     """SHA-256 over the teacher's configuration and weights."""
     import hashlib
 
-    from gka.models.loading import model_folder
+    from gka.checkpoints.open import model_folder
 
     folder = model_folder(Path(config.prime.teacher))
     paths = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]

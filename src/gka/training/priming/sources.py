@@ -36,7 +36,7 @@ def open_tokenizer(config: PrimeConfig, teacher: "GKAForCausalLM") -> "PreTraine
 def _tokenizer_folder(teacher: str) -> "Path":
     from pathlib import Path
 
-    from gka.models.loading import model_folder
+    from gka.checkpoints.open import model_folder
 
     folder = model_folder(Path(teacher))
     marks = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")

@@ -1,16 +1,13 @@
 """The released hybrid models: a decoder of transformers with some attention layers replaced."""
 
-from __future__ import annotations
-
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from gka.checkpoints.format import Format
+from gka.checkpoints.formats.plain import read_base, write_base
 from gka.errors import InputError
-from gka.models.adapters.adapter import Adapter
-from gka.models.adapters.plain import read_base, write_base
-
-if TYPE_CHECKING:
-    from gka.models.configuration import GKAConfig
+from gka.layers.parts.heads import split_heads
+from gka.models.configuration import GKAConfig
 
 SYMBOLS = {"*": "attention", "GKA": "gka", "SWA": "swa", "GDN": "gated_deltanet"}
 _CLASSES = {
@@ -220,8 +217,6 @@ def _options(config: GKAConfig, mixer: str) -> dict[str, Any]:
 
 
 def _counts(options: dict[str, Any]) -> dict[str, Any]:
-    from gka.layers.heads import split_heads
-
     counts = split_heads(
         options["num_heads"],
         options["num_kv_heads"],
@@ -236,9 +231,10 @@ def _counts(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _adapter(family: str) -> Adapter:
-    return Adapter(
+def _format(family: str) -> Format:
+    return Format(
         name=f"hybrid_{family}",
+        model_type=f"hybrid_{family}",
         fields=partial(read, family),
         config=partial(write, family),
         mixers={
@@ -252,4 +248,4 @@ def _adapter(family: str) -> Adapter:
     )
 
 
-HYBRID = {f"hybrid_{family}": _adapter(family) for family in _CLASSES}
+FORMATS = tuple(map(_format, _CLASSES))

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gka.layers.heads import check_positive
+from gka.layers.parts.heads import check_positive
 
 
 class ZeroLinear(nn.Linear):

@@ -1,18 +1,14 @@
 """Models of FLA (flash-linear-attention): its `gka` and `gated_deltanet`, alone or with attention layers."""
 
-from __future__ import annotations
-
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from gka.checkpoints.format import Format
+from gka.checkpoints.formats.plain import dtype_name
 from gka.errors import InputError
-from gka.models.adapters.adapter import Adapter
-from gka.models.adapters.plain import dtype_name
+from gka.models.configuration import GKAConfig
 
-if TYPE_CHECKING:
-    from gka.models.configuration import GKAConfig
-
-MARKS = {"attn_mode", "fuse_norm", "fuse_swiglu", "hidden_ratio", "fuse_cross_entropy"}
+MARKS = frozenset({"attn_mode", "fuse_norm", "fuse_swiglu", "hidden_ratio", "fuse_cross_entropy"})
 """Keys of FLA's configurations that ours does not have: both call a model type "gka"."""
 
 # names that both have, and FLA's defaults
@@ -141,9 +137,12 @@ def _write_attention(config: GKAConfig) -> Any:
     return specs if len(specs) > 1 else next(iter(specs), None)
 
 
-def _adapter(name: str, kind: str) -> Adapter:
-    return Adapter(
+def _format(name: str, kind: str) -> Format:
+    return Format(
         name=name,
+        model_type=kind,
+        # ours has the model type "gka" as well
+        marks=MARKS if kind == GKAConfig.model_type else frozenset(),
         fields=partial(read, kind),
         config=partial(write, kind),
         mixers={mixer: ("attn", {}) for mixer in (kind, "attention", "swa")},
@@ -153,7 +152,4 @@ def _adapter(name: str, kind: str) -> Adapter:
     )
 
 
-FLA = {
-    "fla": _adapter("fla", "gka"),
-    "fla_gated_deltanet": _adapter("fla_gated_deltanet", "gated_deltanet"),
-}
+FORMATS = (_format("fla", "gka"), _format("fla_gated_deltanet", "gated_deltanet"))

@@ -12,10 +12,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import foreign
+from gka import checkpoints
+from gka.checkpoints import open as opening
+from gka.checkpoints import save_as
+from gka.checkpoints.save import foreign_config
 from gka.errors import InputError
-from gka.models import GKAConfig, GKAForCausalLM, GKAModel, save_as
-from gka.models.adapters import ADAPTERS, load
-from gka.models.adapters.save import foreign_config
+from gka.models import GKAConfig, GKAForCausalLM, GKAModel
 from tolerances import relative_error
 
 Ids = Callable[..., Tensor]
@@ -329,7 +331,7 @@ def test_what_the_loader_notices_is_refused_too(
 ):
     """Files that are not in a local folder are checked by transformers' loader alone: as strictly."""
     tampered(kind, tmp_path)
-    monkeypatch.setattr(load, "check_stored", lambda *_: None)
+    monkeypatch.setattr(opening, "check_stored", lambda *_: None)
     what = {"missing key": "missing: .*dt_bias", "left over": "left over: .*q_proj"}[kind]
     with pytest.raises(InputError, match=f"weights are {what}"):
         GKAForCausalLM.from_pretrained(tmp_path)
@@ -388,7 +390,7 @@ def test_nothing_is_overwritten_or_half_written(
     (tmp_path / "used" / "mine").touch()
     with pytest.raises(InputError, match="exists and is not empty"):
         save_as(model, tmp_path / "used", "hybrid_qwen3")
-    monkeypatch.setattr("gka.models.adapters.save.save_torch_state_dict", None)
+    monkeypatch.setattr("gka.checkpoints.save.save_torch_state_dict", None)
     with pytest.raises(TypeError):
         save_as(model, tmp_path / "new", "hybrid_qwen3")
     assert [path.name for path in tmp_path.iterdir()] == ["used"]
@@ -410,7 +412,7 @@ def test_other_files_come_along(tmp_path: Path, build: Any):
 
 def test_every_format_has_another_name():
     """The table of formats is complete, and each knows its name."""
-    assert all(name == adapter.name for name, adapter in ADAPTERS.items())
+    assert all(name == format.name for name, format in checkpoints.FORMATS.items())
     assert {f"hybrid_{family}" for family in ("qwen3", "qwen2", "llama", "qwen3_moe")} <= set(
-        ADAPTERS
+        checkpoints.FORMATS
     )

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gka.layers.norms import working_dtype
+from gka.layers.parts.norms import working_dtype
 
 
 def rotate(

@@ -1,29 +1,26 @@
-"""Our models written as foreign folders, whole or not at all."""
-
-from __future__ import annotations
+"""Our models written as folders: in a foreign format, whole or not at all, or for the Auto classes."""
 
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
+from gka.checkpoints.format import FORMATS, Format
 from gka.errors import InputError
-from gka.layers.decay import DECAY_PARAMETERS
-from gka.layers.heads import split_heads
-from gka.models.adapters import ADAPTERS, Adapter
+from gka.layers import DECAY_PARAMETERS, mixer_options
+from gka.layers.parts.heads import split_heads
+from gka.models.causal_lm import GKAForCausalLM
+from gka.models.configuration import GKAConfig
+from gka.models.pattern import mixer_values
 from gka.storage import draft_folder, storage_errors
 
-if TYPE_CHECKING:
-    from gka.models.causal_lm import GKAForCausalLM
-    from gka.models.configuration import GKAConfig
-
-OURS = "gka"
+OURS = GKAConfig.model_type
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 _MODEL_FIELDS = (
     "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "hidden_act", "norm_eps",
@@ -31,6 +28,35 @@ _MODEL_FIELDS = (
 )  # fmt: skip
 _HEADS = ("num_heads", "num_kv_heads", "num_v_heads", "num_k_heads")
 _NOT_WRITTEN = ("layer_idx", "backend")
+_CODE_FILE = "gka_auto.py"
+_CODE = '''"""The model of this folder for transformers' Auto classes; needs the package gated-kalmanet.
+
+Not needed after `import gka`.
+"""
+
+import gka.models
+
+
+class GKAConfig(gka.models.GKAConfig):
+    """As in gka.models."""
+
+
+class GKAModel(gka.models.GKAModel):
+    """As in gka.models."""
+
+    config_class = GKAConfig
+
+
+class GKAForCausalLM(gka.models.GKAForCausalLM):
+    """As in gka.models."""
+
+    config_class = GKAConfig
+'''
+_CLASSES = {
+    "AutoConfig": "GKAConfig",
+    "AutoModel": "GKAModel",
+    "AutoModelForCausalLM": "GKAForCausalLM",
+}
 
 
 def save_as(
@@ -48,7 +74,7 @@ def save_as(
     Args:
         model: the model.
         folder: must not exist, or be empty; it appears when everything is written.
-        format: "gka", or a key of `gka.models.adapters.ADAPTERS`.
+        format: "gka", or a key of `gka.checkpoints.FORMATS`.
         max_shard_size: files are split above this size.
         extra_files: a folder whose other files (tokenizer, chat template) are copied.
 
@@ -59,13 +85,13 @@ def save_as(
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target} exists and is not empty; name another folder")
-    if format != OURS and format not in ADAPTERS:
-        raise InputError(f"format {format!r} is unknown; choose {OURS}, {', '.join(ADAPTERS)}")
+    if format != OURS and format not in FORMATS:
+        raise InputError(f"format {format!r} is unknown; choose {OURS}, {', '.join(FORMATS)}")
     values = None if format == OURS else foreign_config(model.config, format)
     with storage_errors(f"model {target}"):
         target.parent.mkdir(parents=True, exist_ok=True)
         with draft_folder(target) as draft:
-            _fill(draft, model, values, ADAPTERS.get(format), max_shard_size)
+            _fill(draft, model, values, FORMATS.get(format), max_shard_size)
             if extra_files is not None:
                 _copy_others(Path(extra_files), draft)
             draft.chmod(0o777 & ~_umask())
@@ -80,13 +106,13 @@ def foreign_config(config: GKAConfig, format: str) -> dict[str, Any]:
     Raises:
         InputError: the format cannot express it; says what.
     """
-    adapter = ADAPTERS[format]
-    strange = sorted(set(config.pattern) - set(adapter.mixers))
+    known = FORMATS[format]
+    strange = sorted(set(config.pattern) - set(known.mixers))
     if strange:
         raise InputError(
-            f"{format} has no {', '.join(strange)} layers, only {', '.join(sorted(adapter.mixers))}"
+            f"{format} has no {', '.join(strange)} layers, only {', '.join(sorted(known.mixers))}"
         )
-    values = adapter.config(config)
+    values = known.config(config)
     back = type(config).from_dict(json.loads(json.dumps(values)))
     ours, theirs = _meaning(config), _meaning(back)
     for key, value in ours.items():
@@ -99,9 +125,6 @@ def foreign_config(config: GKAConfig, format: str) -> dict[str, Any]:
 
 def _meaning(config: GKAConfig) -> dict[str, Any]:
     """All that a model's function depends on, each thing said in one way."""
-    from gka.layers import mixer_options
-    from gka.models.pattern import mixer_values
-
     meaning = {name: getattr(config, name) for name in _MODEL_FIELDS}
     meaning["pattern"] = config.pattern
     for mixer in dict.fromkeys(config.pattern):
@@ -119,15 +142,15 @@ def _fill(
     draft: Path,
     model: GKAForCausalLM,
     values: dict[str, Any] | None,
-    adapter: Adapter | None,
+    known: Format | None,
     size: str,
 ) -> None:
-    if values is None or adapter is None:
+    if values is None or known is None:
         model.save_pretrained(draft, max_shard_size=size)
         return
     state = {name: tensor.contiguous() for name, tensor in _narrowed(model)}
     save_torch_state_dict(
-        dict(adapter.export(model.config, state)),
+        dict(known.export(model.config, state)),
         draft,
         max_shard_size=size,
         metadata={"format": "pt"},
@@ -156,3 +179,47 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def write_auto_map(folder: Path | str) -> None:
+    """Let `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` work without `import gka`.
+
+    Writes `gka_auto.py`, a file of three class names, and names it under `auto_map` in config.json. The
+    package must still be installed where the folder is opened: the file imports it. After `import gka`
+    nothing of it is run.
+
+    Args:
+        folder: of a model saved in this library's format.
+
+    Raises:
+        InputError: it holds no config.json of such a model.
+        OSError: it cannot be written.
+    """
+    folder = Path(folder)
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind != OURS:
+        raise InputError(
+            f"{path}: expected a model of type {OURS!r}, got {kind!r}; "
+            "save it with save_pretrained first"
+        )
+    module = _CODE_FILE.removesuffix(".py")
+    named = {auto: f"{module}.{name}" for auto, name in _CLASSES.items()}
+    config["auto_map"] = (config.get("auto_map") or {}) | named
+    _write(
+        folder / _CODE_FILE, _CODE
+    )  # first: a config.json must not name a file that is not there
+    _write(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import foreign
+from gka.checkpoints.open import load_gka, load_model, load_tokenizer_of, model_folder
 from gka.data.tokenizer import byte_tokenizer
 from gka.errors import InputError
 from gka.models import GKAConfig, GKAForCausalLM
-from gka.models.loading import load_gka, load_model, load_tokenizer_of, model_folder
 
 BYTES = 257
 KINDS = ("ours", "llama", "hybrid", "fla", "fla_gated_deltanet")

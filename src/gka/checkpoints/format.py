@@ -1,42 +1,55 @@
 """What a foreign format is: two tables of names, and its configuration in both directions."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from gka.models.configuration import GKAConfig
+from gka.errors import InputError
+from gka.models.configuration import GKAConfig
 
 Names = Mapping[str, str]
+FORMATS: dict[str, "Format"] = {}
+"""Every foreign format by name, in the order of their registration."""
 _LAYER = "model.layers."
+# What a foreign configuration says that is not about the model's mathematics.
+_CARRIED = ("dtype", "torch_dtype", "quantization_config", "_commit_hash", "_name_or_path")
 
 
 @dataclass(frozen=True)
-class Adapter:
+class Format:
     """One foreign format. All names are prefixes of state-dict keys, ours first, theirs second.
 
     Attributes:
         name: the format's, as `gka convert --to` takes it.
+        model_type: what its config.json says under this key.
         fields: their configuration as fields of `GKAConfig`; raises `InputError` for what cannot be said.
         config: the inverse, a dictionary for config.json.
         mixers: by mixer, their name of the module and the names within it that differ.
         top: names outside the layers that differ.
         block: names within a layer that differ, mixers apart.
         unused: patterns of keys that their checkpoints may hold and nothing reads.
+        marks: keys of which its config.json has one or more, where the model type alone does not tell.
+        native: whether transformers has classes of its own for it.
     """
 
     name: str
+    model_type: str
     fields: Callable[[dict[str, Any]], dict[str, Any]]
     config: Callable[[GKAConfig], dict[str, Any]]
     mixers: Mapping[str, tuple[str, Names]]
     top: Names = field(default_factory=dict)
     block: Names = field(default_factory=dict)
     unused: tuple[str, ...] = ()
+    marks: frozenset[str] = frozenset()
+    native: bool = False
+
+    def describes(self, config: Mapping[str, Any]) -> bool:
+        """Whether a config.json is of this format."""
+        marked = not self.marks or not self.marks.isdisjoint(config)
+        return config.get("model_type") == self.model_type and marked
 
     def prefixes(self, pattern: list[str]) -> list[tuple[str, str]]:
         """Every pair (our prefix, theirs) that differs in a model of this pattern; the longer ones first."""
@@ -83,3 +96,40 @@ def _each_expert(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
             gate, up = expert.chunk(2)
             yield at + "gate_proj.weight", gate.clone()
             yield at + "up_proj.weight", up.clone()
+
+
+def register(*formats: Format) -> None:
+    """Let `from_pretrained` read these formats, and `save_as` and `gka convert` write them.
+
+    Raises:
+        ValueError: a name is taken.
+    """
+    for format in formats:
+        if FORMATS.setdefault(format.name, format) is not format:
+            raise ValueError(f"a format {format.name!r} is registered already")
+
+
+def format_of(config: Mapping[str, Any]) -> Format | None:
+    """The format of a config.json, or None if it is ours, or nobody's that is known."""
+    return next((format for format in FORMATS.values() if format.describes(config)), None)
+
+
+def translated(config: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `GKAConfig` from a foreign config.json; ours, and those of no known format, as they are.
+
+    Raises:
+        InputError: a foreign configuration that has no meaning here.
+    """
+    format = format_of(config)
+    if format is None:
+        return config
+    kept = {key: config[key] for key in _CARRIED if config.get(key) is not None}
+    try:
+        return format.fields(config) | kept
+    except InputError:
+        raise
+    except Exception as error:  # transformers' own checks of its configurations among them
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"config.json of a {format.name} model cannot be used: {reason}"
+        ) from error

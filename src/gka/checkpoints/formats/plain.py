@@ -1,19 +1,15 @@
 """Decoders of transformers itself: Qwen2, Qwen3, Qwen3-MoE, Llama, Mistral; every layer softmax attention."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import CONFIG_MAPPING
 
+from gka.checkpoints.format import Format
 from gka.errors import InputError
-from gka.models.adapters.adapter import Adapter
-
-if TYPE_CHECKING:
-    from gka.models.configuration import GKAConfig
+from gka.models.configuration import GKAConfig
+from gka.models.pattern import attention_heads
 
 # our field, theirs
 SHARED = {
@@ -94,8 +90,6 @@ def read_base(theirs: dict[str, Any], family: str) -> tuple[dict[str, Any], Any]
 
 def write_base(config: GKAConfig, family: str) -> dict[str, Any]:
     """Their configuration without a pattern, of transformers' own class; heads are the softmax layers'."""
-    from gka.models.pattern import attention_heads
-
     heads, kv_heads, head_dim = attention_heads(config)
     values = {theirs: getattr(config, ours) for ours, theirs in SHARED.items()}
     values |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
@@ -143,15 +137,16 @@ def _write(family: str, config: GKAConfig) -> dict[str, Any]:
     return values | {"architectures": [architecture]}
 
 
-def _adapter(family: str) -> Adapter:
-    reader: Callable[[dict[str, Any]], dict[str, Any]] = partial(_read, family)
-    return Adapter(
+def _format(family: str) -> Format:
+    return Format(
         name=family,
-        fields=reader,
+        model_type=family,
+        native=True,
+        fields=partial(_read, family),
         config=partial(_write, family),
         mixers={"attention": ("self_attn", {}), "swa": ("self_attn", {})},
         unused=(r"rotary_emb\.inv_freq$",),
     )
 
 
-PLAIN = {family: _adapter(family) for family in FAMILIES}
+FORMATS = tuple(map(_format, FAMILIES))

@@ -1,15 +1,19 @@
 """The decay's parameters of a recurrent mixer: kept in float32 and out of weight decay, whatever is done
 to the model around them."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 DECAY_PARAMETERS = ("A_log", "dt_bias")
 """Of the decay exp(A_log) softplus(. + dt_bias). It acts at every token, so that a half-precision rounding
 of these few numbers compounds over the sequence, and weight decay would change how long is remembered."""
+
+MOST_DECAY = 1e30  # exp of minus that is 0, and its products with a gradient are finite
 
 
 class DecayParameters(nn.Module):
@@ -19,6 +23,18 @@ class DecayParameters(nn.Module):
     `load_state_dict(assign=True)` leave them so, without a rounding on the way. They carry
     `_no_weight_decay = True`, also in a copy, after `to_empty` and where a loader puts new ones in.
     """
+
+    A_log: nn.Parameter
+    dt_bias: nn.Parameter
+
+    def log_decay(self, a: Tensor) -> Tensor:
+        """g = -exp(A_log) softplus(a + dt_bias) of a [B,T,H], finite: inf times 0 would be NaN.
+
+        An A_log above 88 (float32; 709 in float64) counts as that; a decay of 0 is one of any rate.
+        """
+        limits = torch.finfo(a.dtype)
+        rate = self.A_log.to(a.dtype).clamp_max(math.floor(math.log(limits.max))).exp()
+        return -(rate * F.softplus(a + self.dt_bias.to(a.dtype))).clamp_max(MOST_DECAY)
 
     def _add_decay_parameters(self, heads: int) -> None:
         """A_log and dt_bias [heads], without values."""

@@ -18,8 +18,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from gka.checkpoints import save_as
 from gka.errors import InputError
-from gka.models import GKAConfig, GKAForCausalLM, save_as
+from gka.models import GKAConfig, GKAForCausalLM
 from tolerances import RELATIVE, assert_close
 
 Ids = Callable[..., Tensor]

@@ -8,20 +8,18 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gka.layers import fused
-from gka.layers.cache import OBSERVER, check_rows, open_cache, read_state, recurrent_layer
-from gka.layers.convolution import ShortConvolution
-from gka.layers.decay import DecayParameters
-from gka.layers.expansion import HeadExpansion
-from gka.layers.heads import check_head_dims, check_options, check_positive, value_dim
-from gka.layers.mix_arguments import Gates, Run
-from gka.layers.norms import GatedRMSNorm, RMSNorm, unit, working_dtype
-from gka.layers.padding import Padding, check_inputs, check_width
+from gka.layers.parts import surround
+from gka.layers.parts.cache import OBSERVER, check_rows, open_cache, read_state, recurrent_layer
+from gka.layers.parts.convolution import ShortConvolution
+from gka.layers.parts.decay import DecayParameters
+from gka.layers.parts.expansion import HeadExpansion
+from gka.layers.parts.heads import check_head_dims, check_options, check_positive, value_dim
+from gka.layers.parts.norms import GatedRMSNorm, RMSNorm
+from gka.layers.parts.padding import Padding, check_inputs, check_width
+from gka.layers.parts.surround import Gates, MixCall, Surround
 
-MOST_DECAY = 1e30  # exp of minus that is 0, and its products with a gradient are finite
 DECODE_TOKENS = 16
 """Cached calls without gradient of up to this many tokens run token by token, longer ones by chunks."""
 
@@ -29,7 +27,7 @@ DECODE_TOKENS = 16
 class RecurrentMixer(DecayParameters):
     """Base of the recurrent mixers; a subclass gives `mix`, and b_proj and alpha_proj if it has those gates.
 
-    On an NVIDIA GPU convolutions, gates and output norm run as fused kernels; `why_plain` tells where not.
+    On an NVIDIA GPU convolutions, gates and output norm run as fused kernels; `why_unfused` tells where not.
 
     Args:
         hidden_size: width of the hidden states.
@@ -187,44 +185,38 @@ class RecurrentMixer(DecayParameters):
         padding = Padding.of(attention_mask, hidden_states.shape[1])
         x = hidden_states if padding is None else padding.align(hidden_states)
 
-        inputs = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        fuse = self.why_plain(x.device, inputs[0].dtype) is None
-        run = self._plan(layer, padding, (cu_seqlens, cu_seqlens_cpu), x.shape[1])
-        if fuse and run.stepwise and fused.can_step(self, layer):
-            projected = self._gate_projections(x)
-            convolved, (beta, alpha, g) = fused.step(self, inputs, projected, layer, padding)
-            q, k, v = self._split(convolved)
-            gates = Gates(g, beta, alpha)
-        else:
-            q, k, v = self._heads(inputs, layer, padding, cu_seqlens, fuse)
-            gates = self.gates(x, padding, fuse)
+        projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        around = self._surround(x.device, projected[0].dtype)
+        call = self._call(layer, padding, (cu_seqlens, cu_seqlens_cpu), x.shape[1])
+        (q, k, v), gates = around.enter(self, projected, x, call)
         observe = getattr(layer, OBSERVER, None)
         if observe is not None:
             observe(self, q, k, gates)
-        o, states = self.mix(q, k, v, gates, run)
+        o, states = self.mix(q, k, v, gates, call)
         for idx, state in enumerate(states):
             layer.update_recurrent_state(state.detach(), idx)
 
-        output = self.o_proj(self._readout(o, x, fuse))
+        gate = self.g_proj(x) if self.use_gate else None
+        output = self.o_proj(around.leave(self, o, gate))
         return output if padding is None else padding.restore(output), None, cache
 
     def mix(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, run: Run
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, call: MixCall
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The memory itself.
 
         Args:
             q: unit queries [B,T,H,K]. k: unit keys [B,T,Hk,K], zero at padding. v: [B,T,Hv,V].
             gates: the decay, beta and alpha of every token.
-            run: states and circumstances.
+            call: states and circumstances.
 
         Returns:
-            o [B,T,H,V], and the final states if `run.keep`, else (); () too where it updated `run.states`
+            o [B,T,H,V], and the final states if `call.keep`, else (); () too where it updated `call.states`
             in place.
         """
         raise NotImplementedError
 
-    def why_plain(self, device: torch.device | str, dtype: torch.dtype) -> str | None:
+    def why_unfused(self, device: torch.device | str, dtype: torch.dtype) -> str | None:
         """Why convolutions, gates and output norm run as plain torch modules; None if fused kernels do.
 
         Args:
@@ -233,107 +225,26 @@ class RecurrentMixer(DecayParameters):
         Raises:
             RuntimeError: `backend` names kernels, which cannot run there; the message says why.
         """
-        return fused.why_plain(self, device, dtype)
+        return surround.why_unfused(self, device, dtype)
 
-    def gates(self, x: Tensor, padding: Padding | None = None, fuse: bool = False) -> Gates:
-        """The gates of hidden states [B,T,hidden_size]; `fuse`: by one kernel.
+    def gates(self, x: Tensor) -> Gates:
+        """The gates of hidden states [B,T,hidden_size], by plain torch."""
+        return surround.PLAIN.gates(self, x)
 
-        beta = sigmoid(b_proj x) + beta_eps, alpha = sigmoid(alpha_proj x),
-        g = -exp(A_log) softplus(a_proj x + dt_bias).
-        """
-        projected = self._gate_projections(x)
-        if fuse:
-            beta, alpha, g = fused.gates(self, projected, padding)
-            return Gates(g, beta, alpha)
-        dtype = working_dtype(x)
-        wide = {name: y.to(dtype) for name, y in projected.items()}
-        return Gates(
-            g=self._log_decay(wide["a"], padding) if "a" in wide else None,
-            beta=torch.sigmoid(wide["b"]) + self.beta_eps if "b" in wide else None,
-            alpha=torch.sigmoid(wide["alpha"]) if "alpha" in wide else None,
-        )
+    def _surround(self, device: torch.device, dtype: torch.dtype) -> Surround:
+        return surround.PLAIN if self.why_unfused(device, dtype) else surround.FUSED
 
-    def _gate_projections(self, x: Tensor) -> dict[str, Tensor]:
-        """[B,T,H] of b_proj, alpha_proj and a_proj, of those that the mixer has."""
-        named = ((name, getattr(self, f"{name}_proj", None)) for name in ("b", "alpha", "a"))
-        return {name: projection(x) for name, projection in named if projection is not None}
-
-    def _log_decay(self, a: Tensor, padding: Padding | None) -> Tensor:
-        """[B,T,H], zero at padding. Rate and decay stay finite: inf times 0 would be NaN.
-
-        An A_log above 88 (float32; 709 in float64) counts as that; a decay of 0 is one of any rate.
-        """
-        limits = torch.finfo(a.dtype)
-        rate = self.A_log.to(a.dtype).clamp_max(math.floor(math.log(limits.max))).exp()
-        g = -(rate * F.softplus(a + self.dt_bias.to(a.dtype))).clamp_max(MOST_DECAY)
-        return g if padding is None else padding.clear(g)
-
-    def _heads(
-        self,
-        inputs: tuple[Tensor, Tensor, Tensor],
-        layer: Any,
-        padding: Padding | None,
-        cu_seqlens: Tensor | None,
-        fuse: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Convolve the projections (updating the layer's cache) and split into heads, unit for q and k."""
-        if fuse:
-            return self._split(fused.heads(self, inputs, layer, padding, cu_seqlens))
-        convolved = (
-            self._expand(name, self._convolve(name, y, layer, padding, cu_seqlens))
-            for name, y in zip("qkv", inputs, strict=True)
-        )
-        q, k, v = self._split(tuple(convolved))
-        q, k = unit(q), unit(k)
-        return q, k if padding is None else padding.clear(k), v
-
-    def _split(self, convolved: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """[B,T,channels] of q, k and v into heads; queries as many as there are outputs."""
-        dims = (self.head_dim, self.head_dim, self.head_v_dim)
-        q, k, v = (y.unflatten(-1, (-1, dim)) for y, dim in zip(convolved, dims, strict=True))
-        group = self.num_expanded_heads // self.num_heads
-        return q if group == 1 else q.repeat_interleave(group, dim=2), k, v
-
-    def _expand(self, name: str, y: Tensor) -> Tensor:
-        """Keys or values of few heads to those of all, where a map for it has been learned."""
-        expansion = getattr(self, f"{name}_expand", None)
-        return y if expansion is None else expansion(y)
-
-    def _convolve(
-        self, name: str, y: Tensor, layer: Any, padding: Padding | None, cu_seqlens: Tensor | None
-    ) -> Tensor:
-        """One projection convolved, if it is, and the layer's cache updated."""
-        convolution = getattr(self, f"{name}_conv1d", None)
-        if convolution is None:
-            return y
-        idx = "qkv".index(name)
-        state = None if layer is None else read_state(layer.conv_states, idx)
-        out = convolution(y, state, cu_seqlens)
-        if layer is not None:
-            lengths = None if padding is None else padding.lengths
-            layer.update_conv_state(convolution.next_state(y, state, lengths).detach(), idx)
-        return out
-
-    def _plan(
+    def _call(
         self,
         layer: Any,
         padding: Padding | None,
         bounds: tuple[Tensor | None, Tensor | None],
         length: int,
-    ) -> Run:
+    ) -> MixCall:
         cached = [] if layer is None else [
             read_state(layer.recurrent_states, i) for i in range(self.num_states)
         ]  # fmt: skip
         states = tuple(s for s in cached if s is not None)
         # the length last: where nothing is cached, no compiled graph depends on it
         few = layer is not None and not torch.is_grad_enabled() and length <= DECODE_TOKENS
-        return Run(states, layer is not None, few, *bounds, padding)
-
-    def _readout(self, o: Tensor, x: Tensor, fuse: bool) -> Tensor:
-        """Norm of each head, gated by SiLU(g_proj x) if there is a gate: [B,T,H,V] -> [B,T,H*V]."""
-        gate = self.g_proj(x) if self.use_gate else None
-        if fuse:
-            return fused.readout(self, o, gate).flatten(-2)
-        if gate is None:
-            return self.o_norm(o).flatten(-2)
-        return self.o_norm(o, gate.unflatten(-1, (-1, self.head_v_dim))).flatten(-2)
+        return MixCall(layer, states, few, *bounds, padding)

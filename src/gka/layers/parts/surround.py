@@ -1,0 +1,294 @@
+"""What stands around a recurrent mixer's memory, twice: as torch modules one by one, and as fused kernels.
+
+Before it: projections of q, k and v -> convolution + SiLU -> heads, unit queries and keys; and the gates.
+Behind it: readout -> norm of each head, gated. Either surround does the same to the same cache.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gka.layers.parts.cache import read_state
+from gka.layers.parts.convolution import ShortConvolution
+from gka.layers.parts.norms import GatedRMSNorm, RMSNorm, unit, working_dtype
+from gka.layers.parts.padding import Padding
+from gka.ops import why_unavailable
+from gka.ops.autograd import under_transform
+from gka.ops.convolution import convolve_heads, step_heads_and_gates
+from gka.ops.surround import gated_rms_norm, layer_gates
+from gka.ops.surround import why_unfused as why_no_kernels
+
+UNFUSED = ("torch", "reference")
+OURS = (ShortConvolution, RMSNorm, GatedRMSNorm)
+QKV = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class MixCall:
+    """One call of a mixer: its past and its circumstances.
+
+    Attributes:
+        layer: the layer's share of the cache; None without a cache.
+        states: the cached states of the memory, none without a past.
+        stepwise: few tokens from a cache without gradient: token by token is cheaper than a chunk.
+        cu_seqlens: bounds of packed sequences.
+        cu_seqlens_cpu: their copy on the CPU.
+        padding: places whose keys and log decays must be zero.
+    """
+
+    layer: Any
+    states: tuple[Tensor, ...]
+    stepwise: bool
+    cu_seqlens: Tensor | None
+    cu_seqlens_cpu: Tensor | None
+    padding: Padding | None
+
+    @property
+    def keep(self) -> bool:
+        """Whether the final states are wanted."""
+        return self.layer is not None
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """Tokens of each row [B]; None for all of them."""
+        return None if self.padding is None else self.padding.lengths
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the cached states may be updated where they are, and then need not be returned.
+
+        Tensors made in inference mode may not, outside it.
+        """
+        if not (self.stepwise and self.states):
+            return False
+        if torch.compiler.is_compiling():  # which does not know of inference mode
+            return True
+        return torch.is_inference_mode_enabled() or not any(s.is_inference() for s in self.states)
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What gates a mixer's memory [B,T,H], float32 or better; each None where the mixer has none.
+
+    Attributes:
+        g: log decay, zero at padding.
+        beta: weight of a token's key and value, or step on its error.
+        alpha: how much of the solution the readout takes.
+    """
+
+    g: Tensor | None
+    beta: Tensor | None
+    alpha: Tensor | None
+
+
+class Surround(Protocol):
+    """One way to compute what stands around the memory, with the modules of `mixer`, a `RecurrentMixer`."""
+
+    def enter(self, mixer: Any, projected: QKV, x: Tensor, call: MixCall) -> tuple[QKV, Gates]:
+        """What the memory is given; updates the convolutions' states in `call.layer`.
+
+        Args:
+            projected: q_proj x, k_proj x and v_proj x, [B,T,channels] each.
+            x: hidden states [B,T,hidden_size], tokens before padding.
+
+        Returns:
+            (unit queries [B,T,H,K], unit keys [B,T,Hk,K], zero at padding, values [B,T,Hv,V]), gates.
+        """
+        ...
+
+    def leave(self, mixer: Any, o: Tensor, gate: Tensor | None) -> Tensor:
+        """Norm of each head, times SiLU(gate [B,T,H*V]) if there is a gate: [B,T,H,V] -> [B,T,H*V]."""
+        ...
+
+
+class PlainSurround:
+    """Torch modules one by one: on any device, in any dtype, differentiable any number of times."""
+
+    def enter(self, mixer: Any, projected: QKV, x: Tensor, call: MixCall) -> tuple[QKV, Gates]:
+        convolved = (
+            self._expand(mixer, name, self._convolve(mixer, name, y, call))
+            for name, y in zip("qkv", projected, strict=True)
+        )
+        q, k, v = _split(mixer, tuple(convolved))
+        q, k = unit(q), unit(k)
+        k = k if call.padding is None else call.padding.clear(k)
+        return (q, k, v), self.gates(mixer, x, call.padding)
+
+    def gates(self, mixer: Any, x: Tensor, padding: Padding | None = None) -> Gates:
+        """beta = sigmoid(b_proj x) + beta_eps, alpha = sigmoid(alpha_proj x),
+        g = -exp(A_log) softplus(a_proj x + dt_bias)."""
+        projected, dtype = _gate_projections(mixer, x), working_dtype(x)
+        wide = {name: y.to(dtype) for name, y in projected.items()}
+        g = mixer.log_decay(wide["a"]) if "a" in wide else None
+        return Gates(
+            g=g if g is None or padding is None else padding.clear(g),
+            beta=torch.sigmoid(wide["b"]) + mixer.beta_eps if "b" in wide else None,
+            alpha=torch.sigmoid(wide["alpha"]) if "alpha" in wide else None,
+        )
+
+    def leave(self, mixer: Any, o: Tensor, gate: Tensor | None) -> Tensor:
+        if gate is None:
+            return mixer.o_norm(o).flatten(-2)
+        return mixer.o_norm(o, gate.unflatten(-1, (-1, mixer.head_v_dim))).flatten(-2)
+
+    def _convolve(self, mixer: Any, name: str, y: Tensor, call: MixCall) -> Tensor:
+        """One projection convolved, if it is, and the layer's cache updated."""
+        convolution, layer = getattr(mixer, f"{name}_conv1d", None), call.layer
+        if convolution is None:
+            return y
+        idx = "qkv".index(name)
+        state = None if layer is None else read_state(layer.conv_states, idx)
+        out = convolution(y, state, call.cu_seqlens)
+        if layer is not None:
+            state = convolution.next_state(y, state, call.lengths)
+            layer.update_conv_state(state.detach(), idx)
+        return out
+
+    def _expand(self, mixer: Any, name: str, y: Tensor) -> Tensor:
+        """Keys or values of few heads to those of all, where a map for it has been learned."""
+        expansion = getattr(mixer, f"{name}_expand", None)
+        return y if expansion is None else expansion(y)
+
+
+class FusedSurround:
+    """Fused kernels; `why_unfused` tells where they cannot run."""
+
+    def enter(self, mixer: Any, projected: QKV, x: Tensor, call: MixCall) -> tuple[QKV, Gates]:
+        if call.stepwise and _can_step(mixer, call.layer):
+            return self.step(mixer, projected, x, call)
+        heads = _split(mixer, self._convolve(mixer, projected, call))
+        gates = _gate_projections(mixer, x)
+        beta, alpha, g = layer_gates(
+            gates.get("b"), gates.get("alpha"), gates.get("a"), *_decay(mixer, gates),
+            eps=mixer.beta_eps, lengths=call.lengths,
+        )  # fmt: skip
+        return heads, Gates(g, beta, alpha)
+
+    def step(self, mixer: Any, projected: QKV, x: Tensor, call: MixCall) -> tuple[QKV, Gates]:
+        """`enter` for a few tokens without gradient: one launch, which updates the cached states in place."""
+        gates, (q, k, v), conv_states = (
+            _gate_projections(mixer, x),
+            projected,
+            call.layer.conv_states,
+        )
+        modules, states = _convolutions(mixer), []
+        for idx, module in enumerate(modules):
+            state = None if module is None else conv_states[idx]
+            if state is not None and not state.is_contiguous():
+                state = conv_states[idx] = state.contiguous()
+            states.append(state)
+        wq, wk, wv = (None if module is None else module.weight for module in modules)
+        (yq, yk, yv), (beta, alpha, g) = step_heads_and_gates(
+            (q, k, None if wv is None else v), (wq, wk, wv), (states[0], states[1], states[2]),
+            (gates.get("b"), gates.get("alpha"), gates.get("a")), _decay(mixer, gates), mixer.head_dim,
+            eps=mixer.beta_eps, lengths=call.lengths,
+        )  # fmt: skip
+        assert yq is not None and yk is not None
+        return _split(mixer, (yq, yk, v if yv is None else yv)), Gates(g, beta, alpha)
+
+    def leave(self, mixer: Any, o: Tensor, gate: Tensor | None) -> Tensor:
+        return gated_rms_norm(o, gate, mixer.o_norm.weight, mixer.o_norm.eps).flatten(-2)
+
+    def _convolve(self, mixer: Any, projected: QKV, call: MixCall) -> QKV:
+        """All convolutions and the unit norm of q and k, [B,T,channels] each, and the cache updated."""
+        modules, layer = _convolutions(mixer), call.layer
+        states = [
+            None if layer is None or module is None else read_state(layer.conv_states, idx)
+            for idx, module in enumerate(modules)
+        ]
+        wq, wk, wv = (None if module is None else module.weight for module in modules)
+        q, k, v = projected
+        assert wq is not None and wk is not None
+        yq, yk, yv = convolve_heads(
+            (q, k, None if wv is None else v), (wq, wk, wv), mixer.head_dim,
+            (states[0], states[1], states[2]), call.cu_seqlens, call.lengths,
+        )  # fmt: skip
+        if layer is not None:
+            for idx, (module, y, state) in enumerate(zip(modules, projected, states, strict=True)):
+                if module is not None:
+                    state = module.next_state(y, state, call.lengths)
+                    layer.update_conv_state(state.detach().contiguous(), idx)
+        return yq, yk, v if yv is None else yv
+
+
+PLAIN, FUSED = PlainSurround(), FusedSurround()
+
+
+def why_unfused(mixer: Any, device: torch.device | str, dtype: torch.dtype) -> str | None:
+    """Why the mixer runs its modules one by one on projections of that dtype; None if kernels do.
+
+    Raises:
+        RuntimeError: the mixer's backend asks for kernels by name, and they cannot run.
+        ValueError: no backend has the mixer's `backend` as its name.
+    """
+    name, device = mixer.backend, torch.device(device)
+    why_unavailable(name)  # refuses unknown names
+    if name in UNFUSED:
+        return f'backend="{name}" asks for plain torch.'
+    if name == "auto" and device.type != "cuda":
+        return f"the kernels need an NVIDIA GPU; got {device}."
+    dims = (mixer.head_dim, mixer.head_v_dim)
+    reason = why_no_kernels(device, dtype, dims, mixer.q_conv1d.width) or _why_called(mixer)
+    if reason is not None and name != "auto":
+        raise RuntimeError(
+            f"backend={name!r} cannot run this layer's convolutions, gates and norm: {reason} "
+            'backend="auto" runs what can be run by kernels, "torch" nothing.'
+        )
+    return reason
+
+
+def _why_called(mixer: Any) -> str | None:
+    """Modules must be called themselves: someone replaced one or listens to it, or transforms the call."""
+    if under_transform():
+        return "inside a transform of torch.func or torch.vmap modules are called one by one."
+    if hasattr(mixer, "k_expand") or hasattr(mixer, "v_expand"):
+        return "keys or values are expanded between their convolution and their norm."
+    for name in ("q_conv1d", "k_conv1d", "v_conv1d", "o_norm"):
+        module = getattr(mixer, name, None)
+        if module is not None and not _is_untouched(module):
+            return f"{name} was replaced or has hooks, and is called for their sake."
+    return None
+
+
+def _is_untouched(module: nn.Module) -> bool:
+    hooks = (
+        module._forward_hooks, module._forward_pre_hooks,
+        module._backward_hooks, module._backward_pre_hooks,
+    )  # fmt: skip
+    return type(module) in OURS and not any(hooks) and "forward" not in vars(module)
+
+
+def _can_step(mixer: Any, layer: Any) -> bool:
+    """Whether the layer's cache holds the states of every convolution, to be updated in place."""
+    started = getattr(layer, "has_previous_state", None)  # transformers' layers keep zeros before
+    for idx, module in enumerate(_convolutions(mixer)):
+        if module is None:
+            continue
+        state = layer.conv_states.get(idx)
+        if state is None or state.shape[-1] != module.width or (started and not started[idx]):
+            return False
+    return True
+
+
+def _convolutions(mixer: Any) -> list[ShortConvolution | None]:
+    return [getattr(mixer, f"{name}_conv1d", None) for name in "qkv"]
+
+
+def _gate_projections(mixer: Any, x: Tensor) -> dict[str, Tensor]:
+    """[B,T,H] of b_proj, alpha_proj and a_proj, of those that the mixer has."""
+    named = ((name, getattr(mixer, f"{name}_proj", None)) for name in ("b", "alpha", "a"))
+    return {name: projection(x) for name, projection in named if projection is not None}
+
+
+def _decay(mixer: Any, gates: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    return (mixer.A_log, mixer.dt_bias) if "a" in gates else (None, None)
+
+
+def _split(mixer: Any, convolved: tuple[Tensor, ...]) -> QKV:
+    """[B,T,channels] of q, k and v into heads; queries as many as there are outputs."""
+    dims = (mixer.head_dim, mixer.head_dim, mixer.head_v_dim)
+    q, k, v = (y.unflatten(-1, (-1, dim)) for y, dim in zip(convolved, dims, strict=True))
+    group = mixer.num_expanded_heads // mixer.num_heads
+    return q if group == 1 else q.repeat_interleave(group, dim=2), k, v

@@ -1,0 +1,5 @@
+"""The tiny models of tests/models."""
+
+from models.conftest import build, ids
+
+__all__ = ["build", "ids"]
