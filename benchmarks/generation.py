@@ -36,7 +36,7 @@ from torch import Tensor
 from gka import GenerationSession
 from gka.data.files import write_text
 from gka.models import GKACache, GKAForCausalLM, cache_tensors
-from gka.models.naming import CACHE_NAME
+from gka.models.cache import CACHE_NAME
 
 CONTEXTS, REPEATS, WARM_UP = (4096, 16384, 65536, 131072), 3, 4
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of logits, in the relative 2-norm

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gka.errors import InputError
 from gka.models import GKACache, GKAConfig, GKAForCausalLM
-from gka.models.naming import CACHE_NAME
+from gka.models.cache import CACHE_NAME
 
 PREFILL_CHUNK = 4096
 """Tokens of each row that go through the model at a time unless told otherwise."""
