@@ -77,22 +77,22 @@ test-gpu: ## the kernels' tests on this machine's GPU, and those of recorded dec
 	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m pytest tests/kernels tests/serving/test_gpu_graph.py -s --durations=5
 
 bench-gpu: ## the op and the layer against their peers on this machine's GPU: BENCH="--quick"
-	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.gpu --output $(RUNS)/bench-gpu $(BENCH)
+	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.run op --output $(RUNS)/bench-gpu $(BENCH)
 
 tune-gpu: ## measure and store the kernels' launch configurations on this machine's GPU: TUNE="--seconds 300"
-	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.tune --output $(RUNS)/tune/tune.json $(TUNE)
+	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.run tune --output $(RUNS)/tune/tune.json $(TUNE)
 
 bench-decode: ## one token a sequence, states in place, on this machine's GPU, under a minute: DECODE="--model FOLDER"
-	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.decode --output $(RUNS)/bench-decode $(DECODE)
+	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.run decode --output $(RUNS)/bench-decode $(DECODE)
 
 bench-generation: ## tokens/s of a decoder on recurrent states, against attention, on this machine's GPU: under a minute
-	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.generation --output $(RUNS)/bench-generation $(GENERATION)
+	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.run generation --output $(RUNS)/bench-generation $(GENERATION)
 
 bench-prefill: ## reading and resuming a long prompt, on this machine's GPU if there is one: PREFILL="--size medium"
-	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.prefill --output $(RUNS)/bench-prefill $(PREFILL)
+	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.run prefill --output $(RUNS)/bench-prefill $(PREFILL)
 
 bench: install ## chunk-wise against token by token on this CPU
-	$(BIN)/python -m benchmarks.cpu --output $(RUNS)/bench
+	$(BIN)/python -m benchmarks.run cpu --output $(RUNS)/bench
 
 clean: ## remove the environment and caches, not your runs
 	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache build dist src/*.egg-info

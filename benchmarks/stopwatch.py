@@ -1,9 +1,14 @@
-"""Times of calls that are measured in turn, so that all of them see the same machine."""
+"""Times of calls that are measured in turn, so that all of them see the same machine, and their memory."""
 
+import ctypes
+import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -11,6 +16,7 @@ Call = Callable[[], object]
 ROUNDS, WARM_UP = 5, 3
 CACHE_BYTES = 256 << 20  # several times the second-level cache
 HEAD_START = 20_000_000  # cycles, about 10 ms, that the device waits while the host launches
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass
@@ -19,9 +25,6 @@ class Times:
 
     device: list[list[float]] = field(default_factory=list)
     host: list[float] = field(default_factory=list)
-
-    def medians(self) -> list[float]:
-        return [statistics.median(part) for part in self.device]
 
     def as_json(self) -> dict:
         repeats = [x for part in self.device for x in part]
@@ -111,3 +114,61 @@ class Stopwatch:
         kept = torch.cuda.memory_allocated() - before
         del result  # not earlier
         return kept
+
+
+def ratios(times: Sequence[Sequence[float]], base: Sequence[Sequence[float]]) -> list[float]:
+    """Of the medians of each round, since those are neighbours in time."""
+    return [statistics.median(a) / statistics.median(b) for a, b in zip(times, base, strict=True)]
+
+
+def spread(values: Sequence[float]) -> tuple[float, float, float]:
+    """Median, least, most."""
+    return statistics.median(values), min(values), max(values)
+
+
+def captured(call: Call, cuda: bool) -> Call:
+    """The call as a CUDA graph, after a first run of its own."""
+    if not cuda:
+        return call
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return partial(replay, graph, call)
+
+
+def replay(graph: torch.cuda.CUDAGraph, call: Call) -> None:
+    """Run `graph`. It reads and writes tensors that `call` alone keeps alive."""
+    graph.replay()
+
+
+def peak_added(work: Call) -> float | None:
+    """MiB by which the resident size rises at its highest while `work` runs; None where it cannot be told.
+
+    Linux keeps the largest resident size a process has had (VmHWM), and sets it back to the present one when
+    "5" is written to /proc/self/clear_refs. Without that the figure would say little: importing torch alone
+    takes more at its height than many a measured pass. Elsewhere, and where a container forbids the reset,
+    nothing is measured. Memory that earlier work has freed is given back to the system first, as far as the
+    allocator does that, so that reusing it counts as well.
+    """
+    gc.collect()
+    with suppress(OSError, AttributeError):  # the C library is not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        _RESET.write_text("5")
+        before = _highest_kib()
+    except OSError:
+        return None
+    work()
+    return (_highest_kib() - before) / 1024
+
+
+def _highest_kib() -> int:
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1])
+    raise OSError(f"{_STATUS} has no VmHWM")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from gka.ops.gka import chunk_gka
+from gka.ops.chunk import chunk_gka
 from gka.ops.reference import reference_gka
 
 HeadCounts = tuple[int, int, int]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gka.kernels.hopper import CHUNK as C
+from gka.kernels.hopper.build import CHUNK as C
 
 F64, BF16, F16 = torch.float64, torch.bfloat16, torch.float16
 SCALE = 0.3  # of the readout

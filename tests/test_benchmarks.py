@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from gka.errors import InputError
+from gka.experiments.ledger import own
 from gka.storage import only_writer
 
 ROOT = Path(__file__).parents[1]
@@ -18,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def cpu(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
-    module = importlib.import_module("benchmarks.cpu")
+    module = importlib.import_module("benchmarks.op.cpu")
     monkeypatch.setattr(module, "LENGTHS", (64, 128))
     monkeypatch.setattr(module, "BOTH", (64,))
     monkeypatch.setattr(module, "LONG", 32)
@@ -70,7 +71,7 @@ def test_peak_memory_is_the_work_s_own():
     """What a process held before is not counted, however much it was at its height; what the work holds
     is, also if it is freed before the end."""
     code = (
-        "import torch\nfrom benchmarks.memory import peak_added\n"
+        "import torch\nfrom benchmarks.stopwatch import peak_added\n"
         "torch.ones(96 * 2**18).sum()\n"  # 96 MiB, freed
         "print(peak_added(lambda: torch.ones(32 * 2**18).sum()))"  # 32 MiB, freed too
     )
@@ -82,7 +83,7 @@ def test_peak_memory_is_the_work_s_own():
 
 def test_memory_that_cannot_be_measured_is_said_so(cpu, monkeypatch, tmp_path, capsys):
     """Without a way to reset the peak there is no figure: null in JSON, and words in the table."""
-    memory = importlib.import_module("benchmarks.memory")
+    memory = importlib.import_module("benchmarks.stopwatch")
     monkeypatch.setattr(memory, "_RESET", tmp_path / "no" / "clear_refs")
     assert memory.peak_added(lambda: torch.ones(10)) is None
     monkeypatch.setattr(cpu, "peak_memory", lambda length, form: None)
@@ -104,12 +105,8 @@ def test_repeats_must_be_positive(cpu, monkeypatch, capsys):
     assert "--repeats must be at least 1" in capsys.readouterr().err
 
 
-def test_one_writer_for_the_results_of_a_benchmark(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_writer_for_the_results_of_a_benchmark(tmp_path: Path) -> None:
     """A benchmark ends at once where another process writes its folder; it may take its own again."""
-    monkeypatch.syspath_prepend(str(ROOT))
-    own = importlib.import_module("benchmarks.output").own
     with (
         only_writer(tmp_path / "taken"),
         pytest.raises(SystemExit, match=r"error: --output .* being"),
@@ -122,3 +119,19 @@ def test_one_writer_for_the_results_of_a_benchmark(
         only_writer(tmp_path / "mine"),
     ):
         pass
+
+
+def test_every_benchmark_is_run_by_name(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """The runner lists all of them, each says what its options are, and an unknown name is refused."""
+    pytest.importorskip("triton", reason="host, resources and tune compile kernels")
+    monkeypatch.syspath_prepend(str(ROOT))
+    run = importlib.import_module("benchmarks.run")
+    run.main(["--help"])
+    listed = capsys.readouterr().out
+    for name in run.BENCHMARKS:
+        with pytest.raises(SystemExit) as stop:
+            run.main([name, "--help"])
+        assert stop.value.code == 0 and f"  {name} " in listed
+        assert f"usage: python -m benchmarks.run {name} " in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="there is no benchmark 'gpu'; there are"):
+        run.main(["gpu"])

@@ -14,9 +14,9 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def decode(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks import decode
+    from benchmarks.decode import bench
 
-    return decode
+    return bench
 
 
 def test_what_is_written(decode, tmp_path):
@@ -89,11 +89,11 @@ def test_a_trained_model_beside_artificial_states(decode, folder, tmp_path, monk
     """Its GKA layers with their own states are timed at every batch size, artificial states of its heads and
     layers too; kernels that do not take it are said to be not available."""
     few = [
-        decode.Contender(backend, solve, "float32")
+        decode.DecodeKernel(backend, solve, "float32")
         for backend in ("torch", "hopper")
         for solve in ("chebyshev 10", "adaptive 30")
     ]
-    monkeypatch.setattr(decode, "contenders", lambda cuda: few)
+    monkeypatch.setattr(decode.registry, "decode_kernels", lambda cuda: few)
     text = ["--model", str(folder), "--text", str(folder / "text.txt"), "--context", "128"]
     command = [
         "--output",
@@ -109,7 +109,8 @@ def test_a_trained_model_beside_artificial_states(decode, folder, tmp_path, monk
     decode.main([*command, *text])
     result = json.loads((tmp_path / "decode.json").read_text())
     assert result["command"] == (
-        "python -m benchmarks.decode --model hybrid --text text.txt --context 128 --batches 1 3"
+        "python -m benchmarks.run decode --device cpu --batches 1 3 --seconds 0.01 "
+        "--model hybrid --text text.txt --context 128"
     )
     artificial, trained = result["sources"]
     assert trained["source"] == "hybrid" and trained["shape"] == artificial["shape"]
@@ -137,7 +138,7 @@ def test_a_layers_states_and_token_are_the_models_own(decode, folder):
     from gka.models import GKACache
     from gka.serving.reading import prefill
 
-    trained = importlib.import_module("benchmarks.decode_model")
+    trained = importlib.import_module("benchmarks.decode.states")
     model: Any = load_gka(folder, dtype="float32", device="cpu")
     rows = torch.randint(256, (trained.READ + 2, 40), generator=torch.Generator().manual_seed(0))
     layers = trained.next_tokens(model, rows, 2)
@@ -155,7 +156,7 @@ def test_a_layers_states_and_token_are_the_models_own(decode, folder):
 
 def test_sequences_come_from_different_places(decode, folder):
     """Evenly spaced over the text, which must be long enough."""
-    trained = importlib.import_module("benchmarks.decode_model")
+    trained = importlib.import_module("benchmarks.decode.states")
     rows, apart = trained.places(torch.arange(100), 4, 10)
     assert apart == 30 and rows[:, 0].tolist() == [0, 30, 60, 90] and rows[3, -1] == 99
     with pytest.raises(ValueError, match="100 tokens, too few for 3 sequences of 99"):

@@ -15,25 +15,25 @@ SMALL = ["--device", "cpu", "--sizes", "1x96x2,2x32x1", "--dims", "16", "--secon
 @pytest.fixture
 def gpu(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks import gpu
+    from benchmarks.op import bench
 
-    return gpu
+    return bench
 
 
 @pytest.fixture
 def run(gpu, monkeypatch, tmp_path):
-    """The command with these arguments; its gpu.json."""
+    """The command with these arguments; its op.json."""
 
     def call(*arguments: str) -> dict:
-        monkeypatch.setattr(sys, "argv", ["gpu", "--output", str(tmp_path), *arguments])
+        monkeypatch.setattr(sys, "argv", ["op", "--output", str(tmp_path), *arguments])
         gpu.main()
-        return json.loads((tmp_path / "gpu.json").read_text())
+        return json.loads((tmp_path / "op.json").read_text())
 
     return call
 
 
 def contender(gpu, name: str, leaves, call):
-    return gpu.Contender(name, leaves, lambda: call)
+    return gpu.registry.Contender(name, leaves, lambda: call)
 
 
 def test_what_is_written(run, tmp_path, capsys):
@@ -53,21 +53,21 @@ def test_what_is_written(run, tmp_path, capsys):
     assert "GatedKalmaNet, chebyshev" in result["layer"]["contenders"]
     assert result["versions"]["torch"] and result["backend"] == "torch"
     assert str(tmp_path) not in result["command"] and "--sizes 1x96x2,2x32x1" in result["command"]
-    text = (tmp_path / "gpu.md").read_text()
+    text = (tmp_path / "op.md").read_text()
     assert "| 2 x 32 x 1, D = 16 | sdpa |" in text
-    assert (tmp_path / "gpu.png").stat().st_size > 10_000
+    assert (tmp_path / "op.png").stat().st_size > 10_000
     assert "1 x 96 x 2, D = 16" in capsys.readouterr().out
 
 
 def test_what_is_profiled(run, gpu, tmp_path):
     """Kernels of one training step of the op, of both solvers' layers and of a layer whose modules stay
-    torch's, after the timings: by kernel and in all, in profile.txt, gpu.json and a table."""
+    torch's, after the timings: by kernel and in all, in profile.txt, op.json and a table."""
     result = run(*SMALL, "--peers", "none", "--layer-size", "32x2x16x64", "--profile")
     assert list(result)[-3:-1] == ["op_profile", "layer_profile"]
     layers = result["layer_profile"]["contenders"]
     plain = "GatedKalmaNet, chebyshev, torch's modules around the op"
     assert list(layers) == ["GatedKalmaNet, chebyshev", "GatedKalmaNet, adaptive", plain]
-    text, page = ((tmp_path / name).read_text() for name in ("profile.txt", "gpu.md"))
+    text, page = ((tmp_path / name).read_text() for name in ("profile.txt", "op.md"))
     for name, entry in (layers | result["op_profile"]["contenders"]).items():
         assert f"one forward + backward of {name}, " in text
         us, launches = ([k[key] for k in entry["kernels"]] for key in ("us", "launches"))
@@ -88,7 +88,7 @@ def test_a_layer_of_torchs_modules_calls_them(gpu, monkeypatch):
 
 def test_a_profile_that_fails_leaves_the_rest(run, gpu, monkeypatch, tmp_path):
     """Timings stay, and what could not be profiled is listed with its reason, beside what is known of it."""
-    profile = gpu.gpu_profile.kernel_profile
+    profile = gpu.profile
     whole, calls = profile.kernels, []
 
     def kernels(call, watch):
@@ -105,7 +105,7 @@ def test_a_profile_that_fails_leaves_the_rest(run, gpu, monkeypatch, tmp_path):
     assert failed["status"] == "failed" and "kernels" not in failed and failed["first_call_s"]
     assert layers["GatedKalmaNet, adaptive"]["kernels"]
     assert "forward" in result["layer"]["contenders"]["GatedKalmaNet, chebyshev"]
-    text, page = ((tmp_path / name).read_text() for name in ("profile.txt", "gpu.md"))
+    text, page = ((tmp_path / name).read_text() for name in ("profile.txt", "op.md"))
     assert "failed: RuntimeError: CUPTI is missing" in text and "aten::" in text
     size = "kernels of hidden 32, 2 heads of 16, 1 x 64"
     assert f"- GatedKalmaNet, chebyshev failed: RuntimeError: CUPTI is missing ({size})" in page
@@ -113,7 +113,9 @@ def test_a_profile_that_fails_leaves_the_rest(run, gpu, monkeypatch, tmp_path):
 
 def test_kept_memory_is_that_of_what_a_call_returns(gpu, monkeypatch):
     """The result of the call is alive when memory is read again."""
-    watch = gpu.Stopwatch("cpu")
+    from benchmarks.stopwatch import Stopwatch
+
+    watch = Stopwatch("cpu")
     assert watch.kept_bytes(object) is None
     held: list = []
     monkeypatch.setattr(watch, "cuda", True)
@@ -144,7 +146,7 @@ def test_a_failure_is_recorded_and_the_rest_goes_on(run, gpu, monkeypatch, tmp_p
     peers = {
         "gated_delta_rule": contender(gpu, "gated_delta_rule", ("q",), lambda x: x.q * x.do),
         "simple_gla": contender(gpu, "simple_gla", ("q",), broken),
-        "mesa_net": gpu.Contender("mesa_net", ("q",), missing),
+        "mesa_net": gpu.registry.Contender("mesa_net", ("q",), missing),
         "sdpa": contender(gpu, "sdpa", ("q", "beta"), lambda x: x.q * 2),  # beta has no gradient
     }
     monkeypatch.setattr(gpu.registry, "PEERS", peers)
@@ -156,7 +158,7 @@ def test_a_failure_is_recorded_and_the_rest_goes_on(run, gpu, monkeypatch, tmp_p
     assert first["contenders"]["sdpa"]["status"] == "failed"
     assert "not installed" in later["contenders"]["mesa_net"]["message"]
     assert later["repeated"] and later["contenders"]["gated_delta_rule"]["status"] == "ok"
-    text = (tmp_path / "gpu.md").read_text()
+    text = (tmp_path / "op.md").read_text()
     assert text.count("| gated_delta_rule |") == 2
     assert "- simple_gla failed: OSError: no such kernel (1 x 96 x 2, D = 16; 2 x 32" in text
 
@@ -177,20 +179,20 @@ def test_the_page_is_updated_between_its_markers(run, tmp_path):
     begin, end = "<!-- gpu results: begin -->", "<!-- gpu results: end -->"
     page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     for _ in range(2):
-        run("--from", str(tmp_path / "gpu.json"), "--update", str(page))
+        run("--from", str(tmp_path / "op.json"), "--update", str(page))
         text = page.read_text()
         assert text.startswith(f"before\n{begin}\n") and text.endswith(f"{end}\nafter\n")
         assert "old" not in text and text.count("| chunk_gka, chebyshev |") == 2
     page.write_text("no markers")
     with pytest.raises(ValueError, match="gpu results: begin"):
-        run("--from", str(tmp_path / "gpu.json"), "--update", str(page))
+        run("--from", str(tmp_path / "op.json"), "--update", str(page))
     assert page.read_text() == "no markers"
 
 
 def test_the_documentation_has_the_markers(gpu):
     """docs/performance.md can be updated."""
     text = (ROOT / "docs" / "performance.md").read_text()
-    assert text.index(gpu.gpu_report.BEGIN) < text.index(gpu.gpu_report.END)
+    assert text.index(gpu.report.BEGIN) < text.index(gpu.report.END)
 
 
 def test_work_is_counted_as_documented(gpu):
@@ -208,7 +210,7 @@ def entry(median: float) -> dict:
 
 def test_ratios_growth_and_the_star(gpu):
     """A ratio is that of the rounds; 131072 tokens against 16 x 8192; a star marks a host that is slower."""
-    report = gpu.gpu_report
+    report = gpu.report
     ratio = {"ms": [[2.0, 4.0, 90.0], [6.0]]}, {"ms": [[2.0], [2.0]]}
     assert report.ratio(*ratio) == "2.50 (2.00-3.00)"
     shapes = [(8192, 1.0), (131072, 20.0)]
@@ -245,7 +247,7 @@ def test_wrong_options_are_refused_by_name(run, arguments, message, capsys, monk
 
 def test_speed_of_the_loop(gpu) -> None:
     """Twenty more steps that take 200 us, 1e9 operations each: 10 us a step, 100 TFLOP/s."""
-    from benchmarks import kernel_profile as profiled
+    from benchmarks.op import profile as profiled
 
     few, many = (
         [profiled.Kernel("copy", 900.0, 1), profiled.Kernel("gka_forward", us, 1)]

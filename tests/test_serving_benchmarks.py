@@ -1,4 +1,4 @@
-"""The benchmarks of prefill, generation and combined states measure and write what they say, tiny."""
+"""The benchmarks of prefill and generation measure and write what they say, tiny."""
 
 import importlib
 import json
@@ -21,8 +21,8 @@ def test_prefill_measures_every_length_and_chunk(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     """Speed, memory and the times of resuming for each length and chunk, behind checks that passed."""
-    prefill = module("prefill", monkeypatch)
-    monkeypatch.setitem(prefill.SIZES, "tiny", TINY)
+    prefill = module("model.prefill", monkeypatch)
+    monkeypatch.setitem(prefill.registry.MODELS, "tiny", TINY)
     command = "prefill --size tiny --tokens 200 400 --chunk 64 --repeats 2 --device cpu --output"
     monkeypatch.setattr("sys.argv", [*command.split(), str(tmp_path)])
     prefill.main()
@@ -36,9 +36,9 @@ def test_prefill_measures_every_length_and_chunk(
 
 def test_prefill_checks_before_it_measures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Pieces that change the result end the benchmark instead of being timed."""
-    prefill = module("prefill", monkeypatch)
-    monkeypatch.setitem(prefill.SIZES, "tiny", TINY)
-    model = prefill.build("tiny", torch.float32, "cpu", None)
+    prefill = module("model.prefill", monkeypatch)
+    monkeypatch.setitem(prefill.registry.MODELS, "tiny", TINY)
+    model = prefill.registry.model("tiny", torch.float32, "cpu", None)
     whole = model.forward
     monkeypatch.setattr(
         model, "forward", lambda input_ids, **rest: whole(input_ids.flip(1), **rest)
@@ -47,31 +47,13 @@ def test_prefill_checks_before_it_measures(monkeypatch: pytest.MonkeyPatch, tmp_
         prefill.check(model, tmp_path)
 
 
-def test_combining_scores_every_way(monkeypatch: pytest.MonkeyPatch):
-    """Reading in turn is the uncached model's own score, and reading nothing that of the continuation."""
-    combining, prefill = module("combining", monkeypatch), module("prefill", monkeypatch)
-    monkeypatch.setitem(prefill.SIZES, "tiny", TINY)
-    model = prefill.build("tiny", torch.float32, "cpu", None)
-    text = torch.randint(32000, (1, 60), generator=torch.Generator().manual_seed(0))
-    found = combining.one(model, text, 2, 20)
-    assert set(found) == set(combining.WAYS)
-    for way, seen in (("read in turn", text), ("nothing", text[:, 40:])):
-        with torch.no_grad():
-            logits = model(seen, use_cache=False).logits[0, -17:-1]
-        expected = torch.nn.functional.cross_entropy(logits, seen[0, -16:]) / torch.log(
-            torch.tensor(2.0)
-        )
-        assert found[way] == pytest.approx(expected.item(), rel=1e-5)
-    assert len(set(found.values())) == len(found)
-
-
 def test_generation_measures_every_way_and_context(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     """Each contender at each context, with repeats and memory, stored row by row; why nothing was recorded
     is told."""
-    generation, prefill = module("generation", monkeypatch), module("prefill", monkeypatch)
-    monkeypatch.setitem(prefill.SIZES, "tiny", TINY)
+    generation = module("model.generation", monkeypatch)
+    monkeypatch.setitem(generation.registry.MODELS, "tiny", TINY)
     command = "--device cpu --size tiny --contexts 40 20 --batch 2 --tokens 5 --output"
     generation.main([*command.split(), str(tmp_path)])
     found = json.loads((tmp_path / "generation.json").read_text())
@@ -103,8 +85,8 @@ def test_generation_measures_every_way_and_context(
 
 def test_generation_times_nothing_that_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Keys that are not all attended to end the benchmark."""
-    generation, prefill = module("generation", monkeypatch), module("prefill", monkeypatch)
-    monkeypatch.setitem(prefill.SIZES, "tiny", TINY)
+    generation = module("model.generation", monkeypatch)
+    monkeypatch.setitem(generation.registry.MODELS, "tiny", TINY)
     update = generation.KeysAndValues.update
 
     def forgetful(self: Any, *rest: Any) -> Any:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def tables(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks import tune_table
+    from benchmarks.op import tune_table
 
     return tune_table
 
@@ -26,7 +26,7 @@ def tables(monkeypatch):
 @pytest.fixture
 def tune(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks import tune
+    from benchmarks.op import tune
 
     return tune
 
@@ -35,7 +35,7 @@ def tune(monkeypatch):
 def test_every_kernel_has_a_configuration(capability, monkeypatch) -> None:
     """On every chip, for every kernel, operands and head width; float32 in a single stage."""
     from gka.kernels import configs
-    from gka.kernels.plan import SIZES
+    from gka.kernels.triton.plan import SIZES
 
     monkeypatch.setattr(configs, "capability_of", lambda device: capability)
     for kernel in SIZES:
@@ -170,7 +170,8 @@ def test_candidates_are_compiled_without_a_gpu(tmp_path) -> None:
     command = [
         sys.executable,
         "-m",
-        "benchmarks.tune",
+        "benchmarks.run",
+        "tune",
         "--dry-run",
         "--compile-only",
         "--arch",

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize, silu
 
-from gka.maths.chebyshev import chebyshev_bound
 from gka.maths.reference import solve_ridge
+from gka.maths.solvers.chebyshev import chebyshev_bound
 from problems import Decay, chunkwise, make_problem, oracle
 
 KINDS = ("gaussian", "silu", "aligned", "repeated", "few")

@@ -3,7 +3,7 @@
 import torch
 from torch.nn.functional import normalize
 
-from gka.maths.exact import exact_solve
+from gka.maths.solvers.exact import exact_solve
 from tolerances import assert_close
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from gka.maths.ridge import empty_below
-from gka.ops.gka import chunk_gka, fused_recurrent_gka
+from gka.ops.chunk import chunk_gka, fused_recurrent_gka
 from problems import Problem, chunkwise, differentiate, make_problem, oracle
 from tolerances import RELATIVE, assert_close
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from gka.maths.exact import exact_solve
+from gka.maths.solvers.exact import exact_solve
 from gka.ops import chunk_gka
 from tolerances import assert_close
 

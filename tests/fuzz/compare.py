@@ -9,10 +9,10 @@ from torch import Tensor
 
 from fuzz import truth
 from fuzz.draw import Call
-from gka.maths.chebyshev import chebyshev_bound
+from gka.maths.solvers.chebyshev import chebyshev_bound
 from gka.ops import chunk_gka, chunk_simple_gla, fused_recurrent_gka, last_backend
+from gka.ops.decode import advance_states_, fused_recurrent_gka_
 from gka.ops.delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
-from gka.ops.recurrent import advance_states_, fused_recurrent_gka_
 from problems import Problem
 from tolerances import RELATIVE
 

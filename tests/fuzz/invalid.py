@@ -22,8 +22,7 @@ from gka.ops import (
 )
 from gka.ops.convolution import convolve_heads
 from gka.ops.delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
-from gka.ops.gated_norm import gated_rms_norm
-from gka.ops.gates import layer_gates
+from gka.ops.surround import gated_rms_norm, layer_gates
 
 B, T, H, HK, HV, K, V = 2, 6, 4, 2, 1, 8, 5
 NAN, INF = float("nan"), float("inf")

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from gka.maths import reference
-from gka.maths.chebyshev import chebyshev_solve
 from gka.maths.readout import mix
 from gka.maths.ridge import empty_below
+from gka.maths.solvers.chebyshev import chebyshev_solve
 from problems import Problem
 
 Answer = dict[str, Tensor]

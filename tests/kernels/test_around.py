@@ -9,11 +9,8 @@ from torch import Tensor
 
 from gka.layers import MIXERS, build_mixer
 from gka.layers.recurrent_mixer import RecurrentMixer
-from gka.ops.convolution import convolve_heads
-from gka.ops.fusion import why_not_fused
-from gka.ops.gated_norm import gated_rms_norm
-from gka.ops.gates import layer_gates
-from gka.ops.layer_step import step_heads_and_gates
+from gka.ops.convolution import convolve_heads, step_heads_and_gates
+from gka.ops.surround import gated_rms_norm, layer_gates, why_unfused
 from tolerances import RELATIVE, assert_close
 
 pytest.importorskip("triton", reason="the kernels need the package triton")
@@ -133,7 +130,7 @@ def test_long_segments_give_the_same_gradients(length: int, monkeypatch) -> None
     p = problem(heads=(1, 1, 1), dims=(8, 4), length=length, **bounds)
     expected = results(p, modules, torch.float64, "cpu")
     for tokens in (16, 64):
-        monkeypatch.setattr("gka.kernels.around.segment_length", lambda *_, t=tokens: t)
+        monkeypatch.setattr("gka.kernels.surround.launch.segment_length", lambda *_, t=tokens: t)
         for key, value in results(p, kernels, torch.float32, DEVICE).items():
             assert_close(value.cpu(), expected[key], EXACT, key)
 
@@ -233,7 +230,7 @@ def test_norm_equals_the_module(dim: int, rows: int, gated: bool, monkeypatch) -
     """Output and all gradients of the (gated) norm are the module's in float64, in one part or several."""
     from gka.layers import GatedRMSNorm, RMSNorm
 
-    monkeypatch.setattr("gka.kernels.around.NORM_PROGRAMS", 2)
+    monkeypatch.setattr("gka.kernels.surround.launch.NORM_PROGRAMS", 2)
     torch.manual_seed(0)
     x, gate, do = (torch.randn(1, rows, 3, dim, dtype=torch.float64) for _ in range(3))
     weight = torch.rand(dim, dtype=torch.float64)
@@ -418,8 +415,8 @@ def test_why_a_layer_runs_plain() -> None:
             torch.vmap(lambda x: x * (layer.why_unfused("cpu", torch.float32) is None))(
                 torch.ones(2)
             )
-    assert "conv_size" in (why_not_fused(DEVICE, torch.float32, width=9) or "")
-    assert "heads up to" in (why_not_fused(DEVICE, torch.float32, (300, 8)) or "")
+    assert "conv_size" in (why_unfused(DEVICE, torch.float32, width=9) or "")
+    assert "heads up to" in (why_unfused(DEVICE, torch.float32, (300, 8)) or "")
 
 
 @pytest.fixture(params=["StateCache", "transformers"])

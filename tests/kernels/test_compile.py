@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton", reason="the kernels need the package triton")
 ROOT = Path(__file__).parents[2]
-# the tightest of each chip; `python -m benchmarks.resources --shared` takes any others
+# the tightest of each chip; `python -m benchmarks.run resources --shared` takes any others
 CASES = [(90, 128, "bfloat16"), (89, 256, "bfloat16")]
 
 
@@ -20,8 +20,8 @@ AROUND = {
 
 
 def shared_memory(arguments: list[str], folder: Path) -> list[list[str]]:
-    """The lines that `python -m benchmarks.resources --shared` prints."""
-    command = [sys.executable, "-m", "benchmarks.resources", "--shared", *arguments]
+    """The lines that `python -m benchmarks.run resources --shared` prints."""
+    command = [sys.executable, "-m", "benchmarks.run", "resources", "--shared", *arguments]
     paths = os.pathsep.join((str(ROOT), str(ROOT / "src")))
     env = {**os.environ, "PYTHONPATH": paths, "TRITON_CACHE_DIR": str(folder)}
     env["TRITON_INTERPRET"] = "0"

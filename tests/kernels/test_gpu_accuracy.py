@@ -128,9 +128,11 @@ def test_every_result_of_the_adaptive_solver_is_that_of_float64(name: str, backe
     decay = problem.g if problem.tied else problem.gk
     steps = solver_steps(
         problem.k, decay, num_iter=num_iter, initial_state=problem.h0, beta=problem.beta,
-        cu_seqlens=problem.cu_seqlens, num_heads=problem.q.shape[2],
+        cu_seqlens=problem.cu_seqlens, num_heads=problem.q.shape[2], value_dim=problem.v.shape[3],
+        backend=backend,
     )  # fmt: skip
-    assert (steps < num_iter).any()
+    assert steps.shape == problem.q.shape[:3] and (steps <= num_iter).all()
+    assert (steps < num_iter).any()  # as the kernels themselves count them
     options = {"num_iter": num_iter, "solver": "adaptive"}
     expected = float64(problem, **options)
     found = run(problem, backend=backend, **options)
@@ -150,7 +152,7 @@ def test_groups_of_heads(settings: dict, monkeypatch: pytest.MonkeyPatch) -> Non
     """The derivative works on a few heads at a time where scratch memory is short: same results."""
     problem = gpu_problem(1000, BF16, dims=(128, 128), heads=(6, 3, 6))
     monkeypatch.setattr(
-        "gka.kernels.launch.CHUNK_HEADS", 64
+        "gka.kernels.backward.CHUNK_HEADS", 64
     )  # 16 chunks: two groups of four and two
     assert_all_close(run(problem, **settings), float64(problem), RELATIVE[BF16])
 

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from gka.layers import GatedKalmaNet
-from gka.ops.convolution import convolve_heads
-from gka.ops.gated_norm import gated_rms_norm
-from gka.ops.layer_step import step_heads_and_gates
+from gka.ops.convolution import convolve_heads, step_heads_and_gates
+from gka.ops.surround import gated_rms_norm
 from tolerances import RELATIVE, assert_close
 
 pytestmark = pytest.mark.gpu

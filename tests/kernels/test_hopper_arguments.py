@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from gka.kernels import hopper
-from gka.kernels.hopper import recurrent
+from gka.kernels.hopper import arguments
 
 TYPES = {
-    "float": ctypes.c_float, "int": ctypes.c_int, "long long": ctypes.c_longlong, "Side": hopper.Side,
-    "View": recurrent.View,
+    "float": ctypes.c_float, "int": ctypes.c_int, "long long": ctypes.c_longlong, "Side": arguments.Side,
+    "View": arguments.View,
 }  # fmt: skip
 POINTED = ("void", "u16")
 
@@ -35,11 +35,11 @@ def fields(structure: type[ctypes.Structure], file: str) -> list[tuple[str, type
 @pytest.mark.parametrize(
     ("structure", "file"),
     [
-        (hopper.Arguments, "chunk.cuh"),
-        (hopper.Side, "scan.cuh"),
-        (hopper.ScanArguments, "scan.cuh"),
-        (recurrent.View, "recurrent.cu"),
-        (recurrent.StepArguments, "recurrent.cu"),
+        (arguments.Arguments, "chunk.cuh"),
+        (arguments.Side, "scan.cuh"),
+        (arguments.ScanArguments, "scan.cuh"),
+        (arguments.View, "decode.cu"),
+        (arguments.StepArguments, "decode.cu"),
     ],
     ids=lambda x: getattr(x, "__name__", x),
 )

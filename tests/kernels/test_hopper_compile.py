@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from gka.kernels import hopper, nvrtc
-from gka.kernels.hopper import SOLVES, recurrent
+from gka.kernels.hopper import build, nvrtc
+from gka.kernels.hopper.arguments import StepArguments
+from gka.kernels.hopper.build import SOLVES
 
 pytest.importorskip("triton", reason="its cuobjdump reads what a kernel takes")
 pytestmark = pytest.mark.skipif(
@@ -25,9 +26,9 @@ STACK = (
 CASES = [
     *((kernel, dims, adaptive, True) for kernel in SOLVES for dims in ((64, 64), (128, 128))
       for adaptive in (False, True)),
-    *((kernel, dims, False, True) for kernel in ("gradients", *hopper.SCANS)
+    *((kernel, dims, False, True) for kernel in ("gradients", *build.SCANS)
       for dims in ((64, 64), (128, 128))),
-    *((kernel, dims, False, False) for kernel in (*SOLVES, "gradients", *hopper.SCANS)
+    *((kernel, dims, False, False) for kernel in (*SOLVES, "gradients", *build.SCANS)
       for dims in ((64, 128), (128, 64))),
 ]  # fmt: skip
 
@@ -48,7 +49,7 @@ def name_of(case: tuple) -> str:
 @pytest.fixture
 def resources(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
-    return importlib.import_module("benchmarks.resources")
+    return importlib.import_module("benchmarks.host.resources")
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
@@ -56,38 +57,47 @@ def test_blocks_that_should_be_resident_fit(case: tuple, resources) -> None:
     """Registers and shared memory leave room for BLOCKS blocks of a chunk's kernels, two of the scans', next
     to nothing is spilled, and the assembler leaves warp-group products asynchronous."""
     kernel, dims, adaptive, bfloat16 = case
-    source = hopper.source(kernel, dims[0], dims[1], bfloat16, adaptive)
-    cubin, log = nvrtc.compile_with_notes(source, kernel, "sm_90a", *VERBOSE)
+    source = build.source(kernel, dims[0], dims[1], bfloat16, adaptive)
+    cubin, log = nvrtc.compile_with_notes(source, kernel, "sm_90a", build.headers(), *VERBOSE)
     assert not serialised(log), serialised(log)
     registers, stack = resources.usage_of_cubin(cubin)
-    blocks = hopper.BLOCKS[max(dims)] if kernel in (*SOLVES, "gradients") else 2
-    threads = hopper.threads_of(kernel, dims[0])
+    blocks = build.BLOCKS[max(dims)] if kernel in (*SOLVES, "gradients") else 2
+    threads = build.threads_of(kernel, dims[0])
     assert registers * threads * blocks <= REGISTERS
     assert stack <= STACK
-    assert blocks * (hopper.shared_bytes(kernel, *dims) + RESERVED) <= SHARED
+    assert blocks * (build.shared_bytes(kernel, *dims) + RESERVED) <= SHARED
 
 
 def test_a_product_that_is_not_waited_for_is_noticed() -> None:
     """The assembler does tell, in the log that the test above reads: here of a wait taken out."""
     source, wait = (
-        hopper.source("forward", 64, 64, True, False),
+        build.source("forward", 64, 64, True, False),
         "mma_wait<0>();\n    hold(residual);",
     )
-    assert wait in source
-    _, log = nvrtc.compile_with_notes(source.replace(wait, ""), "forward", "sm_90a", *VERBOSE)
+    assert any(wait in text for text in build.headers().values())
+    headers = {name: text.replace(wait, "") for name, text in build.headers().items()}
+    _, log = nvrtc.compile_with_notes(source, "forward", "sm_90a", headers, *VERBOSE)
     assert serialised(log)
 
 
-@pytest.mark.parametrize("kernel", [k for k in hopper.KERNELS if not k.startswith("combine")])
+@pytest.mark.parametrize("name", build.headers())
+def test_headers_include_what_they_use(name: str) -> None:
+    """Each compiles by itself."""
+    head = build.defines("scan_states", 64, 128, True, True)
+    source = f'{head}#include "{name}"\nextern "C" __global__ void nothing() {{}}\n'
+    build.compile_cubin(source, "nothing")
+
+
+@pytest.mark.parametrize("kernel", [k for k in build.KERNELS if not k.startswith("combine")])
 @pytest.mark.parametrize("dims", [(64, 64), (64, 128), (128, 64), (128, 128)], ids=str)
 def test_shared_memory_asked_for_holds_the_structure(kernel: str, dims: tuple[int, int]) -> None:
     """What the kernel keeps there, with 1023 bytes to align it, is within `shared_bytes`, with the adaptive
     solver too; all but combine.cu, which keeps nothing."""
-    limit = hopper.shared_bytes(kernel, *dims)
-    source = hopper.source(kernel, *dims, True, kernel in SOLVES)
+    limit = build.shared_bytes(kernel, *dims)
+    source = build.source(kernel, *dims, True, kernel in SOLVES)
     kept = "Tiles" if kernel == "gradients" else "Shared"
     source += f'\nstatic_assert(sizeof({kept}) + 1023 <= {limit}, "shared_bytes is too small");\n'
-    nvrtc.compile_cubin(source, kernel, "sm_90a")
+    build.compile_cubin(source, kernel)
 
 
 def test_what_is_no_program_is_refused_with_the_log() -> None:
@@ -96,17 +106,17 @@ def test_what_is_no_program_is_refused_with_the_log() -> None:
         nvrtc.compile_cubin("__global__ void f() { undefined_name(); }", "f", "sm_90a")
 
 
-@pytest.mark.parametrize("dims", list(recurrent.BLOCKS), ids=str)
+@pytest.mark.parametrize("dims", list(build.DECODE_BLOCKS), ids=str)
 def test_blocks_of_the_token_kernel_fit(dims: tuple[int, int], resources) -> None:
     """The kernel that takes single tokens keeps H in registers but for some words, BLOCKS blocks a
     multiprocessor, and its structures are as Python lays them out."""
-    size, shared = ctypes.sizeof(recurrent.StepArguments), recurrent.shared_bytes(dims)
+    size, shared = ctypes.sizeof(StepArguments), build.step_shared_bytes(dims)
     for adaptive in (False, True):
-        source = recurrent.source(dims, torch.bfloat16, torch.bfloat16, adaptive)
+        source = build.step_source(dims, torch.bfloat16, torch.bfloat16, adaptive)
         source += (
             f"\nstatic_assert(sizeof(StepArguments) == {size} && sizeof(Shared) <= {shared});\n"
         )
-        registers, stack = resources.usage_of_cubin(nvrtc.compile_cubin(source, "step", "sm_90a"))
-        assert registers * dims[0] * recurrent.BLOCKS[dims] <= REGISTERS
+        registers, stack = resources.usage_of_cubin(build.compile_cubin(source, "step"))
+        assert registers * dims[0] * build.DECODE_BLOCKS[dims] <= REGISTERS
         assert stack <= 96
-        assert recurrent.BLOCKS[dims] * (shared + RESERVED) <= SHARED
+        assert build.DECODE_BLOCKS[dims] * (shared + RESERVED) <= SHARED

@@ -2,12 +2,13 @@
 
 import ctypes
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from gka.kernels.hopper import KERNELS
+from gka.kernels.hopper.build import KERNELS
 from gka.maths.chunked import Settings, Tokens
 
 pytest.importorskip("triton", reason="the launcher needs the package triton")
@@ -39,20 +40,25 @@ def launches(monkeypatch, t: Tokens, solver: str, seen=lambda: None) -> list[tup
 
     `seen` is called at every launch.
     """
-    from gka.kernels import hopper, launch
+    from gka.kernels import backward
+    from gka.kernels.hopper import build
+    from gka.kernels.hopper.passes import HOPPER
 
     made = []
 
-    def record(kernel, like, value_dim, adaptive, blocks, given) -> None:
-        seen()
-        made.append((kernel, blocks, given.first_head, given.group_heads, pointers(given)))
+    def kernel_of(device, kernel, *sizes) -> Callable:
+        def record(blocks, given) -> None:
+            seen()
+            made.append((kernel, blocks, given.first_head, given.group_heads, pointers(given)))
 
-    monkeypatch.setattr(hopper, "run", record)
-    monkeypatch.setattr(launch, "CHUNK_HEADS", 4 * CHUNKS)
+        return record
+
+    monkeypatch.setattr(build, "kernel_of", kernel_of)
+    monkeypatch.setattr(backward, "CHUNK_HEADS", 4 * CHUNKS)
     settings = Settings(1.0, 0.02, 30, 64, True, False, solver)  # pyright: ignore[reportArgumentType]
     x = torch.randn(1, T, HEADS, DIM).half()
     scale = torch.ones(1, T, HEADS)
-    launch.chunk_backward(t, x, scale, torch.ones_like(t.q), None, None, settings, on_hopper=True)
+    backward.chunk_backward(HOPPER, t, x, scale, torch.ones_like(t.q), None, None, settings)
     return made
 
 
@@ -107,7 +113,7 @@ def test_kernels_read_what_the_ones_before_wrote(monkeypatch) -> None:
         assert adjoint[name] == gradients[name] is not None, name
     assert adjoint["start_weight"] == scan["start_weight"] is not None
     for side in "hu":
-        assert scan[f"{side}.stored"] == states[f"{side}.states"] == adjoint[f"{side}_states"]
+        assert scan[f"{side}.stored"] == states[f"{side}.states"] == adjoint[f"{side}_start"]
         assert (
             scan[f"{side}.stored_bounds"] == states[f"{side}.bounds"] == adjoint[f"{side}_scales"]
         )

@@ -1,7 +1,6 @@
 """The CUDA C++ kernels that scan over chunks, their blocks run by threads of the CPU (scans.cpp)."""
 
 import ctypes
-import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -11,15 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from gka.kernels import hopper
-from gka.kernels.hopper import CHUNK as C
+from emulated import emulated
+from gka.kernels.hopper import build
+from gka.kernels.hopper.arguments import ScanArguments, Side, fill
+from gka.kernels.hopper.build import CHUNK as C
 from scan_problems import CASES, SCALE, Case, Problem
 from tolerances import assert_close
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ with C++20")
 BF16, F16 = torch.bfloat16, torch.float16
-HERE, HOPPER = Path(__file__).parent, Path(hopper.__file__).parent
-EMULATED = {"tensor_cores", "numbers", "inputs"}  # what scans.cpp has in their stead
+HERE = Path(__file__).parent
+EMULATED = ("tensor_cores", "numbers", "inputs")  # what scans.cpp has in their stead
 SUMMED = 3e-5  # weighted inputs have 16 bits, sums float32's
 HALVES = 4e-4  # weighted solutions are rounded to float16, and so are their weights
 STORED = 5e-4  # of states in float16, whose bounds are loose
@@ -34,27 +35,21 @@ def launch(tmp_path_factory) -> Callable:
     def library(kernel: str, dims: tuple[int, int], dtype: torch.dtype) -> ctypes.CDLL:
         key = (kernel, dims, dtype)
         if key not in made:
-            part = kernel.split("_")[0]
-            text = hopper.source(kernel, *dims, dtype == BF16, False)
-            head = text[: text.index("// Hopper's tensor cores")]
-            names = [f"{p}.cuh" for p in hopper.SCAN_PARTS[part] if p not in EMULATED]
-            body = "\n".join((HOPPER / name).read_text() for name in (*names, f"{part}.cu"))
-            body = re.sub(r"extern __shared__.*?;", "unsigned char* raw = RAW;", body)
-            source, built = folder / f"{len(made)}.h", folder / f"{len(made)}.so"
-            source.write_text(body)
-            source.with_suffix(".head").write_text(head)
+            place, built = folder / str(len(made)), folder / f"{len(made)}.so"
+            head = build.defines(kernel, *dims, dtype == BF16, False)
+            source = emulated(place, build.file_of(kernel), head, EMULATED)
             command = ["g++", "-std=c++20", "-O1", "-w", "-pthread", "-shared", "-fPIC"]
-            command += ["-include", str(source.with_suffix(".head"))]
-            command += [f'-DSOURCE="{source}"', f"-DENTRY={hopper.name_of(kernel)}"]
-            command += [f"-DBLOCK_THREADS={hopper.threads_of(kernel, dims[0])}"]
-            command += [f"-DSHARED_BYTES={hopper.shared_bytes(kernel, *dims)}"]
+            command += ["-include", str(place / "defines.h")]
+            command += [f'-DSOURCE="{source}"', f"-DENTRY={build.name_of(kernel)}"]
+            command += [f"-DBLOCK_THREADS={build.threads_of(kernel, dims[0])}"]
+            command += [f"-DSHARED_BYTES={build.shared_bytes(kernel, *dims)}"]
             command += [str(HERE / "scans.cpp"), "-o", str(built)]
             told = subprocess.run(command, capture_output=True, text=True)
             assert told.returncode == 0, told.stderr
             made[key] = ctypes.CDLL(str(built))
         return made[key]
 
-    def run(kernel, dims, dtype, blocks: int, arguments: hopper.ScanArguments) -> None:
+    def run(kernel, dims, dtype, blocks: int, arguments: ScanArguments) -> None:
         built = library(kernel, dims, dtype)
         assert built.arguments_bytes() == ctypes.sizeof(arguments)
         built.launch(ctypes.byref(arguments), blocks)
@@ -65,7 +60,7 @@ def launch(tmp_path_factory) -> Callable:
 SIDES = {"h": 0, "u": 1}
 
 
-def arguments(problem: Problem) -> tuple[hopper.ScanArguments, dict[str, Tensor]]:
+def arguments(problem: Problem) -> tuple[ScanArguments, dict[str, Tensor]]:
     """What the kernels share, and the arrays they write, NaN at first."""
     case, (K, V), S = problem.case, problem.case.dims, len(problem.segments)
     written: dict[str, Tensor] = {}
@@ -78,8 +73,8 @@ def arguments(problem: Problem) -> tuple[hopper.ScanArguments, dict[str, Tensor]
         for name in ("bounds", "norms", "wholes"):
             written[f"{of} {name}"] = torch.full((*shape, blocks), torch.nan)
         written[f"{of} last"] = torch.full((len(case.lengths), case.heads[0], K, width), torch.nan)
-        sides[of] = hopper.Side()
-        hopper.fill(
+        sides[of] = Side()
+        fill(
             sides[of],
             {
                 "g": problem.g, "boundary": problem.boundary[of], "sums": written[f"{of} sums"],
@@ -90,8 +85,8 @@ def arguments(problem: Problem) -> tuple[hopper.ScanArguments, dict[str, Tensor]
     shape = (len(problem.start), problem.count)
     written["first"] = torch.full(shape, torch.nan)
     written["second"] = torch.full((*shape, V // 64), torch.nan)
-    (H, HK, HV), made = case.heads, hopper.ScanArguments()
-    hopper.fill(
+    (H, HK, HV), made = case.heads, ScanArguments()
+    fill(
         made,
         {
             **sides, "k": problem.k, "v": problem.v, "q": problem.q, "x": problem.x, "y": problem.y,
@@ -107,7 +102,7 @@ def arguments(problem: Problem) -> tuple[hopper.ScanArguments, dict[str, Tensor]
     return made, written
 
 
-def summed(launch: Callable, direction: str, problem: Problem, made: hopper.ScanArguments) -> None:
+def summed(launch: Callable, direction: str, problem: Problem, made: ScanArguments) -> None:
     """Sums of segments, then what comes before each."""
     case, blocks = problem.case, len(problem.segments) * problem.count
     launch(f"sums_{direction}", case.dims, case.dtype, blocks, made)
@@ -147,7 +142,7 @@ def maxima(problem: Problem, x: Tensor) -> Tensor:
     return torch.stack([x[s : s + n].abs().amax((0, 2)).float() for s, n in rows])
 
 
-def backwards(problem: Problem, made: hopper.ScanArguments) -> dict[str, Tensor]:
+def backwards(problem: Problem, made: ScanArguments) -> dict[str, Tensor]:
     """Gives the kernels the stored states, which it returns in float64 as stored."""
     H, HK, _ = problem.case.heads
     rows, found, kept = maxima(problem, problem.k), {}, problem.kept  # pointers to these are in use
@@ -155,9 +150,9 @@ def backwards(problem: Problem, made: hopper.ScanArguments) -> dict[str, Tensor]
     for of, side in (("h", made.h), ("u", made.u)):
         _, halves, bounds = stored(problem, of)
         kept[of], kept[f"{of} bounds"] = halves, bounds
-        hopper.fill(side, {"stored": halves, "stored_bounds": bounds})
+        fill(side, {"stored": halves, "stored_bounds": bounds})
         found[of] = halves.double() * bounds[..., :1, None].double()
-    hopper.fill(made, {"key_maxima": kept["key_maxima"]})
+    fill(made, {"key_maxima": kept["key_maxima"]})
     return found
 
 
@@ -190,7 +185,7 @@ def test_states_at_chunk_starts(name: str, launch) -> None:
     """H and U at chunk starts and final, norms of H, and the largest keys and values, equal float64's."""
     problem = Problem(CASES[name])
     made, written = arguments(problem)
-    hopper.fill(made.h, {"norms": written["h norms"]})
+    fill(made.h, {"norms": written["h norms"]})
     summed(launch, "states", problem, made)
     blocks = len(problem.segments) * problem.count
     launch("scan_states", problem.case.dims, problem.case.dtype, blocks, made)
@@ -217,7 +212,7 @@ def test_keys_that_are_not_written_leave_bounds_tight(launch) -> None:
     problem.k[::C] *= 100
     problem.beta[::C] = 0
     made, written = arguments(problem)
-    hopper.fill(made.h, {"norms": written["h norms"]})
+    fill(made.h, {"norms": written["h norms"]})
     launch("scan_states", problem.case.dims, problem.case.dtype, 1, made)
     got = halves(written["h states"], written["h bounds"])
     assert_close(got[:, 0], problem.states(0, "h")[0], STORED, "h")
@@ -230,7 +225,7 @@ def test_gradients_at_chunk_ends(name: str, launch) -> None:
     made, written = arguments(problem)
     starts = backwards(problem, made)
     for of, side in (("h", made.h), ("u", made.u)):
-        hopper.fill(side, {"wholes": written[f"{of} wholes"]})
+        fill(side, {"wholes": written[f"{of} wholes"]})
     summed(launch, "back", problem, made)
     blocks = len(problem.segments) * problem.count
     launch("scan_back", problem.case.dims, problem.case.dtype, blocks, made)

@@ -1,7 +1,6 @@
 """The CUDA C++ kernel that takes single tokens, its blocks run by threads of the CPU (threads.cpp)."""
 
 import ctypes
-import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,7 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from gka.kernels.hopper import recurrent
+from emulated import emulated
+from gka.kernels.hopper import build as kernels
+from gka.kernels.hopper.arguments import StepArguments
+from gka.kernels.hopper.passes import step_arguments
 from gka.maths.chunked import Settings, Tokens
 from gka.maths.recurrent import States, step_
 from stepping import Pool, make_pool
@@ -29,18 +31,11 @@ def compiled(tmp_path_factory):
     def build(dims: tuple[int, int], dtype: torch.dtype, u_dtype: torch.dtype, adaptive: bool):
         key = (dims, dtype, u_dtype, adaptive)
         if key not in made:
-            text = recurrent.source(*key)
-            head = "\n".join(
-                re.findall(
-                    r"^(?:#define (?:FORMAT|U16|ADAPTIVE|BLOCKS)|constexpr int K =).*$", text, re.M
-                )
-            )
-            body = text[text.index("// The tokens of a sequence") :]
-            body, count = re.subn(r"extern __shared__.*?;", "unsigned char* raw = RAW;", body)
-            assert count == 1
-            source, library = folder / f"{len(made)}.h", folder / f"{len(made)}.so"
-            source.write_text(f"{head}\n{body}")
+            place, library = folder / str(len(made)), folder / f"{len(made)}.so"
+            head = kernels.step_defines(*key)
+            source = emulated(place, "decode.cu", head, ("tensor_cores", "numbers"))
             command = ["g++", "-std=c++20", "-O1", "-w", "-pthread", "-shared", "-fPIC"]
+            command += ["-include", str(place / "defines.h")]
             command += [f'-DSOURCE="{source}"', str(HERE / "threads.cpp"), "-o", str(library)]
             told = subprocess.run(command, capture_output=True, text=True)
             assert told.returncode == 0, told.stderr
@@ -54,7 +49,7 @@ def run(
     library: ctypes.CDLL, pool: Pool, settings: Settings, commit: bool
 ) -> tuple[Tensor, Tensor]:
     """o and x; the pool's states are updated. Both results start as NaN."""
-    assert library.arguments_bytes() == ctypes.sizeof(recurrent.StepArguments)
+    assert library.arguments_bytes() == ctypes.sizeof(StepArguments)
     t = pool.tokens
     gates = {"g": t.get("g"), "gk": t.get("g" if pool.tied else "gk")}
     gates |= {"alpha": t.get("alpha"), "beta": t.get("beta")}
@@ -63,7 +58,7 @@ def run(
     o = torch.full((*q.shape[:3], v.shape[-1]), torch.nan, dtype=q.dtype)
     x = torch.full(q.shape, torch.nan, dtype=F32)
     states = States(pool.h, pool.u, pool.indices)
-    arguments = recurrent.arguments(given, None, settings, states, commit, o, x)
+    arguments = step_arguments(given, None, settings, states, commit, o, x)
     library.launch(ctypes.byref(arguments), q.shape[0] * q.shape[2])
     return o, x
 

@@ -65,7 +65,7 @@ def test_scans_in_segments_equal_the_float64_torch_form(name: str, monkeypatch) 
 
 def test_groups_of_heads_add_up_to_the_float64_torch_form(monkeypatch) -> None:
     """Where the derivative works on 2 of 8 heads at a time, pairs of them sharing a key head."""
-    monkeypatch.setattr("gka.kernels.launch.CHUNK_HEADS", 4)
+    monkeypatch.setattr("gka.kernels.backward.CHUNK_HEADS", 4)
     inputs = problem(heads=(8, 4, 8))
     expected = results(inputs, "torch", torch.float64, "cpu", num_iter=3)
     actual = results(inputs, "triton", torch.float32, DEVICE, num_iter=3)

@@ -39,17 +39,20 @@ def leaning(**case: Any) -> dict[str, Tensor]:
 @pytest.fixture
 def certificates(monkeypatch: pytest.MonkeyPatch) -> list:
     """Certificates of all solves from here on, in their order."""
-    from gka.kernels.call import Launch
+    from gka.kernels.triton import passes
 
-    found, certify = [], Launch.certify
+    found, certify = [], passes._certify
 
-    def keep(self, heads, h):
-        made = certify(self, heads, h)
-        values = {name: x.clone().cpu() for name, x in vars(made).items()}
-        found.append(type(made)(**values))
-        return made
+    def keep(call, heads, h, made):
+        launch = certify(call, heads, h, made)
 
-    monkeypatch.setattr(Launch, "certify", keep)
+        def kernel(grid, *arguments) -> None:
+            launch.kernel(grid, *arguments)
+            found.append(type(made)(*(x.clone().cpu() for x in made)))
+
+        return launch._replace(kernel=kernel)
+
+    monkeypatch.setattr(passes, "_certify", keep)
     return found
 
 
@@ -65,6 +68,18 @@ def expected_steps(inputs: dict[str, Tensor], bounds: list[int] | None) -> Tenso
     ends = [0, length] if bounds is None else bounds
     firsts = [t for a, b in pairwise(ends) for t in range(a, b, 16)]
     return steps[0, firsts]
+
+
+def told_steps(inputs: dict[str, Tensor], cu_seqlens: Tensor | None) -> Tensor:
+    """n of every chunk [M,H] as `solver_steps` has it from the kernels."""
+    x = {name: value.float().to(DEVICE) for name, value in inputs.items()}
+    steps = solver_steps(
+        x["k"], x.get("gk", x["g"]), RATIO, STEPS, x["h0"], cu_seqlens, beta=x["beta"],
+        num_heads=x["q"].shape[2], chunk_size=16, value_dim=x["v"].shape[3], backend="triton",
+    )  # fmt: skip
+    length = steps.shape[1]
+    ends = [0, length] if cu_seqlens is None else cu_seqlens.tolist()
+    return steps[0, [t for a, b in pairwise(ends) for t in range(a, b, 16)]].cpu()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -84,6 +99,7 @@ def test_results_and_steps_are_those_of_the_torch_form(name: str, certificates: 
     actual = results(inputs, "triton", torch.float32, DEVICE, **options)
     forward, backward = certificates
     steps = expected_steps(inputs, bounds)
+    assert torch.equal(told_steps(inputs, options.get("cu_seqlens")), steps)
     assert torch.equal(forward.steps.long(), steps)
     assert torch.equal(backward.steps, forward.steps)
     if max(case.get("dims", (0,))) < 100:
@@ -96,7 +112,7 @@ def test_results_and_steps_are_those_of_the_torch_form(name: str, certificates: 
 def test_groups_of_heads_solve_as_the_forward_pass_did(certificates, monkeypatch) -> None:
     """Where the derivative works on 2 of 8 heads at a time its certificates are the forward pass's, bit for
     bit: sequences are cut as they were there."""
-    monkeypatch.setattr("gka.kernels.launch.CHUNK_HEADS", 12)
+    monkeypatch.setattr("gka.kernels.backward.CHUNK_HEADS", 12)
     monkeypatch.setattr("gka.kernels.tables.SHORTEST_SEGMENT", 1)
     monkeypatch.setattr("gka.kernels.tables.SCAN_PROGRAMS", 32)  # 2 segments for 8 heads, 6 for 2
     inputs = leaning(heads=(8, 4, 8), length=90)

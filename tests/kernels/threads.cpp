@@ -1,4 +1,4 @@
-// recurrent.cu by threads of the CPU (threads.hpp): a block is K of them.
+// decode.cu by threads of the CPU (threads.hpp): a block is K of them.
 // SOURCE is the kernel's file with its shared memory declared as `raw = RAW`.
 #include "threads.hpp"
 

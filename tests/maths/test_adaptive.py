@@ -5,12 +5,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, silu
 
-from gka.maths.adaptive import Units, adaptive_solve, solver_steps, steps, weights
-from gka.maths.chebyshev import chebyshev_bound, chebyshev_weights
 from gka.maths.chunked import Chunks, Settings, Tokens
-from gka.maths.exact import exact_solve
-from gka.maths.nystroem import nystroem
-from gka.maths.system import System
+from gka.maths.ridge import System
+from gka.maths.solvers import Adaptive, Chebyshev
+from gka.maths.solvers.adaptive import Units, nystroem, steps, weights
+from gka.maths.solvers.chebyshev import chebyshev_bound, chebyshev_weights
+from gka.maths.solvers.exact import exact_solve
 from tolerances import assert_close
 
 KEYS = ("gaussian", "silu", "silu with mean", "clustered", "repeated", "low rank", "power law")
@@ -113,10 +113,10 @@ def test_error_is_within_the_plain_bound(kind, decay, num_iter):
     s, h = system(kind, decay)
     q = torch.randn(*h.shape[:-1], dtype=torch.float64)
     exact = exact_solve(h, q, RATIO * s.fro)
-    x = adaptive_solve(s, q, RATIO, num_iter)
+    x = Adaptive(RATIO, num_iter).solve(s, q)
     error = a_norm(x - exact, h, RATIO * s.fro) / a_norm(exact, h, RATIO * s.fro)
     assert error.max() <= chebyshev_bound(RATIO, num_iter) + 1e-12
-    counts = solver_steps(s, RATIO, num_iter)
+    counts = Adaptive(RATIO, num_iter).steps(s)
     assert counts.min() >= 0 and counts.max() <= num_iter
 
 
@@ -124,10 +124,10 @@ def test_error_is_within_the_plain_bound(kind, decay, num_iter):
 def test_operator_is_symmetric(kind):
     """<y, S x> = <S y, x> for the map S of the right-hand sides of a token to its solution."""
     s, h = system(kind, -1e-2)
-    assert solver_steps(s, RATIO, STEPS).min() < STEPS or kind == "gaussian"
+    assert Adaptive(RATIO, STEPS).steps(s).min() < STEPS or kind == "gaussian"
     q, y = torch.randn(2, *h.shape[:-1], dtype=torch.float64)
-    left = (y * adaptive_solve(s, q, RATIO, STEPS)).sum(-1)
-    right = (adaptive_solve(s, y, RATIO, STEPS) * q).sum(-1)
+    left = (y * Adaptive(RATIO, STEPS).solve(s, q)).sum(-1)
+    right = (Adaptive(RATIO, STEPS).solve(s, y) * q).sum(-1)
     assert_close(left, right, 1e-12)
 
 
@@ -146,7 +146,7 @@ def test_a_token_whose_history_the_common_vector_misses():
         assert part.strength[0, 0, 9] < 1e-6 and part.phi[0, 0, 9] > 0.999
         h = formed(s)
         exact = exact_solve(h, chunks.q.double(), RATIO * s.fro.double())
-        e = adaptive_solve(s, chunks.q, RATIO, STEPS).double() - exact
+        e = Adaptive(RATIO, STEPS).solve(s, chunks.q).double() - exact
         lamb = RATIO * s.fro.double()
         assert (a_norm(e, h, lamb) / a_norm(exact, h, lamb)).max() < 1.01 * chebyshev_bound(
             0.02, 30
@@ -160,9 +160,9 @@ def test_plain_runs_where_nothing_is_saved():
     two = torch.zeros(1, 1, 16, 16, dtype=torch.float64)
     two[..., 0, 0] = two[..., 1, 1] = 1.0
     s = System.of_state(two)
-    assert solver_steps(s, RATIO, 2).item() == 2
-    assert torch.equal(adaptive_solve(s, q, RATIO, 2), s.solve(q, RATIO, 2))
-    assert solver_steps(System.of_state(two + 9 * two[..., :1] @ two[..., :1].mT), RATIO, 2) < 2
+    assert Adaptive(RATIO, 2).steps(s).item() == 2
+    assert torch.equal(Adaptive(RATIO, 2).solve(s, q), s.solve(q, Chebyshev(RATIO, 2)))
+    assert Adaptive(RATIO, 2).steps(System.of_state(two + 9 * two[..., :1] @ two[..., :1].mT)) < 2
 
 
 @pytest.mark.parametrize("phi", [1e-9, 1e-3, 0.1, 0.7])

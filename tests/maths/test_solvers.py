@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from gka.maths.chebyshev import (
+from gka.maths.ridge import empty_below, frobenius_squared, key_energies, split_empty
+from gka.maths.solvers.chebyshev import (
     chebyshev_bound,
     chebyshev_solve,
     chebyshev_solve_,
     chebyshev_weights,
 )
-from gka.maths.exact import exact_solve
-from gka.maths.ridge import empty_below, frobenius_squared, key_energies, split_empty
+from gka.maths.solvers.exact import exact_solve
 from tolerances import assert_close
 
 

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import normalize, silu
 
 from gka.layers import GatedKalmaNet
-from gka.maths.chebyshev import chebyshev_bound
+from gka.maths.solvers.chebyshev import chebyshev_bound
 from gka.ops import chunk_gka, fused_recurrent_gka, last_backend, solver_steps, why_unavailable
 from problems import Problem, chunkwise, differentiate, make_problem, oracle
 from tolerances import RELATIVE, assert_close

@@ -6,8 +6,8 @@ from typing import get_args
 import pytest
 import torch
 
-from gka.maths.chebyshev import chebyshev_bound
-from gka.ops.gka import chunk_gka, chunk_simple_gla, fused_recurrent_gka
+from gka.maths.solvers.chebyshev import chebyshev_bound
+from gka.ops.chunk import chunk_gka, chunk_simple_gla, fused_recurrent_gka
 from problems import Decay, Problem, chunkwise, differentiate, make_problem, oracle, reference
 from tolerances import RELATIVE, assert_close
 

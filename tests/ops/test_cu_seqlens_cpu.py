@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from gka.maths.chebyshev import Solver
+from gka.maths.solvers import SolverName
+from gka.ops.chunk import chunk_gka, chunk_simple_gla, fused_recurrent_gka
 from gka.ops.delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
-from gka.ops.gka import chunk_gka, chunk_simple_gla, fused_recurrent_gka
 from problems import chunkwise, differentiate, make_problem
 
 LENGTHS = [3, 0, 70, 1]
@@ -72,7 +72,7 @@ def test_the_default_device_moves_nothing(op, lengths):
     problem = make_problem(70, (4, 2, 1), (8, 5), lengths=lengths)
     for solver in ("chebyshev", "adaptive"):
 
-        def everything(solver: Solver = solver) -> list[torch.Tensor]:
+        def everything(solver: SolverName = solver) -> list[torch.Tensor]:
             leaves = problem.leaves()
             results = chunkwise(leaves, op=op, num_iter=5, solver=solver)
             weights = [x.detach() for x in results]

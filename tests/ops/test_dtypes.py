@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gka.ops.gka import chunk_gka, fused_recurrent_gka
+from gka.ops.chunk import chunk_gka, fused_recurrent_gka
 from problems import Problem, chunkwise, differentiate, make_problem, oracle
 from tolerances import RELATIVE, assert_close, relative_error
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gka.ops.gka import chunk_gka, fused_recurrent_gka
+from gka.ops.chunk import chunk_gka, fused_recurrent_gka
 from problems import Problem, make_problem
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gka.ops.gka import fused_recurrent_gka
+from gka.ops.chunk import fused_recurrent_gka
 from problems import Problem, chunkwise, make_problem
 
 

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from gka.maths.chebyshev import chebyshev_bound
+from gka.maths.solvers.chebyshev import chebyshev_bound
 from gka.ops import (
     advance_states_,
     available_backends,
@@ -14,7 +14,7 @@ from gka.ops import (
     last_backend,
     why_unavailable,
 )
-from gka.ops.recurrent import advance_op, step_op
+from gka.ops.decode import advance_op, step_op
 from stepping import expected as expect
 from stepping import make_pool
 from tolerances import RELATIVE, assert_close

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gka.maths.chebyshev import chebyshev_bound
-from gka.maths.exact import exact_solve
+from gka.maths.solvers.chebyshev import chebyshev_bound
+from gka.maths.solvers.exact import exact_solve
 from problems import Problem, chunkwise, differentiate, make_problem, oracle, reference, upstream
 from tolerances import assert_close
 

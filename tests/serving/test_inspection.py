@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from gka.errors import InputError
-from gka.maths.exact import exact_solve
+from gka.maths.solvers.exact import exact_solve
 from gka.models import GKACache, GKAForCausalLM, cache_tensors
 from gka.ops import solver_steps
 from gka.serving import inspect_model

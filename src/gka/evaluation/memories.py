@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gka.errors import InputError
-from gka.maths.exact import exact_solve
+from gka.maths.solvers.exact import exact_solve
 from gka.ops import chunk_gka, chunk_simple_gla
 from gka.ops.delta_rule import chunk_gated_delta_rule
 

@@ -1,8 +1,18 @@
-"""Device arrays that a call's kernels hand to each other."""
+"""Device arrays that the steps of a pass hand to each other."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
+
+Boundary = tuple[Tensor | None, Tensor | None]  # a state and the largest entry of each head
+
+
+class Heads(NamedTuple):
+    """`count` heads of the H, from head `base` on, that are worked on together."""
+
+    base: int
+    count: int
 
 
 @dataclass(frozen=True)
@@ -10,20 +20,27 @@ class Moments:
     """H or U of some heads at chunk starts, and after the last chunk.
 
     Attributes:
-        states: S_[c] / scale [M,G,K,width], in the operands' dtype.
+        start: S_[c] / scale [M,G,K,width], in the operands' dtype: h_start or u_start.
         scales: a bound on |S_[c]| of every block of columns [M,G,blocks]; one for all blocks of H.
         norms: sums of S_[c]^2 over every block of columns [M,G,blocks]; H only.
         final: [N,H,K,width]; None where it is not wanted.
     """
 
-    states: Tensor
+    start: Tensor
     scales: Tensor
     norms: Tensor
     final: Tensor | None
 
     @property
     def stored(self) -> tuple[Tensor, Tensor]:
-        return self.states, self.scales
+        return self.start, self.scales
+
+
+class Solutions(NamedTuple):
+    """x_t / x_scale_t [B,T,H,K] in the operands' dtype and x_scale [B,T,H]; None without a solve."""
+
+    x: Tensor | None
+    x_scale: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -39,22 +56,17 @@ class Maxima:
     d: Tensor
 
 
-@dataclass(frozen=True)
-class Ends:
+class Ends(NamedTuple):
     """Gradients of a state at chunk ends, divided by their scales, and decay * <S_[c], E> of every chunk."""
 
     states: Tensor
     scales: Tensor
     wholes: Tensor
 
-    @property
-    def stored(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.states, self.scales, self.wholes
-
 
 @dataclass(frozen=True)
 class Adjoint:
-    """What the solve's derivative leaves for the gradients: y and numbers per token or chunk, of G heads."""
+    """What the adjoint solve leaves for the gradients: y and numbers per token or chunk, of G heads."""
 
     y: Tensor
     y_scale: Tensor
@@ -64,8 +76,7 @@ class Adjoint:
     start_weight: Tensor
 
 
-@dataclass(frozen=True)
-class Certificate:
+class Certificate(NamedTuple):
     """What the adaptive solver knows of the chunks of G heads.
 
     Attributes:
@@ -78,18 +89,63 @@ class Certificate:
     phi: Tensor
     steps: Tensor
 
-    @property
-    def args(self) -> tuple[Tensor, ...]:
-        return self.w, self.tau, self.phi, self.steps
+
+class HeadPart(NamedTuple):
+    """Where a group's gradient of shared heads goes: an array, its first head and its number of heads."""
+
+    array: Tensor
+    first: int
+    heads: int
 
 
 @dataclass(frozen=True)
-class Heads:
-    """G heads of the H, from head `base` on, that are worked on together."""
+class Group:
+    """What a group of heads has in the backward pass; scratch but for dk and dv of heads that share nothing.
 
-    base: int
-    count: int
+    Attributes:
+        h: None where nothing of H is wanted. adjoint: None without a solve.
+        start_u: scale zeta_t z_t . (U_[c] do_t) [tokens,G].
+    """
 
-    @property
-    def args(self) -> tuple[int, int]:
-        return self.base, self.count
+    heads: Heads
+    h: Moments | None
+    u: Moments
+    maxima: Maxima
+    adjoint: Adjoint | None
+    start_u: Tensor
+    ends_h: Ends | None
+    ends_u: Ends
+    dk: HeadPart
+    dv: HeadPart
+
+
+@dataclass(frozen=True)
+class InputGradients:
+    """What the backward pass writes; None where there is no such input. dbeta2: of beta^2."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dg_u: Tensor | None
+    dg_h: Tensor | None
+    dalpha: Tensor | None
+    dbeta2: Tensor | None
+    dh0: Tensor | None
+    du0: Tensor | None
+
+
+@dataclass(frozen=True)
+class BackwardArrays:
+    """What the steps of the backward pass read and write for all heads.
+
+    Attributes:
+        solutions: as the forward pass left them.
+        do: [B,T,H,V]. dh_final, du_final: gradients of the final states.
+        grads: written.
+    """
+
+    solutions: Solutions
+    do: Tensor
+    dh_final: Boundary
+    du_final: Boundary
+    grads: InputGradients

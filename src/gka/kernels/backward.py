@@ -1,205 +1,149 @@
-"""The derivative's launches, group of heads by group, in their order."""
-
-# With a solve there are x, H and the adjoint's arrays; the types do not tell.
-# pyright: reportArgumentType=false
+"""The backward pass on a GPU, group of heads by group: scan again, adjoint, scan back, gradients."""
 
 from math import prod
 
 import torch
 from torch import Tensor
 
-from gka.kernels.adjoint import readout_backward_kernel, through_h_kernel, through_u_kernel
-from gka.kernels.arrays import Adjoint, Ends, Heads, Maxima, Moments
-from gka.kernels.call import Launch
-from gka.kernels.hopper import calls as hopper
-from gka.kernels.reverse import reverse_h_kernel, reverse_u_kernel
+from gka.kernels.arrays import (
+    Adjoint,
+    BackwardArrays,
+    Group,
+    HeadPart,
+    Heads,
+    InputGradients,
+    Solutions,
+)
+from gka.kernels.call import GpuCall, aligned, boundary
+from gka.kernels.passes import Passes, execute
 from gka.maths.adjoint import Gradients
+from gka.maths.chunked import Settings, Tokens
+
+CHUNK_HEADS = 792  # chunks times heads that are worked on together: bounds the scratch memory
 
 
-class Backward:
-    """The caller's gradients and the order in which a group of heads adds its part to them."""
+def chunk_backward(
+    passes: Passes,
+    tokens: Tokens,
+    x: Tensor | None,
+    x_scale: Tensor | None,
+    do: Tensor,
+    dh_final: Tensor | None,
+    du_final: Tensor | None,
+    settings: Settings,
+) -> Gradients:
+    """`gka.maths.adjoint.chunk_backward` on the GPU; x and x_scale as `chunk_forward` gave them."""
+    call = GpuCall(passes, tokens, settings)
+    call.split_heads(CHUNK_HEADS)
+    if x is not None and x_scale is None:  # of the recurrent form
+        x_scale = x.abs().amax(-1)
+        x = (x / x_scale.clamp_min(1e-37)[..., None]).to(call.sizes.op_dtype)
+    measured = passes.measures_boundaries
+    finals = boundary(dh_final, measured), boundary(du_final, measured)
+    with_h = call.solves or dh_final is not None
+    call.signature = (*call.signature, do.dtype, dh_final is None, du_final is None)
+    solutions = Solutions(aligned(x), aligned(x_scale))
+    back = BackwardArrays(solutions, aligned(do), *finals, _input_gradients(call, with_h))
+    for heads in call.groups:
+        group = _group(passes, call, heads, back, with_h)
+        execute(passes.scan(call, heads, group.h, group.u, group.maxima))
+        execute(passes.adjoint(call, group, back))
+        execute(passes.scan_back(call, group, back))
+        execute(passes.gradients(call, group, back))
+        _sum_shared(call, heads, back.grads.dk, group.dk, call.HK)
+        _sum_shared(call, heads, back.grads.dv, group.dv, call.HV)
+    return _collect(call, back.grads)
 
-    def __init__(self, run: Launch, x, x_scale, do: Tensor, dh_final, du_final) -> None:
-        self.run, self.x, self.x_scale, self.do = run, x, x_scale, do
-        self.dh_final, self.du_final = dh_final, du_final
-        self.with_h = run.solve or dh_final[0] is not None
-        t = run.t
-        run.signature = (*run.signature, do.dtype, dh_final[0] is None, du_final[0] is None)
-        self.dq, self.dk, self.dv = (torch.empty_like(x) for x in (t.q, t.k, t.v))
-        self.dg_u, self.dbeta2, self.dalpha = run.like(t.g), run.like(t.beta), run.like(t.alpha)
-        self.dg_h = run.like(run.gk)
-        if self.dalpha is not None and not run.solve:
-            self.dalpha.zero_()
-        if self.dg_h is not None and not self.with_h:
-            self.dg_h.zero_()
-        self.du0 = None if t.u0 is None else run.empty(*t.u0.shape)
-        self.dh0 = None if t.h0 is None or not self.with_h else run.empty(*t.h0.shape)
 
-    def through(self, heads: Heads) -> None:
-        """All of a group's gradients."""
-        run = self.run
-        maxima = run.maxima(heads)
-        h, u = run.moments(heads, self.with_h, maxima)
-        start_u = run.scratch("start u", *run.t.q.shape[:2], heads.count)
-        adjoint = self._adjoint(heads)
-        if run.hopper:
-            solutions, grads = (self.x, self.x_scale), (self.dq, self.dalpha)
-            hopper.adjoint(run, heads, h, u, solutions, self.do, grads, adjoint, start_u)
-        else:
-            self._readout(heads, u, start_u, adjoint)
-        dk, dv = self._shared_heads(heads)
-        if run.hopper:
-            self._on_hopper(heads, h, u, maxima, adjoint, start_u, (dk[0], dv[0]))
-        else:
-            self._through_u(heads, u, maxima, start_u, dk, dv)
-            if h is not None:
-                self._through_h(heads, h, maxima, adjoint, dk)
-        for grad, part, of in ((self.dk, dk, run.HK), (self.dv, dv, run.HV)):
-            if of < run.H:
-                first, share = heads.base * of // run.H, run.H // of
-                shape = (*grad.shape[:2], heads.count // share, share, grad.shape[-1])
-                total = part[0].view(-1)[: prod(shape)].view(shape).sum(3)
-                grad[:, :, first : first + heads.count // share] = total
+def _input_gradients(call: GpuCall, with_h: bool) -> InputGradients:
+    t = call.t
+    dalpha, dg_h = call.like(t.alpha), call.like(call.gk)
+    if dalpha is not None and not call.solves:
+        dalpha.zero_()
+    if dg_h is not None and not with_h:
+        dg_h.zero_()
+    return InputGradients(
+        dq=torch.empty_like(t.q),
+        dk=torch.empty_like(t.k),
+        dv=torch.empty_like(t.v),
+        dg_u=call.like(t.g),
+        dg_h=dg_h,
+        dalpha=dalpha,
+        dbeta2=call.like(t.beta),
+        dh0=None if t.h0 is None or not with_h else call.empty(*t.h0.shape),
+        du0=None if t.u0 is None else call.empty(*t.u0.shape),
+    )
 
-    def _adjoint(self, heads: Heads) -> Adjoint | None:
-        run = self.run
-        if not run.solve:
-            return None
-        shape = (*run.t.q.shape[:2], heads.count)
-        numbers = (run.scratch(f"adjoint {i}", *shape) for i in range(4))
-        y = run.scratch("y", *shape, run.K, dtype=run.op_dtype)
-        return Adjoint(y, *numbers, start_weight=run.scratch("start weight", run.M, heads.count))
 
-    def _shared_heads(self, heads: Heads):
-        """Where dk and dv go: (array, first head, heads); scratch where heads share, summed afterwards."""
-        run = self.run
-        places = []
-        for grad, name, of in ((self.dk, "dk", run.HK), (self.dv, "dv", run.HV)):
-            if of == run.H:
-                places.append((grad, heads.base, run.H))
-            else:
-                shape = (*run.t.q.shape[:2], heads.count, grad.shape[-1])
-                places.append((run.scratch(name, *shape), 0, heads.count))
-        return places
+def _group(
+    passes: Passes, call: GpuCall, heads: Heads, back: BackwardArrays, with_h: bool
+) -> Group:
+    h, u = call.moments(heads, with_h, final=False)
+    ends_h, ends_u = passes.ends(call, heads, h, u)
+    return Group(
+        heads=heads,
+        h=h,
+        u=u,
+        maxima=call.maxima(heads),
+        adjoint=_adjoint(call, heads) if call.solves else None,
+        start_u=call.scratch("start u", *call.t.q.shape[:2], heads.count),
+        ends_h=ends_h,
+        ends_u=ends_u,
+        dk=_part(call, heads, "dk", back.grads.dk, call.HK),
+        dv=_part(call, heads, "dv", back.grads.dv, call.HV),
+    )
 
-    def _readout(self, heads: Heads, u: Moments, start_u: Tensor, adjoint: Adjoint | None) -> None:
-        run, t = self.run, self.run.t
-        dx = (None, None) if adjoint is None else (adjoint.y, adjoint.y_scale)
-        args = (
-            t.q, self.x, self.x_scale, t.k, t.v, t.g, t.alpha, t.beta, self.do, *u.stored, *dx, self.dq,
-            self.dalpha, start_u, *run.tables, run.settings.scale,
-        )  # fmt: skip
-        grid = (run.M * heads.count,)
-        run.launch(readout_backward_kernel, "readout_backward", grid, heads, args)
 
-    def _on_hopper(
-        self, heads: Heads, h: Moments | None, u: Moments, maxima: Maxima, adjoint: Adjoint | None,
-        start_u: Tensor, grads: tuple[Tensor, Tensor],
-    ) -> None:  # fmt: skip
-        """Both reverse scans and the gradients through both moments; E of U takes the place of U."""
-        assert h is not None and adjoint is not None and self.x is not None
-        run, x = self.run, (self.x, self.x_scale)
-        ends = self._ends(heads, "h"), self._ends(heads, "u", u.states)
-        edges = (self.dh_final, self.dh0), (self.du_final, self.du0)
-        sums = (
-            run.sums(heads, "h", run.K, run.NK, True),
-            run.sums(heads, "u", run.V, run.NV, True),
-        )
-        hopper.scan_back(run, heads, (h, u), ends, edges, sums, x, self.do, adjoint, maxima)
-        tokens = {
-            "d_o": self.do, "y": adjoint.y, "y_scale": adjoint.y_scale, "w": adjoint.w_t,
-            "key_weight": adjoint.key_weight, "start_u": start_u, "start_h": adjoint.start_h,
-        }  # fmt: skip
-        out = {
-            "dk": grads[0], "dv": grads[1], "dg": self.dg_u, "dgk": self.dg_h, "d_beta2": self.dbeta2,
-        }  # fmt: skip
-        hopper.gradients(run, heads, h, ends, maxima, x, tokens, out)
+def _adjoint(call: GpuCall, heads: Heads) -> Adjoint:
+    shape = (*call.t.q.shape[:2], heads.count)
+    numbers = (call.scratch(f"adjoint {i}", *shape) for i in range(4))
+    y = call.scratch("y", *shape, call.K, dtype=call.sizes.op_dtype)
+    return Adjoint(y, *numbers, start_weight=call.scratch("start weight", call.M, heads.count))
 
-    def _through_u(self, heads: Heads, u: Moments, maxima: Maxima, start_u: Tensor, dk, dv) -> None:
-        run, t = self.run, self.run.t
-        ends = self._ends(heads, "")
-        read = (t.q, self.x, self.x_scale, t.alpha, self.do, t.g, *u.stored, *self.du_final)
-        sums = run.sums(heads, "u", run.V, run.NV, True)
-        written = (*ends.stored, maxima.z, maxima.d, self.du0)
-        factor = run.settings.scale
-        self._scan(reverse_u_kernel, heads, run.NV, read, written, sums, "reverse_u", factor)
-        args = (
-            t.q, self.x, self.x_scale, t.k, t.v, t.g, t.alpha, t.beta, self.do, *ends.stored, start_u,
-            maxima.k, maxima.v, maxima.z, maxima.d, dk[0], dv[0], self.dg_u, self.dbeta2, *run.tables,
-            run.settings.scale, *dk[1:], *dv[1:],
-        )  # fmt: skip
-        run.launch(through_u_kernel, "through_u", (run.M * heads.count,), heads, args)
 
-    def _through_h(
-        self, heads: Heads, h: Moments, maxima: Maxima, adjoint: Adjoint | None, dk
-    ) -> None:
-        run, t, a = self.run, self.run.t, adjoint
-        x, of_tokens, of_scan = (None, None), (None,) * 5, (None,) * 6
-        if a is not None:
-            x, y = (self.x, self.x_scale), (a.y, a.y_scale)
-            numbers = (a.w_t, a.start_h, a.key_weight)
-            run.solve_(heads, y, h, y, *x, self.dq, *numbers, a.start_weight)
-            of_tokens = (*y, *numbers)
-            of_scan = (*y, t.k, maxima.k, a.key_weight, a.start_weight)
-        ends = self._ends(heads, "")  # the memory of E of U, which is done with
-        sums = run.sums(heads, "h", run.K, run.NK, True)
-        read = (*x, *of_scan, run.gk, *h.stored, *self.dh_final)
-        written = (*ends.stored, self.dh0)
-        self._scan(reverse_h_kernel, heads, run.NK, read, written, sums, "reverse_h")
-        args = (
-            *x, *of_tokens, t.k, run.gk, t.beta, *h.stored, h.norms, *ends.stored, maxima.k, dk[0],
-            self.dg_h, self.dbeta2, *run.tables, *dk[1:],
-        )  # fmt: skip
-        grid = (run.M * heads.count,)
-        run.launch(through_h_kernel, "through_h", grid, heads, args, SOLVE=run.solve)
+def _part(call: GpuCall, heads: Heads, name: str, grad: Tensor, of: int) -> HeadPart:
+    """The gradient itself where no heads share, else scratch that is summed afterwards."""
+    if of == call.H:
+        return HeadPart(grad, heads.base, call.H)
+    shape = (*call.t.q.shape[:2], heads.count, grad.shape[-1])
+    return HeadPart(call.scratch(name, *shape), 0, heads.count)
 
-    def _ends(self, heads: Heads, name: str, states: Tensor | None = None) -> Ends:
-        """Memory for E of either state, in the place of `states` if given; one name is one memory."""
-        run, shape = self.run, (self.run.M, heads.count)
-        width, blocks = max(run.K, run.V), max(run.NK, run.NV)
-        if states is None:
-            states = run.scratch(f"{name} ends", *shape, run.K, width, dtype=run.op_dtype)
-        scales, wholes = (
-            run.scratch(f"{name} {of}", *shape, blocks) for of in ("end scales", "wholes")
-        )
-        return Ends(states, scales, wholes)
 
-    def _scan(
-        self, kernel, heads: Heads, blocks: int, read, written, sums, name: str, *factor
-    ) -> None:
-        """Both passes of a reverse scan."""
-        run = self.run
-        programs = (run.chunks.num_segments * heads.count, blocks)
-        args = (*read, *written, *sums, *run.segments, *factor)
-        if run.chunks.segmented:
-            run.launch(kernel, name, programs, heads, args, SUM=True)
-        run.launch(kernel, name, programs, heads, args, SUM=False)
+def _sum_shared(call: GpuCall, heads: Heads, grad: Tensor, part: HeadPart, of: int) -> None:
+    """Add up what heads that share a key or a value head found."""
+    if of == call.H:
+        return
+    first, share = heads.base * of // call.H, call.H // of
+    shape = (*grad.shape[:2], heads.count // share, share, grad.shape[-1])
+    total = part.array.view(-1)[: prod(shape)].view(shape).sum(3)
+    grad[:, :, first : first + heads.count // share] = total
 
-    def collect(self) -> Gradients:
-        """Gradients in their inputs' dtypes."""
-        t, dg_u, dg_h = self.run.given, self.dg_u, self.dg_h
-        if self.run.settings.tied and dg_u is not None and dg_h is not None:
-            dg_u += dg_h
-        dbeta = None
-        if self.dbeta2 is not None and t.beta is not None:
-            dbeta = self.dbeta2.mul_(t.beta).mul_(2.0)
-        dh0 = self.dh0
-        if dh0 is not None:  # H is symmetric, and so is its gradient
-            dh0 = (dh0 + dh0.transpose(-1, -2)) / 2
-        elif t.h0 is not None:
-            dh0 = torch.zeros_like(t.h0)
 
-        def cast(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
-            return None if like is None or grad is None else grad.to(like.dtype)
+def _collect(call: GpuCall, grads: InputGradients) -> Gradients:
+    """Gradients in their inputs' dtypes."""
+    t, dg_u, dg_h = call.given, grads.dg_u, grads.dg_h
+    if call.settings.tied and dg_u is not None and dg_h is not None:
+        dg_u += dg_h
+    dbeta = None
+    if grads.dbeta2 is not None and t.beta is not None:
+        dbeta = grads.dbeta2.mul_(t.beta).mul_(2.0)
+    dh0 = grads.dh0
+    if dh0 is not None:  # H is symmetric, and so is its gradient
+        dh0 = (dh0 + dh0.transpose(-1, -2)) / 2
+    elif t.h0 is not None:
+        dh0 = torch.zeros_like(t.h0)
 
-        return Gradients(
-            q=self.dq,
-            k=self.dk,
-            v=self.dv,
-            g=cast(dg_u, t.g),
-            gk=cast(dg_h, t.gk),
-            alpha=cast(self.dalpha, t.alpha),
-            beta=cast(dbeta, t.beta),
-            h0=cast(dh0, t.h0),
-            u0=cast(self.du0, t.u0),
-        )
+    def cast(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
+        return None if like is None or grad is None else grad.to(like.dtype)
+
+    return Gradients(
+        q=grads.dq,
+        k=grads.dk,
+        v=grads.dv,
+        g=cast(dg_u, t.g),
+        gk=cast(dg_h, t.gk),
+        alpha=cast(grads.dalpha, t.alpha),
+        beta=cast(dbeta, t.beta),
+        h0=cast(dh0, t.h0),
+        u0=cast(grads.du0, t.u0),
+    )

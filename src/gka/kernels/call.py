@@ -1,46 +1,100 @@
-"""One call of the op on a GPU: its sizes, tables and scratch memory, and the launches both passes share."""
+"""One call of the op on a GPU: its inputs as kernels take them, its sizes, tables and scratch memory."""
 
-# With a solve there are H and the adjoint's arrays; the types do not tell.
-# pyright: reportArgumentType=false
-
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import cached_property
 from math import lcm
-from typing import Any
+from typing import Any, Protocol, overload
 
 import torch
 from torch import Tensor
 
 from gka.kernels import configs
-from gka.kernels.arrays import Certificate, Heads, Maxima, Moments
-from gka.kernels.chunked import solve_kernel
-from gka.kernels.hopper import calls as hopper
-from gka.kernels.inputs import Boundary, boundary, prepared
-from gka.kernels.moments import moments_kernel, moments_segments_kernel
-from gka.kernels.nystroem import certify_kernel
-from gka.kernels.plan import Kind, Plan, plan_of
+from gka.kernels.arrays import Boundary, Heads, Maxima, Moments, Solutions
 from gka.kernels.tables import chunking
 from gka.maths.chunked import Settings, Tokens
-from gka.maths.ridge import empty_below
 
 
-class Launch:
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a call, the same for every call like it; also the key of what is compiled for such calls.
+
+    Attributes:
+        heads: H, HK and HV.
+        dims: K and V.
+        chunk_size: C.
+        capability: the chip's; with the device for kernels belong to one.
+    """
+
+    heads: tuple[int, int, int]
+    dims: tuple[int, int]
+    dtype: torch.dtype
+    chunk_size: int
+    device: torch.device
+    capability: tuple[int, int]
+
+    @property
+    def exact(self) -> bool:
+        """Whether operands of matrix products are float32, and not float16."""
+        return self.dtype == torch.float32
+
+    @property
+    def op_dtype(self) -> torch.dtype:
+        return torch.float32 if self.exact else torch.float16
+
+    @cached_property
+    def tiles(self) -> tuple[int, int, int]:
+        """BK, BN, BV: K padded, columns of H and of V in a block."""
+        key_dim, value_dim = (max(16, 1 << (dim - 1).bit_length()) for dim in self.dims)
+        # 64 columns a tile: 32 make triton 3.6 read past its shared memory in through_u_kernel
+        return key_dim, min(64, key_dim), min(64, value_dim)
+
+    @cached_property
+    def blocks(self) -> tuple[int, int]:
+        """NK, NV: blocks of columns of H and of U."""
+        (key_dim, value_dim), (_, columns, value_columns) = self.dims, self.tiles
+        return -(-key_dim // columns), -(-value_dim // value_columns)
+
+
+class Needs(Protocol):
+    """What a call must know of the backend that runs it.
+
+    Attributes:
+        float_gates: its kernels read gates in float32 only.
+        measures_boundaries: its scans want the largest entry of each boundary state.
+    """
+
+    float_gates: bool
+    measures_boundaries: bool
+
+    def scan_programs(self, sizes: Sizes) -> int:
+        """Programs a head that walk along each segment in a scan."""
+        ...
+
+    def segments_by_group(self, settings: Settings) -> bool:
+        """Whether sequences may be cut into other segments where a group of heads is worked on."""
+        ...
+
+
+class GpuCall:
     """One call's sizes, tables and scratch memory.
 
     Attributes:
-        given: the tokens as they came; t: contiguous and aligned, gates float32 for Hopper's kernels.
-        hopper: whether those kernels do all the work.
-        signature: what compiled kernels depend on beside the plan: which arguments there are, of what
+        given: the tokens as they came; t: contiguous and aligned, gates float32 where the backend asks.
+        solves: whether there is a solve.
+        groups: the heads that are worked on together, group by group.
+        signature: what compiled kernels depend on beside the sizes: which arguments there are, of what
             dtype, and the integers among them.
+        kept: what a backend keeps for this call.
     """
 
-    def __init__(self, tokens: Tokens, settings: Settings, on_hopper: bool) -> None:
-        self.given, self.settings = tokens, settings
-        self.solve = settings.num_iter > 0
-        self.hopper = on_hopper and self.solve
-        t = self.t = prepared(tokens, self.hopper)
-        plan = self.plan = _plan(t, settings.chunk_size)
-        self.H, self.HK, self.HV, self.K, self.V = plan.H, plan.HK, plan.HV, plan.K, plan.V
-        self.NK, self.NV, self.op_dtype = plan.NK, plan.NV, plan.op_dtype
+    def __init__(self, needs: Needs, tokens: Tokens, settings: Settings) -> None:
+        self.needs, self.given, self.settings = needs, tokens, settings
+        self.solves = settings.num_iter > 0
+        t = self.t = prepared(tokens, needs.float_gates)
+        sizes = self.sizes = _sizes(t, settings.chunk_size)
+        self.H, self.HK, self.HV = sizes.heads
+        self.K, self.V = sizes.dims
+        self.NK, self.NV = sizes.blocks
         self.gk = t.g if settings.tied else t.gk
         self.groups = [Heads(0, self.H)]
         optional = (t.g, self.gk, t.alpha, t.beta, t.h0, t.u0)
@@ -48,14 +102,13 @@ class Launch:
             settings.num_iter,
             *(None if x is None else x.dtype for x in optional),
         )
+        self.kept: dict[Any, Any] = {}
         self._scratch: dict[str, Tensor] = {}
-        self.arguments: dict = {}  # of Hopper's kernels, by name
-        self._set_tables(self.H)
+        self._cut(self.H)
 
-    def _set_tables(self, heads: int) -> None:
-        # a Hopper block holds a whole state; two fit where three of the others' do
-        programs = heads * (3 if self.hopper else self.NK + self.NV)
-        self.chunks = chunking(self.t, self.plan.C, programs)
+    def _cut(self, heads: int) -> None:
+        programs = heads * self.needs.scan_programs(self.sizes)
+        self.chunks = chunking(self.t, self.sizes.chunk_size, programs)
         self.M, self.N = self.chunks.num_chunks, self.chunks.num_sequences
 
     def split_heads(self, chunk_heads: int) -> None:
@@ -71,14 +124,13 @@ class Launch:
             return
         starts = range(0, self.H, count)
         self.groups = [Heads(base, min(count, self.H - base)) for base in starts]
-        # other segments sum H in another order: its last bits could turn the adaptive solver's steps
-        if self.hopper or self.settings.solver != "adaptive":
-            self._set_tables(count)
+        if self.needs.segments_by_group(self.settings):
+            self._cut(count)
 
     @cached_property
     def initial(self) -> tuple[Boundary, Boundary]:
         """Both initial states; held, since every group of heads reads the same addresses."""
-        measured = not self.hopper  # those kernels find the largest entries themselves
+        measured = self.needs.measures_boundaries
         return boundary(self.t.h0, measured), boundary(self.t.u0, measured)
 
     @property
@@ -88,17 +140,6 @@ class Launch:
     @property
     def segments(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.chunks.segments, self.chunks.bounds, self.chunks.start
-
-    def launch(
-        self, kernel, name: str, grid: tuple[int, ...], heads: Heads, args: tuple, **more: Any
-    ) -> None:
-        """Launch a kernel on `args`, the heads and, at compile time, the plan's sizes and `more`.
-
-        Args:
-            name: of the kernel's options.
-        """
-        signature = (self.signature, self.chunks.segmented, heads)
-        self.plan.launcher(kernel, name, signature, **more)(grid, *args, *heads.args)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, device=self.t.q.device, dtype=dtype)
@@ -114,51 +155,26 @@ class Launch:
         """Memory for a gate's gradient, float32."""
         return None if x is None else self.empty(*x.shape)
 
-    def moments(
-        self, heads: Heads, with_h: bool, maxima: Maxima | None = None
-    ) -> tuple[Moments | None, Moments]:
-        """H (unless not wanted) and U at chunk starts; final too where no maxima are asked for."""
-        t = self.t
-        new = partial(self._moments, heads, final=maxima is None)
-        h = new("h", self.K, self.NK) if with_h else None
-        u = new("u", self.V, self.NV)
-        blocks = 0 if h is None else self.NK
-        programs = (self.chunks.num_segments * heads.count, blocks + self.NV)
-        sums_h = self.sums(heads, "h", self.K, self.NK, h is not None)
-        sums_u = self.sums(heads, "u", self.V, self.NV, True)
-        if self.hopper and h is not None:
-            hopper.scan_states(self, heads, (h, u), self.initial, (sums_h, sums_u), maxima)
-            return h, u
-        gates = (self.gk, t.g, t.beta)
-        if self.chunks.segmented:
-            args = (t.k, t.v, *gates, *sums_h, *sums_u, *self.segments)
-            self.launch(moments_segments_kernel, "moments", programs, heads, args, NK=blocks)
-        of_h = (None,) * 4 if h is None else (*h.stored, h.norms, h.final)
-        largest = (None, None) if maxima is None else (maxima.k, maxima.v)
-        args = (
-            t.k, t.v, *gates, *self.initial[0], *of_h, *self.initial[1], *u.stored, u.final, *largest,
-            *sums_h, *sums_u, *self.segments,
-        )  # fmt: skip
-        self.launch(moments_kernel, "moments", programs, heads, args, NK=blocks)
-        return h, u
+    def moments(self, heads: Heads, with_h: bool, final: bool) -> tuple[Moments | None, Moments]:
+        """Memory for H (None unless wanted) and U at chunk starts, and for the final states."""
+        h = self._moments(heads, "h", self.K, self.NK, final) if with_h else None
+        return h, self._moments(heads, "u", self.V, self.NV, final)
 
     def _moments(self, heads: Heads, name: str, width: int, blocks: int, final: bool) -> Moments:
         shape = (self.M, heads.count)
         return Moments(
-            self.scratch(name, *shape, self.K, width, dtype=self.op_dtype),
+            self.scratch(f"{name}_start", *shape, self.K, width, dtype=self.sizes.op_dtype),
             self.scratch(f"{name} scales", *shape, blocks),
             self.scratch(f"{name} norms", *shape, blocks),
             self.empty(self.N, self.H, self.K, width) if final else None,
         )
 
-    def sums(self, heads: Heads, name: str, width: int, blocks: int, wanted: bool):
-        """Scratch for the states that segments add up to: sums, bounds (not for Hopper's), log decays."""
-        if not wanted or not self.chunks.segmented:
-            return None, None, None
-        shape = (self.chunks.num_segments, heads.count)
-        scales = None if self.hopper else self.scratch(f"{name} sum scales", *shape, blocks)
-        decays = self.scratch(f"{name} sum decays", *shape, blocks)
-        return self.scratch(f"{name} sums", *shape, self.K, width), scales, decays
+    def solutions(self) -> Solutions:
+        """Memory for x_t of all tokens and its scales."""
+        if not self.solves:
+            return Solutions(None, None)
+        shape = self.t.q.shape
+        return Solutions(self.empty(*shape, dtype=self.sizes.op_dtype), self.empty(*shape[:3]))
 
     def maxima(self, heads: Heads) -> Maxima:
         shape = (self.M, heads.count)
@@ -169,43 +185,46 @@ class Launch:
             d=self.scratch("max do", *shape, self.NV),
         )
 
-    def solve_(self, heads: Heads, rhs, h: Moments, out, *adjoint: Tensor) -> None:
-        """x of A x = rhs into `out`, both with their scales; `adjoint`: the derivative's other arrays."""
-        t, s = self.t, self.settings
-        extra = adjoint or (None,) * 7
-        adaptive = s.solver == "adaptive"
-        certificate = self.certify(heads, h).args if adaptive else (None,) * 4
-        args = (
-            *rhs, t.k, self.gk, t.beta, *h.stored, h.norms, *out, *extra, *certificate, *self.tables,
-            *self._system,
-        )  # fmt: skip
-        grid = (self.M * heads.count,)
-        for part in ("plain", "deflated") if adaptive else ("all",):
-            options = {"ADJOINT": bool(adjoint), "PART": part}
-            self.launch(solve_kernel, "solve", grid, heads, args, **options)
 
-    @property
-    def _system(self) -> tuple[float, int, float]:
-        s = self.settings
-        return s.ridge_ratio, s.num_iter, empty_below(torch.float32)
-
-    def certify(self, heads: Heads, h: Moments) -> Certificate:
-        """N_t and the steps of every chunk, found alike in both passes, since H is summed alike."""
-        t, shape, chunks = self.t, (*self.t.q.shape[:2], heads.count), (self.M, heads.count)
-        found = Certificate(
-            w=self.scratch("w", *shape, self.K, dtype=self.op_dtype),
-            tau=self.scratch("tau", *shape),
-            phi=self.scratch("phi", *chunks),
-            steps=self.scratch("steps", *chunks, dtype=torch.int32),
-        )
-        args = (t.k, self.gk, t.beta, *h.stored, h.norms, *found.args, *self.tables, *self._system)
-        self.launch(certify_kernel, "certify", (self.M * heads.count,), heads, args)
-        return found
-
-
-def _plan(t: Tokens, chunk_size: int) -> Plan:
-    """The plan of such tokens, which configs.why_not has let pass."""
+def _sizes(t: Tokens, chunk_size: int) -> Sizes:
+    """The sizes of such tokens, which a backend's refusal has let pass."""
     (*_, heads, key_dim), value_dim = t.q.shape, t.v.shape[-1]
     counts, device = (heads, t.k.shape[2], t.v.shape[2]), t.q.device
     dims, capability = (key_dim, value_dim), configs.capability_of(device)
-    return plan_of(Kind(counts, dims, t.q.dtype, chunk_size, device, capability))
+    return Sizes(counts, dims, t.q.dtype, chunk_size, device, capability)
+
+
+def prepared(tokens: Tokens, float_gates: bool) -> Tokens:
+    """Contiguous and aligned, as compiled kernels take for granted."""
+    t = tokens
+
+    def gate(x: Tensor | None) -> Tensor | None:
+        x = aligned(x)
+        return None if x is None else x.float() if float_gates else x
+
+    return Tokens(
+        aligned(t.q), aligned(t.k), aligned(t.v), gate(t.g), gate(t.gk), gate(t.alpha), gate(t.beta),
+        aligned(t.h0), aligned(t.u0), t.cu_seqlens, t.cu_seqlens_cpu,
+    )  # fmt: skip
+
+
+@overload
+def aligned(x: Tensor) -> Tensor: ...
+@overload
+def aligned(x: None) -> None: ...
+@overload
+def aligned(x: Tensor | None) -> Tensor | None: ...
+def aligned(x: Tensor | None) -> Tensor | None:
+    """x, contiguous; a copy where its memory does not start at 16 bytes (a view into a larger tensor)."""
+    if x is None:
+        return None
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def boundary(state: Tensor | None, measured: bool) -> Boundary:
+    """A boundary state [N,H,K,V] as float32, and if `measured` the largest entry of each head."""
+    if state is None:
+        return None, None
+    state = aligned(state.float())
+    return state, state.abs().amax((-1, -2)) if measured else None

@@ -1,7 +1,7 @@
 """Launch configurations, and what the kernels can run: by chip, kernel, operands and head width.
 
-The tables are chips/sm_<compute capability>.json; `python -m benchmarks.tune` measures and writes them,
-`python -m benchmarks.resources` tells what each kernel takes.
+The tables are chips/sm_<compute capability>.json; `python -m benchmarks.run tune` measures and writes them,
+`python -m benchmarks.run resources` tells what each kernel takes.
 """
 
 import functools

@@ -21,7 +21,7 @@ from gka.maths.grouped import group_sum, group_sum_matmul, shared_matmul, weight
 from gka.maths.moments import Decay, scan
 from gka.maths.nonfinite import put_back_gradients, take_out, take_out_rows
 from gka.maths.readout import mix
-from gka.maths.system import System
+from gka.maths.ridge import System
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from gka.maths.adaptive import solver_steps
-from gka.maths.chebyshev import Solver
 from gka.maths.layout import ChunkLayout, chunk_layout
 from gka.maths.moments import Decay, chunk_moments, scan
 from gka.maths.nonfinite import put_back, take_out
 from gka.maths.readout import mix, readout
-from gka.maths.system import System
+from gka.maths.ridge import System
+from gka.maths.solvers import SOLVERS, Solver, SolverName, make_solver
 
 # Chunks whose [C, K] arrays are worked on together: the solve reads a few such arrays again and
 # again, so on a CPU they should stay in its cache; elsewhere the limit only bounds scratch memory.
@@ -44,7 +43,17 @@ class Settings:
     chunk_size: int
     tied: bool
     with_h: bool
-    solver: Solver = "chebyshev"
+    solver: SolverName = "chebyshev"
+
+    @property
+    def solve(self) -> Solver:
+        """The solver with its numbers."""
+        return make_solver(self.solver, self.ridge_ratio, self.num_iter)
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether steps are counted by chunk and head."""
+        return SOLVERS[self.solver].adaptive
 
 
 @dataclass(frozen=True)
@@ -129,8 +138,7 @@ class Chunks:
 
     def solve(self, system: System, q: Tensor) -> Tensor:
         """x_t of the tokens of some chunks, by the settings' solver."""
-        s = self.settings
-        return system.solve(q, s.ridge_ratio, s.num_iter, s.solver)
+        return system.solve(q, self.settings.solve)
 
     def weights_u(self, rows: slice) -> Tensor:
         """W_tj of U [M,H,C,C]."""
@@ -168,7 +176,7 @@ def token_steps(tokens: Tokens, settings: Settings) -> Tensor:
     steps = torch.empty_like(chunks.decay_h.zeta, dtype=torch.int64)
     for rows in chunks.blocks():
         system = chunks.system(rows)
-        steps[rows] = solver_steps(system, settings.ridge_ratio, settings.num_iter).unsqueeze(-1)
+        steps[rows] = settings.solve.steps(system).unsqueeze(-1)
     return chunks.join(steps)
 
 

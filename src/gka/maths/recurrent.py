@@ -10,13 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gka.maths.adaptive import Adaptive
-from gka.maths.chebyshev import chebyshev_solve_, iterate_
 from gka.maths.chunked import Forward, Settings, Tokens
-from gka.maths.nystroem import nystroem
 from gka.maths.readout import mix
-from gka.maths.ridge import split_empty, split_empty_in, square_limit, unit_root
-from gka.maths.system import System
 
 
 @dataclass(frozen=True)
@@ -184,7 +179,7 @@ def _sequence(
     for t, h_t in _updates(tokens, settings, h, u):
         z = q[:, t]
         if h_t is not None and settings.num_iter > 0:
-            x_t = _solve(h_t, z, settings)
+            x_t = settings.solve.solve_state(h_t, z)
             z = mix(z, x_t, None if alpha is None else alpha[:, t])
             if x is not None:
                 x[:, t] = x_t
@@ -199,38 +194,3 @@ def _update(state: Tensor, gamma: Tensor | None, k: Tensor, v: Tensor) -> None:
     if gamma is not None:
         state.mul_(gamma)
     state.addcmul_(k.unsqueeze(-1), v.unsqueeze(-2))
-
-
-def _solve(h: Tensor, q: Tensor, settings: Settings) -> Tensor:
-    """x [B,H,K]. H is symmetric, and on a CPU a row times a matrix is several times as fast as H d."""
-    if settings.solver == "adaptive":
-        return _solve_adaptively(h, q, settings)
-    fro, empty = _frobenius(h)
-    q = q.masked_fill(empty.unsqueeze(-1), 0.0)
-
-    def apply(d: Tensor) -> Tensor:
-        return (d.unsqueeze(-2) @ h).squeeze(-2)
-
-    return chebyshev_solve_(apply, q, fro, settings.ridge_ratio, settings.num_iter)
-
-
-def _frobenius(h: Tensor) -> tuple[Tensor, Tensor]:
-    """(F, empty) of H [B,H,K,K]."""
-    trace = h.diagonal(dim1=-2, dim2=-1).abs().sum(-1)  # F <= tr H
-    # a CPU's values are at hand: ordinary states are spared the copy
-    if h.device.type == "cpu" and bool((trace <= square_limit(h.dtype)).all()):
-        return split_empty(torch.linalg.vector_norm(h, dim=(-2, -1)).square())
-    root = unit_root(trace)
-    small = h / root.square()[..., None, None]
-    return split_empty_in(torch.linalg.vector_norm(small, dim=(-2, -1)).square(), root)
-
-
-def _solve_adaptively(h: Tensor, q: Tensor, settings: Settings) -> Tensor:
-    """`adaptive_solve` of chunks of one token, heads that need fewer steps stand still."""
-    system = System.of_state(h)
-    q = q.unsqueeze(-2).masked_fill(system.empty.unsqueeze(-1), 0.0)
-    plan = Adaptive.of(nystroem(system), system.fro, settings.ridge_ratio, settings.num_iter)
-    x, lamb = plan.first(q), settings.ridge_ratio * system.fro.unsqueeze(-1)
-    steps = range(1, plan.keep.shape[0] + 1)
-    iterate_(lambda d: d @ h, lamb, plan, q.clone(), x.clone(), x, steps)
-    return x.squeeze(-2)

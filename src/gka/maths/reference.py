@@ -9,17 +9,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gka.maths.chebyshev import chebyshev_solve
-from gka.maths.exact import exact_solve
 from gka.maths.readout import mix
 from gka.maths.ridge import split_empty
+from gka.maths.solvers.chebyshev import chebyshev_solve
+from gka.maths.solvers.exact import exact_solve
 
 State = tuple[Tensor, Tensor]
-Solver = Literal["chebyshev", "exact"]
+ReferenceSolver = Literal["chebyshev", "exact"]
 
 
 def solve_ridge(
-    h: Tensor, q: Tensor, ridge_ratio: float, num_iter: int, solver: Solver = "chebyshev"
+    h: Tensor, q: Tensor, ridge_ratio: float, num_iter: int, solver: ReferenceSolver = "chebyshev"
 ) -> Tensor:
     """x of (H + lambda I) x = q with lambda = a |H|_F; H [..., K, K], q [..., K]. x = 0 where H = 0."""
     fro, empty = split_empty(h.square().sum((-2, -1)))
@@ -44,7 +44,7 @@ def reference_sequence(
     scale: float,
     ridge_ratio: float,
     num_iter: int,
-    solver: Solver = "chebyshev",
+    solver: ReferenceSolver = "chebyshev",
 ) -> tuple[Tensor, State]:
     """One batch of equally long sequences, all heads alike: k and v already have the heads of q.
 

@@ -8,7 +8,7 @@ from transformers.activations import ACT2FN
 
 from gka.errors import InputError
 from gka.layers.parts.heads import check_head_dims, split_heads, value_dim
-from gka.maths.chebyshev import Solver
+from gka.maths.solvers import SolverName
 from gka.models.experts import check_experts
 from gka.models.fields import GKAFields
 from gka.models.pattern import SOFTMAX_MIXERS, attention_heads, check_overrides, mixer_values
@@ -60,9 +60,9 @@ def check_sizes(config: GKAFields) -> None:
         raise InputError(
             f"backend: expected one of {', '.join(known_backends())}, got {config.backend!r}"
         )
-    if config.solver not in get_args(Solver):
+    if config.solver not in get_args(SolverName):
         raise InputError(
-            f"solver: expected one of {', '.join(get_args(Solver))}, got {config.solver!r}"
+            f"solver: expected one of {', '.join(get_args(SolverName))}, got {config.solver!r}"
         )
     check_overrides(config)
     check_rope(config)

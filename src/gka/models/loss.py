@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gka.ops.library import check_derivable, operator
-from gka.ops.operator import autocasts, no_autocast
+from gka.ops.autograd import autocasts, check_derivable, no_autocast, operator
 
 IGNORE_INDEX = -100
 # Float32 logits held at a time. Large enough that the matrix products stay efficient.

@@ -1,23 +1,266 @@
-"""Which implementation runs a call: chosen explicitly, queryable, never silently another one."""
+"""Which implementation runs a call: what a backend is, those there are, the choice and its reasons.
 
+A backend is chosen explicitly or by "auto", can be asked for its reasons, and is never silently another one.
+"""
+
+import importlib.util
 import operator
+import os
 import threading
-from typing import get_args
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from gka.maths.adjoint import Gradients, chunk_backward
-from gka.maths.chebyshev import Solver
-from gka.maths.chunked import Tokens, chunk_forward
-from gka.maths.recurrent import advance_, recurrent_forward, step_
-from gka.ops.backend_types import AnyMode, Backend, Call, Stepper
-from gka.ops.gpu_backends import HOPPER, TRITON
+from gka.maths.chunked import Forward, Settings, Tokens, chunk_forward, token_steps
+from gka.maths.recurrent import States, advance_, recurrent_forward, step_
+from gka.maths.solvers import SolverName
+
+if TYPE_CHECKING:
+    from gka.kernels.passes import Passes
+
+Mode = Literal["chunk", "recurrent"]
+# "step": the ops that update states in place
+AnyMode = Literal["chunk", "recurrent", "step"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a backend must know of a call to tell whether it can run it.
+
+    Attributes:
+        dims: K and V.
+        chunk_size: C.
+        mode: "step" for the ops that update states in place.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    solver: SolverName = "chebyshev"
+    dims: tuple[int, int] = (128, 128)
+    chunk_size: int = 64
+    mode: AnyMode = "chunk"
+
+
+@dataclass(frozen=True)
+class Stepper:
+    """What a backend has for the ops that update states in place; all of them have every solver.
+
+    Attributes:
+        step: `maths.recurrent.step_` without x.
+        advance: `maths.recurrent.advance_`.
+        refusal: why it cannot run a call; None if it can.
+    """
+
+    step: Callable[[Tokens, Settings, States, bool], Tensor]
+    advance: Callable[[Tokens, Settings, States, Tensor], None]
+    refusal: Callable[[Call], str | None]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A set of compiled or plain implementations behind the custom operators.
+
+    Attributes:
+        name: as users give it.
+        forward: implementation of each mode.
+        backward: the derivative, shared by the modes, since they compute the same map. Takes the
+            tokens, the solutions x and their scales as a forward left them, the gradients of o and
+            of the final states, and the settings.
+        refusal: why the backend cannot run a call; None if it can.
+        automatic: whether backend="auto" may choose it on a device.
+        scaled_dtype: dtype in which mode "chunk" keeps x for inputs of a dtype, rows divided by
+            their scale; None where x is kept in the working precision, without scales.
+        solvers: the solvers it has.
+        stepper: for states in place; None: it has no such kernels.
+        steps: what `ops.solver_steps` returns for the backend's mode "chunk".
+    """
+
+    name: str
+    forward: dict[Mode, Callable[[Tokens, Settings], Forward]]
+    backward: Callable[
+        [
+            Tokens,
+            Tensor | None,
+            Tensor | None,
+            Tensor,
+            Tensor | None,
+            Tensor | None,
+            Settings,
+        ],
+        Gradients,
+    ]
+    refusal: Callable[["Call"], str | None]
+    automatic: Callable[[torch.device], bool] = lambda device: True
+    scaled_dtype: Callable[[torch.dtype], torch.dtype] | None = None
+    solvers: tuple[SolverName, ...] = ("chebyshev",)
+    stepper: Stepper | None = None
+    steps: Callable[[Tokens, Settings], Tensor] = token_steps
+
+
+def _torch_backward(tokens: Tokens, x: Tensor | None, x_scale: Tensor | None, *rest) -> Gradients:
+    return chunk_backward(tokens, x, *rest)
+
+
+TORCH = Backend(
+    name="torch",
+    forward={"chunk": chunk_forward, "recurrent": recurrent_forward},
+    backward=_torch_backward,
+    refusal=lambda call: None,
+    solvers=get_args(SolverName),
+    stepper=Stepper(step_, advance_, lambda call: None),
+)
+
+
+def _no_triton(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed."
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"its kernels need an NVIDIA GPU (or TRITON_INTERPRET=1, slow); got {device}."
+    return None
+
+
+def _triton_refusal(call: Call) -> str | None:
+    reason = _no_triton(call.device)
+    if reason is not None:
+        return reason
+    from gka.kernels import configs
+
+    narrow = configs.widest_certificate(call.dtype == torch.float32, call.device)
+    if call.solver == "adaptive" and call.dims[0] > narrow:
+        return (
+            f"its adaptive solver takes float32 keys up to {narrow} wide (a certificate of wider ones "
+            f"outgrows the shared memory); got {call.dims[0]}."
+        )
+    return configs.why_not(call.device, call.dtype, call.dims, call.chunk_size)
+
+
+def _hopper_refusal(call: Call) -> str | None:
+    if importlib.util.find_spec("triton") is None:  # runs num_iter = 0, which has no solve
+        return "the package triton is not installed."
+    from gka.kernels.hopper import build
+
+    return build.why_not(call.device, call.dtype, call.dims, call.chunk_size)
+
+
+def _triton_step_refusal(call: Call) -> str | None:
+    reason = _no_triton(call.device)
+    if reason is not None:
+        return reason
+    from gka.kernels import configs
+
+    # chunks and operands of matrix products do not matter here
+    return configs.why_not(call.device, torch.bfloat16, call.dims, 64) or _not_float64(call)
+
+
+def _not_float64(call: Call) -> str | None:
+    double = call.dtype == torch.float64
+    return "its kernels compute in float32 at best; got float64." if double else None
+
+
+def _hopper_step_refusal(call: Call) -> str | None:
+    if importlib.util.find_spec("triton") is None:  # advances states
+        return "the package triton is not installed."
+    from gka.kernels.hopper import build
+
+    return build.why_not_step(call.device, call.dims) or _not_float64(call)
+
+
+def _triton(settings: Settings) -> "Passes":
+    from gka.kernels.triton.passes import TRITON as passes
+
+    return passes
+
+
+def _hopper(settings: Settings) -> "Passes":
+    """Its kernels have a solve in them: calls without one run Triton's."""
+    if settings.num_iter == 0:
+        return _triton(settings)
+    from gka.kernels.hopper.passes import HOPPER as passes
+
+    return passes
+
+
+def _hopper_decode(settings: Settings) -> "Passes":
+    from gka.kernels.hopper.passes import HOPPER as passes
+
+    return passes
+
+
+def current(device: torch.device) -> AbstractContextManager:
+    """Launches go to the current device: inside, the inputs' own."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _on_gpu(
+    name: str,
+    passes: Callable[[Settings], "Passes"],
+    decode_passes: Callable[[Settings], "Passes"],
+    refusal: Callable[[Call], str | None],
+    step_refusal: Callable[[Call], str | None],
+) -> Backend:
+    """A backend of kernels; the modules that import triton are loaded on first use."""
+
+    def forward(tokens: Tokens, settings: Settings) -> Forward:
+        from gka.kernels.forward import chunk_forward
+
+        with current(tokens.q.device):
+            return chunk_forward(passes(settings), tokens, settings)
+
+    def backward(tokens: Tokens, *args) -> Gradients:
+        from gka.kernels.backward import chunk_backward
+
+        with current(tokens.q.device):
+            return chunk_backward(passes(args[-1]), tokens, *args)
+
+    def recurrent(tokens: Tokens, settings: Settings) -> Forward:
+        from gka.kernels.decode import recurrent_forward
+
+        with current(tokens.q.device):
+            return recurrent_forward(decode_passes(settings), tokens, settings)
+
+    def step(tokens: Tokens, settings: Settings, states: States, commit: bool) -> Tensor:
+        from gka.kernels import decode
+
+        with current(tokens.q.device):
+            return decode.step(decode_passes(settings), tokens, settings, states, commit)
+
+    def advance(tokens: Tokens, settings: Settings, states: States, counts: Tensor) -> None:
+        from gka.kernels import decode
+
+        with current(tokens.q.device):
+            decode.advance(decode_passes(settings), tokens, settings, states, counts)
+
+    def steps(tokens: Tokens, settings: Settings) -> Tensor:
+        from gka.kernels.forward import chunk_steps
+
+        with current(tokens.q.device):
+            return chunk_steps(passes(settings), tokens, settings)
+
+    return Backend(
+        name=name,
+        forward={"chunk": forward, "recurrent": recurrent},
+        backward=backward,
+        refusal=refusal,
+        automatic=lambda device: device.type == "cuda",  # interpreted only if asked for by name
+        scaled_dtype=lambda dtype: torch.float32 if dtype == torch.float32 else torch.float16,
+        solvers=get_args(SolverName),
+        stepper=Stepper(step, advance, step_refusal),
+        steps=steps,
+    )
+
+
+TRITON = _on_gpu("triton", _triton, _triton, _triton_refusal, _triton_step_refusal)
+HOPPER = _on_gpu("hopper", _hopper, _hopper_decode, _hopper_refusal, _hopper_step_refusal)
 
 _ran = threading.local()
 
 # In order of preference for backend="auto".
-_BACKENDS: dict[str, Backend] = {}
+_BACKENDS: dict[str, Backend] = {b.name: b for b in (HOPPER, TRITON, TORCH)}
 
 
 def register_backend(backend: Backend, *, first: bool = False) -> None:
@@ -26,24 +269,6 @@ def register_backend(backend: Backend, *, first: bool = False) -> None:
     others = {name: b for name, b in _BACKENDS.items() if name != backend.name}
     mine = {backend.name: backend}
     _BACKENDS = mine | others if first else others | mine
-
-
-def _torch_backward(tokens: Tokens, x: Tensor | None, x_scale: Tensor | None, *rest) -> Gradients:
-    return chunk_backward(tokens, x, *rest)
-
-
-register_backend(
-    Backend(
-        name="torch",
-        forward={"chunk": chunk_forward, "recurrent": recurrent_forward},
-        backward=_torch_backward,
-        refusal=lambda call: None,
-        solvers=get_args(Solver),
-        stepper=Stepper(step_, advance_, lambda call: None),
-    )
-)
-register_backend(TRITON, first=True)
-register_backend(HOPPER, first=True)
 
 
 def get_backend(name: str) -> Backend:
@@ -76,7 +301,7 @@ def why_unavailable(
     name: str,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    solver: Solver = "chebyshev",
+    solver: SolverName = "chebyshev",
     dims: tuple[int, int] = (128, 128),
     chunk_size: int = 64,
     mode: AnyMode = "chunk",
@@ -95,7 +320,7 @@ def why_unavailable(
 def available_backends(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    solver: Solver = "chebyshev",
+    solver: SolverName = "chebyshev",
     dims: tuple[int, int] = (128, 128),
     chunk_size: int = 64,
     mode: AnyMode = "chunk",
@@ -132,7 +357,7 @@ def _resolve(
     name: str,
     device: torch.device,
     dtype: torch.dtype,
-    solver: Solver,
+    solver: SolverName,
     key_dim: int,
     value_dim: int,
     chunk_size: int,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gka.maths.combine import after
+from gka.maths.moments import after
 from gka.ops.checks import DTYPES, check_tensor
 
 State = tuple[Tensor, Tensor]

@@ -1,10 +1,11 @@
-"""The short convolutions of queries, keys and values as one operator, with SiLU and unit norms."""
+"""The short convolutions of queries, keys and values as one operator, with SiLU and unit norms; and a
+layer's cached step up to its memory, which updates their states in place."""
 
 import torch
 from torch import Tensor
 
-from gka.ops.fusion import check_shape, current, refuse_second
-from gka.ops.library import keep_signature, operator
+from gka.ops.autograd import keep_signature, operator
+from gka.ops.surround import check_gates, check_shape, current, refuse_second
 
 
 def past_tokens(cu_seqlens: Tensor, length: int, width: int) -> Tensor:
@@ -18,7 +19,7 @@ def _parts(
     q: Tensor, k: Tensor, v: Tensor | None, weights, states, past: Tensor | None,
     lengths: Tensor | None, head_dim: int,
 ):  # fmt: skip
-    from gka.kernels.around import Parts
+    from gka.kernels.surround.launch import Parts
 
     return Parts((q, k, v), weights, states, past, lengths, head_dim)
 
@@ -38,11 +39,11 @@ def short_convolutions(
     head_dim: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Unit queries, unit keys and values; those empty where there are no v. All contiguous."""
-    from gka.kernels import around
+    from gka.kernels.surround import launch as surround
 
     parts = _parts(q, k, v, (wq, wk, wv), (sq, sk, sv), past, lengths, head_dim)
     with current(q):
-        yq, yk, yv = around.convolve(parts)
+        yq, yk, yv = surround.convolve(parts)
     assert yq is not None and yk is not None
     return yq, yk, q.new_empty(0) if yv is None else yv
 
@@ -75,11 +76,11 @@ def short_convolutions_backward(
     with_weights: bool,
 ) -> list[Tensor]:
     """Gradients of q, k, v, wq, wk, wv; empty where there is no such input or none is wanted."""
-    from gka.kernels import around
+    from gka.kernels.surround import launch as surround
 
     parts = _parts(q, k, v, (wq, wk, wv), (sq, sk, sv), past, lengths, head_dim)
     with current(q):
-        dx, dw = around.convolve_backward(parts, (dq, dk, dv), with_inputs, with_weights)
+        dx, dw = surround.convolve_backward(parts, (dq, dk, dv), with_inputs, with_weights)
     return [q.new_empty(0) if x is None else x for x in (*dx, *dw)]
 
 
@@ -209,3 +210,85 @@ def convolve_heads(
         q, k, v, wq, wk, wv, sq, sk, sv, past, lengths, head_dim
     )  # fmt: skip
     return yq, yk, None if v is None else yv
+
+
+Three = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def layer_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    wq: Tensor,
+    wk: Tensor,
+    wv: Tensor | None,
+    sq: Tensor,
+    sk: Tensor,
+    sv: Tensor | None,
+    b: Tensor | None,
+    a2: Tensor | None,
+    a: Tensor | None,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    lengths: Tensor | None,
+    head_dim: int,
+    eps: float,
+) -> list[Tensor]:
+    """Unit q, unit k, v, beta, alpha and g, of those that there are."""
+    from gka.kernels.surround import launch as surround
+
+    parts = surround.Parts((q, k, v), (wq, wk, wv), (sq, sk, sv), None, lengths, head_dim)
+    with current(q):
+        heads, gates = surround.step(
+            parts, surround.GateInputs(b, a2, a, A_log, dt_bias, lengths, eps)
+        )
+    return [x for x in (*heads, *gates) if x is not None]
+
+
+step_op = operator(layer_step, mutates=("sq", "sk", "sv"))
+
+
+@torch.library.register_fake(step_op)
+def _(q, k, v, wq, wk, wv, sq, sk, sv, b, a2, a, A_log, dt_bias, lengths, head_dim, eps):
+    heads = [x.new_empty(x.shape) for x in (q, k, v) if x is not None]
+    gates = [x.new_empty(x.shape, dtype=torch.float32) for x in (b, a2, a) if x is not None]
+    return heads + gates
+
+
+def step_heads_and_gates(
+    inputs: Three,
+    weights: Three,
+    states: Three,
+    gates: Three,
+    decay: tuple[Tensor | None, Tensor | None],
+    head_dim: int,
+    *,
+    eps: float = 0.0,
+    lengths: Tensor | None = None,
+) -> tuple[Three, Three]:
+    """`convolve_heads` and `layer_gates` of a few tokens that follow a cached past, in one launch.
+
+    Args:
+        inputs, weights: as of `convolve_heads`.
+        states: contiguous [B,C,W], updated in place.
+        gates: pre-activations of beta, alpha and g. decay: A_log and dt_bias.
+        lengths: tokens of each row that count [B]; None for all.
+
+    Returns:
+        (q, k, v) and (beta, alpha, g), each None where its input is. No gradient flows through.
+
+    Raises:
+        ValueError: shapes that do not fit, or a state that is missing or not contiguous.
+    """
+    check_parts(inputs, weights, states, head_dim)
+    check_gates(gates, decay)
+    for name, given, state in zip("qkv", inputs, states, strict=True):
+        if given is not None and (state is None or not state.is_contiguous()):
+            raise ValueError(
+                f"the state of {name} is updated in place and must be there, contiguous."
+            )
+    x, pre = (tuple(None if y is None else y.contiguous() for y in ys) for ys in (inputs, gates))
+    w = tuple(None if y is None else y.contiguous() for y in weights)
+    found = iter(step_op(*x, *w, *states, *pre, *decay, lengths, head_dim, eps))
+    q, k, v, beta, alpha, g = (None if y is None else next(found) for y in (*x, *pre))
+    return (q, k, v), (beta, alpha, g)

@@ -1,11 +1,15 @@
-"""The reference map behind the ops' conventions: grouped heads, packed sequences, 16-bit inputs."""
+"""For those who look inside: the reference map behind the ops' conventions, and the steps of a solve."""
 
 import itertools
 
 import torch
 from torch import Tensor
 
-from gka.maths.reference import Solver, State, reference_sequence
+from gka.maths.chunked import Settings, Tokens
+from gka.maths.reference import ReferenceSolver, State, reference_sequence
+from gka.ops import checks
+from gka.ops.autograd import no_autocast
+from gka.ops.backends import Call, get_backend, resolve_backend
 
 
 def reference_gka(
@@ -22,7 +26,7 @@ def reference_gka(
     scale: float = 1.0,
     ridge_ratio: float = 0.02,
     num_iter: int = 30,
-    solver: Solver = "chebyshev",
+    solver: ReferenceSolver = "chebyshev",
 ) -> tuple[Tensor, State]:
     """`gka.maths.reference` on the inputs of `chunk_gka`, checked there; float32 or better inside.
 
@@ -54,3 +58,65 @@ def reference_gka(
     parts = [part(slice(a, b), slice(n, n + 1)) for n, (a, b) in bounds]
     h, u = (torch.cat([state[i] for _, state in parts]) for i in (0, 1))
     return torch.cat([o for o, _ in parts], 1).to(q.dtype), (h, u)
+
+
+@torch.no_grad()
+def solver_steps(
+    k: Tensor,
+    gk: Tensor | None = None,
+    ridge_ratio: float = 0.02,
+    num_iter: int = 30,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    beta: Tensor | None = None,
+    num_heads: int | None = None,
+    chunk_size: int = 64,
+    value_dim: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Steps n <= num_iter that `chunk_gka(..., solver="adaptive")` takes at each token on that backend.
+
+    They depend on H alone: on keys, write gates and the decay of H, not on queries or values.
+
+    Args:
+        k, gk, ridge_ratio, num_iter, cu_seqlens, beta, chunk_size: as in `chunk_gka`.
+        initial_state: h_kk [N,H,K,K] alone.
+        num_heads: query heads H. None: as many as k has.
+        value_dim: V, by which backends are chosen. None: K.
+        backend: whose certificate is asked, as in `chunk_gka`: backends differ in rounding and in the
+            vector they certify along, and so may differ in steps. "reference" has none.
+
+    Returns:
+        int64 [B,T,H]; the same for all tokens of a chunk.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `chunk_gka`.
+    """
+    checks.check_tensor("k", k)
+    if k.dim() != 4:
+        raise ValueError(f"k must have 4 dimensions [B, T, heads, dim]; got {list(k.shape)}.")
+    heads = k.shape[2] if num_heads is None else num_heads
+    if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1:
+        raise ValueError(f"num_heads must be a positive int; got {heads!r}.")
+    if k.shape[2] > 0 and heads % k.shape[2] != 0:
+        raise ValueError(f"num_heads must be a multiple of k's {k.shape[2]} heads; got {heads}.")
+    q = k.new_zeros(1, 1, 1, 1).expand(*k.shape[:2], heads, k.shape[3])
+    dims = (k.shape[3], k.shape[3] if value_dim is None else value_dim)
+    v = k.new_zeros(1, 1, 1, 1).expand(*k.shape[:3], dims[1])
+    checks.check_heads(q, k, v)
+    checks.check_gates(q, gk=gk, beta=beta)
+    checks.check_numbers(ridge_ratio, num_iter, chunk_size)
+    sequences = checks.check_cu_seqlens(q, cu_seqlens)
+    if cu_seqlens is not None:
+        checks.check_bounds(cu_seqlens, k.shape[1])
+    if initial_state is not None:
+        shape = (sequences, heads, k.shape[3], k.shape[3])
+        checks.check_state("initial_state (h_kk)", initial_state, shape, q)
+    name = resolve_backend(backend, Call(k.device, k.dtype, "adaptive", dims, chunk_size))
+    tokens = Tokens(q, k, v, None, gk, None, beta, initial_state, None, cu_seqlens)
+    settings = Settings(1.0, ridge_ratio, num_iter, chunk_size, False, True, "adaptive")
+    if num_iter == 0:
+        return torch.zeros(q.shape[:3], dtype=torch.int64, device=k.device)
+    with no_autocast(k.device.type):
+        return get_backend(name).steps(tokens, settings)

@@ -9,7 +9,7 @@ from torch import Tensor
 from gka.errors import InputError
 from gka.layers import GatedKalmaNet
 from gka.layers.linear_attention import GatedLinearAttention
-from gka.maths.combine import after
+from gka.maths.moments import after
 from gka.models import GKACache, GKAForCausalLM, cache_tensors, fill_cache
 from gka.serving.contents import Contents
 from gka.serving.decay import DecayTotals

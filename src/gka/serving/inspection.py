@@ -14,10 +14,10 @@ from torch import Tensor
 from gka.errors import InputError
 from gka.layers import GatedKalmaNet
 from gka.layers.parts.surround import Gates
-from gka.maths.adaptive import solver_steps
-from gka.maths.chebyshev import chebyshev_bound
-from gka.maths.exact import exact_solve
-from gka.maths.system import System
+from gka.maths.ridge import System
+from gka.maths.solvers import make_solver
+from gka.maths.solvers.chebyshev import chebyshev_bound
+from gka.maths.solvers.exact import exact_solve
 from gka.models import GKACache, GKAForCausalLM
 from gka.ops.checks import check_solver
 from gka.serving.reading import PREFILL_CHUNK, check_model, prefill
@@ -156,12 +156,12 @@ class _Watch:
         for name, value in found.items():
             self.curves[name].append(_plain(value[0]))
         self.curves["condition"].append(_plain(condition[0]))
-        adaptive = self.mixer.solver == "adaptive" and steps > 0
-        taken = solver_steps(system, a, steps) if adaptive else torch.full_like(fro, steps)
+        solver = make_solver(check_solver(self.mixer.solver), a, steps)
+        taken = solver.steps(system) if steps > 0 else torch.zeros_like(fro)
         self.curves["steps"].append([int(n) for n in taken[0]])
         error, residual = torch.full_like(fro, torch.nan), torch.full_like(fro, torch.nan)
         if steps > 0:
-            x = system.solve(q.to(dtype).unsqueeze(-2), a, steps, check_solver(self.mixer.solver))
+            x = system.solve(q.to(dtype).unsqueeze(-2), solver)
             error, residual = _solve_error(h, lamb, q.double(), x.squeeze(-2).double())
             empty = system.empty[..., 0]
             error, residual = (e.masked_fill(empty, torch.nan) for e in (error, residual))

@@ -1,10 +1,13 @@
 // Fewer steps with the same proven bound (gka/maths/adaptive.py; proof in docs/numerics.md): the rank-one
 // Nystroem part N_t = strength_t F_t w_t w_t^T <= H_t of every token, and a certified bound of the rest.
+#pragma once
+
+#include "chebyshev.cuh"
+#include "ridge.cuh"
 
 // Relative errors: of the chunk's own share of F_t^2, whose weights and squares are float16; of float32 sums;
 // of the operator, whose weights the solve holds in float16.
 constexpr float SLACK_OWN = 1.f / 2048.f, SLACK_SUM = 1.f / 65536.f, SLACK_OPERATOR = 1.f / 1024.f;
-constexpr float THETA_FLOOR = 1.f / 1024.f;
 
 DEVICE float arcosh_1p(float x) { return log1pf(x + sqrtf(x * (x + 2.f))); }  // acosh(1 + x), of small x too
 
@@ -138,7 +141,7 @@ DEVICE void tighten(Iteration& it, const Ridge& r, const float (&w)[C / 2], cons
   float ratio = (a.num_iter + 1) * arcosh_1p(2.f * a.ridge_ratio) /
                 arcosh_1p(2.f * a.ridge_ratio / fminf(phi, 1.f));
   int steps = (int)ceilf(ratio) - 1;
-  it.deflated = 6 * steps <= 5 * a.num_iter;
+  it.deflated = WORTHWHILE_OF * steps <= WORTHWHILE * a.num_iter;
   if (!it.deflated) return;
   float kappa = 1.f + phi / a.ridge_ratio, rho = (kappa - 1.f) / (kappa + 1.f);
   it.steps = steps, it.rho2 = rho * rho, it.step = 2.f / ((kappa + 1.f) * a.ridge_ratio);

@@ -1,6 +1,8 @@
 // Readout's adjoint -> mix's adjoint -> solve of one chunk of one head (gka/maths/adjoint.py):
 // dz, d alpha, y_t = p_r(A_t) dx_t, dq, and what the gradients through H and U need of every token.
 
+#include "system.cuh"
+
 // dz_t = scale (zeta_t U_[c] do_t + sum_j W_tj (do_t . v_j) k_j), start_t = scale zeta_t z_t.(U_[c] do_t)
 // and d alpha_t = dz_t . (x_t - q_t).
 DEVICE void readout_adjoint(float (&dz)[K / 2], u32 (&d_o)[V / 4], const float (&alpha)[2],

@@ -1,4 +1,7 @@
 // Chebyshev iteration on the tensor cores, residual form (gka/maths/chebyshev.py).
+#pragma once
+
+#include "fragments.cuh"
 
 // The iteration's numbers: B = P^-1 A scaled to a spectrum around one.
 struct Iteration {

@@ -2,6 +2,11 @@
 //
 // A block is one warpgroup and works on C = 64 tokens of one of the H' heads of a group. K, V, BF16 (else float16
 // inputs) and ADAPTIVE are set when compiling. Names are those of docs/maths.md; *16 is a float16 copy divided by a scale.
+#pragma once
+
+#include "decay.cuh"
+#include "numbers.cuh"
+#include "tensor_cores.cuh"
 
 constexpr int C = 64;
 constexpr int THREADS = 128;
@@ -9,7 +14,7 @@ constexpr int THREADS = 128;
 struct Arguments {
   const u16 *q, *k, *v;                     // [tokens, H, K], [tokens, HK, K], [tokens, HV, V]
   const float *g, *gk, *alpha, *beta;       // [tokens, H] or null
-  const u16 *h_states, *u_states;           // [M, H', K, K], [M, H', K, V] float16: chunk-start states / scale
+  const u16 *h_start, *u_start;           // [M, H', K, K], [M, H', K, V] float16: chunk-start states / scale
   const float *h_scales, *h_norms;          // [M, H', K / 64]: all that there is in the first
   const float *u_scales;                    // [M, H', V / 64]
   const long long *chunk_start;             // [M], or null where every chunk is whole
@@ -216,8 +221,8 @@ struct Shared {
 
 // Starts the copies of both states.
 DEVICE void copy_states(Shared& s, const Arguments& a, const Place& at) {
-  copy_state<K, K>(shared_address(s.h), a.h_states + at.state * K * K, at.thread);
-  copy_state<K, V>(shared_address(s.u), a.u_states + at.state * K * V, at.thread);
+  copy_state<K, K>(shared_address(s.h), a.h_start + at.state * K * K, at.thread);
+  copy_state<K, V>(shared_address(s.u), a.u_start + at.state * K * V, at.thread);
 }
 
 // Decays, write gates and numbers of both states on their way: asked for first, for all else waits behind them.

@@ -1,6 +1,8 @@
 // Between the two launches of a scan in segments: the sum of every segment gives way to the state that the
 // segment begins with. A thread carries four entries of one head's state along a sequence's segments.
 
+#include "scan.cuh"
+
 constexpr int BATCH = 8;
 
 DEVICE void combine(const ScanArguments& a, const Side& side, int width, int in_group) {

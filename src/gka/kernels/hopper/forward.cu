@@ -1,5 +1,7 @@
 // ridge -> solve -> mix -> readout of one chunk of one head: x_t and o_t (gka/maths/chunked.py).
 
+#include "system.cuh"
+
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     gka_forward(const __grid_constant__ Arguments a) {
   extern __shared__ unsigned char raw[];
@@ -16,8 +18,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       Pieces<V> v;
       gates.load(a, at);
       k.load(a.k, a.key_heads, at.head / (a.heads / a.key_heads), at);
-      copy_state<K, K>(shared_address(s.h), a.h_states + at.state * K * K, at.thread);
-      copy_state<K, V, ADAPTIVE>(shared_address(s.u), a.u_states + at.state * K * V, at.thread);
+      copy_state<K, K>(shared_address(s.h), a.h_start + at.state * K * K, at.thread);
+      copy_state<K, V, ADAPTIVE>(shared_address(s.u), a.u_start + at.state * K * V, at.thread);
       v.load(a.v, a.value_heads, value_head, at);
       load_raw<K>(q, a.q, a.heads, at.head, at);
       gates.store(s, at);
@@ -32,7 +34,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   solve_chunk(x, rhs, s, system, at);
 #if ADAPTIVE  // w_t lay there until now
   __syncthreads();
-  copy_state<K, V, 0, 1>(shared_address(s.u), a.u_states + at.state * K * V, at.thread);
+  copy_state<K, V, 0, 1>(shared_address(s.u), a.u_start + at.state * K * V, at.thread);
 #endif
 
   // z = q + alpha (x - q)

@@ -1,4 +1,7 @@
 // Fragments to and from memory in float16 with one scale per row.
+#pragma once
+
+#include "chunk.cuh"
 
 // Largest entry of each of the thread's rows; one where all are zero.
 template <int N>

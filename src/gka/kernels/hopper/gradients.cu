@@ -1,6 +1,9 @@
 // Gradients of keys, values, decays and write gate of one chunk of one head (gka/maths/adjoint.py): first
 // through U, then through H. The two parts of dk, and those of d(beta^2), meet in registers.
 
+#include "through_h.cuh"
+#include "through_u.cuh"
+
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     gka_gradients(const __grid_constant__ Arguments a) {
   extern __shared__ unsigned char raw[];

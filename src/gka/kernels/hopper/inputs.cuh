@@ -1,4 +1,7 @@
 // Pairs of numbers of the inputs' dtype, copies, and their products on the tensor cores.
+#pragma once
+
+#include "numbers.cuh"
 
 #if BF16
 #define INPUT "bf16"

@@ -1,4 +1,7 @@
 // Numbers of 16 bits, reductions over lanes, copies to shared memory. BF16: the inputs are bfloat16, else float16.
+#pragma once
+
+#include "tensor_cores.cuh"
 
 constexpr float TINY = 1e-30f;  // below it a tile, or a row, counts as zero, and its scale as one
 

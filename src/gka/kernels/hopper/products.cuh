@@ -1,5 +1,9 @@
 // A chunk's tiles on their way to shared memory, and the products that add them to a state: left^T right,
 // `left` weighted by token in registers, `right` as it came.
+#pragma once
+
+#include "state.cuh"
+#include "weights.cuh"
 
 // Starts copying a tile [C, D], rows of one head of [tokens, heads, D] from `token`; zeros past its length.
 template <int D>

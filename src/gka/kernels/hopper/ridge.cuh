@@ -1,4 +1,7 @@
 // F_t of every token of a chunk (gka/maths/ridge.py).
+#pragma once
+
+#include "fragments.cuh"
 
 // F_t of this thread's two tokens and what of it the chunk's own keys give.
 struct Ridge {

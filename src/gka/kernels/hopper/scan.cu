@@ -6,6 +6,8 @@
 // segments a sequence there are three launches: sums.cu, each segment from zero; combine.cu, what comes before
 // each; and the scan itself.
 
+#include "products.cuh"
+
 // Chunks' tiles in shared memory: backwards the stored states take the place of the next chunk's.
 constexpr int TILES = BACKWARDS ? 3 : 2, STAGES = BACKWARDS ? 1 : 2, WIDEST = K > V ? K : V, TILE = C * WIDEST * 2;
 

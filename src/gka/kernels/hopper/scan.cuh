@@ -1,4 +1,8 @@
 // Arguments of the scans over chunks.
+#pragma once
+
+#include "decay.cuh"
+#include "inputs.cuh"
 
 // One of the two states, or its gradient. W is its number of columns, K for H and V for U.
 struct Side {

@@ -1,3 +1,8 @@
+// A whole state in the accumulators of a block.
+#pragma once
+
+#include "scan.cuh"
+
 // A state in the accumulators of its block: rows `row` and row + 8, columns 8 j + column and the next.
 template <int W>
 struct State {

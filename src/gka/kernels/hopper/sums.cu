@@ -1,6 +1,8 @@
 // What each segment of a sequence adds to H and U, or with BACKWARDS to their gradients E: a scan (scan.cu)
 // from zero that stores its end alone. Blocks with blockIdx.y = 0 do H, those with 1 do U.
 
+#include "products.cuh"
+
 constexpr int TILES = BACKWARDS ? 3 : 2, STAGES = BACKWARDS ? 2 : 3, TILE = C * (K > V ? K : V) * 2;
 
 struct Shared {

@@ -1,4 +1,11 @@
 // A chunk's ridge systems and their solution (gka/maths/system.py).
+#pragma once
+
+#include "chebyshev.cuh"
+#include "ridge.cuh"
+#if ADAPTIVE
+#include "adaptive.cuh"
+#endif
 
 // A chunk's systems, ready for `solve`.
 struct System {

@@ -5,6 +5,7 @@
 // the column; packed to float16 pairs, a[2 j + b], the same values are the left operand of a product.
 //
 // Right operands lie in shared memory in tiles of 64 columns (128 bytes a row, 128-byte swizzle).
+#pragma once
 
 typedef unsigned int u32;
 typedef unsigned long long u64;

@@ -1,4 +1,7 @@
 // Gradients through H: its part of dk and of d(beta^2), the decay of H (gka/maths/adjoint.py).
+#pragma once
+
+#include "tiles.cuh"
 
 // Largest magnitude of C numbers; every warp for itself.
 DEVICE float chunk_largest(const float* x, const Place& at) {
@@ -116,7 +119,7 @@ DEVICE void through_h(float (&dk)[K / 2], float (&d_beta2)[2], Tiles& s, float k
   hold(d);
   publish_shared();
   __syncthreads();  // E of H is read
-  copy_state<K, K>(state, a.h_states + at.state * K * K, at.thread);
+  copy_state<K, K>(state, a.h_start + at.state * K * K, at.thread);
   float gram[C / 2];
   mma_begin();
   product_shared<K, false, true, C, C>(gram, again(keys), again(keys), false);

@@ -1,4 +1,7 @@
 // Gradients through U: dv, its part of dk and of d(beta^2), dg (gka/maths/adjoint.py).
+#pragma once
+
+#include "tiles.cuh"
 
 // Of z_t . k_j in `pairs` and do_t . v_j: the tiles z k^T o M and do v^T o M times their parts, and P_tj.
 DEVICE void mask_pairs(float (&pairs)[C / 2], const float (&d_v)[C / 2], float part_v, float part_k, Tiles& s,

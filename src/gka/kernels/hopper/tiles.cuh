@@ -1,4 +1,8 @@
 // What the gradients share: tiles of a chunk in shared memory, its numbers, sums over pairs, stores.
+#pragma once
+
+#include "fragments.cuh"
+#include "inputs.cuh"
 
 constexpr int WIDE = K > V ? K : V;
 constexpr float FAINT = 1e-20f;  // a product this much smaller than what it is added to may lose digits
@@ -133,7 +137,7 @@ DEVICE Largest load_tiles(Tiles& s, const Arguments& a, const Place& at) {
   q.load(a.q, a.heads, at.head, at);
   if (at.thread == 0) {
     prefetch_state(a.h_ends + at.state * K * K);
-    prefetch_state(a.h_states + at.state * K * K);
+    prefetch_state(a.h_start + at.state * K * K);
   }
   Largest most = {a.k_maxima[at.state], largest_of<V / 64>(a.v_maxima, at.state), a.z_maxima[at.state],
                   largest_of<V / 64>(a.d_maxima, at.state)};

@@ -1,4 +1,7 @@
 // What the tokens of a chunk weigh in the products that add it to a state, made by one warp a chunk ahead.
+#pragma once
+
+#include "scan.cuh"
 
 // A weight in units of the state: the most before the state is rescaled, and what is then the largest.
 // Weighted inputs in bfloat16 have float32's range; in float16 they stay below the inputs themselves. H_BACK: y's

@@ -1,0 +1,284 @@
+"""One token a sequence on states in place, in a CUDA graph: `python -m benchmarks.run decode --output DIR`.
+
+    python -m benchmarks.run decode --output DIR --model FOLDER   also on a trained model's states and keys
+
+Checks every kernel against the float64 torch form, then times it. Writes decode.json with all repeats,
+decode.md and decode.png.
+
+The graph holds one step for each of a few layers, every one with states of its own, so that they come
+from memory as in a model: a time is the graph's, the second-level cache emptied before it, over the
+layers. The yardstick is a graph that copies as many bytes as the states have: it reads and writes what a
+step must. Artificial states hold 512 tokens of unit SiLU keys with a mean under decays of exp(-1e-3) to
+exp(-1e-1) a token, by head. With --model they have that model's heads and layers, and beside them stand
+the states that its GKA layers have after --context tokens of a text that it was not trained on, each
+sequence from another place, and the queries, keys, values and alpha of the token that comes next.
+
+The steps that are timed write with a gate of 1e-3 and without decay, which costs the same and leaves the
+states, and with them the adaptive solver's work, as they are ("moved" in decode.json is by how much H has
+changed in the end, relatively); a model's own gates are in the checks alone.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from benchmarks import registry, results
+from benchmarks.decode.states import Artificial, Layer, Shape, Source, Trained
+from benchmarks.registry import SOLVES, STORED, DecodeKernel, NotAvailable, reason
+from benchmarks.stopwatch import Call, captured
+from torch import Tensor
+
+from gka.experiments.ledger import markdown_table, refusing
+from gka.experiments.numerics import relative
+from gka.ops import fused_recurrent_gka_, why_unavailable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BATCHES, HEADS, DIM, CONTEXT = (1, 16, 64, 256), 16, 128, 512
+TOLERANCE = 1e-2  # of o, bfloat16, in the relative 2-norm
+
+
+class Bench(results.Run):
+    """One run of `python -m benchmarks.run decode`."""
+
+    def run(self) -> dict[str, Any]:
+        """Check and time every source."""
+        self.found["sources"] = []
+        with torch.inference_mode():
+            torch.manual_seed(0)
+            for source in self.sources():
+                self.source(source)
+        self.note(seconds=self.elapsed)
+        return self.found
+
+    def sources(self) -> list[Source]:
+        """Artificial states, of a trained model's heads and layers where one is given, and that model's."""
+        if self.options.model is None:
+            heads, dim = (HEADS, DIM) if self.watch.cuda else (2, 16)
+            shape = Shape(heads, heads, heads, dim, dim)
+            return [Artificial(shape, self.device, None if self.watch.cuda else 1)]
+        self.say(f"{self.options.model} reads")
+        trained = Trained(self.options)
+        self.say(f"{trained.name}: {trained.shape}, {len(trained.read)} layers")
+        return [Artificial(trained.shape, self.device, len(trained.read)), trained]
+
+    def source(self, source: Source) -> None:
+        """Check what can run there, and time it at every batch size."""
+        part = {
+            "source": source.name, "shape": str(source.shape), "about": source.about, "checks": {},
+            "step": [],
+        }  # fmt: skip
+        self.found["sources"].append(part)
+        kernels = self.check(source, part["checks"])
+        for batch in self.options.batches:
+            part["step"].append(self.step(source, kernels, batch))
+
+    def check(self, source: Source, checks: dict) -> list[DecodeKernel]:
+        """Every kernel's o and states against float64, the worst of all layers; those that pass."""
+        dims = (source.shape.key_dim, source.shape.value_dim)
+        passed = []
+        for kernel in registry.decode_kernels(self.watch.cuda):
+            refusal = why_unavailable(
+                kernel.backend, self.device, torch.bfloat16, dims=dims, mode="step"
+            )
+            try:
+                if refusal is not None:
+                    raise NotAvailable(f"not available: {refusal}")
+                errors = self.errors(source, kernel)
+                ok = max(errors) < TOLERANCE
+                told = ", ".join(f"{n} {e:.1e}" for n, e in zip("oHU", errors, strict=True))
+            except Exception as error:
+                ok, told = False, reason(error)
+            checks[kernel.name] = {"ok": ok, "errors": told}
+            self.say(f"{source.name}, {kernel.name}: {'' if ok else 'FAILED: '}{told}")
+            if ok:
+                passed.append(kernel)
+        return passed
+
+    def errors(self, source: Source, kernel: DecodeKernel) -> list[float]:
+        """Relative errors of o, H and U where layers take their token as it is."""
+        worst = [0.0, 0.0, 0.0]
+        for layer in dict.fromkeys(source.layers(min(3, max(self.options.batches)))):
+            h, u = layer.state
+            stored = u.to(STORED[kernel.stored])
+            wide, options = (h.double(), stored.double()), layer.settings | SOLVES[kernel.solve]
+            exact = {name: None if x is None else x.double() for name, x in layer.token.items()}
+            wanted = fused_recurrent_gka_(**exact, state=wide, backend="torch", **options)
+            ours = (h.clone(), stored.clone())
+            o = fused_recurrent_gka_(**layer.token, state=ours, backend=kernel.backend, **options)
+            found = [relative(a, b) for a, b in zip((o, *ours), (wanted, *wide), strict=True)]
+            worst = [max(pair) for pair in zip(worst, found, strict=True)]
+        return worst
+
+    def step(self, source: Source, kernels: list[DecodeKernel], batch: int) -> dict:
+        """Times of the kernels and of the copies at one batch size."""
+        layers = source.layers(batch)
+        pools = {
+            stored: [(h.clone(), u.to(dtype, copy=True)) for h, u in (x.state for x in layers)]
+            for stored, dtype in STORED.items()
+        }
+        # a step reads and writes its states
+        widths = {stored: 2 * sum(x.nbytes for x in pool[0]) for stored, pool in pools.items()}
+        times = self.watch.interleaved(self.graphs(layers, kernels, pools), self.options.seconds)
+        rows = {}
+        for name, found in times.items():
+            width = widths[name.rsplit(" ", 1)[1]]
+            rows[name] = summary([[x / len(layers) for x in part] for part in found.device], width)
+            told = f"{1e3 * rows[name]['median']:.1f} us, {rows[name]['gbps']:.0f} GB/s"
+            self.say(f"{source.name}, batch {batch}, {name}: {told}")
+        each = dict.fromkeys(layers)
+        steps = torch.stack([layer.steps(30).double().mean() for layer in each])
+        moved = [
+            relative(h, layer.state[0])
+            for pool in pools.values()
+            for (h, _), layer in zip(pool, layers, strict=True)
+        ]
+        return {
+            "batch": batch, "layers": len(layers), "rows": rows, "moved": max(moved),
+            "adaptive_steps": float(steps.mean()), "adaptive_steps_by_layer": steps.tolist(),
+        }  # fmt: skip
+
+    def graphs(
+        self, layers: list[Layer], kernels: list[DecodeKernel], pools: dict[str, list]
+    ) -> dict[str, Call]:
+        """One step of all layers by every kernel, and a copy as wide as each storage of U."""
+        calls: dict[str, Call] = {}
+        for stored, pool in pools.items():
+            size = sum(x.nbytes for x in pool[0])
+            origin, target = (
+                torch.empty(size, dtype=torch.int8, device=self.device) for _ in range(2)
+            )
+            calls[f"copy, U {stored}"] = self.graph([self.copy(origin, target)] * len(layers))
+            for kernel in kernels:
+                if kernel.stored == stored:
+                    pairs = zip(layers, pool, strict=True)
+                    calls[kernel.name] = self.graph([self.call(kernel, *pair) for pair in pairs])
+        return calls
+
+    def graph(self, calls: list[Call]) -> Call:
+        return captured(lambda: [call() for call in calls], self.watch.cuda)
+
+    @staticmethod
+    def copy(source: Tensor, target: Tensor) -> Call:
+        return lambda: target.copy_(source)
+
+    @staticmethod
+    def call(kernel: DecodeKernel, layer: Layer, pool: tuple[Tensor, Tensor]) -> Call:
+        token, backend = layer.still(), kernel.backend
+        options = layer.settings | SOLVES[kernel.solve]
+        return lambda: fused_recurrent_gka_(**token, state=pool, backend=backend, **options)
+
+
+def summary(ms: list[list[float]], width: int) -> dict:
+    """Of a step's times by round: all of them, median and range, and the speed of `width` bytes."""
+    flat = sorted(x for part in ms for x in part)
+    median = flat[len(flat) // 2]
+    return {
+        "ms": ms, "median": median, "min": flat[0], "max": flat[-1], "bytes": width,
+        "gbps": width / median / 1e6,
+    }  # fmt: skip
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Time of a step in us (lowest..highest), and its share of a copy's speed; a table for each source."""
+    head = (
+        f"{result['card']}, one token a sequence.\n"
+        f"`{result['command']}`, {result['date']}, commit {result['commit']}."
+    )
+    return "\n\n".join([head, *("\n".join(table(part)) for part in result["sources"])]) + "\n"
+
+
+def table(part: dict[str, Any]) -> Iterator[str]:
+    """Of one source."""
+    yield title(part)
+    yield ""
+    head = ["kernel, solve, storage of U"]
+    for found in part["step"]:
+        head += [f"batch {found['batch']}: us", "GB/s"]
+    rows = []
+    for name in part["step"][0]["rows"] if part["step"] else ():
+        rows.append([name])
+        for found in part["step"]:
+            row = found["rows"][name]
+            low, high = 1e3 * row["min"], 1e3 * row["max"]
+            rows[-1] += [f"{1e3 * row['median']:.1f} ({low:.1f}..{high:.1f})", f"{row['gbps']:.0f}"]
+    rows.append(["steps of adaptive 30, mean"])
+    for found in part["step"]:
+        rows[-1] += [f"{found['adaptive_steps']:.1f}", ""]
+    yield markdown_table(head, rows)
+    failed = [f"- not timed: {n}: {c['errors']}" for n, c in part["checks"].items() if not c["ok"]]
+    if failed:
+        yield "\n" + "\n".join(failed)
+
+
+def title(part: dict[str, Any]) -> str:
+    """What a source is."""
+    about = part["about"]
+    if not about:
+        counts = sorted({found["layers"] for found in part["step"]})
+        return (
+            f"Artificial states and keys: {part['shape']}, layers: {', '.join(map(str, counts))}."
+        )
+    return (
+        f"Trained model {part['source']}, {about['parameters'] / 1e6:.1f} M parameters, "
+        f"{about['gka_layers']} of {about['layers']} layers GKA: {part['shape']}, ridge_ratio "
+        f"{about['ridge_ratio']:g}. States after {about['context']} tokens ({about['text']}; a sequence "
+        f"every {about['tokens_apart']} tokens)."
+    )
+
+
+def draw(result: dict[str, Any], figure: "Figure") -> None:
+    """Time of a step over the batch size, a row for each source."""
+    parts = result["sources"]
+    figure.set_size_inches(11, 4.5 * len(parts))
+    axes = figure.subplots(len(parts), 2, sharey=True, squeeze=False)
+    for row, part in zip(axes, parts, strict=True):
+        draw_source(row, part)
+    figure.suptitle(f"{result['card']}: one token a sequence, {parts[0]['shape']}")
+
+
+def draw_source(axes: Any, part: dict[str, Any]) -> None:
+    """A source's times, by how U is stored."""
+    batches = [found["batch"] for found in part["step"]]
+    for axis, stored in zip(axes, STORED, strict=True):
+        for name in part["step"][0]["rows"]:
+            if name.endswith(f"U {stored}"):
+                medians = [1e3 * found["rows"][name]["median"] for found in part["step"]]
+                style = "k--" if name.startswith("copy") else "o-"
+                axis.loglog(batches, medians, style, label=name.rsplit(",", 1)[0], markersize=4)
+        words = f"{part['source']}, U stored as {stored}"
+        axis.set(xlabel="sequences", title=words, xticks=batches)
+        axis.set_xticklabels(map(str, batches))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("us a step")
+    axes[0].legend(fontsize=8)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = results.parser("decode", __doc__)
+    add = parser.add_argument
+    add("--model", type=Path, help="folder of a trained model with GKA layers, or of its run")
+    add(
+        "--text", type=Path, nargs="+", default=[],
+        help="files or folders that it reads (the held-out part of Python's standard library)",
+    )  # fmt: skip
+    add("--context", type=int, default=CONTEXT, help=f"tokens a sequence reads ({CONTEXT})")
+    add("--batches", type=int, nargs="+", default=list(BATCHES))
+    add("--seconds", type=float, default=0.25, help="for each row and batch size")
+    options = results.parse(parser, arguments, folders=("--model", "--text"))
+    if options.context < 1 or min(options.batches) < 1:
+        parser.error("--context and --batches must be at least 1")
+    if options.model is None and (options.text or options.context != CONTEXT):
+        parser.error("--text and --context are what a --model reads; give one")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    bench = Bench("decode", parse(arguments))
+    with refusing():
+        found = bench.run()
+    print(markdown(found))
+    bench.report(markdown(found), lambda figure: draw(found, figure))

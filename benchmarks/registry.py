@@ -1,0 +1,318 @@
+"""Who is measured: this library's op, layer, kernels of decoding and models, and their peers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import normalize, scaled_dot_product_attention, silu
+
+from gka.layers import GatedKalmaNet
+from gka.ops import chunk_gka
+
+NUM_ITER, CHUNK = 30, 64
+MEAN = 1.0  # of what goes through SiLU, for keys with a common direction
+SOLVERS = ("chebyshev", "adaptive")
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Size:
+    """B sequences of T tokens, H heads, K = V = dim."""
+
+    batch: int
+    length: int
+    heads: int
+    dim: int
+
+    def __str__(self) -> str:
+        return f"{self.batch} x {self.length} x {self.heads}, D = {self.dim}"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """q, k, v [B,T,H,D] bfloat16; g, alpha, beta [B,T,H] float32; lamb [H,D] of MesaNet; do of the output."""
+
+    do: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    alpha: Tensor
+    beta: Tensor
+    beta16: Tensor
+    lamb: Tensor
+
+
+def features(kind: str, *shape: int, device: str) -> Tensor:
+    """Unit vectors in bfloat16: of Gaussians, of their SiLU, or of the SiLU of Gaussians with a mean."""
+    x = torch.randn(*shape, device=device)
+    if kind != "gaussian":
+        x = silu(x + MEAN if kind == "silu-mean" else x)
+    return normalize(x, dim=-1).bfloat16()
+
+
+def make_inputs(size: Size, keys: str, device: str) -> Inputs:
+    """Random inputs as a layer makes them: log decays from -1e-3 to -1e-1, of a scale that is the head's."""
+    torch.manual_seed(0)
+    b, t, h, d = size.batch, size.length, size.heads, size.dim
+    scale = 10.0 ** (-3 + 2 * torch.rand(h, device=device))
+    g = -(scale * (0.5 + torch.rand(b, t, h, device=device))).clamp(1e-3, 1e-1)
+    alpha, beta = (torch.rand(b, t, h, device=device) for _ in range(2))
+    q, k = (features(keys, b, t, h, d, device=device) for _ in range(2))
+    v, do = (torch.randn(b, t, h, d, device=device, dtype=torch.bfloat16) for _ in range(2))
+    lamb = 0.25 + torch.rand(h, d, device=device)
+    leaves = (q, k, v, g, alpha, beta, beta.bfloat16(), lamb)
+    return Inputs(do, *(x.requires_grad_() for x in leaves))
+
+
+class NotAvailable(Exception):
+    """A contender that cannot run here, and why."""
+
+
+def reason(error: Exception) -> str:
+    """An error in one line of a table."""
+    text = " ".join(str(error).split()).replace("|", "/")[:300]
+    return text if isinstance(error, NotAvailable) else f"{type(error).__name__}: {text}"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One function to measure.
+
+    Attributes:
+        name: as in tables and options.
+        leaves: names of the inputs it takes and that its backward pass differentiates.
+        load: imports it, and gives output = call(inputs). Raises NotAvailable.
+        flops: of the forward pass on a size, where the number of its steps is known.
+    """
+
+    name: str
+    leaves: tuple[str, ...]
+    load: Callable[[], Callable[[Inputs], Tensor]]
+    flops: Callable[[Size], float] | None = None
+
+
+def passes(
+    call: Callable[[Inputs], Tensor], inputs: Inputs, leaves: tuple[str, ...]
+) -> dict[str, Call]:
+    """The two calls that are measured of a contender, by name."""
+    tensors = [getattr(inputs, name) for name in leaves]
+
+    def forward() -> None:
+        with torch.no_grad():
+            call(inputs)
+
+    def both() -> object:
+        o = call(inputs)
+        return torch.autograd.grad(o, tensors, inputs.do.to(o.dtype))
+
+    return {"forward": forward, "forward+backward": both}
+
+
+def step_flops(dim: int) -> int:
+    """Of one step of the solve for one token and head: H_[c] x, and the chunk's own keys, 2 K^2 + 4 C K."""
+    return 2 * dim**2 + 4 * CHUNK * dim
+
+
+def forward_flops(size: Size) -> float:
+    """Of `chunk_gka` with K = V and 30 steps, for all tokens and heads.
+
+    A token and head: 30 (2 K^2 + 4 C K) in the solve; 2 K^2 + 2 K V to add to H and U; 2 C K for the
+    scores of its keys and 2 K^2 for H_[c] k, both of F; 2 C K + 2 C V + 2 K V in the readout.
+    """
+    d = size.dim
+    rest = 8 * d**2 + 6 * CHUNK * d
+    return float(size.batch * size.length * size.heads * (NUM_ITER * step_flops(d) + rest))
+
+
+def ours(solver: str, backend: str, num_iter: int = NUM_ITER) -> Contender:
+    def load() -> Callable[[Inputs], Tensor]:
+        def call(x: Inputs) -> Tensor:
+            o, _ = chunk_gka(
+                x.q, x.k, x.v, x.g, x.g, x.alpha, num_iter=num_iter, beta=x.beta, backend=backend,
+                solver=solver,
+            )  # fmt: skip
+            return o
+
+        return call
+
+    flops = forward_flops if solver == "chebyshev" else None
+    return Contender(f"chunk_gka, {solver}", ("q", "k", "v", "g", "alpha", "beta"), load, flops)
+
+
+def load_delta_rule() -> Callable[[Inputs], Tensor]:
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # pyright: ignore[reportMissingImports]
+
+    return lambda x: chunk_gated_delta_rule(x.q, x.k, x.v, x.g, x.beta16)[0]
+
+
+def load_simple_gla() -> Callable[[Inputs], Tensor]:
+    from fla.ops.simple_gla import chunk_simple_gla  # pyright: ignore[reportMissingImports]
+
+    return lambda x: chunk_simple_gla(x.q, x.k, x.v, x.g)[0]
+
+
+def load_mesa_net() -> Callable[[Inputs], Tensor]:
+    from fla.ops.mesa_net import chunk_mesa_net  # pyright: ignore[reportMissingImports]
+
+    return lambda x: chunk_mesa_net(x.q, x.k, x.v, x.g, x.beta, x.lamb, max_CG_iteration=NUM_ITER)[
+        0
+    ]
+
+
+def load_attention() -> Callable[[Inputs], Tensor]:
+    def call(x: Inputs) -> Tensor:
+        q, k, v = (y.transpose(1, 2) for y in (x.q, x.k, x.v))
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+    return call
+
+
+BASELINE = "gated_delta_rule"
+"""The peer that ratios are to."""
+BASELINE_LAYER = "fla.layers.GatedDeltaNet"
+
+PEERS = {
+    peer.name: peer
+    for peer in (
+        Contender(BASELINE, ("q", "k", "v", "g", "beta16"), load_delta_rule),
+        Contender("simple_gla", ("q", "k", "v", "g"), load_simple_gla),
+        Contender("sdpa", ("q", "k", "v"), load_attention),
+        Contender("mesa_net", ("q", "k", "v", "g", "beta", "lamb"), load_mesa_net),
+    )
+}
+FROM_FLA = (BASELINE, "simple_gla", "mesa_net")
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """One sequence through one layer."""
+
+    hidden: int
+    heads: int
+    dim: int
+    length: int
+
+    def __str__(self) -> str:
+        return f"hidden {self.hidden}, {self.heads} heads of {self.dim}, 1 x {self.length}"
+
+
+Build = Callable[[LayerSize], nn.Module]
+
+
+def hidden_states(size: LayerSize, device: str) -> Tensor:
+    """Gaussian [1,T,hidden], bfloat16."""
+    return torch.randn(1, size.length, size.hidden, device=device, dtype=torch.bfloat16)
+
+
+def layer_passes(layer: nn.Module, size: LayerSize, device: str) -> dict[str, Call]:
+    """The two calls that are measured of a layer, by name; gradients go to the input and all parameters."""
+    x, do = hidden_states(size, device).requires_grad_(), hidden_states(size, device)
+    layer.train()
+    wanted = [x, *layer.parameters()]
+
+    def forward() -> None:
+        with torch.no_grad():
+            layer(x)
+
+    return {
+        "forward": forward,
+        "forward+backward": lambda: torch.autograd.grad(layer(x)[0], wanted, do),
+    }
+
+
+class PlainKalmaNet(GatedKalmaNet):
+    """The layer with torch's modules around the op, whatever could be fused."""
+
+    def why_unfused(self, device: torch.device | str, dtype: torch.dtype) -> str | None:
+        return "it is measured beside the fused kernels."
+
+
+def our_layer(size: LayerSize, solver: str, backend: str, fused: bool = True) -> nn.Module:
+    kind = GatedKalmaNet if fused else PlainKalmaNet
+    return kind(
+        size.hidden, head_dim=size.dim, num_heads=size.heads, num_iter=NUM_ITER, backend=backend,
+        solver=solver,
+    )  # fmt: skip
+
+
+def peer_layer(size: LayerSize) -> nn.Module:
+    """FLA's Gated DeltaNet layer with values as wide as keys, as ours has them (its own default is twice)."""
+    from fla.layers import GatedDeltaNet  # pyright: ignore[reportMissingImports]
+
+    return GatedDeltaNet(
+        hidden_size=size.hidden, expand_v=1.0, head_dim=size.dim, num_heads=size.heads, mode="chunk"
+    )
+
+
+def layers(backend: str, peers: bool) -> dict[str, Build]:
+    """Builders by name."""
+    found: dict[str, Build] = {}
+    if peers:
+        found[BASELINE_LAYER] = peer_layer
+    for solver in SOLVERS:
+        found[f"GatedKalmaNet, {solver}"] = lambda size, s=solver: our_layer(size, s, backend)
+    return found
+
+
+def profiled_layers(backend: str, peers: bool) -> dict[str, Build]:
+    """Builders by name: those of `layers`, and ours with torch's modules around the op."""
+    plain = f"GatedKalmaNet, {SOLVERS[0]}, torch's modules around the op"
+    return layers(backend, peers) | {
+        plain: lambda size: our_layer(size, SOLVERS[0], backend, fused=False)
+    }
+
+
+SOLVES: dict[str, dict[str, Any]] = {
+    "chebyshev 10": {"solver": "chebyshev", "num_iter": 10},
+    "chebyshev 30": {"solver": "chebyshev", "num_iter": 30},
+    "adaptive 30": {"solver": "adaptive", "num_iter": 30},
+}
+STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class DecodeKernel:
+    """A kernel that takes single tokens, with one solve and one storage of U."""
+
+    backend: str
+    solve: str
+    stored: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.backend}, {self.solve}, U {self.stored}"
+
+
+def decode_kernels(cuda: bool) -> list[DecodeKernel]:
+    """All that there are on a device."""
+    backends = ("hopper", "triton") if cuda else ("torch",)
+    return [
+        DecodeKernel(backend, solve, stored)
+        for backend in backends for solve in SOLVES for stored in STORED
+    ]  # fmt: skip
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_heads": 2, "head_dim": 32},
+    "small": {"hidden_size": 256, "num_hidden_layers": 4, "num_heads": 4, "head_dim": 64},
+    "medium": {"hidden_size": 1024, "num_hidden_layers": 24, "num_heads": 8, "head_dim": 128},
+    "2.8b": {"hidden_size": 2560, "num_hidden_layers": 32, "num_heads": 20, "head_dim": 128},
+}
+
+
+def model(size: str, dtype: torch.dtype, device: str, mixers: list[str] | None) -> Any:
+    """A GKAForCausalLM with random weights."""
+    from gka.models import GKAConfig, GKAForCausalLM
+
+    torch.manual_seed(0)
+    fields = dict(MODELS[size])
+    if mixers is not None:
+        fields |= {"mixers": mixers, "num_hidden_layers": len(mixers)}
+    with torch.device(device):
+        made: Any = GKAForCausalLM(GKAConfig(vocab_size=32000, **fields))
+    return made.to(dtype).eval()

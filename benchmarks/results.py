@@ -1,0 +1,111 @@
+"""A benchmark's run: the options that all share, what it is measured on, and what it has found so far."""
+
+import argparse
+import datetime
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.stopwatch import Stopwatch
+
+from gka.experiments.ledger import Ledger
+
+UNTOLD = ("--output", "--update", "--commit")  # where results go
+TRIAL = "CPU, for a trial of the command: these times mean nothing"
+
+
+class Run(Ledger):
+    """Options, clock, and the figures so far, which begin with what was run on what.
+
+    Args:
+        name: of the benchmark.
+        options: as `parse` gives them.
+        on_cpu: what a CPU is called in results.
+    """
+
+    def __init__(self, name: str, options: argparse.Namespace, on_cpu: str = TRIAL) -> None:
+        super().__init__(options.output, name)
+        self.options, self.device, self.on_cpu = options, options.device, on_cpu
+        self.watch = Stopwatch(options.device)
+        self.found |= {
+            "command": options.command, "date": datetime.date.today().isoformat(),
+            "commit": options.commit or commit(), "versions": versions(), "card": self.card(),
+        }  # fmt: skip
+
+    def card(self) -> Any:
+        """The device's name."""
+        return torch.cuda.get_device_name() if self.watch.cuda else self.on_cpu
+
+
+def parser(
+    name: str, description: str | None, device: str | None = "cuda"
+) -> argparse.ArgumentParser:
+    """A command line with the options that benchmarks share; without --device where that is None."""
+    found = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.run {name}", description=description, allow_abbrev=False,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )  # fmt: skip
+    add = found.add_argument
+    add("--output", type=Path, default=Path("runs") / f"bench-{name}", help="folder of the results")
+    if device is None:
+        found.set_defaults(device="cpu")
+    else:
+        add("--device", default=device, help=f"(default: {device}); cpu tries the command out")
+    add("--commit", help="what to name as the commit (default: asked of git)")
+    return found
+
+
+def parse(
+    made: argparse.ArgumentParser, arguments: list[str] | None, folders: tuple[str, ...] = ()
+) -> argparse.Namespace:
+    """The options, with the command that was typed; values of `folders` by their last part."""
+    words = sys.argv[1:] if arguments is None else arguments
+    options = made.parse_args(words)
+    options.command = command(made.prog, words, folders)
+    return options
+
+
+def command(program: str, words: list[str], folders: tuple[str, ...] = ()) -> str:
+    """What was typed, without where things lie."""
+    kept, option = [program], ""
+    for word in words:
+        if word.startswith("--"):
+            option = word.partition("=")[0]
+        if option not in UNTOLD:
+            kept.append(name_of(Path(word)) if option in folders and word != option else word)
+    return " ".join(kept)
+
+
+def name_of(folder: Path) -> str:
+    """Of a model's folder, or of the run that it lies in; of a file its own."""
+    folder = folder.resolve()
+    return folder.parent.name if folder.name == "model" else folder.name
+
+
+def commit() -> str | None:
+    """Of the working tree, with a + if it was changed since; None outside a repository."""
+    try:
+        found, changed = (
+            subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout
+            for words in (
+                ("rev-parse", "--short", "HEAD"),
+                ("status", "--porcelain", "--untracked-files=no"),
+            )
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.strip() + ("+" if changed.strip() else "")
+
+
+def versions() -> dict[str, str | None]:
+    """Of torch, CUDA, and what kernels of others are made with; None where it is not installed."""
+    found: dict[str, str | None] = {"torch": torch.__version__, "CUDA": torch.version.cuda}
+    for name in ("triton", "flash-linear-attention"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found

@@ -1,0 +1,123 @@
+"""What a chain run found, as a table and a picture: from its JSON alone."""
+
+from typing import TYPE_CHECKING, Any
+
+from gka.evaluation.plots import MIXER_STYLES
+from gka.experiments.ledger import markdown_table
+from gka.training.priming.report import TITLES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """One row a phase of each hybrid; the teacher once."""
+    probes = sorted(
+        {
+            name
+            for h in found["hybrids"].values()
+            for p in h["phases"].values()
+            for name in p["probe"]
+        }
+    )
+    titles = ["hybrid", "phase", "loss", "perplexity", "bits per byte", "gap recovered", *probes]
+    lines = []
+    for number, (mixer, hybrid) in enumerate(found["hybrids"].items()):
+        for phase, figures in hybrid["phases"].items():
+            if phase == "teacher" and number:
+                continue
+            lines.append(
+                _row("" if phase == "teacher" else MIXER_STYLES[mixer][0], phase, figures, probes)
+            )
+    if "control" in found:
+        lines.append(["control", "teacher, stage 2 too", *_figures(found["control"], probes)])
+    steps = ", ".join(f"{name} {count} steps" for name, count in found.get("steps", {}).items())
+    spent, parameters = found["teacher"]["training"], found["teacher"]["model"]["parameters"]
+    head = [
+        f"Teacher: {parameters / 1e6:.1f} M parameters, {spent['steps']} steps, "
+        f"{spent['tokens'] / 1e6:.1f} M tokens in {spent['seconds']:.0f} s. "
+        f"Hybrids: {steps}, for both alike.",
+        "",
+    ]
+    times = [
+        f"{MIXER_STYLES[mixer][0]}: " + ", ".join(
+            f"{name} {s['seconds']:.0f} s, {s['tokens_per_second']:,.0f} tokens a second"
+            for name, s in hybrid["stages"].items()
+        )
+        for mixer, hybrid in found["hybrids"].items()
+    ]  # fmt: skip
+    return "\n".join([*head, markdown_table(titles, lines), "", *times]) + "\n"
+
+
+def _row(mixer: str, phase: str, figures: dict[str, Any], probes: list[str]) -> list[str]:
+    return [mixer, TITLES[phase], *_figures(figures, probes)]
+
+
+def _figures(figures: dict[str, Any], probes: list[str]) -> list[str]:
+    share = figures.get("recovered")
+    row = [f"{figures['loss']:.4f}", f"{figures['perplexity']:.3f}"]
+    row += [f"{figures['bits_per_byte']:.4f}", "-" if share is None else f"{share:.1%}"]
+    return row + [f"{figures['probe'][name]:.3f}" for name in probes]
+
+
+def draw(found: dict[str, Any], figure: "Figure") -> None:
+    """Bits per byte and values copied by phase; losses of both stages."""
+    figure.set_size_inches(11, 7.2)
+    grid = figure.subplots(2, 2)
+    for mixer, hybrid in found["hybrids"].items():
+        phases = hybrid["phases"]
+        names, style = list(phases)[1:], {"color": MIXER_STYLES[mixer][1], "marker": "o"}
+        titles = [TITLES[name].replace("hybrid ", "") for name in names]
+        bits = [phases[name]["bits_per_byte"] for name in names]
+        grid[0][0].plot(titles, bits, label=MIXER_STYLES[mixer][0], **style)
+        _draw_needles(grid[0][1], phases, titles, style | {"label": MIXER_STYLES[mixer][0]})
+        for axes, stage in ((grid[1][0], "stage1"), (grid[1][1], "stage2")):
+            rows = hybrid["stages"].get(stage, {"curves": {"training": []}})["curves"]["training"]
+            axes.plot(
+                [r["step"] for r in rows],
+                [r["loss"] for r in rows],
+                color=MIXER_STYLES[mixer][1],
+                label=MIXER_STYLES[mixer][0],
+            )
+    _draw_teacher(grid, found)
+
+
+def _draw_teacher(grid: Any, found: dict[str, Any]) -> None:
+    """The teacher's figures as lines, and what every panel is."""
+    teacher = next(iter(found["hybrids"].values()))["phases"]["teacher"]
+    grid[0][0].axhline(teacher["bits_per_byte"], color="black", lw=1, label="teacher")
+    for line, value in zip(("-", "--", ":"), _copied(teacher).values(), strict=False):
+        grid[0][1].axhline(value, color="black", lw=1, ls=line)
+    if "control" in found:
+        bits = found["control"]["bits_per_byte"]
+        grid[0][0].axhline(bits, color="0.5", lw=1, ls="--", label="teacher, stage 2 too")
+    grid[1][1].axhline(teacher["loss"], color="black", lw=1, label="teacher, held out")
+    grid[0][0].set(title="held-out text", ylabel="bits per byte")
+    grid[0][1].set(
+        title="planted values copied (black: teacher)", ylabel="share of characters", ylim=(0, 1.03)
+    )
+    grid[1][0].set(
+        title="stage 1: mixers matched",
+        xlabel="step",
+        ylabel="relative squared error",
+        yscale="log",
+    )
+    grid[1][1].set(
+        title="stage 2: everything trained", xlabel="step", ylabel="loss (nats per byte)"
+    )
+    for axes in grid.flat:
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+
+
+def _copied(figures: dict[str, Any]) -> dict[str, float]:
+    """By context, the shares of characters copied."""
+    pairs = {k: v for k, v in figures["probe"].items() if k.startswith("copied")}
+    return {key.partition(", ")[2]: value for key, value in pairs.items()}
+
+
+def _draw_needles(axes: Any, phases: Any, titles: list[str], style: Any) -> None:
+    names, label = list(phases)[1:], style.pop("label")
+    for line, context in zip(("-", "--", ":"), _copied(phases[names[0]]), strict=False):
+        values = [_copied(phases[name])[context] for name in names]
+        axes.plot(titles, values, ls=line, label=f"{label}, {context} bytes", **style)

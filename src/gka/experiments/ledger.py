@@ -1,0 +1,151 @@
+"""What an experiment leaves in its folder: figures as JSON, a table as Markdown, a picture.
+
+The JSON is written anew whenever a figure is known, so that a run that is cut off leaves what it found. Needs
+torch only: without rich, tables are plain text, and without matplotlib there is no picture.
+"""
+
+import atexit
+import importlib.util
+import io
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gka.commandline import text_console
+from gka.data.files import read_json, write_bytes, write_json, write_text
+from gka.errors import InputError
+from gka.storage import only_writer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Row = Sequence[object]
+Draw = Callable[["Figure"], object]
+_stack = ExitStack()
+_owned: set[Path] = set()
+atexit.register(_stack.close)
+
+
+class Ledger:
+    """Figures of one run.
+
+    Attributes:
+        folder: of the files, this process's alone until it ends.
+        name: of the files, before their endings.
+        found: what NAME.json holds.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        own(folder)
+        self.folder, self.name, self.began = folder, name, time.perf_counter()
+        self.found: dict[str, Any] = {}
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the ledger was opened."""
+        return time.perf_counter() - self.began
+
+    def say(self, text: str) -> None:
+        """Print a line with the time."""
+        print(f"[{self.elapsed:6.1f} s] {text}", flush=True)
+
+    def note(self, **figures: Any) -> None:
+        """Add figures, and write all."""
+        self.found |= figures
+        write_json(self.folder / f"{self.name}.json", self.found)
+
+    def begin(self, settings: Mapping[str, Any], resume: bool) -> None:
+        """Begin with these settings, or with the figures of an earlier run that had the same.
+
+        Raises:
+            InputError: the earlier run had others.
+        """
+        path = self.folder / f"{self.name}.json"
+        self.found = read_json(path) if resume and path.exists() else {"settings": dict(settings)}
+        if self.found.get("settings") != dict(settings):
+            raise InputError(f"{path} has figures of other settings; give another --output")
+
+    def cell(self, key: str, measure: Callable[[], Any]) -> Any:
+        """A figure that is measured unless it is known."""
+        cells = self.found.setdefault("cells", {})
+        if key not in cells:
+            cells[key] = measure()
+            self.note()
+        return cells[key]
+
+    def report(self, page: str, draw: Draw | None = None) -> None:
+        """Write NAME.md and NAME.png, and say where."""
+        report(self.folder / self.name, page, draw)
+
+
+def report(base: Path, page: str, draw: Draw | None = None) -> None:
+    """Write `base`.md and, where matplotlib is, `base`.png, and say where."""
+    files = [base.with_name(f"{base.name}{ending}") for ending in (".md", ".png")]
+    write_text(files[0], page)
+    if draw is not None and not picture(files[1], draw):
+        print("no picture: matplotlib is not installed; it can be drawn elsewhere from the JSON")
+    print(f"Written to {base.parent}")
+
+
+def own(folder: Path) -> None:
+    """Make `folder` if it is missing, and keep other processes out of it.
+
+    Raises:
+        SystemExit: another process writes it, or it cannot be made.
+    """
+    if folder.resolve() not in _owned:
+        with refusing():
+            _stack.enter_context(only_writer(folder, "--output"))
+        _owned.add(folder.resolve())
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """End the command in one line where its input cannot be used."""
+    try:
+        yield
+    except InputError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+def markdown_table(head: Row, rows: Sequence[Row]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def print_table(head: Row, rows: Sequence[Row], title: str | None = None) -> None:
+    """To the terminal, with rich if it is there."""
+    lines = [[str(cell) for cell in line] for line in (head, *rows)]
+    if importlib.util.find_spec("rich"):
+        from rich.table import Table
+
+        table = Table(title=title)
+        for name, *cells in zip(*lines, strict=True):
+            numbers = all(cell[:1].isdigit() for cell in cells if cell)
+            table.add_column(name, justify="right" if numbers else "left", overflow="fold")
+        for line in lines[1:]:
+            table.add_row(*line)
+        text_console(width=None if os.isatty(1) else 200).print(table)
+        return
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in [[title], *lines] if title else lines:
+        print("  ".join(x.ljust(n) for x, n in zip(line, widths, strict=False)).rstrip())
+
+
+def picture(path: Path, draw: Draw, dpi: int = 110) -> bool:
+    """What `draw` draws, as PNG; False without matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure, image = Figure(layout="constrained"), io.BytesIO()
+    FigureCanvasAgg(figure)
+    draw(figure)
+    figure.savefig(image, format="png", dpi=dpi)
+    write_bytes(path, image.getvalue())
+    return True

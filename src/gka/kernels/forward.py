@@ -1,0 +1,37 @@
+"""The forward pass on a GPU: scan, solve and readout, in a backend's kernels."""
+
+import torch
+from torch import Tensor
+
+from gka.kernels.call import GpuCall
+from gka.kernels.passes import Passes, execute
+from gka.maths.chunked import Forward, Settings, Tokens
+
+
+def chunk_forward(passes: Passes, tokens: Tokens, settings: Settings) -> Forward:
+    """`gka.maths.chunked.chunk_forward` on the GPU; rows of x are divided by `x_scale`."""
+    call = GpuCall(passes, tokens, settings)
+    t, (heads,) = call.t, call.groups
+    h, u = call.moments(heads, call.solves or settings.with_h, final=True)
+    solutions = call.solutions()
+    o = call.empty(*t.q.shape[:3], call.V, dtype=t.q.dtype)
+    execute(passes.scan(call, heads, h, u, None))
+    execute(passes.solve_and_readout(call, heads, h, u, solutions, o))
+    final = None if h is None else h.final
+    assert u.final is not None
+    return Forward(o=o, x=solutions.x, h=final, u=u.final, x_scale=solutions.x_scale)
+
+
+def chunk_steps(passes: Passes, tokens: Tokens, settings: Settings) -> Tensor:
+    """Steps that solver="adaptive" takes in each token's chunk, int64 [B,T,H]: those of `chunk_forward`."""
+    call = GpuCall(passes, tokens, settings)
+    (heads,) = call.groups
+    h, u = call.moments(heads, with_h=True, final=False)
+    assert h is not None
+    steps = call.empty(call.M, call.H, dtype=torch.int32)
+    maxima = call.maxima(heads)
+    execute(passes.scan(call, heads, h, u, maxima))
+    execute(passes.count_steps(call, heads, h, u, steps))
+    batch, length = tokens.q.shape[:2]
+    chunk = torch.repeat_interleave(call.chunks.length.long(), output_size=batch * length)
+    return steps[chunk].long().view(batch, length, call.H)

@@ -1,0 +1,43 @@
+"""Solvers of the ridge systems (H_t + lambda_t I) x_t = q_t: one a file, each a class of a and r.
+
+`exact` is the oracle of the others.
+"""
+
+from typing import ClassVar, Literal, Protocol
+
+from torch import Tensor
+
+from gka.maths.ridge import System
+from gka.maths.solvers.adaptive import Adaptive
+from gka.maths.solvers.chebyshev import Chebyshev
+
+SolverName = Literal["chebyshev", "adaptive"]
+
+
+class Solver(Protocol):
+    """A solver with its a = ridge_ratio and r = num_iter; `adaptive`: its steps differ by chunk and head."""
+
+    adaptive: ClassVar[bool]
+
+    def solve(self, system: System, q: Tensor) -> Tensor:
+        """x_t [M,H,C,K] of the systems of some chunks, q zero where the history is empty."""
+        ...
+
+    def solve_state(self, h: Tensor, q: Tensor) -> Tensor:
+        """x [B,H,K] of states H [B,H,K,K] and q [B,H,K]."""
+        ...
+
+    def steps(self, system: System) -> Tensor:
+        """Steps of each chunk and head, int64 [M,H]."""
+        ...
+
+
+SOLVERS: dict[SolverName, type[Chebyshev] | type[Adaptive]] = {
+    "chebyshev": Chebyshev,
+    "adaptive": Adaptive,
+}
+
+
+def make_solver(name: SolverName, ridge_ratio: float, num_iter: int) -> Solver:
+    """The solver of that name."""
+    return SOLVERS[name](ridge_ratio, num_iter)

@@ -1,0 +1,313 @@
+"""The torch operators gka::forward and gka::backward: opaque to torch.compile, known to autograd.
+
+One pair serves every mode and backend. States enter as None and leave as empty tensors where they
+do not exist, because operators return tensors only. `operator` makes the package's other operators known.
+"""
+
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from gka.maths.chunked import Settings, Tokens
+from gka.ops import checks
+from gka.ops.backends import get_backend, note_backend
+
+_CU_SEQLENS, _NUM_TENSORS = 9, 11  # q .. cu_seqlens, cu_seqlens_cpu come first
+_LIBRARY = torch.library.Library("gka", "DEF")
+
+
+def operator(function: Callable, mutates: tuple[str, ...] = ()) -> torch._ops.OpOverload:
+    """gka::<function's name>, which writes to the arguments `mutates`. Without the layers that
+    torch.library.custom_op puts around each call (a derivative, which an autograd.Function has, and
+    checks): they cost the host as much as launches."""
+    schema = torch.library.infer_schema(function, mutates_args=mutates)
+    _LIBRARY.define(function.__name__ + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(function.__name__, function, "CompositeExplicitAutograd")
+    return getattr(torch.ops.gka, function.__name__).default
+
+
+def under_transform() -> bool:
+    """Whether a transform of torch.func is at work (vmap, grad, ...); a constant to torch.compile."""
+    return torch._C._are_functorch_transforms_active()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def check_derivable(name: str) -> None:
+    """Where torch.compile would lose the derivative of an autograd.Function, say so.
+
+    Around a transform of torch.func Dynamo traces through the function's forward alone, and an operator in
+    it has no derivative: the gradient would be zero. Which tensors want one cannot be seen there. Without
+    fullgraph=True the call runs uncompiled instead.
+
+    Raises:
+        RuntimeError: a transform is compiled and gradients are on.
+    """
+    if torch.compiler.is_compiling() and under_transform() and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name}: torch.compile loses its gradient around a transform of torch.func. Compile inside "
+            "the transform, torch.func.grad(torch.compile(f)), or call under torch.no_grad()."
+        )
+
+
+def keep_signature(*functions: type[torch.autograd.Function]) -> None:
+    """apply() asks for forward's signature at every call, which takes the host as long as launches."""
+    for function in functions:
+        function.forward.__signature__ = inspect.signature(function.forward)
+
+
+def pack(tokens: Tokens, settings: Settings) -> tuple[Any, ...]:
+    """The operators' arguments: 11 tensors, then 7 numbers."""
+    t, s = tokens, settings
+    return (
+        t.q, t.k, t.v, t.g, t.gk, t.alpha, t.beta, t.h0, t.u0, t.cu_seqlens, t.cu_seqlens_cpu,
+        s.scale, s.ridge_ratio, s.num_iter, s.chunk_size, s.tied, s.with_h, s.solver,
+    )  # fmt: skip
+
+
+def unpack(*arguments: Any) -> tuple[Tokens, Settings]:
+    """The inverse of `pack`."""
+    return Tokens(*arguments[:_NUM_TENSORS]), Settings(*arguments[_NUM_TENSORS:])
+
+
+def no_autocast(device: str) -> AbstractContextManager:
+    """Inside, operators compute in the dtypes of their inputs."""
+    return torch.amp.autocast(device, enabled=False) if autocasts(device) else nullcontext()
+
+
+def autocasts(device: str) -> bool:
+    """Whether torch.autocast is on. meta has none and knows no answer; torch 2.11's Dynamo cannot trace
+    torch.amp.is_autocast_available, which would tell."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under torch.autocast the heads take its dtype, as they would for a matrix product."""
+    device = tensors[0].device.type
+    if not autocasts(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def _optional(x: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if x is None else x.contiguous()
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    gk: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    h0: Tensor | None,
+    u0: Tensor | None,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_cpu: Tensor | None,
+    scale: float,
+    ridge_ratio: float,
+    num_iter: int,
+    chunk_size: int,
+    tied: bool,
+    with_h: bool,
+    solver: str,
+    mode: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(o, x, x's scales, final H, final U).
+
+    x is empty without a solve, its scales where its rows are not scaled, H where it is not formed.
+    """
+    if cu_seqlens is not None:
+        checks.check_bounds(cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu, q.shape[1])
+    tokens, settings = unpack(
+        q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu,
+        scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver,
+    )  # fmt: skip
+    note_backend(backend)
+    with no_autocast(q.device.type), record_function("gka.forward"):
+        run = get_backend(backend).forward["recurrent" if mode == "recurrent" else "chunk"]
+        out = run(tokens, settings)
+    # contiguous, as the fake implementation promises the compiler
+    x, x_scale, h = (_optional(y, out.u) for y in (out.x, out.x_scale, out.h))
+    return out.o.contiguous(), x, x_scale, h, out.u.contiguous()
+
+
+forward_op = operator(forward)
+
+
+@torch.library.register_fake(forward_op)
+def _(*arguments):
+    *packed, mode, backend = arguments
+    t, s = unpack(*packed)
+    batch, length, heads, key_dim = t.q.shape
+    sequences = batch if t.cu_seqlens is None else t.cu_seqlens.shape[0] - 1
+    solve = s.num_iter > 0
+    scaled = get_backend(backend).scaled_dtype if solve and mode != "recurrent" else None
+    x_shape = (batch, length, heads, key_dim) if solve else (0,)
+    scale_shape = (batch, length, heads) if scaled else (0,)
+    h_shape = (sequences, heads, key_dim, key_dim) if solve or s.with_h else (0,)
+    value_dim, work = t.v.shape[-1], t.work_dtype
+    return (
+        t.q.new_empty(batch, length, heads, value_dim),
+        t.q.new_empty(x_shape, dtype=scaled(t.q.dtype) if scaled else work),
+        t.q.new_empty(scale_shape, dtype=work),
+        t.q.new_empty(h_shape, dtype=work),
+        t.q.new_empty((sequences, heads, key_dim, value_dim), dtype=work),
+    )
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    gk: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    h0: Tensor | None,
+    u0: Tensor | None,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_cpu: Tensor | None,
+    x: Tensor,
+    x_scale: Tensor,
+    do: Tensor,
+    dh: Tensor | None,
+    du: Tensor | None,
+    scale: float,
+    ridge_ratio: float,
+    num_iter: int,
+    chunk_size: int,
+    tied: bool,
+    with_h: bool,
+    solver: str,
+    backend: str,
+) -> list[Tensor]:
+    """Gradients of q, k, v, g, gk, alpha, beta, h0, u0; empty where the input is None."""
+    tokens, settings = unpack(
+        q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu,
+        scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver,
+    )  # fmt: skip
+    note_backend(backend)
+    with no_autocast(q.device.type), record_function("gka.backward"):
+        solutions = x if num_iter > 0 else None
+        scales = x_scale if x_scale.numel() > 0 else None
+        grads = get_backend(backend).backward(tokens, solutions, scales, do, dh, du, settings)
+    optional = (grads.g, grads.gk, grads.alpha, grads.beta, grads.h0, grads.u0)
+    heads = (grads.q.contiguous(), grads.k.contiguous(), grads.v.contiguous())
+    return [*heads, *(_optional(grad, do) for grad in optional)]
+
+
+backward_op = operator(backward)
+
+
+@torch.library.register_fake(backward_op)
+def _(*arguments):
+    do = arguments[_NUM_TENSORS + 2]
+
+    def like(given: Tensor | None) -> Tensor:
+        return do.new_empty(0) if given is None else given.new_empty(given.shape)
+
+    return [like(given) for given in arguments[:_CU_SEQLENS]]
+
+
+def _vmap(op):
+    """The vmap rule of an operator: the mapped dimension joins the batch, and leaves it again."""
+
+    def rule(info, in_dims, *inputs):
+        if inputs[_CU_SEQLENS] is not None:
+            raise RuntimeError(
+                "torch.vmap cannot map over packed sequences: "
+                "pack them all with one cu_seqlens, or pass sequences of one length as a batch."
+            )
+
+        def fold(x, dim: int | None):
+            if not isinstance(x, Tensor) or (x.numel() == 0 and dim is None):
+                return x
+            x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+            return x.flatten(0, 1)
+
+        outputs = op(*(fold(x, dim) for x, dim in zip(inputs, in_dims, strict=True)))
+        unfolded = [y.unflatten(0, (info.batch_size, -1)) if y.numel() else y for y in outputs]
+        return type(outputs)(unfolded), type(outputs)(0 if y.numel() else None for y in outputs)
+
+    return rule
+
+
+torch.library.register_vmap(forward_op, _vmap(forward_op))
+torch.library.register_vmap(backward_op, _vmap(backward_op))
+
+
+class GKABackward(torch.autograd.Function):
+    """gka::backward, refusing a derivative of its own with a word on what to do."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs):
+        return tuple(backward_op(*inputs))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "Gated KalmaNet's chunk-wise backward has no derivative of its own. "
+            'Use backend="reference" for second derivatives.'
+        )
+
+
+class GKAFunction(torch.autograd.Function):
+    """The operators as one differentiable function; torch.func transforms pass through it.
+
+    Inputs and outputs are those of gka::forward.
+    """
+
+    generate_vmap_rule = True
+
+    # Spelt out: without gradients Dynamo tells by their number whether a context comes first.
+    @staticmethod
+    def forward(
+        q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu,
+        scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver, mode, backend,
+    ):  # fmt: skip
+        return forward_op(
+            q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu,
+            scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver, mode, backend,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        *numbers, _mode, backend = inputs[_NUM_TENSORS:]
+        _, x, x_scale, h, _ = output
+        ctx.mark_non_differentiable(x, x_scale)
+        ctx.save_for_backward(*inputs[:_NUM_TENSORS], x, x_scale)
+        ctx.numbers = (*numbers, backend)
+        ctx.has_h = h.numel() > 0
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        do, _, _, dh, du = grads
+        *tensors, x, x_scale = ctx.saved_tensors
+        q, v = tensors[0], tensors[2]
+        if do is None:
+            do = q.new_zeros(*q.shape[:3], v.shape[-1])
+        dh = dh if ctx.has_h else None
+        # Compiled graphs never differentiate a backward, and Dynamo cannot trace one Function in another.
+        derive = backward_op if torch.compiler.is_compiling() else GKABackward.apply
+        grads = derive(*tensors, x, x_scale, do.contiguous(), dh, du, *ctx.numbers)
+        given = tensors[: len(grads)]
+        wanted = (None if t is None else grad for grad, t in zip(grads, given, strict=True))
+        bounds = (None, None)
+        return *wanted, *bounds, *(None for _ in range(len(ctx.numbers) + 1))
+
+
+keep_signature(GKAFunction, GKABackward)

@@ -1,0 +1,231 @@
+"""chunk_gka and fused_recurrent_gka: Gated KalmaNet as functions, with FLA's call signatures."""
+
+import os
+
+from torch import Tensor
+
+from gka.maths.chunked import Settings, Tokens
+from gka.ops import checks
+from gka.ops.autograd import GKAFunction, autocast, check_derivable, no_autocast, pack
+from gka.ops.backends import Call, Mode, note_backend, resolve_backend
+from gka.ops.reference import reference_gka
+
+State = tuple[Tensor, Tensor]
+
+
+def chunk_gka(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    gk: Tensor | None = None,
+    alpha: Tensor | None = None,
+    scale: float | None = None,
+    ridge_ratio: float = 0.02,
+    num_iter: int = 30,
+    initial_state: State | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    *,
+    beta: Tensor | None = None,
+    backend: str = "auto",
+    chunk_size: int = 64,
+    solver: str = "chebyshev",
+    cu_seqlens_cpu: Tensor | None = None,
+) -> tuple[Tensor, State | None]:
+    """Gated KalmaNet over whole sequences, chunk by chunk (arXiv 2511.21016, section 4).
+
+    o_t = scale U_t^T z_t,  z_t = q_t + alpha_t (x_t - q_t),  (H_t + lambda_t I) x_t = q_t,
+    H_t = exp(gk_t) H_{t-1} + k_t k_t^T,  U_t = exp(g_t) U_{t-1} + k_t v_t^T,
+    lambda_t = ridge_ratio |H_t|_F; x_t = 0 while the history is empty.
+
+    Differentiable in q, k, v, g, gk, alpha, beta and both initial states, from o and both final
+    states. The gradient is that of the exact solve at the computed solutions (docs/maths.md, section
+    8), within twice the truncation of exact; it is not the derivative of the truncated iteration.
+
+    Args:
+        q: queries [B,T,H,K], float64, float32, bfloat16 or float16; K in 1..256.
+        k: keys [B,T,Hk,K]; H a multiple of Hk: consecutive query heads share a key head. Of any norm with
+            backend="torch"; the others square |H_t| as it is, so float32 keys (and bfloat16 ones) of norm
+            above 4e9 give NaN there (GKA_DEBUG=1 refuses them).
+        v: values [B,T,Hv,V]; H a multiple of Hv; V in 1..256.
+        g: log decay of U [B,T,H], <= 0. None: no decay.
+        gk: log decay of H [B,T,H]. Pass g itself to tie the two, as the paper's layer does.
+            None: H does not decay.
+        alpha: mix gate [B,T,H]. None: 1, the ridge solution itself.
+        scale: factor of the readout. None: K^-1/2.
+        ridge_ratio: a in lambda_t = a |H_t|_F, 1e-9..1e9.
+        num_iter: Chebyshev steps r, 0..10000. 0 leaves the ridge out: gated linear attention.
+        initial_state: (h_kk [N,H,K,K], h_kv [N,H,K,V]) before the first token, float32 (float64 for
+            float64 inputs); h_kk symmetric. N is B, or the number of packed sequences.
+        output_final_state: return the states after the last token too.
+        cu_seqlens: bounds of packed sequences, int64 [N+1] from 0 to T, with B = 1.
+        beta: write gate [B,T,H]: scales k and v of each head without copying them.
+        backend: "auto", "hopper" (H100, H200), "triton" (NVIDIA GPUs), "torch" (any device) or
+            "reference" (token by token, slow); `gka.ops.available_backends` lists what can run.
+        chunk_size: tokens a chunk, 1..4096; a matter of speed and memory, not of the result (with
+            solver="adaptive": not beyond the error bound of num_iter steps).
+        solver: "chebyshev" takes num_iter steps; "adaptive" takes, per chunk and head, the fewest
+            whose proven error bound is that of num_iter steps (docs/numerics.md).
+        cu_seqlens_cpu: a copy of cu_seqlens on the CPU. With it the call does not wait for the device
+            to read the lengths. It must hold the same values (GKA_DEBUG=1 checks that).
+
+    Returns:
+        o [B,T,H,V] in q's dtype, and (h_kk, h_kv) or None.
+
+    Raises:
+        ValueError, TypeError: a shape, range or dtype is wrong; the message names the argument.
+        RuntimeError: the backend asked for cannot run these inputs.
+    """
+    return _run(
+        "chunk", q, k, v, g, gk, alpha, beta, scale=scale, ridge_ratio=ridge_ratio,
+        num_iter=num_iter, initial_state=initial_state, output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens, cu_seqlens_cpu=cu_seqlens_cpu, backend=backend, chunk_size=chunk_size,
+        solver=solver,
+    )  # fmt: skip
+
+
+def fused_recurrent_gka(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    gk: Tensor | None = None,
+    alpha: Tensor | None = None,
+    scale: float | None = None,
+    ridge_ratio: float = 0.02,
+    num_iter: int = 30,
+    initial_state: State | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    *,
+    beta: Tensor | None = None,
+    backend: str = "auto",
+    solver: str = "chebyshev",
+    cu_seqlens_cpu: Tensor | None = None,
+) -> tuple[Tensor, State | None]:
+    """Gated KalmaNet token by token: the same map as `chunk_gka`, meant for decoding.
+
+    Arguments, results and errors are those of `chunk_gka`, and so is the gradient, which is formed
+    chunk by chunk. Cost per token is constant, with no chunk to fill up. With solver="adaptive" each
+    token is a chunk of its own, so its number of steps may differ from that of `chunk_gka`.
+    """
+    return _run(
+        "recurrent", q, k, v, g, gk, alpha, beta, scale=scale, ridge_ratio=ridge_ratio,
+        num_iter=num_iter, initial_state=initial_state, output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens, cu_seqlens_cpu=cu_seqlens_cpu, backend=backend, chunk_size=64,
+        solver=solver,
+    )  # fmt: skip
+
+
+def chunk_simple_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    *,
+    beta: Tensor | None = None,
+    backend: str = "auto",
+    chunk_size: int = 64,
+    cu_seqlens_cpu: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Gated linear attention with a scalar decay a head: `chunk_gka` without its ridge.
+
+    o_t = scale U_t^T q_t,  U_t = exp(g_t) U_{t-1} + k_t v_t^T.
+
+    Arguments as in `chunk_gka`; the state is h_kv [N,H,K,V] alone, and H is never formed.
+    """
+    o, final = _run(
+        "chunk", q, k, v, g, None, None, beta, scale=scale, ridge_ratio=1.0, num_iter=0,
+        initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+        cu_seqlens_cpu=cu_seqlens_cpu, backend=backend, chunk_size=chunk_size, with_h=False,
+    )  # fmt: skip
+    return o, None if final is None else final[1]
+
+
+def _run(
+    mode: Mode,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    gk: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    *,
+    scale: float | None,
+    ridge_ratio: float,
+    num_iter: int,
+    initial_state: State | Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+    backend: str,
+    chunk_size: int,
+    solver: str = "chebyshev",
+    with_h: bool = True,
+    cu_seqlens_cpu: Tensor | None = None,
+) -> tuple[Tensor, State | None]:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        checks.check_tensor(name, x)
+    q, k, v = autocast(q, k, v)
+    checks.check_heads(q, k, v)
+    checks.check_gates(q, g=g, gk=gk, alpha=alpha, beta=beta)
+    checks.check_numbers(ridge_ratio, num_iter, chunk_size, scale)
+    checks.check_flags(output_final_state=output_final_state)
+    sequences = checks.check_cu_seqlens(q, cu_seqlens)
+    checks.check_cu_seqlens_cpu(cu_seqlens, cu_seqlens_cpu)
+    if cu_seqlens_cpu is cu_seqlens:  # torch.compile takes no tensor twice
+        cu_seqlens_cpu = None
+    h0, u0 = _check_initial_state(initial_state, sequences, q, v, with_h)
+    if os.environ.get("GKA_DEBUG") == "1":
+        checks.check_values(q=q, k=k, v=v, g=g, gk=gk, alpha=alpha, beta=beta, h_kk=h0, h_kv=u0)
+        checks.check_same_bounds(cu_seqlens, cu_seqlens_cpu)
+    dims = (q.shape[-1], v.shape[-1])
+    call = Call(q.device, q.dtype, checks.check_solver(solver), dims, chunk_size)
+    backend = resolve_backend(backend, call)
+    if num_iter > 0 and os.environ.get("GKA_DEBUG") == "1":
+        checks.check_key_norms(k, backend)
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    if backend == "reference":
+        note_backend(backend)
+        bounds = cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu
+        if bounds is not None:
+            checks.check_bounds(bounds, q.shape[1])
+        with no_autocast(q.device.type):
+            o, state = reference_gka(
+                q, k, v, g, gk, alpha, beta, (h0, u0), bounds,
+                scale=scale, ridge_ratio=ridge_ratio, num_iter=num_iter,
+            )  # fmt: skip
+        return o, state if output_final_state else None
+    check_derivable("Gated KalmaNet")
+    tied = gk is not None and gk is g
+    gk = None if tied else gk
+    tokens = Tokens(q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu)
+    with_h = with_h and output_final_state
+    settings = Settings(scale, float(ridge_ratio), num_iter, chunk_size, tied, with_h, call.solver)
+    o, _, _, h, u = GKAFunction.apply(*pack(tokens, settings), mode, backend)
+    return o, (h, u) if output_final_state else None
+
+
+def _check_initial_state(
+    state: State | Tensor | None, sequences: int, q: Tensor, v: Tensor, with_h: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    if state is None:
+        return None, None
+    heads, key_dim = q.shape[2:]
+    u_shape = (sequences, heads, key_dim, v.shape[-1])
+    if not with_h:
+        checks.check_tensor("initial_state", state)
+        assert isinstance(state, Tensor)
+        checks.check_state("initial_state", state, u_shape, q)
+        return None, state
+    if not isinstance(state, tuple | list) or len(state) != 2:
+        raise TypeError(f"initial_state must be a pair (h_kk, h_kv); got {type(state).__name__}.")
+    h0, u0 = state
+    checks.check_state("initial_state[0] (h_kk)", h0, (sequences, heads, key_dim, key_dim), q)
+    checks.check_state("initial_state[1] (h_kv)", u0, u_shape, q)
+    return h0, u0

@@ -1,0 +1,24 @@
+"""A call passes through few files, and comes back to few that it has left; no GPU is needed to count."""
+
+import pytest
+
+pytest.importorskip("triton", reason="the walk goes to its launches")
+from house.walk import alone
+
+# files and returns that each walk may have: python -m tests.house.walk tells today's
+LIMITS = {
+    "forward, first": (30, 215),
+    "backward, first": (20, 150),
+    "forward, again": (29, 166),
+    "backward, again": (20, 138),
+    "input_ids on a CPU": (34, 399),
+}
+
+
+@pytest.mark.parametrize("name", ["layer_on_hopper", "layer_on_cpu"])
+def test_walks_stay_short(name: str) -> None:
+    """Of a layer on Hopper, whose kernels are reached, and of a model on the CPU."""
+    for walk in alone(name):
+        files, returns = LIMITS[walk["walk"]]
+        assert walk["files"] <= files, walk
+        assert walk["returns"] <= returns, walk
