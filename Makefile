@@ -27,7 +27,7 @@ run: install ## train a small model on this CPU, complete a prompt, test the mem
 	$(BIN)/gka train --recipe cpu --output $(RUNS)/first --resume
 	$(BIN)/gka generate $(RUNS)/first --prompt "def main(" --max-new-tokens 160
 	$(BIN)/gka recall --output $(RUNS)/recall
-	@echo "  $(BIN)/gka inspect $(RUNS)/first --file README.md --output $(RUNS)/look   what its memory does with a text"
+	@echo "  $(BIN)/gka inspect $(RUNS)/first --prompt-file README.md --output $(RUNS)/look   what its memory does with a text"
 	@echo "  $(BIN)/gka train FOLDER --output $(RUNS)/mine                        your own texts in place of Python's library"
 	@echo
 	@echo "The model, metrics.json and loss.png: $(RUNS)/first. The memory test: $(RUNS)/recall."

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, dynamic_module_utils
 
-from gka import cli
+from gka.commands import main as cli
 from gka.data import byte_tokenizer
 from gka.errors import InputError
 from gka.foreign_code import read_tokenizer, refuse_adapter_code, without_code
@@ -31,7 +31,7 @@ class Model: pass
 def generate(model, *args, **kwargs): return None
 """
 TINY = ["--sequence-length=16", "--batch-size=2", "--max-steps=1", "--set=data.eval_fraction=0.3"]
-TINY += ["--hidden-size=16", "--num-layers=1", "--num-heads=2", "--set=model.num_iter=3"]
+TINY += ["--hidden-size=16", "--num-hidden-layers=1", "--num-heads=2", "--set=model.num_iter=3"]
 
 
 class Pickled:
@@ -159,7 +159,7 @@ def commands(model: Path, folder: Path) -> list[list[str | Path]]:
         ["convert", model, "--to=gka", "--output", folder / "converted"],
         ["evaluate", model, *asked, "--text", text, "--output", folder / "asked"],
         ["train", text, "--tokenizer", model, "--output", folder / "run", *TINY],
-        ["prime", model, "--data", text, "--tokenizer", model, *one, "-o", folder / "primed"],
+        ["prime", model, "--text", text, "--tokenizer", model, *one, "-o", folder / "primed"],
         ["prime", model, "--chat", chat, *one, "-o", folder / "chatted"],
     ]
 
@@ -207,7 +207,7 @@ def test_what_is_planted_would_run(planted: Path, tmp_path: Path) -> None:
 def test_yes_on_standard_input_is_no_answer(planted: Path, tmp_path: Path) -> None:
     """`yes | gka generate`: the tokenizer's file is not run, and the command ends at once, with one line."""
     plant_tokenizer(planted, tmp_path / "ran")
-    code = "from gka.cli import main; main()"
+    code = "from gka.commands.main import main; main()"
     command = [sys.executable, "-c", code, "generate", str(planted), "--prompt=x"]
     command += ["--max-new-tokens=2"]
     done = subprocess.run(command, input="y\n" * 1000, capture_output=True, text=True, timeout=60)
@@ -250,7 +250,7 @@ def code_of(path: Path) -> str:
 
 def test_one_way_to_read_folders() -> None:
     """No file of the package reads a folder by an Auto class but through the helper."""
-    source = Path(cli.__file__).parent
+    source = Path(cli.__file__).parents[1]
     readers = ("AutoTokenizer.from_pretrained", "AutoConfig.from_pretrained", "PeftModel.from_")
     readers += ("AutoModelForCausalLM.from_pretrained", "load_dataset(", "trust_remote_code=True")
     readers += ("torch.load(", "pickle.load")

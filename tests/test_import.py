@@ -25,7 +25,9 @@ def test_import_and_help_load_nothing_heavy() -> None:
     """`import gka` and `gka --help` stay without transformers, matplotlib and their friends."""
     assert not loaded_after("import gka").intersection(HEAVY)
     ask = "sys.argv = ['gka', '--help']\ntry: main()\nexcept SystemExit: pass"
-    assert not loaded_after(f"import sys; from gka.cli import main\n{ask}").intersection(HEAVY)
+    assert not loaded_after(f"import sys; from gka.commands.main import main\n{ask}").intersection(
+        HEAVY
+    )
 
 
 def test_the_layer_needs_torch_only() -> None:

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from gka.commandline import text_console
+from gka.console import text_console
 from gka.data.files import write_json, write_text
 from gka.experiments.ledger import print_table
 from gka.kernels import backward, configs, forward

@@ -1,6 +1,6 @@
 """`python -m gka`: the command `gka`."""
 
-from gka.cli import main
+from gka.commands.main import main
 
 if __name__ == "__main__":
     main()

@@ -14,3 +14,7 @@ class StorageError(InputError, OSError):
 
     An `OSError` too, for callers that handle those.
     """
+
+
+class RenamedWarning(FutureWarning):
+    """An option or a key is given by a name of an earlier release; the new one is named."""

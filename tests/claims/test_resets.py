@@ -1,10 +1,12 @@
 """Claim: a log decay whose exp is 0, -inf included, is a hard reset: the same as a call that starts there."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
 
-from gka.layers import GatedKalmaNet
+from gka.layers import GatedDeltaNet, GatedKalmaNet, GatedLinearAttention
 from gka.maths.moments import Decay, reset_floor
 from gka.ops.chunk import chunk_gka, chunk_simple_gla, fused_recurrent_gka
 from gka.ops.delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
@@ -148,3 +150,31 @@ def test_layer_of_any_rate(start):
     assert torch.isfinite(y).all()
     for name, grad in [("x", x.grad), *((n, p.grad) for n, p in layer.named_parameters())]:
         assert torch.isfinite(grad).all(), name  # pyright: ignore
+
+
+@pytest.mark.parametrize("rate", [61.0, 88.5, 103.0])
+@pytest.mark.parametrize("make", [GatedKalmaNet, GatedLinearAttention, GatedDeltaNet])
+def test_layer_decays_where_the_rate_is_out_of_range(make, rate):
+    """exp(A_log) softplus(x) is of ordinary size for x near -A_log, though float32 may hold neither factor:
+    outputs and gradients are float64's."""
+    torch.manual_seed(0)
+    layer = make(hidden_size=32, head_dim=16, num_heads=2)
+    with torch.no_grad():
+        layer.A_log.fill_(rate)
+        layer.dt_bias.copy_(torch.tensor([0.5, -2.0]) - rate)
+        layer.a_proj.weight.mul_(2.0)
+    x = torch.randn(1, 20, 32)
+    wide = copy.deepcopy(layer).double()
+    results = [_with_gradients(layer, x), _with_gradients(wide, x.double())]
+    assert results[1]["A_log"].abs().min() > 1e-3
+    for name, expected in results[1].items():
+        assert_close(results[0][name].double(), expected, 1e-4, name)
+
+
+def _with_gradients(layer, x):
+    x = x.clone().requires_grad_()
+    y = layer(x)[0]
+    named = {"x": x, **dict(layer.named_parameters())}
+    weights = torch.arange(y.numel()).view_as(y).to(y.dtype).cos()
+    grads = torch.autograd.grad((y * weights).sum(), list(named.values()))
+    return {"y": y.detach(), **dict(zip(named, grads, strict=True))}

@@ -7,7 +7,7 @@ import pytest
 import torch
 import typer
 
-from gka.cli import app
+from gka.commands.main import app
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]

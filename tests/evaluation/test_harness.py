@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from gka.cli import app
+from gka.commands.main import app
 from gka.data import byte_tokenizer
 from gka.errors import InputError
 from gka.evaluation import harness
@@ -133,7 +133,7 @@ def test_the_command_gets_results_computed_by_hand(
     line = ["--model", name, "--model_args", f"pretrained={model}", "--include_path", str(tasks)]
     line += ["--tasks", ",".join(f"local_{task}" for task in TASKS), "--device", "cpu"]
     line += ["--batch_size", str(batch_size), "--log_samples", "--output_path", str(tmp_path)]
-    code = "import sys; from gka.cli import main; main(sys.argv[1:])"
+    code = "import sys; from gka.commands.main import main; main(sys.argv[1:])"
     command = [sys.executable, "-c", code, "lm-eval", *line]
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **offline})

@@ -9,8 +9,7 @@ from gka.errors import InputError
 from gka.evaluation import mqar_sweep
 from gka.evaluation.mqar import MQARTask
 from gka.evaluation.mqar_cell import Budget
-from gka.evaluation.mqar_presets import PRESETS
-from gka.evaluation.mqar_sweep import Sweep, load_records, run_sweep, summarize
+from gka.evaluation.mqar_sweep import PRESETS, Sweep, load_records, run_sweep, summarize
 
 TINY = Sweep(
     mixers=("attention", "gla"),

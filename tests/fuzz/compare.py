@@ -12,7 +12,7 @@ from fuzz.draw import Call
 from gka.maths.solvers.chebyshev import chebyshev_bound
 from gka.ops import chunk_gka, chunk_simple_gla, fused_recurrent_gka, last_backend
 from gka.ops.decode import advance_states_, fused_recurrent_gka_
-from gka.ops.delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+from gka.ops.delta_rule import CHUNK_SIZE, chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 from problems import Problem
 from tolerances import RELATIVE
 
@@ -23,8 +23,12 @@ DELTA_OPS = {
 }
 # Size of the relative change of every number by which the conditioning is measured.
 STEP = 1e-8
+SEEDS = 1_000_003  # apart are the seeds of a call's draws
 # Roundings of every number that an answer may have: 30 steps of a solve have as many, one upon another.
 ROUNDINGS = 48.0
+# Draws of those roundings. One is enough to find an answer right; what it finds wrong is judged by the root
+# mean square of all, for where one number decides, one draw's effect may be near 0.
+DRAWS = 16
 # Of the largest number: beyond this the float64 answer is out of the dtype's range.
 MARGIN = 1e-2
 
@@ -167,7 +171,7 @@ def _truth_settings(call: Call, p: Problem) -> dict:
     scale = call.settings.get("scale")
     settings = {"scale": p.q.shape[-1] ** -0.5 if scale is None else scale}
     if call.is_delta:
-        return settings
+        return settings | {"chunk_size": CHUNK_SIZE if call.op.startswith("chunk") else None}
     ridge_ratio, num_iter = call.settings.get("ridge_ratio", 1.0), call.settings.get("num_iter", 0)
     return settings | {"ridge_ratio": ridge_ratio, "num_iter": num_iter}
 
@@ -205,7 +209,7 @@ def judge_call(call: Call, seed: int = 0) -> Verdict:
         return Verdict("raised", message=f"{type(error).__name__}: {error}")
 
     def double(x: Problem, rounded: truth.Rounding) -> dict[str, Tensor]:
-        with truth.as_the_library(call.work, call.backend != "reference") as threshold:
+        with truth.as_the_library(call.work, call.backend != "reference", rounded) as threshold:
             if call.in_place:
                 found = expected_in_place(call, x, counts, rounded)
             else:
@@ -213,17 +217,51 @@ def judge_call(call: Call, seed: int = 0) -> Verdict:
         return found | {"near": torch.tensor(threshold.near)}
 
     wide = p.map(lambda x: x.detach().double().clone())
-    rounded = truth.Rounding(STEP, seed, torch.finfo(call.work).smallest_normal)
-    expected, other = double(wide, truth.EXACT), double(nudged(wide, rounded), rounded)
+
+    def draw(number: int) -> dict[str, Tensor]:
+        rounded = truth.Rounding(
+            STEP, seed + SEEDS * number, torch.finfo(call.work).smallest_normal
+        )
+        return double(nudged(wide, rounded), rounded)
+
+    expected, other = double(wide, truth.EXACT), draw(0)
     if bool(expected.pop("near")) or bool(other.pop("near")):
         return Verdict("border")
-    return judge(actual, expected, other, call)
+    return judge_by_draws(
+        lambda changes: judge(actual, expected, changes, call), expected, other, draw
+    )
+
+
+def judge_by_draws(
+    verdict_of: Callable[[dict[str, float]], Verdict], expected: dict[str, Tensor],
+    first: dict[str, Tensor], draw: Callable[[int], dict[str, Tensor]],
+) -> Verdict:  # fmt: skip
+    """The verdict by one draw of roundings, or by all DRAWS if that one finds the call wrong.
+
+    Args:
+        verdict_of: of the sizes of the changes that roundings of one unit make.
+        first, draw: the answers with the roundings drawn first, and with those of a number.
+    """
+    verdict = verdict_of(changes_of(expected, [first]))
+    if verdict.status != "wrong" or verdict.message:
+        return verdict
+    others = [first, *(draw(number) for number in range(1, DRAWS))]
+    return verdict_of(changes_of(expected, others))
+
+
+def changes_of(expected: dict[str, Tensor], others: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Root mean square, over the other answers, of each result's change per unit of rounding."""
+    squares = {
+        name: [((other[name] - x).norm().item() / STEP) ** 2 for other in others]
+        for name, x in expected.items()
+    }
+    return {name: (sum(found) / len(found)) ** 0.5 for name, found in squares.items()}
 
 
 def judge(
-    actual: dict[str, Tensor], expected: dict[str, Tensor], other: dict[str, Tensor], call: Call
+    actual: dict[str, Tensor], expected: dict[str, Tensor], changes: dict[str, float], call: Call
 ) -> Verdict:
-    """Compare name by name."""
+    """Compare name by name; `changes`: what a unit of rounding changes each by, in the 2-norm."""
     verdict = Verdict()
     if set(actual) != set(expected):
         return Verdict("wrong", message=f"got {sorted(actual)}, expected {sorted(expected)}")
@@ -235,23 +273,23 @@ def judge(
     loss *= torch.finfo(torch.float16).smallest_normal if half else 0.0
     for name, x in actual.items():
         floor = loss if name in ("dg", "dgk") else 0.0
-        found = finding(name, x, expected[name], other[name], call, floor)
+        found = finding(name, x, expected[name], changes[name], call, floor)
         if found is None:
             continue
         verdict.findings.append(found)
         if found.error == float("inf"):
             verdict.status = "non-finite"
-        elif found.error > 1 and verdict.status == "right":
+        elif not found.error <= 1 and verdict.status == "right":
             verdict.status = "wrong"
     return verdict
 
 
 def finding(
-    name: str, x: Tensor, expected: Tensor, other: Tensor, call: Call, floor: float = 0.0
+    name: str, x: Tensor, expected: Tensor, change: float, call: Call, floor: float = 0.0
 ) -> Finding | None:
     """One output's error over its tolerance; None where float64's answer is out of the dtype's range.
 
-    `floor`: what an error may be whatever the answer's size.
+    `change`: its conditioning, as `judge` has it. `floor`: what an error may be whatever the answer's size.
     """
     if x.shape != expected.shape:
         return Finding(name, float("inf"), float("inf"), "shape")
@@ -264,7 +302,6 @@ def finding(
     if not bool(x.isfinite().all()):
         return Finding(name, float("inf"), float("inf"), str(x.dtype))
     norm, error = expected.norm().item(), (x.double() - expected).norm().item()
-    change = (other - expected).norm().item() / STEP
     allowed = tolerance(x.dtype, norm, change, x.numel(), call) + floor
     return Finding(name, error / allowed, error / norm if norm > 0 else error, str(x.dtype))
 

@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fuzz.compare import STEP, Verdict, finding, upstream
+from fuzz import truth
+from fuzz.compare import SEEDS, STEP, Verdict, finding, judge_by_draws, upstream
 from fuzz.draw import F32, Call
-from fuzz.truth import Rounding
-from gka.layers import MIXERS, StateCache
+from fuzz.truth import EXACT, Rounding
+from gka.layers import MIXERS, DeltaNet, StateCache
+from gka.ops.delta_rule import CHUNK_SIZE
+from problems import Problem
 
 MIXER_OPTIONS: dict[str, list[Any]] = {
     "num_kv_heads": [None, 1], "expand_v": [1.0, 0.5, 2.0], "use_gate": [True, False], "conv_size": [1, 2, 4],
@@ -147,10 +150,25 @@ def judge_layer(call: LayerCall, seed: int = 0) -> Verdict:
             actual = _with_gradients(call, call.layer, x, run_layer(call, call.layer, x))
     except Exception as error:
         return Verdict("raised", message=f"{type(error).__name__}: {error}")
-    expected, other = (
-        _double(call, rounded)
-        for rounded in (None, Rounding(STEP, seed, torch.finfo(F32).smallest_normal))
+    expected = _double(call)
+    plain = _with_roundings(call, EXACT)
+
+    def draw(number: int) -> dict[str, Tensor]:
+        rounded = Rounding(STEP, seed + SEEDS * number, torch.finfo(F32).smallest_normal)
+        return _with_roundings(call, rounded)
+
+    return judge_by_draws(
+        lambda changes: _judge(call, actual, expected, changes), plain, draw(0), draw
     )
+
+
+def _judge(
+    call: LayerCall,
+    actual: dict[str, Tensor],
+    expected: dict[str, Tensor],
+    changes: dict[str, float],
+) -> Verdict:
+    """Compare name by name; `changes`: what a unit of rounding changes each by, in the 2-norm."""
     verdict = Verdict()
     sizes = {f"d{name}": p.norm().item() for name, p in call.layer.named_parameters()}
     sizes["dx"] = call.x.norm().item()
@@ -159,26 +177,21 @@ def judge_layer(call: LayerCall, seed: int = 0) -> Verdict:
     for name, y in actual.items():
         size = sizes.get(name, 0.0)
         floor = CANCELLED * torch.finfo(F32).eps * most / size if size > 0 else 0.0
-        found = finding(name, y, expected[name], other[name], call, floor)
+        found = finding(name, y, expected[name], changes[name], call, floor)
         if found is None:
             continue
         verdict.findings.append(found)
         if found.error == float("inf"):
             verdict.status = "non-finite"
-        elif found.error > 1 and verdict.status == "right":
+        elif not found.error <= 1 and verdict.status == "right":
             verdict.status = "wrong"
     return verdict
 
 
-def _double(call: LayerCall, rounded: Rounding | None) -> dict[str, Tensor]:
+def _double(call: LayerCall) -> dict[str, Tensor]:
+    """The float64 answer: the output token by token, gradients by the library's own derivative."""
     layer = copy.deepcopy(call.layer).double()
     x = call.x.detach().double()
-    if rounded is not None:
-        x = rounded.change(x)
-        with torch.no_grad():
-            for p in layer.parameters():
-                p.copy_(rounded.change(p))
-        _round_inside(layer, rounded)
     with torch.no_grad():
         o = expected_layer(call, layer, x, step_by_step)
     if not call.wanted:
@@ -192,21 +205,40 @@ def _double(call: LayerCall, rounded: Rounding | None) -> dict[str, Tensor]:
     return _with_gradients(call, layer, x, whole) | {"o": o}
 
 
-def _round_inside(layer: Any, rounded: Rounding) -> None:
-    """Roundings where one module, or the memory, hands over to the next."""
+def _with_roundings(call: LayerCall, rounded: Rounding) -> dict[str, Tensor]:
+    """The float64 answer with every number rounded, those inside the memory too."""
+    layer = copy.deepcopy(call.layer).double()
+    x = rounded.change(call.x.detach().double()) if rounded.step > 0 else call.x.detach().double()
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.copy_(rounded.change(p) if rounded.step > 0 else p)
     for module in layer.modules():
         module.register_forward_hook(
             lambda m, i, out: rounded(out) if isinstance(out, Tensor) else out
         )
     if hasattr(layer, "mix"):
-        mix = layer.mix
+        layer.mix = lambda q, k, v, gates, run: (_memory(layer, rounded, q, k, v, gates), ())
+    x.requires_grad_(bool(call.wanted))
+    with (
+        truth.as_the_library(F32, True, rounded),
+        torch.set_grad_enabled(bool(call.wanted)),
+    ):
+        o = expected_layer(call, layer, x, lambda mixer, y: mixer(y)[0])
+        return _with_gradients(call, layer, x, o)
 
-        def rounding_mix(*args: Any) -> tuple[Tensor, Any]:
-            q, k, v, *rest = args
-            o, states = mix(rounded(q), rounded(k), rounded(v), *rest)
-            return rounded(o), states
 
-        layer.mix = rounding_mix
+def _memory(layer: Any, rounded: Rounding, q: Tensor, k: Tensor, v: Tensor, gates: Any) -> Tensor:
+    """The readout of the mixer's memory, token by token, of sequences that nothing precedes."""
+    problem = Problem(
+        rounded(q), rounded(k), rounded(v), g=gates.g, alpha=gates.alpha, beta=gates.beta,
+        tied=getattr(layer, "use_forgetting_gate_kk", False) and gates.g is not None,
+    )  # fmt: skip
+    settings: dict[str, Any] = {"scale": getattr(layer, "scale", layer.head_dim**-0.5)}
+    if isinstance(layer, DeltaNet):
+        settings["chunk_size"] = CHUNK_SIZE
+        return truth.answer(problem, truth.delta_sequence, rounded, **settings)["o"]
+    settings |= {name: getattr(layer, name, 0) for name in ("ridge_ratio", "num_iter")}
+    return truth.answer(problem, truth.gka_sequence, rounded, **settings)["o"]
 
 
 def _with_gradients(call: LayerCall, layer: nn.Module, x: Tensor, o: Tensor) -> dict[str, Tensor]:

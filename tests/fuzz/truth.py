@@ -10,6 +10,7 @@ a history is empty below the threshold of the precision that the call computes i
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from unittest import mock
 
 import torch
@@ -84,18 +85,37 @@ class _Adjoint(torch.autograd.Function):
         return ctx.solve(grads[0]), None
 
 
-def solve_with_exact_derivative(
-    apply_h: Callable[[Tensor], Tensor], q: Tensor, fro: Tensor, ridge_ratio: float, num_iter: int
-) -> Tensor:
-    """x_r of `chebyshev_solve`; its derivative is that of A x = q at x_r, solved by the same p_r(A)."""
+@dataclass(frozen=True)
+class Solve:
+    """x_r of `chebyshev_solve`, with roundings of F_t and of every step's product with H_t.
 
-    def solve(b: Tensor) -> Tensor:
-        with torch.no_grad():
-            return chebyshev_solve(apply_h, b, fro.detach(), ridge_ratio, num_iter)
+    F_t is a single number, so that its rounding changes a whole spectrum, and at the ends of the spectrum
+    p_r changes by r^2 times as much: rounding H_t, whose K^2 numbers average, does not show that.
 
-    x = solve(q.detach())
-    residual = q - apply_h(x) - (ridge_ratio * fro).unsqueeze(-1) * x
-    return x + _Adjoint.apply(residual, solve)
+    Attributes:
+        exact_derivative: that of A x = q at x_r, solved by the same p_r(A); else autograd's own.
+    """
+
+    exact_derivative: bool
+    rounded: Rounding
+
+    def __call__(
+        self, apply_h: Callable[[Tensor], Tensor], q: Tensor, fro: Tensor, ridge_ratio: float, num_iter: int
+    ) -> Tensor:  # fmt: skip
+        rounded, fro = self.rounded, self.rounded(fro)
+
+        def product(d: Tensor) -> Tensor:
+            return rounded(apply_h(rounded(d)))
+
+        def solve(b: Tensor) -> Tensor:
+            with torch.no_grad():
+                return chebyshev_solve(product, b, fro.detach(), ridge_ratio, num_iter)
+
+        if not self.exact_derivative:
+            return chebyshev_solve(product, q, fro, ridge_ratio, num_iter)
+        x = solve(q.detach())
+        residual = q - apply_h(x) - (ridge_ratio * fro).unsqueeze(-1) * x
+        return x + _Adjoint.apply(residual, solve)
 
 
 class Threshold:
@@ -112,10 +132,12 @@ class Threshold:
 
 
 @contextmanager
-def as_the_library(work: torch.dtype, exact_derivative: bool) -> Iterator[Threshold]:
+def as_the_library(
+    work: torch.dtype, exact_derivative: bool, rounded: Rounding = EXACT
+) -> Iterator[Threshold]:
     """The reference with the threshold of `work`, and with the library's derivative or autograd's own."""
     threshold = Threshold(work)
-    solve = solve_with_exact_derivative if exact_derivative else chebyshev_solve
+    solve = Solve(exact_derivative, rounded)
     with (
         mock.patch.object(reference, "chebyshev_solve", solve),
         mock.patch.object(reference, "split_empty", threshold.split_empty),
@@ -158,19 +180,32 @@ def gka_sequence(
 def delta_sequence(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, gk: Tensor | None, alpha: Tensor | None,
     beta: Tensor | None, state: tuple[Tensor, Tensor], rounded: Rounding = EXACT, *, scale: float,
+    chunk_size: int | None = None,
 ) -> Answer:  # fmt: skip
-    """`delta_rule_sequence`."""
+    """`delta_rule_sequence`; `chunk_size`: with the roundings of the form by chunks.
+
+    That form adds up gamma S_[c] and all k_j u_j of a chunk. Where a later write takes an earlier one back,
+    the sum keeps the rounding of both (`late`), which token by token goes with the earlier one.
+    """
     s, outputs = state[1], []
+    late = torch.zeros_like(s)
     for t in range(q.shape[1]):
+        if chunk_size is not None and t % chunk_size == 0:
+            s = s + late
+            late = rounded(s) - s
         if g is not None:
-            s = rounded(s * rounded.exp(g[:, t])[..., None, None])
+            gamma = rounded.exp(g[:, t])[..., None, None]
+            s, late = rounded(s * gamma), late * gamma
         k_t = rounded(k[:, t]).unsqueeze(-1)
         u_t = rounded(v[:, t].unsqueeze(-2) - rounded(k_t.mT @ s))
         if beta is not None:
             u_t = rounded(u_t * beta[:, t][..., None, None])
-        s = rounded(s + rounded(k_t * u_t))
-        outputs.append(rounded(scale * (q[:, t].unsqueeze(-2) @ s).squeeze(-2)))
-    return {"o": torch.stack(outputs, 1) if outputs else torch.zeros_like(v), "u": s}
+        write = rounded(k_t * u_t)
+        s = rounded(s + write)
+        if chunk_size is not None:
+            late = late + (rounded(write) - write)
+        outputs.append(rounded(scale * (q[:, t].unsqueeze(-2) @ (s + late)).squeeze(-2)))
+    return {"o": torch.stack(outputs, 1) if outputs else torch.zeros_like(v), "u": s + late}
 
 
 def answer(

@@ -41,7 +41,7 @@ def digest(weights: dict[str, Tensor]) -> str:
     return found.hexdigest()[:16]
 
 
-def of_recipe(precision: str, steps: int) -> Figures:
+def of_recipe(dtype: str, steps: int) -> Figures:
     """The first steps of the recipe for CPUs, as the command trains them."""
     losses: list[str] = []
     step = transformers.Trainer.training_step
@@ -54,7 +54,7 @@ def of_recipe(precision: str, steps: int) -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         settings = {"max_steps": steps, "warmup_steps": 4, "eval_steps": steps, "save_steps": steps}
         words = [w for k, n in settings.items() for w in ("--set", f"training.{k}={n}")]
-        words += ["--set", f'training.precision="{precision}"', "--output", f"{folder}/run"]
+        words += ["--set", f'training.dtype="{dtype}"', "--output", f"{folder}/run"]
         with patch.object(transformers.Trainer, "training_step", noted):
             command("train", "--recipe", "cpu", *words)
         written = Path(folder, "run").glob("**/model.safetensors")

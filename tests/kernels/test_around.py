@@ -214,6 +214,26 @@ def test_small_decays_keep_their_digits() -> None:
     assert ((g - expected) / expected).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("rate", [61.0, 88.5, 103.0])
+def test_decays_where_the_rate_is_out_of_range(rate: float) -> None:
+    """exp(A_log) softplus(a) is of ordinary size for a near -A_log, and so are its gradients."""
+    a = torch.linspace(-6, 2, 36, dtype=torch.float64).view(1, -1, 1) - rate
+    given = {"a": a, "A_log": torch.full((1,), rate), "dt_bias": torch.full((1,), 0.25)}
+
+    def run(function, dtype: torch.dtype, device: str) -> list[Tensor]:
+        inputs = {k: t.to(device, dtype).requires_grad_() for k, t in given.items()}
+        g = function(**inputs)
+        return [g, *torch.autograd.grad(g.sum() * 10, list(inputs.values()))]
+
+    def definition(a, A_log, dt_bias):
+        return -A_log.exp() * torch.nn.functional.softplus(a + dt_bias)
+
+    expected = run(definition, torch.float64, "cpu")
+    actual = run(lambda **inputs: layer_gates(**inputs)[2], torch.float32, DEVICE)
+    for got, value in zip(actual, expected, strict=True):
+        assert_close(got.cpu(), value, 2e-5)  # a itself is rounded near -100
+
+
 def test_gates_of_16_bits_are_float32() -> None:
     """16-bit pre-activations give float32 gates and 16-bit gradients."""
     b = torch.randn(1, 5, 2, device=DEVICE).bfloat16().requires_grad_()

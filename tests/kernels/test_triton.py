@@ -83,6 +83,43 @@ def test_float16_operands_keep_the_accuracy_of_their_inputs() -> None:
         assert_close(actual[key].cpu(), value, 2e-2, key)
 
 
+@pytest.mark.parametrize("solver", ["chebyshev", "adaptive"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_of_any_size_beside_each_other(dtype: torch.dtype, solver: str) -> None:
+    """A key of norm 1e3 that has faded leaves later keys of norm 0.1 as they are: W k^2 / F of the small
+    keys is at most 1, and no operand is scaled by the large one."""
+    inputs = problem(tied=False)
+    inputs["k"][:, 6] *= 1e3
+    inputs["k"][:, 9:] *= 0.1
+    for name in ("g", "gk"):
+        inputs[name][:, 8] = -30.0
+    inputs = {name: x.to(dtype).double() if name in "qkv" else x for name, x in inputs.items()}
+    options = {"ridge_ratio": 0.1, "num_iter": 60, "solver": solver}
+    expected = results(inputs, "torch", torch.float64, "cpu", **options)
+    actual = results(inputs, "triton", dtype, DEVICE, **options)
+    tolerance = {torch.float32: 2e-4, torch.bfloat16: 2e-2}[dtype]
+    for key, value in expected.items():
+        assert_close(actual[key].cpu(), value, tolerance, key)
+    assert_close(actual["o"][:, 9:].cpu(), expected["o"][:, 9:], tolerance, "o of the small keys")
+
+
+@pytest.mark.parametrize("solver", ["chebyshev", "adaptive"])
+@pytest.mark.parametrize("faded", [-24.0, -28.0, -31.0])
+def test_a_faded_h_under_a_full_u(faded: float, solver: str) -> None:
+    """With F_t near the empty history's threshold p_t/F_t ~ F_t^-3 is beyond float32, gradients are not."""
+    inputs = problem(tied=False)
+    inputs["g"] *= 0.0
+    inputs["gk"][:, 7] = faded
+    inputs["beta"][:, 5:12] = 0.0
+    inputs["beta"][:, 12:] = 1.0
+    inputs["v"], inputs["u0"] = 1e-6 * inputs["v"], 1e-6 * inputs["u0"]
+    options = {"ridge_ratio": 0.3, "num_iter": 90, "solver": solver}
+    expected = results(inputs, "torch", torch.float64, "cpu", **options)
+    actual = results(inputs, "triton", torch.float32, DEVICE, **options)
+    for key, value in expected.items():
+        assert_close(actual[key].cpu(), value, 1e-4, key)
+
+
 def test_what_it_cannot_run_is_refused_with_the_reason() -> None:
     """float64 and odd chunk sizes raise, naming what to use instead."""
     assert "float64" in (why_unavailable("triton", DEVICE, torch.float64) or "")

@@ -207,7 +207,7 @@ def test_transformers_names_of_head_counts():
     assert not {"num_attention_heads", "num_key_value_heads"} & set(config.to_dict())
     config.num_attention_heads = 4
     assert config.num_heads == 4
-    assert GKAConfig(num_heads=6).num_key_value_heads == 6
+    assert GKAConfig(num_heads=6, head_dim=128).num_key_value_heads == 6
     hybrid = GKAConfig(mixers=["gka", "attention"], num_heads=8, attention_num_heads=4)
     assert (hybrid.num_attention_heads, hybrid.num_key_value_heads) == (4, 4)
     hybrid.num_key_value_heads = 2

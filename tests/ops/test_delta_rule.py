@@ -98,6 +98,26 @@ def test_refusals(op, change, message):
 
 
 @pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("decay", [-10.0, -20.0, -40.0])
+def test_the_gradient_of_a_strong_decay_is_no_difference(decay, dtype, op):
+    """The gradient of g is as many times smaller than the others as the decay says, and right to rounding all
+    the same: it holds no difference of larger sums."""
+    inputs = {name: x.to(dtype) for name, x in draw(length=20).items()}
+    inputs["g"] = torch.full_like(inputs["g"], decay)
+
+    def gradient(op, inputs: dict[str, Tensor]) -> Tensor:
+        g = inputs["g"].detach().requires_grad_()
+        o, state = op(**{**inputs, "g": g}, output_final_state=True)
+        return torch.autograd.grad(o.sum() + state.sum(), g)[0]
+
+    exact = {name: x.double() for name, x in inputs.items()}
+    expected = gradient(fused_recurrent_gated_delta_rule, exact)
+    assert 0 < expected.abs().max() < 100 * torch.tensor(decay).exp()
+    assert_close(gradient(op, inputs), expected, RELATIVE[dtype], "dg")
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_unsorted_bounds_are_refused(op):
     """cu_seqlens that fall, or that do not end at T, are refused."""
     inputs = {name: x[:1] for name, x in draw().items()}

@@ -12,8 +12,8 @@ from rich.console import Console
 from gka.data import byte_tokenizer
 from gka.models import GKAConfig, GKAForCausalLM
 from gka.training import RunConfig, train
-from gka.training.config import merged
 from gka.training.priming import PrimeConfig, prime
+from gka.training.settings import merged
 
 TINY = {
     "data": {"sequence_length": 16, "eval_fraction": 0.2},

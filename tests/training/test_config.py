@@ -9,9 +9,10 @@ import pytest
 from gka.data import byte_tokenizer
 from gka.errors import InputError
 from gka.training import RunConfig, build_model, read_recipe
-from gka.training.config import RECIPES, merged, recipe_names
+from gka.training.config import RECIPES, recipe_names
 from gka.training.folder import resumed_config
 from gka.training.priming import PrimeConfig
+from gka.training.settings import merged
 
 
 def test_tables_round_trip() -> None:
@@ -44,7 +45,7 @@ def test_tables_round_trip() -> None:
         ),
         ({"training": {"max_steps": 10**30}}, "expected 2147483647 or less"),
         ({"data": {"sequence_length": 10**30}}, "expected 2147483647 or less"),
-        ({"training": {"precision": "half"}}, "training.precision is 'half'; expected 'float32'"),
+        ({"training": {"dtype": "half"}}, "training.dtype is 'half'; expected 'float32'"),
         ({"training": {"keep_checkpoints": 1}}, "training.keep_checkpoints is 1; expected 2"),
         ({"training": {"warmup_steps": -1}}, "training.warmup_steps is -1; expected 0 or more"),
         ({"data": {"text": "a.txt"}}, "data.text is 'a.txt'; expected a list of strings"),

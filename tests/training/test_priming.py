@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from gka.data import byte_tokenizer, find_documents, pack, token_blocks
 from gka.models import GKAConfig, GKAForCausalLM
 from gka.models.replacement import replace_attention
-from gka.training.config import merged
 from gka.training.priming import PrimeConfig, prime
 from gka.training.priming.layers import rank
 from gka.training.priming.measure import HeldOut, share_recovered
 from gka.training.priming.recovery import with_adapters
+from gka.training.settings import merged
 
 Tables = dict[str, dict[str, Any]]
 Prime = Callable[..., dict[str, Any]]

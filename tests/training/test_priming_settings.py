@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from gka.cli import main
+from gka.commands.main import main
+from gka.commands.prime import _with_tokens
 from gka.data import byte_tokenizer
 from gka.errors import InputError
 from gka.models import GKAConfig, GKAForCausalLM
-from gka.training.priming.command import _with_tokens
 
 Tables = dict[str, dict[str, Any]]
 Prime = Callable[..., dict[str, Any]]
@@ -110,13 +110,13 @@ def test_the_command_runs_resumes_and_refuses(
         "16",
         "--batch-size",
         "2",
-        "--stage1-steps",
+        "--stage1-max-steps",
         "2",
         "--stage2-tokens",
         "64",
     ]
     rest = ["--set", "data.eval_fraction=0.2", "--set", "mixer.num_iter=4", "--output", str(output)]
-    command = ["prime", str(teacher), "--layers", "1,2", "--data", str(text), *sizes, *rest]
+    command = ["prime", str(teacher), "--layers", "1,2", "--text", str(text), *sizes, *rest]
     with pytest.raises(SystemExit) as done:
         main(command)
     assert done.value.code == 0

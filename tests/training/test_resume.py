@@ -167,7 +167,7 @@ if pid:
     os.close(terminal)
     sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 from gka.training import RunConfig, train, Interrupted
-from gka.commandline import text_console
+from gka.console import text_console
 tables = json.loads(sys.argv[1])
 tables["training"]["max_steps"] = 100000
 try:

@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gka import commandline
+from gka import console as consoles
 from gka.data import byte_tokenizer, find_documents, pack, token_blocks
 from gka.errors import InputError
 from gka.layers import MIXERS
 from gka.training import RunConfig, build_model, callbacks
-from gka.training.config import merged
+from gka.training.settings import merged
 
 Run = Callable[..., dict[str, Any]]
 Reference = tuple[Path, dict[str, Any]]
@@ -42,7 +42,7 @@ def test_a_run_says_what_it_does_and_will_take(
     terminal shows the moving line, lines say how far it is."""
     monkeypatch.setattr(callbacks.Estimate, "SHORT", 0.0)
     monkeypatch.setattr(callbacks.Estimate, "SECONDS", 0.0)
-    monkeypatch.setattr(commandline, "LINE_SECONDS", 0.001)
+    monkeypatch.setattr(consoles, "LINE_SECONDS", 0.001)
     shown = run_tiny(tmp_path / "run")["shown"].splitlines()
     before, estimate, first = (
         next(i for i, line in enumerate(shown) if re.match(pattern, line))
@@ -129,7 +129,7 @@ def test_bfloat16_is_autocast_over_float32_weights(
     run_tiny: Run, tmp_path: Path, reference: Reference
 ) -> None:
     """bfloat16 rounds the products (another loss, close by); the weights stay float32."""
-    metrics = run_tiny(tmp_path / "run", {"training": {"precision": "bfloat16"}})
+    metrics = run_tiny(tmp_path / "run", {"training": {"dtype": "bfloat16"}})
     loss, expected = metrics["evaluation"]["loss"], reference[1]["evaluation"]["loss"]
     assert loss != expected
     assert loss == pytest.approx(expected, rel=0.02)

@@ -9,7 +9,7 @@ from transformers import Trainer
 from gka.data import byte_tokenizer
 from gka.layers import decayed_parameters
 from gka.training import RunConfig, TrainingConfig, build_model
-from gka.training.config import merged
+from gka.training.settings import merged
 from gka.training.trainer import DecoderTrainer, SelectiveDecay, arguments
 
 

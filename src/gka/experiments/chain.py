@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from gka.commandline import text_console
+from gka.console import text_console
 from gka.data.files import read_json
 from gka.experiments import chain_report
 from gka.experiments.ledger import Ledger, report

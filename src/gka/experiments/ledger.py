@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gka.commandline import text_console
+from gka.console import text_console
 from gka.data.files import read_json, write_bytes, write_json, write_text
 from gka.errors import InputError
 from gka.storage import only_writer

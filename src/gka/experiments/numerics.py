@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn.functional import normalize, silu
 
 from gka.experiments.ledger import Ledger, markdown_table, refusing
-from gka.maths import nystroem
 from gka.maths.chunked import Chunks, Settings, Tokens
 from gka.maths.ridge import Relative
+from gka.maths.solvers import adaptive
 from gka.maths.solvers.chebyshev import chebyshev_bound, chebyshev_solve, chebyshev_weights
 from gka.maths.solvers.exact import exact_solve
 from gka.ops import chunk_gka, chunk_simple_gla, solver_steps
@@ -288,8 +288,8 @@ def vectors() -> Table:
         signs = torch.randint(2, (1, 4096, 1, 1)) * 2 - 1
         cells = []
         for keys in (k, k * signs):
-            for choice in (nystroem.leading_vector, mean_key):
-                with patch.object(nystroem, "leading_vector", choice):
+            for choice in (adaptive.leading_vector, mean_key):
+                with patch.object(adaptive, "leading_vector", choice):
                     cells.append(f"{solver_steps(keys, gk)[0, ::64, 0].double().mean():.1f}")
         rows.append([kind, decay, *cells])
     return table(["keys", "gk", "v of S", "mean key", "random signs: v of S", "mean key"], rows)

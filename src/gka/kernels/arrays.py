@@ -66,7 +66,10 @@ class Ends(NamedTuple):
 
 @dataclass(frozen=True)
 class Adjoint:
-    """What the adjoint solve leaves for the gradients: y and numbers per token or chunk, of G heads."""
+    """What the adjoint solve leaves for the gradients: y and numbers per token or chunk, of G heads.
+
+    Triton's kernels keep p_t = 2 a <x_t, y_t> in the place of w_t = p_t / F_t, and F_t beside it.
+    """
 
     y: Tensor
     y_scale: Tensor

@@ -96,9 +96,10 @@ def _group(
 
 def _adjoint(call: GpuCall, heads: Heads) -> Adjoint:
     shape = (*call.t.q.shape[:2], heads.count)
-    numbers = (call.scratch(f"adjoint {i}", *shape) for i in range(4))
+    names = ("y_scale", "w_t", "start_h", "key_weight")
+    numbers = {name: call.scratch(f"adjoint {name}", *shape) for name in names}
     y = call.scratch("y", *shape, call.K, dtype=call.sizes.op_dtype)
-    return Adjoint(y, *numbers, start_weight=call.scratch("start weight", call.M, heads.count))
+    return Adjoint(y, **numbers, start_weight=call.scratch("start weight", call.M, heads.count))
 
 
 def _part(call: GpuCall, heads: Heads, name: str, grad: Tensor, of: int) -> HeadPart:

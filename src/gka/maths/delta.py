@@ -12,7 +12,7 @@ the writes of a chunk that starts from S_[c] solve one unit lower triangular sys
     (I + diag(beta) tril(K K^T o M, -1)) U = diag(beta) (V - diag(zeta) K S_[c]).
 
 Its inverse does not depend on S_[c], so only two products per chunk are left to the serial scan.
-M and zeta are the decays of `moments.Decay`.
+M and zeta are the decays of `moments.Decay`; here autograd differentiates them.
 """
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gka.maths.grouped import shared_matmul, weight_shared
 from gka.maths.layout import ChunkLayout
-from gka.maths.moments import Decay
+from gka.maths.moments import reset_floor
 
 
 def delta_rule_sequence(
@@ -83,18 +83,34 @@ def delta_rule_chunks(
     if layout.num_chunks == 0:
         return q.new_zeros(*q.shape[:-1], v.shape[-1]), state
     q, k, v, g, beta = (layout.cut(x).transpose(1, 2) for x in (q, k, v, g, beta))
-    decay = Decay.of(g, q)
-    mask, zeta, kt = decay.mask, decay.zeta, k.transpose(-1, -2)
+    mask, zeta = _decays(g, q.dtype)
+    to_end, kt = mask[..., -1, :], k.transpose(-1, -2)
     system = (shared_matmul(weight_shared(beta, k), kt) * mask).tril(-1)
     written = torch.cat([weight_shared(beta, v), weight_shared(beta * zeta, k)], -1)
     # u_t = own_t - S_[c]^T seen_t
     own, seen = torch.linalg.solve_triangular(
         system, written, upper=False, unitriangular=True
     ).split([v.shape[-1], k.shape[-1]], -1)
-    to_end = weight_shared(decay.to_end, k).transpose(-1, -2)
-    u, found, state = _scan_writes(own, seen, to_end, decay.whole, state, layout)
+    to_end = weight_shared(to_end, k).transpose(-1, -2)
+    u, found, state = _scan_writes(own, seen, to_end, zeta[..., -1], state, layout)
     o = (zeta.unsqueeze(-1) * q) @ found + (shared_matmul(q, kt) * mask) @ u
     return layout.join((scale * o).transpose(1, 2)), state
+
+
+def _decays(g: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """M [M,H,C,C] and zeta [M,H,C] of `moments.Decay`, in `dtype`, from log decays g [M,H,C].
+
+    Every entry's log decay is a sum over the tokens between, so that dg_i sums the rectangle j < i <= t.
+    The derivative of cumulative differences would take two sums apart that are nearly equal (g = -100:
+    all of dg was their rounding).
+    """
+    g = g.double().clamp_min(reset_floor(dtype))
+    future = torch.ones(g.shape[-1], g.shape[-1], dtype=torch.bool, device=g.device).triu(1)
+    spans = (
+        g.unsqueeze(-1).where(future.mT, 0.0).cumsum(-2)
+    )  # row t, column j: sum of g over j < i <= t
+    mask = spans.to(dtype).masked_fill(future, -torch.inf).exp()
+    return mask, g.cumsum(-1).to(dtype).exp()
 
 
 def _scan_writes(

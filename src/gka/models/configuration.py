@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from gka.errors import InputError
+from gka.layers.parts.heads import default_head_dim
 from gka.models.checks import check_sizes, check_types
 from gka.models.fields import GKAFields
 from gka.models.pattern import (
@@ -93,6 +94,9 @@ class GKAConfig(GKAFields, PreTrainedConfig):
         for key in _HEADS:
             if key in others:
                 self._set_heads(key, others.pop(key))
+        if self.head_dim is None:
+            check_types(self)  # of the counts just set
+            self.head_dim = default_head_dim(self.hidden_size, self.num_heads)
         others["auto_map"] = others.get("auto_map") or {}
         super().__post_init__(**others)
         self.check()

@@ -16,8 +16,10 @@ class GKAFields:
         mixer: mixer of every layer, a key of `gka.layers.MIXERS`.
         mixers: the mixer of each layer in turn, instead of `mixer`.
         attention_layers: layers (counted from 0) that use "attention" instead of `mixer`.
-        head_dim, num_heads, num_kv_heads, num_v_heads, expand_v: head sizes and counts of the recurrent
-            mixers, as in `gka.layers.GatedKalmaNet`.
+        head_dim: size of a head of the recurrent mixers. None: hidden_size / num_heads, rounded down, as in
+            recipes. A stored configuration has it written and keeps it.
+        num_heads, num_kv_heads, num_v_heads, expand_v: their head counts, and the size of values beside
+            head_dim, as in `gka.layers.GatedKalmaNet`.
             Also known as num_attention_heads and num_key_value_heads (properties; see there for hybrids).
         num_k_heads, kv_rank, kv_mix: of "gka" alone, as in `GatedKalmaNet`.
         use_beta_gate, use_alpha_connection, use_v_conv, use_forgetting_gate, use_forgetting_gate_kk,
@@ -53,7 +55,7 @@ class GKAFields:
     mixer: str = "gka"
     mixers: list[str] | None = None
     attention_layers: list[int] | None = None
-    head_dim: int = 128
+    head_dim: int | None = None
     num_heads: int = 16
     num_kv_heads: int | None = None
     num_v_heads: int | None = None

@@ -51,11 +51,8 @@ def attention_heads(config: GKAFields) -> tuple[int, int, int]:
     inherited = config.num_heads if config.num_kv_heads is None else config.num_kv_heads
     heads = config.attention_num_heads or config.num_heads
     kv_heads = inherited if config.attention_num_heads is None else heads
-    return (
-        heads,
-        config.attention_num_kv_heads or kv_heads,
-        (config.attention_head_dim or config.head_dim),
-    )
+    head_dim = int(config.attention_head_dim or config.head_dim or 0)
+    return heads, config.attention_num_kv_heads or kv_heads, head_dim
 
 
 def check_pattern(config: GKAFields) -> None:

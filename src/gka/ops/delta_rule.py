@@ -135,7 +135,7 @@ def delta_rule_backward(
     given = (q, k, v, g, beta, state)
     with torch.enable_grad():
         leaves = [None if x is None else x.detach().requires_grad_() for x in given]
-        results = _run(*leaves, cu_seqlens, cu_seqlens_cpu, scale, stepwise)  # pyright: ignore[reportArgumentType]
+        results = _run(*leaves, cu_seqlens, cu_seqlens_cpu, scale, stepwise)  # pyright: ignore[reportArgumentType, reportCallIssue]
     wanted = [x for x in leaves if x is not None]
     found = iter(
         torch.autograd.grad(

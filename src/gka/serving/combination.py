@@ -11,8 +11,7 @@ from gka.layers import GatedKalmaNet
 from gka.layers.linear_attention import GatedLinearAttention
 from gka.maths.moments import after
 from gka.models import GKACache, GKAForCausalLM, cache_tensors, fill_cache
-from gka.serving.contents import Contents
-from gka.serving.decay import DecayTotals
+from gka.serving.contents import Contents, DecayTotals
 
 HOW = ("sequence", "sum", "mean")
 Named = list[dict[str, Tensor]]

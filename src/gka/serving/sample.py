@@ -15,15 +15,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def load(folder: Path) -> "tuple[GKAForCausalLM, PreTrainedTokenizerBase]":
-    """Model and tokenizer saved in `folder`, or in the `model/` of a run's folder; on a GPU if there is one.
+def load(
+    folder: Path, *, dtype: str = "auto", device: str | None = None
+) -> "tuple[GKAForCausalLM, PreTrainedTokenizerBase]":
+    """Model and tokenizer saved in `folder`, or in the `model/` of a run's folder.
+
+    Args:
+        folder: where they are.
+        dtype: of the weights; "auto" as they are stored.
+        device: where the model shall be. None: on a GPU if there is one.
 
     Raises:
         InputError: as `gka.checkpoints.open.load_gka`; or there is no tokenizer, or it has more ids than the
             model.
     """
     tokenizer = load_tokenizer_of(folder)
-    model = load_gka(folder)
+    model = load_gka(folder, dtype=dtype, device=device)
     check_vocabulary(tokenizer, model, f"model {folder}")
     return model, tokenizer
 
@@ -102,20 +109,14 @@ def stream_to_stdout(
     return complete(session, tokenizer, prompt, sampling, streamer)
 
 
-def read_prompt(
-    text: str | None,
-    file: Path | None,
-    stdin: BinaryIO | None = None,
-    *,
-    option: str = "prompt_file",
-) -> str:
-    """The prompt from an argument, a UTF-8 file (given as `option`), or else standard input.
+def read_prompt(text: str | None, file: Path | None, stdin: BinaryIO | None = None) -> str:
+    """The prompt from an argument, a UTF-8 file, or else standard input.
 
     Raises:
         InputError: if both are given, the file cannot be read, or the text is not UTF-8.
     """
     if text is not None and file is not None:
-        raise InputError(f"prompt and {option} exclude each other; give one of them")
+        raise InputError("prompt and prompt_file exclude each other; give one of them")
     if text is not None:
         try:
             # Bytes of an argument that are not UTF-8 arrive as lone surrogates.
@@ -127,9 +128,9 @@ def read_prompt(
         raw = file.read_bytes() if file else (stdin or sys.stdin.buffer).read()
         return raw.decode()
     except OSError as error:
-        raise InputError(f"{option} {file} cannot be read: {error.strerror}") from None
+        raise InputError(f"prompt_file {file} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        where = f"{option} {file}" if file else "prompt on standard input"
+        where = f"prompt_file {file}" if file else "prompt on standard input"
         raise InputError(
             f"{where} is not UTF-8 (byte 0x{error.object[error.start]:02x} at offset {error.start})"
         ) from None

@@ -13,9 +13,17 @@ from gka.models import GKAForCausalLM
 from gka.serving import combination, statefile
 from gka.serving.contents import Contents
 from gka.serving.graph import CaptureError, GraphedSteps, check_choice, why_not_graphed
-from gka.serving.reading import PREFILL_CHUNK, OneAtATime, check_chunk, check_model, prefill
+from gka.serving.reading import (
+    PREFILL_CHUNK,
+    Ids,
+    OneAtATime,
+    check_chunk,
+    check_model,
+    left_padding,
+    prefill,
+    token_ids,
+)
 from gka.serving.sampling import Sampling, chooser
-from gka.serving.tokens import Ids, left_padding, token_ids
 
 
 class GenerationSession:

@@ -13,8 +13,7 @@ from gka.data.files import replacing
 from gka.errors import InputError
 from gka.models import GKAConfig, GKAForCausalLM
 from gka.models.fields import GKAFields
-from gka.serving import contents_check
-from gka.serving.contents import Contents
+from gka.serving.contents import Contents, why_not, why_not_finite
 
 FORMAT, VERSION = "gka-session", 1
 # What may differ between the model that wrote a state and the one that goes on from it.
@@ -39,7 +38,7 @@ def save_contents(path: Path, model: GKAForCausalLM, contents: Contents) -> None
         "batch_size": contents.batch_size or 0,
         "tracks_decay": contents.decay is not None,
     }
-    wrong = contents_check.why_not(model, header, tensors) or contents_check.why_not_finite(tensors)
+    wrong = why_not(model, header, tensors) or why_not_finite(tensors)
     if wrong is not None:
         raise InputError(f"state {path} was not written: {wrong}")
     header["sha256"] = _checksum(header, tensors)
@@ -70,9 +69,9 @@ def load_contents(
     _check_identity(path, header, _identity(model))
     if verify and _checksum(header, tensors) != header.get("sha256"):
         raise InputError(f"state {path} is damaged: its content does not have its checksum")
-    wrong = contents_check.why_not(model, header, tensors)
+    wrong = why_not(model, header, tensors)
     if wrong is None and verify:
-        wrong = contents_check.why_not_finite(tensors)
+        wrong = why_not_finite(tensors)
     if wrong is not None:
         raise InputError(f"state {path} does not fit the model: {wrong}")
     tensors = {name: x.to(model.device) for name, x in tensors.items()}

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from gka.commandline import answered, duration, leave_lost, stop_signals, terminals
+from gka.console import answered, duration, leave_lost, stop_signals, terminals
 from gka.errors import InputError
 from gka.storage import storage_errors
 from gka.training.checkpoints import SEAL, clear_cut_short, seal

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 from gka.data.files import read_json, write_json
 from gka.errors import InputError
 from gka.storage import is_empty, only_writer, storage_errors
-from gka.training.config import merged
+from gka.training.settings import merged
 
 if TYPE_CHECKING:
     from rich.console import Console

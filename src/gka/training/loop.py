@@ -59,7 +59,7 @@ def fit(
         Interrupted: if asked to stop.
         InputError: if the loss is no longer a number.
     """
-    from gka.commandline import lines
+    from gka.console import lines
     from gka.training.callbacks import Estimate, ProgressBar, stop_on_signals
     from gka.training.trainer import arguments
 

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gka.commandline import status
+from gka.console import status
 from gka.data import (
     PackedTokens,
     TokenBlocks,

@@ -75,7 +75,7 @@ def arguments(config: TrainingConfig, folder: Path) -> TrainingArguments:
         ddp_find_unused_parameters=False,
         # bfloat16 is as good on a CPU, but the Trainer has to hear that a CPU is meant.
         use_cpu=not torch.cuda.is_available(),
-        bf16=config.precision == "bfloat16",
+        bf16=config.dtype == "bfloat16",
         logging_steps=config.log_steps,
         eval_strategy="steps",
         eval_steps=config.eval_steps,

@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from gka.cli import app
+from gka.commands.main import app
 from gka.data import byte_tokenizer
 from gka.errors import InputError
 from gka.evaluation.context import run

@@ -29,9 +29,10 @@ def softplus(x):
 
 
 @triton.jit
-def decay_rate(A_log):
-    """-exp(A_log), finite: a rate of inf would meet a softplus of 0 as NaN (gka.layers.recurrent_mixer)."""
-    return -tl.exp(tl.where(A_log > 88.0, 88.0, A_log))
+def decay_rate(A_log, dt_bias):
+    """-exp(A_log) and the shift of a; A_log beyond 60 is in the shift (gka.layers.parts.decay)."""
+    capped = tl.where(A_log > 60.0, 60.0, A_log)
+    return -tl.exp(capped), dt_bias + (A_log - capped)
 
 
 @triton.jit
@@ -49,9 +50,8 @@ def write_gates(
     if a2 is not None:
         tl.store(alpha + offsets, sigmoid(load_wide(a2, offsets, mask)), mask=mask)
     if a is not None:
-        rate = decay_rate(load_wide(A_log, heads, exists))[None, :]
-        shift = load_wide(dt_bias, heads, exists)[None, :]
-        decay = rate * softplus(load_wide(a, offsets, mask) + shift)
+        rate, shift = decay_rate(load_wide(A_log, heads, exists), load_wide(dt_bias, heads, exists))
+        decay = rate[None, :] * softplus(load_wide(a, offsets, mask) + shift[None, :])
         decay = tl.where(decay < LEAST_DECAY, LEAST_DECAY, decay)
         tl.store(g + offsets, tl.where(inside, decay, 0.0), mask=mask)
 
@@ -112,8 +112,9 @@ def gates_backward_kernel(
         if lengths is not None:
             length = tl.load(lengths + rows // T, mask=rows < tokens, other=0)
             inside = (rows % T < length)[:, None] & mask
-        rate = decay_rate(load_wide(A_log, heads, exists))[None, :]
-        x = load_wide(a, offsets, mask) + load_wide(dt_bias, heads, exists)[None, :]
+        rate, shift = decay_rate(load_wide(A_log, heads, exists), load_wide(dt_bias, heads, exists))
+        rate = rate[None, :]
+        x = load_wide(a, offsets, mask) + shift[None, :]
         grad = load_wide(dg, offsets, inside)
         grad = tl.where(rate * softplus(x) < LEAST_DECAY, 0.0, grad)
         through = grad * rate * sigmoid(x)

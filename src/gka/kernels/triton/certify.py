@@ -12,11 +12,11 @@ from gka.kernels.triton.common import (
     cumulative_decays,
     decay_mask,
     inverse,
+    key_operand,
     load_decay,
     load_gate,
     load_rows,
     load_state,
-    operand,
     store_gate,
     store_rows,
     sum_blocks,
@@ -131,11 +131,12 @@ def certify_kernel(
     valid = places < tl.load(chunk_len + m)
     rk = tl.arange(0, BK)
     write = load_gate(beta, row, H, h, valid, 1.0)
-    kn, k_max = operand(load_rows(k, row, HK, h // GK, K, rk, valid), OP)
+    kn, share, k_max = key_operand(load_rows(k, row, HK, h // GK, K, rk, valid), OP)
+    size = k_max * share
     log_decays = load_decay(gk, row, H, h, valid)
     coarse, fine = cumulative_decays(log_decays)
     zeta = tl.exp(coarse + fine)
-    weight = decay_mask(coarse, fine, places) * (write * write * k_max * k_max)[None, :]
+    weight = decay_mask(coarse, fine, places) * (write * write * size * size)[None, :]
     h_ptr = h_start + mh * K * K
     hn = None if TILED else load_state(h_ptr, rk, rk, K, K)
     h_scale = tl.load(h_scales + mh * NK)

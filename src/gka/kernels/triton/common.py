@@ -192,6 +192,28 @@ def operand(x, OP: tl.constexpr):
 
 
 @triton.jit
+def shares(rows, largest):
+    """s_j / largest: the powers of two that take max|k_j| <= largest to within (1/2, 1]; 0 where k_j is 0."""
+    ratio = largest / tl.where(rows > 0.0, rows, largest)
+    ratio = tl.where(ratio < 1e30, ratio, 1e30)  # so that a subnormal is no division by 0
+    power = (ratio.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.where(rows > 0.0, 1.0 / power, 0.0), power
+
+
+@triton.jit
+def key_operand(k, OP: tl.constexpr):
+    """k_j / s_j in the tensor cores' dtype, s_j / max|k| [C], max|k|.
+
+    Keys of their own size: W_tj s_j^2 <= 4 F_t, whatever the size of the others that have faded.
+    """
+    rows = tl.max(tl.abs(k), 1)
+    largest = tl.max(rows, 0)
+    largest = tl.where(largest > 0.0, largest, 1.0)
+    share, power = shares(rows, largest)
+    return ((k / largest) * power[:, None]).to(OP), share, largest
+
+
+@triton.jit
 def inverse(x):
     """1/x, and 0 where x is 0 or so small that 1/x would not be finite."""
     return tl.where(x > 1e-37, 1.0 / tl.where(x > 1e-37, x, 1.0), 0.0)

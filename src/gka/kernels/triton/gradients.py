@@ -19,6 +19,7 @@ from gka.kernels.triton.common import (
     load_raw,
     load_rows,
     load_state,
+    shares,
     store_gate,
     store_rows,
     sum_blocks,
@@ -150,7 +151,8 @@ def through_h_kernel(
     x_scale,
     y,  # [tokens, G, K]: rows divided by y_scale
     y_scale,
-    w_t,  # [tokens, G]
+    p_t,  # [tokens, G]: 2 a <x_t, y_t>
+    fro,  # [tokens, G]: F_t
     start_h,  # [tokens, G]: x_t^T H_[c] y_t
     key_weight,  # [tokens, G]
     k,
@@ -191,7 +193,9 @@ def through_h_kernel(
     valid = places < tl.load(chunk_len + m)
     rk = tl.arange(0, BK)
     k_max = tl.load(k_maxima + mh)
-    kn = (load_rows(k, row, HK, h // GK, K, rk, valid) * inverse(k_max)).to(OP)
+    kt = load_rows(k, row, HK, h // GK, K, rk, valid)
+    share, power = shares(tl.max(tl.abs(kt), 1), k_max)
+    kn, size = (kt * (power * inverse(k_max))[:, None]).to(OP), k_max * share  # k_j / s_j, s_j
     e_ptr = ends + mh * K * K
     en = None if TILED else load_state(e_ptr, rk, rk, K, K)
     e_scale = tl.load(end_scales + mh * NK)
@@ -203,8 +207,8 @@ def through_h_kernel(
     grad_k = tl.zeros((C, BK), tl.float32)
     grad_k = add_product(grad_k, kn, en, e_ptr, K, TILED, False, PREC)
     grad_k = add_product(grad_k, kn, en, e_ptr, K, TILED, True, PREC)  # rows (E + E^T) k_j
-    grad_k *= (to_end * (k_max * e_scale))[:, None]
-    ends_j = tl.sum(kn.to(tl.float32) * grad_k, 1) * (0.5 * k_max)
+    grad_k *= (to_end * (size * e_scale))[:, None]
+    ends_j = tl.sum(kn.to(tl.float32) * grad_k, 1) * (0.5 * size)
     grad_k *= beta2[:, None]
     pairs = tl.zeros((C, C), tl.float32)
     start = tl.zeros((C,), tl.float32)
@@ -212,49 +216,56 @@ def through_h_kernel(
         h_ptr = h_start + mh * K * K
         hn = None if TILED else load_state(h_ptr, rk, rk, K, K)
         h_scale = tl.load(h_scales + mh * NK)
-        of_start = load_gate(key_weight, row, G, j, valid, 0.0)
+        of_start = load_gate(key_weight, row, G, j, valid, 0.0) * inverse(size)
         kh = tl.zeros((C, BK), tl.float32)
-        kh = add_product(kh, kn, hn, h_ptr, K, TILED, False, PREC) * (h_scale * k_max)
-        energies = tl.sum(kh * kn.to(tl.float32), 1) * k_max
+        kh = add_product(kh, kn, hn, h_ptr, K, TILED, False, PREC) * h_scale
+        energies = tl.sum(kh * kn.to(tl.float32), 1) * size * size
         grad_k -= kh * of_start[:, None]
-        beta2_max = tl.max(beta2, 0)
-        relative = beta2 * inverse(beta2_max)
-        bound = tl.max(tl.abs(of_start), 0) * h_scale + 2.0 * beta2_max * e_scale
-        bound *= k_max * K  # on grad_k
+        written = beta2 * size
+        most_written = tl.max(written, 0)
+        relative = written * inverse(most_written)
+        # on grad_k
+        bound = (tl.max(tl.abs(of_start), 0) * h_scale + 2.0 * most_written * e_scale) * K
         mask = decay_mask(coarse, fine, places).to(OP)
-        # the ridge's part: W^T diag(w) W over the keys, and (W (K K^T)^2)_tj
-        w = load_gate(w_t, row, G, j, valid, 0.0)
-        w_max = tl.max(tl.abs(w), 0)
+        # the ridge's part: M^T diag(p) R over the keys, and (R (K K^T)^2)_tj; R = W s^2 / F <= 4
+        p = load_gate(p_t, row, G, j, valid, 0.0)
+        per_f = inverse(load_gate(fro, row, G, j, valid, 0.0))
         gram = tl.dot(kn, tl.trans(kn), input_precision=PREC)  # |.| <= K
-        weighted = (mask.to(tl.float32) * (w * inverse(w_max))[:, None]).to(OP)
-        full = tl.dot(tl.trans(mask), weighted, input_precision=PREC)  # |.| <= C
-        full = full * gram * relative[:, None] * (-relative)[None, :]
-        size = w_max * (beta2_max * k_max) * (beta2_max * k_max) * k_max
-        unit = unit_of(size, bound, 1.0)
+        weighted = mask.to(tl.float32) * (written * size)[None, :]
+        row_max = tl.max(weighted, 1)
+        weighted *= inverse(row_max)[:, None]
+        row_max *= per_f
+        pairs = tl.dot(weighted.to(OP), (gram * gram * (1.0 / K)).to(OP), input_precision=PREC)
+        pairs *= (row_max * K)[:, None] * (size * size)[None, :]
+        of_row = p * row_max
+        p_max = tl.max(tl.abs(of_row), 0)
+        weighted *= (of_row * inverse(p_max))[:, None]
+        full = tl.dot(tl.trans(mask), weighted.to(OP), input_precision=PREC)  # |.| <= C
+        full = full * gram * (-relative)[:, None]
+        largest = p_max * most_written
+        unit = unit_of(largest, bound, 1.0)
         grad_k = (
-            tl.dot((full * (size / unit)).to(OP), kn, grad_k / unit, input_precision=PREC) * unit
+            tl.dot((full * (largest / unit)).to(OP), kn, grad_k / unit, input_precision=PREC) * unit
         )
-        bound += size * (C * C * K)
-        square_gram = (gram * gram * (1.0 / K)).to(OP)
-        weighted = (mask.to(tl.float32) * relative[None, :]).to(OP)
-        pairs = tl.dot(weighted, square_gram, input_precision=PREC)
-        pairs *= (beta2_max * K) * (k_max * k_max) * (k_max * k_max)
+        bound += tl.max(tl.abs(p), 0) * most_written * (C * K)  # tr H_t <= K^1/2 F_t
         zeta = tl.exp(coarse + fine)
-        pairs = (0.5 * w)[:, None] * (zeta[:, None] * energies[None, :] + pairs)
+        pairs = (0.5 * p)[:, None] * ((zeta * per_f)[:, None] * energies[None, :] + pairs)
         inner = zeta * sum_blocks(h_norms, mh, NK)
-        inner += tl.sum(mask.to(tl.float32) * (beta2 * energies)[None, :], 1)
-        start = -zeta * (load_gate(start_h, row, G, j, valid, 0.0) + 0.5 * w * inner)
+        inner = per_f * (inner + tl.sum(mask.to(tl.float32) * (beta2 * energies)[None, :], 1))
+        start = -zeta * (load_gate(start_h, row, G, j, valid, 0.0) + 0.5 * p * inner)
         # the solve's part
         xn = load_raw(x, row, H, h, K, rk, valid)
         yn = load_raw(y, row, G, j, K, rk, valid)
         both = load_gate(x_scale, row, H, h, valid, 0.0) * load_gate(y_scale, row, G, j, valid, 0.0)
         both_max = tl.max(both, 0)
-        size = both_max * (k_max * beta2_max)
-        unit = unit_of(size, bound, 1.0)
-        of_row, of_column = both * inverse(both_max) * (size / unit), -relative
+        largest = both_max * most_written
+        unit = unit_of(largest, bound, 1.0)
+        of_row, of_column = both * inverse(both_max) * (largest / unit), -relative
         x_k = tl.dot(xn, tl.trans(kn), input_precision=PREC)
         y_k = tl.dot(yn, tl.trans(kn), input_precision=PREC)
-        pairs = -mask.to(tl.float32) * (pairs + x_k * y_k * (both * (k_max * k_max))[:, None])
+        pairs = -mask.to(tl.float32) * (
+            pairs + x_k * y_k * (both[:, None] * (size * size)[None, :])
+        )
         weight = mask.to(tl.float32) * of_row[:, None] * of_column[None, :]
         x_k = (x_k * weight).to(OP)
         y_k = (y_k * weight).to(OP)

@@ -119,7 +119,9 @@ class TritonPasses:
         )  # fmt: skip
         launches = [_of_chunks(call, readout_backward_kernel, "readout_backward", heads, args)]
         if a is not None:  # y takes the place of dx
-            extra = (*back.solutions, grads.dq, a.w_t, a.start_h, a.key_weight, a.start_weight)
+            extra = (
+                *back.solutions, grads.dq, a.w_t, _fro(call, heads), a.start_h, a.key_weight, a.start_weight,
+            )  # fmt: skip
             launches += _solve(call, heads, dx, group.h, dx, *extra)
         return launches
 
@@ -156,11 +158,13 @@ class TritonPasses:
             *call.tables, call.settings.scale, *of_dk, *of_dv,
         )  # fmt: skip
         launches = [_of_chunks(call, through_u_kernel, "through_u", heads, args)]
-        if h is None:
+        if h is None or group.ends_h is None:
             return launches
-        x, of_tokens = (None, None), (None,) * 5
+        x, of_tokens = (None, None), (None,) * 6
         if a is not None:
-            x, of_tokens = back.solutions, (a.y, a.y_scale, a.w_t, a.start_h, a.key_weight)
+            x, of_tokens = back.solutions, (
+                a.y, a.y_scale, a.w_t, _fro(call, heads), a.start_h, a.key_weight,
+            )  # fmt: skip
         args = (
             *x, *of_tokens, t.k, call.gk, t.beta, *h.stored, h.norms, *group.ends_h, maxima.k, dk,
             grads.dg_h, grads.dbeta2, *call.tables, *of_dk,
@@ -265,7 +269,7 @@ def _solve(
 ) -> list[Launch]:
     """x of A x = rhs into `out`, both with their scales; `adjoint`: the derivative's other arrays."""
     t, adaptive = call.t, call.settings.adaptive
-    extra = adjoint or (None,) * 7
+    extra = adjoint or (None,) * 8
     certificate = _certificate(call, heads) if adaptive else (None,) * 4
     launches = [_certify(call, heads, h, certificate)] if adaptive else []
     args = (
@@ -276,6 +280,11 @@ def _solve(
         options = {"ADJOINT": bool(adjoint), "PART": part}
         launches.append(_of_chunks(call, solve_kernel, "solve", heads, args, **options))
     return launches
+
+
+def _fro(call: GpuCall, heads: Heads) -> Tensor:
+    """F_t of the tokens of a group, from the adjoint solve to the gradients."""
+    return call.scratch("fro", *call.t.q.shape[:2], heads.count)
 
 
 def _system(call: GpuCall) -> tuple[float, int, float]:

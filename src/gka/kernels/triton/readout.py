@@ -6,6 +6,7 @@ import triton.language as tl
 from gka.kernels.triton.common import (
     cumulative_decays,
     decay_mask,
+    key_operand,
     load_decay,
     load_gate,
     load_mix,
@@ -59,13 +60,13 @@ def readout_kernel(
     valid = places < tl.load(chunk_len + m)
     rk = tl.arange(0, BK)
     write = load_gate(beta, row, H, h, valid, 1.0)
-    kn, k_max = operand(load_rows(k, row, HK, h // GK, K, rk, valid), OP)
+    kn, share, k_max = key_operand(load_rows(k, row, HK, h // GK, K, rk, valid), OP)
     z = load_mix(q, x, x_scale, alpha, row, H, h, K, rk, valid)
     zn, z_max = operand(z, OP)
     log_decays = load_decay(g, row, H, h, valid)
     coarse, fine = cumulative_decays(log_decays)
     zeta = tl.exp(coarse + fine)
-    weight = decay_mask(coarse, fine, places) * (write * write)[None, :]
+    weight = decay_mask(coarse, fine, places) * (write * write * share)[None, :]
     pn, p_max = operand(tl.dot(zn, tl.trans(kn), input_precision=PREC) * weight, OP)
     for block in tl.static_range(NV):
         rv = block * BV + tl.arange(0, BV)

@@ -16,6 +16,7 @@ from gka.kernels.triton.common import (
     load_raw,
     load_state,
     row_maxima,
+    shares,
     store_state,
 )
 from gka.kernels.triton.scan import earlier, segment_of, unit_of
@@ -41,24 +42,29 @@ def hand_back_u(
 
 @triton.jit
 def hand_back_h(
-    grad, bound, whole, zeta, x, x_scale, y, y_scale, k, k_max, key_weight, start_weight, stored, scale,
+    grad, bound, whole, zeta, x, x_scale, y, y_scale, k, k_max, key_weight, start_weight, stored,
     row, valid, h, j, rk, rv, H, G, HK: tl.constexpr, GK: tl.constexpr, K: tl.constexpr,
     OP: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """E <- E whole - sum_t zeta_t y_t x_t^T - (K^T diag(key_weight) K + start_weight H_[c]) / 2."""
+    """E <- E whole - sum_t zeta_t y_t x_t^T - (K^T diag(key_weight) K + start_weight H_[c]) / 2.
+
+    Of keys k_j / s_j and of H_[c] as it is stored.
+    """
     both = (
         zeta * load_gate(x_scale, row, H, h, valid, 0.0) * load_gate(y_scale, row, G, j, valid, 0.0)
     )
-    of_keys = 0.5 * load_gate(key_weight, row, G, j, valid, 0.0) * (k_max * k_max)
-    of_start = 0.5 * start_weight * scale
+    of_keys = 0.5 * load_gate(key_weight, row, G, j, valid, 0.0)
+    of_start = 0.5 * start_weight
     largest = tl.sum(both + tl.abs(of_keys), 0) + tl.abs(of_start)
     unit = unit_of(largest, bound, whole)
     grad = grad * (whole / unit) - stored.to(tl.float32) * (of_start / unit)
     left = load_raw(y, row, G, j, K, rk, valid)
     right = load_raw(x, row, H, h, K, rv, valid).to(tl.float32) * (-both / unit)[:, None]
     grad = tl.dot(tl.trans(left), right.to(OP), grad, input_precision=PREC)
-    less = inverse(k_max)
-    left = load_raw(k, row, HK, h // GK, K, rk, valid).to(tl.float32) * less
+    raw = load_raw(k, row, HK, h // GK, K, rk, valid)
+    _share, power = shares(row_maxima(raw), k_max)
+    less = (power * inverse(k_max))[:, None]
+    left = raw.to(tl.float32) * less
     right = load_raw(k, row, HK, h // GK, K, rv, valid).to(tl.float32) * less
     right = (right * (-of_keys / unit)[:, None]).to(OP)
     grad = tl.dot(tl.trans(left.to(OP)), right, grad, input_precision=PREC) * unit
@@ -166,8 +172,8 @@ def reverse_h_kernel(
     y_scale,  # [tokens, G]
     k,  # [tokens, HK, K]
     k_maxima,  # [M, G]: max |k| of the chunk
-    key_weight,  # [tokens, G]: sum_t zeta_t w_t W_tj
-    start_weight,  # [M, G]: sum_t zeta_t^2 w_t
+    key_weight,  # [tokens, G] and
+    start_weight,  # [M, G]: as solve_kernel leaves them
     gk,  # [tokens, H] or None
     states,
     scales,
@@ -240,7 +246,7 @@ def reverse_h_kernel(
         else:
             grad, bound = hand_back_h(
                 grad, bound, whole, zeta, x, x_scale, y, y_scale, k, tl.load(k_maxima + at),
-                key_weight, tl.load(start_weight + at), stored, scale, row, valid, h, j, rk, rv, H, G,
+                key_weight, tl.load(start_weight + at), stored, row, valid, h, j, rk, rv, H, G,
                 HK, GK, K, OP, PREC,
             )  # fmt: skip
         decay += total

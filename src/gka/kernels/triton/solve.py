@@ -7,13 +7,13 @@ from gka.kernels.triton.common import (
     add_product,
     cumulative_decays,
     decay_mask,
+    key_operand,
     load_decay,
     load_gate,
     load_raw,
     load_rows,
     load_scaled,
     load_state,
-    operand,
     store_gate,
     store_rows,
     store_scaled,
@@ -102,10 +102,11 @@ def solve_kernel(
     forward_x,  # [tokens, H, K]
     forward_scale,  # [tokens, H]
     dq,  # [tokens, H, K]: y is added to it
-    w_t,  # [tokens, G] float32: w_t = 2 a <x_t, y_t> / F_t
+    p_t,  # [tokens, G] float32: p_t = 2 a <x_t, y_t>; over F_t it could overflow
+    fro,  # [tokens, G] float32: F_t
     start_h,  # [tokens, G] float32: x_t^T H_[c] y_t
-    key_weight,  # [tokens, G] float32: sum_t zeta_t w_t W_tj
-    start_weight,  # [M, G] float32: sum_t zeta_t^2 w_t
+    key_weight,  # [tokens, G] float32: sum_t zeta_t p_t W_tj s_j^2 / F_t, s_j of key_operand
+    start_weight,  # [M, G] float32: sum_t zeta_t^2 p_t / F_t times h_scales
     # only with the adaptive solver, as certify_kernel left them:
     nystroem,  # [tokens, G, K] OP: w_t
     tau,  # [tokens, G] float32
@@ -146,11 +147,12 @@ def solve_kernel(
     valid = places < tl.load(chunk_len + m)
     rk = tl.arange(0, BK)
     write = load_gate(beta, row, H, h, valid, 1.0)
-    kn, k_max = operand(load_rows(k, row, HK, h // GK, K, rk, valid), OP)
+    kn, share, k_max = key_operand(load_rows(k, row, HK, h // GK, K, rk, valid), OP)
+    size = k_max * share
     log_decays = load_decay(gk, row, H, h, valid)
     coarse, fine = cumulative_decays(log_decays)
     zeta = tl.exp(coarse + fine)
-    weight = decay_mask(coarse, fine, places) * (write * write * k_max * k_max)[None, :]
+    weight = decay_mask(coarse, fine, places) * (write * write * size * size)[None, :]
     h_ptr = h_start + mh * K * K
     hn = None if TILED else load_state(h_ptr, rk, rk, K, K)
     h_scale = tl.load(h_scales + mh * NK)
@@ -198,8 +200,8 @@ def solve_kernel(
         store_scaled(x, x_scale, solution, row, G, j, K, rk, valid)
         raw = load_raw(forward_x, row, H, h, K, rk, valid)
         x_size = load_gate(forward_scale, row, H, h, valid, 0.0)
-        w = tl.sum(raw.to(tl.float32) * solution, 1) * x_size
-        w = tl.where(empty, 0.0, 2.0 * ridge_ratio * w / f)
+        p = tl.sum(raw.to(tl.float32) * solution, 1) * x_size
+        p = tl.where(empty, 0.0, 2.0 * ridge_ratio * p)
         x_h = tl.zeros(solution.shape, tl.float32)
         x_h = add_product(x_h, raw, hn, h_ptr, K, TILED, False, PREC)
         x_h_y = tl.sum(x_h * solution, 1) * (x_size * h_scale)
@@ -207,11 +209,13 @@ def solve_kernel(
         log_decays = load_decay(gk, row, H, h, valid)
         coarse, fine = cumulative_decays(log_decays)
         zeta = tl.exp(coarse + fine)
-        of_keys = tl.sum((zeta * w)[:, None] * decay_mask(coarse, fine, places), 0) * write * write
-        store_gate(w_t, w, row, G, j, valid)
+        weight = decay_mask(coarse, fine, places) * (write * write * size * size)[None, :]
+        of_keys = tl.sum((zeta * p)[:, None] * (weight / f[:, None]), 0)
+        store_gate(p_t, p, row, G, j, valid)
+        store_gate(fro, f, row, G, j, valid)
         store_gate(start_h, x_h_y, row, G, j, valid)
         store_gate(key_weight, of_keys, row, G, j, valid)
-        tl.store(start_weight + mh, tl.sum(zeta * zeta * w, 0))
+        tl.store(start_weight + mh, tl.sum(zeta * p * (zeta * h_scale / f), 0))
         solution += load_rows(dq, row, H, h, K, rk, valid)
         store_rows(dq, solution, row, H, h, K, rk, valid)
     else:

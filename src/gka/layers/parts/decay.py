@@ -1,7 +1,6 @@
 """The decay's parameters of a recurrent mixer: kept in float32 and out of weight decay, whatever is done
 to the model around them."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ DECAY_PARAMETERS = ("A_log", "dt_bias")
 of these few numbers compounds over the sequence, and weight decay would change how long is remembered."""
 
 MOST_DECAY = 1e30  # exp of minus that is 0, and its products with a gradient are finite
+MOST_LOG_RATE = 60.0  # e^60 times a gradient is finite, and g = -1e-12 needs no subnormal softplus
 
 
 class DecayParameters(nn.Module):
@@ -30,11 +30,14 @@ class DecayParameters(nn.Module):
     def log_decay(self, a: Tensor) -> Tensor:
         """g = -exp(A_log) softplus(a + dt_bias) of a [B,T,H], finite: inf times 0 would be NaN.
 
-        An A_log above 88 (float32; 709 in float64) counts as that; a decay of 0 is one of any rate.
+        What A_log has above MOST_LOG_RATE goes into the softplus, e^s softplus(x) = softplus(x + s) for
+        x + s << 0. Where that does not hold both forms are a decay of 0.
         """
-        limits = torch.finfo(a.dtype)
-        rate = self.A_log.to(a.dtype).clamp_max(math.floor(math.log(limits.max))).exp()
-        return -(rate * F.softplus(a + self.dt_bias.to(a.dtype))).clamp_max(MOST_DECAY)
+        A_log = self.A_log.to(a.dtype)
+        # a clamp of its own, and not A_log less the other: no rounding reaches an ordinary gradient
+        shift = self.dt_bias.to(a.dtype) + (A_log - MOST_LOG_RATE).clamp_min(0.0)
+        rate = A_log.clamp_max(MOST_LOG_RATE).exp()
+        return -(rate * F.softplus(a + shift)).clamp_max(MOST_DECAY)
 
     def _add_decay_parameters(self, heads: int) -> None:
         """A_log and dt_bias [heads], without values."""

@@ -14,6 +14,11 @@ class HeadCounts(TypedDict):
     num_v_heads: int
 
 
+def default_head_dim(hidden_size: int, num_heads: int) -> int:
+    """The head size of a configuration or recipe that gives none: hidden_size / num_heads, rounded down."""
+    return hidden_size // num_heads
+
+
 def split_heads(
     num_heads: int,
     num_kv_heads: int | None,

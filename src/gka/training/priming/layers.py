@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gka.commandline import status
+from gka.console import status
 from gka.data.files import read_json, write_json
 from gka.errors import InputError
 from gka.models.pattern import SOFTMAX_MIXERS

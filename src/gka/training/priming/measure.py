@@ -21,14 +21,14 @@ class HeldOut:
     Args:
         blocks: the data set; with a `collate` of its own if it has one.
         batch_size: blocks of a forward pass.
-        precision: "float32", or "bfloat16" for autocast.
+        dtype: "float32", or "bfloat16" for autocast.
         bytes_per_target: bytes of text that a predicted token stands for, on average.
     """
 
     def __init__(
-        self, blocks: Dataset, batch_size: int, precision: str, bytes_per_target: float
+        self, blocks: Dataset, batch_size: int, dtype: str, bytes_per_target: float
     ) -> None:
-        self.blocks, self.batch_size, self.precision = blocks, batch_size, precision
+        self.blocks, self.batch_size, self.dtype = blocks, batch_size, dtype
         self.bytes_per_target = bytes_per_target
         self.collate: Collate = getattr(blocks, "collate", default_collate)
 
@@ -41,8 +41,8 @@ class HeldOut:
             yield {name: value.to(device) for name, value in self.collate(items).items()}
 
     def autocast(self, device: torch.device) -> Any:
-        """The precision of the training, as a context."""
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+        """The arithmetic of the training, as a context."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == "bfloat16")
 
     @torch.no_grad()
     def loss(self, model: Any, most: int | None = None) -> float:

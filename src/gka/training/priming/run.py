@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gka.commandline import status
+from gka.console import status
 from gka.data.files import read_json, sha256_of, write_json
 from gka.errors import InputError
 from gka.training import folder as files

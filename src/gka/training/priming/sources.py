@@ -71,7 +71,7 @@ def open_blocks(
 
 
 def held_out(config: PrimeConfig, blocks: Any) -> "HeldOut":
-    """How the held-out blocks are measured: in the batches and precision of stage 2."""
+    """How the held-out blocks are measured: in the batches and dtype of stage 2."""
     from gka.training.priming.measure import HeldOut
 
     size, targets = (
@@ -80,4 +80,4 @@ def held_out(config: PrimeConfig, blocks: Any) -> "HeldOut":
         else (blocks.part.bytes, blocks.part.tokens)
     )
     per_target = size / targets
-    return HeldOut(blocks, config.stage2.batch_size, config.stage2.precision, per_target)
+    return HeldOut(blocks, config.stage2.batch_size, config.stage2.dtype, per_target)

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from gka import cli, storage
+from gka import storage
 from gka.checkpoints.open import load_model
-from gka.commandline import text_console
+from gka.commands import main as cli
+from gka.console import text_console
 from gka.data import byte_tokenizer
 from gka.errors import InputError
 from gka.models import GKAConfig, GKAForCausalLM
@@ -25,7 +26,7 @@ from gka.storage import only_maker, only_writer
 
 TINY = [
     "--hidden-size=16",
-    "--num-layers=1",
+    "--num-hidden-layers=1",
     "--num-heads=2",
     "--sequence-length=16",
     "--batch-size=2",
@@ -82,10 +83,10 @@ def command(name: str, model: Path, text: Path, output: Path) -> list[str | Path
     """A quick use of a command that writes `output`."""
     arguments: dict[str, list[str | Path]] = {
         "train": [text, *TINY],
-        "prime": [model, "--data", text, "--stage1-steps=0", "--stage2-steps=0",
+        "prime": [model, "--text", text, "--stage1-max-steps=0", "--stage2-max-steps=0",
                   "--sequence-length=16", "--set=data.eval_fraction=0.3"],
-        "recall": ["--head-dim=8", "--pairs=4", "--correlation=0.5", "--seeds=1", "--ridge-ratios=0.02"],
-        "mqar": ["--mixers=gla", "--sizes=8x8", "--learning-rates=0.01", "--seeds=1", "--steps=1",
+        "recall": ["--head-dim=8", "--pairs=4", "--correlations=0.5", "--seeds=1", "--ridge-ratios=0.02"],
+        "mqar": ["--mixers=gla", "--sizes=8x8", "--learning-rates=0.01", "--seeds=1", "--max-steps=1",
                  "--processes=1"],
         "evaluate": [model, "--tasks=perplexity", "--lengths=256", "--samples=1", "--text", text],
         "inspect": [model, "--prompt=to be"],
@@ -175,16 +176,16 @@ def test_consoles_show_text_as_it_is() -> None:
 
 def test_no_command_makes_another_console() -> None:
     """There is one place where consoles of commands are made."""
-    source = Path(cli.__file__).parent
+    source = Path(cli.__file__).parents[1]
     makers = [path for path in source.rglob("*.py") if " Console(" in path.read_text("utf-8")]
-    assert [path.name for path in makers] == ["commandline.py"]
+    assert [path.name for path in makers] == ["console.py"]
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
         "train --seed SEED", "prime MODEL --seed SEED", "generate MODEL --prompt x --seed SEED",
-        "evaluate MODEL --seed SEED", "recall --seeds SEED", "mqar --seeds SEED", "mqar --steps SEED",
+        "evaluate MODEL --seed SEED", "recall --seeds SEED", "mqar --seeds SEED", "mqar --max-steps SEED",
         "train --max-steps SEED", "generate MODEL --prompt x --num-iter SEED",
         "generate MODEL --prompt x --ridge-ratio 1e300", "generate MODEL --prompt x --temperature 1e-300",
     ],
@@ -232,7 +233,7 @@ def test_configurations_with_absurd_numbers_are_one_line(
 def test_a_full_disk_behind_the_output_is_one_line() -> None:
     """Where standard output cannot take what is written, the command says so and ends with 2."""
     with open("/dev/full", "w") as full:
-        code = "from gka.cli import main; main()"
+        code = "from gka.commands.main import main; main()"
         done = subprocess.run(
             [sys.executable, "-c", code, "--help"], stdout=full, stderr=subprocess.PIPE, text=True
         )

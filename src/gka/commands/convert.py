@@ -1,10 +1,11 @@
-"""The command `gka convert`: a checkpoint from one format into another."""
+"""`gka convert`: a checkpoint from one format into another."""
 
 from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
 
+from gka.commands.options import output_folder, silence_libraries
 from gka.storage import only_maker
 
 Source = Annotated[Path, Argument(help="Folder of a model, in any format that this library reads.")]
@@ -12,25 +13,23 @@ Target = Annotated[
     str,
     Option(
         "--to",
+        metavar="FORMAT",
         help="gka, hybrid_qwen3, hybrid_qwen2, hybrid_llama, hybrid_qwen3_moe, fla, fla_gated_deltanet, "
         "qwen3, qwen2, qwen3_moe, llama or mistral.",
     ),
 ]
-Output = Annotated[Path, Option("--output", "-o", help="Folder to write; must not hold anything.")]
+Output = Annotated[Path, output_folder("Folder to write; must not hold anything.")]
 ShardSize = Annotated[str, Option(help="Files are split above this size.")]
 
 
-def convert(folder: Source, to: Target, output: Output, max_shard_size: ShardSize = "5GB") -> None:
+def convert(model: Source, to: Target, output: Output, max_shard_size: ShardSize = "5GB") -> None:
     """Rewrite a checkpoint in another format, bit for bit; tokenizer files are copied."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    silence_libraries()
     from gka.checkpoints import save_as
     from gka.checkpoints.open import load_gka, model_folder
 
-    folder = model_folder(folder)
-    model = load_gka(folder, device="cpu")
+    folder = model_folder(model)
+    loaded = load_gka(folder, device="cpu")
     with only_maker(output, "--output"):
-        save_as(model, output, to, max_shard_size=max_shard_size, extra_files=folder)
-    print(f"{output}: {to}, {sum(p.numel() for p in model.parameters()):,} parameters")
+        save_as(loaded, output, to, max_shard_size=max_shard_size, extra_files=folder)
+    print(f"{output}: {to}, {sum(p.numel() for p in loaded.parameters()):,} parameters")

@@ -11,16 +11,19 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from gka.commands.mqar import mqar
+from gka.commands.recall import recall
 from gka.errors import InputError
-from gka.evaluation.command import mqar, recall
 
 app = typer.Typer(pretty_exceptions_enable=False)
 app.command()(recall)
 app.command()(mqar)
 
 PNG = b"\x89PNG\r\n\x1a\n"
-TINY_RECALL = "recall --head-dim 8 --pairs 4,8 --correlation 0.5 --ridge-ratios 0.02 --num-iters 30"
-TINY_MQAR = "mqar --mixers gla,attention --sizes 8x8 --learning-rates 0.01 --seeds 1 --steps 1"
+TINY_RECALL = (
+    "recall --head-dim 8 --pairs 4,8 --correlations 0.5 --ridge-ratios 0.02 --num-iters 30"
+)
+TINY_MQAR = "mqar --mixers gla,attention --sizes 8x8 --learning-rates 0.01 --seeds 1 --max-steps 1"
 
 
 def run(line: str, *more: str):
@@ -65,10 +68,10 @@ def test_a_stopped_sweep_leaves_no_process_behind(number, tmp_path):
     """SIGTERM, SIGHUP and Ctrl-C, also where a shell has switched that off, end the trainings
     of every process, with status 128 + signal and word of how to go on."""
     line = (
-        "mqar --mixers gla,deltanet --sizes 8x8 --learning-rates 0.01 --seeds 1 --steps 1000000"
+        "mqar --mixers gla,deltanet --sizes 8x8 --learning-rates 0.01 --seeds 1 --max-steps 1000000"
         " --processes 2 --output"
     )
-    code = "from gka.cli import main; main()"
+    code = "from gka.commands.main import main; main()"
     child = subprocess.Popen(
         [sys.executable, "-c", code, *line.split(), str(tmp_path)],
         stdout=subprocess.PIPE,
@@ -108,14 +111,14 @@ def _group_size(group: int) -> int:
     [
         ("recall --pairs 4,x", "--pairs"),
         ("recall --pairs 4.5", "--pairs"),
-        ("recall --correlation 1", "correlations"),
+        ("recall --correlations 1", "correlations"),
         ("recall --ridge-ratios 0", "ridge_ratios"),
         ("recall --num-iters 0", "num_iters"),
         ("recall --seeds 0", "--seeds"),
         ("recall --head-dim 0", "head_dim"),
         ("mqar --preset huge", "--preset"),
         ("mqar --mixers gka,mamba", "mamba"),
-        ("mqar --steps 0", "--steps"),
+        ("mqar --max-steps 0", "--max-steps"),
         ("mqar --processes 0", "--processes"),
         ("mqar --device tpu9", "--device"),
         ("mqar --learning-rates fast", "--learning-rates"),
@@ -141,7 +144,7 @@ def test_an_output_that_cannot_be_a_folder_is_refused(tmp_path):
 def test_importing_the_commands_is_light():
     """The command line can register the commands without transformers, matplotlib or rich."""
     code = (
-        "import sys, gka.evaluation.command;"
+        "import sys, gka.commands.mqar, gka.commands.recall;"
         "print([m for m in ('transformers', 'matplotlib', 'rich', 'accelerate') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

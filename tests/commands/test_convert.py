@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import foreign
-from gka import cli
+from gka.commands import main as cli
 from gka.data.tokenizer import byte_tokenizer
 
 Run = Callable[..., tuple[int, str, str]]

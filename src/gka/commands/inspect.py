@@ -1,21 +1,29 @@
-"""`gka inspect`: options to calls. Heavy imports come last."""
+"""`gka inspect`: what a saved model's memory does with a text, as a page, figures and a table."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from gka.commandline import text_console
-from gka.errors import InputError
-from gka.serving.command import (
+from gka.commands.options import (
+    Chunk,
+    Device,
+    Dtype,
     Model,
     NumIter,
-    PrefillChunk,
     Prompt,
+    PromptFile,
     RidgeRatio,
-    SolverName,
+    Solver,
+    at_least_one,
+    known_dtype,
+    output_folder,
     silence_libraries,
+    usable_device,
 )
+from gka.commands.running import tell
+from gka.console import text_console
+from gka.errors import InputError
 from gka.storage import only_writer
 
 
@@ -23,19 +31,19 @@ def inspect(
     model: Model,
     *,
     prompt: Prompt = None,
-    file: Annotated[
-        Path | None, typer.Option(help="A UTF-8 file with the text. [default: standard input]")
-    ] = None,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for inspection.html and inspection.json.")
-    ] = Path("inspection"),
+    prompt_file: PromptFile = None,
     positions: Annotated[
         int, typer.Option(help="Places of the text at which the states are looked at.")
     ] = 64,
-    prefill_chunk: PrefillChunk = 4096,
     num_iter: NumIter = None,
     ridge_ratio: RidgeRatio = None,
-    solver: SolverName = None,
+    solver: Solver = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    chunk: Chunk = 4096,
+    output: Annotated[
+        Path, output_folder("Folder for inspection.html and inspection.json.")
+    ] = Path("inspection"),
 ) -> None:
     """Show what a model's memory does with a text: decay, ridge, solver error, by layer and head.
 
@@ -44,27 +52,22 @@ def inspect(
     """
     from gka.data.files import write_json, write_text
     from gka.serving import inspection, inspection_page, sample
-    from gka.serving.inspection_table import table
 
-    text = sample.read_prompt(prompt, file, option="file")
+    at_least_one("--chunk", chunk)
+    known_dtype(dtype)
+    text = sample.read_prompt(prompt, prompt_file)
     silence_libraries()
-    loaded, tokenizer = sample.load(model)
+    loaded, tokenizer = sample.load(model, dtype=dtype, device=usable_device(device))
     loaded.set_solver(num_iter=num_iter, ridge_ratio=ridge_ratio, solver=solver)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
     if not ids:
-        raise InputError("the text is empty: give --prompt, --file or standard input")
+        raise InputError("the text is empty: give --prompt, --prompt-file or standard input")
     page, figures = output / "inspection.html", output / "inspection.json"
     with only_writer(output, "--output"):
-        found = inspection.inspect_model(
-            loaded,
-            ids,
-            positions=positions,
-            chunk=prefill_chunk,
-        )
+        found = inspection.inspect_model(loaded, ids, positions=positions, chunk=chunk)
         content = {"model_folder": str(model)} | found
         write_json(figures, content)
         write_text(page, inspection_page.page(content))
     console = text_console()
-    console.print(table(content))
-    for what, path in (("page", page), ("figures", figures)):
-        console.print(f"{what + ':':8} {path}", highlight=False, soft_wrap=True)
+    console.print(inspection_page.table(content))
+    tell(console, output, page=page.name, figures=figures.name)

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 import gka as package
-from gka import cli
+from gka.commands import main as cli
 
 TINY = [
     "--hidden-size=16",
-    "--num-layers=1",
+    "--num-hidden-layers=1",
     "--num-heads=2",
     "--sequence-length=16",
     "--batch-size=2",
@@ -83,7 +83,7 @@ def copy_of(model: Path, folder: Path) -> Path:
 def test_help_loads_nothing_heavy() -> None:
     """`gka --help` and the commands' help import neither torch nor anything else that takes long."""
     code = (
-        "import sys\nfrom gka.cli import main\n"
+        "import sys\nfrom gka.commands.main import main\n"
         "try: main(sys.argv[1:])\nexcept SystemExit as end: assert not end.code\n"
         "heavy = {'transformers', 'accelerate', 'matplotlib', 'tokenizers'} & sys.modules.keys()\n"
         "assert not heavy, heavy"
@@ -130,7 +130,7 @@ def test_train_says_where_everything_is(gka: Run, text: Path, tmp_path: Path) ->
 
 def test_options_reach_the_run(gka: Run, text: Path, tmp_path: Path) -> None:
     """Each option is the setting it names; --set reaches any other, and wins."""
-    options = "--mixer gla --attention-layers 1 --num-layers 2 --precision bfloat16 --glob *.txt"
+    options = "--mixer gla --attention-layers 1 --num-hidden-layers 2 --dtype bfloat16 --glob *.txt"
     status, *_ = gka(
         "train", text, "-o", tmp_path, *TINY, *options.split(), "--set", "training.max_steps=1"
     )
@@ -144,7 +144,7 @@ def test_options_reach_the_run(gka: Run, text: Path, tmp_path: Path) -> None:
     )
     assert (model["hidden_size"], model["num_heads"], model["head_dim"]) == (16, 2, 8)
     assert (training["max_steps"], training["batch_size"], training["seed"]) == (1, 2, 1)
-    assert (training["precision"], training["learning_rate"]) == ("bfloat16", 0.01)
+    assert (training["dtype"], training["learning_rate"]) == ("bfloat16", 0.01)
     assert (data["glob"], data["sequence_length"]) == ("*.txt", 16)
     assert (data["text"], data["eval_fraction"]) == ([str(text)], 0.3)
 
@@ -176,7 +176,7 @@ def test_a_recipe_is_the_base_that_options_change(gka: Run, text: Path, tmp_path
         ("train --set max_steps=1", "--set 'max_steps=1': expected TABLE.KEY=VALUE"),
         ("train --attention-layers one", "attention_layers is 'one'"),
         ("train --max-steps 0", "training.max_steps is 0"),
-        ("train --precision half", "training.precision is 'half'"),
+        ("train --dtype half", "training.dtype is 'half'"),
         ("train --tokenizer ./none", "tokenizer './none' cannot be loaded"),
         ("train --resume", "holds no run to resume"),
         ("train --output /proc/none", "output /proc/none cannot be made"),
@@ -185,10 +185,10 @@ def test_a_recipe_is_the_base_that_options_change(gka: Run, text: Path, tmp_path
         ("generate . --prompt x --top-p 0", "top_p is 0"),
         ("generate . --prompt x --max-new-tokens 0", "max_new_tokens is 0"),
         ("inspect nowhere --prompt x", "model nowhere holds no config.json"),
-        ("inspect . --prompt x --file y", "prompt and file exclude each other"),
-        ("inspect . --file none.txt", "file none.txt cannot be read"),
+        ("inspect . --prompt x --prompt-file y", "prompt and prompt_file exclude each other"),
+        ("inspect . --prompt-file none.txt", "prompt_file none.txt cannot be read"),
         ("generate . --prompt x --top-k -2", "top_k is -2"),
-        ("generate . --prompt x --prefill-chunk 0", "prefill_chunk is 0"),
+        ("generate . --prompt x --chunk 0", "--chunk is 0"),
         ("generate . --prompt x --prompt-file y", "exclude each other"),
         ("generate . --prompt-file none.txt", "prompt_file none.txt cannot be read"),
     ],
@@ -370,7 +370,13 @@ def test_a_tokenizer_larger_than_the_model_is_refused(
 
 def test_a_reader_that_leaves_is_no_crash(trained: Path) -> None:
     """`gka generate | head -c 1` ends quietly."""
-    command = [sys.executable, "-c", "from gka.cli import main; main()", "generate", str(trained)]
+    command = [
+        sys.executable,
+        "-c",
+        "from gka.commands.main import main; main()",
+        "generate",
+        str(trained),
+    ]
     child = subprocess.Popen(
         [*command, "--prompt", "to", "--max-new-tokens", "30"],
         stdout=subprocess.PIPE,
@@ -393,7 +399,7 @@ def test_a_text_goes_on_from_its_state(gka: Run, trained: Path, tmp_path: Path) 
     from gka.serving.statefile import read_header
 
     state = ("--state", tmp_path / "chat.state", *GREEDY)
-    runs = [("--prompt", "to a"), ("--prompt", " or", "--prefill-chunk", "1"), ("--prompt", "")]
+    runs = [("--prompt", "to a"), ("--prompt", " or", "--chunk", "1"), ("--prompt", "")]
     shown = []
     for run in runs:
         status, text, _ = gka("generate", trained, *run, *state)
@@ -452,7 +458,7 @@ def test_solver_options_reach_the_model(
 def test_inspect_writes_page_figures_and_table(gka: Run, trained: Path, tmp_path: Path) -> None:
     """The page and its figures are where the command says; options reach the solve; no text, no page."""
     output = tmp_path / "look"
-    options = ("--output", output, "--positions", "3", "--num-iter", "11", "--prefill-chunk", "2")
+    options = ("--output", output, "--positions", "3", "--num-iter", "11", "--chunk", "2")
     status, shown, _ = gka("inspect", trained, "--prompt", "to be or not", *options)
     assert status == 0 and "0 gka" in shown
     for name in ("inspection.html", "inspection.json"):

@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from gka import commandline
-from gka.commandline import counted, duration, lines, status, wait_without_spinning
+from gka import console as consoles
+from gka.console import counted, duration, lines, status, wait_without_spinning
 
 LONG = """
 import signal, sys, threading, time
@@ -49,7 +49,7 @@ def test_lines_go_on_where_no_terminal_moves_one() -> None:
 
 def test_a_status_and_a_bar_become_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     """What would move on a terminal is said in lines elsewhere: the newest text, how many are done."""
-    monkeypatch.setattr(commandline, "LINE_SECONDS", 0.02)
+    monkeypatch.setattr(consoles, "LINE_SECONDS", 0.02)
     console = Console(file=(said := io.StringIO()), width=80)
     with status(console, "reading") as change:
         change("reading 2 of 3")
@@ -68,7 +68,8 @@ def test_threads_wait_without_spinning(given: dict[str, str], expected: str) -> 
     """Commands limit the spinning of torch's threads, unless the environment has a policy of its own."""
     names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     code = (
-        "import os, sys\nfrom gka.cli import main\ntry: main(['--version'])\nexcept SystemExit: pass\n"
+        "import os, sys\nfrom gka.commands.main import main\n"
+        "try: main(['--version'])\nexcept SystemExit: pass\n"
         f"print(*(os.environ.get(name) for name in {names}))"
     )
     clean = {name: value for name, value in os.environ.items() if name not in names}

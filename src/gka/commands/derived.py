@@ -1,0 +1,180 @@
+"""Options made from the settings of a configuration's dataclasses, and settings read from what was given."""
+
+import contextlib
+import functools
+import inspect
+import tomllib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Annotated, Any
+
+import typer
+
+from gka.commands.options import numbers, output_folder
+from gka.errors import InputError
+from gka.training.settings import Setting, Tables, merged, settings
+
+PANELS = {
+    "prime": "What is replaced", "data": "Data", "model": "Model", "training": "Training",
+    "stage1": "Stage 1", "stage2": "Stage 2",
+}  # fmt: skip
+SHARED, RUN = "Both stages", "Run"
+
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on from the newest whole checkpoint of the run in the folder.",
+        rich_help_panel=RUN,
+    ),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Delete the run that is in the folder.", rich_help_panel=RUN),
+]
+
+
+def run_folder(default: str) -> Any:
+    """The option `--output` of a command that makes a run."""
+    return output_folder("Folder of the run.", rich_help_panel=RUN, show_default=default)
+
+
+def any_setting(examples: str) -> Any:
+    """The option `--set`."""
+    return typer.Option(
+        "--set",
+        metavar="TABLE.KEY=VALUE",
+        help=f"Any setting of a recipe, as in {examples}. Can be given several times.",
+        rich_help_panel=RUN,
+    )
+
+
+def named_recipe(names: Iterable[str], default: str | bool = False) -> Any:
+    """The option `--recipe`."""
+    help = f"{', '.join(names)} or a .toml file; options win over it."
+    return typer.Option(help=help, rich_help_panel=RUN, show_default=default)
+
+
+@dataclass(frozen=True)
+class _Option:
+    """An option `name` that sets the field `key` of `tables`."""
+
+    name: str
+    key: str
+    tables: tuple[str, ...]
+    setting: Setting
+    type: Any
+    default: Any
+
+    def parameter(self, argument: str) -> inspect.Parameter:
+        """What typer makes the option from, or the argument if this is the one called so."""
+        kind, default = self._shown()
+        often = kind == list[str] | None and self.name != argument
+        said = {
+            "help": self.setting.help + " Can be given several times." * often,
+            "show_default": self.setting.shown or default not in (None, ""),
+        }
+        if self.name == argument:
+            info: Any = typer.Argument(**said)
+        else:
+            said["metavar"] = self.setting.metavar or "|".join(self.setting.choices) or None
+            said["rich_help_panel"] = PANELS[self.tables[0]] if len(self.tables) == 1 else SHARED
+            info = typer.Option(f"--{self.name.replace('_', '-')}", **said)
+        annotated = Annotated[kind, info]
+        place = inspect.Parameter.KEYWORD_ONLY
+        return inspect.Parameter(self.name, place, default=default, annotation=annotated)
+
+    def _shown(self) -> tuple[Any, Any]:
+        """Type and default on the command line, where a list of numbers is a text as in 1,3."""
+        if self.type == tuple[str, ...]:
+            return list[str] | None, None
+        if self.type == list[int] | None:
+            return str | None, None
+        if self.default == "":
+            return str | None, None
+        whole = isinstance(self.default, float) and self.default.is_integer()
+        return self.type, int(self.default) if whole else self.default  # 0 rather than 0.0
+
+    def value(self, given: Any) -> Any:
+        """The setting from what was given."""
+        if self.type == list[int] | None:
+            return list(numbers(self.key, given, int))
+        return given
+
+
+def with_settings(
+    kinds: Mapping[str, type], *, argument: str
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for every setting that is declared as one.
+
+    The command's first parameter is then the tables of what was given: neither defaults, nor more.
+
+    Args:
+        kinds: dataclasses of settings, by table.
+        argument: the setting that is given by position.
+    """
+    options = list(_options(kinds))
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = list(inspect.signature(command).parameters.values())[1:]
+        made = [option.parameter(argument) for option in options]
+        context = inspect.Parameter(
+            "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
+        )
+
+        @functools.wraps(command)
+        def run(context: typer.Context, **values: Any) -> None:
+            given = _given(context, options, values)
+            return command(given, **{p.name: values[p.name] for p in own})
+
+        parameters = [context, *made, *own]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        return run
+
+    return decorate
+
+
+def _options(kinds: Mapping[str, type]) -> Iterator[_Option]:
+    """The options of the tables in turn; those that set several tables stand where the last of them does."""
+    found: dict[str, _Option] = {}
+    tables = Counter(f.name for kind in kinds.values() for f in fields(kind))
+    for table, kind in kinds.items():
+        defaults = {f.name: f.default for f in fields(kind)}
+        for key, setting, hint in settings(kind):
+            if not setting.option:
+                continue
+            name = f"{table}_{key}" if setting.by_table and tables[key] > 1 else key
+            before = found.pop(name).tables if name in found else ()
+            found[name] = _Option(name, key, (*before, table), setting, hint, defaults[key])
+    yield from found.values()
+
+
+def _given(context: typer.Context, options: list[_Option], values: dict[str, Any]) -> Tables:
+    """The tables of the options that the command line has."""
+    tables: Tables = {}
+    for option in options:
+        source = context.get_parameter_source(option.name)
+        if source is not None and source.name == "COMMANDLINE":
+            for table in option.tables:
+                value = option.value(values[option.name])
+                tables.setdefault(table, {})[option.key] = value
+    return tables
+
+
+def assigned(assignments: Iterable[str]) -> Tables:
+    """Tables from "table.key=value"; a value is read as TOML, or as text where it is not TOML."""
+    tables: Tables = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        table, dot, key = name.strip().partition(".")
+        if not (equals and dot and key):
+            raise InputError(
+                f"--set {assignment!r}: expected TABLE.KEY=VALUE, as in model.num_iter=15"
+            )
+        parsed: Any = value.strip()
+        with contextlib.suppress(tomllib.TOMLDecodeError):
+            parsed = tomllib.loads(f"value = {value}")["value"]
+        tables = merged(tables, {table: {key: parsed}})
+    return tables

@@ -1,0 +1,120 @@
+"""`gka evaluate`: long-context tasks on saved models, from options to files."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gka.commands.options import (
+    Chunk,
+    Device,
+    Dtype,
+    Text,
+    at_least_one,
+    known_dtype,
+    names,
+    numbers,
+    output_folder,
+    silence_libraries,
+    usable_device,
+)
+from gka.commands.running import counting
+from gka.console import text_console
+from gka.errors import InputError
+from gka.storage import only_writer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from gka.evaluation.context.run import Grid, Machine, Subject
+
+
+def evaluate(
+    models: Annotated[list[Path], typer.Argument(help="Folders of runs or of saved models.")],
+    *,
+    tasks: Annotated[
+        str,
+        typer.Option(help="Names and commas, or all; they are listed above.", metavar="NAME,NAME"),
+    ] = "needle, needle-keys, variables, questions, facts-1, perplexity",
+    lengths: Annotated[
+        str, typer.Option(help="Tokens of the prompts, from 256 on.", metavar="N,N")
+    ] = "4096",
+    depths: Annotated[
+        str,
+        typer.Option(help="Where what is asked for stands: 0 first, 1 last.", metavar="X,X"),
+    ] = "0,0.25,0.5,0.75,1",
+    samples: Annotated[int, typer.Option(help="Prompts for each task, length and depth.")] = 5,
+    seed: Annotated[int, typer.Option(help="Of all random choices.")] = 0,
+    text: Text = None,
+    glob: Annotated[str, typer.Option(help='Which files of folders, such as "*.py".')] = "*",
+    device: Device = None,
+    dtype: Dtype = "auto",
+    chunk: Chunk = 2048,
+    output: Annotated[Path, output_folder("Folder for evaluate.json and pictures.")] = Path(
+        "runs/evaluate"
+    ),
+) -> None:
+    """Ask causal language models about long texts made of local text: needles, facts, words, perplexity.
+
+    Any Hugging Face causal model's folder can be given beside those of this library. Finished cells are
+    kept in OUTPUT/evaluate.json: run the same command again to go on after an interruption.
+
+    Tasks: needle, needle-keys, needle-only, needle-values, needle-queries, variables, common-words,
+    frequent-words, questions, facts-1 to facts-5, perplexity.
+    """
+    from gka.data.corpus import find_documents
+    from gka.evaluation.context.run import Grid, Machine, Subject
+    from gka.evaluation.context.tasks import NAMES
+
+    wanted = NAMES if tasks == "all" else names(tasks)
+    places = numbers("--lengths", lengths, int), numbers("--depths", depths, float)
+    grid = Grid(wanted, *places, samples, seed)
+    known_dtype(dtype)
+    at_least_one("--chunk", chunk)
+    if len(set(models)) != len(models):
+        raise InputError("models: the same folder is given twice")
+    device = usable_device(device)
+    silence_libraries()
+    documents = find_documents(text or [], glob)
+    subjects = [Subject.open(folder, documents) for folder in models]
+    with only_writer(output, "--output"):
+        _run(grid, subjects, output, Machine(device, dtype, chunk))
+
+
+def _run(grid: "Grid", subjects: "list[Subject]", folder: Path, machine: "Machine") -> None:
+    from gka.evaluation.context.run import run_grid
+    from gka.evaluation.context.show import tables
+
+    console, file = text_console(), folder / "evaluate.json"
+    with counting(console, "cells", len(grid.cells()) * len(subjects), file) as done:
+        content = run_grid(grid, subjects, file, machine, lambda record: done(_told(record)))
+    for table in tables(content["asked"]):
+        console.print(table)
+    console.print(f"figures: {file}", highlight=False, soft_wrap=True)
+    _draw(console, content["asked"], folder)
+
+
+def _draw(console: "Console", records: list[dict[str, Any]], folder: Path) -> None:
+    """A picture for each model, named after its folder."""
+    from gka.evaluation.context.show import by_model, plot
+
+    names: list[str] = []
+    for model, found in by_model(records).items():
+        parts = [part for part in Path(model).resolve().parts if part != "model"]
+        name = parts[-1] if parts else "model"
+        names.append(name)
+        count = names.count(name)
+        path = folder / (f"{name}.png" if count == 1 else f"{name}-{count}.png")
+        plot(path.stem, found, path)
+        console.print(f"picture: {path}", highlight=False, soft_wrap=True)
+
+
+def _told(record: dict[str, Any]) -> str:
+    """A finished cell on one line."""
+    cell, result = record["cell"], record["result"]
+    where = "" if cell["depth"] is None else f" at {cell['depth']:g}"
+    if "bits_per_byte" in result:
+        found = f"{result['bits_per_byte']:.3f} bits a byte"
+    else:
+        found = f"{result['rank']:.2f} / {result['match']:.2f}"
+    return f"{found}  {cell['model']} {cell['task']} {cell['length']}{where} ({result['seconds']:.1f} s)"

@@ -1,0 +1,67 @@
+"""`gka train`: a run from its settings, resumed or new."""
+
+from pathlib import Path
+from typing import Annotated
+
+from gka.commands import running
+from gka.commands.derived import (
+    Overwrite,
+    Resume,
+    any_setting,
+    assigned,
+    named_recipe,
+    run_folder,
+    with_settings,
+)
+from gka.training.config import (
+    DataConfig,
+    ModelSettings,
+    RunConfig,
+    TrainingConfig,
+    read_recipe,
+    recipe_names,
+)
+from gka.training.settings import Tables, merged
+
+Output = Annotated[Path | None, run_folder("runs/RECIPE-MIXER")]
+Recipe = Annotated[str | None, named_recipe(recipe_names("train"), "cpu")]
+Settings = Annotated[list[str] | None, any_setting("model.num_iter=15 or training.save_steps=50")]
+
+
+@with_settings(
+    {"data": DataConfig, "model": ModelSettings, "training": TrainingConfig}, argument="text"
+)
+def train(
+    given: Tables,
+    *,
+    output: Output = None,
+    recipe: Recipe = None,
+    settings: Settings = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a language model: text to tokens to a model, with checkpoints, figures and a plot.
+
+    Ctrl-C saves a checkpoint and stops; --resume goes on from there to exactly the same result.
+    """
+    base = read_recipe(recipe) if recipe else {}
+    given = merged(base, given, assigned(settings or []))
+    config = RunConfig.from_tables(given)
+    folder = output or _default_output(recipe, config)
+
+    from gka.training import folder as files
+    from gka.training import report, run
+
+    console = running.console()
+    resume = running.resumes(folder, console, resume, may_start=any(given.values()))
+    if resume:
+        config = files.resumed_config(folder, given, RunConfig)
+    with running.stopped("train", folder, console, f"of {config.training.max_steps}"):
+        metrics = run.train(config, folder, console=console, resume=resume, overwrite=overwrite)
+    console.print(files.drawn(report.table, metrics, folder))
+    running.tell(console, folder, model=files.MODEL, figures=files.METRICS, plot=files.PLOT)
+
+
+def _default_output(recipe: str | None, config: RunConfig) -> Path:
+    name = Path(recipe).stem if recipe else "train"
+    return Path("runs") / f"{name}-{config.model.get('mixer', 'mixers')}"
