@@ -11,7 +11,6 @@ pytest.importorskip("importlinter", reason="import-linter reads the imports")
 from house.circles import PACKAGES, ROOT, circles
 
 
-@pytest.mark.xfail(strict=True, reason="python -m tests.house.circles names those there are")
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_circles(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No module of the package reaches itself by imports."""
