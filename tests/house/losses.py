@@ -88,8 +88,8 @@ def on_gpu(backend: str, dtype: torch.dtype, steps: int) -> Figures:
 def figures(steps: int) -> Iterator[tuple[str, Figures]]:
     """Every run's, by its name."""
     torch.set_num_threads(1)
-    for precision in ("float32", "bfloat16"):
-        yield f"cpu recipe, {precision}", of_recipe(precision, steps)
+    for dtype in ("float32", "bfloat16"):
+        yield f"cpu recipe, {dtype}", of_recipe(dtype, steps)
     if not torch.cuda.is_available():
         return
     torch.use_deterministic_algorithms(True)
