@@ -27,8 +27,11 @@ from tests.house.walk import command
 from torch import Tensor
 
 import gka
+from gka.training import TrainingConfig
 
 Figures = dict[str, list[str] | str]
+# "precision" until it was given the name that models give it
+DTYPE = next(n for n in ("dtype", "precision") if n in TrainingConfig.__dataclass_fields__)
 GPU_RUNS = (("hopper", torch.bfloat16), ("triton", torch.bfloat16), ("triton", torch.float32))
 
 
@@ -54,7 +57,7 @@ def of_recipe(dtype: str, steps: int) -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         settings = {"max_steps": steps, "warmup_steps": 4, "eval_steps": steps, "save_steps": steps}
         words = [w for k, n in settings.items() for w in ("--set", f"training.{k}={n}")]
-        words += ["--set", f'training.dtype="{dtype}"', "--output", f"{folder}/run"]
+        words += ["--set", f'training.{DTYPE}="{dtype}"', "--output", f"{folder}/run"]
         with patch.object(transformers.Trainer, "training_step", noted):
             command("train", "--recipe", "cpu", *words)
         written = Path(folder, "run").glob("**/model.safetensors")
@@ -88,8 +91,8 @@ def on_gpu(backend: str, dtype: torch.dtype, steps: int) -> Figures:
 def figures(steps: int) -> Iterator[tuple[str, Figures]]:
     """Every run's, by its name."""
     torch.set_num_threads(1)
-    for dtype in ("float32", "bfloat16"):
-        yield f"cpu recipe, {dtype}", of_recipe(dtype, steps)
+    for name in ("float32", "bfloat16"):
+        yield f"cpu recipe, {name}", of_recipe(name, steps)
     if not torch.cuda.is_available():
         return
     torch.use_deterministic_algorithms(True)

@@ -36,6 +36,7 @@ import gka
 HOUSE = str(Path(gka.__file__).parent) + os.sep
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+IMPORT = importlib._bootstrap._find_and_load.__code__  # pyright: ignore[reportAttributeAccessIssue]
 TEXT = "Every token asks the whole past, and the past fades. " * 80
 TINY = {
     "data.sequence_length": 32, "model.hidden_size": 32, "model.num_hidden_layers": 1, "model.num_heads": 2,
@@ -56,11 +57,11 @@ class Walk:
     _imports: int = 0
 
     def __call__(self, frame: FrameType, event: str, _: Any) -> None:
-        if event not in ("call", "return") or not frame.f_code.co_filename.startswith(HOUSE):
+        if event not in ("call", "return"):
             return
-        if frame.f_code.co_name == "<module>":
+        if frame.f_code is IMPORT:
             self._imports += 1 if event == "call" else -1
-        elif self._imports == 0:
+        elif self._imports == 0 and frame.f_code.co_filename.startswith(HOUSE):
             self._enter(frame if event == "call" else frame.f_back)
 
     def _enter(self, frame: FrameType | None) -> None:
