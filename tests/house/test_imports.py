@@ -14,14 +14,10 @@ KNOWN = pytest.mark.xfail(
     strict=True, reason="configuration and its checks; tests/house/circles.py"
 )
 
-<<<<<<< HEAD
-@pytest.mark.parametrize("package", PACKAGES)
-=======
 
 @pytest.mark.parametrize(
     "package", [pytest.param(p, marks=KNOWN if p == "gka" else ()) for p in PACKAGES]
 )
->>>>>>> guards
 def test_no_circles(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No module of the package reaches itself by imports."""
     monkeypatch.syspath_prepend(str(ROOT))
