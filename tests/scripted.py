@@ -8,7 +8,7 @@ import torch
 
 from gka.evaluation.context.haystack import Pieces
 from gka.evaluation.context.prompt import Sample
-from gka.models.naming import CACHE_NAME
+from gka.models.cache import CACHE_NAME
 
 
 class TokenCache:

@@ -28,7 +28,7 @@ from torch import Tensor
 from gka import GenerationSession
 from gka.experiments.ledger import markdown_table
 from gka.models import GKACache, GKAForCausalLM, cache_tensors
-from gka.models.naming import CACHE_NAME
+from gka.models.cache import CACHE_NAME
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,14 +10,8 @@ import pytest
 pytest.importorskip("importlinter", reason="import-linter reads the imports")
 from house.circles import PACKAGES, ROOT, circles
 
-KNOWN = pytest.mark.xfail(
-    strict=True, reason="configuration and its checks; tests/house/circles.py"
-)
 
-
-@pytest.mark.parametrize(
-    "package", [pytest.param(p, marks=KNOWN if p == "gka" else ()) for p in PACKAGES]
-)
+@pytest.mark.parametrize("package", PACKAGES)
 def test_no_circles(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No module of the package reaches itself by imports."""
     monkeypatch.syspath_prepend(str(ROOT))

@@ -10,8 +10,8 @@ from transformers import DataCollatorWithFlattening
 from transformers.masking_utils import find_packed_sequence_indices
 
 from gka.models import GKACache, GKAForCausalLM
+from gka.models.cache import CACHE_NAME
 from gka.models.documents import Documents, Packing, find_documents
-from gka.models.naming import CACHE_NAME
 from tolerances import RELATIVE, assert_close
 
 Build = Callable[..., GKAForCausalLM]

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from gka.models import GKACache, GKAForCausalLM
-from gka.models.naming import CACHE_NAME
+from gka.models.cache import CACHE_NAME
 from tolerances import RELATIVE, assert_close
 
 Build = Callable[..., GKAForCausalLM]

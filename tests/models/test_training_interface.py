@@ -12,7 +12,7 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 from transformers.utils import find_labels
 
 from gka.models import GKAForCausalLM
-from gka.models.naming import CACHE_NAME
+from gka.models.cache import CACHE_NAME
 from tolerances import RELATIVE, assert_close
 
 Build = Callable[..., GKAForCausalLM]

@@ -10,7 +10,7 @@ from torch import Tensor
 from gka import GenerationSession
 from gka.errors import InputError
 from gka.models import GKACache, GKAForCausalLM
-from gka.models.naming import CACHE_NAME
+from gka.models.cache import CACHE_NAME
 from gka.serving import prefill
 from tolerances import RELATIVE, assert_close
 

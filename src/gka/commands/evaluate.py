@@ -5,19 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gka.commands.options import (
-    Chunk,
-    Device,
-    Dtype,
-    Text,
-    at_least_one,
-    known_dtype,
-    names,
-    numbers,
-    output_folder,
-    silence_libraries,
-    usable_device,
-)
+from gka.commands import options as opt
 from gka.commands.running import counting
 from gka.console import text_console
 from gka.errors import InputError
@@ -45,12 +33,12 @@ def evaluate(
     ] = "0,0.25,0.5,0.75,1",
     samples: Annotated[int, typer.Option(help="Prompts for each task, length and depth.")] = 5,
     seed: Annotated[int, typer.Option(help="Of all random choices.")] = 0,
-    text: Text = None,
+    text: opt.Text = None,
     glob: Annotated[str, typer.Option(help='Which files of folders, such as "*.py".')] = "*",
-    device: Device = None,
-    dtype: Dtype = "auto",
-    chunk: Chunk = 2048,
-    output: Annotated[Path, output_folder("Folder for evaluate.json and pictures.")] = Path(
+    device: opt.Device = None,
+    dtype: opt.Dtype = "auto",
+    chunk: opt.Chunk = 2048,
+    output: Annotated[Path, opt.output_folder("Folder for evaluate.json and pictures.")] = Path(
         "runs/evaluate"
     ),
 ) -> None:
@@ -66,15 +54,15 @@ def evaluate(
     from gka.evaluation.context.run import Grid, Machine, Subject
     from gka.evaluation.context.tasks import NAMES
 
-    wanted = NAMES if tasks == "all" else names(tasks)
-    places = numbers("--lengths", lengths, int), numbers("--depths", depths, float)
+    wanted = NAMES if tasks == "all" else opt.names(tasks)
+    places = opt.numbers("--lengths", lengths, int), opt.numbers("--depths", depths, float)
     grid = Grid(wanted, *places, samples, seed)
-    known_dtype(dtype)
-    at_least_one("--chunk", chunk)
+    opt.known_dtype(dtype)
+    opt.at_least_one("--chunk", chunk)
     if len(set(models)) != len(models):
         raise InputError("models: the same folder is given twice")
-    device = usable_device(device)
-    silence_libraries()
+    device = opt.usable_device(device)
+    opt.silence_libraries()
     documents = find_documents(text or [], glob)
     subjects = [Subject.open(folder, documents) for folder in models]
     with only_writer(output, "--output"):

@@ -5,28 +5,14 @@ from typing import Annotated
 
 import typer
 
-from gka.commands.options import (
-    Chunk,
-    Device,
-    Dtype,
-    Model,
-    NumIter,
-    Prompt,
-    PromptFile,
-    RidgeRatio,
-    Solver,
-    at_least_one,
-    known_dtype,
-    silence_libraries,
-    usable_device,
-)
+from gka.commands import options as opt
 
 
 def generate(
-    model: Model,
+    model: opt.Model,
     *,
-    prompt: Prompt = None,
-    prompt_file: PromptFile = None,
+    prompt: opt.Prompt = None,
+    prompt_file: opt.PromptFile = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
     top_k: Annotated[int, typer.Option(help="Sample from so many likeliest; 0 from all.")] = 0,
@@ -44,12 +30,12 @@ def generate(
             help="Store the states here instead; --state must exist then, and is only read."
         ),
     ] = None,
-    num_iter: NumIter = None,
-    ridge_ratio: RidgeRatio = None,
-    solver: Solver = None,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    chunk: Chunk = 4096,
+    num_iter: opt.NumIter = None,
+    ridge_ratio: opt.RidgeRatio = None,
+    solver: opt.Solver = None,
+    device: opt.Device = None,
+    dtype: opt.Dtype = "auto",
+    chunk: opt.Chunk = 4096,
 ) -> None:
     """Complete a prompt with a trained model; the text appears as it is made.
 
@@ -67,11 +53,11 @@ def generate(
         top_p=top_p,
         seed=seed,
     )
-    at_least_one("--chunk", chunk)
-    known_dtype(dtype)
+    opt.at_least_one("--chunk", chunk)
+    opt.known_dtype(dtype)
     text = sample.read_prompt(prompt, prompt_file)
-    silence_libraries()
-    loaded, tokenizer = sample.load(model, dtype=dtype, device=usable_device(device))
+    opt.silence_libraries()
+    loaded, tokenizer = sample.load(model, dtype=dtype, device=opt.usable_device(device))
     loaded.set_solver(num_iter=num_iter, ridge_ratio=ridge_ratio, solver=solver)
     session = sample.open_session(
         loaded, state, must_exist=save_state is not None, prefill_chunk=chunk

@@ -5,22 +5,7 @@ from typing import Annotated
 
 import typer
 
-from gka.commands.options import (
-    Chunk,
-    Device,
-    Dtype,
-    Model,
-    NumIter,
-    Prompt,
-    PromptFile,
-    RidgeRatio,
-    Solver,
-    at_least_one,
-    known_dtype,
-    output_folder,
-    silence_libraries,
-    usable_device,
-)
+from gka.commands import options as opt
 from gka.commands.running import tell
 from gka.console import text_console
 from gka.errors import InputError
@@ -28,21 +13,21 @@ from gka.storage import only_writer
 
 
 def inspect(
-    model: Model,
+    model: opt.Model,
     *,
-    prompt: Prompt = None,
-    prompt_file: PromptFile = None,
+    prompt: opt.Prompt = None,
+    prompt_file: opt.PromptFile = None,
     positions: Annotated[
         int, typer.Option(help="Places of the text at which the states are looked at.")
     ] = 64,
-    num_iter: NumIter = None,
-    ridge_ratio: RidgeRatio = None,
-    solver: Solver = None,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    chunk: Chunk = 4096,
+    num_iter: opt.NumIter = None,
+    ridge_ratio: opt.RidgeRatio = None,
+    solver: opt.Solver = None,
+    device: opt.Device = None,
+    dtype: opt.Dtype = "auto",
+    chunk: opt.Chunk = 4096,
     output: Annotated[
-        Path, output_folder("Folder for inspection.html and inspection.json.")
+        Path, opt.output_folder("Folder for inspection.html and inspection.json.")
     ] = Path("inspection"),
 ) -> None:
     """Show what a model's memory does with a text: decay, ridge, solver error, by layer and head.
@@ -53,11 +38,11 @@ def inspect(
     from gka.data.files import write_json, write_text
     from gka.serving import inspection, inspection_page, sample
 
-    at_least_one("--chunk", chunk)
-    known_dtype(dtype)
+    opt.at_least_one("--chunk", chunk)
+    opt.known_dtype(dtype)
     text = sample.read_prompt(prompt, prompt_file)
-    silence_libraries()
-    loaded, tokenizer = sample.load(model, dtype=dtype, device=usable_device(device))
+    opt.silence_libraries()
+    loaded, tokenizer = sample.load(model, dtype=dtype, device=opt.usable_device(device))
     loaded.set_solver(num_iter=num_iter, ridge_ratio=ridge_ratio, solver=solver)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
     if not ids:

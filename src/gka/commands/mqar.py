@@ -6,13 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gka.commands.options import (
-    at_least_one,
-    names,
-    numbers,
-    output_folder,
-    usable_device,
-)
+from gka.commands import options as opt
 from gka.commands.running import counting, tell
 from gka.console import text_console
 from gka.errors import InputError
@@ -22,7 +16,10 @@ if TYPE_CHECKING:
     from gka.evaluation.mqar_cell import Cell
     from gka.evaluation.mqar_sweep import Sweep
 
-_PRESETS = "the preset's"
+
+def _of_preset(help: str) -> Any:
+    """An option that changes the preset."""
+    return typer.Option(help=help, show_default="the preset's")
 
 
 def mqar(
@@ -36,26 +33,20 @@ def mqar(
     ] = "cpu",
     mixers: Annotated[
         str | None,
-        typer.Option(help="Mixers to compare, as in gka,gla,gla+attention.", show_default=_PRESETS),
+        _of_preset("Mixers to compare, as in gka,gla,gla+attention."),
     ] = None,
     sizes: Annotated[
         str | None,
-        typer.Option(
-            help="Width and head size of the models, as in 16x16,64x32.", show_default=_PRESETS
-        ),
+        _of_preset("Width and head size of the models, as in 16x16,64x32."),
     ] = None,
     learning_rates: Annotated[
         str | None,
-        typer.Option(
-            help="Rates that every mixer is tried with, as in 0.005,0.01.", show_default=_PRESETS
-        ),
+        _of_preset("Rates that every mixer is tried with, as in 0.005,0.01."),
     ] = None,
-    seeds: Annotated[
-        int | None, typer.Option(help="How many seeds, from 0 on.", show_default=_PRESETS)
-    ] = None,
+    seeds: Annotated[int | None, _of_preset("How many seeds, from 0 on.")] = None,
     max_steps: Annotated[
         int | None,
-        typer.Option(help="Optimizer steps of each training.", show_default=_PRESETS),
+        _of_preset("Optimizer steps of each training."),
     ] = None,
     processes: Annotated[
         int | None,
@@ -64,7 +55,7 @@ def mqar(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="As in cpu or cuda:1.")] = "cpu",
-    output: Annotated[Path, output_folder("Folder for mqar.json and mqar.png.")] = Path(
+    output: Annotated[Path, opt.output_folder("Folder for mqar.json and mqar.png.")] = Path(
         "runs/mqar"
     ),
 ) -> None:
@@ -75,18 +66,18 @@ def mqar(
     on after an interruption.
     """
     changes: dict[str, Any] = {
-        "mixers": None if mixers is None else names(mixers),
+        "mixers": None if mixers is None else opt.names(mixers),
         "sizes": None if sizes is None else _size_pairs("--sizes", sizes),
         "learning_rates": None
         if learning_rates is None
-        else numbers("--learning-rates", learning_rates, float),
-        "seeds": None if seeds is None else tuple(range(at_least_one("--seeds", seeds))),
+        else opt.numbers("--learning-rates", learning_rates, float),
+        "seeds": None if seeds is None else tuple(range(opt.at_least_one("--seeds", seeds))),
     }
     sweep = _sweep(preset, {k: v for k, v in changes.items() if v is not None}, max_steps)
-    device = usable_device(device)
+    device = opt.usable_device(device)
     if processes is None:
         processes = (os.cpu_count() or 1) if device == "cpu" else 1
-    at_least_one("--processes", processes)
+    opt.at_least_one("--processes", processes)
     with only_writer(output, "--output"):
         _run(sweep, output, processes, device)
 
@@ -121,7 +112,7 @@ def _sweep(preset: str, changes: dict[str, Any], max_steps: int | None) -> "Swee
     sweep = replace(PRESETS[preset], **changes)
     if max_steps is None:
         return sweep
-    steps = at_least_one("--max-steps", max_steps)
+    steps = opt.at_least_one("--max-steps", max_steps)
     mixtures = tuple((tasks, replace(budget, steps=steps)) for tasks, budget in sweep.mixtures)
     return replace(sweep, mixtures=mixtures)
 

@@ -17,12 +17,16 @@ from gka.errors import InputError, RenamedWarning
 Number = TypeVar("Number", int, float)
 MOST = 1_000_000
 """Seeds, steps and processes at most: beyond it a number is a slip."""
-_BEST_DEVICE = "cuda where there is one"
 
 
 def output_folder(help: str, **more: Any) -> Any:
     """The option `-o`, `--output` of a command that writes into a folder."""
     return typer.Option("--output", "-o", help=help, **more)
+
+
+def _of_model(help: str) -> Any:
+    """An option that changes a setting of the model."""
+    return typer.Option(help=help, show_default="the model's own")
 
 
 Model = Annotated[Path, typer.Argument(help="Folder of a run or of a saved model.")]
@@ -34,21 +38,12 @@ PromptFile = Annotated[
 Chunk = Annotated[
     int, typer.Option(help="Tokens read at a time; fewer take less memory, same result.")
 ]
-NumIter = Annotated[
-    int | None,
-    typer.Option(help="Solver steps; 0 leaves the ridge out.", show_default="the model's own"),
+NumIter = Annotated[int | None, _of_model("Solver steps; 0 leaves the ridge out.")]
+RidgeRatio = Annotated[float | None, _of_model("a in lambda = a |H|.")]
+Solver = Annotated[str | None, _of_model("chebyshev, or adaptive: fewer steps, same bound.")]
+Device = Annotated[
+    str | None, typer.Option(help="As in cpu or cuda:1.", show_default="cuda where there is one")
 ]
-RidgeRatio = Annotated[
-    float | None,
-    typer.Option(help="a in lambda = a |H|.", show_default="the model's own"),
-]
-Solver = Annotated[
-    str | None,
-    typer.Option(
-        help="chebyshev, or adaptive: fewer steps, same bound.", show_default="the model's own"
-    ),
-]
-Device = Annotated[str | None, typer.Option(help="As in cpu or cuda:1.", show_default=_BEST_DEVICE)]
 Dtype = Annotated[
     str,
     typer.Option(help="Of the weights: auto (as they are stored), float32, bfloat16 or float16."),
@@ -99,19 +94,11 @@ class Command(TyperCommand):
                 return
             name, equals, rest = word.partition("=")
             if not value and name in former:
-                warn_of_name(name, former[name])
+                says = f"{name} is now {former[name]}; the old name goes with the next release"
+                warnings.warn(says, RenamedWarning, stacklevel=2)
                 word = former[name] + equals + rest
             value = not value and word.startswith("-") and not equals and word not in flags
             yield word
-
-
-def warn_of_name(former: str, name: str) -> None:
-    """Say, once, that an option has another name now."""
-    warnings.warn(
-        f"{former} is now {name}; the old name goes with the next release",
-        RenamedWarning,
-        stacklevel=2,
-    )
 
 
 def _show_version(wanted: bool) -> None:

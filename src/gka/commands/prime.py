@@ -6,37 +6,29 @@ from typing import Annotated, Any
 
 import typer
 
-from gka.commands import running
-from gka.commands.derived import (
-    PANELS,
-    Overwrite,
-    Resume,
-    any_setting,
-    assigned,
-    named_recipe,
-    run_folder,
-    with_settings,
-)
+from gka.commands import derived, running
 from gka.errors import InputError
 from gka.training.config import read_recipe, recipe_names
 from gka.training.priming.config import KINDS, PrimeConfig
 from gka.training.settings import Tables, merged
 
-Output = Annotated[Path | None, run_folder("runs/prime-MIXER")]
-Recipe = Annotated[str | None, named_recipe(recipe_names("prime"))]
-Settings = Annotated[list[str] | None, any_setting("mixer.num_iter=15 or stage1.save_steps=50")]
+Output = Annotated[Path | None, derived.run_folder("runs/prime-MIXER")]
+Recipe = Annotated[str | None, derived.named_recipe(recipe_names("prime"))]
+Settings = Annotated[
+    list[str] | None, derived.any_setting("mixer.num_iter=15 or stage1.save_steps=50")
+]
 
 
 def _tokens(stage: str) -> Any:
     help = "Instead of steps: tokens to read, rounded up to steps."
-    return typer.Option(help=help, rich_help_panel=PANELS[stage])
+    return typer.Option(help=help, rich_help_panel=derived.PANELS[stage])
 
 
 Stage1Tokens = Annotated[int | None, _tokens("stage1")]
 Stage2Tokens = Annotated[int | None, _tokens("stage2")]
 
 
-@with_settings(KINDS, argument="teacher")
+@derived.with_settings(KINDS, argument="teacher")
 def prime(
     given: Tables,
     *,
@@ -45,8 +37,8 @@ def prime(
     output: Output = None,
     recipe: Recipe = None,
     settings: Settings = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
+    resume: derived.Resume = False,
+    overwrite: derived.Overwrite = False,
 ) -> None:
     """Turn a pretrained Transformer into a hybrid with recurrent layers, and train it back.
 
@@ -55,7 +47,7 @@ def prime(
     text or conversations. Ctrl-C saves a checkpoint and stops; --resume goes on to exactly the same result.
     """
     base = read_recipe(recipe, "prime") if recipe else {}
-    given = merged(base, given, assigned(settings or []))
+    given = merged(base, given, derived.assigned(settings or []))
     given = _with_tokens(given, {"stage1": stage1_tokens, "stage2": stage2_tokens})
     config = PrimeConfig.from_tables(given)
     folder = output or Path("runs") / f"prime-{config.prime.mixer}"

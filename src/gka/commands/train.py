@@ -3,16 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from gka.commands import running
-from gka.commands.derived import (
-    Overwrite,
-    Resume,
-    any_setting,
-    assigned,
-    named_recipe,
-    run_folder,
-    with_settings,
-)
+from gka.commands import derived, running
 from gka.training.config import (
     DataConfig,
     ModelSettings,
@@ -23,12 +14,14 @@ from gka.training.config import (
 )
 from gka.training.settings import Tables, merged
 
-Output = Annotated[Path | None, run_folder("runs/RECIPE-MIXER")]
-Recipe = Annotated[str | None, named_recipe(recipe_names("train"), "cpu")]
-Settings = Annotated[list[str] | None, any_setting("model.num_iter=15 or training.save_steps=50")]
+Output = Annotated[Path | None, derived.run_folder("runs/RECIPE-MIXER")]
+Recipe = Annotated[str | None, derived.named_recipe(recipe_names("train"), "cpu")]
+Settings = Annotated[
+    list[str] | None, derived.any_setting("model.num_iter=15 or training.save_steps=50")
+]
 
 
-@with_settings(
+@derived.with_settings(
     {"data": DataConfig, "model": ModelSettings, "training": TrainingConfig}, argument="text"
 )
 def train(
@@ -37,15 +30,15 @@ def train(
     output: Output = None,
     recipe: Recipe = None,
     settings: Settings = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
+    resume: derived.Resume = False,
+    overwrite: derived.Overwrite = False,
 ) -> None:
     """Train a language model: text to tokens to a model, with checkpoints, figures and a plot.
 
     Ctrl-C saves a checkpoint and stops; --resume goes on from there to exactly the same result.
     """
     base = read_recipe(recipe) if recipe else {}
-    given = merged(base, given, assigned(settings or []))
+    given = merged(base, given, derived.assigned(settings or []))
     config = RunConfig.from_tables(given)
     folder = output or _default_output(recipe, config)
 

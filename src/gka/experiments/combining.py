@@ -16,7 +16,7 @@ from gka import GenerationSession
 from gka.data import Encoder
 from gka.experiments.ledger import Ledger, markdown_table, print_table
 from gka.models import GKACache, GKAForCausalLM
-from gka.models.naming import CACHE_NAME
+from gka.models.cache import CACHE_NAME
 from gka.serving.sample import load
 
 WAYS = ("nothing", "last piece alone", "sequence", "sum", "mean", "read in turn")

@@ -14,13 +14,11 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
-from gka.models.cache import GKACache
-from gka.models.causal_lm import GKAForCausalLM
+from gka.models.cache import GKACache, cache_tensors, fill_cache, state_shapes
+from gka.models.causal_lm import GKAForCausalLM, ParameterCount, count_parameters
 from gka.models.configuration import GKAConfig
 from gka.models.decoder import GKAModel, GKAPreTrainedModel
 from gka.models.solver import set_solver, solver_settings
-from gka.models.states import cache_tensors, fill_cache, state_shapes
-from gka.models.summary import ParameterCount, count_parameters
 
 AutoConfig.register(GKAConfig.model_type, GKAConfig, exist_ok=True)
 AutoModel.register(GKAConfig, GKAModel, exist_ok=True)

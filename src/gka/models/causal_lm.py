@@ -1,5 +1,6 @@
 """GKAForCausalLM: the decoder with an output head, a loss, and `generate`."""
 
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ClassVar
 
@@ -8,12 +9,11 @@ from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from gka.models.cache import GKACache
+from gka.models.cache import CACHE_NAME, GKACache, one_cache
 from gka.models.configuration import GKAConfig
 from gka.models.decoder import GKAModel, GKAPreTrainedModel, refuse_attentions
 from gka.models.documents import Documents, Packing, find_documents
 from gka.models.loss import linear_cross_entropy, mean_loss, next_token_targets
-from gka.models.naming import CACHE_NAME, one_cache
 
 
 class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
@@ -219,3 +219,41 @@ def _is_plain(head: nn.Module) -> bool:
     """Whether head(x) is x @ head.weight.T and nothing else."""
     hooked = head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)
     return type(head) is nn.Linear and head.bias is None and not hooked
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """One line of a model's parameter table.
+
+    Attributes:
+        part: "embedding", "mixer: gka" (one line a kind of mixer), "mlp", "norms", "output head".
+        modules: how many modules of this part there are.
+        parameters: numbers in all of them together; those of a tied head are the embedding's.
+    """
+
+    part: str
+    modules: int
+    parameters: int
+
+
+def count_parameters(model: GKAModel | GKAForCausalLM) -> list[ParameterCount]:
+    """The parameters of a `GKAModel` or `GKAForCausalLM` by part; together they are all it has.
+
+    Args:
+        model: the model; also on the meta device.
+    """
+    body = model.model if isinstance(model, GKAForCausalLM) else model
+    parts: list[tuple[str, Any]] = [("embedding", body.embed_tokens)]
+    for name, layer in zip(body.config.pattern, body.layers, strict=True):
+        parts += [(f"mixer: {name}", layer.mixer), ("mlp", layer.mlp)]
+        parts += [("norms", layer.input_layernorm), ("norms", layer.post_attention_layernorm)]
+    parts.append(("norms", body.norm))
+    if isinstance(model, GKAForCausalLM):
+        parts.append(("output head", model.lm_head))
+    seen: set[int] = set()
+    table: dict[str, list[int]] = {}
+    for part, module in parts:
+        new = [p for p in module.parameters() if id(p) not in seen]
+        seen |= {id(p) for p in new}
+        table.setdefault(part, []).append(sum(p.numel() for p in new))
+    return [ParameterCount(part, len(counts), sum(counts)) for part, counts in table.items()]

@@ -1,25 +1,20 @@
 """Checks of a configuration's values; each error names the field and says what was expected."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
-from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from gka.errors import InputError
 from gka.layers.parts.heads import check_head_dims, split_heads, value_dim
 from gka.maths.solvers import SolverName
 from gka.models.experts import check_experts
+from gka.models.fields import GKAFields
 from gka.models.pattern import SOFTMAX_MIXERS, attention_heads, check_overrides, mixer_values
 from gka.models.rope import check_rope
 from gka.ops.backends import known_backends
 from gka.ops.checks import check_numbers
-
-if TYPE_CHECKING:
-    from gka.models.configuration import GKAConfig
 
 _AT_LEAST_ZERO = ("num_iter", "initializer_range")
 # Far above every model there is: beyond these a file is damaged, or made to exhaust whoever opens it.
@@ -42,9 +37,9 @@ _MOST_LISTED = _MOST["num_hidden_layers"]
 _WITHOUT_RANGE = ("pad_token_id", "bos_token_id", "eos_token_id", "attention_layers")
 
 
-def check_types(config: GKAConfig) -> None:
+def check_types(config: GKAFields) -> None:
     """Every field of this package has its declared type and, if a number, a sensible sign."""
-    for field in _own_fields(config):
+    for field in fields(GKAFields):
         value, allowed = getattr(config, field.name), get_args(field.type) or (field.type,)
         if not any(_is(value, kind) for kind in allowed):
             expected = " or ".join("None" if k is type(None) else _name(k) for k in allowed)
@@ -57,7 +52,7 @@ def check_types(config: GKAConfig) -> None:
             )
 
 
-def check_sizes(config: GKAConfig) -> None:
+def check_sizes(config: GKAFields) -> None:
     """Head counts divide, value heads have a whole size, and names that transformers resolves exist."""
     if config.hidden_act not in ACT2FN:
         raise InputError(f"hidden_act: transformers has no activation called {config.hidden_act!r}")
@@ -81,14 +76,14 @@ def check_sizes(config: GKAConfig) -> None:
         raise InputError(f"sliding_window: expected 2 or more tokens, got {config.sliding_window}")
 
 
-def fewest_parameters(config: GKAConfig) -> int:
+def fewest_parameters(config: GKAFields) -> int:
     """Numbers in the embedding and the dense MLPs: a model has more, but counting these takes no time."""
     layers, width = int(config.num_hidden_layers or 0), config.hidden_size
     dense = layers - len((config.moe or {}).get("layers", ()))
     return width * (config.vocab_size + 3 * dense * int(config.intermediate_size or 0))
 
 
-def _check_tables(config: GKAConfig) -> None:
+def _check_tables(config: GKAFields) -> None:
     """The numbers in `mixer_overrides` and `moe` have the ranges of fields."""
     for mixer, options in (config.mixer_overrides or {}).items():
         for name, value in options.items():
@@ -98,7 +93,7 @@ def _check_tables(config: GKAConfig) -> None:
         check_range(name, value, f"moe[{name!r}]")
 
 
-def _check_recurrent(config: GKAConfig) -> None:
+def _check_recurrent(config: GKAFields) -> None:
     try:
         split_heads(config.num_heads, config.num_kv_heads, config.num_v_heads, config.num_k_heads)
         for name in sorted(set(config.pattern) - set(SOFTMAX_MIXERS)):
@@ -109,7 +104,7 @@ def _check_recurrent(config: GKAConfig) -> None:
         raise InputError(str(error)) from error
 
 
-def _check_softmax(config: GKAConfig) -> None:
+def _check_softmax(config: GKAFields) -> None:
     heads, kv_heads, head_dim = attention_heads(config)
     if heads % kv_heads:
         raise InputError(
@@ -117,11 +112,6 @@ def _check_softmax(config: GKAConfig) -> None:
         )
     if head_dim % 2:
         raise InputError(f"attention_head_dim: rotary positions need an even size, got {head_dim}")
-
-
-def _own_fields(config: GKAConfig) -> list[Any]:
-    inherited = {field.name for field in fields(PreTrainedConfig)}
-    return [field for field in fields(config) if field.name not in inherited]
 
 
 def _is(value: Any, kind: Any) -> bool:

@@ -4,23 +4,21 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PreTrainedModel, initialization
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from gka.layers import DECAY_PARAMETERS, RMSNorm
+from gka.layers.parts.expansion import ZeroLinear
 from gka.layers.parts.padding import token_mask
-from gka.models.cache import GKACache
+from gka.models.cache import CACHE_NAME, GKACache, one_cache, with_prefix
 from gka.models.configuration import READING, GKAConfig
 from gka.models.documents import Documents, Packing, find_documents
 from gka.models.experts import build_experts, has_experts
-from gka.models.initialization import init_module
-from gka.models.naming import CACHE_NAME, one_cache
 from gka.models.pattern import build_mixer
 from gka.models.solver import set_solver
-from gka.models.states import with_prefix
 
 
 class GKAMLP(nn.Module):
@@ -150,7 +148,7 @@ class GKAModel(GKAPreTrainedModel):
                 a call of more than one token (and torch.compile breaks its graph), unless one of the
                 following says where documents begin.
             past_key_values: a `GKACache`, or another transformers cache built from the configuration; or keys
-                and values for every layer, as peft's prefix tuning makes them (`states.with_prefix`).
+                and values for every layer, as peft's prefix tuning makes them (`cache.with_prefix`).
             cache: the same argument under its name since transformers 5.24.
             use_cache: return a cache. None: `config.use_cache`, but never in training mode, with packed
                 sequences or under `torch.export`; one that is given is returned unless this is False, and is
@@ -273,3 +271,35 @@ def _without_trivial(attention_mask: Any, cache: Any, tokens: Tensor) -> Any:
     if attention_mask.shape != (tokens.shape[0], past + tokens.shape[1]):
         return attention_mask
     return None if attention_mask.all() else attention_mask
+
+
+@torch.no_grad()
+def init_module(module: nn.Module, *, std: float) -> None:
+    """Initialise the module's own parameters, except those that a checkpoint has just filled.
+
+    Matrices, embeddings and experts are normal with deviation `std`, biases zero. Everything else (decay
+    rates, convolutions, norms) knows its own start and draws it in `reset_parameters`.
+
+    transformers calls this after construction and, when loading, for what a checkpoint lacks; by then the
+    values drawn in the constructor are gone, since models are constructed without memory.
+    """
+    if isinstance(module, nn.Linear | nn.Embedding) and not isinstance(module, ZeroLinear):
+        initialization.normal_(module.weight, mean=0.0, std=std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            initialization.zeros_(module.bias)
+        return
+    if getattr(module, "starts_normal", False):
+        for parameter in module.parameters(recurse=False):
+            initialization.normal_(parameter, mean=0.0, std=std)
+        return
+    own: Any = list(module.parameters(recurse=False))
+    filled = [(p, p.clone()) for p in own if getattr(p, "_is_hf_initialized", False)]
+    if len(filled) == len(own):
+        return
+    if not callable(reset := getattr(module, "reset_parameters", None)):
+        raise NotImplementedError(
+            f"{type(module).__name__} has parameters but no reset_parameters()"
+        )
+    reset()
+    for parameter, value in filled:
+        parameter.copy_(value)

@@ -1,15 +1,11 @@
 """Mixture-of-experts MLPs: transformers' own block, that of Qwen3-MoE."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from gka.errors import InputError
-
-if TYPE_CHECKING:
-    from gka.models.configuration import GKAConfig
+from gka.models.fields import GKAFields
 
 _FIELDS = {
     "num_experts": int,
@@ -20,12 +16,12 @@ _FIELDS = {
 }
 
 
-def has_experts(config: GKAConfig, layer_idx: int) -> bool:
+def has_experts(config: GKAFields, layer_idx: int) -> bool:
     """Whether the layer's MLP is a mixture of experts."""
     return config.moe is not None and layer_idx in config.moe["layers"]
 
 
-def build_experts(config: GKAConfig) -> nn.Module:
+def build_experts(config: GKAFields) -> nn.Module:
     """The block: a router `gate` and `experts`, [B,T,hidden_size] to the same. No balancing loss is added."""
     from transformers import Qwen3MoeConfig, conversion_mapping
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
@@ -43,7 +39,7 @@ def build_experts(config: GKAConfig) -> nn.Module:
     return block
 
 
-def check_experts(config: GKAConfig) -> None:
+def check_experts(config: GKAFields) -> None:
     """Raise `InputError` if `moe` lacks a field, has one too many, or a value that does not fit."""
     moe = config.moe
     if moe is None:

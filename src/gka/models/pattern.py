@@ -1,19 +1,15 @@
 """Which mixer sits in which layer, and with which constructor arguments."""
 
-from __future__ import annotations
-
 import difflib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from gka import layers
 from gka.errors import InputError
 from gka.layers import MIXERS, mixer_options
+from gka.models.fields import GKAFields
 from gka.models.rope import rotary_frequencies
-
-if TYPE_CHECKING:
-    from gka.models.configuration import GKAConfig
 
 SOFTMAX_MIXERS = ("attention", "swa")
 _NOT_OVERRIDDEN = ("hidden_size", "layer_idx", "inv_freq", "rope_scale")
@@ -21,21 +17,12 @@ _NOT_OVERRIDDEN = ("hidden_size", "layer_idx", "inv_freq", "rope_scale")
 _LAYER_TYPES = {"attention": "full_attention", "swa": "sliding_attention"}
 
 
-def resolve_pattern(config: GKAConfig) -> list[str]:
-    """Name of the mixer of every layer: `mixers`, or `mixer` with "attention" at `attention_layers`."""
-    if config.mixers is not None:
-        return list(config.mixers)
-    attention = set(config.attention_layers or ())
-    layers = range(config.num_hidden_layers or 0)
-    return ["attention" if layer in attention else config.mixer for layer in layers]
-
-
 def layer_types(pattern: list[str]) -> list[str]:
     """The names transformers' native caches choose their layers by."""
     return [_LAYER_TYPES.get(name, "linear_attention") for name in pattern]
 
 
-def build_mixer(config: GKAConfig, layer_idx: int) -> nn.Module:
+def build_mixer(config: GKAFields, layer_idx: int) -> nn.Module:
     """The mixer of layer `layer_idx`; it takes from `config` the arguments its constructor names."""
     name = config.pattern[layer_idx]
     values = mixer_values(config, name) | {"layer_idx": layer_idx}
@@ -43,7 +30,7 @@ def build_mixer(config: GKAConfig, layer_idx: int) -> nn.Module:
     return layers.build_mixer(name, **options)
 
 
-def mixer_values(config: GKAConfig, name: str) -> dict[str, Any]:
+def mixer_values(config: GKAFields, name: str) -> dict[str, Any]:
     """Every configuration value a mixer may ask for, under its constructor's name for it."""
     values = dict(vars(config))
     if name in SOFTMAX_MIXERS:
@@ -55,7 +42,7 @@ def mixer_values(config: GKAConfig, name: str) -> dict[str, Any]:
     return values | (config.mixer_overrides or {}).get(name, {})
 
 
-def attention_heads(config: GKAConfig) -> tuple[int, int, int]:
+def attention_heads(config: GKAFields) -> tuple[int, int, int]:
     """(heads, key-value heads, head size) of the softmax layers, defaults filled in.
 
     Without `attention_num_heads` they are the recurrent layers' own; with it, key-value heads default to
@@ -68,7 +55,7 @@ def attention_heads(config: GKAConfig) -> tuple[int, int, int]:
     return heads, config.attention_num_kv_heads or kv_heads, head_dim
 
 
-def check_pattern(config: GKAConfig) -> None:
+def check_pattern(config: GKAFields) -> None:
     """Raise `InputError` if the layers' mixers are not stated once, completely and by known names."""
     if config.mixers is not None and config.attention_layers is not None:
         raise InputError(
@@ -85,7 +72,7 @@ def check_pattern(config: GKAConfig) -> None:
     _check_attention_layers(config)
 
 
-def check_overrides(config: GKAConfig) -> None:
+def check_overrides(config: GKAFields) -> None:
     """Raise `InputError` if `mixer_overrides` names a mixer or an option that does not exist."""
     for name, options in (config.mixer_overrides or {}).items():
         _check_name("mixer_overrides", name)
@@ -109,7 +96,7 @@ def _check_name(argument: str, name: object) -> None:
     raise InputError(f"{argument}: unknown mixer {name!r}{hint}; known: {', '.join(MIXERS)}")
 
 
-def _check_attention_layers(config: GKAConfig) -> None:
+def _check_attention_layers(config: GKAFields) -> None:
     chosen, layers = config.attention_layers or [], config.num_hidden_layers
     outside = [layer for layer in chosen if not 0 <= layer < (layers or 0)]
     if outside:

@@ -1,24 +1,20 @@
 """Rotary wavelengths, scaled in the ways that transformers knows."""
 
-from __future__ import annotations
-
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from gka.errors import InputError
-
-if TYPE_CHECKING:
-    from gka.models.configuration import GKAConfig
+from gka.models.fields import GKAFields
 
 ROPE_TYPES = ("linear", "yarn", "llama3")
 """Scalings that do not depend on the length at hand, as `dynamic` and `longrope` do."""
 
 
-def rotary_frequencies(config: GKAConfig, head_dim: int) -> tuple[tuple[float, ...], float]:
+def rotary_frequencies(config: GKAFields, head_dim: int) -> tuple[tuple[float, ...], float]:
     """Angles a position [head_dim / 2], and the factor of rotated vectors, of `config.rope_options`."""
     options = dict(config.rope_options or {})
     with torch.device("cpu"):  # models are also constructed on the meta device, without numbers
@@ -26,7 +22,7 @@ def rotary_frequencies(config: GKAConfig, head_dim: int) -> tuple[tuple[float, .
 
 
 def _frequencies(
-    config: GKAConfig, options: dict[str, Any], head_dim: int
+    config: GKAFields, options: dict[str, Any], head_dim: int
 ) -> tuple[tuple[float, ...], float]:
     carrier = LlamaConfig(
         head_dim=head_dim,
@@ -37,7 +33,7 @@ def _frequencies(
     return tuple(inv_freq.tolist()), float(factor)
 
 
-def check_rope(config: GKAConfig) -> None:
+def check_rope(config: GKAFields) -> None:
     """Raise `InputError` if `rope_options` names no known scaling, or lacks its numbers."""
     if config.rope_options is None:
         return

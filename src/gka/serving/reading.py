@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gka.errors import InputError
 from gka.models import GKACache, GKAConfig, GKAForCausalLM
-from gka.models.naming import CACHE_NAME
+from gka.models.cache import CACHE_NAME
 
 Ids = Tensor | Sequence[int] | Sequence[Sequence[int]]
 PREFILL_CHUNK = 4096

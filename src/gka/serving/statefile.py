@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from gka.data.files import replacing
 from gka.errors import InputError
 from gka.models import GKAConfig, GKAForCausalLM
+from gka.models.fields import GKAFields
 from gka.serving.contents import Contents, why_not, why_not_finite
 
 FORMAT, VERSION = "gka-session", 1
@@ -148,8 +148,7 @@ def _identity(model: GKAForCausalLM) -> dict[str, Any]:
 
 def _layout(config: GKAConfig) -> dict[str, Any]:
     """The fields that decide what the states mean, the pattern written out."""
-    inherited = {field.name for field in fields(PreTrainedConfig)}
-    own = [field.name for field in fields(config) if field.name not in inherited | _FREE]
+    own = [field.name for field in fields(GKAFields) if field.name not in _FREE]
     return {name: getattr(config, name) for name in own} | {"mixers": config.pattern}
 
 

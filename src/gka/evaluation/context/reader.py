@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gka.errors import InputError
-from gka.models.naming import CACHE_NAME
+from gka.models.cache import CACHE_NAME
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

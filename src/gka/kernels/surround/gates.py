@@ -30,7 +30,7 @@ def softplus(x):
 
 @triton.jit
 def decay_rate(A_log, dt_bias):
-    """-exp(A_log) and the shift of a; A_log beyond 60 is in the shift (gka.layers.parts.surround)."""
+    """-exp(A_log) and the shift of a; A_log beyond 60 is in the shift (gka.layers.parts.decay)."""
     capped = tl.where(A_log > 60.0, 60.0, A_log)
     return -tl.exp(capped), dt_bias + (A_log - capped)
 

@@ -14,11 +14,9 @@ from gka.layers.parts.cache import read_state
 from gka.layers.parts.convolution import ShortConvolution
 from gka.layers.parts.norms import GatedRMSNorm, RMSNorm, unit, working_dtype
 from gka.layers.parts.padding import Padding
-from gka.ops import why_unavailable
+from gka.ops import surround, why_unavailable
 from gka.ops.autograd import under_transform
 from gka.ops.convolution import convolve_heads, step_heads_and_gates
-from gka.ops.surround import gated_rms_norm, layer_gates
-from gka.ops.surround import why_unfused as why_no_kernels
 
 UNFUSED = ("torch", "reference")
 OURS = (ShortConvolution, RMSNorm, GatedRMSNorm)
@@ -160,7 +158,7 @@ class FusedSurround:
             return self.step(mixer, projected, x, call)
         heads = _split(mixer, self._convolve(mixer, projected, call))
         gates = _gate_projections(mixer, x)
-        beta, alpha, g = layer_gates(
+        beta, alpha, g = surround.layer_gates(
             gates.get("b"), gates.get("alpha"), gates.get("a"), *_decay(mixer, gates),
             eps=mixer.beta_eps, lengths=call.lengths,
         )  # fmt: skip
@@ -189,7 +187,7 @@ class FusedSurround:
         return _split(mixer, (yq, yk, v if yv is None else yv)), Gates(g, beta, alpha)
 
     def leave(self, mixer: Any, o: Tensor, gate: Tensor | None) -> Tensor:
-        return gated_rms_norm(o, gate, mixer.o_norm.weight, mixer.o_norm.eps).flatten(-2)
+        return surround.gated_rms_norm(o, gate, mixer.o_norm.weight, mixer.o_norm.eps).flatten(-2)
 
     def _convolve(self, mixer: Any, projected: QKV, call: MixCall) -> QKV:
         """All convolutions and the unit norm of q and k, [B,T,channels] each, and the cache updated."""
@@ -230,7 +228,7 @@ def why_unfused(mixer: Any, device: torch.device | str, dtype: torch.dtype) -> s
     if name == "auto" and device.type != "cuda":
         return f"the kernels need an NVIDIA GPU; got {device}."
     dims = (mixer.head_dim, mixer.head_v_dim)
-    reason = why_no_kernels(device, dtype, dims, mixer.q_conv1d.width) or _why_called(mixer)
+    reason = surround.why_unfused(device, dtype, dims, mixer.q_conv1d.width) or _why_called(mixer)
     if reason is not None and name != "auto":
         raise RuntimeError(
             f"backend={name!r} cannot run this layer's convolutions, gates and norm: {reason} "
