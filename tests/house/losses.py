@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
@@ -71,7 +72,8 @@ def on_gpu(backend: str, dtype: torch.dtype, steps: int) -> Figures:
     config = gka.GKAConfig(
         vocab_size=256, hidden_size=256, head_dim=128, num_heads=2, num_hidden_layers=2
     )
-    model = gka.GKAForCausalLM(config).to(dtype=dtype).cuda()
+    model: Any = gka.GKAForCausalLM(config)
+    model = model.to("cuda", dtype)
     for module in model.modules():
         if isinstance(module, gka.GatedKalmaNet):
             module.backend = backend
