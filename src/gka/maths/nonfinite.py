@@ -64,6 +64,17 @@ def ends(reached: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return last & (bounds[1:] > bounds[:-1]).unsqueeze(-1)
 
 
+def begins(reached: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Whether the state before each sequence's first token is reached backwards, bool [N,H]."""
+    if cu_seqlens is None:
+        return reached.any(1)
+    bounds = cu_seqlens.long()
+    if not reached.shape[1]:
+        return reached.new_zeros(len(bounds) - 1, reached.shape[2])
+    first = reached[0, bounds[:-1].clamp_max(reached.shape[1] - 1)]
+    return first & (bounds[1:] > bounds[:-1]).unsqueeze(-1)
+
+
 def take_out(tokens, tied: bool):
     """The tokens (gka.maths.chunked.Tokens) with zeros where they are not finite, and their reach.
 
@@ -79,7 +90,8 @@ def take_out(tokens, tied: bool):
     fine_gk = None if gk is None else finite_decay(gk)
     fine_h = fine_k if fine_gk is None else fine_k & fine_gk
     fine_u = fine_k & fine_v if fine_g is None else fine_k & fine_v & fine_g
-    if bool((fine_h & fine_u).all()):
+    # elsewhere looking would wait for the device
+    if tokens.k.device.type == "cpu" and bool((fine_h & fine_u).all()):
         return tokens, None
     h, u = (onwards(~fine, tokens.cu_seqlens) for fine in (fine_h, fine_u))
     clean = replace(
@@ -119,7 +131,7 @@ def take_out_rows(tokens, x: Tensor | None, do: Tensor, reach: Reach | None):
     rows = ~fine
     if reach is not None:
         rows = rows | (reach.o & (do != 0).any(-1))
-    if not bool(rows.any()):
+    if rows.device.type == "cpu" and not bool(rows.any()):
         return tokens, x, do, None
     drop = rows.unsqueeze(-1)
     clean = replace(
@@ -147,11 +159,7 @@ def put_back_gradients(grads, rows: Tensor | None, tokens):
     def state(x: Tensor | None) -> Tensor | None:
         if x is None:
             return None
-        any_row = past.any(1)
-        if tokens.cu_seqlens is not None:
-            spans = tokens.cu_seqlens.long().diff().tolist()
-            any_row = torch.stack([part.any(0) for part in past[0].split(spans)])
-        return x.masked_fill(any_row[..., None, None], torch.nan)
+        return x.masked_fill(begins(past, tokens.cu_seqlens)[..., None, None], torch.nan)
 
     return replace(
         grads,
