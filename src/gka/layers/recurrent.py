@@ -266,9 +266,9 @@ class RecurrentMixer(DecayParameters):
         x + s << 0. Where that does not hold both forms are a decay of 0.
         """
         A_log = self.A_log.to(a.dtype)
-        capped = A_log.clamp_max(MOST_LOG_RATE)
-        shift = self.dt_bias.to(a.dtype) + (A_log - capped)
-        g = -(capped.exp() * F.softplus(a + shift)).clamp_max(MOST_DECAY)
+        rate = A_log.clamp_max(MOST_LOG_RATE).exp()
+        shift = self.dt_bias.to(a.dtype) + F.relu(A_log - MOST_LOG_RATE)
+        g = -(rate * F.softplus(a + shift)).clamp_max(MOST_DECAY)
         return g if padding is None else padding.clear(g)
 
     def _heads(
