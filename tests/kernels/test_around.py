@@ -234,6 +234,17 @@ def test_decays_where_the_rate_is_out_of_range(rate: float) -> None:
         assert_close(got.cpu(), value, 2e-5)  # a itself is rounded near -100
 
 
+@pytest.mark.parametrize("rate, decay", [(-torch.inf, 0.0), (torch.inf, -1e30)])
+def test_an_infinite_log_rate(rate: float, decay: float) -> None:
+    """exp(-inf) is no decay, exp(inf) a hard reset; gradients are zero, not NaN."""
+    a = torch.randn(1, 5, 2, device=DEVICE).requires_grad_()
+    A_log = torch.full((2,), rate, device=DEVICE).requires_grad_()
+    g = layer_gates(a=a, A_log=A_log, dt_bias=torch.zeros(2, device=DEVICE))[2]
+    assert g is not None and (g == torch.tensor(decay)).all()
+    for grad in torch.autograd.grad(g.sum(), (a, A_log)):
+        assert (grad == 0).all()
+
+
 def test_gates_of_16_bits_are_float32() -> None:
     """16-bit pre-activations give float32 gates and 16-bit gradients."""
     b = torch.randn(1, 5, 2, device=DEVICE).bfloat16().requires_grad_()

@@ -35,7 +35,7 @@ class DecayParameters(nn.Module):
         """
         A_log = self.A_log.to(a.dtype)
         # a clamp of its own, and not A_log less the other: no rounding reaches an ordinary gradient
-        shift = self.dt_bias.to(a.dtype) + (A_log - MOST_LOG_RATE).clamp_min(0.0)
+        shift = self.dt_bias.to(a.dtype) + F.relu(A_log - MOST_LOG_RATE)
         rate = A_log.clamp_max(MOST_LOG_RATE).exp()
         return -(rate * F.softplus(a + shift)).clamp_max(MOST_DECAY)
 
