@@ -207,7 +207,7 @@ def _double(call: LayerCall) -> dict[str, Tensor]:
 
 def _with_roundings(call: LayerCall, rounded: Rounding) -> dict[str, Tensor]:
     """The float64 answer with every number rounded, those inside the memory too."""
-    layer = copy.deepcopy(call.layer).double()
+    layer: Any = copy.deepcopy(call.layer).double()
     x = rounded.change(call.x.detach().double()) if rounded.step > 0 else call.x.detach().double()
     with torch.no_grad():
         for p in layer.parameters():
