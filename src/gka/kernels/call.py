@@ -80,7 +80,7 @@ class GpuCall:
 
     Attributes:
         given: the tokens as they came; t: contiguous and aligned, gates float32 where the backend asks.
-        solves: whether there is a solve.
+        solves: whether there is a solve; adaptive: whether its steps differ by chunk and head.
         groups: the heads that are worked on together, group by group.
         signature: what compiled kernels depend on beside the sizes: which arguments there are, of what
             dtype, and the integers among them.
@@ -89,7 +89,7 @@ class GpuCall:
 
     def __init__(self, needs: Needs, tokens: Tokens, settings: Settings) -> None:
         self.needs, self.given, self.settings = needs, tokens, settings
-        self.solves = settings.num_iter > 0
+        self.solves, self.adaptive = settings.num_iter > 0, settings.adaptive
         t = self.t = prepared(tokens, needs.float_gates)
         sizes = self.sizes = _sizes(t, settings.chunk_size)
         self.H, self.HK, self.HV = sizes.heads

@@ -38,6 +38,37 @@ def check_tensor(name: str, x: object) -> None:
         raise TypeError(f"{name} must be a dense tensor; got a {_kind(x)} one.")
 
 
+def check_tensors(**named: object) -> None:
+    """Each is a tensor, under its name."""
+    for name, x in named.items():
+        check_tensor(name, x)
+
+
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, **gates: Tensor | None) -> None:
+    """Heads and gates fit each other."""
+    check_heads(q, k, v)
+    check_gates(q, **gates)
+
+
+def check_settings(
+    ridge_ratio: float,
+    num_iter: int,
+    chunk_size: int,
+    scale: float | None,
+    output_final_state: bool,
+) -> None:
+    """The numbers and flags of a call."""
+    check_numbers(ridge_ratio, num_iter, chunk_size, scale)
+    check_flags(output_final_state=output_final_state)
+
+
+def check_lengths(q: Tensor, cu_seqlens: Tensor | None, copy: Tensor | None) -> int:
+    """The number of sequences; bounds and their CPU copy fit q and each other."""
+    sequences = check_cu_seqlens(q, cu_seqlens)
+    check_cu_seqlens_cpu(cu_seqlens, copy)
+    return sequences
+
+
 def _kind(x: Tensor) -> str:
     """What a tensor that is not dense is: sparse_coo, nested, mkldnn, ..."""
     if x.is_nested:

@@ -169,15 +169,12 @@ def _run(
     with_h: bool = True,
     cu_seqlens_cpu: Tensor | None = None,
 ) -> tuple[Tensor, State | None]:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        checks.check_tensor(name, x)
+    checks.check_tensors(q=q, k=k, v=v)
     q, k, v = autocast(q, k, v)
-    checks.check_heads(q, k, v)
-    checks.check_gates(q, g=g, gk=gk, alpha=alpha, beta=beta)
-    checks.check_numbers(ridge_ratio, num_iter, chunk_size, scale)
-    checks.check_flags(output_final_state=output_final_state)
-    sequences = checks.check_cu_seqlens(q, cu_seqlens)
-    checks.check_cu_seqlens_cpu(cu_seqlens, cu_seqlens_cpu)
+    gates = {"g": g, "gk": gk, "alpha": alpha, "beta": beta}
+    checks.check_inputs(q, k, v, **gates)
+    checks.check_settings(ridge_ratio, num_iter, chunk_size, scale, output_final_state)
+    sequences = checks.check_lengths(q, cu_seqlens, cu_seqlens_cpu)
     if cu_seqlens_cpu is cu_seqlens:  # torch.compile takes no tensor twice
         cu_seqlens_cpu = None
     h0, u0 = _check_initial_state(initial_state, sequences, q, v, with_h)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from gka.ops.autograd import keep_signature, operator
-from gka.ops.surround import check_gates, check_shape, current, refuse_second
+from gka.ops.surround import check_gates, check_shapes, current, refuse_second
 
 
 def past_tokens(cu_seqlens: Tensor, length: int, width: int) -> Tensor:
@@ -159,9 +159,12 @@ def check_parts(inputs: Parts, weights: Parts, states: Parts, head_dim: int) -> 
             raise ValueError(f"{name} and its weight come together or not at all.")
         if x is None:
             continue
-        check_shape(name, x, (*q.shape[:2], x.shape[-1]))
-        check_shape(f"the weight of {name}", weight, (x.shape[-1], 1, w.shape[-1]))
-        check_shape(f"the state of {name}", state, (q.shape[0], x.shape[-1], w.shape[-1]))
+        channels, width = x.shape[-1], w.shape[-1]
+        check_shapes(
+            (name, x, (*q.shape[:2], channels)),
+            (f"the weight of {name}", weight, (channels, 1, width)),
+            (f"the state of {name}", state, (q.shape[0], channels, width)),
+        )
         if name != "v" and x.shape[-1] % head_dim:
             raise ValueError(
                 f"{name} has {x.shape[-1]} channels, which are no heads of {head_dim}."

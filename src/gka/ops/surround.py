@@ -46,14 +46,15 @@ def why_unfused(
     return configs.why_not_chip(device)
 
 
-def check_shape(name: str, x: Tensor | None, shape: tuple[int, ...]) -> None:
-    """Kernels trust their arguments' shapes.
+def check_shapes(*expected: tuple[str, Tensor | None, tuple[int, ...]]) -> None:
+    """Kernels trust their arguments' shapes: of each name and tensor (None is none) the shape.
 
     Raises:
         ValueError: x has another shape.
     """
-    if x is not None and x.shape != shape:
-        raise ValueError(f"{name} must be {list(shape)}; got {list(x.shape)}.")
+    for name, x, shape in expected:
+        if x is not None and x.shape != shape:
+            raise ValueError(f"{name} must be {list(shape)}; got {list(x.shape)}.")
 
 
 def current(x: Tensor) -> AbstractContextManager:
@@ -179,13 +180,13 @@ def check_gates(
     if shapes and len(shapes[0]) != 3:
         raise ValueError(f"gates are [batch,tokens,heads]; got {list(shapes[0])}.")
     for name, x in zip(("b", "alpha", "a"), inputs, strict=True):
-        check_shape(name, x, tuple(shapes[0]) if shapes else ())
+        check_shapes((name, x, tuple(shapes[0]) if shapes else ()))
     if inputs[2] is None:
         return
     for name, x in zip(("A_log", "dt_bias"), decay, strict=True):
         if x is None:
             raise ValueError(f"a needs {name}.")
-        check_shape(name, x, (shapes[0][-1],))
+        check_shapes((name, x, (shapes[0][-1],)))
 
 
 keep_signature(GatesFunction, _GatesBackward)
@@ -314,7 +315,7 @@ def gated_rms_norm(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -
     Raises:
         ValueError: a gate or weight that does not fit x.
     """
-    check_shape("weight", weight, (x.shape[-1],))
+    check_shapes(("weight", weight, (x.shape[-1],)))
     if gate is not None and gate.numel() != x.numel():
         raise ValueError(
             f"gate must have as many elements as x {list(x.shape)}; got {list(gate.shape)}."

@@ -27,6 +27,8 @@ from gka.maths.chunked import Settings, Tokens
 from gka.maths.recurrent import States
 from gka.maths.ridge import empty_below
 
+EMPTY_BELOW = empty_below(torch.float32)
+
 
 class HopperPasses:
     """The steps on Hopper: K and V 64 or 128, 16-bit inputs, chunks of 64 tokens, and a solve."""
@@ -207,7 +209,7 @@ def _common(call: GpuCall, h: Moments, u: Moments) -> dict:
         "q": t.q, "k": t.k, "v": t.v, "g": t.g, "gk": call.gk, "alpha": t.alpha, "beta": t.beta,
         "h_start": h.start, "h_scales": h.scales, "h_norms": h.norms, "u_start": u.start,
         "u_scales": u.scales, "scale": s.scale, "ridge_ratio": s.ridge_ratio,
-        "empty_below": empty_below(torch.float32), "num_iter": s.num_iter,
+        "empty_below": EMPTY_BELOW, "num_iter": s.num_iter,
     }  # fmt: skip
 
 
@@ -217,7 +219,7 @@ def _launch(
     q = call.t.q
     found = build.kernel_of(
         q.device.index, kernel, call.K, call.V, q.dtype == torch.bfloat16,
-        call.settings.adaptive,
+        call.adaptive,
     )  # fmt: skip
     return Launch(found, blocks, (arguments,))
 
@@ -306,7 +308,7 @@ def step_arguments(
         u.stride(0),
         settings.scale,
         settings.ridge_ratio,
-        empty_below(torch.float32),
+        EMPTY_BELOW,
         settings.num_iter,
         q.shape[1],
         q.shape[2],

@@ -34,6 +34,8 @@ from gka.maths.chunked import Settings, Tokens
 from gka.maths.recurrent import States
 from gka.maths.ridge import empty_below
 
+EMPTY_BELOW = empty_below(torch.float32)
+
 SegmentSums = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -190,7 +192,7 @@ class TritonPasses:
             *given.values(), h, states.u, work, states.indices, bounds, o, x,
             tuple(decode.strides(y) for y in given.values()), 0 if h is None else h.stride(0),
             states.u.stride(0), settings.scale, settings.ridge_ratio, settings.num_iter,
-            empty_below(torch.float32), length, states.u.shape[0], heads, tokens.k.shape[2],
+            EMPTY_BELOW, length, states.u.shape[0], heads, tokens.k.shape[2],
             tokens.v.shape[2],
         )  # fmt: skip
         options = {
@@ -268,7 +270,7 @@ def _solve(
     *adjoint: Tensor | None,
 ) -> list[Launch]:
     """x of A x = rhs into `out`, both with their scales; `adjoint`: the derivative's other arrays."""
-    t, adaptive = call.t, call.settings.adaptive
+    t, adaptive = call.t, call.adaptive
     extra = adjoint or (None,) * 8
     certificate = _certificate(call, heads) if adaptive else (None,) * 4
     launches = [_certify(call, heads, h, certificate)] if adaptive else []
@@ -289,7 +291,7 @@ def _fro(call: GpuCall, heads: Heads) -> Tensor:
 
 def _system(call: GpuCall) -> tuple[float, int, float]:
     s = call.settings
-    return s.ridge_ratio, s.num_iter, empty_below(torch.float32)
+    return s.ridge_ratio, s.num_iter, EMPTY_BELOW
 
 
 def _certificate(call: GpuCall, heads: Heads) -> Certificate:
