@@ -8,7 +8,7 @@ EXCEPTIONS = {
     "src/gka/models/decoder.py: GKAModel.forward": 52,
     "src/gka/ops/backends.py": 382,
     "src/gka/ops/backends.py: _on_gpu": 47,
-    "src/gka/ops/checks.py": 352,
+    "src/gka/ops/checks.py": 383,
     "benchmarks/op/tune.py": 360,
 }
 
