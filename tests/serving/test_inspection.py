@@ -110,6 +110,22 @@ def test_adaptive_steps_are_those_of_the_op(build: Build, ids: Ids):
     assert (torch.tensor(found) - steps[0]).abs().max() <= 1  # the same n, but for rounding of phi
 
 
+def test_steps_of_a_long_text_are_those_of_its_chunks(build: Build, ids: Ids):
+    """A piece that the layer reads by chunks shows the steps of `gka.ops.solver_steps` in chunks of 64."""
+    model, tokens = build(num_iter=30, solver="adaptive"), ids(1, 100)
+    found = inspect_model(model, tokens, positions=100, chunk=100)["layers"][0]["curves"]["steps"]
+    _, _, g, beta, _ = inputs(model, tokens)
+    mixer: Any = model.model.layers[0].mixer
+    seen: list[Tensor] = []
+    mix = mixer.mix
+    mixer.mix = lambda q, k, *rest: seen.append(k) or mix(q, k, *rest)
+    with torch.no_grad():
+        model(tokens, use_cache=False)
+    steps = solver_steps(seen[0], gk=g, beta=beta, num_iter=30, num_heads=4)
+    assert (torch.tensor(found) - steps[0]).abs().max() <= 1
+    assert len({tuple(row) for row in found}) <= 2  # two chunks
+
+
 def test_the_model_computes_as_ever(build: Build, ids: Ids):
     """Being looked at changes no state and leaves nothing behind."""
     model, tokens = build(mixers=["gka", "attention"]), ids(1, 20)

@@ -14,11 +14,13 @@ from torch import Tensor
 from gka.errors import InputError
 from gka.layers import GatedKalmaNet
 from gka.layers.parts.surround import Gates
+from gka.layers.recurrent_mixer import DECODE_TOKENS
 from gka.maths.ridge import System
-from gka.maths.solvers import make_solver
+from gka.maths.solvers import SOLVERS, make_solver
 from gka.maths.solvers.chebyshev import chebyshev_bound
 from gka.maths.solvers.exact import exact_solve
 from gka.models import GKACache, GKAForCausalLM
+from gka.ops import solver_steps
 from gka.ops.checks import check_solver
 from gka.serving.reading import PREFILL_CHUNK, check_model, prefill
 
@@ -113,6 +115,7 @@ class _Watch:
         """Take in a piece of the text: q [1,T,H,K], k [1,T,Hk,K], gates [1,T,H]."""
         length = q.shape[1]
         heads = self.h.shape[1]
+        taken = self._steps(k, seen)
         k = k.double().repeat_interleave(heads // k.shape[2], 2)
         zeros = q.new_zeros(q.shape[:3], dtype=torch.float64)
         g = zeros if seen.g is None else seen.g.double()
@@ -129,9 +132,25 @@ class _Watch:
         for end in sorted({p + 1 for p in here} | {length}):
             self._advance(weighted[:, begin:end], fades[:, begin:end])
             if end - 1 in here:
-                self._measure(q[:, end - 1])
+                self._measure(q[:, end - 1], taken[0, end - 1])
             begin = end
         self.read += length
+
+    def _steps(self, k: Tensor, seen: Gates) -> Tensor:
+        """Steps of the piece's tokens [1,T,H] on the backend that runs it: by chunks, or token by token.
+
+        Of single tokens the torch form's count: kernels that decode do not tell theirs.
+        """
+        mixer, length, heads = self.mixer, k.shape[1], self.h.shape[1]
+        if mixer.num_iter == 0 or not SOLVERS[check_solver(mixer.solver)].adaptive:
+            return torch.full((1, length, heads), mixer.num_iter)
+        stepwise = length <= DECODE_TOKENS
+        state = self.h if k.dtype == torch.float64 else self.h.float()
+        return solver_steps(
+            k, seen.g if mixer.use_forgetting_gate_kk else None, mixer.ridge_ratio, mixer.num_iter,
+            state, beta=seen.beta, num_heads=heads, value_dim=mixer.head_v_dim,
+            chunk_size=1 if stepwise else 64, backend="torch" if stepwise else mixer.backend,
+        )  # fmt: skip
 
     def _advance(self, k: Tensor, g: Tensor) -> None:
         """H and the sum of decays over some tokens; k carries the write gate."""
@@ -143,8 +162,8 @@ class _Watch:
         self.h = whole[..., None, None] * self.h + torch.einsum("bth,bthi,bthj->bhij", to_end, k, k)
         self.memory = whole * self.memory + to_end.sum(1)
 
-    def _measure(self, q: Tensor) -> None:
-        """At a token with query q [1,H,K]."""
+    def _measure(self, q: Tensor, taken: Tensor) -> None:
+        """At a token with query q [1,H,K], whose solve takes `taken` [H] steps."""
         a, steps = self.mixer.ridge_ratio, self.mixer.num_iter
         h, fro = self.h, self.h.square().sum((-2, -1)).sqrt()
         lamb = a * fro
@@ -157,8 +176,7 @@ class _Watch:
             self.curves[name].append(_plain(value[0]))
         self.curves["condition"].append(_plain(condition[0]))
         solver = make_solver(check_solver(self.mixer.solver), a, steps)
-        taken = solver.steps(system) if steps > 0 else torch.zeros_like(fro)
-        self.curves["steps"].append([int(n) for n in taken[0]])
+        self.curves["steps"].append([int(n) for n in taken])
         error, residual = torch.full_like(fro, torch.nan), torch.full_like(fro, torch.nan)
         if steps > 0:
             x = system.solve(q.to(dtype).unsqueeze(-2), solver)
