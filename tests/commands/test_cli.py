@@ -7,57 +7,22 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import gka as package
-from gka.commands import main as cli
+from calling import TINY_MODEL, Run, call
 
+pytestmark = pytest.mark.usefixtures("cache")
 TINY = [
-    "--hidden-size=16",
-    "--num-hidden-layers=1",
-    "--num-heads=2",
-    "--sequence-length=16",
-    "--batch-size=2",
+    *TINY_MODEL,
     "--max-steps=4",
     "--learning-rate=0.01",
     "--seed=1",
     "--set=training.save_steps=2",
-    "--set=model.num_iter=3",
-    "--set=data.eval_fraction=0.3",
 ]
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GKA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("COLUMNS", "200")
-        yield
-
-
-def call(*arguments: str | Path) -> int:
-    """Exit status of `gka ARGUMENTS` in this process."""
-    with pytest.raises(SystemExit) as end:
-        cli.main([str(a) for a in arguments])
-    return int(end.value.code or 0)
-
-
-@pytest.fixture
-def gka(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run a command: its status, what it printed, and its errors."""
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        status = call(*arguments)
-        out, err = capfd.readouterr()
-        return status, out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")

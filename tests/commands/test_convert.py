@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +12,10 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import foreign
-from gka.commands import main as cli
+from calling import Run
 from gka.data.tokenizer import byte_tokenizer
 
-Run = Callable[..., tuple[int, str, str]]
 BYTES = 257
-
-
-@pytest.fixture
-def gka(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run a command: its status, what it printed, and its errors."""
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as end:
-            cli.main([str(a) for a in arguments])
-        out, err = capfd.readouterr()
-        return int(end.value.code or 0), out, err
-
-    return run
 
 
 @pytest.fixture(params=["hybrid", "fla", "fla_gated_deltanet"])

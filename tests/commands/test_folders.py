@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from calling import TINY_MODEL, Run
 from gka import storage
 from gka.checkpoints.open import load_model
 from gka.commands import main as cli
@@ -24,39 +24,10 @@ from gka.errors import InputError
 from gka.models import GKAConfig, GKAForCausalLM
 from gka.storage import only_maker, only_writer
 
-TINY = [
-    "--hidden-size=16",
-    "--num-hidden-layers=1",
-    "--num-heads=2",
-    "--sequence-length=16",
-    "--batch-size=2",
-]
-TINY += ["--max-steps=1", "--set=model.num_iter=3", "--set=data.eval_fraction=0.3"]
+pytestmark = pytest.mark.usefixtures("cache")
+TINY = [*TINY_MODEL, "--max-steps=1"]
 WRITERS = ("train", "prime", "recall", "mqar", "evaluate", "inspect", "convert")
 MARKUP = "[/x] [bold]b[/bold] :smile:"
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GKA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("COLUMNS", "200")
-        yield
-
-
-@pytest.fixture
-def gka(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run a command: its status, what it printed, and its errors."""
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as end:
-            cli.main([str(argument) for argument in arguments])
-        out, err = capfd.readouterr()
-        return int(end.value.code or 0), out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")
