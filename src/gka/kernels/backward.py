@@ -14,7 +14,7 @@ from gka.kernels.arrays import (
     InputGradients,
     Solutions,
 )
-from gka.kernels.call import GpuCall, aligned, boundary
+from gka.kernels.call import GpuCall, aligned
 from gka.kernels.passes import Passes, execute
 from gka.maths.adjoint import Gradients
 from gka.maths.chunked import Settings, Tokens
@@ -38,12 +38,12 @@ def chunk_backward(
     if x is not None and x_scale is None:  # of the recurrent form
         x_scale = x.abs().amax(-1)
         x = (x / x_scale.clamp_min(1e-37)[..., None]).to(call.sizes.op_dtype)
-    measured = passes.measures_boundaries
-    finals = boundary(dh_final, measured), boundary(du_final, measured)
     with_h = call.solves or dh_final is not None
     call.signature = (*call.signature, do.dtype, dh_final is None, du_final is None)
     solutions = Solutions(aligned(x), aligned(x_scale))
-    back = BackwardArrays(solutions, aligned(do), *finals, _input_gradients(call, with_h))
+    back = BackwardArrays(
+        solutions, aligned(do), *call.boundaries(dh_final, du_final), _input_gradients(call, with_h)
+    )
     for heads in call.groups:
         group = _group(passes, call, heads, back, with_h)
         execute(passes.scan(call, heads, group.h, group.u, group.maxima))

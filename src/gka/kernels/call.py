@@ -1,7 +1,7 @@
 """One call of the op on a GPU: its inputs as kernels take them, its sizes, tables and scratch memory."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import lcm
 from typing import Any, Protocol, overload
 
@@ -130,8 +130,12 @@ class GpuCall:
     @cached_property
     def initial(self) -> tuple[Boundary, Boundary]:
         """Both initial states; held, since every group of heads reads the same addresses."""
+        return self.boundaries(self.t.h0, self.t.u0)
+
+    def boundaries(self, h: Tensor | None, u: Tensor | None) -> tuple[Boundary, Boundary]:
+        """States at one end, or their gradients, as the scans read them."""
         measured = self.needs.measures_boundaries
-        return boundary(self.t.h0, measured), boundary(self.t.u0, measured)
+        return boundary(h, measured), boundary(u, measured)
 
     @property
     def tables(self) -> tuple[Tensor, Tensor]:
@@ -186,12 +190,16 @@ class GpuCall:
         )
 
 
+# one object for every call like it, which finds its tiles worked out
+_sizes_of = lru_cache(maxsize=64)(Sizes)
+
+
 def _sizes(t: Tokens, chunk_size: int) -> Sizes:
     """The sizes of such tokens, which a backend's refusal has let pass."""
     (*_, heads, key_dim), value_dim = t.q.shape, t.v.shape[-1]
     counts, device = (heads, t.k.shape[2], t.v.shape[2]), t.q.device
     dims, capability = (key_dim, value_dim), configs.capability_of(device)
-    return Sizes(counts, dims, t.q.dtype, chunk_size, device, capability)
+    return _sizes_of(counts, dims, t.q.dtype, chunk_size, device, capability)
 
 
 def prepared(tokens: Tokens, float_gates: bool) -> Tokens:

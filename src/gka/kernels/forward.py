@@ -29,8 +29,8 @@ def chunk_steps(passes: Passes, tokens: Tokens, settings: Settings) -> Tensor:
     h, u = call.moments(heads, with_h=True, final=False)
     assert h is not None
     steps = call.empty(call.M, call.H, dtype=torch.int32)
-    maxima = call.maxima(heads)
-    execute(passes.scan(call, heads, h, u, maxima))
+    # with maxima and without final states: the scan that the backward pass has compiled
+    execute(passes.scan(call, heads, h, u, call.maxima(heads)))
     execute(passes.count_steps(call, heads, h, u, steps))
     batch, length = tokens.q.shape[:2]
     chunk = torch.repeat_interleave(call.chunks.length.long(), output_size=batch * length)

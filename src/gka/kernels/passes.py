@@ -15,16 +15,20 @@ from gka.maths.recurrent import States
 
 
 class Launch(NamedTuple):
-    """A launch record: `kernel(grid, *arguments)` starts it on the current device and stream."""
+    """A launch record: `kernel(grid, *arguments)` starts it on the current device and stream.
+
+    `keeps`: tensors of which the arguments hold addresses alone, alive until the launch.
+    """
 
     kernel: Callable[..., None]
     grid: tuple[int, ...]
     arguments: tuple
+    keeps: tuple = ()
 
 
 def execute(launches: Iterable[Launch]) -> None:
     """Start the launches, one after another."""
-    for kernel, grid, arguments in launches:
+    for kernel, grid, arguments, _ in launches:
         kernel(grid, *arguments)
 
 

@@ -45,8 +45,7 @@ class Settings:
     with_h: bool
     solver: SolverName = "chebyshev"
 
-    @property
-    def solve(self) -> Solver:
+    def make_solver(self) -> Solver:
         """The solver with its numbers."""
         return make_solver(self.solver, self.ridge_ratio, self.num_iter)
 
@@ -138,7 +137,7 @@ class Chunks:
 
     def solve(self, system: System, q: Tensor) -> Tensor:
         """x_t of the tokens of some chunks, by the settings' solver."""
-        return system.solve(q, self.settings.solve)
+        return self.settings.make_solver().solve(system, q)
 
     def weights_u(self, rows: slice) -> Tensor:
         """W_tj of U [M,H,C,C]."""
@@ -176,7 +175,7 @@ def token_steps(tokens: Tokens, settings: Settings) -> Tensor:
     steps = torch.empty_like(chunks.decay_h.zeta, dtype=torch.int64)
     for rows in chunks.blocks():
         system = chunks.system(rows)
-        steps[rows] = settings.solve.steps(system).unsqueeze(-1)
+        steps[rows] = settings.make_solver().steps(system).unsqueeze(-1)
     return chunks.join(steps)
 
 

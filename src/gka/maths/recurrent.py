@@ -176,10 +176,11 @@ def _sequence(
     q = tokens.q.to(dtype)
     o = q.new_empty(*q.shape[:3], u.shape[-1])
     alpha = None if tokens.alpha is None else tokens.alpha.to(dtype)
+    solver = settings.make_solver()
     for t, h_t in _updates(tokens, settings, h, u):
         z = q[:, t]
         if h_t is not None and settings.num_iter > 0:
-            x_t = settings.solve.solve_state(h_t, z)
+            x_t = solver.solve_state(h_t, z)
             z = mix(z, x_t, None if alpha is None else alpha[:, t])
             if x is not None:
                 x[:, t] = x_t

@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -134,14 +133,6 @@ class Products:
         return shared_matmul(scores, self.k).addcmul_(self.zeta.unsqueeze(-1), x @ self.h)
 
 
-class Solver(Protocol):
-    """How the systems are solved (`gka.maths.solvers`)."""
-
-    def solve(self, system: "System", q: Tensor) -> Tensor:
-        """x_t [M,H,C,K] of right-hand sides q of that shape, zero where the history is empty."""
-        ...
-
-
 class System:
     """H_t and lambda_t of every token t of some chunks, never formed: products, norms and solves.
 
@@ -217,10 +208,3 @@ class System:
     def apply(self, x: Tensor) -> Tensor:
         """H_t x_t of rows x_t [M,H,C,K]."""
         return self.products(x)
-
-    def solve(self, q: Tensor, solver: Solver) -> Tensor:
-        """x_t within the solver's error bound, zero where the history is empty.
-
-        x_t is a symmetric matrix times q_t: p_r(A_t), or p_n(P_t^-1 A_t) P_t^-1 (`solvers.adaptive`).
-        """
-        return solver.solve(self, q.masked_fill(self.empty.unsqueeze(-1), 0.0))

@@ -15,7 +15,7 @@ from torch.profiler import record_function
 
 from gka.maths.chunked import Settings, Tokens
 from gka.ops import checks
-from gka.ops.backends import get_backend, note_backend
+from gka.ops.backends import get_backend, running_backend
 
 _CU_SEQLENS, _NUM_TENSORS = 9, 11  # q .. cu_seqlens, cu_seqlens_cpu come first
 _LIBRARY = torch.library.Library("gka", "DEF")
@@ -129,10 +129,9 @@ def forward(
         q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu,
         scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver,
     )  # fmt: skip
-    note_backend(backend)
+    runs = running_backend(backend).forward
     with no_autocast(q.device.type), record_function("gka.forward"):
-        run = get_backend(backend).forward["recurrent" if mode == "recurrent" else "chunk"]
-        out = run(tokens, settings)
+        out = runs["recurrent" if mode == "recurrent" else "chunk"](tokens, settings)
     # contiguous, as the fake implementation promises the compiler
     x, x_scale, h = (_optional(y, out.u) for y in (out.x, out.x_scale, out.h))
     return out.o.contiguous(), x, x_scale, h, out.u.contiguous()
@@ -193,11 +192,11 @@ def backward(
         q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu,
         scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver,
     )  # fmt: skip
-    note_backend(backend)
+    run = running_backend(backend).backward
     with no_autocast(q.device.type), record_function("gka.backward"):
         solutions = x if num_iter > 0 else None
         scales = x_scale if x_scale.numel() > 0 else None
-        grads = get_backend(backend).backward(tokens, solutions, scales, do, dh, du, settings)
+        grads = run(tokens, solutions, scales, do, dh, du, settings)
     optional = (grads.g, grads.gk, grads.alpha, grads.beta, grads.h0, grads.u0)
     heads = (grads.q.contiguous(), grads.k.contiguous(), grads.v.contiguous())
     return [*heads, *(_optional(grad, do) for grad in optional)]

@@ -18,7 +18,7 @@ from torch import Tensor
 from gka.maths.adjoint import Gradients, chunk_backward
 from gka.maths.chunked import Forward, Settings, Tokens, chunk_forward, token_steps
 from gka.maths.recurrent import States, advance_, recurrent_forward, step_
-from gka.maths.solvers import SolverName
+from gka.maths.solvers import SOLVERS, SolverName
 
 if TYPE_CHECKING:
     from gka.kernels.passes import Passes
@@ -83,15 +83,7 @@ class Backend:
     name: str
     forward: dict[Mode, Callable[[Tokens, Settings], Forward]]
     backward: Callable[
-        [
-            Tokens,
-            Tensor | None,
-            Tensor | None,
-            Tensor,
-            Tensor | None,
-            Tensor | None,
-            Settings,
-        ],
+        [Tokens, Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None, Settings],
         Gradients,
     ]
     refusal: Callable[["Call"], str | None]
@@ -116,12 +108,16 @@ TORCH = Backend(
 )
 
 
+def _missing() -> str | None:
+    missing = importlib.util.find_spec("triton") is None
+    return "the package triton is not installed." if missing else None
+
+
 def _no_triton(device: torch.device) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed."
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"its kernels need an NVIDIA GPU (or TRITON_INTERPRET=1, slow); got {device}."
-    return None
+    reason = _missing()
+    if reason is None and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        reason = f"its kernels need an NVIDIA GPU (or TRITON_INTERPRET=1, slow); got {device}."
+    return reason
 
 
 def _triton_refusal(call: Call) -> str | None:
@@ -131,7 +127,7 @@ def _triton_refusal(call: Call) -> str | None:
     from gka.kernels import configs
 
     narrow = configs.widest_certificate(call.dtype == torch.float32, call.device)
-    if call.solver == "adaptive" and call.dims[0] > narrow:
+    if SOLVERS[call.solver].adaptive and call.dims[0] > narrow:
         return (
             f"its adaptive solver takes float32 keys up to {narrow} wide (a certificate of wider ones "
             f"outgrows the shared memory); got {call.dims[0]}."
@@ -140,11 +136,10 @@ def _triton_refusal(call: Call) -> str | None:
 
 
 def _hopper_refusal(call: Call) -> str | None:
-    if importlib.util.find_spec("triton") is None:  # runs num_iter = 0, which has no solve
-        return "the package triton is not installed."
     from gka.kernels.hopper import build
 
-    return build.why_not(call.device, call.dtype, call.dims, call.chunk_size)
+    # Triton runs num_iter = 0, which has no solve
+    return _missing() or build.why_not(call.device, call.dtype, call.dims, call.chunk_size)
 
 
 def _triton_step_refusal(call: Call) -> str | None:
@@ -163,11 +158,10 @@ def _not_float64(call: Call) -> str | None:
 
 
 def _hopper_step_refusal(call: Call) -> str | None:
-    if importlib.util.find_spec("triton") is None:  # advances states
-        return "the package triton is not installed."
     from gka.kernels.hopper import build
 
-    return build.why_not_step(call.device, call.dims) or _not_float64(call)
+    # Triton advances states
+    return _missing() or build.why_not_step(call.device, call.dims) or _not_float64(call)
 
 
 def _triton(settings: Settings) -> "Passes":
@@ -178,11 +172,7 @@ def _triton(settings: Settings) -> "Passes":
 
 def _hopper(settings: Settings) -> "Passes":
     """Its kernels have a solve in them: calls without one run Triton's."""
-    if settings.num_iter == 0:
-        return _triton(settings)
-    from gka.kernels.hopper.passes import HOPPER as passes
-
-    return passes
+    return _hopper_decode(settings) if settings.num_iter > 0 else _triton(settings)
 
 
 def _hopper_decode(settings: Settings) -> "Passes":
@@ -375,6 +365,12 @@ def _resolve(
 
 def note_backend(name: str) -> None:
     _ran.name = name
+
+
+def running_backend(name: str) -> Backend:
+    """The backend of that name, noted as the one that runs."""
+    _ran.name = name
+    return _BACKENDS[name]
 
 
 def last_backend() -> str | None:

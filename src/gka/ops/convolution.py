@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from gka.ops.autograd import keep_signature, operator
-from gka.ops.surround import check_gates, check_shapes, current, refuse_second
+from gka.ops.backends import current
+from gka.ops.surround import check_gates, check_shapes, refuse_second
 
 
 def past_tokens(cu_seqlens: Tensor, length: int, width: int) -> Tensor:
@@ -42,7 +43,7 @@ def short_convolutions(
     from gka.kernels.surround import launch as surround
 
     parts = _parts(q, k, v, (wq, wk, wv), (sq, sk, sv), past, lengths, head_dim)
-    with current(q):
+    with current(q.device):
         yq, yk, yv = surround.convolve(parts)
     assert yq is not None and yk is not None
     return yq, yk, q.new_empty(0) if yv is None else yv
@@ -79,7 +80,7 @@ def short_convolutions_backward(
     from gka.kernels.surround import launch as surround
 
     parts = _parts(q, k, v, (wq, wk, wv), (sq, sk, sv), past, lengths, head_dim)
-    with current(q):
+    with current(q.device):
         dx, dw = surround.convolve_backward(parts, (dq, dk, dv), with_inputs, with_weights)
     return [q.new_empty(0) if x is None else x for x in (*dx, *dw)]
 
@@ -241,7 +242,7 @@ def layer_step(
     from gka.kernels.surround import launch as surround
 
     parts = surround.Parts((q, k, v), (wq, wk, wv), (sq, sk, sv), None, lengths, head_dim)
-    with current(q):
+    with current(q.device):
         heads, gates = surround.step(
             parts, surround.GateInputs(b, a2, a, A_log, dt_bias, lengths, eps)
         )

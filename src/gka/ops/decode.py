@@ -10,7 +10,7 @@ from gka.maths.chunked import Settings, Tokens
 from gka.maths.recurrent import States
 from gka.ops import checks
 from gka.ops.autograd import autocast, no_autocast, operator
-from gka.ops.backends import Call, Stepper, get_backend, note_backend, resolve_backend
+from gka.ops.backends import Call, Stepper, resolve_backend, running_backend
 
 MAX_TOKENS = 64
 
@@ -59,11 +59,9 @@ def fused_recurrent_gka_(
             given twice are undefined.
         RuntimeError: the backend asked for cannot run these inputs, or a gradient is wanted.
     """
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        checks.check_tensor(name, x)
+    checks.check_tensors(q=q, k=k, v=v)
     q, k, v = autocast(q, k, v)
-    checks.check_heads(q, k, v)
-    checks.check_gates(q, g=g, gk=gk, alpha=alpha, beta=beta)
+    checks.check_inputs(q, k, v, g=g, gk=gk, alpha=alpha, beta=beta)
     checks.check_numbers(ridge_ratio, num_iter, 64, scale)
     checks.check_flags(commit=commit)
     h, u = checks.check_pool(state, state_indices, q, v, num_iter > 0)
@@ -105,15 +103,13 @@ def advance_states_(
     Raises:
         ValueError, TypeError, RuntimeError: as `fused_recurrent_gka_`.
     """
-    for name, x in (("k", k), ("v", v)):
-        checks.check_tensor(name, x)
+    checks.check_tensors(k=k, v=v)
     k, v = autocast(k, v)
     if k.dim() != 4:
         raise ValueError(f"k must have 4 dimensions [B, T, heads, dim]; got {list(k.shape)}.")
     heads = checks.heads_of(state)
     q = k.new_empty(1, 1, 1, 1).expand(*k.shape[:2], heads, k.shape[3])  # its shape alone
-    checks.check_heads(q, k, v)
-    checks.check_gates(q, g=g, gk=gk, beta=beta)
+    checks.check_inputs(q, k, v, g=g, gk=gk, beta=beta)
     h, u = checks.check_pool(state, state_indices, q, v, True)
     checks.check_integers("counts", counts, q)
     _check_call(q, state_indices, u.shape[0], k=k, v=v, g=g, gk=gk, beta=beta)
@@ -149,8 +145,7 @@ def _resolve(backend: str, q: Tensor, v: Tensor, solver: str) -> str:
 
 
 def _stepper(backend: str) -> Stepper:
-    note_backend(backend)
-    stepper = get_backend(backend).stepper
+    stepper = running_backend(backend).stepper
     assert stepper is not None
     return stepper
 

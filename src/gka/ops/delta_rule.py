@@ -8,7 +8,7 @@ nothing but the inputs is kept. Inside a compiled transform of torch.func the lo
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,14 @@ CHUNK_SIZE = 64
 _CU_SEQLENS, _NUM_TENSORS = 6, 8  # q .. state, cu_seqlens, cu_seqlens_cpu come first
 
 
-def run(
+def run(*call: Any, stepwise: bool) -> tuple[Tensor, Tensor]:
+    """`_run` of a call, or in a compiled graph the operator that stands for it."""
+    as_operator = torch.compiler.is_compiling() and not under_transform()
+    chosen: Callable[..., tuple[Tensor, Tensor]] = forward_op if as_operator else _run
+    return chosen(*call, stepwise)
+
+
+def _run(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -45,23 +52,6 @@ def run(
     Raises:
         ValueError: cu_seqlens does not rise from 0 to T (compiled: when the graph runs).
     """
-    as_operator = torch.compiler.is_compiling() and not under_transform()
-    call = forward_op if as_operator else _run
-    return call(q, k, v, g, beta, state, cu_seqlens, cu_seqlens_cpu, scale, stepwise)
-
-
-def _run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor | None,
-    state: Tensor,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_cpu: Tensor | None,
-    scale: float,
-    stepwise: bool,
-) -> tuple[Tensor, Tensor]:
     known = cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu
     if known is not None:
         checks.check_bounds(known, q.shape[1])
@@ -254,15 +244,12 @@ def _prepare(
     cu_seqlens_cpu: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Check the call. Queries with all H heads, and the initial states in the dtype to compute in."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        checks.check_tensor(name, x)
+    checks.check_tensors(q=q, k=k, v=v)
     if all(x.dim() == 4 for x in (q, k, v)) and q.shape[2] > 0:
         most = max(x.shape[2] for x in (q, k, v))
         q = _expand_heads(q, most) if most % q.shape[2] == 0 else q
-    checks.check_heads(q, k, v)
-    checks.check_gates(q, g=g, beta=beta)
-    sequences = checks.check_cu_seqlens(q, cu_seqlens)
-    checks.check_cu_seqlens_cpu(cu_seqlens, cu_seqlens_cpu)
+    checks.check_inputs(q, k, v, g=g, beta=beta)
+    sequences = checks.check_lengths(q, cu_seqlens, cu_seqlens_cpu)
     shape = (sequences, q.shape[2], q.shape[3], v.shape[3])
     if initial_state is None:
         return q, q.new_zeros(shape, dtype=torch.promote_types(q.dtype, torch.float32))

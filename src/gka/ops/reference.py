@@ -104,8 +104,7 @@ def solver_steps(
     q = k.new_zeros(1, 1, 1, 1).expand(*k.shape[:2], heads, k.shape[3])
     dims = (k.shape[3], k.shape[3] if value_dim is None else value_dim)
     v = k.new_zeros(1, 1, 1, 1).expand(*k.shape[:3], dims[1])
-    checks.check_heads(q, k, v)
-    checks.check_gates(q, gk=gk, beta=beta)
+    checks.check_inputs(q, k, v, gk=gk, beta=beta)
     checks.check_numbers(ridge_ratio, num_iter, chunk_size)
     sequences = checks.check_cu_seqlens(q, cu_seqlens)
     if cu_seqlens is not None:

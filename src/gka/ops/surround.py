@@ -5,12 +5,12 @@ Each is one operator, differentiable once.
 
 import importlib.util
 import os
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from gka.ops.autograd import keep_signature, operator
+from gka.ops.backends import current
 
 WIDEST_CONVOLUTION = 8
 WIDEST_HEAD = 256
@@ -57,11 +57,6 @@ def check_shapes(*expected: tuple[str, Tensor | None, tuple[int, ...]]) -> None:
             raise ValueError(f"{name} must be {list(shape)}; got {list(x.shape)}.")
 
 
-def current(x: Tensor) -> AbstractContextManager:
-    """Launches go to the current device: inside, that of x."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
-
-
 def refuse_second(name: str):
     """What a derivative of a derivative ends with."""
     raise RuntimeError(
@@ -83,7 +78,7 @@ def gates(
     from gka.kernels.surround import launch as surround
 
     given = surround.GateInputs(b, a2, a, A_log, dt_bias, lengths, eps)
-    with current(given.any):
+    with current(given.any.device):
         found = surround.gates(given)
     return [x for x in found if x is not None]
 
@@ -111,7 +106,7 @@ def gates_backward(
     given = surround.GateInputs(b, a2, a, A_log, dt_bias, lengths, 0.0)
     rest = iter(grads)
     dbeta, dalpha, dg = (None if x is None else next(rest) for x in given.inputs)
-    with current(given.any):
+    with current(given.any.device):
         inputs, rate, shift = surround.gates_backward(given, (dbeta, dalpha, dg))
     return [x for x in (*inputs, rate, shift) if x is not None]
 
@@ -233,7 +228,7 @@ def gated_norm(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Te
     """Contiguous, in the shape and dtype of x."""
     from gka.kernels.surround import launch as surround
 
-    with current(x):
+    with current(x.device):
         return surround.gated_norm(x, gate, weight, eps)
 
 
@@ -251,7 +246,7 @@ def gated_norm_backward(
     """Gradients of x, the gate (empty without one) and the weight."""
     from gka.kernels.surround import launch as surround
 
-    with current(x):
+    with current(x.device):
         dx, dgate, dweight = surround.gated_norm_backward(x, gate, weight, dout, eps)
     return dx, x.new_empty(0) if dgate is None else dgate, dweight
 

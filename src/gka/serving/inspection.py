@@ -179,7 +179,7 @@ class _Watch:
         self.curves["steps"].append([int(n) for n in taken])
         error, residual = torch.full_like(fro, torch.nan), torch.full_like(fro, torch.nan)
         if steps > 0:
-            x = system.solve(q.to(dtype).unsqueeze(-2), solver)
+            x = solver.solve(system, q.to(dtype).unsqueeze(-2))
             error, residual = _solve_error(h, lamb, q.double(), x.squeeze(-2).double())
             empty = system.empty[..., 0]
             error, residual = (e.masked_fill(empty, torch.nan) for e in (error, residual))

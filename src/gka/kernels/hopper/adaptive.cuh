@@ -1,4 +1,4 @@
-// Fewer steps with the same proven bound (gka/maths/adaptive.py; proof in docs/numerics.md): the rank-one
+// Fewer steps with the same proven bound (gka/maths/solvers/adaptive.py; proof in docs/numerics.md): the rank-one
 // Nystroem part N_t = strength_t F_t w_t w_t^T <= H_t of every token, and a certified bound of the rest.
 #pragma once
 

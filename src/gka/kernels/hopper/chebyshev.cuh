@@ -1,4 +1,4 @@
-// Chebyshev iteration on the tensor cores, residual form (gka/maths/chebyshev.py).
+// Chebyshev iteration on the tensor cores, residual form (gka/maths/solvers/chebyshev.py).
 #pragma once
 
 #include "fragments.cuh"

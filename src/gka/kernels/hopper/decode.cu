@@ -143,7 +143,7 @@ struct Plan {
 };
 
 #if ADAPTIVE
-// Fewer steps with the same proven bound: gka/maths/adaptive.py and nystroem.py for one token.
+// Fewer steps with the same proven bound: gka/maths/solvers/adaptive.py for one token.
 constexpr float SLACK_SUM = 4.f * K * FLOAT32_EPS, SLACK_OPERATOR = FLOAT32_EPS;
 
 DEVICE float arcosh_1p(float x) { return log1pf(x + sqrtf(x * (x + 2.f))); }

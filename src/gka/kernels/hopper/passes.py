@@ -90,12 +90,12 @@ class HopperPasses:
         """Steps that solver="adaptive" takes in each chunk and head, as `forward.cu` tells them."""
         x, x_scale = call.solutions()
         o = call.empty(*call.t.q.shape[:3], call.V, dtype=call.t.q.dtype)
-        call.kept["counted"] = (x, x_scale, o)  # written, and held until the launch
 
         def given() -> dict:
             return _common(call, h, u) | {"o": o, "x": x, "x_scale": x_scale, "steps": steps}
 
-        return _of_chunks(call, heads, "forward", given)
+        launches = _of_chunks(call, heads, "forward", given)
+        return [launch._replace(keeps=(x, x_scale, o)) for launch in launches]
 
     def adjoint(self, call: GpuCall, group: Group, back: BackwardArrays) -> list[Launch]:
         """Adjoints of readout and mix, and the adjoint solve: `adjoint.cu`."""
@@ -171,8 +171,8 @@ class HopperPasses:
             q.device.index, dims, q.dtype, states.u.dtype, adaptive and settings.num_iter > 0
         )
         arguments = step_arguments(given, bounds, settings, states, commit, o, x)
-        held = (given, bounds)  # until the launch
-        return [Launch(_Holding(kernel, held), (sequences * q.shape[2], 1), (arguments,))]
+        keeps = (*given.values(), bounds)
+        return [Launch(kernel, (sequences * q.shape[2], 1), (arguments,), keeps)]
 
     def advance(
         self, tokens: Tokens, settings: Settings, states: States, counts: Tensor
@@ -181,16 +181,6 @@ class HopperPasses:
         from gka.kernels.triton.passes import TRITON
 
         return TRITON.advance(tokens, settings, states, counts)
-
-
-class _Holding:
-    """A kernel, and tensors whose addresses its arguments hold."""
-
-    def __init__(self, kernel: Callable[..., None], held: object) -> None:
-        self.kernel, self.held = kernel, held
-
-    def __call__(self, grid: tuple[int, ...], *arguments: ctypes.Structure) -> None:
-        self.kernel(grid, *arguments)
 
 
 def _places(call: GpuCall) -> dict:

@@ -1,4 +1,4 @@
-// A chunk's ridge systems and their solution (gka/maths/system.py).
+// A chunk's ridge systems and their solution (gka/maths/ridge.py).
 #pragma once
 
 #include "chebyshev.cuh"

@@ -80,7 +80,7 @@ def arcosh_1p(x):
 
 @triton.jit
 def tighten(h, fro, ridge_ratio, num_iter, K: tl.constexpr, BK: tl.constexpr):
-    """(w, strength, phi, steps) of maths/nystroem.py and adaptive.py for a state h with |h| = fro."""
+    """(w, strength, phi, steps) of maths/solvers/adaptive.py for a state h with |h| = fro."""
     slack_sum: tl.constexpr = 4.0 * K * EPS
     slack_operator: tl.constexpr = EPS
     rows = tl.arange(0, BK)
@@ -109,7 +109,7 @@ def tighten(h, fro, ridge_ratio, num_iter, K: tl.constexpr, BK: tl.constexpr):
 def solve(
     h, q, fro, ridge_ratio, num_iter, K: tl.constexpr, BK: tl.constexpr, ADAPTIVE: tl.constexpr
 ):
-    """x of (h + a F) x = q with |h| = fro > 0: the residual form (maths/chebyshev.py)."""
+    """x of (h + a F) x = q with |h| = fro > 0: the residual form (maths/solvers/chebyshev.py)."""
     lamb = ridge_ratio * fro
     phi, steps = 1.0, num_iter
     w = tl.zeros([BK], tl.float32)

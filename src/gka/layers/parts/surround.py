@@ -166,11 +166,8 @@ class FusedSurround:
 
     def step(self, mixer: Any, projected: QKV, x: Tensor, call: MixCall) -> tuple[QKV, Gates]:
         """`enter` for a few tokens without gradient: one launch, which updates the cached states in place."""
-        gates, (q, k, v), conv_states = (
-            _gate_projections(mixer, x),
-            projected,
-            call.layer.conv_states,
-        )
+        gates, conv_states = _gate_projections(mixer, x), call.layer.conv_states
+        q, k, v = projected
         modules, states = _convolutions(mixer), []
         for idx, module in enumerate(modules):
             state = None if module is None else conv_states[idx]

@@ -20,7 +20,7 @@ class Solver(Protocol):
     adaptive: ClassVar[bool]
 
     def solve(self, system: System, q: Tensor) -> Tensor:
-        """x_t [M,H,C,K] of the systems of some chunks, q zero where the history is empty."""
+        """x_t [M,H,C,K], a symmetric matrix times q_t, of some chunks; zero where the history is empty."""
         ...
 
     def solve_state(self, h: Tensor, q: Tensor) -> Tensor:

@@ -265,8 +265,9 @@ class Adaptive:
     num_iter: int
 
     def solve(self, system: System, q: Tensor) -> Tensor:
-        """x_t [M,H,C,K] of the systems of some chunks, q zero where the history is empty."""
+        """x_t = p_n(P_t^-1 A_t) P_t^-1 q_t [M,H,C,K] of some chunks, zero where the history is empty."""
         a, r = self.ridge_ratio, self.num_iter
+        q = q.masked_fill(system.empty.unsqueeze(-1), 0.0)
         part = nystroem(system)
         counts = steps(part.phi.amax(-1).double(), a, r)
         units = Units(counts, system.k.shape[1], r)

@@ -143,7 +143,8 @@ class Chebyshev:
     num_iter: int
 
     def solve(self, system: System, q: Tensor) -> Tensor:
-        """x_t [M,H,C,K] of the systems of some chunks, q zero where the history is empty."""
+        """x_t = p_r(A_t) q_t [M,H,C,K] of the systems of some chunks, zero where the history is empty."""
+        q = q.masked_fill(system.empty.unsqueeze(-1), 0.0)
         return chebyshev_solve_(system.products, q, system.fro, self.ridge_ratio, self.num_iter)
 
     def solve_state(self, h: Tensor, q: Tensor) -> Tensor:
