@@ -42,9 +42,9 @@ def tokens_of(options: dict[str, Any]) -> tuple[Tokens, bool]:
     q, v = (torch.rand(B, T, H, K).bfloat16() for _ in range(2))
     k = q if options.get("same") else torch.rand(B, T, options.get("key_heads", H), K).bfloat16()
     v = v[:, :, : options.get("value_heads", H)].contiguous()
-    states = [torch.rand(B, H, K, K) if options.get("states", True) else None for _ in range(2)]
+    h0, u0 = (torch.rand(B, H, K, K) if options.get("states", True) else None for _ in range(2))
     gk = gate("gk", there=False)
-    given = Tokens(q, k, v, gate("g"), gk, gate("alpha"), gate("beta"), *states, None)
+    given = Tokens(q, k, v, gate("g"), gk, gate("alpha"), gate("beta"), h0, u0, None)
     return given, given.g is not None and gk is None
 
 
@@ -220,7 +220,8 @@ def test_a_backward_pass_is_replayed_on_new_tensors(
             patch.setattr(
                 backward_pass, "_collect", lambda *a: (found.append(a[-1]), collect(*a))[1]
             )
-            out = backward_pass.chunk_backward(HOPPER, t, *rest, settings_of(tied))
+            x, x_scale, do, dh, du = rest
+            out = backward_pass.chunk_backward(HOPPER, t, x, x_scale, do, dh, du, settings_of(tied))
         (recording,) = backward_pass.RECORDINGS.held.values()
         held.append((t, rest, out, found))
         tables = dict(zip("slbm", recording.tables, strict=True))
@@ -260,9 +261,8 @@ def test_a_call_of_another_kind_is_recorded_by_itself(made: None, monkeypatch: A
         run(HOPPER, tokens, settings_of(tied))
     assert len(forward_pass.RECORDINGS.held) == 2
     tokens, tied = tokens_of(CASES["bare"])
-    shorter = Tokens(
-        *(x if x is None else x[:, :100].contiguous() for x in tokens[:7]), None, None, None
-    )
+    cut = {n: getattr(tokens, n)[:, :100].contiguous() for n in "qkv"}
+    shorter = tokens._replace(**cut)
     assert replay.kind_of(HOPPER, tokens, settings_of(tied)) != replay.kind_of(
         HOPPER, shorter, settings_of(tied)
     )

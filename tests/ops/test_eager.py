@@ -12,10 +12,10 @@ from gka.ops.autograd import GKAEager, is_eager
 from gka.ops.backends import get_backend, register_backend
 
 
-def inputs(seed: int = 0, heads: int = 2) -> dict[str, Tensor]:
+def inputs(seed: int = 0, heads: int = 2) -> dict[str, Any]:
     random = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.rand(*shape, generator=random)  # noqa: E731
-    given = {n: draw(2, 40, heads, 8) for n in "qkv"}
+    given: dict[str, Any] = {n: draw(2, 40, heads, 8) for n in "qkv"}
     given |= {"g": -draw(2, 40, heads), "alpha": draw(2, 40, heads), "beta": draw(2, 40, heads)}
     return {name: x.requires_grad_() for name, x in given.items()}
 
@@ -70,7 +70,7 @@ def test_a_call_of_another_kind_is_checked(short: list[int]) -> None:
     with pytest.raises(TypeError, match="floating-point"):
         chunk_gka(**given | {"beta": given["beta"].long()})
     with pytest.raises(TypeError, match="True or False"):
-        chunk_gka(**given, output_final_state=0)
+        chunk_gka(**given | {"output_final_state": 0})
     chunk_gka(**given, num_iter=1)
     with pytest.raises(TypeError, match="num_iter must be an int"):
         chunk_gka(**given, num_iter=True)

@@ -1,5 +1,7 @@
 """The forward pass on a GPU: scan, solve and readout, in a backend's kernels."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ def chunk_forward(passes: Passes, tokens: Tokens, settings: Settings) -> Forward
     return Forward(*RECORDINGS.run(kind, t.inputs, record))
 
 
-def _run(passes: Passes, call: GpuCall, execute: Executor) -> tuple[Tensor | None, ...]:
+def _run(passes: Passes, call: GpuCall, execute: Executor) -> tuple[Any, ...]:
     """What `Forward` holds."""
     t, (heads,) = call.t, call.groups
     h, u = call.moments(heads, call.solves or call.settings.with_h, final=True)

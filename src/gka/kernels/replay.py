@@ -174,7 +174,7 @@ class Recordings:
         self.held: dict[Hashable, Recording] = {}
         self.captured: set[Recording] = set()  # their tables are read by CUDA graphs
 
-    def run(self, kind: Hashable, given: Slots, record: Callable[[Executor], Ran]) -> Slots:
+    def run(self, kind: Hashable, given: Slots, record: Callable[[Executor], Ran]) -> Sequence[Any]:
         """The results of a pass on `given`: of a replay, or of `record`, whose launches are kept."""
         held, capturing = self.held.get(kind), torch.cuda.is_current_stream_capturing()
         if held is not None:

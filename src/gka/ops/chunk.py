@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -261,7 +261,7 @@ def _kind_of(*arguments: object) -> tuple | None:
     return tuple(kinds)
 
 
-def _flat(arguments: tuple) -> Iterator[object]:
+def _flat(arguments: tuple) -> Iterator[Any]:
     for x in arguments:
         if type(x) is tuple:
             yield "pair"
