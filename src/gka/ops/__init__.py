@@ -4,6 +4,7 @@ from gka.ops.backends import available_backends, last_backend, why_unavailable
 from gka.ops.chunk import chunk_gka, chunk_simple_gla, fused_recurrent_gka
 from gka.ops.combine import combine_states, mean_states, sum_states
 from gka.ops.decode import advance_states_, fused_recurrent_gka_
+from gka.ops.external import available_external, why_not_external
 from gka.ops.reference import solver_steps
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "available_backends",
     "why_unavailable",
     "last_backend",
+    "available_external",
+    "why_not_external",
     "solver_steps",
     "combine_states",
     "sum_states",

@@ -4,10 +4,13 @@ import os
 
 from torch import Tensor
 
+from gka.errors import InputError
 from gka.maths.chunked import Settings, Tokens
 from gka.ops import checks
 from gka.ops.autograd import GKAFunction, autocast, check_derivable, no_autocast, pack
 from gka.ops.backends import Call, Mode, note_backend, resolve_backend
+from gka.ops.external import EXTERNAL, Given, resolve_external
+from gka.ops.external_call import run_external
 from gka.ops.reference import reference_gka
 
 State = tuple[Tensor, Tensor]
@@ -137,7 +140,12 @@ def chunk_simple_gla(
 
     o_t = scale U_t^T q_t,  U_t = exp(g_t) U_{t-1} + k_t v_t^T.
 
-    Arguments as in `chunk_gka`; the state is h_kv [N,H,K,V] alone, and H is never formed.
+    Arguments as in `chunk_gka`; the state is h_kv [N,H,K,V] alone, and H is never formed. `backend` may also
+    be "fla", the kernels of flash-linear-attention where they are installed (`gka.ops.why_not_external`; 16
+    bits, chunks of 64 tokens, no `beta`, no second derivative); "auto" takes them first where they can run.
+
+    Raises:
+        InputError (a ValueError): backend="fla" cannot run these inputs; the message says why.
     """
     o, final = _run(
         "chunk", q, k, v, g, None, None, beta, scale=scale, ridge_ratio=1.0, num_iter=0,
@@ -181,31 +189,65 @@ def _run(
     if os.environ.get("GKA_DEBUG") == "1":
         checks.check_values(q=q, k=k, v=v, g=g, gk=gk, alpha=alpha, beta=beta, h_kk=h0, h_kv=u0)
         checks.check_same_bounds(cu_seqlens, cu_seqlens_cpu)
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    if num_iter == 0 and not with_h:
+        library = _library(backend, q, k, v, g, beta, u0, chunk_size)
+        if library is not None:
+            given = Given(q, k, v, g, None, u0, cu_seqlens, scale, output_final_state)
+            o, u = run_external(library, "simple_gla", given, cu_seqlens_cpu)
+            return o, None if u is None else (u, u)
     dims = (q.shape[-1], v.shape[-1])
     call = Call(q.device, q.dtype, checks.check_solver(solver), dims, chunk_size)
     backend = resolve_backend(backend, call)
     if num_iter > 0 and os.environ.get("GKA_DEBUG") == "1":
         checks.check_key_norms(k, backend)
-    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    if backend == "reference":
-        note_backend(backend)
-        bounds = cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu
-        if bounds is not None:
-            checks.check_bounds(bounds, q.shape[1])
-        with no_autocast(q.device.type):
-            o, state = reference_gka(
-                q, k, v, g, gk, alpha, beta, (h0, u0), bounds,
-                scale=scale, ridge_ratio=ridge_ratio, num_iter=num_iter,
-            )  # fmt: skip
-        return o, state if output_final_state else None
-    check_derivable("Gated KalmaNet")
-    tied = gk is not None and gk is g
+    defined = backend == "reference"
+    tied = gk is not None and gk is g and not defined
     gk = None if tied else gk
     tokens = Tokens(q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu)
+    if defined:
+        o, state = _run_reference(tokens, scale, ridge_ratio, num_iter)
+        return o, state if output_final_state else None
+    check_derivable("Gated KalmaNet")
     with_h = with_h and output_final_state
     settings = Settings(scale, float(ridge_ratio), num_iter, chunk_size, tied, with_h, call.solver)
     o, _, _, h, u = GKAFunction.apply(*pack(tokens, settings), mode, backend)
     return o, (h, u) if output_final_state else None
+
+
+def _run_reference(
+    t: Tokens, scale: float, ridge_ratio: float, num_iter: int
+) -> tuple[Tensor, State]:
+    note_backend("reference")
+    bounds = t.cu_seqlens if t.cu_seqlens_cpu is None else t.cu_seqlens_cpu
+    if bounds is not None:
+        checks.check_bounds(bounds, t.q.shape[1])
+    with no_autocast(t.q.device.type):
+        return reference_gka(
+            t.q, t.k, t.v, t.g, t.gk, t.alpha, t.beta, (t.h0, t.u0), bounds,
+            scale=scale, ridge_ratio=ridge_ratio, num_iter=num_iter,
+        )  # fmt: skip
+
+
+def _library(
+    backend: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    u0: Tensor | None,
+    chunk_size: int,
+) -> str | None:
+    """The library that runs gated linear attention; None: ours does."""
+    if beta is None and chunk_size == 64:
+        return resolve_external(backend, "simple_gla", q, v, k, g, u0)
+    if backend in EXTERNAL:
+        raise InputError(
+            f"backend={backend!r} has chunks of 64 tokens and no write gate; got chunk_size={chunk_size}"
+            f"{'' if beta is None else ' and beta'}."
+        )
+    return None
 
 
 def _check_initial_state(

@@ -17,6 +17,7 @@ from gka.layers.parts.padding import Padding
 from gka.ops import surround, why_unavailable
 from gka.ops.autograd import under_transform
 from gka.ops.convolution import convolve_heads, step_heads_and_gates
+from gka.ops.external import EXTERNAL
 
 UNFUSED = ("torch", "reference")
 OURS = (ShortConvolution, RMSNorm, GatedRMSNorm)
@@ -218,7 +219,9 @@ def why_unfused(mixer: Any, device: torch.device | str, dtype: torch.dtype) -> s
         RuntimeError: the mixer's backend asks for kernels by name, and they cannot run.
         ValueError: no backend has the mixer's `backend` as its name.
     """
-    name, device = mixer.backend, torch.device(device)
+    # a library has kernels for the memory alone
+    name = "auto" if mixer.backend in EXTERNAL else mixer.backend
+    device = torch.device(device)
     why_unavailable(name)  # refuses unknown names
     if name in UNFUSED:
         return f'backend="{name}" asks for plain torch.'
