@@ -83,6 +83,8 @@ def hopper() -> Iterator[None]:
             for name in names:
                 change(owner, name, _in_memory(getattr(owner, name)))
         change(torch.Tensor, "pin_memory", lambda x: x)
+        raw = patch.object(torch._C, "_cuda_getCurrentRawStream", lambda _: 0, create=True)
+        stack.enter_context(raw)
         torch.Tensor.device = property(lambda _: GPU)  # pyright: ignore[reportAttributeAccessIssue]
         stack.callback(lambda: delattr(torch.Tensor, "device"))
         yield

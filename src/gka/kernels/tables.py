@@ -33,6 +33,10 @@ class Chunking:
     segmented: bool
     whole: bool
 
+    @property
+    def tables(self) -> tuple[Tensor, ...]:
+        return self.start, self.length, self.bounds, self.segments
+
     @cached_property
     def num_chunks(self) -> int:
         return len(self.start)

@@ -261,6 +261,11 @@ def register_backend(backend: Backend, *, first: bool = False) -> None:
     _BACKENDS = mine | others if first else others | mine
 
 
+def registered_backends() -> dict[str, Backend]:
+    """All by name; another object after each registration."""
+    return _BACKENDS
+
+
 def get_backend(name: str) -> Backend:
     return _BACKENDS[name]
 
