@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -99,11 +100,11 @@ def flash_qla() -> ModuleType:
         given = (q, k, v, g - before, beta, initial_state)
         with torch.enable_grad():
             leaves = [None if x is None else x.detach().requires_grad_() for x in given]
-            *inputs, state = leaves
-            o, final = recurrence(*inputs, scale, state, dht is not None, cu_seqlens)
-            outputs, grads = ((o,), (do,)) if dht is None else ((o, final), (do, dht))
+            q, k, v, g, beta, state = leaves
+            results: Any = recurrence(q, k, v, g, beta, scale, state, dht is not None, cu_seqlens)
+            grads = (do,) if dht is None else (do, dht)
             wanted = [x for x in leaves if x is not None]
-            found = torch.autograd.grad(outputs, wanted, grads, allow_unused=True)
+            found = torch.autograd.grad(results[: len(grads)], wanted, grads, allow_unused=True)
         dq, dk, dv, dg, dbeta, *dstate = found
         return dq, dk, dv, dbeta, dg, dstate[0] if dstate else None
 

@@ -38,13 +38,12 @@ def key(cell: Cell) -> str:
 
 def cells(options: argparse.Namespace) -> list[Cell]:
     """All that were asked for, small sizes first."""
+    o = options
     return [
-        Cell(
-            size, mixer, options.compile, SIZES[size].checkpoint, options.steps, options.warm_up,
-            options.device,
-        )
-        for size in options.sizes for mixer in options.mixers
-    ]  # fmt: skip
+        Cell(size, mixer, o.compile, SIZES[size].checkpoint, o.steps, o.warm_up, str(o.device))
+        for size in map(str, o.sizes)
+        for mixer in map(str, o.mixers)
+    ]
 
 
 def in_process(cell: Cell, folder: Path, limit: float) -> dict[str, Any]:

@@ -37,6 +37,8 @@ def outcome(
     if (state := options.pop("initial_state", None)) is not None:
         options["initial_state"] = x["state"] = state.clone().requires_grad_()
     options |= {"backend": backend, "output_final_state": True}
+    o: Tensor
+    final: Any
     if rule == "simple_gla":
         o, final = chunk_simple_gla(x["q"], x["k"], x["v"], x["g"], **options)
     else:

@@ -1,5 +1,7 @@
 """Which kernels a model's baselines run through: what its configuration says, and what it refuses."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -8,12 +10,13 @@ from gka.models import GKAConfig, GKAForCausalLM
 from gka.ops import last_backend
 from scripted_kernels import libraries
 
-SIZES = {"vocab_size": 32, "hidden_size": 128, "num_heads": 1, "head_dim": 128}
+SIZES: dict[str, Any] = {"vocab_size": 32, "hidden_size": 128, "num_heads": 1, "head_dim": 128}
 
 
-def mixers(**options) -> list:
+def mixers(**options: Any) -> list:
     config = GKAConfig(**SIZES, mixers=["gka", "gated_deltanet", "gla"], **options)
-    return [layer.mixer for layer in GKAForCausalLM(config).model.layers]
+    model: Any = GKAForCausalLM(config)
+    return [layer.mixer for layer in model.model.layers]
 
 
 def test_a_backend_of_gka_leaves_the_delta_rule_its_own_choice():
@@ -42,7 +45,8 @@ def test_a_named_library_reads_prompts_and_leaves_tokens_to_us(mixer, name):
     config = GKAConfig(
         **SIZES, num_hidden_layers=1, mixer=mixer, mixer_overrides={mixer: {"backend": name}}
     )
-    model = GKAForCausalLM(config).to(torch.bfloat16).eval()
+    model: Any = GKAForCausalLM(config)
+    model = model.to(torch.bfloat16).eval()
     ids = torch.randint(32, (1, 40))
     with torch.no_grad():
         model.model.layers[0].mixer.backend = "torch"

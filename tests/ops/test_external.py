@@ -1,6 +1,7 @@
 """Kernels of installed libraries: which may run a call and why not, and that they are asked rightly."""
 
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ TOLERANCE = RELATIVE[torch.bfloat16]
 NEW = (0, 6, 0)
 
 
-def call(rule: str, x: dict[str, Tensor], backend: str, **options):
+def call(rule: str, x: dict[str, Tensor], backend: str, **options: Any) -> Any:
     """One function for the three rules."""
     if rule == "simple_gla":
         return chunk_simple_gla(x["q"], x["k"], x["v"], x["g"], backend=backend, **options)
@@ -25,7 +26,9 @@ def call(rule: str, x: dict[str, Tensor], backend: str, **options):
     return chunk_gated_delta_rule(x["q"], x["k"], x["v"], g, x["beta"], backend=backend, **options)
 
 
-def outcome(rule: str, inputs: dict[str, Tensor], backend: str, **options) -> dict[str, Tensor]:
+def outcome(
+    rule: str, inputs: dict[str, Tensor], backend: str, **options: Any
+) -> dict[str, Tensor]:
     """o, the final states, and the gradients of all inputs and of the initial states."""
     x = {name: y.clone().requires_grad_() for name, y in inputs.items()}
     state = options.pop("initial_state", None)
@@ -124,7 +127,7 @@ def test_no_second_derivative(name, rule):
 def test_flash_qla_is_one_operator_to_the_compiler(rule, packed):
     """A compiled graph of flash-qla has no break, and the results and gradients of the eager call."""
     inputs, state = draw(), torch.randn(2 if packed else 1, 2, 128, 128)
-    options = {"cu_seqlens": torch.tensor([0, 66, 70])} if packed else {}
+    options: dict[str, Any] = {"cu_seqlens": torch.tensor([0, 66, 70])} if packed else {}
     with libraries():
         expected = outcome(rule, inputs, "flash_qla", initial_state=state, **options)
         torch.compiler.reset()
@@ -151,6 +154,7 @@ def test_flash_qla_is_one_operator_to_the_compiler(rule, packed):
 def test_compiled_without_the_final_states():
     """Unasked, no states are returned, and the gradient is that of the output alone."""
     inputs = draw()
+    op: Any
     with libraries():
         torch.compiler.reset()
         graph = torch.compile(chunk_gated_delta_rule, fullgraph=True, backend="aot_eager")

@@ -161,7 +161,8 @@ def _fla_wrong_gradient(ask: Ask) -> str | None:
     - The rule without decay, Triton from 3.4.0 on: four warps give a wrong gradient of keys and beta
       (issue 984); 0.5.2 has two.
     """
-    triton, fla = installed("triton") or (0,), installed("fla-core") or (0,)
+    versions: list[Version] = [installed(name) or (0,) for name in ("triton", "fla-core")]
+    triton, fla = versions
     if (ask.chip or (0, 0))[0] != 9 or triton < (3, 4):
         return None
     where = f"on Hopper under Triton {_text(triton)}"

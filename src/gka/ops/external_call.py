@@ -35,7 +35,7 @@ def run_external(
     whole = _whole(given)
     if name == "flash_qla" and torch.compiler.is_compiling() and whole.q.numel() > 0:
         return flash_qla.compiled(whole, cu_seqlens_cpu)
-    return _run(name, rule, whole, cu_seqlens_cpu)
+    return _uncompiled(name, rule, whole, cu_seqlens_cpu)
 
 
 def _whole(x: Given) -> Given:
@@ -51,7 +51,6 @@ def _whole(x: Given) -> Given:
     return replace(x, q=q, k=k, v=v, g=g, beta=beta, cu_seqlens=bounds, scale=scale)
 
 
-@torch.compiler.disable
 def _run(name: str, rule: Rule, x: Given, copy: Tensor | None) -> tuple[Tensor, State]:
     """Outside of compiled graphs, where lengths are values."""
     note_backend(name)
@@ -70,6 +69,9 @@ def _run(name: str, rule: Rule, x: Given, copy: Tensor | None) -> tuple[Tensor, 
         before = _zeros(x) if x.state is None else x.state
         state = before.index_copy(0, places, state)
     return o, state
+
+
+_uncompiled: Any = torch.compiler.disable(_run)
 
 
 def filled(bounds: Tensor) -> Tensor | None:
