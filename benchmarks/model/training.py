@@ -16,7 +16,7 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def measure(cell: Cell, folder: Path, limit: float) -> dict[str, Any]:
     """A cell's figures; where memory does not suffice, with every layer recomputed."""
     found = in_process(cell, folder, limit)
     if found["status"] == "oom" and not cell.checkpoint:
-        again = Cell(**asdict(cell) | {"checkpoint": True})
+        again = replace(cell, checkpoint=True)
         found = in_process(again, folder, limit) | {"without_checkpoint": "oom"}
     return found
 

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gka.errors import InputError
 from gka.maths.chunked import Settings, Tokens
 from gka.ops import checks
 from gka.ops.autograd import (
@@ -21,8 +20,6 @@ from gka.ops.autograd import (
     pack,
 )
 from gka.ops.backends import Call, Mode, note_backend, registered_backends, resolve_backend
-from gka.ops.external import EXTERNAL, Given, resolve_external
-from gka.ops.external_call import run_external
 from gka.ops.reference import reference_gka
 
 State = tuple[Tensor, Tensor]
@@ -92,7 +89,7 @@ def chunk_gka(
         ValueError, TypeError: a shape, range or dtype is wrong; the message names the argument.
         RuntimeError: the backend asked for cannot run these inputs.
     """
-    return _run(
+    return run_call(
         "chunk", q, k, v, g, gk, alpha, beta, scale=scale, ridge_ratio=ridge_ratio,
         num_iter=num_iter, initial_state=initial_state, output_final_state=output_final_state,
         cu_seqlens=cu_seqlens, cu_seqlens_cpu=cu_seqlens_cpu, backend=backend, chunk_size=chunk_size,
@@ -125,7 +122,7 @@ def fused_recurrent_gka(
     chunk by chunk. Cost per token is constant, with no chunk to fill up. With solver="adaptive" each
     token is a chunk of its own, so its number of steps may differ from that of `chunk_gka`.
     """
-    return _run(
+    return run_call(
         "recurrent", q, k, v, g, gk, alpha, beta, scale=scale, ridge_ratio=ridge_ratio,
         num_iter=num_iter, initial_state=initial_state, output_final_state=output_final_state,
         cu_seqlens=cu_seqlens, cu_seqlens_cpu=cu_seqlens_cpu, backend=backend, chunk_size=64,
@@ -133,75 +130,7 @@ def fused_recurrent_gka(
     )  # fmt: skip
 
 
-def chunk_simple_gla(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None = None,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-    *,
-    beta: Tensor | None = None,
-    backend: str = "auto",
-    chunk_size: int = 64,
-    cu_seqlens_cpu: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Gated linear attention with a scalar decay a head: `chunk_gka` without its ridge.
-
-    o_t = scale U_t^T q_t,  U_t = exp(g_t) U_{t-1} + k_t v_t^T.
-
-    Arguments as in `chunk_gka`; the state is h_kv [N,H,K,V] alone, and H is never formed. `backend` may also
-    be "fla", the kernels of flash-linear-attention where they are installed (`gka.ops.why_not_external`; 16
-    bits, chunks of 64 tokens, no `beta`, no second derivative); "auto" takes them first where they can run.
-
-    Raises:
-        InputError (a ValueError): backend="fla" cannot run these inputs; the message says why.
-    """
-    library = _library(backend, q, k, v, g, beta, initial_state, chunk_size)
-    if library is not None:
-        checked = (q, k, v, g, None, None, None, initial_state, cu_seqlens, cu_seqlens_cpu)
-        numbers = (scale, 1.0, 0, chunk_size, output_final_state, "chebyshev", False, "torch")
-        _, settings = _check(*checked, *numbers)
-        q, k, v = autocast(q, k, v)
-        given = Given(
-            q, k, v, g, None, initial_state, cu_seqlens, settings.scale, output_final_state
-        )
-        return run_external(library, "simple_gla", given, cu_seqlens_cpu)
-    o, final = _run(
-        "chunk", q, k, v, g, None, None, beta, scale=scale, ridge_ratio=1.0, num_iter=0,
-        initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
-        cu_seqlens_cpu=cu_seqlens_cpu, backend=backend, chunk_size=chunk_size, with_h=False,
-    )  # fmt: skip
-    return o, None if final is None else final[1]
-
-
-def _library(
-    backend: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor | None,
-    state: Tensor | None,
-    chunk_size: int,
-) -> str | None:
-    """The library that runs gated linear attention; None: ours does, and refuses what does not fit."""
-    if backend in EXTERNAL and (beta is not None or chunk_size != 64):
-        raise InputError(
-            f"backend={backend!r} has chunks of 64 tokens and no write gate; got chunk_size={chunk_size}"
-            f"{'' if beta is None else ' and beta'}."
-        )
-    known = (backend == "auto" and beta is None and chunk_size == 64) or backend in EXTERNAL
-    if not known or not all(isinstance(x, Tensor) and x.dim() == 4 for x in (q, k, v)):
-        return None
-    q, k, v = autocast(q, k, v)
-    wanted = [x for x in (k, g, state) if isinstance(x, Tensor)]
-    return resolve_external(backend, "simple_gla", q, v, *wanted)
-
-
-def _run(
+def run_call(
     mode: Mode,
     q: Tensor,
     k: Tensor,
@@ -241,7 +170,7 @@ def _run(
         backend, settings = known.backend, known.settings
     else:
         given = (q, k, v, g, gk, alpha, beta, initial_state, cu_seqlens, cu_seqlens_cpu)
-        backend, settings = _check(*given, *numbers)
+        backend, settings = check_call(*given, *numbers)
         _keep(kind, backend, settings)
     q, k, v = autocast(q, k, v)
     if cu_seqlens_cpu is cu_seqlens:  # torch.compile takes no tensor twice
@@ -312,7 +241,7 @@ def _flat(arguments: tuple) -> Iterator[object]:
             yield x
 
 
-def _check(
+def check_call(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, gk: Tensor | None, alpha: Tensor | None,
     beta: Tensor | None, initial_state: State | Tensor | None, cu_seqlens: Tensor | None,
     cu_seqlens_cpu: Tensor | None, scale: float | None, ridge_ratio: float, num_iter: int,

@@ -32,7 +32,10 @@ BACKENDS = ("auto", "torch")
 
 def run(*call: Any, stepwise: bool) -> tuple[Tensor, Tensor]:
     """`_run` of a call, or in a compiled graph the operator that stands for it."""
-    as_operator = torch.compiler.is_compiling() and not under_transform()
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        note_backend("torch")
+    as_operator = compiling and not under_transform()
     chosen: Callable[..., tuple[Tensor, Tensor]] = forward_op if as_operator else _run
     return chosen(*call, stepwise)
 
@@ -59,7 +62,6 @@ def _run(
     Raises:
         ValueError: cu_seqlens does not rise from 0 to T (compiled: when the graph runs).
     """
-    note_backend("torch")
     known = cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu
     if known is not None:
         checks.check_bounds(known, q.shape[1])
@@ -102,6 +104,7 @@ def delta_rule(
     stepwise: bool,
 ) -> tuple[Tensor, Tensor]:
     """`run` without a derivative; contiguous, and no result is an input."""
+    note_backend("torch")
     with torch.no_grad():
         o, final = _run(q, k, v, g, beta, state, cu_seqlens, cu_seqlens_cpu, scale, stepwise)
     return o.contiguous(), final.clone() if final is state else final.contiguous()
