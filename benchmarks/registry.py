@@ -10,7 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import normalize, scaled_dot_product_attention, silu
 
 from gka.layers import GatedKalmaNet
-from gka.ops import chunk_gka
+from gka.ops import chunk_gka, why_not_external
+from gka.ops.external import Rule
 
 NUM_ITER, CHUNK = 30, 64
 MEAN = 1.0  # of what goes through SiLU, for keys with a common direction
@@ -87,12 +88,20 @@ class Contender:
         leaves: names of the inputs it takes and that its backward pass differentiates.
         load: imports it, and gives output = call(inputs). Raises NotAvailable.
         flops: of the forward pass on a size, where the number of its steps is known.
+        library: name and rule in `gka.ops.external`, which knows where it cannot run or is wrong.
     """
 
     name: str
     leaves: tuple[str, ...]
     load: Callable[[], Callable[[Inputs], Tensor]]
     flops: Callable[[Size], float] | None = None
+    library: tuple[str, Rule] | None = None
+
+    def why_not(self, size: Size, device: str, training: bool) -> str | None:
+        """What `gka.ops.why_not_external` says of it at a size; None of what is no library's."""
+        if self.library is None:
+            return None
+        return why_not_external(*self.library, device, dims=(size.dim, size.dim), training=training)
 
 
 def passes(
@@ -143,6 +152,12 @@ def ours(solver: str, backend: str, num_iter: int = NUM_ITER) -> Contender:
     return Contender(f"chunk_gka, {solver}", ("q", "k", "v", "g", "alpha", "beta"), load, flops)
 
 
+def load_flash_qla() -> Callable[[Inputs], Tensor]:
+    from flash_qla import chunk_gated_delta_rule  # pyright: ignore[reportMissingImports]
+
+    return lambda x: chunk_gated_delta_rule(x.q, x.k, x.v, x.g, x.beta)[0]
+
+
 def load_delta_rule() -> Callable[[Inputs], Tensor]:
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # pyright: ignore[reportMissingImports]
 
@@ -172,20 +187,32 @@ def load_attention() -> Callable[[Inputs], Tensor]:
     return call
 
 
-BASELINE = "gated_delta_rule"
-"""The peer that ratios are to."""
+BASELINES = ("flash_qla", "gated_delta_rule")
+"""The peers that ratios are to: at each size the first that was measured."""
 BASELINE_LAYER = "fla.layers.GatedDeltaNet"
 
 PEERS = {
     peer.name: peer
     for peer in (
-        Contender(BASELINE, ("q", "k", "v", "g", "beta16"), load_delta_rule),
-        Contender("simple_gla", ("q", "k", "v", "g"), load_simple_gla),
+        Contender(
+            "flash_qla", ("q", "k", "v", "g", "beta"), load_flash_qla,
+            library=("flash_qla", "gated_delta_rule"),
+        ),
+        Contender(
+            "gated_delta_rule", ("q", "k", "v", "g", "beta16"), load_delta_rule,
+            library=("fla", "gated_delta_rule"),
+        ),
+        Contender(
+            "simple_gla", ("q", "k", "v", "g"), load_simple_gla, library=("fla", "simple_gla")
+        ),
         Contender("sdpa", ("q", "k", "v"), load_attention),
         Contender("mesa_net", ("q", "k", "v", "g", "beta", "lamb"), load_mesa_net),
     )
-}
-FROM_FLA = (BASELINE, "simple_gla", "mesa_net")
+}  # fmt: skip
+PACKAGES = {
+    "flash_qla": "flash_qla", "gated_delta_rule": "fla", "simple_gla": "fla", "mesa_net": "fla",
+}  # fmt: skip
+"""The peers whose kernels are compiled or tuned at a first call, and what they are imported from."""
 
 
 @dataclass(frozen=True)

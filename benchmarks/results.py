@@ -103,7 +103,7 @@ def commit() -> str | None:
 def versions() -> dict[str, str | None]:
     """Of torch, CUDA, and what kernels of others are made with; None where it is not installed."""
     found: dict[str, str | None] = {"torch": torch.__version__, "CUDA": torch.version.cuda}
-    for name in ("triton", "flash-linear-attention"):
+    for name in ("triton", "flash-linear-attention", "flash-qla"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

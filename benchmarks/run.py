@@ -11,6 +11,10 @@ BENCHMARKS = {
         "the Triton kernels' launch configurations, measured and stored",
     ),
     "decode": ("benchmarks.decode.bench", "one token a sequence on states in place"),
+    "model": (
+        "benchmarks.model.training",
+        "training steps of whole models, by mixer and size, on a GPU",
+    ),
     "generation": ("benchmarks.model.generation", "tokens/s of a decoder, against attention"),
     "prefill": ("benchmarks.model.prefill", "reading and resuming a long prompt"),
     "host": ("benchmarks.host.launches", "the host's time to launch a call's kernels"),

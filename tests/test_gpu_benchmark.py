@@ -232,7 +232,10 @@ def test_ratios_growth_and_the_star(gpu):
     [
         (["--sizes", "8192x16", "--device", "cpu"], "sizes are BxTxH"),
         (["--dims", "many", "--device", "cpu"], "dims are numbers"),
-        (["--peers", "mamba", "--device", "cpu"], "there are gated_delta_rule.*got 'mamba'"),
+        (
+            ["--peers", "mamba", "--device", "cpu"],
+            "there are flash_qla, gated_delta_rule.*got 'mamba'",
+        ),
         (["--device", "cuda"], "no GPU that torch can use"),
     ],
 )
@@ -257,3 +260,33 @@ def test_speed_of_the_loop(gpu) -> None:
     assert told == "the solve's loop: 10.00 us a step, 100 TFLOP/s, 50% of the card's peak"
     with pytest.raises(ValueError, match="no kernel of the solve"):
         profiled.loop_speed(few[:1], many, 1e9, 20, None)
+
+
+def test_ratios_are_to_flash_qla_where_it_was_measured(run, gpu, monkeypatch, tmp_path):
+    """Ratios are to flash-qla at sizes that it takes, to flash-linear-attention's op at others; what is timed
+    although its gradient is wrong on this chip is listed with the reason."""
+    peers = {
+        name: contender(gpu, name, ("q",), lambda x: x.q * x.do)
+        for name in ("flash_qla", "gated_delta_rule", "sdpa")
+    }
+    monkeypatch.setattr(gpu.registry, "PEERS", peers)
+    reasons = {("flash_qla", 16): "its kernels take heads of 32.", ("fla", 32): "issue 640."}
+
+    def why_not(name, rule, device, dims, training):
+        reason = reasons.get((name, dims[0]))
+        return None if name == "fla" and not training else reason
+
+    monkeypatch.setattr(gpu.registry, "why_not_external", why_not)
+    for name, library in (("flash_qla", "flash_qla"), ("gated_delta_rule", "fla")):
+        peers[name] = gpu.registry.Contender(
+            name, ("q",), lambda: lambda x: x.q * x.do, library=(library, "gated_delta_rule")
+        )
+    small = ["--device", "cpu", "--sizes", "1x32x1", "--dims", "16,32", "--seconds", "0.01"]
+    result = run(*small, "--no-layer")
+    assert [gpu.report.baseline(g) for g in result["groups"]] == ["gated_delta_rule", "flash_qla"]
+    text = (tmp_path / "op.md").read_text()
+    assert re.search(r"D = 16 \| gated_delta_rule \| [^|]+\| 1\.00 \(1\.00-1\.00\)", text)
+    assert re.search(r"D = 32 \| flash_qla \| [^|]+\| 1\.00 \(1\.00-1\.00\)", text)
+    assert "- flash_qla not run: its kernels take heads of 32. (1 x 32 x 1, D = 16)" in text
+    known = "gated_delta_rule is timed, but not to be trained with here: issue 640."
+    assert f"- {known} (1 x 32 x 1, D = 32)" in text

@@ -48,7 +48,7 @@ def run(bench: Comparison) -> dict[str, Any]:
     if options.layer:
         bench.layers()
     if len(early) < len(peers):  # its first call is the slowest, so it must not delay the others
-        base = [peer for peer in early if peer.name == registry.BASELINE]
+        base = [peer for peer in early if peer.name in registry.BASELINES]
         for size in options.sizes:
             bench.group(size, [*base, registry.PEERS["mesa_net"]], repeated=True)
     if options.profile:
@@ -63,11 +63,12 @@ def compile_peers(bench: Comparison, pairs: list[tuple[int, int]]) -> None:
 
     Only what they compile is kept, on disk: they choose their configurations in this process, alone.
     """
-    names = [name for name in bench.options.peers if name in registry.FROM_FLA]
-    if not bench.watch.cuda or not names or importlib.util.find_spec("fla") is None:
+    there = {x for x in registry.PACKAGES.values() if importlib.util.find_spec(x) is not None}
+    names = [name for name in bench.options.peers if registry.PACKAGES.get(name) in there]
+    if not bench.watch.cuda or not names:
         return
     jobs = [(name, heads, dim) for name in names for heads, dim in pairs]
-    jobs += [("layer", LAYER.heads, LAYER.dim)] if bench.options.layer else []
+    jobs += [("layer", LAYER.heads, LAYER.dim)] if bench.options.layer and "fla" in there else []
     bench.say(f"compiling the peers' kernels, {len(jobs)} processes")
     environment = os.environ | {"FLA_CACHE_RESULTS": "0"}
     running = [

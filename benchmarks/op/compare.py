@@ -13,7 +13,7 @@ from benchmarks import registry
 from benchmarks.registry import Build, Contender, Inputs, NotAvailable, Size, reason
 from benchmarks.results import Run
 from benchmarks.stopwatch import Call
-from torch import nn
+from torch import Tensor, nn
 
 from gka.ops import backends
 
@@ -75,15 +75,26 @@ class Comparison(Run):
         self, contender: Contender, size: Size, inputs: Inputs, entries: dict[str, dict]
     ) -> dict[str, Call]:
         """First calls and memory of one contender; nothing where it fails, which its entry then says."""
+        device = self.options.device
         leaves = [getattr(inputs, name) for name in contender.leaves]
         own = sum(x.nbytes for x in [*leaves, inputs.do])
+
+        def load() -> Callable[[Inputs], Tensor]:
+            refusal = contender.why_not(size, device, training=False)
+            if refusal is not None:
+                raise NotAvailable(refusal)
+            return contender.load()
+
         found, entry = self.first(
             f"{size}: {contender.name}",
-            lambda: registry.passes(contender.load(), inputs, contender.leaves),
+            lambda: registry.passes(load(), inputs, contender.leaves),
             lambda: own,
         )
         if found and contender.flops is not None:
             entry["flops"] = contender.flops(size)
+        wrong = contender.why_not(size, device, training=True)
+        if found and wrong is not None:
+            entry["wrong"] = wrong
         entries[contender.name] = entry
         return found
 
@@ -93,7 +104,7 @@ class Comparison(Run):
         entries: dict[str, dict] = {}
         self.found["layer"] = {"size": str(size), "contenders": entries}
         calls: dict = {}
-        peers = registry.BASELINE in self.options.peers
+        peers = "gated_delta_rule" in self.options.peers
         for name, build in registry.layers(self.backend, peers).items():
             _, found, entries[name] = self.first_layer(f"layer, {size}: {name}", build)
             calls |= {(name, which): call for which, call in found.items()}

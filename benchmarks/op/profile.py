@@ -96,7 +96,7 @@ def loop_speed(
 
 def profile(bench: Comparison) -> None:
     """The op at the first size, then the layers if they were measured."""
-    size, peers = bench.options.sizes[0], registry.BASELINE in bench.options.peers
+    size, peers = bench.options.sizes[0], "gated_delta_rule" in bench.options.peers
     op = registry.ours("chebyshev", bench.backend)
     texts = [part(bench, "op_profile", f"{size}", op.name, partial(of_op, bench, op))]
     layers = registry.profiled_layers(bench.backend, peers) if bench.options.layer else {}

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks import stopwatch
-from benchmarks.registry import BASELINE, BASELINE_LAYER
+from benchmarks.registry import BASELINE_LAYER, BASELINES
 
 from gka.data.files import write_text
 from gka.experiments.ledger import markdown_table, print_table, report
@@ -57,9 +57,15 @@ def rows(result: dict) -> Iterator[list[str]]:
     for size in dict.fromkeys(group["size"] for group in result["groups"]):
         for group in result["groups"]:
             if group["size"] == size:
-                base = group["contenders"].get(BASELINE, {})
+                base = group["contenders"].get(baseline(group), {})
                 for name, entry in shown(group).items():
                     yield [size, *cells(name, entry, base, peak)]
+
+
+def baseline(group: dict) -> str:
+    """The peer that a group's ratios are to: the first that was measured in it."""
+    found = [x for x in BASELINES if group["contenders"].get(x, {}).get("status") == "ok"]
+    return found[0] if found else BASELINES[-1]
 
 
 def shown(group: dict) -> dict[str, dict]:
@@ -67,7 +73,7 @@ def shown(group: dict) -> dict[str, dict]:
     return {
         name: entry
         for name, entry in group["contenders"].items()
-        if entry["status"] == "ok" and not (group.get("repeated") and name == BASELINE)
+        if entry["status"] == "ok" and not (group.get("repeated") and name in BASELINES)
     }
 
 
@@ -77,10 +83,23 @@ def missing(result: dict) -> list[str]:
     others = [result[name] for name in ("layer", "op_profile", "layer_profile") if name in result]
     for group in [*result["groups"], *others]:
         for name, entry in group["contenders"].items():
-            if entry["status"] != "ok" and not (group.get("repeated") and name == BASELINE):
+            if entry["status"] != "ok" and not (group.get("repeated") and name in BASELINES):
                 reason = f"{entry['status']}: {entry['message']}"
                 found.setdefault((name, reason), []).append(group["size"])
     return [f"{name} {reason} ({'; '.join(sizes)})" for (name, reason), sizes in found.items()]
+
+
+def wrong(result: dict) -> list[str]:
+    """What was timed although its gradient is known to be wrong on this chip, and why it is."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for group in result["groups"]:
+        for name, entry in shown(group).items():
+            if "wrong" in entry:
+                found.setdefault((name, entry["wrong"]), []).append(group["size"])
+    return [
+        f"{name} is timed, but not to be trained with here: {reason} ({'; '.join(sizes)})"
+        for (name, reason), sizes in found.items()
+    ]
 
 
 def layer_rows(result: dict) -> Iterator[list[str]]:
@@ -139,7 +158,7 @@ def facts(result: dict) -> list[str]:
     return [
         f"{card['name']}; {used}; commit {result['commit'] or 'unknown'}; {result['date']}.{measured}",
         f'backend="{result["backend"]}", bfloat16, 30 steps, keys: {result["keys"]}. '
-        f"Ratios are to {BASELINE} (layers: {BASELINE_LAYER}), in the same rounds. "
+        f"Ratios are to {' or else '.join(BASELINES)} (layers: {BASELINE_LAYER}), in the same rounds. "
         "A star: the host needs longer to launch the kernels than the device to run them.",
     ]
 
@@ -160,7 +179,7 @@ def markdown(result: dict) -> str:
             "forward and backward to its input and parameters, mean of several by torch.profiler"
         )
         parts += [f"{size[0].upper()}{size[1:]}, {words}:", markdown_table(PROFILE_HEAD, found)]
-    lines = [f"- {line}" for line in [*growth(result), *missing(result)]]
+    lines = [f"- {line}" for line in [*growth(result), *missing(result), *wrong(result)]]
     return "\n\n".join([*parts, "\n".join(lines)]).strip() + "\n"
 
 
@@ -181,7 +200,7 @@ def update(page: Path, result: dict) -> None:
 def write(result: dict, folder: Path) -> None:
     """To the terminal, op.md and op.png."""
     print_table(HEAD, [*rows(result), *layer_rows(result)])
-    print("\n".join([*facts(result), *growth(result), *missing(result)]))
+    print("\n".join([*facts(result), *growth(result), *missing(result), *wrong(result)]))
     report(folder / "op", markdown(result), lambda figure: draw(result, figure))
 
 

@@ -1,12 +1,19 @@
 """DeltaNet (arXiv 2406.06484) and Gated DeltaNet (arXiv 2412.06464): one gradient step per token on
 the error with which the state recalls the token's value."""
 
+from functools import partial
+
 from torch import Tensor, nn
 
 from gka.layers.parts.heads import split_heads
 from gka.layers.parts.surround import Gates, MixCall
 from gka.layers.recurrent_mixer import RecurrentMixer
-from gka.ops.delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+from gka.ops.delta_rule import (
+    BACKENDS,
+    chunk_gated_delta_rule,
+    fused_recurrent_gated_delta_rule,
+)
+from gka.ops.external import check_name
 
 
 class DeltaNet(RecurrentMixer):
@@ -23,6 +30,8 @@ class DeltaNet(RecurrentMixer):
         conv_size: inputs a short convolution sees.
         norm_eps: epsilon of the output norm.
         layer_idx: the layer's place in a cache.
+        backend: who runs whole sequences, as in `gka.ops.delta_rule.chunk_gated_delta_rule`. "torch" runs
+            what surrounds the memory in plain torch too.
 
     Raises:
         ValueError: sizes that do not fit; the message names which.
@@ -41,18 +50,23 @@ class DeltaNet(RecurrentMixer):
         conv_size: int = 4,
         norm_eps: float = 1e-6,
         layer_idx: int | None = None,
+        backend: str = "auto",
     ):
         super().__init__(
             hidden_size, **split_heads(num_heads, num_kv_heads), expand_v=expand_v,
             head_dim=head_dim, use_v_conv=True, use_forgetting_gate=self.decays,
             use_gate=use_gate, conv_size=conv_size, layer_idx=layer_idx, norm_eps=norm_eps,
         )  # fmt: skip
+        check_name(backend, BACKENDS)
+        self.backend = backend
         self.b_proj = nn.Linear(hidden_size, self.num_expanded_heads, bias=False)
 
     def mix(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, call: MixCall
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        op = fused_recurrent_gated_delta_rule if call.stepwise else chunk_gated_delta_rule
+        op = fused_recurrent_gated_delta_rule
+        if not call.stepwise:
+            op = partial(chunk_gated_delta_rule, backend=self.backend)
         o, state = op(
             q, k, v, gates.g, gates.beta, initial_state=call.states[0] if call.states else None,
             output_final_state=call.keep, cu_seqlens=call.cu_seqlens,

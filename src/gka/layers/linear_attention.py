@@ -6,7 +6,8 @@ from gka.layers.parts.heads import split_heads
 from gka.layers.parts.surround import Gates, MixCall
 from gka.layers.recurrent_mixer import RecurrentMixer
 from gka.ops import chunk_simple_gla
-from gka.ops.backends import check_known
+from gka.ops.backends import known_backends
+from gka.ops.external import EXTERNAL, check_name
 
 
 class GatedLinearAttention(RecurrentMixer):
@@ -23,7 +24,9 @@ class GatedLinearAttention(RecurrentMixer):
         conv_size: inputs a short convolution sees.
         norm_eps: epsilon of the output norm.
         layer_idx: the layer's place in a cache.
-        backend: of the op and of what surrounds it, as in `GatedKalmaNet`.
+        backend: of the op, as in `gka.ops.chunk_simple_gla`, and of what surrounds it, as in `GatedKalmaNet`.
+            A library's name ("fla") is of whole sequences; tokens read one by one, and what surrounds the op,
+            are then "auto".
 
     Raises:
         ValueError: sizes that do not fit; the message names which.
@@ -47,7 +50,7 @@ class GatedLinearAttention(RecurrentMixer):
             head_dim=head_dim, use_v_conv=True, use_forgetting_gate=True, use_gate=use_gate,
             conv_size=conv_size, layer_idx=layer_idx, norm_eps=norm_eps,
         )  # fmt: skip
-        check_known(backend)
+        check_name(backend, known_backends())
         self.backend = backend
 
     def mix(
@@ -55,7 +58,8 @@ class GatedLinearAttention(RecurrentMixer):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         o, state = chunk_simple_gla(
             q, k, v, gates.g, initial_state=call.states[0] if call.states else None,
-            output_final_state=call.keep, cu_seqlens=call.cu_seqlens, backend=self.backend,
+            output_final_state=call.keep, cu_seqlens=call.cu_seqlens,
+            backend="auto" if call.stepwise and self.backend in EXTERNAL else self.backend,
             chunk_size=q.shape[1] if call.stepwise else 64, cu_seqlens_cpu=call.cu_seqlens_cpu,
         )  # fmt: skip
         return o, () if state is None else (state,)

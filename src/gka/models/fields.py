@@ -24,7 +24,8 @@ class GKAFields:
         num_k_heads, kv_rank, kv_mix: of "gka" alone, as in `GatedKalmaNet`.
         use_beta_gate, use_alpha_connection, use_v_conv, use_forgetting_gate, use_forgetting_gate_kk,
             gla_rescale, ridge_ratio, num_iter, use_gate, conv_size, backend, solver: as in `GatedKalmaNet`;
-            the other recurrent mixers take those that they have.
+            the other recurrent mixers take those that they have. `backend` is of GKA's op: the delta rule's
+            mixers run in torch with "torch" and "reference", else as "auto"; `mixer_overrides` names others.
         attention_num_heads, attention_num_kv_heads, attention_head_dim: of the softmax mixers. None: those
             of the recurrent mixers (and with `attention_num_heads` alone, that many key-value heads).
         sliding_window: tokens that "swa" attends to, the current one among them.

@@ -12,6 +12,7 @@ from gka.models.fields import GKAFields
 from gka.models.rope import rotary_frequencies
 
 SOFTMAX_MIXERS = ("attention", "swa")
+DELTA_MIXERS = ("deltanet", "gated_deltanet")
 _NOT_OVERRIDDEN = ("hidden_size", "layer_idx", "inv_freq", "rope_scale")
 # How transformers' caches call what a layer keeps; every other mixer keeps a recurrent state.
 _LAYER_TYPES = {"attention": "full_attention", "swa": "sliding_attention"}
@@ -33,6 +34,9 @@ def build_mixer(config: GKAFields, layer_idx: int) -> nn.Module:
 def mixer_values(config: GKAFields, name: str) -> dict[str, Any]:
     """Every configuration value a mixer may ask for, under its constructor's name for it."""
     values = dict(vars(config))
+    if name in DELTA_MIXERS:
+        # GKA's kernels have no delta rule: its own choice is an override
+        values["backend"] = "torch" if config.backend in ("torch", "reference") else "auto"
     if name in SOFTMAX_MIXERS:
         heads, kv_heads, head_dim = attention_heads(config)
         values |= {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}

@@ -89,7 +89,7 @@ def chunk_gka(
         ValueError, TypeError: a shape, range or dtype is wrong; the message names the argument.
         RuntimeError: the backend asked for cannot run these inputs.
     """
-    return _run(
+    return run_call(
         "chunk", q, k, v, g, gk, alpha, beta, scale=scale, ridge_ratio=ridge_ratio,
         num_iter=num_iter, initial_state=initial_state, output_final_state=output_final_state,
         cu_seqlens=cu_seqlens, cu_seqlens_cpu=cu_seqlens_cpu, backend=backend, chunk_size=chunk_size,
@@ -122,7 +122,7 @@ def fused_recurrent_gka(
     chunk by chunk. Cost per token is constant, with no chunk to fill up. With solver="adaptive" each
     token is a chunk of its own, so its number of steps may differ from that of `chunk_gka`.
     """
-    return _run(
+    return run_call(
         "recurrent", q, k, v, g, gk, alpha, beta, scale=scale, ridge_ratio=ridge_ratio,
         num_iter=num_iter, initial_state=initial_state, output_final_state=output_final_state,
         cu_seqlens=cu_seqlens, cu_seqlens_cpu=cu_seqlens_cpu, backend=backend, chunk_size=64,
@@ -130,36 +130,7 @@ def fused_recurrent_gka(
     )  # fmt: skip
 
 
-def chunk_simple_gla(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None = None,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-    *,
-    beta: Tensor | None = None,
-    backend: str = "auto",
-    chunk_size: int = 64,
-    cu_seqlens_cpu: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Gated linear attention with a scalar decay a head: `chunk_gka` without its ridge.
-
-    o_t = scale U_t^T q_t,  U_t = exp(g_t) U_{t-1} + k_t v_t^T.
-
-    Arguments as in `chunk_gka`; the state is h_kv [N,H,K,V] alone, and H is never formed.
-    """
-    o, final = _run(
-        "chunk", q, k, v, g, None, None, beta, scale=scale, ridge_ratio=1.0, num_iter=0,
-        initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
-        cu_seqlens_cpu=cu_seqlens_cpu, backend=backend, chunk_size=chunk_size, with_h=False,
-    )  # fmt: skip
-    return o, None if final is None else final[1]
-
-
-def _run(
+def run_call(
     mode: Mode,
     q: Tensor,
     k: Tensor,
@@ -199,7 +170,7 @@ def _run(
         backend, settings = known.backend, known.settings
     else:
         given = (q, k, v, g, gk, alpha, beta, initial_state, cu_seqlens, cu_seqlens_cpu)
-        backend, settings = _check(*given, *numbers)
+        backend, settings = check_call(*given, *numbers)
         _keep(kind, backend, settings)
     q, k, v = autocast(q, k, v)
     if cu_seqlens_cpu is cu_seqlens:  # torch.compile takes no tensor twice
@@ -270,7 +241,7 @@ def _flat(arguments: tuple) -> Iterator[Any]:
             yield x
 
 
-def _check(
+def check_call(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, gk: Tensor | None, alpha: Tensor | None,
     beta: Tensor | None, initial_state: State | Tensor | None, cu_seqlens: Tensor | None,
     cu_seqlens_cpu: Tensor | None, scale: float | None, ridge_ratio: float, num_iter: int,

@@ -1,5 +1,5 @@
-"""The (gated) delta rule as a function, and how a checked call of it runs: plain torch, or one operator to
-torch.compile and torch.export.
+"""The (gated) delta rule as a function, and how a checked call of it runs: an installed library's kernels
+(`gka.ops.external`), plain torch, or for the latter one operator to torch.compile and torch.export.
 
 Eager calls are differentiated by autograd as they run. Their loops have as many rounds as there are
 chunks (or tokens), and packed bounds are read, so no graph of them serves every length. A compiled graph
@@ -18,14 +18,24 @@ from gka.maths.delta import delta_rule_chunks, delta_rule_sequence
 from gka.maths.layout import chunk_layout
 from gka.ops import checks
 from gka.ops.autograd import no_autocast, operator, under_transform
+from gka.ops.backends import note_backend
+from gka.ops.external import Given, Rule, check_name, resolve_external
+from gka.ops.external_call import run_external
 
 CHUNK_SIZE = 64
 _CU_SEQLENS, _NUM_TENSORS = 6, 8  # q .. state, cu_seqlens, cu_seqlens_cpu come first
 
 
+BACKENDS = ("auto", "torch")
+"""What `chunk_gated_delta_rule` takes beside the libraries of `gka.ops.external`."""
+
+
 def run(*call: Any, stepwise: bool) -> tuple[Tensor, Tensor]:
     """`_run` of a call, or in a compiled graph the operator that stands for it."""
-    as_operator = torch.compiler.is_compiling() and not under_transform()
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        note_backend("torch")
+    as_operator = compiling and not under_transform()
     chosen: Callable[..., tuple[Tensor, Tensor]] = forward_op if as_operator else _run
     return chosen(*call, stepwise)
 
@@ -94,6 +104,7 @@ def delta_rule(
     stepwise: bool,
 ) -> tuple[Tensor, Tensor]:
     """`run` without a derivative; contiguous, and no result is an input."""
+    note_backend("torch")
     with torch.no_grad():
         o, final = _run(q, k, v, g, beta, state, cu_seqlens, cu_seqlens_cpu, scale, stepwise)
     return o.contiguous(), final.clone() if final is state else final.contiguous()
@@ -170,6 +181,7 @@ def chunk_gated_delta_rule(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     *,
+    backend: str = "auto",
     cu_seqlens_cpu: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """S_t = gamma_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T, o_t = scale S_t^T q_t, by chunks.
@@ -187,6 +199,10 @@ def chunk_gated_delta_rule(
         initial_state: S_0 [N,H,K,V]; None for zeros.
         output_final_state: whether to return the states after each sequence's last token.
         cu_seqlens: bounds [N+1] of sequences packed into B = 1; None for N = B sequences of T.
+        backend: "auto", "torch" (any device), or an installed library's kernels, "flash_qla" or "fla"
+            (NVIDIA GPUs, 16 bits; they multiply in 16 bits and have no second derivative). "auto" takes the
+            first library that can run the call, else torch; `gka.ops.available_external` lists them and
+            `gka.ops.why_not_external` says why not.
         cu_seqlens_cpu: its copy on the CPU; with it the call does not wait for the device to read it.
 
     Returns:
@@ -194,13 +210,20 @@ def chunk_gated_delta_rule(
 
     Raises:
         ValueError, TypeError: a shape, range or dtype is wrong; the message names the argument.
+        InputError (a ValueError): the library asked for cannot run these inputs; the message says why.
     """
+    check_name(backend, BACKENDS)
     checks.check_scale(scale)
     checks.check_flags(output_final_state=output_final_state)
     q, state = _prepare(q, k, v, g, beta, initial_state, cu_seqlens, cu_seqlens_cpu)
-    g = q.new_zeros(q.shape[:3]) if g is None else g
-    beta = q.new_ones(q.shape[:3]) if beta is None else beta
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    rule: Rule = "delta_rule" if g is None else "gated_delta_rule"
+    library = resolve_external(backend, rule, q, v, k, g, beta, initial_state)
+    beta = q.new_ones(q.shape[:3]) if beta is None else beta
+    if library is not None:
+        given = Given(q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state)
+        return run_external(library, rule, given, cu_seqlens_cpu)
+    g = q.new_zeros(q.shape[:3]) if g is None else g
     o, state = run(q, k, v, g, beta, state, cu_seqlens, cu_seqlens_cpu, scale, stepwise=False)
     return o, state if output_final_state else None
 

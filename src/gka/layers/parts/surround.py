@@ -18,6 +18,7 @@ from gka.ops import surround
 from gka.ops.autograd import under_transform
 from gka.ops.backends import check_known
 from gka.ops.convolution import convolve_heads, step_heads_and_gates
+from gka.ops.external import EXTERNAL
 
 UNFUSED = ("torch", "reference")
 OURS = (ShortConvolution, RMSNorm, GatedRMSNorm)
@@ -219,7 +220,9 @@ def why_unfused(mixer: Any, device: torch.device | str, dtype: torch.dtype) -> s
         RuntimeError: the mixer's backend asks for kernels by name, and they cannot run.
         ValueError: no backend has the mixer's `backend` as its name.
     """
-    name, device = mixer.backend, torch.device(device)
+    # a library has kernels for the memory alone
+    name = "auto" if mixer.backend in EXTERNAL else mixer.backend
+    device = torch.device(device)
     check_known(name)
     if name in UNFUSED:
         return f'backend="{name}" asks for plain torch.'
