@@ -151,7 +151,7 @@ def check_against_float64(dim: int, dtype: torch.dtype, solver: SolverName) -> N
     tokens = tokens_of(dim, dtype, 2, 200, "cuda")
     found = passes(tokens, solver)
     wide = {n: x.double() for n, x in vars(tokens).items() if isinstance(x, Tensor)}
-    exact, settings = replace(tokens, **wide), settings_of("chebyshev")
+    exact, settings = tokens._replace(**wide), settings_of("chebyshev")
     out = chunked.chunk_forward(exact, settings)
     grads = adjoint.chunk_backward(exact, out.x, exact.v, None, None, settings)
     limit = max(AGAINST_FLOAT64[str(dtype)[6:]], 1e-3 if solver == "adaptive" else 0.0)
