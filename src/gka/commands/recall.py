@@ -58,8 +58,7 @@ def _run(
     from gka.evaluation.memories import compared_memories
     from gka.evaluation.plots import plot_recall
     from gka.evaluation.recall import RecallSettings, run_recall, what_was_learnt
-    from gka.evaluation.results import environment, one_thread
-    from gka.evaluation.tables import recall_key, recall_tables
+    from gka.evaluation.results import environment, one_thread, recall_key, recall_tables
 
     settings, memories = RecallSettings(**wanted), compared_memories(ratios, iterations)
     console = text_console()

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from gka.errors import InputError
 from gka.models import GKAForCausalLM
-from gka.serving import combination, statefile
-from gka.serving.contents import Contents
+from gka.serving import statefile
+from gka.serving.contents import Contents, combined
 from gka.serving.graph import CaptureError, GraphedSteps, check_choice, why_not_graphed
 from gka.serving.reading import (
     PREFILL_CHUNK,
@@ -255,7 +255,7 @@ class GenerationSession:
                 stack.enter_context(session._turn.use())
                 session._check_whole()
             contents = [session._contents for session in sessions]
-            return first._with(combination.combined(first.model, contents, how))
+            return first._with(combined(first.model, contents, how))
 
     def _with(self, contents: Contents) -> "GenerationSession":
         session = GenerationSession(

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from gka.evaluation.context.haystack import Haystack
-from gka.evaluation.context.perplexity import bucket_edges, measure, summarize, window
 from gka.evaluation.context.reader import Reader
+from gka.evaluation.context.scoring import bits_per_byte, bucket_edges, window, window_bits
 from scripted import constant
 
 
@@ -29,9 +29,9 @@ def test_windows_have_the_asked_tokens_and_follow_from_the_seed(haystack: Haysta
 def test_equally_likely_bytes_take_all_their_bits(byte_haystack: Haystack):
     """A model of 257 equally likely tokens, each a byte, needs log2(257) bits a byte in every bucket."""
     reader = Reader(constant(byte_haystack.pieces), 100)  # type: ignore[arg-type]
-    found = [measure(window(300, 0, i, byte_haystack), reader, ()) for i in range(2)]
+    found = [window_bits(window(300, 0, i, byte_haystack), reader, ()) for i in range(2)]
     assert found[0]["bytes"] == pytest.approx([63, 64, 128, 44])
-    result = summarize(found, 300)
+    result = bits_per_byte(found, 300)
     assert result["bits_per_byte"] == pytest.approx(math.log2(257), rel=1e-5)
     assert result["bits_per_byte_by_position"] == pytest.approx([math.log2(257)] * 4, rel=1e-5)
 
@@ -42,7 +42,7 @@ def test_bits_are_of_the_tokens_and_bytes_of_their_text(haystack: Haystack):
     reader = Reader(constant(haystack.pieces), 100)  # type: ignore[arg-type]
     lines = window(600, 0, 0, haystack)
     start = haystack.pieces.start
-    found = measure(lines, reader, start)
+    found = window_bits(lines, reader, start)
     vocabulary = 1 + max(haystack.pieces.tokenizer.get_vocab().values())
     assert sum(found["bits"]) == pytest.approx(599 * math.log2(vocabulary), rel=1e-5)
     exact = len("".join(line.text for line in lines).encode())
@@ -56,6 +56,7 @@ def test_a_text_that_becomes_predictable_takes_fewer_bits_later(byte_haystack: H
     lines = window(256, 0, 0, byte_haystack)
     ids = [i for line in lines for i in line.ids]
     model.script = lambda read: {ids[len(read)]: 40.0} if 128 <= len(read) < 256 else {}
-    bits = summarize([measure(lines, Reader(model, 50), ())], 256)["bits_per_byte_by_position"]  # type: ignore[arg-type]
+    found = window_bits(lines, Reader(model, 50), ())  # type: ignore[arg-type]
+    bits = bits_per_byte([found], 256)["bits_per_byte_by_position"]
     assert bits[:2] == pytest.approx([math.log2(257)] * 2, rel=1e-5) and bits[2] < 1e-3
     assert torch.isfinite(torch.tensor(bits)).all()

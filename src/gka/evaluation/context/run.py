@@ -19,10 +19,9 @@ from gka.data.corpus import Document
 from gka.data.files import read_json, write_json
 from gka.data.tokenizer import check_vocabulary
 from gka.errors import InputError
-from gka.evaluation.context import perplexity
 from gka.evaluation.context.haystack import Haystack, Pieces
 from gka.evaluation.context.reader import Reader
-from gka.evaluation.context.scoring import Grader
+from gka.evaluation.context.scoring import Grader, bits_per_byte, window, window_bits
 from gka.evaluation.context.tasks import NAMES, PERPLEXITY, TASKS, draw_sample
 from gka.evaluation.results import environment
 
@@ -231,13 +230,10 @@ def _run_cell(cell: Cell, subject: Subject, grader: Grader) -> dict[str, Any]:
     """Result and samples of a cell."""
     began = time.perf_counter()
     if cell.task == PERPLEXITY:
-        windows = (
-            perplexity.window(cell.length, cell.seed, i, subject.haystack)
-            for i in range(cell.samples)
-        )
+        windows = (window(cell.length, cell.seed, i, subject.haystack) for i in range(cell.samples))
         start = subject.haystack.pieces.start
-        samples = [perplexity.measure(lines, grader.reader, start) for lines in windows]
-        result = perplexity.summarize(samples, cell.length)
+        samples = [window_bits(lines, grader.reader, start) for lines in windows]
+        result = bits_per_byte(samples, cell.length)
     else:
         samples = [_graded(cell, i, subject.haystack, grader) for i in range(cell.samples)]
         result = {n: mean(s[n] for s in samples) for n in ("match", "rank", "chance")}
