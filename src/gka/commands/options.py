@@ -160,6 +160,33 @@ def at_least_one(option: str, number: int) -> int:
     return number
 
 
+def read_prompt(text: str | None, file: Path | None) -> str:
+    """The prompt from an argument, a UTF-8 file, or else standard input.
+
+    Raises:
+        InputError: if both are given, the file cannot be read, or the text is not UTF-8.
+    """
+    if text is not None and file is not None:
+        raise InputError("prompt and prompt_file exclude each other; give one of them")
+    if text is not None:
+        try:
+            # Bytes of an argument that are not UTF-8 arrive as lone surrogates.
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"prompt is not valid UTF-8 (at character {error.start})") from None
+        return text
+    try:
+        raw = file.read_bytes() if file else sys.stdin.buffer.read()
+        return raw.decode()
+    except OSError as error:
+        raise InputError(f"prompt_file {file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        where = f"prompt_file {file}" if file else "prompt on standard input"
+        raise InputError(
+            f"{where} is not UTF-8 (byte 0x{error.object[error.start]:02x} at offset {error.start})"
+        ) from None
+
+
 def usable_device(device: str | None) -> str:
     """The device that was asked for, or else a GPU if there is one.
 

@@ -1,8 +1,15 @@
 """From text to blocks of tokens: corpus -> tokenizer -> packed tokens -> blocks."""
 
-from gka.data.blocks import Split, TokenBlocks, split, token_blocks
 from gka.data.corpus import Document, find_documents, standard_library
-from gka.data.packed import PackedTokens, cache_folder, pack
+from gka.data.packed import (
+    PackedTokens,
+    Split,
+    TokenBlocks,
+    cache_folder,
+    pack,
+    split,
+    token_blocks,
+)
 from gka.data.tokenizer import Encoder, byte_tokenizer, load_tokenizer, vocabulary_size
 
 __all__ = [

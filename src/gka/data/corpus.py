@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gka.data.files import sha256_of
 from gka.errors import InputError
+from gka.storage import sha256_of
 
 # Tests are a third of the library and repeat themselves; the rest is generated tables or old grammars.
 LIBRARY_WITHOUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3"}

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from gka.data.files import read_json, write_json
 from gka.errors import InputError
 from gka.evaluation.mqar import MQARTask
 from gka.evaluation.mqar_cell import Budget, Cell, layer_mixers, train_cell
 from gka.evaluation.results import environment, one_thread
+from gka.storage import read_json, write_json
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 
 from gka.console import text_console
-from gka.data.files import read_json
 from gka.experiments import chain_report
 from gka.experiments.ledger import Ledger, report
 from gka.experiments.needle import NeedleTest
+from gka.storage import read_json
 
 MIXERS = ("gka", "gated_deltanet")
 NEEDED = ("transformers", "accelerate", "rich", "safetensors", "tokenizers")

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gka.data.files import replacing
 from gka.errors import InputError
 from gka.layers.recurrent_mixer import RecurrentMixer
 from gka.models import GKAConfig, GKAForCausalLM, state_shapes
 from gka.models.fields import GKAFields
 from gka.serving.contents import Contents
+from gka.storage import replacing
 
 FORMAT, VERSION = "gka-session", 1
 # What may differ between the model that wrote a state and the one that goes on from it.

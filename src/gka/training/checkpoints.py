@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gka.data.files import read_json, sha256_of, write_json
 from gka.errors import InputError
+from gka.storage import read_json, sha256_of, write_json
 from gka.training.folder import is_main_process
 
 if TYPE_CHECKING:

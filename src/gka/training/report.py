@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gka.data.files import write_bytes
+from gka.storage import write_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table

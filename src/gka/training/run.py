@@ -14,8 +14,8 @@ from gka.data import (
     token_blocks,
     vocabulary_size,
 )
-from gka.data.files import write_json
 from gka.errors import InputError
+from gka.storage import write_json
 from gka.training import folder as files
 from gka.training import report
 from gka.training.config import DataConfig, RunConfig

@@ -16,7 +16,6 @@ from typing import Any
 
 from gka.checkpoints.open import load_model, load_tokenizer_of, model_folder
 from gka.data.corpus import Document
-from gka.data.files import read_json, write_json
 from gka.data.tokenizer import check_vocabulary
 from gka.errors import InputError
 from gka.evaluation.context.haystack import Haystack, Pieces
@@ -24,6 +23,7 @@ from gka.evaluation.context.reader import Reader
 from gka.evaluation.context.scoring import Grader, bits_per_byte, window, window_bits
 from gka.evaluation.context.tasks import NAMES, PERPLEXITY, TASKS, draw_sample
 from gka.evaluation.results import environment
+from gka.storage import read_json, write_json
 
 FORMAT = 1
 SHORTEST = 256

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gka.console import status
-from gka.data.files import read_json, write_json
 from gka.errors import InputError
 from gka.models.pattern import SOFTMAX_MIXERS
 from gka.models.replacement import check_replacement
+from gka.storage import read_json, write_json
 from gka.training.folder import is_main_process
 from gka.training.priming.config import EVERY_OTHER, RANK, PrimeConfig
 from gka.training.priming.measure import HeldOut

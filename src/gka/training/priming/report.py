@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gka.data.files import write_bytes, write_json, write_text
+from gka.storage import write_bytes, write_json, write_text
 from gka.training.report import curves, hardware, versions
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gka.console import status
-from gka.data.files import read_json, sha256_of, write_json
 from gka.errors import InputError
+from gka.storage import read_json, sha256_of, write_json
 from gka.training import folder as files
 from gka.training.loop import fit, tokens_of_a_step
 from gka.training.priming import report
