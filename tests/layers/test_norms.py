@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gka.layers import GatedRMSNorm, RMSNorm
-from gka.layers.parts.norms import unit
+from gka.layers.parts.modules import unit
 from tolerances import assert_close
 
 

@@ -17,8 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from gka.checkpoints.files import check_stored
-from gka.checkpoints.format import FORMATS, Format, format_of
+from gka.checkpoints.format import FORMATS, Format, check_stored, format_of
 from gka.data.tokenizer import check_vocabulary
 from gka.errors import InputError
 from gka.foreign_code import read_tokenizer, refuse_code, without_code

@@ -43,7 +43,7 @@ def train(
     folder = output or _default_output(recipe, config)
 
     from gka.training import folder as files
-    from gka.training import report, run
+    from gka.training import run
 
     console = running.console()
     resume = running.resumes(folder, console, resume, may_start=any(given.values()))
@@ -51,7 +51,7 @@ def train(
         config = files.resumed_config(folder, given, RunConfig)
     with running.stopped("train", folder, console, f"of {config.training.max_steps}"):
         metrics = run.train(config, folder, console=console, resume=resume, overwrite=overwrite)
-    console.print(files.drawn(report.table, metrics, folder))
+    console.print(files.drawn(run.table, metrics, folder))
     running.tell(console, folder, model=files.MODEL, figures=files.METRICS, plot=files.PLOT)
 
 

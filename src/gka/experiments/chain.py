@@ -97,7 +97,7 @@ class Chain(Ledger):
 
     def run(self) -> None:
         """Everything, in order."""
-        from gka.training.report import hardware, versions
+        from gka.training.run import hardware, versions
 
         scale = self.scale
         self.note(versions=versions(), hardware=hardware(), scale=vars(scale))
@@ -201,7 +201,7 @@ class Chain(Ledger):
         from gka.data import byte_tokenizer, find_documents, pack, token_blocks
         from gka.training import TrainingConfig
         from gka.training.loop import fit
-        from gka.training.priming.measure import HeldOut
+        from gka.training.priming.inputs import HeldOut
         from gka.training.priming.run import load_teacher
 
         scale, tokenizer = self.scale, byte_tokenizer()

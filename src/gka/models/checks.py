@@ -9,10 +9,15 @@ from transformers.activations import ACT2FN
 from gka.errors import InputError
 from gka.layers.parts.heads import check_head_dims, split_heads, value_dim
 from gka.maths.solvers import SolverName
-from gka.models.experts import check_experts
 from gka.models.fields import GKAFields
-from gka.models.pattern import SOFTMAX_MIXERS, attention_heads, check_overrides, mixer_values
-from gka.models.rope import check_rope
+from gka.models.pattern import (
+    SOFTMAX_MIXERS,
+    attention_heads,
+    check_experts,
+    check_overrides,
+    check_rope,
+    mixer_values,
+)
 from gka.ops.backends import known_backends
 from gka.ops.checks import check_numbers
 

@@ -34,7 +34,7 @@ class GKAFields:
         attention_bias, attention_output_bias: biases of their maps to q, k, v, and of their output map.
         mixer_overrides: by mixer, constructor options that differ from the fields above, such as
             `{"gated_deltanet": {"norm_eps": 1e-5}}`.
-        moe: mixture-of-experts MLPs (`gka.models.experts`): `num_experts`, `num_experts_per_tok`,
+        moe: mixture-of-experts MLPs (`gka.models.pattern`): `num_experts`, `num_experts_per_tok`,
             `moe_intermediate_size`, `norm_topk_prob`, and `layers`, those that have one. None: no experts.
         hidden_act: activation of the MLP's gate.
         norm_eps: epsilon of every RMSNorm.

@@ -1,15 +1,18 @@
-"""Which mixer sits in which layer, and with which constructor arguments."""
+"""What sits in which layer: the mixer with its constructor arguments, rotary wavelengths, experts."""
 
 import difflib
+import math
 from typing import Any
 
+import torch
 from torch import nn
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from gka import layers
 from gka.errors import InputError
 from gka.layers import MIXERS, mixer_options
 from gka.models.fields import GKAFields
-from gka.models.rope import rotary_frequencies
 
 SOFTMAX_MIXERS = ("attention", "swa")
 _NOT_OVERRIDDEN = ("hidden_size", "layer_idx", "inv_freq", "rope_scale")
@@ -105,3 +108,97 @@ def _check_attention_layers(config: GKAFields) -> None:
         )
     if len(set(chosen)) != len(chosen):
         raise InputError(f"attention_layers: {chosen} names a layer twice")
+
+
+ROPE_TYPES = ("linear", "yarn", "llama3")
+"""Scalings that do not depend on the length at hand, as `dynamic` and `longrope` do."""
+
+
+def rotary_frequencies(config: GKAFields, head_dim: int) -> tuple[tuple[float, ...], float]:
+    """Angles a position [head_dim / 2], and the factor of rotated vectors, of `config.rope_options`."""
+    options = dict(config.rope_options or {})
+    with torch.device("cpu"):  # models are also constructed on the meta device, without numbers
+        return _frequencies(config, options, head_dim)
+
+
+def _frequencies(
+    config: GKAFields, options: dict[str, Any], head_dim: int
+) -> tuple[tuple[float, ...], float]:
+    carrier = LlamaConfig(
+        head_dim=head_dim,
+        max_position_embeddings=config.max_position_embeddings,
+        rope_parameters=options | {"rope_theta": config.rope_theta},
+    )
+    inv_freq, factor = ROPE_INIT_FUNCTIONS[options["rope_type"]](carrier, "cpu")
+    return tuple(inv_freq.tolist()), float(factor)
+
+
+def check_rope(config: GKAFields) -> None:
+    """Raise `InputError` if `rope_options` names no known scaling, or lacks its numbers."""
+    if config.rope_options is None:
+        return
+    kind = config.rope_options.get("rope_type")
+    if kind not in ROPE_TYPES:
+        raise InputError(
+            f"rope_options: rope_type must be one of {', '.join(ROPE_TYPES)}, got {kind!r}"
+        )
+    try:
+        frequencies, factor = rotary_frequencies(config, 8)
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise InputError(f"rope_options of type {kind!r}: {error}") from error
+    if not all(map(math.isfinite, (*frequencies, factor))):
+        raise InputError(f"rope_options of type {kind!r}: their numbers give no finite angles")
+
+
+_FIELDS = {
+    "num_experts": int,
+    "num_experts_per_tok": int,
+    "moe_intermediate_size": int,
+    "norm_topk_prob": bool,
+    "layers": list,
+}
+
+
+def has_experts(config: GKAFields, layer_idx: int) -> bool:
+    """Whether the layer's MLP is a mixture of experts."""
+    return config.moe is not None and layer_idx in config.moe["layers"]
+
+
+def build_experts(config: GKAFields) -> nn.Module:
+    """The block: a router `gate` and `experts`, [B,T,hidden_size] to the same. No balancing loss is added."""
+    from transformers import Qwen3MoeConfig, conversion_mapping
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+    values: dict[str, Any] = {k: v for k, v in (config.moe or {}).items() if k != "layers"}
+    carrier = Qwen3MoeConfig(hidden_size=config.hidden_size, hidden_act=config.hidden_act, **values)
+    block = Qwen3MoeSparseMoeBlock(carrier)
+    for part in (block.gate, block.experts):
+        part.starts_normal = True  # pyright: ignore[reportArgumentType]
+    # on disk experts lie one by one, in memory stacked: transformers' loader knows how, by the model's type
+    stacking: Any = conversion_mapping.get_checkpoint_conversion_mapping("qwen3_moe")
+    conversion_mapping.register_checkpoint_conversion_mapping(
+        config.model_type, stacking, overwrite=True
+    )
+    return block
+
+
+def check_experts(config: GKAFields) -> None:
+    """Raise `InputError` if `moe` lacks a field, has one too many, or a value that does not fit."""
+    moe = config.moe
+    if moe is None:
+        return
+    if set(moe) != set(_FIELDS):
+        raise InputError(f"moe: expected {', '.join(_FIELDS)}; got {', '.join(map(str, moe))}")
+    for name, kind in _FIELDS.items():
+        value = moe[name]
+        if type(value) is not kind or (kind is int and value < 1):
+            expected = "a positive int" if kind is int else f"a {kind.__name__}"
+            raise InputError(f"moe: {name} must be {expected}, got {value!r}")
+    if moe["num_experts_per_tok"] > moe["num_experts"]:
+        raise InputError(
+            f"moe: num_experts_per_tok = {moe['num_experts_per_tok']} exceeds num_experts = "
+            f"{moe['num_experts']}"
+        )
+    outside = [i for i in moe["layers"] if i not in range(config.num_hidden_layers or 0)]
+    if outside:
+        raise InputError(f"moe: layers {outside} lie outside the {config.num_hidden_layers} layers")

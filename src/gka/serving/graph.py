@@ -18,7 +18,7 @@ from gka.errors import InputError
 from gka.layers import GatedKalmaNet
 from gka.layers.recurrent_mixer import RecurrentMixer
 from gka.models import GKACache, GKAForCausalLM
-from gka.models.experts import has_experts
+from gka.models.pattern import has_experts
 from gka.ops import available_backends, why_unavailable
 from gka.serving.reading import prefill
 

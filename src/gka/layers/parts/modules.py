@@ -1,10 +1,92 @@
-"""Short causal depthwise convolution over time, followed by SiLU."""
+"""What stands between a mixer's projections and its memory: norms, rotary positions, the convolution."""
 
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    """float32, or float64 for float64 inputs: what sums, gates and norms are computed in."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def unit(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / (|x|_2 + eps) over the last dimension, in the dtype of x."""
+    wide = x.to(working_dtype(x))
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    return (wide / (norm + eps)).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """weight * x / sqrt(mean(x^2) + eps).
+
+    Args:
+        dim: size of the last dimension.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, eps={self.eps}"
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """The result in the working dtype."""
+        dtype = working_dtype(x)
+        return F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., dim] -> [..., dim], in the dtype of x."""
+        return self.normalize(x).to(x.dtype)
+
+
+class GatedRMSNorm(RMSNorm):
+    """RMSNorm(x) * SiLU(gate), the norm first."""
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """[..., dim], [..., dim] -> [..., dim], in the dtype of x."""
+        return (self.normalize(x) * F.silu(gate.to(working_dtype(x)))).to(x.dtype)
+
+
+def rotate(
+    x: Tensor,
+    positions: Tensor,
+    theta: float = 10000.0,
+    inv_freq: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """Turn the pair (x_i, x_{i+D/2}) of the token at position p by the angle p theta^(-2i/D).
+
+    Products of rotated queries and keys depend on the difference of their positions only.
+
+    Args:
+        x: [B,T,H,D], D even.
+        positions: integers [B,T] or [1,T].
+        theta: base of the wavelengths.
+        inv_freq: angles a position [D/2], instead of theta^(-2i/D).
+        scale: factor of the result.
+
+    Returns:
+        [B,T,H,D] in the dtype of x; angles are float32 (float64 for float64 x).
+    """
+    dtype, half = working_dtype(x), x.shape[-1] // 2
+    if inv_freq is None:
+        even = torch.arange(0, 2 * half, 2, device=x.device, dtype=dtype)
+        inv_freq = 1.0 / theta ** (even / (2 * half))
+    angles = positions[..., None, None].to(dtype) * inv_freq.to(dtype)
+    cos, sin = angles.cos() * scale, angles.sin() * scale
+    first, second = x.to(dtype).split(half, dim=-1)
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return turned.to(x.dtype)
 
 
 class ShortConvolution(nn.Module):
