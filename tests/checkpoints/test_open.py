@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import foreign
 from gka.checkpoints.open import load_gka, load_model, load_tokenizer_of, model_folder
-from gka.data.tokenizer import byte_tokenizer
+from gka.data.text import byte_tokenizer
 from gka.errors import InputError
 from gka.models import GKAConfig, GKAForCausalLM
 

@@ -53,7 +53,7 @@ def test_pieces_do_not_show(
 ) -> None:
     """Reading in small pieces gives the same file as reading whole documents."""
     whole = pack(documents, byte_tokenizer(), tmp_path / "cache")
-    monkeypatch.setattr("gka.data.corpus.PIECE", 3)
+    monkeypatch.setattr("gka.data.text.PIECE", 3)
     assert pack(documents, byte_tokenizer(), tmp_path / "other").checksum == whole.checksum
 
 

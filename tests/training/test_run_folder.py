@@ -18,7 +18,7 @@ from transformers import Trainer
 
 from gka.checkpoints import save_as
 from gka.checkpoints.open import load_gka
-from gka.data.tokenizer import byte_tokenizer
+from gka.data.text import byte_tokenizer
 from gka.errors import InputError, StorageError
 from gka.storage import only_writer
 from gka.training import RunConfig

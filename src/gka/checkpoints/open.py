@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from gka.checkpoints.format import FORMATS, Format, check_stored, format_of
-from gka.data.tokenizer import check_vocabulary
+from gka.data.text import check_vocabulary
 from gka.errors import InputError
 from gka.foreign_code import read_tokenizer, refuse_code, without_code
 from gka.models.causal_lm import GKAForCausalLM

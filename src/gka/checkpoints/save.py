@@ -17,7 +17,7 @@ from gka.layers import DECAY_PARAMETERS, mixer_options
 from gka.layers.parts.heads import split_heads
 from gka.models.causal_lm import GKAForCausalLM
 from gka.models.configuration import GKAConfig
-from gka.models.pattern import mixer_values
+from gka.models.fields import mixer_values
 from gka.storage import draft_folder, storage_errors
 
 OURS = GKAConfig.model_type

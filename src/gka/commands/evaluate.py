@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gka.commands import options as opt
-from gka.commands.running import counting
+from gka.commands.options import counting
 from gka.console import text_console
 from gka.errors import InputError
 from gka.storage import only_writer
@@ -50,7 +50,7 @@ def evaluate(
     Tasks: needle, needle-keys, needle-only, needle-values, needle-queries, variables, common-words,
     frequent-words, questions, facts-1 to facts-5, perplexity.
     """
-    from gka.data.corpus import find_documents
+    from gka.data.text import find_documents
     from gka.evaluation.context.run import Grid, Machine, Subject
     from gka.evaluation.context.tasks import NAMES
 

@@ -51,7 +51,7 @@ def generate(
     stored states as they were.
     """
     from gka.checkpoints.open import load_with_tokenizer
-    from gka.serving.sampling import Sampling
+    from gka.serving.tokens import Sampling
 
     sampling = Sampling(
         max_new_tokens=max_new_tokens,

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from gka.commands import options as opt
-from gka.commands.running import tell
+from gka.commands.options import tell
 from gka.console import text_console
 from gka.errors import InputError
 from gka.storage import only_writer

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gka.commands import options as opt
-from gka.commands.running import counting, tell
+from gka.commands.options import counting, tell
 from gka.console import text_console
 from gka.errors import InputError
 from gka.storage import only_writer

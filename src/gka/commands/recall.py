@@ -5,8 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gka.commands.options import at_least_one, numbers, output_folder
-from gka.commands.running import tell
+from gka.commands.options import at_least_one, numbers, output_folder, tell
 from gka.console import status, text_console
 from gka.storage import only_writer
 

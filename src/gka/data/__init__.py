@@ -1,6 +1,5 @@
 """From text to blocks of tokens: corpus -> tokenizer -> packed tokens -> blocks."""
 
-from gka.data.corpus import Document, find_documents, standard_library
 from gka.data.packed import (
     PackedTokens,
     Split,
@@ -10,7 +9,15 @@ from gka.data.packed import (
     split,
     token_blocks,
 )
-from gka.data.tokenizer import Encoder, byte_tokenizer, load_tokenizer, vocabulary_size
+from gka.data.text import (
+    Document,
+    Encoder,
+    byte_tokenizer,
+    find_documents,
+    load_tokenizer,
+    standard_library,
+    vocabulary_size,
+)
 
 __all__ = [
     "Document",

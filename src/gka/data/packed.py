@@ -20,8 +20,15 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from gka.data.corpus import Document, check_unchanged, corpus_fingerprint, read_pieces
-from gka.data.tokenizer import Encoder, fingerprint, vocabulary_size
+from gka.data.text import (
+    Document,
+    Encoder,
+    check_unchanged,
+    corpus_fingerprint,
+    fingerprint,
+    read_pieces,
+    vocabulary_size,
+)
 from gka.errors import InputError
 from gka.storage import clear_drafts, draft_folder, read_json, sha256_of, storage_errors, write_json
 

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from gka.layers.parts.cache import OBSERVER
 from gka.layers.recurrent_mixer import RecurrentMixer
 from gka.models.configuration import GKAConfig
-from gka.models.pattern import attention_heads
+from gka.models.fields import attention_heads
 
 CACHE_NAME = (
     "cache"

@@ -9,9 +9,9 @@ from transformers.activations import ACT2FN
 from gka.errors import InputError
 from gka.layers.parts.heads import check_head_dims, split_heads, value_dim
 from gka.maths.solvers import SolverName
-from gka.models.fields import GKAFields
-from gka.models.pattern import (
+from gka.models.fields import (
     SOFTMAX_MIXERS,
+    GKAFields,
     attention_heads,
     check_experts,
     check_overrides,

@@ -10,9 +10,9 @@ from transformers import PreTrainedConfig
 from gka.errors import InputError
 from gka.layers.parts.heads import default_head_dim
 from gka.models.checks import check_sizes, check_types
-from gka.models.fields import GKAFields
-from gka.models.pattern import (
+from gka.models.fields import (
     SOFTMAX_MIXERS,
+    GKAFields,
     attention_heads,
     check_pattern,
     layer_types,

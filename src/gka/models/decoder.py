@@ -16,7 +16,7 @@ from gka.layers.parts.masks import token_mask
 from gka.models.cache import CACHE_NAME, GKACache, one_cache, with_prefix
 from gka.models.configuration import READING, GKAConfig
 from gka.models.documents import Documents, Packing, find_documents
-from gka.models.pattern import build_experts, build_mixer, has_experts
+from gka.models.fields import build_experts, build_mixer, has_experts
 from gka.models.solver import set_solver
 
 

@@ -13,17 +13,18 @@ from gka.models import GKAForCausalLM
 from gka.serving import statefile
 from gka.serving.contents import Contents, combined
 from gka.serving.graph import CaptureError, GraphedSteps, check_choice, why_not_graphed
-from gka.serving.reading import (
+from gka.serving.tokens import (
     PREFILL_CHUNK,
     Ids,
     OneAtATime,
+    Sampling,
     check_chunk,
     check_model,
+    chooser,
     left_padding,
     prefill,
     token_ids,
 )
-from gka.serving.sampling import Sampling, chooser
 
 
 class GenerationSession:

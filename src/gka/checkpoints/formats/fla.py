@@ -123,7 +123,7 @@ def write(kind: str, config: GKAConfig) -> dict[str, Any]:
 
 
 def _write_attention(config: GKAConfig) -> Any:
-    from gka.models.pattern import attention_heads
+    from gka.models.fields import attention_heads
 
     heads, kv_heads, _ = attention_heads(config)
     specs = []

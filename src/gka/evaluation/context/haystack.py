@@ -7,7 +7,7 @@ from functools import lru_cache
 from random import Random
 from typing import TYPE_CHECKING, NamedTuple
 
-from gka.data.corpus import Document, corpus_fingerprint, read_pieces
+from gka.data.text import Document, corpus_fingerprint, read_pieces
 from gka.errors import InputError
 
 if TYPE_CHECKING:

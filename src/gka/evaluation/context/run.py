@@ -15,8 +15,7 @@ from statistics import mean
 from typing import Any
 
 from gka.checkpoints.open import load_model, load_tokenizer_of, model_folder
-from gka.data.corpus import Document
-from gka.data.tokenizer import check_vocabulary
+from gka.data.text import Document, check_vocabulary
 from gka.errors import InputError
 from gka.evaluation.context.haystack import Haystack, Pieces
 from gka.evaluation.context.reader import Reader

@@ -18,8 +18,8 @@ from gka.data import load_tokenizer, token_blocks, vocabulary_size
 from gka.data.chat import chat_blocks
 from gka.errors import InputError
 from gka.models import GKAForCausalLM
+from gka.models.fields import SOFTMAX_MIXERS
 from gka.models.loss import next_token_targets
-from gka.models.pattern import SOFTMAX_MIXERS
 from gka.models.replacement import check_replacement
 from gka.storage import read_json, write_json
 from gka.training.folder import is_main_process

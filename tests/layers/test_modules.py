@@ -1,4 +1,4 @@
-"""ShortConvolution against its definition."""
+"""Norms, and the short convolution."""
 
 import itertools
 
@@ -6,8 +6,55 @@ import pytest
 import torch
 from torch import Tensor
 
-from gka.layers import ShortConvolution
+from gka.layers import GatedRMSNorm, RMSNorm, ShortConvolution
+from gka.layers.parts.modules import unit
 from tolerances import RELATIVE, assert_close
+
+
+def norm_of(kind: type[RMSNorm]) -> RMSNorm:
+    norm = kind(16, eps=1e-3)
+    torch.nn.init.normal_(norm.weight)
+    return norm.double()
+
+
+def formula(norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
+    return norm.weight * x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt()
+
+
+def test_rms_norm():
+    """weight * x / sqrt(mean(x^2) + eps)."""
+    torch.manual_seed(0)
+    norm, x = norm_of(RMSNorm), torch.randn(3, 5, 16, dtype=torch.float64)
+    assert_close(norm(x), formula(norm, x), 1e-14)
+
+
+def test_gated_rms_norm():
+    """The norm comes first, then SiLU of the gate multiplies it."""
+    torch.manual_seed(0)
+    norm, x, gate = norm_of(GatedRMSNorm), *torch.randn(2, 3, 5, 16, dtype=torch.float64)
+    assert_close(norm(x, gate), formula(norm, x) * gate * torch.sigmoid(gate), 1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_dtypes_are_computed_in_float32(dtype):
+    """Only the result is rounded: squares that overflow float16 do no harm, and equality with float32
+    arithmetic is exact."""
+    norm = RMSNorm(16).to(dtype)
+    x = torch.linspace(-3e4, 3e4, 16).to(dtype)
+    output = norm(x)
+    assert output.dtype == dtype
+    assert torch.equal(output, RMSNorm(16)(x.float()).to(dtype))
+    assert torch.equal(unit(x), unit(x.float()).to(dtype))
+
+
+def test_unit():
+    """x / (|x| + 1e-6); a zero vector stays zero and has a finite gradient."""
+    x = torch.tensor([[3.0, 4.0], [0.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    y = unit(x)
+    assert_close(y, x / (5 + 1e-6), 1e-14)
+    y.sum().backward()
+    assert x.grad is not None and torch.isfinite(x.grad).all()
+
 
 EXACT = 1e-12
 
@@ -23,7 +70,7 @@ def definition(x: Tensor, weight: Tensor) -> Tensor:
     return torch.stack(rows, 1)
 
 
-def make(width: int) -> tuple[ShortConvolution, Tensor]:
+def convolution_of(width: int) -> tuple[ShortConvolution, Tensor]:
     torch.manual_seed(width)
     return ShortConvolution(5, width).double(), torch.randn(2, 12, 5, dtype=torch.float64)
 
@@ -31,7 +78,7 @@ def make(width: int) -> tuple[ShortConvolution, Tensor]:
 @pytest.mark.parametrize("width", range(1, 9))
 def test_definition(width):
     """Outputs and gradients are those of the definition, for widths 1 to 8."""
-    convolution, x = make(width)
+    convolution, x = convolution_of(width)
     x.requires_grad_()
     output, expected = convolution(x), definition(x, convolution.weight)
     assert_close(output, expected, EXACT)
@@ -48,7 +95,7 @@ def test_definition(width):
 def test_state_carries_the_past(width):
     """Cut anywhere, the second part goes on from the first one's state, itself part of the definition:
     the last inputs, zeros before the first."""
-    convolution, x = make(width)
+    convolution, x = convolution_of(width)
     whole = convolution(x)
     for cut in (1, 3, 11):
         state = convolution.next_state(x[:, :cut], None)
@@ -61,7 +108,7 @@ def test_state_carries_the_past(width):
 
 def test_state_of_rows_that_end_early():
     """With lengths, a row's state is that after its own last input, from a past or without one."""
-    convolution, x = make(4)
+    convolution, x = convolution_of(4)
     before = convolution.next_state(torch.randn(2, 6, 5, dtype=torch.float64), None)
     for state in (None, before):
         got = convolution.next_state(x, state, torch.tensor([0, 7]))
@@ -75,7 +122,7 @@ def test_state_of_rows_that_end_early():
 @pytest.mark.parametrize("bounds", [[0, 12], [0, 1, 2, 12], [0, 0, 5, 5, 12, 12]])
 def test_packed_sequences_do_not_leak(width, bounds):
     """Packed sequences, empty ones among them, are convolved apart even from infinite neighbours."""
-    convolution, x = make(width)
+    convolution, x = convolution_of(width)
     x = x[:1]
     cu_seqlens = torch.tensor(bounds)
     parts = [convolution(x[:, a:b]) for a, b in itertools.pairwise(bounds) if a < b]
@@ -90,7 +137,7 @@ def test_packed_sequences_do_not_leak(width, bounds):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_dtypes(dtype):
     """Narrow dtypes keep their dtype and the accuracy of one rounding."""
-    convolution, x = make(4)
+    convolution, x = convolution_of(4)
     narrow = ShortConvolution(5, 4).to(dtype)
     narrow.load_state_dict({"weight": convolution.weight.detach().to(dtype)})
     output = narrow(x.to(dtype))
