@@ -1,15 +1,20 @@
 """Results: where their numbers come from, and as rich tables."""
 
+import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+
+from gka.errors import InputError
+from gka.storage import read_json
 
 
 def environment() -> dict[str, Any]:
@@ -20,6 +25,42 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
     }
+
+
+def check_entries(**lists: Collection[Any]) -> None:
+    """Raise `InputError` for a list of a grid that is empty or holds an entry twice."""
+    for name, entries in lists.items():
+        if not entries or len(set(entries)) != len(entries):
+            raise InputError(f"{name} is {entries}; expected one or more different values")
+
+
+def key_of(cell: Any) -> str:
+    """What a cell's record is found by."""
+    return json.dumps(cell, sort_keys=True)
+
+
+def load_records(result_file: Path, what: str, *parts: str) -> dict[str, dict[str, Any]]:
+    """Finished cells by key; none where the file does not exist.
+
+    Args:
+        result_file: JSON with "cells".
+        what: what they are cells of.
+        parts: what each has besides "cell" and "result".
+
+    Raises:
+        InputError: the file exists and does not hold such cells.
+    """
+    if not result_file.exists():
+        return {}
+    records = read_json(result_file).get("cells")
+    if not isinstance(records, list) or not all(
+        isinstance(r, dict) and {"cell", "result", *parts} <= r.keys() for r in records
+    ):
+        raise InputError(
+            f"{result_file} does not hold the cells of {what};"
+            " move it away or choose another output folder"
+        )
+    return {key_of(record["cell"]): record for record in records}
 
 
 @contextmanager

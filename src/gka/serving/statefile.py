@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from gka.errors import InputError
@@ -32,9 +34,6 @@ def save_contents(path: Path, model: GKAForCausalLM, contents: Contents) -> None
     Raises:
         InputError: the file cannot be written, or the states could not be loaded again.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     tensors = {name: x.detach().cpu().contiguous() for name, x in contents.named().items()}
     header = _identity(model) | {
         "tokens": contents.tokens,
@@ -91,8 +90,6 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path, mmap: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    from safetensors import SafetensorError
-
     if not path.is_file():
         raise InputError(
             f"state {path} does not exist" if not path.exists() else f"state {path} is no file"
@@ -118,16 +115,12 @@ def _read(path: Path, mmap: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _mapped(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    from safetensors import safe_open
-
     with safe_open(path, framework="pt", device="cpu") as file:
         return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def _copied(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Nothing that happens to the file afterwards is seen; what is checked is what is used."""
-    from safetensors.torch import load
-
     content = path.read_bytes()
     tensors = load(content)
     size = int.from_bytes(content[:8], "little")

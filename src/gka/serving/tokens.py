@@ -11,6 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from gka.errors import InputError
 from gka.models import GKACache, GKAConfig, GKAForCausalLM
@@ -220,13 +226,6 @@ def chooser(sampling: Sampling, device: torch.device) -> Callable[[Tensor], Tens
 
 def _processors(sampling: Sampling) -> Any:
     """transformers' own, in the order that `generate` applies them in."""
-    from transformers import (
-        LogitsProcessorList,
-        TemperatureLogitsWarper,
-        TopKLogitsWarper,
-        TopPLogitsWarper,
-    )
-
     processors = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])
     if sampling.top_k:
         processors.append(TopKLogitsWarper(sampling.top_k))

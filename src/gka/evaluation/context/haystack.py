@@ -5,13 +5,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from random import Random
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
 
 from gka.data.text import Document, corpus_fingerprint, read_pieces
 from gka.errors import InputError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 LONGEST_LINE = 400  # characters; what is longer is read as several lines
 
@@ -31,7 +30,7 @@ class Pieces:
         newline: ids of a line end.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self._before = self._plain(["\n"])[0]
         bos = tokenizer.bos_token_id

@@ -21,8 +21,8 @@ from gka.evaluation.context.haystack import Haystack, Pieces
 from gka.evaluation.context.reader import Reader
 from gka.evaluation.context.scoring import Grader, bits_per_byte, window, window_bits
 from gka.evaluation.context.tasks import NAMES, PERPLEXITY, TASKS, draw_sample
-from gka.evaluation.results import environment
-from gka.storage import read_json, write_json
+from gka.evaluation.results import check_entries, environment, key_of, load_records
+from gka.storage import write_json
 
 FORMAT = 1
 SHORTEST = 256
@@ -51,10 +51,7 @@ class Grid:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("tasks", "lengths", "depths"):
-            entries = getattr(self, name)
-            if not entries or len(set(entries)) != len(entries):
-                raise InputError(f"{name} is {entries}; expected one or more different values")
+        check_entries(tasks=self.tasks, lengths=self.lengths, depths=self.depths)
         for task in self.tasks:
             if task not in NAMES:
                 raise InputError(f"tasks holds {task!r}; expected names among {', '.join(NAMES)}")
@@ -154,14 +151,14 @@ def run_grid(
     Raises:
         InputError: a prompt is too short for its task, or the result file is not one of ours.
     """
-    records = load_records(result_file)
+    records = load_records(result_file, "an evaluation", "samples")
     check_lengths(grid, subjects)
     asked = []
     for subject in subjects:
         grader: Grader | None = None
         for cell in grid.cells():
             described = subject.describe(cell, machine.dtype)
-            key = _key(described)
+            key = key_of(described)
             if key not in records:
                 grader = grader or _grader(subject, machine)
                 records[key] = {"cell": described} | _run_cell(cell, subject, grader)
@@ -190,25 +187,6 @@ def check_lengths(grid: Grid, subjects: Sequence[Subject]) -> None:
             if task in TASKS:
                 for index in range(grid.samples):
                     draw_sample(task, shortest, grid.depths[0], grid.seed, index, subject.haystack)
-
-
-def load_records(result_file: Path) -> dict[str, dict[str, Any]]:
-    """Finished cells by key; none where the file does not exist.
-
-    Raises:
-        InputError: the file exists and does not hold the cells of an evaluation.
-    """
-    if not result_file.exists():
-        return {}
-    records = read_json(result_file).get("cells")
-    if not isinstance(records, list) or not all(
-        isinstance(r, dict) and {"cell", "result", "samples"} <= r.keys() for r in records
-    ):
-        raise InputError(
-            f"{result_file} does not hold the cells of an evaluation;"
-            " move it away or choose another output folder"
-        )
-    return {_key(record["cell"]): record for record in records}
 
 
 def model_fingerprint(folder: Path) -> str:
@@ -246,7 +224,3 @@ def _run_cell(cell: Cell, subject: Subject, grader: Grader) -> dict[str, Any]:
 def _graded(cell: Cell, index: int, haystack: Haystack, grader: Grader) -> dict[str, Any]:
     sample = draw_sample(cell.task, cell.length, cell.depth or 0.0, cell.seed, index, haystack)
     return grader.grade(sample) | {"depths": [round(depth, 6) for depth in sample.depths]}
-
-
-def _key(described: Any) -> str:
-    return json.dumps(described, sort_keys=True)
