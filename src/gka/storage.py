@@ -296,7 +296,7 @@ def replacing(path: Path) -> Iterator[Path]:
             with open(draft, "rb+") as file:
                 os.fsync(file.fileno())
             # drafts are private; what people share should follow their umask
-            os.chmod(draft, 0o666 & ~_umask())
+            os.chmod(draft, 0o666 & ~umask())
             os.replace(draft, path)
 
 
@@ -339,7 +339,8 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The permissions that new files do not get."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
