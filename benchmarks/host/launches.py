@@ -66,7 +66,7 @@ def launching_nothing(arch: int = 90) -> Iterator[None]:
             (CompiledKernel, "_init_handles", _load_nothing),
             (build, "Kernel", _Kernel),
             # as on a GPU, where the tables of sequences of one length are kept
-            (tables, "_of_batch", functools.cache(tables._of_batch)),
+            (tables, "_made", functools.cache(tables._made)),
             (tables, "SHORTEST_SEGMENT", 1),
             (backward, "CHUNK_HEADS", backward.CHUNK_HEADS // SHORTER),
             (nvrtc, "compile_cubin", lambda *args: b""),

@@ -57,7 +57,7 @@ def _in_memory(function: Callable) -> Callable:
 def _device_calls() -> dict[str, Callable]:
     """What is asked of torch.cuda, answered for a Hopper GPU."""
     properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132, name="Hopper")
-    stream = SimpleNamespace(cuda_stream=0)
+    stream = SimpleNamespace(cuda_stream=0, synchronize=lambda: None)
     return {
         "is_available": lambda: True,
         "get_device_capability": lambda *_: (9, 0),

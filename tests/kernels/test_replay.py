@@ -2,8 +2,8 @@
 
 import ctypes
 import itertools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,11 +14,10 @@ import gka.kernels.forward as forward_pass
 from gka.kernels import driver, replay
 from gka.kernels.arrays import InputGradients
 from gka.kernels.call import GpuCall, prepared
+from gka.kernels.hopper import build
 from gka.kernels.hopper.passes import HOPPER
-from gka.kernels.passes import execute
 from gka.kernels.replay import Recorder
 from gka.maths.chunked import Settings, Tokens
-from house.pretend import hopper
 
 B, T, H, K = 2, 200, 4, 64
 CASES: dict[str, dict[str, Any]] = {
@@ -88,29 +87,15 @@ def without(content: bytes, pointers: dict[int, Any]) -> bytes:
     return bytes(cleared)
 
 
-def check(
-    options: dict[str, Any], kept: Any, direct: Callable, replayed: Callable, monkeypatch: Any
-) -> None:
+def check(kept: Any, direct: Callable, replayed: Callable) -> None:
     """The launches of a second replayed call against those of a direct one."""
-    launched: list[tuple[tuple, int]] = []
-
-    def bind(self, grid):
-        def launch(stream, pointer, _):
-            launched.append((grid, pointer[0]))
-            content.append(ctypes.string_at(pointer[0], 512))
-            return 0
-
-        return launch
-
-    content: list[bytes] = []
-    monkeypatch.setattr(driver.Kernel, "bind", bind)
-    monkeypatch.setattr(driver.Kernel, "__call__", lambda *_: None)
     places, grids, numbers = direct()
     replayed()  # records
-    assert not launched
+    assert not Kernel.launched
     (recording,) = kept.held.values()
     names = replayed()
-    assert [grid for grid, _ in launched] == grids
+    assert [grid for grid, _ in Kernel.launched] == grids
+    content = [content for _, content in Kernel.launched]
     scratch: dict[int, int] = {}
     for expected, bytes_, number in zip(places, content, numbers, strict=True):
         for at, role in expected.items():
@@ -127,13 +112,34 @@ def check(
     assert ends[-1][1] - ends[0][0] <= recording.size
 
 
+class Kernel:
+    """A kernel whose direct launches do nothing, and whose replayed ones are noted: grid and address."""
+
+    launched: ClassVar[list[tuple[tuple, bytes]]] = []
+
+    def __call__(self, grid, arguments) -> None:
+        pass
+
+    def bind(self, grid) -> Callable[..., int]:
+        def launch(stream, pointer, _) -> int:
+            self.launched.append((grid, ctypes.string_at(pointer[0], 512)))
+            return 0
+
+        return launch
+
+    def check_launch(self, error: int) -> None:
+        raise AssertionError(error)
+
+
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A Hopper GPU that is not there, and no recordings."""
-    with hopper():
-        for module in (forward_pass, backward_pass):
-            monkeypatch.setattr(module, "RECORDINGS", replay.Recordings())
-        yield
+def made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that run nowhere, and no recordings."""
+    monkeypatch.setattr(build, "kernel_of", lambda *_: Kernel())
+    monkeypatch.setattr(driver, "current_stream", lambda: ctypes.c_void_p(0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(Kernel, "launched", [])
+    for module in (forward_pass, backward_pass):
+        monkeypatch.setattr(module, "RECORDINGS", replay.Recordings())
 
 
 def inputs(tokens: Tokens) -> dict[str, Tensor | None]:
@@ -141,7 +147,7 @@ def inputs(tokens: Tokens) -> dict[str, Tensor | None]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_forward_pass_is_replayed_on_new_tensors(case: str, made: None, monkeypatch: Any) -> None:
+def test_a_forward_pass_is_replayed_on_new_tensors(case: str, made: None) -> None:
     """Each pointer leads to the same input, result or array of scratch as without a recording."""
     options = CASES[case]
     held: list[Any] = []
@@ -170,7 +176,7 @@ def test_a_forward_pass_is_replayed_on_new_tensors(case: str, made: None, monkey
         outs = {n: getattr(out, n) for n in ("o", "x", "h", "u", "x_scale")}
         return named(dict(zip(replay.INPUTS, t.inputs, strict=True)) | tables | outs)
 
-    check(options, forward_pass.RECORDINGS, direct, replayed, monkeypatch)
+    check(forward_pass.RECORDINGS, direct, replayed)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -222,13 +228,11 @@ def test_a_backward_pass_is_replayed_on_new_tensors(
         t = dict(zip(replay.INPUTS, t.inputs, strict=True))
         return named(t | dict(zip(after_names, rest, strict=True)) | outs | tables)
 
-    check(options, backward_pass.RECORDINGS, direct, replayed, monkeypatch)
+    check(backward_pass.RECORDINGS, direct, replayed)
 
 
 def test_shared_heads_are_added_up_from_scratch(made: None, monkeypatch: Any) -> None:
     """What a function of torch reads between launches lies in the replay's scratch."""
-    monkeypatch.setattr(driver.Kernel, "__call__", lambda *_: None)
-    monkeypatch.setattr(driver.Kernel, "bind", lambda *_: lambda *_: 0)
     tokens, tied = tokens_of(CASES["shared heads"])
     x, scale, do = (
         torch.rand(B, T, H, K).half(),
@@ -249,8 +253,6 @@ def test_shared_heads_are_added_up_from_scratch(made: None, monkeypatch: Any) ->
 
 def test_a_call_of_another_kind_is_recorded_by_itself(made: None, monkeypatch: Any) -> None:
     """Lengths, gates and settings tell kinds apart; what was recorded first is dropped first."""
-    monkeypatch.setattr(driver.Kernel, "__call__", lambda *_: None)
-    monkeypatch.setattr(driver.Kernel, "bind", lambda *_: lambda *_: 0)
     monkeypatch.setattr(replay, "KINDS", 2)
     run = forward_pass.chunk_forward
     for name in ("all", "bare", "two decays", "bare"):
@@ -264,4 +266,20 @@ def test_a_call_of_another_kind_is_recorded_by_itself(made: None, monkeypatch: A
     assert replay.kind_of(HOPPER, tokens, settings_of(tied)) != replay.kind_of(
         HOPPER, shorter, settings_of(tied)
     )
-    execute([])
+
+
+def test_a_graph_keeps_what_it_reads(made: None, monkeypatch: Any) -> None:
+    """Captured, a recorded call is replayed and its tables stay; one that is not recorded is not kept."""
+    tokens, tied = tokens_of(CASES["all"])
+    run = lambda: forward_pass.chunk_forward(HOPPER, tokens, settings_of(tied))  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    run()
+    assert not forward_pass.RECORDINGS.held
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    run()
+    assert not forward_pass.RECORDINGS.captured
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    before = len(Kernel.launched)
+    run()
+    assert len(Kernel.launched) > before
+    assert forward_pass.RECORDINGS.captured == set(forward_pass.RECORDINGS.held.values())

@@ -172,14 +172,19 @@ class Recordings:
 
     def __init__(self) -> None:
         self.held: dict[Hashable, Recording] = {}
+        self.captured: set[Recording] = set()  # their tables are read by CUDA graphs
 
     def run(self, kind: Hashable, given: Slots, record: Callable[[Executor], Ran]) -> Slots:
         """The results of a pass on `given`: of a replay, or of `record`, whose launches are kept."""
-        held = self.held.get(kind)
+        held, capturing = self.held.get(kind), torch.cuda.is_current_stream_capturing()
         if held is not None:
+            if capturing:
+                self.captured.add(held)
             return held.replay(given)
         recorder = Recorder()
         ran = record(recorder)
+        if capturing:  # its tables may belong to the graph
+            return ran.made
         while len(self.held) >= KINDS:
             self.held.pop(next(iter(self.held)), None)
         self.held[kind] = Recording(recorder.launches, *ran)
@@ -189,17 +194,12 @@ class Recordings:
 def kind_of(passes: Passes, t: Tokens, settings: Settings, *more: Hashable) -> Hashable | None:
     """What the launches of a call depend on beside addresses; None where they cannot be replayed.
 
-    Packed sequences have tables of their own every time. What is made while a CUDA graph is captured
-    belongs to that graph.
+    Packed sequences have tables of their own every time.
     """
     if not passes.replays or t.cu_seqlens is not None or t.q.numel() == 0:
         return None
-    if torch.cuda.is_current_stream_capturing():
-        return None
     there = tuple(x is None for x in t.inputs[3:])
-    shapes = (t.q.shape, t.k.shape, t.v.shape, t.q.dtype, t.q.device)
-    # tables are ready on the stream that made them
-    return (passes, settings, *shapes, there, driver.current_stream().value, *more)
+    return passes, settings, t.q.shape, t.k.shape, t.v.shape, t.q.dtype, t.q.device, there, *more
 
 
 def apart(t: Tokens) -> Tokens:

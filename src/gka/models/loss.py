@@ -12,6 +12,8 @@ nothing is computed twice: [N,D] and [V,D] are kept for the backward pass instea
 The loop has as many rounds as N asks for, so torch.compile and torch.export see it as one operator.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,8 +22,10 @@ from torch import Tensor
 from gka.ops.autograd import autocasts, check_derivable, no_autocast, operator
 
 IGNORE_INDEX = -100
-# Float32 logits held at a time. Large enough that the matrix products stay efficient.
-LOGITS_BYTES = 64 * 2**20
+# Float32 logits held at a time. Large enough that the matrix products stay efficient, and on a GPU that
+# the sum of the weight's gradient is read and written few times.
+LOGITS_BYTES = {"cpu": 64 * 2**20}
+LOGITS_BYTES_ELSEWHERE = 256 * 2**20
 
 
 def next_token_targets(labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -52,8 +56,16 @@ def mean_loss(total: Tensor, targets: Tensor, num_items_in_batch: Tensor | int |
     return total / num_items_in_batch
 
 
+def rows_of(hidden: Tensor, weight: Tensor, logits_bytes: int | None) -> int:
+    """Tokens whose logits are held at a time, in `logits_bytes` (None: what suits the device)."""
+    if logits_bytes is None:
+        logits_bytes = LOGITS_BYTES.get(hidden.device.type, LOGITS_BYTES_ELSEWHERE)
+    itemsize = 8 if hidden.dtype == torch.float64 else 4
+    return max(1, logits_bytes // (itemsize * weight.shape[0]))
+
+
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, logits_bytes: int = LOGITS_BYTES
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, logits_bytes: int | None = None
 ) -> Tensor:
     """Sum over tokens of the cross-entropy of softmax(hidden weight^T) against targets.
 
@@ -61,13 +73,13 @@ def linear_cross_entropy(
         hidden: [N,D], any float dtype; under autocast the products run in autocast's dtype.
         weight: [V,D].
         targets: [N] in 0..V-1, or -100 for tokens that do not count.
-        logits_bytes: how large the logits held at a time may be (a single token's are always held).
+        logits_bytes: how large the logits held at a time may be (a single token's are always held). None:
+            64 MiB on a CPU, 256 MiB elsewhere.
 
     Returns:
         Scalar in float32 (float64 for float64 inputs), differentiable once in hidden and weight.
     """
-    itemsize = 8 if hidden.dtype == torch.float64 else 4
-    rows = max(1, logits_bytes // (itemsize * weight.shape[0]))
+    rows = rows_of(hidden, weight, logits_bytes)
     check_derivable("linear_cross_entropy")
     grads = torch.is_grad_enabled()
     if grads and (hidden.requires_grad or weight.requires_grad):
@@ -115,7 +127,9 @@ def _walk(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Loss, and the gradients asked for, chunk of `rows` tokens by chunk; products in `dtype`."""
     if not torch.compiler.is_compiling():
-        return _chunks(hidden, weight, targets, dtype, rows, for_hidden, for_weight)
+        return _chunks(
+            hidden, weight, targets, dtype, rows, for_hidden, for_weight, _cross_entropy_
+        )
     loss, *grads = walk_op(hidden, weight, targets, dtype, rows, for_hidden, for_weight)
     grad_hidden, grad_weight = (
         grad if wanted else None
@@ -134,8 +148,10 @@ def linear_cross_entropy_walk(
     for_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`_walk` as an operator: a gradient that is not asked for is empty."""
+    # who compiles the model has this compiled too
+    cross_entropy = _compiled() if hidden.device.type == "cuda" else _cross_entropy_
     with torch.no_grad():
-        found = _chunks(hidden, weight, targets, dtype, rows, for_hidden, for_weight)
+        found = _chunks(hidden, weight, targets, dtype, rows, for_hidden, for_weight, cross_entropy)
     loss, *grads = found
     grad_hidden, grad_weight = (loss.new_empty(0) if grad is None else grad for grad in grads)
     return loss, grad_hidden, grad_weight
@@ -156,7 +172,7 @@ def _(hidden, weight, targets, dtype, rows, for_hidden, for_weight):
 
 def _chunks(
     hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, rows: int,
-    for_hidden: bool, for_weight: bool,
+    for_hidden: bool, for_weight: bool, cross_entropy: Callable[[Tensor, Tensor, bool], Tensor],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     wide = _sum_dtype(dtype)
     grad_hidden = torch.empty_like(hidden, dtype=wide) if for_hidden else None
@@ -168,7 +184,7 @@ def _chunks(
             part = slice(start, start + rows)
             h = hidden[part].to(dtype)
             logits = (h @ weight.T).to(wide)
-            loss = loss + _cross_entropy_(logits, targets[part], for_hidden or for_weight)
+            loss = loss + cross_entropy(logits, targets[part], for_hidden or for_weight)
             if grad_hidden is not None:
                 grad_hidden[part] = logits.to(dtype) @ weight
             if grad_weight is not None:
@@ -201,9 +217,17 @@ def _cross_entropy_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
     return loss
 
 
+@functools.cache
+def _compiled() -> Callable[[Tensor, Tensor, bool], Tensor]:
+    """`_cross_entropy_` in a few passes over the logits, for any number of rows."""
+    return torch.compile(_cross_entropy_, dynamic=True)
+
+
 def _accumulate_(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right, in total's dtype."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
+    elif total.device.type == "cuda":  # 16-bit factors, a float32 sum
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
         total.add_(left @ right)
