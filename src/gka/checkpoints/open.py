@@ -22,9 +22,9 @@ from gka.data.text import check_vocabulary
 from gka.errors import InputError
 from gka.foreign_code import read_tokenizer, refuse_code, without_code
 from gka.models.causal_lm import GKAForCausalLM
-from gka.models.checks import fewest_parameters
 from gka.models.configuration import GKAConfig
 from gka.models.decoder import GKAPreTrainedModel
+from gka.models.fields import fewest_parameters
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _TOKENIZERS = ("tokenizer*", "vocab*")

@@ -110,7 +110,6 @@ class Chain(Ledger):
 
     def pretrain(self) -> None:
         """The Transformer, trained for about `scale.pretraining` seconds."""
-
         from gka.data import byte_tokenizer
         from gka.training import RunConfig, build_model, train
 
@@ -162,19 +161,13 @@ class Chain(Ledger):
 
     def prime(self, mixer: str, steps: dict[str, int]) -> None:
         """One hybrid through both stages; chain.json gets each phase's figures."""
-
         from gka.training.priming import PrimeConfig, prime
 
-        folder = self.work / mixer
+        folder, teacher = self.work / mixer, str(self.work / "teacher")
         config = PrimeConfig.from_tables(
             {
                 # gates that began better in small trials on a CPU (docs/log); alpha is GKA's alone
-                "prime": {
-                    "teacher": str(self.work / "teacher"),
-                    "mixer": mixer,
-                    "alpha": 0.5,
-                    "decay": 0.01,
-                },
+                "prime": {"teacher": teacher, "mixer": mixer, "alpha": 0.5, "decay": 0.01},
                 "data": self.data(),
                 "stage1": self.training(steps["stage1"], 1e-3) | {"weight_decay": 0.0},
                 "stage2": self.training(steps["stage2"], 5e-4),
@@ -197,7 +190,6 @@ class Chain(Ledger):
 
     def go_on(self, steps: int) -> None:
         """The control: the Transformer itself, trained as the hybrids are in stage 2."""
-
         from gka.data import byte_tokenizer, find_documents, pack, token_blocks
         from gka.training import TrainingConfig
         from gka.training.loop import fit

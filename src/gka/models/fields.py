@@ -123,6 +123,13 @@ _NOT_OVERRIDDEN = ("hidden_size", "layer_idx", "inv_freq", "rope_scale")
 _LAYER_TYPES = {"attention": "full_attention", "swa": "sliding_attention"}
 
 
+def fewest_parameters(config: GKAFields) -> int:
+    """Numbers in the embedding and the dense MLPs: a model has more, but counting these takes no time."""
+    layers, width = int(config.num_hidden_layers or 0), config.hidden_size
+    dense = layers - len((config.moe or {}).get("layers", ()))
+    return width * (config.vocab_size + 3 * dense * int(config.intermediate_size or 0))
+
+
 def layer_types(pattern: list[str]) -> list[str]:
     """The names transformers' native caches choose their layers by."""
     return [_LAYER_TYPES.get(name, "linear_attention") for name in pattern]

@@ -25,7 +25,7 @@ from gka.data import (
 )
 from gka.errors import InputError
 from gka.models import GKAConfig, GKAForCausalLM
-from gka.models.checks import fewest_parameters
+from gka.models.fields import fewest_parameters
 from gka.storage import write_bytes, write_json
 from gka.training import folder as files
 from gka.training.config import DataConfig, RunConfig
