@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from gka.layers.parts import surround
 from gka.layers.parts.cache import OBSERVER, check_rows, open_cache, read_state, recurrent_layer
-from gka.layers.parts.decay import DecayParameters
 from gka.layers.parts.heads import (
     HeadExpansion,
     check_head_dims,
@@ -21,7 +20,7 @@ from gka.layers.parts.heads import (
     value_dim,
 )
 from gka.layers.parts.masks import Padding, check_inputs, check_width
-from gka.layers.parts.modules import GatedRMSNorm, RMSNorm, ShortConvolution
+from gka.layers.parts.modules import DecayParameters, GatedRMSNorm, RMSNorm, ShortConvolution
 from gka.layers.parts.surround import Gates, MixCall, Surround
 
 DECODE_TOKENS = 16
