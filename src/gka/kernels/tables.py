@@ -1,5 +1,6 @@
 """Where sequences, chunks and segments lie among the tokens, as tables on the device."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -51,6 +52,7 @@ class Chunking:
         return len(self.segments)
 
 
+_ELSEWHERE = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gka-tables")
 _HELD: dict[tuple, "Chunking"] = {}
 _CAPTURED: dict[tuple, "Chunking"] = {}  # CUDA graphs read them for as long as they live
 
@@ -81,16 +83,24 @@ def _of_batch(batch: int, length: int, size: int, stretch: int, device: torch.de
     capturing = torch.cuda.is_current_stream_capturing()
     held = _HELD.get(kind)
     if held is None:
-        held = _made(batch, length, size, stretch, device)
         if capturing:  # computed anew by each replay of the graph, to which their memory belongs
-            return held
-        torch.cuda.current_stream(device).synchronize()  # other streams need not wait
+            return _made(batch, length, size, stretch, device)
+        # apart from memory pools that a thread allocates from while it warms a CUDA graph up
+        held = _ELSEWHERE.submit(_ready, batch, length, size, stretch, device).result()
         while len(_HELD) >= KEPT:
             _HELD.pop(next(iter(_HELD)))
         _HELD[kind] = held
     if capturing:
         _CAPTURED[kind] = held
     return held
+
+
+def _ready(batch: int, length: int, size: int, stretch: int, device: torch.device) -> Chunking:
+    """Made and waited for, so that no stream need wait."""
+    with torch.cuda.device(device):
+        made = _made(batch, length, size, stretch, device)
+        torch.cuda.current_stream(device).synchronize()
+    return made
 
 
 def _made(batch: int, length: int, size: int, stretch: int, device: torch.device) -> Chunking:

@@ -12,8 +12,6 @@ nothing is computed twice: [N,D] and [V,D] are kept for the backward pass instea
 The loop has as many rounds as N asks for, so torch.compile and torch.export see it as one operator.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -127,9 +125,7 @@ def _walk(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Loss, and the gradients asked for, chunk of `rows` tokens by chunk; products in `dtype`."""
     if not torch.compiler.is_compiling():
-        return _chunks(
-            hidden, weight, targets, dtype, rows, for_hidden, for_weight, _cross_entropy_
-        )
+        return _chunks(hidden, weight, targets, dtype, rows, for_hidden, for_weight)
     loss, *grads = walk_op(hidden, weight, targets, dtype, rows, for_hidden, for_weight)
     grad_hidden, grad_weight = (
         grad if wanted else None
@@ -148,10 +144,8 @@ def linear_cross_entropy_walk(
     for_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`_walk` as an operator: a gradient that is not asked for is empty."""
-    # who compiles the model has this compiled too
-    cross_entropy = _compiled() if hidden.device.type == "cuda" else _cross_entropy_
     with torch.no_grad():
-        found = _chunks(hidden, weight, targets, dtype, rows, for_hidden, for_weight, cross_entropy)
+        found = _chunks(hidden, weight, targets, dtype, rows, for_hidden, for_weight)
     loss, *grads = found
     grad_hidden, grad_weight = (loss.new_empty(0) if grad is None else grad for grad in grads)
     return loss, grad_hidden, grad_weight
@@ -172,7 +166,7 @@ def _(hidden, weight, targets, dtype, rows, for_hidden, for_weight):
 
 def _chunks(
     hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, rows: int,
-    for_hidden: bool, for_weight: bool, cross_entropy: Callable[[Tensor, Tensor, bool], Tensor],
+    for_hidden: bool, for_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     wide = _sum_dtype(dtype)
     grad_hidden = torch.empty_like(hidden, dtype=wide) if for_hidden else None
@@ -183,12 +177,16 @@ def _chunks(
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
             h = hidden[part].to(dtype)
-            logits = (h @ weight.T).to(wide)
-            loss = loss + cross_entropy(logits, targets[part], for_hidden or for_weight)
+            counts = (targets[part] != IGNORE_INDEX).unsqueeze(-1)
+            of_loss, d = _cross_entropy_(
+                h @ weight.T, targets[part], counts, for_hidden or for_weight
+            )
+            loss = loss + of_loss
+            # tokens that do not count are left out here, where it costs no pass over the logits
             if grad_hidden is not None:
-                grad_hidden[part] = logits.to(dtype) @ weight
+                grad_hidden[part] = (d @ weight).masked_fill_(~counts, 0)
             if grad_weight is not None:
-                _accumulate_(grad_weight, logits.to(dtype).T, h)
+                _accumulate_(grad_weight, d.T, h.masked_fill(~counts, 0))
     return loss, grad_hidden, grad_weight
 
 
@@ -204,23 +202,20 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _cross_entropy_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
-    """Summed loss of logits [n,V]; with `gradient`, overwrites them by the loss's derivative in them."""
-    counts = (targets != IGNORE_INDEX).unsqueeze(-1)
+def _cross_entropy_(
+    logits: Tensor, targets: Tensor, counts: Tensor, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """Summed loss of logits [n,V] over tokens that count [n,1]; with `gradient`, its derivative in each
+    row's logits, in their memory. Two passes over the logits.
+    """
     index = targets.unsqueeze(-1).masked_fill(~counts, 0)
-    lse = logits.logsumexp(-1, keepdim=True)
-    loss = (lse - logits.gather(-1, index)).masked_fill(~counts, 0).sum()
+    log_p = logits.log_softmax(-1, dtype=_sum_dtype(logits.dtype))
+    of_target = log_p.gather(-1, index)
     if gradient:
-        logits.sub_(lse).exp_()
-        logits.scatter_add_(-1, index, torch.full_like(lse, -1.0))
-        logits.masked_fill_(~counts, 0)
-    return loss
-
-
-@functools.cache
-def _compiled() -> Callable[[Tensor, Tensor, bool], Tensor]:
-    """`_cross_entropy_` in a few passes over the logits, for any number of rows."""
-    return torch.compile(_cross_entropy_, dynamic=True)
+        torch.exp(log_p, out=logits)
+        # p - 1 before it is rounded
+        logits.scatter_(-1, index, of_target.expm1().to(logits.dtype))
+    return -of_target.masked_fill(~counts, 0).sum(), logits
 
 
 def _accumulate_(total: Tensor, left: Tensor, right: Tensor) -> None:
