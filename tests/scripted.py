@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from gka.evaluation.context.haystack import Pieces
-from gka.evaluation.context.prompt import Sample
+from gka.evaluation.context.haystack import Pieces, Sample
 from gka.models.cache import CACHE_NAME
 
 

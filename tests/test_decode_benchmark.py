@@ -136,7 +136,7 @@ def test_a_layers_states_and_token_are_the_models_own(decode, folder):
     """The step of a layer's states by its token gives the states that the model has after reading all."""
     from gka.checkpoints.open import load_gka
     from gka.models import GKACache
-    from gka.serving.reading import prefill
+    from gka.serving.tokens import prefill
 
     trained = importlib.import_module("benchmarks.decode.states")
     model: Any = load_gka(folder, dtype="float32", device="cpu")

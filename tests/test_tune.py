@@ -49,8 +49,8 @@ def test_every_kernel_has_a_configuration(capability, monkeypatch) -> None:
 
 def test_a_chip_of_its_own_table_uses_it(monkeypatch, tmp_path) -> None:
     """sm_89 reads the table of sm_86 until it has one of its own."""
-    from gka.data.files import write_text
     from gka.kernels import configs
+    from gka.storage import write_text
 
     monkeypatch.setattr(configs, "CHIPS", tmp_path)
     for name in ("sm_86", "sm_90"):

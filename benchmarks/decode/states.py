@@ -176,7 +176,7 @@ class Trained:
     def __init__(self, options: argparse.Namespace) -> None:
         from gka.checkpoints.open import load_gka, load_tokenizer_of
         from gka.models.solver import gka_layers
-        from gka.serving.reading import check_model
+        from gka.serving.tokens import check_model
 
         self.name = name_of(options.model)
         model: Any = load_gka(options.model, dtype="bfloat16", device=options.device)
@@ -234,7 +234,7 @@ def next_tokens(model: Any, rows: Tensor, count: int) -> list[Layer]:
         InputError: a layer does not step on states in place.
     """
     from gka.models import GKACache
-    from gka.serving.reading import prefill
+    from gka.serving.tokens import prefill
 
     found: list[list[Layer]] = []
     for part in rows.split(READ):

@@ -25,9 +25,9 @@ from benchmarks.op import profile, report
 from benchmarks.op.compare import Comparison
 from benchmarks.registry import LayerSize, Size
 
-from gka.data.files import read_json
 from gka.experiments.ledger import own
 from gka.ops.backends import known_backends
+from gka.storage import read_json
 
 SHAPES = ((1, 8192, 16), (4, 8192, 8), (8, 2048, 16), (1, 131072, 16))
 LAYER = LayerSize(hidden=2048, heads=16, dim=128, length=8192)

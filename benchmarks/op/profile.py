@@ -14,7 +14,7 @@ from benchmarks.registry import Build, Contender, Inputs, reason
 from benchmarks.stopwatch import Call, Stopwatch
 from torch.profiler import ProfilerActivity
 
-from gka.data.files import write_text
+from gka.storage import write_text
 
 FEW = 10  # steps that the loop's speed is measured from
 WARM_UP, CALLS = 3, 5

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from benchmarks import stopwatch
 from benchmarks.registry import BASELINE_LAYER, BASELINES
 
-from gka.data.files import write_text
 from gka.experiments.ledger import markdown_table, print_table, report
+from gka.storage import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

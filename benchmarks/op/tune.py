@@ -32,7 +32,6 @@ from rich.progress import Progress
 from torch import Tensor
 
 from gka.console import text_console
-from gka.data.files import write_json, write_text
 from gka.experiments.ledger import print_table
 from gka.kernels import backward, configs, forward
 from gka.kernels.call import GpuCall
@@ -41,6 +40,7 @@ from gka.kernels.triton.plan import SIZES, Launcher, Plan, plan_of
 from gka.maths import adjoint, chunked
 from gka.maths.chunked import Settings, Tokens
 from gka.maths.solvers import SolverName
+from gka.storage import write_json, write_text
 
 SCANS = (
     "moments",

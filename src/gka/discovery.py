@@ -3,14 +3,16 @@
 `import gka` loads neither. It notes the model types where transformers looks them up, so that its Auto
 classes open our folders; transformers then imports `transformers.models.<type>` for a type's classes, and
 finds `gka.models` there. peft learns which maps adapters change where no `target_modules` are given.
-`gka.models` knows its own format alone: `gka.checkpoints`, which adds the others, is imported after it.
+`gka.models` knows its own format alone: `gka.checkpoints`, which adds the others, is imported after it, and
+found under the former names of its modules too.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 MODEL_TYPES = ("gka", "hybrid_qwen3", "hybrid_qwen2", "hybrid_llama", "hybrid_qwen3_moe")
@@ -19,6 +21,17 @@ MODEL_TYPES = ("gka", "hybrid_qwen3", "hybrid_qwen2", "hybrid_llama", "hybrid_qw
 _CONFIGURATIONS = "transformers.models.auto.configuration_auto"
 _ADAPTERS = "peft.utils.constants"
 _ALIASES = {f"transformers.models.{name}" for name in MODEL_TYPES}
+# Former modules, for one release: (today's, names that changed too, what a warning says).
+_FORMER = {
+    "gka.models.adapters": (
+        "gka.checkpoints",
+        {"ADAPTERS": "FORMATS", "Adapter": "Format", "adapter_of": "format_of"},
+        "gka.models.adapters is gka.checkpoints now: ADAPTERS is FORMATS, Adapter is Format",
+    ),
+    "gka.models.loading": (
+        "gka.checkpoints.open", {}, "gka.models.loading is gka.checkpoints.open now",
+    ),
+}  # fmt: skip
 
 
 def announce() -> None:
@@ -62,7 +75,12 @@ class _Finder:
     ) -> ModuleSpec | None:
         if fullname in _ALIASES:
             # a type that transformers has itself is its own
-            return PathFinder.find_spec(fullname, path) or ModuleSpec(fullname, _Alias())  # pyright: ignore[reportArgumentType]
+            known = PathFinder.find_spec(fullname, path)
+            return known or ModuleSpec(fullname, _Alias("gka.models"))  # pyright: ignore[reportArgumentType]
+        if fullname in _FORMER:
+            home, renamed, text = _FORMER[fullname]
+            warnings.warn(text, DeprecationWarning, stacklevel=2)
+            return ModuleSpec(fullname, _Alias(home, renamed))  # pyright: ignore[reportArgumentType]
         if fullname not in _TELL:
             return None
         spec = PathFinder.find_spec(fullname, path)
@@ -89,7 +107,10 @@ class _Then:
 
 
 class _Alias:
-    """`gka.models` under the name that transformers looks for; loaded when a class of it is asked for."""
+    """A module under another name than its `home`; loaded when a name of it is asked for."""
+
+    def __init__(self, home: str, renamed: Mapping[str, str] = MappingProxyType({})) -> None:
+        self.home, self.renamed = home, renamed
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return None
@@ -98,6 +119,6 @@ class _Alias:
         def attribute(name: str) -> Any:
             if name.startswith("__"):
                 raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
-            return getattr(import_module("gka.models"), name)
+            return getattr(import_module(self.home), self.renamed.get(name, name))
 
         vars(module)["__getattr__"] = attribute

@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import foreign
 from gka.checkpoints.open import load_gka, load_model, load_tokenizer_of, model_folder
-from gka.data.tokenizer import byte_tokenizer
+from gka.data.text import byte_tokenizer
 from gka.errors import InputError
 from gka.models import GKAConfig, GKAForCausalLM
 
@@ -50,9 +50,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def _generate(folder: Path) -> torch.nn.Module:
     """The model of `gka generate` and `gka inspect`."""
-    from gka.serving.sample import load
 
-    return load(folder)[0]
+    from gka.checkpoints.open import load_with_tokenizer
+
+    return load_with_tokenizer(folder)[0]
 
 
 def _evaluate(folder: Path) -> torch.nn.Module:

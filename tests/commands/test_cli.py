@@ -244,11 +244,11 @@ def test_temperature_zero_is_greedy(gka: Run, trained: Path) -> None:
     """Temperature 0 does not depend on the seed and takes the likeliest token each time."""
     import torch
 
-    from gka.serving.sample import load
+    from gka.checkpoints.open import load_with_tokenizer
 
     arguments = ("--prompt", "to a", "--temperature", "0", "--max-new-tokens", "6")
     shown = {gka("generate", trained, *arguments, "--seed", seed)[1] for seed in ("1", "2")}
-    model, tokenizer = load(trained)
+    model, tokenizer = load_with_tokenizer(trained)
     ids = tokenizer("to a", return_tensors="pt")["input_ids"]
     for _ in range(6):
         with torch.no_grad():
@@ -360,7 +360,7 @@ def test_a_text_goes_on_from_its_state(gka: Run, trained: Path, tmp_path: Path) 
     """--state makes the file and goes on from it: two runs write what one run over the whole text does,
     whatever the prefill chunks."""
     from gka import GenerationSession
-    from gka.serving.sample import load
+    from gka.checkpoints.open import load_with_tokenizer
     from gka.serving.statefile import read_header
 
     state = ("--state", tmp_path / "chat.state", *GREEDY)
@@ -370,7 +370,7 @@ def test_a_text_goes_on_from_its_state(gka: Run, trained: Path, tmp_path: Path) 
         status, text, _ = gka("generate", trained, *run, *state)
         assert status == 0
         shown.append(text.rstrip("\n"))
-    model, tokenizer = load(trained)
+    model, tokenizer = load_with_tokenizer(trained)
     session = GenerationSession(model)  # type: ignore[arg-type]
     for (_, prompt, *_), text in zip(runs, shown, strict=True):
         if prompt:
@@ -407,10 +407,10 @@ def test_solver_options_reach_the_model(
     gka: Run, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """--num-iter, --ridge-ratio and --solver change the model that writes; bad values are refused."""
-    from gka.serving import sample
+    from gka.commands import generate
 
     seen: list[Any] = []
-    monkeypatch.setattr(sample, "complete", lambda session, *_: seen.append(session.model) or "")
+    monkeypatch.setattr(generate, "complete", lambda session, *_: seen.append(session.model) or "")
     options = ("--num-iter", "7", "--ridge-ratio", "0.5", "--solver", "adaptive")
     assert gka("generate", trained, "--prompt", "x", *options)[0] == 0
     mixer = seen[0].model.layers[0].mixer

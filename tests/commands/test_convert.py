@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import foreign
 from calling import Run
-from gka.data.tokenizer import byte_tokenizer
+from gka.data.text import byte_tokenizer
 
 BYTES = 257
 

@@ -10,8 +10,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from gka.commands import derived, options
 from gka.commands import main as cli
+from gka.commands import options, runs
 from gka.data import byte_tokenizer
 from gka.errors import InputError, RenamedWarning
 from gka.models import GKAConfig
@@ -64,7 +64,7 @@ def test_a_default_that_is_given_is_given() -> None:
     app = typer.Typer()
 
     @app.command()
-    @derived.with_settings(RUNS["train"], argument="text")
+    @runs.with_settings(RUNS["train"], argument="text")
     def train(given: dict[str, Any]) -> None:
         found.update(given)
 
@@ -81,7 +81,7 @@ def test_one_option_for_both_stages() -> None:
     app = typer.Typer()
 
     @app.command()
-    @derived.with_settings(KINDS, argument="teacher")
+    @runs.with_settings(KINDS, argument="teacher")
     def prime(given: dict[str, Any]) -> None:
         found.update(given)
 
@@ -160,7 +160,7 @@ def test_former_keys_of_recipes_work_and_warn() -> None:
         given = merged(recipe, {"training": {"dtype": "float32"}})
     assert RunConfig.from_tables(given).training.dtype == "float32"
     with pytest.warns(RenamedWarning, match=r"stage2\.precision"):
-        PrimeConfig.from_tables(derived.assigned(["stage2.precision=bfloat16"]))
+        PrimeConfig.from_tables(runs.assigned(["stage2.precision=bfloat16"]))
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_former_keys_of_recipes_work_and_warn() -> None:
 def test_unknown_keys_name_the_closest(assignment: str, closest: str) -> None:
     """A key that is misspelt, or of another table, is refused with the one that was meant."""
     with pytest.raises(InputError, match=rf"unknown key .*; known: .*\. Did you mean {closest}\?$"):
-        RunConfig.from_tables(derived.assigned([assignment]))
+        RunConfig.from_tables(runs.assigned([assignment]))
     with pytest.raises(InputError, match=r"known: [^.]*$"):
         RunConfig.from_tables({"training": {"zzz": 1}})
 

@@ -9,7 +9,8 @@ from gka.errors import InputError
 from gka.evaluation import mqar_sweep
 from gka.evaluation.mqar import MQARTask
 from gka.evaluation.mqar_cell import Budget
-from gka.evaluation.mqar_sweep import PRESETS, Sweep, load_records, run_sweep, summarize
+from gka.evaluation.mqar_sweep import PRESETS, Sweep, run_sweep, summarize
+from gka.evaluation.results import load_records
 
 TINY = Sweep(
     mixers=("attention", "gla"),
@@ -77,7 +78,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path, trained):
     file = tmp_path / "mqar.json"
     with pytest.raises(KeyboardInterrupt):
         run_sweep(TINY, file)
-    assert len(load_records(file)) == 5
+    assert len(load_records(file, "an MQAR sweep")) == 5
     shown = []
     content = run_sweep(TINY, file, on_cell=lambda cell, result: shown.append(cell))
     assert len(set(trained)) == len(trained) == len(TINY)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from gka.data.files import write_json
 from gka.experiments import chain, needle
+from gka.storage import write_json
 
 
 class Copier(torch.nn.Module):

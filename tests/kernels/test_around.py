@@ -60,7 +60,7 @@ def modules(p: dict[str, Any], x: list[Tensor], w: list[Tensor]) -> list[Tensor]
     from torch.func import functional_call
 
     from gka.layers import ShortConvolution
-    from gka.layers.parts.norms import unit
+    from gka.layers.parts.modules import unit
 
     out = []
     for i, (y, weight) in enumerate(zip(x, w, strict=True)):

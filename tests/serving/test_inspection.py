@@ -18,8 +18,7 @@ from gka.maths.solvers.exact import exact_solve
 from gka.models import GKACache, GKAForCausalLM, cache_tensors
 from gka.ops import solver_steps
 from gka.serving import inspect_model
-from gka.serving.inspection_page import page, table
-from gka.serving.inspection_plots import layer_figure, overview, round_range, tick_text
+from gka.serving.inspection_page import layer_figure, overview, page, round_range, table, tick_text
 from tolerances import assert_close
 
 Build = Callable[..., GKAForCausalLM]

@@ -16,8 +16,7 @@ from gka.data import byte_tokenizer, find_documents, pack, token_blocks
 from gka.models import GKAConfig, GKAForCausalLM
 from gka.models.replacement import replace_attention
 from gka.training.priming import PrimeConfig, prime
-from gka.training.priming.layers import rank
-from gka.training.priming.measure import HeldOut, share_recovered
+from gka.training.priming.inputs import HeldOut, rank, share_recovered
 from gka.training.priming.recovery import with_adapters
 from gka.training.settings import merged
 

@@ -18,7 +18,7 @@ from transformers import Trainer
 
 from gka.checkpoints import save_as
 from gka.checkpoints.open import load_gka
-from gka.data.tokenizer import byte_tokenizer
+from gka.data.text import byte_tokenizer
 from gka.errors import InputError, StorageError
 from gka.storage import only_writer
 from gka.training import RunConfig
@@ -260,11 +260,11 @@ def test_states_of_the_trainer_that_make_no_sense_are_one_line(
 
 def test_metrics_that_lack_figures_are_refused(reference: Reference, tmp_path: Path) -> None:
     """The account of a complete run is shown whole or refused by its name."""
-    from gka.training import report
+    from gka.training import run
 
     with pytest.raises(InputError, match=r"metrics\.json is no account of a complete run"):
-        files.drawn(report.table, {"model": {}}, tmp_path)
-    assert files.drawn(report.table, reference[1], tmp_path).row_count == 7
+        files.drawn(run.table, {"model": {}}, tmp_path)
+    assert files.drawn(run.table, reference[1], tmp_path).row_count == 7
 
 
 def test_a_model_larger_than_the_memory_is_refused(tmp_path: Path) -> None:

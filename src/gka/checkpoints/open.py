@@ -17,14 +17,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from gka.checkpoints.files import check_stored
-from gka.checkpoints.format import FORMATS, Format, format_of
+from gka.checkpoints.format import FORMATS, Format, check_stored, format_of
+from gka.data.text import check_vocabulary
 from gka.errors import InputError
 from gka.foreign_code import read_tokenizer, refuse_code, without_code
 from gka.models.causal_lm import GKAForCausalLM
-from gka.models.checks import fewest_parameters
 from gka.models.configuration import GKAConfig
 from gka.models.decoder import GKAPreTrainedModel
+from gka.models.fields import fewest_parameters
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _TOKENIZERS = ("tokenizer*", "vocab*")
@@ -99,6 +99,20 @@ def load_tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
         return read_tokenizer(folder, local_files_only=True)
     except Exception as error:  # parsers of three formats, each with its own exceptions
         raise InputError(f"tokenizer of {folder} cannot be loaded: {_reason(error)}") from error
+
+
+def load_with_tokenizer(
+    folder: Path, *, dtype: str = "auto", device: str | None = None
+) -> tuple[GKAForCausalLM, PreTrainedTokenizerBase]:
+    """`load_gka`, and the tokenizer beside the model.
+
+    Raises:
+        InputError: as `load_gka` and `load_tokenizer_of`; or the tokenizer has more ids than the model.
+    """
+    tokenizer = load_tokenizer_of(folder)
+    model = load_gka(folder, dtype=dtype, device=device)
+    check_vocabulary(tokenizer, model, f"model {folder}")
+    return model, tokenizer
 
 
 def from_pretrained(name: Any, **options: Any) -> Any:

@@ -17,8 +17,8 @@ from gka.layers import DECAY_PARAMETERS, mixer_options
 from gka.layers.parts.heads import split_heads
 from gka.models.causal_lm import GKAForCausalLM
 from gka.models.configuration import GKAConfig
-from gka.models.pattern import mixer_values
-from gka.storage import draft_folder, storage_errors
+from gka.models.fields import mixer_values
+from gka.storage import draft_folder, storage_errors, umask, write_text
 
 OURS = GKAConfig.model_type
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
@@ -94,7 +94,7 @@ def save_as(
             _fill(draft, model, values, FORMATS.get(format), max_shard_size)
             if extra_files is not None:
                 _copy_others(Path(extra_files), draft)
-            draft.chmod(0o777 & ~_umask())
+            draft.chmod(0o777 & ~umask())
             if target.exists():
                 target.rmdir()
             os.replace(draft, target)
@@ -175,12 +175,6 @@ def _copy_others(source: Path, draft: Path) -> None:
             shutil.copy2(file, draft / file.name)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def write_auto_map(folder: Path | str) -> None:
     """Let `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` work without `import gka`.
 
@@ -210,16 +204,6 @@ def write_auto_map(folder: Path | str) -> None:
     module = _CODE_FILE.removesuffix(".py")
     named = {auto: f"{module}.{name}" for auto, name in _CLASSES.items()}
     config["auto_map"] = (config.get("auto_map") or {}) | named
-    _write(
-        folder / _CODE_FILE, _CODE
-    )  # first: a config.json must not name a file that is not there
-    _write(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    # first: a config.json must not name a file that is not there
+    write_text(folder / _CODE_FILE, _CODE)
+    write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")

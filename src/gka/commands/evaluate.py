@@ -1,4 +1,4 @@
-"""`gka evaluate`: long-context tasks on saved models, from options to files."""
+"""`gka evaluate`, long-context tasks on saved models, and `gka lm-eval`, lm-evaluation-harness with them."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gka.commands import options as opt
-from gka.commands.running import counting
+from gka.commands.options import counting
 from gka.console import text_console
 from gka.errors import InputError
 from gka.storage import only_writer
@@ -50,7 +50,7 @@ def evaluate(
     Tasks: needle, needle-keys, needle-only, needle-values, needle-queries, variables, common-words,
     frequent-words, questions, facts-1 to facts-5, perplexity.
     """
-    from gka.data.corpus import find_documents
+    from gka.data.text import find_documents
     from gka.evaluation.context.run import Grid, Machine, Subject
     from gka.evaluation.context.tasks import NAMES
 
@@ -106,3 +106,13 @@ def _told(record: dict[str, Any]) -> str:
     else:
         found = f"{result['rank']:.2f} / {result['match']:.2f}"
     return f"{found}  {cell['model']} {cell['task']} {cell['length']}{where} ({result['seconds']:.1f} s)"
+
+
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-evaluation-harness with this library's models: `--model gka --model_args pretrained=DIR`.
+
+    All arguments are lm_eval's own, and so is --help.
+    """
+    from gka.evaluation.harness import main
+
+    main(context.args)

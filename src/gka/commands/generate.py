@@ -1,11 +1,18 @@
 """`gka generate`: a prompt completed by a saved model."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gka.commands import options as opt
+from gka.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from gka.models import GKAForCausalLM
+    from gka.serving import GenerationSession, Sampling
 
 
 def generate(
@@ -43,8 +50,8 @@ def generate(
     With --state a text goes on from run to run: only what is new is read. An interrupted run leaves the
     stored states as they were.
     """
-    from gka.serving import sample
-    from gka.serving.sampling import Sampling
+    from gka.checkpoints.open import load_with_tokenizer
+    from gka.serving.tokens import Sampling
 
     sampling = Sampling(
         max_new_tokens=max_new_tokens,
@@ -55,14 +62,63 @@ def generate(
     )
     opt.at_least_one("--chunk", chunk)
     opt.known_dtype(dtype)
-    text = sample.read_prompt(prompt, prompt_file)
+    text = opt.read_prompt(prompt, prompt_file)
     opt.silence_libraries()
-    loaded, tokenizer = sample.load(model, dtype=dtype, device=opt.usable_device(device))
+    loaded, tokenizer = load_with_tokenizer(model, dtype=dtype, device=opt.usable_device(device))
     loaded.set_solver(num_iter=num_iter, ridge_ratio=ridge_ratio, solver=solver)
-    session = sample.open_session(
-        loaded, state, must_exist=save_state is not None, prefill_chunk=chunk
-    )
-    sample.stream_to_stdout(session, tokenizer, text, sampling, echo=prompt is not None)
+    session = open_session(loaded, state, must_exist=save_state is not None, prefill_chunk=chunk)
+    if prompt is not None:
+        print(prompt, end="", flush=True)
+    complete(session, tokenizer, text, sampling)
     target = save_state or state
     if target is not None:
         session.save(target)
+
+
+def open_session(
+    model: "GKAForCausalLM", state: Path | None, *, must_exist: bool, prefill_chunk: int
+) -> "GenerationSession":
+    """A session of `model` that goes on from the file `state`, or begins if there is none.
+
+    Raises:
+        InputError: `state` cannot be used, does not exist though it must, or holds several texts.
+    """
+    from gka.serving.session import GenerationSession
+
+    session = GenerationSession(model, prefill_chunk=prefill_chunk)
+    if state is None or not (must_exist or state.exists()):
+        return session
+    session.load(state)
+    if session.batch_size not in (None, 1):
+        raise InputError(f"state {state} holds {session.batch_size} texts; expected one")
+    return session
+
+
+def complete(
+    session: "GenerationSession",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompt: str,
+    sampling: "Sampling",
+) -> None:
+    """Read the prompt and print what follows while it is made.
+
+    Args:
+        session: what was read so far. Nothing, and an empty prompt: a document begins.
+        tokenizer: the model's.
+        prompt: text that comes next.
+        sampling: how tokens are chosen.
+
+    Raises:
+        InputError: the session's past ends without known logits and there is no prompt.
+    """
+    from transformers import TextStreamer
+
+    ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"] if prompt else []
+    if not ids and not session.num_tokens:
+        ids = [tokenizer.eos_token_id]
+    if ids:
+        session.append(ids)  # pyright: ignore[reportArgumentType]
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)  # type: ignore[arg-type]
+    for token in session.generate(**vars(sampling)):
+        streamer.put(token.cpu())
+    streamer.end()

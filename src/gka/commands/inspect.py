@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from gka.commands import options as opt
-from gka.commands.running import tell
+from gka.commands.options import tell
 from gka.console import text_console
 from gka.errors import InputError
 from gka.storage import only_writer
@@ -35,14 +35,15 @@ def inspect(
     The model needs a GKA layer. Writes a page that any browser opens and the figures as JSON, and prints
     a table.
     """
-    from gka.data.files import write_json, write_text
-    from gka.serving import inspection, inspection_page, sample
+    from gka.checkpoints.open import load_with_tokenizer
+    from gka.serving import inspection, inspection_page
+    from gka.storage import write_json, write_text
 
     opt.at_least_one("--chunk", chunk)
     opt.known_dtype(dtype)
-    text = sample.read_prompt(prompt, prompt_file)
+    text = opt.read_prompt(prompt, prompt_file)
     opt.silence_libraries()
-    loaded, tokenizer = sample.load(model, dtype=dtype, device=opt.usable_device(device))
+    loaded, tokenizer = load_with_tokenizer(model, dtype=dtype, device=opt.usable_device(device))
     loaded.set_solver(num_iter=num_iter, ridge_ratio=ridge_ratio, solver=solver)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
     if not ids:

@@ -10,10 +10,9 @@ from typing import Any, NoReturn
 import typer
 
 from gka.commands.convert import convert
-from gka.commands.evaluate import evaluate
+from gka.commands.evaluate import evaluate, lm_eval
 from gka.commands.generate import generate
 from gka.commands.inspect import inspect
-from gka.commands.lm_eval import lm_eval
 from gka.commands.mqar import mqar
 from gka.commands.options import Command, Version, with_version
 from gka.commands.prime import prime

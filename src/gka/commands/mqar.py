@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gka.commands import options as opt
-from gka.commands.running import counting, tell
+from gka.commands.options import counting, tell
 from gka.console import text_console
 from gka.errors import InputError
 from gka.storage import only_writer
@@ -85,7 +85,7 @@ def mqar(
 def _run(sweep: "Sweep", folder: Path, processes: int, device: str) -> None:
     from gka.evaluation.mqar_sweep import run_sweep
     from gka.evaluation.plots import plot_mqar
-    from gka.evaluation.tables import mqar_tables
+    from gka.evaluation.results import mqar_tables
 
     console, file = text_console(), folder / "mqar.json"
     with counting(console, "trainings", len(sweep), file) as done:

@@ -1,20 +1,29 @@
-"""The options that several commands have, each under one name, and what is read from their text."""
+"""What several commands have: options, each under one name, what is read from their text, and progress."""
 
 import functools
 import inspect
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from typer.core import TyperCommand
 
 import gka
+from gka.console import counted, leave_lost, lines, stop_signals, terminals
 from gka.errors import InputError, RenamedWarning
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 Number = TypeVar("Number", int, float)
+INTERRUPTED = 128
+"""Exit status of a command that a signal stopped, plus the signal's number: the shell's convention."""
 MOST = 1_000_000
 """Seeds, steps and processes at most: beyond it a number is a slip."""
 
@@ -160,6 +169,33 @@ def at_least_one(option: str, number: int) -> int:
     return number
 
 
+def read_prompt(text: str | None, file: Path | None) -> str:
+    """The prompt from an argument, a UTF-8 file, or else standard input.
+
+    Raises:
+        InputError: if both are given, the file cannot be read, or the text is not UTF-8.
+    """
+    if text is not None and file is not None:
+        raise InputError("prompt and prompt_file exclude each other; give one of them")
+    if text is not None:
+        try:
+            # Bytes of an argument that are not UTF-8 arrive as lone surrogates.
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"prompt is not valid UTF-8 (at character {error.start})") from None
+        return text
+    try:
+        raw = file.read_bytes() if file else sys.stdin.buffer.read()
+        return raw.decode()
+    except OSError as error:
+        raise InputError(f"prompt_file {file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        where = f"prompt_file {file}" if file else "prompt on standard input"
+        raise InputError(
+            f"{where} is not UTF-8 (byte 0x{error.object[error.start]:02x} at offset {error.start})"
+        ) from None
+
+
 def usable_device(device: str | None) -> str:
     """The device that was asked for, or else a GPU if there is one.
 
@@ -193,3 +229,72 @@ def silence_libraries() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+
+
+def tell(console: "Console", folder: Path, **places: str) -> None:
+    """Print where in `folder` the results are, each under what it is."""
+    for what, name in places.items():
+        console.print(f"{what + ':':8} {folder / name}", highlight=False, soft_wrap=True)
+
+
+class _Stopped(KeyboardInterrupt):
+    """Ctrl-C, SIGTERM or SIGHUP; `signal` is which."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.signal = number
+
+
+@contextmanager
+def counting(
+    console: "Console", what: str, total: int, kept: Path
+) -> Iterator[Callable[[str], None]]:
+    """A bar over pieces of work whose results are kept in a file; a signal ends the command.
+
+    Args:
+        console: where it is shown.
+        what: the pieces, such as "cells".
+        total: how many there are.
+        kept: the file.
+
+    Yields:
+        What prints a line about a piece that is done, and counts it.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeElapsedColumn as Elapsed
+
+    columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), Elapsed()
+    progress = Progress(*columns, console=console)
+    bar = progress.add_task("", total=total)
+
+    def done(line: str) -> None:
+        progress.console.print(line, highlight=False, soft_wrap=True)
+        progress.advance(bar)
+
+    try:
+        with _stopping_by_signal(), progress, lines(console, counted(what, progress)):
+            yield done
+    except _Stopped as stop:
+        console.print(f"Stopped. Finished {what} are kept in {kept}.", soft_wrap=True)
+        console.print("Run the same command again to go on.")
+        raise typer.Exit(INTERRUPTED + stop.signal) from None
+
+
+@contextmanager
+def _stopping_by_signal() -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP raise `_Stopped`, so that trainings in other processes are ended too."""
+    shown = terminals()
+
+    def stop(number: int, _frame: Any) -> None:
+        leave_lost(shown)
+        raise _Stopped(number)
+
+    former = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in stop_signals():
+            former[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

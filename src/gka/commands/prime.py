@@ -6,29 +6,30 @@ from typing import Annotated, Any
 
 import typer
 
-from gka.commands import derived, running
+from gka.commands import runs
+from gka.commands.options import tell
 from gka.errors import InputError
 from gka.training.config import read_recipe, recipe_names
 from gka.training.priming.config import KINDS, PrimeConfig
 from gka.training.settings import Tables, merged
 
-Output = Annotated[Path | None, derived.run_folder("runs/prime-MIXER")]
-Recipe = Annotated[str | None, derived.named_recipe(recipe_names("prime"))]
+Output = Annotated[Path | None, runs.run_folder("runs/prime-MIXER")]
+Recipe = Annotated[str | None, runs.named_recipe(recipe_names("prime"))]
 Settings = Annotated[
-    list[str] | None, derived.any_setting("mixer.num_iter=15 or stage1.save_steps=50")
+    list[str] | None, runs.any_setting("mixer.num_iter=15 or stage1.save_steps=50")
 ]
 
 
 def _tokens(stage: str) -> Any:
     help = "Instead of steps: tokens to read, rounded up to steps."
-    return typer.Option(help=help, rich_help_panel=derived.PANELS[stage])
+    return typer.Option(help=help, rich_help_panel=runs.PANELS[stage])
 
 
 Stage1Tokens = Annotated[int | None, _tokens("stage1")]
 Stage2Tokens = Annotated[int | None, _tokens("stage2")]
 
 
-@derived.with_settings(KINDS, argument="teacher")
+@runs.with_settings(KINDS, argument="teacher")
 def prime(
     given: Tables,
     *,
@@ -37,8 +38,8 @@ def prime(
     output: Output = None,
     recipe: Recipe = None,
     settings: Settings = None,
-    resume: derived.Resume = False,
-    overwrite: derived.Overwrite = False,
+    resume: runs.Resume = False,
+    overwrite: runs.Overwrite = False,
 ) -> None:
     """Turn a pretrained Transformer into a hybrid with recurrent layers, and train it back.
 
@@ -47,7 +48,7 @@ def prime(
     text or conversations. Ctrl-C saves a checkpoint and stops; --resume goes on to exactly the same result.
     """
     base = read_recipe(recipe, "prime") if recipe else {}
-    given = merged(base, given, derived.assigned(settings or []))
+    given = merged(base, given, runs.assigned(settings or []))
     given = _with_tokens(given, {"stage1": stage1_tokens, "stage2": stage2_tokens})
     config = PrimeConfig.from_tables(given)
     folder = output or Path("runs") / f"prime-{config.prime.mixer}"
@@ -55,18 +56,18 @@ def prime(
     from gka.training import folder as files
     from gka.training.priming import report, run
 
-    console = running.console()
-    resume = running.resumes(folder, console, resume, may_start=bool(config.prime.teacher))
+    console = runs.console()
+    resume = runs.resumes(folder, console, resume, may_start=bool(config.prime.teacher))
     if resume:
         config = files.resumed_config(folder, given, PrimeConfig)
     if not config.prime.teacher:
         raise InputError(
             "no teacher: give the folder of a saved model, as in gka prime runs/train-attention"
         )
-    with running.stopped("prime", folder, console, "of a stage"):
+    with runs.stopped("prime", folder, console, "of a stage"):
         metrics = run.prime(config, folder, console=console, resume=resume, overwrite=overwrite)
     console.print(files.drawn(report.table, metrics, folder))
-    running.tell(console, folder, model=files.MODEL, figures=files.METRICS, report=files.REPORT)
+    tell(console, folder, model=files.MODEL, figures=files.METRICS, report=files.REPORT)
 
 
 def _with_tokens(given: Tables, tokens: dict[str, int | None]) -> Tables:

@@ -5,8 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gka.commands.options import at_least_one, numbers, output_folder
-from gka.commands.running import tell
+from gka.commands.options import at_least_one, numbers, output_folder, tell
 from gka.console import status, text_console
 from gka.storage import only_writer
 
@@ -54,12 +53,11 @@ def recall(
 def _run(
     wanted: dict[str, Any], ratios: tuple[float, ...], iterations: tuple[int, ...], folder: Path
 ) -> None:
-    from gka.data.files import write_json
     from gka.evaluation.memories import compared_memories
     from gka.evaluation.plots import plot_recall
     from gka.evaluation.recall import RecallSettings, run_recall, what_was_learnt
-    from gka.evaluation.results import environment, one_thread
-    from gka.evaluation.tables import recall_key, recall_tables
+    from gka.evaluation.results import environment, one_thread, recall_key, recall_tables
+    from gka.storage import write_json
 
     settings, memories = RecallSettings(**wanted), compared_memories(ratios, iterations)
     console = text_console()

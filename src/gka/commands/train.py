@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Annotated
 
-from gka.commands import derived, running
+from gka.commands import runs
+from gka.commands.options import tell
 from gka.training.config import (
     DataConfig,
     ModelSettings,
@@ -14,14 +15,14 @@ from gka.training.config import (
 )
 from gka.training.settings import Tables, merged
 
-Output = Annotated[Path | None, derived.run_folder("runs/RECIPE-MIXER")]
-Recipe = Annotated[str | None, derived.named_recipe(recipe_names("train"), "cpu")]
+Output = Annotated[Path | None, runs.run_folder("runs/RECIPE-MIXER")]
+Recipe = Annotated[str | None, runs.named_recipe(recipe_names("train"), "cpu")]
 Settings = Annotated[
-    list[str] | None, derived.any_setting("model.num_iter=15 or training.save_steps=50")
+    list[str] | None, runs.any_setting("model.num_iter=15 or training.save_steps=50")
 ]
 
 
-@derived.with_settings(
+@runs.with_settings(
     {"data": DataConfig, "model": ModelSettings, "training": TrainingConfig}, argument="text"
 )
 def train(
@@ -30,29 +31,29 @@ def train(
     output: Output = None,
     recipe: Recipe = None,
     settings: Settings = None,
-    resume: derived.Resume = False,
-    overwrite: derived.Overwrite = False,
+    resume: runs.Resume = False,
+    overwrite: runs.Overwrite = False,
 ) -> None:
     """Train a language model: text to tokens to a model, with checkpoints, figures and a plot.
 
     Ctrl-C saves a checkpoint and stops; --resume goes on from there to exactly the same result.
     """
     base = read_recipe(recipe) if recipe else {}
-    given = merged(base, given, derived.assigned(settings or []))
+    given = merged(base, given, runs.assigned(settings or []))
     config = RunConfig.from_tables(given)
     folder = output or _default_output(recipe, config)
 
     from gka.training import folder as files
-    from gka.training import report, run
+    from gka.training import run
 
-    console = running.console()
-    resume = running.resumes(folder, console, resume, may_start=any(given.values()))
+    console = runs.console()
+    resume = runs.resumes(folder, console, resume, may_start=any(given.values()))
     if resume:
         config = files.resumed_config(folder, given, RunConfig)
-    with running.stopped("train", folder, console, f"of {config.training.max_steps}"):
+    with runs.stopped("train", folder, console, f"of {config.training.max_steps}"):
         metrics = run.train(config, folder, console=console, resume=resume, overwrite=overwrite)
-    console.print(files.drawn(report.table, metrics, folder))
-    running.tell(console, folder, model=files.MODEL, figures=files.METRICS, plot=files.PLOT)
+    console.print(files.drawn(run.table, metrics, folder))
+    tell(console, folder, model=files.MODEL, figures=files.METRICS, plot=files.PLOT)
 
 
 def _default_output(recipe: str | None, config: RunConfig) -> Path:

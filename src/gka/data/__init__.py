@@ -1,9 +1,23 @@
 """From text to blocks of tokens: corpus -> tokenizer -> packed tokens -> blocks."""
 
-from gka.data.blocks import Split, TokenBlocks, split, token_blocks
-from gka.data.corpus import Document, find_documents, standard_library
-from gka.data.packed import PackedTokens, cache_folder, pack
-from gka.data.tokenizer import Encoder, byte_tokenizer, load_tokenizer, vocabulary_size
+from gka.data.packed import (
+    PackedTokens,
+    Split,
+    TokenBlocks,
+    cache_folder,
+    pack,
+    split,
+    token_blocks,
+)
+from gka.data.text import (
+    Document,
+    Encoder,
+    byte_tokenizer,
+    find_documents,
+    load_tokenizer,
+    standard_library,
+    vocabulary_size,
+)
 
 __all__ = [
     "Document",

@@ -9,7 +9,7 @@ from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImpo
 from tqdm import tqdm
 
 from gka.checkpoints import open as opening
-from gka.data.tokenizer import check_vocabulary
+from gka.data.text import check_vocabulary
 from gka.errors import InputError
 from gka.evaluation.context.reader import Reader
 from gka.foreign_code import refuse_adapter_code, without_code

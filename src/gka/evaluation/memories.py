@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gka.errors import InputError
+from gka.evaluation.results import check_entries
 from gka.maths.solvers.exact import exact_solve
 from gka.ops import chunk_gka, chunk_simple_gla
 from gka.ops.delta_rule import chunk_gated_delta_rule
@@ -90,8 +91,7 @@ def compared_memories(ridge_ratios: Sequence[float], num_iters: Sequence[int]) -
         InputError: a value is repeated or out of range; the message names it.
     """
     for name, entries, least in (("ridge_ratios", ridge_ratios, 0), ("num_iters", num_iters, 1)):
-        if not entries or len(set(entries)) != len(entries):
-            raise InputError(f"{name} is {tuple(entries)}; expected one or more different values")
+        check_entries(**{name: tuple(entries)})
         if not all(least <= entry < float("inf") for entry in entries) or 0 in entries:
             wanted = "above 0" if least == 0 else "of 1 or more"
             raise InputError(f"{name} is {tuple(entries)}; expected numbers {wanted}")

@@ -5,7 +5,6 @@ cells found in it are not run again. Cells that the current sweep does not ask f
 `PRESETS` are sweeps by name.
 """
 
-import json
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -17,11 +16,11 @@ from typing import Any
 
 import torch
 
-from gka.data.files import read_json, write_json
 from gka.errors import InputError
 from gka.evaluation.mqar import MQARTask
 from gka.evaluation.mqar_cell import Budget, Cell, layer_mixers, train_cell
-from gka.evaluation.results import environment, one_thread
+from gka.evaluation.results import check_entries, environment, key_of, load_records, one_thread
+from gka.storage import write_json
 
 
 @dataclass(frozen=True)
@@ -49,10 +48,7 @@ class Sweep:
     seeds: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        for name in ("mixers", "sizes", "mixtures", "learning_rates", "seeds"):
-            entries = getattr(self, name)
-            if not entries or len(set(entries)) != len(entries):
-                raise InputError(f"{name} is {entries}; expected one or more different values")
+        check_entries(**vars(self))
         if min(map(min, self.sizes)) < 1:
             raise InputError(f"sizes holds {min(map(min, self.sizes))}; expected 1 or more")
         if not all(tasks for tasks, _ in self.mixtures):
@@ -79,7 +75,7 @@ class Sweep:
 
     def repeats(self, records: Mapping[str, dict[str, Any]]) -> list[Cell]:
         """The other seeds, at the rate that `records` of the search show to be the best."""
-        searched = [records[_key(cell.describe())] for cell in self.search()]
+        searched = [records[key_of(cell.describe())] for cell in self.search()]
         best = {_group(record["cell"]): record for record in _best_records(searched)}
         return [
             replace(cell, seed=seed)
@@ -127,18 +123,18 @@ def run_sweep(
     """
     if processes < 1:
         raise InputError(f"processes is {processes}; expected 1 or more")
-    records = load_records(result_file)
+    records = load_records(result_file, "an MQAR sweep")
 
     def run(cells: list[Cell]) -> list[dict[str, Any]]:
         for cell in cells:
-            if (key := _key(cell.describe())) in records:
+            if (key := key_of(cell.describe())) in records:
                 on_cell(cell, records[key]["result"])
-        todo = [cell for cell in cells if _key(cell.describe()) not in records]
+        todo = [cell for cell in cells if key_of(cell.describe()) not in records]
         for cell, result in _train_all(todo, processes, device):
-            records[_key(cell.describe())] = {"cell": cell.describe(), "result": result}
+            records[key_of(cell.describe())] = {"cell": cell.describe(), "result": result}
             write_json(result_file, {"environment": environment(), "cells": list(records.values())})
             on_cell(cell, result)
-        return [records[_key(cell.describe())] for cell in cells]
+        return [records[key_of(cell.describe())] for cell in cells]
 
     found = run(sweep.search())
     found += run(sweep.repeats(records))
@@ -149,25 +145,6 @@ def run_sweep(
     }
     write_json(result_file, content)
     return content
-
-
-def load_records(result_file: Path) -> dict[str, dict[str, Any]]:
-    """Finished cells by key; none where the file does not exist.
-
-    Raises:
-        InputError: the file exists and does not hold the cells of a sweep.
-    """
-    if not result_file.exists():
-        return {}
-    records = read_json(result_file).get("cells")
-    if not isinstance(records, list) or not all(
-        isinstance(r, dict) and {"cell", "result"} <= r.keys() for r in records
-    ):
-        raise InputError(
-            f"{result_file} does not hold the cells of an MQAR sweep;"
-            " move it away or choose another output folder"
-        )
-    return {_key(record["cell"]): record for record in records}
 
 
 def _train_all(
@@ -250,7 +227,7 @@ def _validation_mean(record: dict[str, Any]) -> float:
 
 def _group(cell: dict[str, Any]) -> str:
     """What a comparison holds fixed: everything but the learning rate and the seed."""
-    return _key({k: v for k, v in cell.items() if k not in ("learning_rate", "seed")})
+    return key_of({k: v for k, v in cell.items() if k not in ("learning_rate", "seed")})
 
 
 def _spread(values: list[float]) -> dict[str, Any]:
@@ -261,10 +238,6 @@ def _spread(values: list[float]) -> dict[str, Any]:
         "max": max(values),
         "by_seed": values,
     }
-
-
-def _key(described: Any) -> str:
-    return json.dumps(described, sort_keys=True)
 
 
 # "gla+attention": convolutions for "attention", which has none of its own and does not learn in time.

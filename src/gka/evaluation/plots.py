@@ -6,8 +6,8 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
-from gka.data.files import write_bytes
 from gka.evaluation.recall import main_memories
+from gka.storage import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -22,6 +22,7 @@ from torch.nn.functional import normalize
 
 from gka.errors import InputError
 from gka.evaluation.memories import Memory
+from gka.evaluation.results import check_entries
 
 MEASURES = ("error", "rescaled_error", "cosine", "accuracy")
 
@@ -48,10 +49,7 @@ class RecallSettings:
     def __post_init__(self) -> None:
         if not 1 <= self.head_dim <= 256:
             raise InputError(f"head_dim is {self.head_dim}; expected 1 to 256")
-        for name in ("pairs", "correlations", "seeds"):
-            entries = getattr(self, name)
-            if not entries or len(set(entries)) != len(entries):
-                raise InputError(f"{name} is {entries}; expected one or more different values")
+        check_entries(pairs=self.pairs, correlations=self.correlations, seeds=self.seeds)
         if min(self.pairs) < 1:
             raise InputError(f"pairs holds {min(self.pairs)}; expected numbers of 1 or more")
         for rho in self.correlations:

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 
 from gka.console import text_console
-from gka.data.files import read_json
 from gka.experiments import chain_report
 from gka.experiments.ledger import Ledger, report
 from gka.experiments.needle import NeedleTest
+from gka.storage import read_json
 
 MIXERS = ("gka", "gated_deltanet")
 NEEDED = ("transformers", "accelerate", "rich", "safetensors", "tokenizers")
@@ -97,7 +97,7 @@ class Chain(Ledger):
 
     def run(self) -> None:
         """Everything, in order."""
-        from gka.training.report import hardware, versions
+        from gka.training.run import hardware, versions
 
         scale = self.scale
         self.note(versions=versions(), hardware=hardware(), scale=vars(scale))
@@ -110,7 +110,6 @@ class Chain(Ledger):
 
     def pretrain(self) -> None:
         """The Transformer, trained for about `scale.pretraining` seconds."""
-
         from gka.data import byte_tokenizer
         from gka.training import RunConfig, build_model, train
 
@@ -162,19 +161,13 @@ class Chain(Ledger):
 
     def prime(self, mixer: str, steps: dict[str, int]) -> None:
         """One hybrid through both stages; chain.json gets each phase's figures."""
-
         from gka.training.priming import PrimeConfig, prime
 
-        folder = self.work / mixer
+        folder, teacher = self.work / mixer, str(self.work / "teacher")
         config = PrimeConfig.from_tables(
             {
                 # gates that began better in small trials on a CPU (docs/log); alpha is GKA's alone
-                "prime": {
-                    "teacher": str(self.work / "teacher"),
-                    "mixer": mixer,
-                    "alpha": 0.5,
-                    "decay": 0.01,
-                },
+                "prime": {"teacher": teacher, "mixer": mixer, "alpha": 0.5, "decay": 0.01},
                 "data": self.data(),
                 "stage1": self.training(steps["stage1"], 1e-3) | {"weight_decay": 0.0},
                 "stage2": self.training(steps["stage2"], 5e-4),
@@ -197,11 +190,10 @@ class Chain(Ledger):
 
     def go_on(self, steps: int) -> None:
         """The control: the Transformer itself, trained as the hybrids are in stage 2."""
-
         from gka.data import byte_tokenizer, find_documents, pack, token_blocks
         from gka.training import TrainingConfig
         from gka.training.loop import fit
-        from gka.training.priming.measure import HeldOut
+        from gka.training.priming.inputs import HeldOut
         from gka.training.priming.run import load_teacher
 
         scale, tokenizer = self.scale, byte_tokenizer()

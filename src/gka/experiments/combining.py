@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from gka import GenerationSession
+from gka.checkpoints.open import load_with_tokenizer
 from gka.data import Encoder
 from gka.experiments.ledger import Ledger, markdown_table, print_table
 from gka.models import GKACache, GKAForCausalLM
 from gka.models.cache import CACHE_NAME
-from gka.serving.sample import load
 
 WAYS = ("nothing", "last piece alone", "sequence", "sum", "mean", "read in turn")
 
@@ -78,8 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--samples", type=int, default=40)
     add("--output", type=Path, required=True)
     options = parser.parse_args(arguments)
-    loaded, tokenizer = load(options.model)
-    model: GKAForCausalLM = loaded  # type: ignore[assignment]
+    model, tokenizer = load_with_tokenizer(options.model)
     ids = torch.from_numpy(Encoder(tokenizer)(options.file.read_text()).astype("int64"))
     rows, ledger = [], Ledger(options.output, "combining")
     for pieces in options.pieces:

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gka.console import text_console
-from gka.data.files import read_json, write_bytes, write_json, write_text
 from gka.errors import InputError
-from gka.storage import only_writer
+from gka.storage import only_writer, read_json, write_bytes, write_json, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,10 +14,15 @@ from gka.layers.delta_net import DeltaNet, GatedDeltaNet
 from gka.layers.gated_kalmanet import GatedKalmaNet
 from gka.layers.linear_attention import GatedLinearAttention
 from gka.layers.parts.cache import StateCache
-from gka.layers.parts.convolution import ShortConvolution
-from gka.layers.parts.decay import DECAY_PARAMETERS, decayed_parameters, parameter_groups
-from gka.layers.parts.norms import GatedRMSNorm, RMSNorm
-from gka.layers.parts.rotary import rotate
+from gka.layers.parts.modules import (
+    DECAY_PARAMETERS,
+    GatedRMSNorm,
+    RMSNorm,
+    ShortConvolution,
+    decayed_parameters,
+    parameter_groups,
+    rotate,
+)
 
 MIXERS: dict[str, type[nn.Module]] = {
     "gka": GatedKalmaNet,

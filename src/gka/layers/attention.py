@@ -10,10 +10,14 @@ from torch import Tensor, nn
 
 from gka.layers.parts.cache import append_keys, cached_length, check_rows, open_cache
 from gka.layers.parts.heads import check_options, check_positive, rotary_dim, split_heads
-from gka.layers.parts.masks import check_mask_length, positions_of, visible
-from gka.layers.parts.norms import RMSNorm
-from gka.layers.parts.padding import check_inputs, check_width
-from gka.layers.parts.rotary import rotate
+from gka.layers.parts.masks import (
+    check_inputs,
+    check_mask_length,
+    check_width,
+    positions_of,
+    visible,
+)
+from gka.layers.parts.modules import RMSNorm, rotate
 from gka.ops.checks import check_bounds
 
 

@@ -12,12 +12,15 @@ from torch import Tensor, nn
 
 from gka.layers.parts import surround
 from gka.layers.parts.cache import OBSERVER, check_rows, open_cache, read_state, recurrent_layer
-from gka.layers.parts.convolution import ShortConvolution
-from gka.layers.parts.decay import DecayParameters
-from gka.layers.parts.expansion import HeadExpansion
-from gka.layers.parts.heads import check_head_dims, check_options, check_positive, value_dim
-from gka.layers.parts.norms import GatedRMSNorm, RMSNorm
-from gka.layers.parts.padding import Padding, check_inputs, check_width
+from gka.layers.parts.heads import (
+    HeadExpansion,
+    check_head_dims,
+    check_options,
+    check_positive,
+    value_dim,
+)
+from gka.layers.parts.masks import Padding, check_inputs, check_width
+from gka.layers.parts.modules import DecayParameters, GatedRMSNorm, RMSNorm, ShortConvolution
 from gka.layers.parts.surround import Gates, MixCall, Surround
 
 DECODE_TOKENS = 16

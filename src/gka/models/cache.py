@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from gka.layers.parts.cache import OBSERVER
 from gka.layers.recurrent_mixer import RecurrentMixer
 from gka.models.configuration import GKAConfig
-from gka.models.pattern import attention_heads
+from gka.models.fields import attention_heads
 
 CACHE_NAME = (
     "cache"
@@ -107,27 +107,24 @@ class GKACache(DynamicCache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Row b becomes what row indices[b] was; rows may be fewer, more or repeated."""
-        layer: Any
-        for layer in self.layers:
-            if isinstance(layer, LinearAttentionCacheLayerMixin):
-                for states in (layer.conv_states, layer.recurrent_states):
-                    for index, state in states.items():
-                        states[index] = None if state is None else state[indices.to(state.device)]
-            else:
-                layer.batch_select_indices(indices)
+        self._change_rows("batch_select_indices", indices, lambda x: x[indices.to(x.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times, next to each other."""
+        self._change_rows(
+            "batch_repeat_interleave", repeats, lambda x: x.repeat_interleave(repeats, 0)
+        )
+
+    def _change_rows(self, method: str, given: Any, change: Callable[[Tensor], Tensor]) -> None:
+        """Rows of attention layers by their own method, those of recurrent states by `change`."""
         layer: Any
         for layer in self.layers:
-            if isinstance(layer, LinearAttentionCacheLayerMixin):
-                for states in (layer.conv_states, layer.recurrent_states):
-                    for index, state in states.items():
-                        states[index] = (
-                            None if state is None else state.repeat_interleave(repeats, 0)
-                        )
-            else:
-                layer.batch_repeat_interleave(repeats)
+            if not isinstance(layer, LinearAttentionCacheLayerMixin):
+                getattr(layer, method)(given)
+                continue
+            for states in (layer.conv_states, layer.recurrent_states):
+                for index, state in states.items():
+                    states[index] = None if state is None else change(state)
 
     @property
     def is_linear(self) -> list[bool]:

@@ -11,13 +11,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from gka.layers import DECAY_PARAMETERS, RMSNorm
-from gka.layers.parts.expansion import ZeroLinear
-from gka.layers.parts.padding import token_mask
+from gka.layers.parts.heads import ZeroLinear
+from gka.layers.parts.masks import token_mask
 from gka.models.cache import CACHE_NAME, GKACache, one_cache, with_prefix
 from gka.models.configuration import READING, GKAConfig
 from gka.models.documents import Documents, Packing, find_documents
-from gka.models.experts import build_experts, has_experts
-from gka.models.pattern import build_mixer
+from gka.models.fields import build_experts, build_mixer, has_experts
 from gka.models.solver import set_solver
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gka.errors import InputError
-from gka.layers.parts.padding import token_mask
+from gka.layers.parts.masks import token_mask
 
 _BOUNDS = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k")
 

@@ -27,7 +27,7 @@ from gka.layers.parts.heads import split_heads
 from gka.layers.recurrent_mixer import RecurrentMixer
 from gka.models.causal_lm import GKAForCausalLM
 from gka.models.configuration import GKAConfig
-from gka.models.pattern import SOFTMAX_MIXERS, attention_heads, build_mixer, mixer_values
+from gka.models.fields import SOFTMAX_MIXERS, attention_heads, build_mixer, mixer_values
 
 REPLACEMENTS = ("gka", "gated_deltanet")
 """Mixers that attention layers can become."""

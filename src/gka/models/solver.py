@@ -10,7 +10,7 @@ from torch import nn
 
 from gka.errors import InputError
 from gka.layers import GatedKalmaNet
-from gka.models.checks import check_range
+from gka.models.configuration import check_range
 from gka.ops.checks import check_numbers, check_solver
 
 _lock = threading.Lock()

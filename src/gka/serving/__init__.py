@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gka.serving.inspection import inspect_model
-    from gka.serving.reading import prefill
-    from gka.serving.sampling import Sampling
     from gka.serving.session import GenerationSession
+    from gka.serving.tokens import Sampling, prefill
 
 __all__ = ["GenerationSession", "Sampling", "prefill", "inspect_model"]
 
 _HOME = {
     "GenerationSession": "gka.serving.session",
-    "Sampling": "gka.serving.sampling",
-    "prefill": "gka.serving.reading",
+    "Sampling": "gka.serving.tokens",
+    "prefill": "gka.serving.tokens",
     "inspect_model": "gka.serving.inspection",
 }
 

@@ -1,7 +1,7 @@
-"""What a session knows: the model's states after some tokens and what is needed to go on from them, and
-whether named tensors are that: all that a state file may be forged in."""
+"""What a session knows: the model's states after some tokens and what is needed to go on from them;
+and several sessions that have read their texts apart, as one."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gka.errors import InputError
+from gka.layers import GatedKalmaNet
+from gka.layers.linear_attention import GatedLinearAttention
 from gka.layers.parts.surround import Gates
-from gka.layers.recurrent_mixer import RecurrentMixer
-from gka.models import GKACache, GKAForCausalLM, cache_tensors, fill_cache, state_shapes
-
-_MOST = 2**40  # tokens and rows; beyond, products of sizes leave the range of 64 bits
-_HALF = {torch.bfloat16, torch.float16}
+from gka.maths.moments import after
+from gka.models import GKACache, GKAForCausalLM, cache_tensors, fill_cache
 
 
 class DecayTotals:
@@ -114,80 +114,114 @@ class Contents:
         return cls(cache, tokens, logits, mask, DecayTotals(totals) if tracked else None)
 
 
-def why_not(
-    model: GKAForCausalLM, header: dict[str, Any], tensors: dict[str, Tensor]
-) -> str | None:
-    """Why they cannot be the states of `model`; None if they can. No number is looked at.
+HOW = ("sequence", "sum", "mean")
+Named = list[dict[str, Tensor]]
 
-    Args:
-        model: whose states they are said to be.
-        header: with `tokens`, `batch_size` (0 before the first token) and `tracks_decay`.
-        tensors: named as by `Contents.named`.
+
+@torch.no_grad()
+def combined(model: GKAForCausalLM, parts: Sequence[Contents], how: str) -> Contents:
+    """The contents of several sessions as one; see `GenerationSession.combine`.
+
+    Raises:
+        InputError: as there.
     """
-    for name in ("tokens", "batch_size"):
-        count = header.get(name)
-        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < _MOST:
-            return f"{name} is {count!r:.40}; expected a whole number from 0 on"
-    tokens, rows, tracked = header["tokens"], header["batch_size"], header.get("tracks_decay")
-    if not isinstance(tracked, bool):
-        return f"tracks_decay is {tracked!r:.40}; expected true or false"
-    if (tokens == 0) != (rows == 0):
-        return f"{tokens} tokens in {rows} rows"
-    needed, optional = _shapes(model, rows, tokens, tracked)
-    missing = [name for name in needed if name not in tensors]
-    if missing:
-        return f"it needs {_some(missing)}, which the file lacks"
-    surplus = [name for name in tensors if name not in needed and name not in optional]
-    if surplus:
-        return f"it has no place for {_some(surplus)}"
-    for name, x in tensors.items():
-        shape, dtypes = (needed | optional)[name], _dtypes(name, model.dtype)
-        if tuple(x.shape) != shape:
-            return f"{name} has shape {tuple(x.shape)}; expected {shape}"
-        if x.dtype not in dtypes:
-            shown = " or ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
-            return f"{name} is {str(x.dtype).removeprefix('torch.')}; expected {shown}"
-    return None
+    _check(parts, how)
+    named = [cache_tensors(part.cache) for part in parts]
+    tensors: dict[str, Tensor] = {}
+    for index, layer in enumerate(model.model.layers):
+        mixer: Any = layer.mixer
+        own = [_of_layer(x, index) for x in named]
+        if "keys" in own[0]:
+            merged = _attention(mixer, own, parts)
+        elif isinstance(mixer, GatedKalmaNet | GatedLinearAttention):
+            merged = _recurrent(mixer, own, parts, how)
+        else:
+            raise InputError(
+                f"layer {index} is a {type(mixer).__name__}, whose state is no decayed sum of what it "
+                "read: only gka, gla and attention layers can be combined"
+            )
+        tensors |= {f"layers.{index}.{name}": x for name, x in merged.items()}
+    tokens = sum(part.tokens for part in parts)
+    cache = fill_cache(GKACache(model.config), tensors, tokens)
+    return Contents(cache, tokens, None, _mask(parts), _decay(parts) if how == "sequence" else None)
 
 
-def why_not_finite(tensors: dict[str, Tensor]) -> str | None:
-    """Which tensor holds NaN or infinity; None if none does."""
-    for name, x in tensors.items():
-        if not bool(x.isfinite().all()):
-            return f"{name} holds numbers that are not finite"
-    return None
+def _check(parts: Sequence[Contents], how: str) -> None:
+    if how not in HOW:
+        raise InputError(f"how is {how!r}; expected one of {', '.join(HOW)}")
+    batches = [part.batch_size for part in parts]
+    if None in batches or len(set(batches)) != 1:
+        shown = ", ".join("nothing read" if x is None else str(x) for x in batches)
+        raise InputError(f"sessions: expected equally many rows in each, got {shown}")
+    if how == "sequence" and any(part.decay is None for part in parts[1:]):
+        raise InputError(
+            "how='sequence' needs the total decays: open the sessions with track_decay=True"
+        )
 
 
-def _shapes(
-    model: GKAForCausalLM, rows: int, tokens: int, tracked: bool
-) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-    """The shapes of what must be there, and of what may."""
-    if tokens == 0:
-        return {}, {}
-    needed, optional = (
-        state_shapes(model, rows, tokens),
-        {"logits": (rows, model.config.vocab_size)},
-    )
-    mixers = [layer.mixer for layer in model.model.layers]
-    if not all(isinstance(mixer, RecurrentMixer) for mixer in mixers):
-        optional["mask"] = (rows, tokens)
-    for index, mixer in enumerate(mixers):
-        if tracked and isinstance(mixer, RecurrentMixer) and mixer.use_forgetting_gate:
-            needed[f"log_decay.{index}"] = (rows, mixer.num_expanded_heads)
-    return needed, optional
+def _of_layer(tensors: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+    prefix = f"layers.{index}."
+    return {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
 
 
-def _dtypes(name: str, dtype: torch.dtype) -> set[torch.dtype]:
-    """Recurrent states are float32 or better; the others have the model's dtype, or autocast's."""
-    if name == "mask":
-        return {torch.bool}
-    if name.startswith("log_decay."):
-        return {torch.float64}
-    if ".recurrent." in name:
-        return {torch.float64 if dtype == torch.float64 else torch.float32}
-    return {dtype} if dtype in _HALF else {dtype} | _HALF
+def _recurrent(mixer: Any, own: Named, parts: Sequence[Contents], how: str) -> dict[str, Tensor]:
+    """Moments combined, convolutions of the last part."""
+    merged = {name: x.clone() for name, x in own[-1].items() if name.startswith("conv.")}
+    for name in (name for name in own[0] if name.startswith("recurrent.")):
+        fades = not (
+            name == "recurrent.0" and getattr(mixer, "use_forgetting_gate_kk", None) is False
+        )
+        total = own[0][name].clone()
+        for state, part in zip(own[1:], parts[1:], strict=True):
+            g = None
+            if how == "sequence" and fades and part.decay is not None:
+                g = part.decay.totals.get(mixer.layer_idx)
+            total = after(total, state[name], g)
+        merged[name] = total / len(parts) if how == "mean" else total
+    return merged
 
 
-def _some(names: list[str]) -> str:
-    shown = ", ".join(f"{name:.40}" for name in sorted(names)[:4])
-    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
+def _attention(mixer: Any, own: Named, parts: Sequence[Contents]) -> dict[str, Tensor]:
+    """Keys turned on by the tokens before their part; of a window, no more than it keeps."""
+    keys, values = [own[0]["keys"]], [own[0]["values"]]
+    offset = _lengths(parts[0])
+    for tensors, part in zip(own[1:], parts[1:], strict=True):
+        k = tensors["keys"]
+        positions = offset[:, None].to(k.device).expand(-1, k.shape[-2])
+        turned = mixer.turn(k.transpose(1, 2), positions).transpose(1, 2)
+        keys.append(turned)
+        values.append(tensors["values"])
+        offset = offset + _lengths(part)
+    first = 0 if mixer.window_size is None else -(mixer.window_size - 1)
+    return {
+        name: torch.cat(x, -2)[..., first:, :] for name, x in (("keys", keys), ("values", values))
+    }
+
+
+def _lengths(part: Contents) -> Tensor:
+    """Tokens of each row, padding not counted [B]."""
+    if part.mask is not None:
+        return part.mask.sum(1)
+    return torch.full((part.batch_size or 0,), part.tokens)
+
+
+def _mask(parts: Sequence[Contents]) -> Tensor | None:
+    if all(part.mask is None for part in parts):
+        return None
+    masks = [part.mask for part in parts]
+    device = next(mask.device for mask in masks if mask is not None)
+    rows = parts[0].batch_size or 0
+    ones = [torch.ones(rows, part.tokens, dtype=torch.bool, device=device) for part in parts]
+    return torch.cat([one if x is None else x for x, one in zip(masks, ones, strict=True)], 1)
+
+
+def _decay(parts: Sequence[Contents]) -> DecayTotals | None:
+    """Totals over all parts; None where the first did not track its own."""
+    decays = [part.decay for part in parts]
+    if decays[0] is None:
+        return None
+    totals = dict(decays[0].totals)
+    for decay in decays[1:]:
+        assert decay is not None
+        totals = {index: x + decay.totals[index] for index, x in totals.items()}
+    return DecayTotals(totals)

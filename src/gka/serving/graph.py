@@ -18,9 +18,9 @@ from gka.errors import InputError
 from gka.layers import GatedKalmaNet
 from gka.layers.recurrent_mixer import RecurrentMixer
 from gka.models import GKACache, GKAForCausalLM
-from gka.models.experts import has_experts
+from gka.models.fields import has_experts
 from gka.ops import available_backends, why_unavailable
-from gka.serving.reading import prefill
+from gka.serving.tokens import prefill
 
 KERNELS = ("hopper", "triton")
 # what of a mixer a recorded step has as constants, and users may set (`set_solver`)

@@ -22,7 +22,7 @@ from gka.maths.solvers.exact import exact_solve
 from gka.models import GKACache, GKAForCausalLM
 from gka.ops import solver_steps
 from gka.ops.checks import check_solver
-from gka.serving.reading import PREFILL_CHUNK, check_model, prefill
+from gka.serving.tokens import PREFILL_CHUNK, check_model, prefill
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _KEPT_DECAYS = 4096  # tokens, evenly spaced, from which the quantiles are taken

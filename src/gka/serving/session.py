@@ -10,20 +10,21 @@ from torch import Tensor
 
 from gka.errors import InputError
 from gka.models import GKAForCausalLM
-from gka.serving import combination, statefile
-from gka.serving.contents import Contents
+from gka.serving import statefile
+from gka.serving.contents import Contents, combined
 from gka.serving.graph import CaptureError, GraphedSteps, check_choice, why_not_graphed
-from gka.serving.reading import (
+from gka.serving.tokens import (
     PREFILL_CHUNK,
     Ids,
     OneAtATime,
+    Sampling,
     check_chunk,
     check_model,
+    chooser,
     left_padding,
     prefill,
     token_ids,
 )
-from gka.serving.sampling import Sampling, chooser
 
 
 class GenerationSession:
@@ -255,7 +256,7 @@ class GenerationSession:
                 stack.enter_context(session._turn.use())
                 session._check_whole()
             contents = [session._contents for session in sessions]
-            return first._with(combination.combined(first.model, contents, how))
+            return first._with(combined(first.model, contents, how))
 
     def _with(self, contents: Contents) -> "GenerationSession":
         session = GenerationSession(

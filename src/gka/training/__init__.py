@@ -1,12 +1,13 @@
 """Training runs and what comes out of them. Heavy imports wait until `train` is called."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from gka.training.config import DataConfig, RunConfig, TrainingConfig, read_recipe
 
 if TYPE_CHECKING:
+    from gka.training.loop import SelectiveDecay
     from gka.training.run import Interrupted, build_model, train
-    from gka.training.trainer import SelectiveDecay
 
 __all__ = [
     "train",
@@ -20,13 +21,10 @@ __all__ = [
 ]
 
 
+_HOME = {"train": "run", "build_model": "run", "Interrupted": "loop", "SelectiveDecay": "loop"}
+
+
 def __getattr__(name: str) -> Any:
-    if name in ("train", "build_model", "Interrupted"):
-        from gka.training import run
-
-        return getattr(run, name)
-    if name == "SelectiveDecay":
-        from gka.training.trainer import SelectiveDecay
-
-        return SelectiveDecay
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"gka.training.{_HOME[name]}"), name)

@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from gka.console import answered, duration, leave_lost, stop_signals, terminals
 from gka.errors import InputError
@@ -57,9 +57,7 @@ class StopWhenAsked(TrainerCallback):
     def __init__(self, stop: Stop) -> None:
         self.stop = stop
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args, state, control, **kwargs):
         if self.stop.signal is not None:
             control.should_save = control.should_training_stop = True
         return control
@@ -68,18 +66,14 @@ class StopWhenAsked(TrainerCallback):
 class SealCheckpoints(TrainerCallback):
     """Seals each checkpoint, and notes the loss before it, so a resumed run notes the same losses."""
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args, state, control, **kwargs):
         if control.should_save:
             control.should_log = True
             # A checkpoint that is about to be written over is not whole any more.
             self._folder(args, state).joinpath(SEAL).unlink(missing_ok=True)
         return control
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args, state, control, **kwargs):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()  # every process has written its own generator state
         if state.is_world_process_zero:
@@ -98,26 +92,18 @@ class Stopwatch(TrainerCallback):
 
     seconds = 0.0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args, state, control, **kwargs):
         self.seconds = max((row.get("seconds", 0.0) for row in state.log_history), default=0.0)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args, state, control, **kwargs):
         self._began = time.perf_counter()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args, state, control, **kwargs):
         if args.device.type == "cuda" and control.should_log:
             torch.cuda.synchronize()  # else the clock sees only that work was queued
         self.seconds += time.perf_counter() - self._began
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_log(self, args, state, control, **kwargs):
         if "loss" in state.log_history[-1]:
             state.log_history[-1]["seconds"] = self.seconds
 
@@ -125,14 +111,7 @@ class Stopwatch(TrainerCallback):
 class RefuseNaN(TrainerCallback):
     """Ends a run whose loss is no longer a number, before a checkpoint is written of it."""
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args, state, control, logs=None, **kwargs):
         for name in ("loss", "eval_loss"):
             if not math.isfinite((logs or {}).get(name, 0.0)):
                 raise InputError(
@@ -157,9 +136,7 @@ class ProgressBar(TrainerCallback):
         )
         self._state: TrainerState | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args, state, control, **kwargs):
         self._first, self._began, self._loss = state.global_step, time.perf_counter(), math.nan
         self._state = state if state.is_world_process_zero else None
         self.task = self.progress.add_task(
@@ -168,19 +145,10 @@ class ProgressBar(TrainerCallback):
         if state.is_world_process_zero:
             self.progress.start()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args, state, control, **kwargs):
         self.progress.update(self.task, completed=state.global_step)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs:
             self._loss = logs["loss"]
             steps = state.global_step - self._first
@@ -227,14 +195,10 @@ class Estimate(TrainerCallback):
     def __init__(self, console: Console, evaluated_blocks: int) -> None:
         self.console, self.evaluated_blocks = console, evaluated_blocks
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args, state, control, **kwargs):
         self._first, self._said = state.global_step + 1, not state.is_world_process_zero
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args, state, control, **kwargs):
         if self._said:
             return
         if args.device.type == "cuda":

@@ -6,14 +6,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from pickle import UnpicklingError
+from typing import Any
 
-from gka.data.files import read_json, sha256_of, write_json
+from transformers import TrainerState
+
 from gka.errors import InputError
+from gka.storage import read_json, sha256_of, write_json
 from gka.training.folder import is_main_process
-
-if TYPE_CHECKING:
-    from transformers import TrainerState
 
 SEAL = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -93,14 +93,12 @@ def clear_cut_short(folder: Path, step: int) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def state_of(checkpoint: Path) -> "TrainerState":
+def state_of(checkpoint: Path) -> TrainerState:
     """The Trainer's state in a checkpoint.
 
     Raises:
         InputError: it is unreadable, or of another step than the checkpoint.
     """
-    from transformers import TrainerState
-
     with loading(checkpoint):
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         history: object = state.log_history
@@ -119,8 +117,6 @@ def loading(checkpoint: str | Path | None) -> Iterator[None]:
     Raises:
         InputError: a file of it is unreadable, does not fit the run, or holds more than numbers.
     """
-    from pickle import UnpicklingError
-
     try:
         yield
     except InputError:

@@ -16,9 +16,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
-from gka.data.files import read_json, write_json
 from gka.errors import InputError
-from gka.storage import is_empty, only_writer, storage_errors
+from gka.storage import is_empty, only_writer, read_json, storage_errors, write_json
 from gka.training.settings import merged
 
 if TYPE_CHECKING:

@@ -1,8 +1,17 @@
 """One training run, from text to a saved model and what there is to say about it."""
 
+import io
+import math
 import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
 from gka.console import status
 from gka.data import (
@@ -14,16 +23,13 @@ from gka.data import (
     token_blocks,
     vocabulary_size,
 )
-from gka.data.files import write_json
 from gka.errors import InputError
+from gka.models import GKAConfig, GKAForCausalLM
+from gka.models.fields import fewest_parameters
+from gka.storage import write_bytes, write_json
 from gka.training import folder as files
-from gka.training import report
 from gka.training.config import DataConfig, RunConfig
-from gka.training.loop import Interrupted, fit, tokens_of_a_step
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from gka.training.loop import Interrupted, fit, recompute_layers, tokens_of_a_step
 
 __all__ = ["Interrupted", "build_model", "train"]
 
@@ -32,7 +38,7 @@ def train(
     config: RunConfig,
     output: Path,
     *,
-    console: "Console",
+    console: Console,
     resume: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -56,7 +62,7 @@ def train(
 
 
 def _train(
-    config: RunConfig, output: Path, console: "Console", resume: bool, overwrite: bool
+    config: RunConfig, output: Path, console: Console, resume: bool, overwrite: bool
 ) -> dict[str, Any]:
     """`train`, in a folder that is this process's alone."""
     tokenizer = load_tokenizer(config.data.tokenizer)
@@ -71,14 +77,12 @@ def _train(
     metrics = _metrics(config, trainer, packed, blocks)
     if trainer.is_world_process_zero():
         files.save_model(trainer.model, tokenizer, output / files.MODEL)
-        report.plot_losses(metrics, output / files.PLOT)
+        plot_losses(metrics, output / files.PLOT)
         write_json(output / files.METRICS, metrics)  # last: it says that the run is complete
     return metrics
 
 
-def _introduce(
-    config: RunConfig, model: "PreTrainedModel", output: Path, console: "Console"
-) -> None:
+def _introduce(config: RunConfig, model: PreTrainedModel, output: Path, console: Console) -> None:
     """Say what is going to be done, before it takes its time."""
     training, tokens = config.training, config.data.sequence_length
     blocks = training.batch_size * training.gradient_accumulation
@@ -90,18 +94,12 @@ def _introduce(
     )
 
 
-def build_model(config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedModel":
+def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The untrained model of a run: its weights depend on the settings and the seed alone.
 
     Raises:
         InputError: if the [model] table does not describe a model.
     """
-    from transformers import set_seed
-
-    from gka.models import GKAConfig, GKAForCausalLM
-    from gka.models.checks import fewest_parameters
-    from gka.training.trainer import recompute_layers
-
     special = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.eos_token_id}
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     try:
@@ -137,7 +135,7 @@ def _check_memory(parameters: int) -> None:
 
 
 def pack_text(
-    data: DataConfig, tokenizer: "PreTrainedTokenizerBase", console: "Console"
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console
 ) -> PackedTokens:
     """The tokens of a run's text, packed if they are not yet; progress is shown.
 
@@ -163,14 +161,14 @@ def pack_text(
 
 def _metrics(
     config: RunConfig,
-    trainer: "Trainer",
+    trainer: Trainer,
     packed: PackedTokens,
     blocks: tuple[TokenBlocks, TokenBlocks],
 ) -> dict[str, Any]:
-    curves = report.curves(trainer.state.log_history)
-    held, last = blocks[1].part, curves["training"][-1]
-    for row in curves["evaluation"]:
-        row["bits_per_byte"] = report.bits_per_byte(row["loss"], held.tokens, held.bytes)
+    noted = curves(trainer.state.log_history)
+    held, last = blocks[1].part, noted["training"][-1]
+    for row in noted["evaluation"]:
+        row["bits_per_byte"] = bits_per_byte(row["loss"], held.tokens, held.bytes)
     length, processes = config.data.sequence_length, trainer.args.world_size
     tokens = last["step"] * tokens_of_a_step(config.training, length, processes)
     model: Any = trainer.model
@@ -193,10 +191,10 @@ def _metrics(
             "tokens_per_second": tokens / last["seconds"],
             "loss": last["loss"],
         },
-        "evaluation": curves["evaluation"][-1],
-        "curves": curves,
-        "versions": report.versions(),
-        "hardware": report.hardware(),
+        "evaluation": noted["evaluation"][-1],
+        "curves": noted,
+        "versions": versions(),
+        "hardware": hardware(),
     }
 
 
@@ -204,3 +202,96 @@ def mixers(config: Any) -> str:
     """Such as "26 gka + 4 attention"."""
     names = list(config.pattern)
     return " + ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
+
+
+LIBRARIES = ("torch", "transformers", "accelerate", "tokenizers", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, this library and those it computes with."""
+    names = {"gated-kalmanet": _version("gated-kalmanet"), "python": platform.python_version()}
+    return names | {name: _version(name) for name in LIBRARIES}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # a checkout on PYTHONPATH has no metadata
+        return "not installed"
+
+
+def hardware() -> dict[str, Any]:
+    """The processor, its threads in use, and the accelerator if there is one."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"processor": _processor(), "threads": torch.get_num_threads(), "gpus": gpus}
+
+
+def bits_per_byte(loss: float, tokens: int, size: float) -> float:
+    """Mean loss in nats per token as bits per byte of text: comparable between tokenizers."""
+    return loss / math.log(2) * tokens / size
+
+
+def curves(history: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The Trainer's log as two lists of rows: losses in training, and on held-out documents."""
+    noted = ("step", "loss", "learning_rate", "grad_norm", "seconds")
+    return {
+        "training": [{k: row[k] for k in noted if k in row} for row in history if "loss" in row],
+        "evaluation": [
+            {"step": row["step"], "loss": row["eval_loss"]} for row in history if "eval_loss" in row
+        ],
+    }
+
+
+def plot_losses(metrics: dict[str, Any], path: Path) -> None:
+    """Draw both losses against the step, and write them to `path` as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = FigureCanvasAgg(figure).figure.add_subplot()
+    training, evaluation = metrics["curves"]["training"], metrics["curves"]["evaluation"]
+    axes.plot(*_points(training), lw=1.2, alpha=0.8, label="training batches")
+    axes.plot(*_points(evaluation), marker="o", ms=4, label="held-out documents")
+    final = metrics["evaluation"]
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.set_title(
+        f"{metrics['model']['mixers']}, {metrics['model']['parameters'] / 1e6:.2f} M parameters: "
+        f"{final['bits_per_byte']:.3f} bits per byte"
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=130)
+    write_bytes(path, image.getvalue())
+
+
+def table(metrics: dict[str, Any]) -> Table:
+    """The run's figures, for a terminal."""
+    model, data, spent, final = (metrics[k] for k in ("model", "data", "training", "evaluation"))
+    rows = {
+        "model": f"{model['mixers']}, {model['parameters']:,} parameters",
+        "corpus": f"{data['bytes']:,} bytes in {data['documents']:,} documents",
+        "trained on": f"{spent['tokens']:,} tokens in {spent['steps']:,} steps",
+        "time in steps": f"{spent['seconds']:.0f} s ({spent['tokens_per_second']:,.0f} tokens/s)",
+        "loss, last noted": f"{spent['loss']:.3f} nats per token",
+        "loss, held out": f"{final['loss']:.3f} nats per token",
+        "held out": f"{final['bits_per_byte']:.3f} bits per byte",
+    }
+    result = Table(show_header=False, title="Result", title_justify="left")
+    for name, value in rows.items():
+        result.add_row(name, value)
+    return result
+
+
+def _points(rows: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
+    return [row["step"] for row in rows], [row["loss"] for row in rows]
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -7,8 +7,7 @@ import pytest
 from gka.data import find_documents
 from gka.errors import InputError
 from gka.evaluation.context.haystack import Haystack, Pieces
-from gka.evaluation.context.needles import written
-from gka.evaluation.context.tasks import TASKS, draw_sample
+from gka.evaluation.context.tasks import TASKS, draw_sample, written
 
 LENGTHS = (640, 777, 2048)
 ONCE = ("needle", "needle-keys", "needle-only", "needle-values", "needle-queries", "questions")

@@ -7,6 +7,7 @@ from gka.checkpoints.format import Format
 from gka.checkpoints.formats.plain import dtype_name
 from gka.errors import InputError
 from gka.models.configuration import GKAConfig
+from gka.models.fields import attention_heads
 
 MARKS = frozenset({"attn_mode", "fuse_norm", "fuse_swiglu", "hidden_ratio", "fuse_cross_entropy"})
 """Keys of FLA's configurations that ours does not have: both call a model type "gka"."""
@@ -123,8 +124,6 @@ def write(kind: str, config: GKAConfig) -> dict[str, Any]:
 
 
 def _write_attention(config: GKAConfig) -> Any:
-    from gka.models.pattern import attention_heads
-
     heads, kv_heads, _ = attention_heads(config)
     specs = []
     for mixer, window in (("attention", None), ("swa", config.sliding_window)):

@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING
 from gka.checkpoints.format import Format
 from gka.errors import InputError
 from gka.models.configuration import GKAConfig
-from gka.models.pattern import attention_heads
+from gka.models.fields import attention_heads
 
 # our field, theirs
 SHARED = {

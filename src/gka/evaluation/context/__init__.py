@@ -1,9 +1,9 @@
 """Use of a long context: tasks made from local text at exact lengths, any causal model, two scores.
 
-vocabulary, haystack, prompt      words, local text as tokens, prompts of exactly so many tokens
-needles, tracing, counting, cloze, facts      the tasks, `tasks` by name
-reader, scoring, perplexity       a model reads in chunks; what its answers are worth
-run, show                         grids of cells, kept in one file; tables and pictures
+haystack          local text as tokens, prompts of exactly so many tokens
+tasks, facts      the tasks by name
+reader, scoring   a model reads in chunks; what its answers and predictions are worth
+run, show         grids of cells, kept in one file; tables and pictures
 
 The kinds of task are those of RULER (arXiv 2404.06654) and BABILong (arXiv 2406.10149); texts and
 worlds are our own, so figures compare models with each other and not with those papers' tables.

@@ -3,9 +3,16 @@
 from dataclasses import dataclass, field
 from random import Random
 
-from gka.evaluation.context.prompt import Draft, Setting
-from gka.evaluation.context.vocabulary import PEOPLE, PLACES, THINGS
+from gka.evaluation.context.haystack import Draft, Setting
 
+PEOPLE = str.split(
+    "Agnes Boris Clara Dmitri Edith Felix Greta Hugo Irene Jonas Katya Leopold Marta Nils Olga"
+    " Pavel Rosa Stefan Thea Viktor"
+)
+PLACES = str.split(
+    "attic bakery cellar chapel harbour kitchen library meadow office orchard stable tower"
+)
+THINGS = str.split("apple book candle coin flute hammer key lamp letter map rope umbrella")
 HEAD = "Remember who goes where and who has what.\n"
 NUMBERS = ("nothing", "one", "two", "three")
 

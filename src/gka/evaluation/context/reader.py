@@ -4,16 +4,14 @@ import copy
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from gka.errors import InputError
 from gka.models.cache import CACHE_NAME
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 ROOM = 1 << 30  # bytes that copies of a cache may take at a time
 
@@ -42,7 +40,7 @@ class Reader:
         InputError: `chunk` is below 1.
     """
 
-    def __init__(self, model: "PreTrainedModel", chunk: int = 2048) -> None:
+    def __init__(self, model: PreTrainedModel, chunk: int = 2048) -> None:
         if chunk < 1:
             raise InputError(f"chunk is {chunk}; expected 1 or more")
         self.model, self.chunk = model, chunk

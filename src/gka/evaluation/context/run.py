@@ -15,16 +15,14 @@ from statistics import mean
 from typing import Any
 
 from gka.checkpoints.open import load_model, load_tokenizer_of, model_folder
-from gka.data.corpus import Document
-from gka.data.files import read_json, write_json
-from gka.data.tokenizer import check_vocabulary
+from gka.data.text import Document, check_vocabulary
 from gka.errors import InputError
-from gka.evaluation.context import perplexity
 from gka.evaluation.context.haystack import Haystack, Pieces
 from gka.evaluation.context.reader import Reader
-from gka.evaluation.context.scoring import Grader
+from gka.evaluation.context.scoring import Grader, bits_per_byte, window, window_bits
 from gka.evaluation.context.tasks import NAMES, PERPLEXITY, TASKS, draw_sample
-from gka.evaluation.results import environment
+from gka.evaluation.results import check_entries, environment, key_of, load_records
+from gka.storage import write_json
 
 FORMAT = 1
 SHORTEST = 256
@@ -53,10 +51,7 @@ class Grid:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("tasks", "lengths", "depths"):
-            entries = getattr(self, name)
-            if not entries or len(set(entries)) != len(entries):
-                raise InputError(f"{name} is {entries}; expected one or more different values")
+        check_entries(tasks=self.tasks, lengths=self.lengths, depths=self.depths)
         for task in self.tasks:
             if task not in NAMES:
                 raise InputError(f"tasks holds {task!r}; expected names among {', '.join(NAMES)}")
@@ -156,14 +151,14 @@ def run_grid(
     Raises:
         InputError: a prompt is too short for its task, or the result file is not one of ours.
     """
-    records = load_records(result_file)
+    records = load_records(result_file, "an evaluation", "samples")
     check_lengths(grid, subjects)
     asked = []
     for subject in subjects:
         grader: Grader | None = None
         for cell in grid.cells():
             described = subject.describe(cell, machine.dtype)
-            key = _key(described)
+            key = key_of(described)
             if key not in records:
                 grader = grader or _grader(subject, machine)
                 records[key] = {"cell": described} | _run_cell(cell, subject, grader)
@@ -194,25 +189,6 @@ def check_lengths(grid: Grid, subjects: Sequence[Subject]) -> None:
                     draw_sample(task, shortest, grid.depths[0], grid.seed, index, subject.haystack)
 
 
-def load_records(result_file: Path) -> dict[str, dict[str, Any]]:
-    """Finished cells by key; none where the file does not exist.
-
-    Raises:
-        InputError: the file exists and does not hold the cells of an evaluation.
-    """
-    if not result_file.exists():
-        return {}
-    records = read_json(result_file).get("cells")
-    if not isinstance(records, list) or not all(
-        isinstance(r, dict) and {"cell", "result", "samples"} <= r.keys() for r in records
-    ):
-        raise InputError(
-            f"{result_file} does not hold the cells of an evaluation;"
-            " move it away or choose another output folder"
-        )
-    return {_key(record["cell"]): record for record in records}
-
-
 def model_fingerprint(folder: Path) -> str:
     """SHA-256 over the names, sizes, times of modification and change, and inodes of a model's files."""
     files = sorted(path for path in model_folder(folder).iterdir() if path.is_file())
@@ -231,13 +207,10 @@ def _run_cell(cell: Cell, subject: Subject, grader: Grader) -> dict[str, Any]:
     """Result and samples of a cell."""
     began = time.perf_counter()
     if cell.task == PERPLEXITY:
-        windows = (
-            perplexity.window(cell.length, cell.seed, i, subject.haystack)
-            for i in range(cell.samples)
-        )
+        windows = (window(cell.length, cell.seed, i, subject.haystack) for i in range(cell.samples))
         start = subject.haystack.pieces.start
-        samples = [perplexity.measure(lines, grader.reader, start) for lines in windows]
-        result = perplexity.summarize(samples, cell.length)
+        samples = [window_bits(lines, grader.reader, start) for lines in windows]
+        result = bits_per_byte(samples, cell.length)
     else:
         samples = [_graded(cell, i, subject.haystack, grader) for i in range(cell.samples)]
         result = {n: mean(s[n] for s in samples) for n in ("match", "rank", "chance")}
@@ -251,7 +224,3 @@ def _run_cell(cell: Cell, subject: Subject, grader: Grader) -> dict[str, Any]:
 def _graded(cell: Cell, index: int, haystack: Haystack, grader: Grader) -> dict[str, Any]:
     sample = draw_sample(cell.task, cell.length, cell.depth or 0.0, cell.seed, index, haystack)
     return grader.grade(sample) | {"depths": [round(depth, 6) for depth in sample.depths]}
-
-
-def _key(described: Any) -> str:
-    return json.dumps(described, sort_keys=True)

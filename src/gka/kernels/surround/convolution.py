@@ -10,7 +10,7 @@ import triton.language as tl
 
 from gka.kernels.triton.common import divides
 
-EPS = tl.constexpr(1e-6)  # as in gka.layers.parts.norms.unit
+EPS = tl.constexpr(1e-6)  # as in gka.layers.parts.modules.unit
 
 
 @triton.jit

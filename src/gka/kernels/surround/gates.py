@@ -30,7 +30,7 @@ def softplus(x):
 
 @triton.jit
 def decay_rate(A_log, dt_bias):
-    """-exp(A_log) and the shift of a; A_log beyond 60 is in the shift (gka.layers.parts.decay)."""
+    """-exp(A_log) and the shift of a; A_log beyond 60 is in the shift (gka.layers.parts.modules)."""
     beyond = tl.where(A_log > 60.0, tl.minimum(A_log, 1e30) - 60.0, 0.0)
     return -tl.exp(tl.where(A_log > 60.0, 60.0, A_log)), dt_bias + beyond
 

@@ -1,8 +1,154 @@
-"""Which keys each query sees, and where tokens stand, for the attention mixers."""
+"""Attention masks of 0 and 1: how padding is kept away from the tokens, and which keys each query sees."""
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from gka.ops import checks
+
+
+def check_inputs(
+    hidden_states: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor | None:
+    """The part of a mixer's call that all mixers check alike.
+
+    Returns:
+        The mask: bool where it was floating point, else as it is.
+
+    Raises:
+        ValueError: a shape or dtype that does not fit, or a mask together with cu_seqlens.
+    """
+    checks.check_tensor("hidden_states", hidden_states)
+    for name, x in (("attention_mask", attention_mask), ("cu_seqlens", cu_seqlens)):
+        if x is not None:
+            checks.check_tensor(name, x)
+    if hidden_states.dim() != 3 or hidden_states.shape[1] == 0:
+        raise ValueError(
+            "hidden_states must be [batch, tokens, hidden_size] with at least one token, got shape "
+            f"{tuple(hidden_states.shape)}"
+        )
+    batch, length = hidden_states.shape[:2]
+    if attention_mask is not None:
+        if cu_seqlens is not None:
+            raise ValueError(
+                "attention_mask and cu_seqlens exclude each other: packed sequences have no padding"
+            )
+        if attention_mask.dim() != 2:
+            raise ValueError(
+                "attention_mask must be [batch, tokens] of 0 (padding) and 1 (token), "
+                f"got shape {tuple(attention_mask.shape)}"
+            )
+        if attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
+            raise ValueError(
+                f"attention_mask must cover the batch of {batch} and at least the {length} tokens "
+                f"of hidden_states, got shape {tuple(attention_mask.shape)}"
+            )
+    if cu_seqlens is not None and batch != 1:
+        raise ValueError(f"cu_seqlens needs the sequences packed into batch 1, got batch {batch}")
+    if cu_seqlens is not None:
+        checks.check_cu_seqlens(hidden_states, cu_seqlens)
+    if attention_mask is not None and attention_mask.is_floating_point():
+        return token_mask(attention_mask)
+    return attention_mask
+
+
+def check_width(hidden_states: Tensor, hidden_size: int) -> None:
+    """Hidden states as wide as a mixer, and of numbers that it can multiply.
+
+    Raises:
+        ValueError: another width.
+        TypeError: integers.
+    """
+    if hidden_states.shape[-1] != hidden_size:
+        raise ValueError(
+            f"hidden_states must be hidden_size = {hidden_size} wide, got {hidden_states.shape[-1]}"
+        )
+    if hidden_states.dtype not in checks.DTYPES:
+        raise TypeError(f"hidden_states must be floating-point, got {hidden_states.dtype}")
+
+
+def token_mask(attention_mask: Tensor) -> Tensor:
+    """Where tokens are: a mask of 0 and 1 as it is, but floating point as bool.
+
+    peft's prompts come with masks in floating point. So do additive masks (0 and -inf), which mean the
+    opposite at 0 and are refused; a compiled graph asserts it as it runs.
+
+    Args:
+        attention_mask: [B,T] of 0 (padding) and 1 (token) in any dtype.
+
+    Raises:
+        ValueError: it holds other numbers.
+    """
+    if attention_mask.dtype == torch.bool:
+        return attention_mask
+    is_token = attention_mask == 1
+    known = (is_token | (attention_mask == 0)).all()
+    if torch.compiler.is_compiling():
+        torch._assert_async(known, _OTHER_NUMBERS)
+    elif not known:
+        raise ValueError(_OTHER_NUMBERS)
+    return is_token if attention_mask.is_floating_point() else attention_mask
+
+
+_OTHER_NUMBERS = (
+    "attention_mask must hold 0 (padding) and 1 (token) only; masks to be added to scores, and masks that "
+    "number documents, are not taken"
+)
+
+
+@dataclass(frozen=True)
+class Padding:
+    """The tokens of each row moved, in order, before its padding.
+
+    Behind the tokens, padding is out of reach of every causal map, the convolution included, wherever
+    it was before; a key of zero and a log decay of zero keep it out of the states too. So left
+    padding, right padding and padding between two cached calls all give exactly what the rows
+    give alone, at the cost of two gathers.
+
+    Attributes:
+        is_token: where the caller's tokens are, bool [B,T].
+        order: the caller's position of what is at each place [B,T].
+        lengths: tokens of each row [B].
+        is_padding: places behind a row's tokens, bool [B,T].
+    """
+
+    is_token: Tensor
+    order: Tensor
+    lengths: Tensor
+    is_padding: Tensor
+
+    @classmethod
+    def of(cls, attention_mask: Tensor | None, length: int) -> "Padding | None":
+        """Of the mask's last `length` columns: a longer mask covers the cached past too."""
+        if attention_mask is None:
+            return None
+        is_token = attention_mask[:, -length:].bool()
+        order = torch.argsort((~is_token).int(), dim=1, stable=True)
+        lengths = is_token.sum(1)
+        places = torch.arange(length, device=order.device)
+        return cls(is_token, order, lengths, places >= lengths[:, None])
+
+    def align(self, x: Tensor) -> Tensor:
+        """[B,T,D]: tokens first, zeros behind."""
+        x = _take(x, self.order)
+        return x.masked_fill(self.is_padding[..., None], 0)
+
+    def clear(self, x: Tensor) -> Tensor:
+        """Aligned [B,T,...] with zeros at the padding."""
+        shape = (*self.is_padding.shape, *(1 for _ in x.shape[2:]))
+        return x.masked_fill(self.is_padding.view(shape), 0)
+
+    def restore(self, x: Tensor) -> Tensor:
+        """The inverse of `align`: [B,T,D] in the caller's order, zeros at the padding."""
+        x = _take(x, torch.argsort(self.order, dim=1))
+        return x.masked_fill(~self.is_token[..., None], 0)
+
+
+def _take(x: Tensor, order: Tensor) -> Tensor:
+    """Row b's tokens order[b] of x [B,T,D]. Not take_along_dim, which binds a compiled graph to B and T."""
+    return x.gather(1, order[..., None].expand_as(x))
 
 
 def positions_of(

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from gka.layers.parts.cache import read_state
-from gka.layers.parts.convolution import ShortConvolution
-from gka.layers.parts.norms import GatedRMSNorm, RMSNorm, unit, working_dtype
-from gka.layers.parts.padding import Padding
+from gka.layers.parts.masks import Padding
+from gka.layers.parts.modules import GatedRMSNorm, RMSNorm, ShortConvolution, unit, working_dtype
 from gka.ops import surround
 from gka.ops.autograd import under_transform
 from gka.ops.backends import check_known

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gka.data.files import write_bytes, write_json, write_text
-from gka.training.report import curves, hardware, versions
+from gka.storage import write_bytes, write_json, write_text
+from gka.training.run import curves, hardware, versions
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,7 +45,7 @@ def stage(history: list[dict[str, Any]], tokens_of_a_step: int) -> dict[str, Any
 
 def completed(about: dict[str, Any], hybrid: "GKAForCausalLM") -> dict[str, Any]:
     """The account with the shares of the gap that came back, the model, versions and hardware."""
-    from gka.training.priming.measure import share_recovered
+    from gka.training.priming.inputs import share_recovered
     from gka.training.run import mixers
 
     phases = about["phases"]

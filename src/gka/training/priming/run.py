@@ -1,26 +1,37 @@
 """One priming run, from a Transformer to a hybrid and what there is to say about it."""
 
+import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase, Trainer, set_seed
+
+from gka.checkpoints.open import load_gka, model_folder
 from gka.console import status
-from gka.data.files import read_json, sha256_of, write_json
 from gka.errors import InputError
+from gka.models import GKAForCausalLM
+from gka.models.replacement import Start, replace_attention
+from gka.storage import read_json, sha256_of, write_json
 from gka.training import folder as files
-from gka.training.loop import fit, tokens_of_a_step
+from gka.training.loop import fit, recompute_layers, tokens_of_a_step
 from gka.training.priming import report
 from gka.training.priming.config import MatchingConfig, PrimeConfig, RecoveryConfig
-
-if TYPE_CHECKING:
-    import torch
-    from rich.console import Console
-    from transformers import PreTrainedTokenizerBase, Trainer
-
-    from gka.models import GKAForCausalLM
-    from gka.training.priming.measure import HeldOut
+from gka.training.priming.inputs import (
+    HeldOut,
+    check_layers,
+    chosen_layers,
+    held_out,
+    open_blocks,
+    open_tokenizer,
+)
+from gka.training.priming.matching import Matching, freeze_others
+from gka.training.priming.recovery import RecoveryTrainer, check_adapters, with_adapters
 
 Probe = Callable[[str, "GKAForCausalLM", "PreTrainedTokenizerBase"], dict[str, float]]
 """Further figures of a phase's model, from (phase, model, tokenizer): kept in the report."""
@@ -46,11 +57,11 @@ class Job:
 
     config: PrimeConfig
     output: Path
-    console: "Console"
+    console: Console
     resume: bool
-    tokenizer: "PreTrainedTokenizerBase"
+    tokenizer: PreTrainedTokenizerBase
     blocks: tuple[Any, Any]
-    held: "HeldOut"
+    held: HeldOut
     about: dict[str, Any]
     probe: Probe | None
 
@@ -59,7 +70,7 @@ class Job:
         if files.is_main_process():
             write_json(self.output / files.REPORT / report.JSON, self.about)
 
-    def measure(self, phase: str, model: "GKAForCausalLM") -> None:
+    def measure(self, phase: str, model: GKAForCausalLM) -> None:
         """The figures of a phase's model, unless they are known already."""
         known = self.about["phases"]
         if phase not in known:
@@ -83,7 +94,7 @@ def prime(
     config: PrimeConfig,
     output: Path,
     *,
-    console: "Console",
+    console: Console,
     resume: bool = False,
     overwrite: bool = False,
     probe: Probe | None = None,
@@ -112,9 +123,7 @@ def prime(
         return _primed(job, teacher, overwrite=overwrite, picture=picture)
 
 
-def _primed(
-    job: Job, teacher: "GKAForCausalLM", *, overwrite: bool, picture: bool
-) -> dict[str, Any]:
+def _primed(job: Job, teacher: GKAForCausalLM, *, overwrite: bool, picture: bool) -> dict[str, Any]:
     """`prime`, in a folder that is this process's alone and with everything opened."""
     config, output, resume = job.config, job.output, job.resume
     checksums = {"tokens_sha256": _checksum(job), "teacher_sha256": teacher_checksum(config)}
@@ -131,26 +140,20 @@ def _primed(
     return metrics
 
 
-def load_teacher(name: str) -> "GKAForCausalLM":
+def load_teacher(name: str) -> GKAForCausalLM:
     """The model in a folder, of any format that `GKAForCausalLM` reads, in float32 on this process's device.
 
     Raises:
         InputError: if there is none, or it is damaged or incomplete.
     """
-    from gka.checkpoints.open import load_gka
-
     try:
         return load_gka(Path(name), dtype="float32", device=device())
     except InputError as error:
         raise InputError(f"teacher: {error}") from error
 
 
-def device() -> "torch.device":
+def device() -> torch.device:
     """This process's device, the one that the Trainer chooses."""
-    import os
-
-    import torch
-
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
@@ -158,10 +161,6 @@ def device() -> "torch.device":
 
 def teacher_checksum(config: PrimeConfig) -> str:
     """SHA-256 over the teacher's configuration and weights."""
-    import hashlib
-
-    from gka.checkpoints.open import model_folder
-
     folder = model_folder(Path(config.prime.teacher))
     paths = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
     return hashlib.sha256(" ".join(map(sha256_of, paths)).encode()).hexdigest()
@@ -170,16 +169,12 @@ def teacher_checksum(config: PrimeConfig) -> str:
 def _opened(
     config: PrimeConfig,
     output: Path,
-    console: "Console",
+    console: Console,
     resume: bool,
-    teacher: "GKAForCausalLM",
+    teacher: GKAForCausalLM,
     probe: Probe | None,
 ) -> Job:
     """Everything that can be found wrong is found here."""
-    from gka.training.priming.layers import check_layers
-    from gka.training.priming.recovery import check_adapters
-    from gka.training.priming.sources import held_out, open_blocks, open_tokenizer
-
     check_layers(config, teacher)
     check_adapters(config.stage2)
     tokenizer = open_tokenizer(config, teacher)
@@ -203,14 +198,8 @@ def _about(job: Job) -> dict[str, Any]:
     return {"config": job.config.tables(), "phases": {}, "match": {}, "stages": {}}
 
 
-def _matched(job: Job, teacher: "GKAForCausalLM") -> "GKAForCausalLM":
+def _matched(job: Job, teacher: GKAForCausalLM) -> GKAForCausalLM:
     """The hybrid after stage 1; the teacher is taken apart for it."""
-    from transformers import set_seed
-
-    from gka.models.replacement import Start, replace_attention
-    from gka.training.priming.layers import chosen_layers
-    from gka.training.priming.matching import Matching, freeze_others
-
     stage, prime = job.config.stage1, job.config.prime
     if (job.output / STAGE1 / files.METRICS).is_file():
         return load_teacher(str(job.output / STAGE1 / files.MODEL))
@@ -238,11 +227,8 @@ def _matched(job: Job, teacher: "GKAForCausalLM") -> "GKAForCausalLM":
     return hybrid
 
 
-def _recovered(job: Job, hybrid: "GKAForCausalLM") -> "GKAForCausalLM":
+def _recovered(job: Job, hybrid: GKAForCausalLM) -> GKAForCausalLM:
     """The hybrid after stage 2."""
-    from gka.training.priming.recovery import RecoveryTrainer, with_adapters
-    from gka.training.trainer import recompute_layers
-
     stage = job.config.stage2
     teacher = None
     if stage.kl_weight:
@@ -259,7 +245,7 @@ def _recovered(job: Job, hybrid: "GKAForCausalLM") -> "GKAForCausalLM":
     return model
 
 
-def _fit(job: Job, name: str, model: Any, kind: Any) -> "Trainer":
+def _fit(job: Job, name: str, model: Any, kind: Any) -> Trainer:
     stage = getattr(job.config, name)
     folder = job.output / name / files.CHECKPOINTS
     job.console.print(f"{name}: {stage.max_steps} steps", highlight=False)
@@ -274,8 +260,8 @@ def _finish(
     job: Job,
     name: str,
     stage: MatchingConfig | RecoveryConfig,
-    trainer: "Trainer",
-    model: "GKAForCausalLM",
+    trainer: Trainer,
+    model: GKAForCausalLM,
     keep_model: bool = True,
 ) -> None:
     """Note a stage's curves and the figures of its model, and keep that beside its checkpoints."""

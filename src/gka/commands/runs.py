@@ -1,4 +1,4 @@
-"""Options made from the settings of a configuration's dataclasses, and settings read from what was given."""
+"""What commands that make a run share: options from its configuration, what was given, going on, stopping."""
 
 import contextlib
 import functools
@@ -7,13 +7,18 @@ import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gka.commands.options import numbers, output_folder
+from gka.commands.options import INTERRUPTED, numbers, output_folder, silence_libraries
+from gka.console import text_console
 from gka.errors import InputError
 from gka.training.settings import Setting, Tables, merged, settings
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 PANELS = {
     "prime": "What is replaced", "data": "Data", "model": "Model", "training": "Training",
@@ -178,3 +183,41 @@ def assigned(assignments: Iterable[str]) -> Tables:
             parsed = tomllib.loads(f"value = {value}")["value"]
         tables = merged(tables, {table: {key: parsed}})
     return tables
+
+
+def console() -> "Console":
+    """The console of a training run: of several processes one speaks, and transformers is silent."""
+    from gka.training.folder import is_main_process
+
+    silence_libraries()
+    return text_console(quiet=not is_main_process())
+
+
+def resumes(folder: Path, console: "Console", resume: bool, *, may_start: bool) -> bool:
+    """Whether a run goes on; with `resume` and none in the folder it starts if it `may_start`.
+
+    So a whole command can be repeated until its run is complete, by make or by a job queue.
+    """
+    from gka.training.folder import RUN
+
+    if resume and may_start and not (folder / RUN).exists():
+        console.print(f"no run in {folder} yet: starting one", highlight=False, soft_wrap=True)
+        return False
+    return resume
+
+
+@contextlib.contextmanager
+def stopped(command: str, folder: Path, console: "Console", steps: str) -> Iterator[None]:
+    """Say how to go on with a training that a signal stops in the block, and exit; `steps` is of how many."""
+    from gka.training.loop import Interrupted
+
+    try:
+        yield
+    except Interrupted as stop:
+        console.print(
+            f"Stopped after step {stop.step} {steps}; the checkpoint is saved.\n"
+            f"Resume: gka {command} --resume --output {folder}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(INTERRUPTED + stop.signal) from None

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from gka.layers import GatedKalmaNet, StateCache
-from gka.layers.parts.expansion import HeadExpansion
+from gka.layers.parts.heads import HeadExpansion
 from tolerances import assert_close
 
 EXACT = 1e-9
