@@ -18,7 +18,7 @@ from torch import Tensor
 from gka.maths.adjoint import Gradients, chunk_backward
 from gka.maths.chunked import Forward, Settings, Tokens, chunk_forward, token_steps
 from gka.maths.recurrent import States, advance_, recurrent_forward, step_
-from gka.maths.solvers import SOLVERS, SolverName
+from gka.maths.solvers import SolverName
 
 if TYPE_CHECKING:
     from gka.kernels.passes import Passes
@@ -48,7 +48,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Stepper:
-    """What a backend has for the ops that update states in place; all of them have every solver.
+    """What a backend has for the ops that update states in place, with the backend's solvers.
 
     Attributes:
         step: `maths.recurrent.step_` without x.
@@ -127,7 +127,7 @@ def _triton_refusal(call: Call) -> str | None:
     from gka.kernels import configs
 
     narrow = configs.widest_certificate(call.dtype == torch.float32, call.device)
-    if SOLVERS[call.solver].adaptive and call.dims[0] > narrow:
+    if call.solver == "adaptive" and call.dims[0] > narrow:
         return (
             f"its adaptive solver takes float32 keys up to {narrow} wide (a certificate of wider ones "
             f"outgrows the shared memory); got {call.dims[0]}."
@@ -275,11 +275,16 @@ def _why_not(name: str, call: Call) -> str | None:
         return None
     if call.mode == "step":
         stepper = None if name == "reference" else _BACKENDS[name].stepper
-        return "it updates no states in place." if stepper is None else stepper.refusal(call)
+        if stepper is None:
+            return "it updates no states in place."
+        return _why_no_solver(name, call.solver) or stepper.refusal(call)
+    reason = _why_no_solver(name, call.solver)
+    return reason or (None if name == "reference" else _BACKENDS[name].refusal(call))
+
+
+def _why_no_solver(name: str, solver: SolverName) -> str | None:
     solvers = ("chebyshev",) if name == "reference" else _BACKENDS[name].solvers
-    if call.solver not in solvers:
-        return f"it has no solver={call.solver!r}, only {', '.join(solvers)}."
-    return None if name == "reference" else _BACKENDS[name].refusal(call)
+    return None if solver in solvers else f"it has no solver={solver!r}, only {', '.join(solvers)}."
 
 
 def _check_known(name: str) -> None:
