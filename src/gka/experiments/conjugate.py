@@ -1,12 +1,13 @@
-"""Conjugate gradients beside the other solvers: `python -m gka.experiments.conjugate [steps] [gradients]`.
+"""Conjugate gradients beside the other solvers: `python -m gka.experiments.conjugate [name ...]`.
 
 `steps`: how many solver="cg" takes by keys and decay, and its error. `gradients`: weight gradients of several
 layers of Gated KalmaNet against those of the exact solve. Both depend on the seed alone; --device cuda runs
-them on a GPU, each solver on the backend that "auto" takes there.
+them on a GPU, each solver on the backend that "auto" takes there. `cost`: processor time on the CPU.
 """
 
 import argparse
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -144,7 +145,40 @@ def gradients(sizes: Sizes) -> Table:
     return table(["dtype", "g", *SOLVERS, "cg: mean n, max n", "backends"], rows)
 
 
-TABLES: dict[str, Callable[[Sizes], Table]] = {f.__name__: f for f in (steps, gradients)}
+def cost(sizes: Sizes) -> Table:
+    """Processor time of `chunk_gka` over that of 30 Chebyshev steps, median and range of 5 repeats."""
+    rows = []
+    shape = (1, sizes.length, sizes.heads, sizes.dim)
+    for kind, decay in itertools.product(("SiLU", "SiLU, mean 1"), (-1e-3, -1e-2, -1e-1, -1.0)):
+        torch.manual_seed(SEED)
+        keys = [family(kind, sizes.length, sizes.dim) for _ in range(sizes.heads)]
+        leaves = (torch.randn(shape), torch.cat(keys, 2), torch.randn(shape))
+        leaves = tuple(x.requires_grad_() for x in leaves)
+        g = torch.full(shape[:3], decay)
+        _times("cg", leaves, g)
+        runs = [
+            {n: _times(n, leaves, g) for n in ("chebyshev", "adaptive", "cg")} for _ in range(5)
+        ]
+        cells = []
+        for solver, part in itertools.product(("adaptive", "cg"), (0, 1)):
+            ratios = sorted(run[solver][part] / run["chebyshev"][part] for run in runs)
+            cells.append(f"{ratios[2]:.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})")
+        rows.append([kind, decay, *cells])
+    head = ["adaptive, forward", "forward and backward", "cg, forward", "forward and backward"]
+    return table(["keys", "g", *head], rows)
+
+
+def _times(solver: str, leaves: tuple[Tensor, ...], g: Tensor) -> tuple[float, float]:
+    """Seconds of a forward pass, and of it with the backward pass."""
+    q, k, v = leaves
+    begin = time.process_time()
+    o, _ = chunk_gka(q, k, v, g, g, solver=solver, backend="torch")
+    middle = time.process_time()
+    torch.autograd.grad(o.square().sum(), leaves)
+    return middle - begin, time.process_time() - begin
+
+
+TABLES: dict[str, Callable[[Sizes], Table]] = {f.__name__: f for f in (steps, gradients, cost)}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -273,18 +273,14 @@ def known_backends() -> tuple[str, ...]:
 def _why_not(name: str, call: Call) -> str | None:
     if name == "auto":
         return None
-    if call.mode == "step":
-        stepper = None if name == "reference" else _BACKENDS[name].stepper
-        if stepper is None:
-            return "it updates no states in place."
-        return _why_no_solver(name, call.solver) or stepper.refusal(call)
-    reason = _why_no_solver(name, call.solver)
-    return reason or (None if name == "reference" else _BACKENDS[name].refusal(call))
-
-
-def _why_no_solver(name: str, solver: SolverName) -> str | None:
-    solvers = ("chebyshev",) if name == "reference" else _BACKENDS[name].solvers
-    return None if solver in solvers else f"it has no solver={solver!r}, only {', '.join(solvers)}."
+    backend = None if name == "reference" else _BACKENDS[name]
+    if call.mode == "step" and (backend is None or backend.stepper is None):
+        return "it updates no states in place."
+    solvers = ("chebyshev",) if backend is None else backend.solvers
+    if call.solver not in solvers:
+        return f"it has no solver={call.solver!r}, only {', '.join(solvers)}."
+    at_work = backend.stepper if backend is not None and call.mode == "step" else backend
+    return None if at_work is None else at_work.refusal(call)
 
 
 def _check_known(name: str) -> None:

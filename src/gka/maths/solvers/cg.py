@@ -1,12 +1,12 @@
 """Conjugate gradients that stop where their own residual proves the error of num_iter Chebyshev steps.
 
-In A_t/F_t = H_t/F_t + a I, whose eigenvalues lie in [a, 1 + a], every row q = q_t takes steps
+In A = A_t/F_t = H_t/F_t + a I, whose eigenvalues lie in [a, 1 + a], every row q = q_t takes steps
     s = |r|^2/(d.A d),  x += s d,  r -= s A d,  d <- r + (|r|^2/|r before|^2) d,  at first x = 0, r = d = q
-(Hestenes and Stiefel, 1952) until
-    |r|^2 / a <= target^2 x.(q + r),  target = 1/T_{r+1}(1 + 2a),
-which proves |x - x*|_A <= target |x*|_A (docs/numerics.md). A row that is proven stands still, so it depends
-on no other row. Then r = q - A x is formed anew; a row that fails with it goes on from there. The map
-q_t -> x_t is not linear: the gradient is that of the exact solution, by a solve with the same certificate.
+(Hestenes and Stiefel, 1952) until its residual r proves |x - x*|_A <= target |x*|_A (docs/numerics.md):
+    |r|^2 / a <= target^2 x.(q + r),  target = 1/T_n(1 + 2a),  n = num_iter + 1.
+A row that is proven stands still, so it depends on no other row; a chunk's rows stop when the slowest is
+proven. Then r = q - A x is formed anew, and a row that fails with it goes on from there. The map q_t -> x_t
+is not linear: the gradient is that of the exact solution, by a solve with the same certificate.
 """
 
 import math
