@@ -249,8 +249,7 @@ HOPPER = _on_gpu("hopper", _hopper, _hopper_decode, _hopper_refusal, _hopper_ste
 
 _ran = threading.local()
 
-# In order of preference for backend="auto".
-_BACKENDS: dict[str, Backend] = {b.name: b for b in (HOPPER, TRITON, TORCH)}
+_BACKENDS: dict[str, Backend] = {b.name: b for b in (HOPPER, TRITON, TORCH)}  # as "auto" prefers
 
 
 def register_backend(backend: Backend, *, first: bool = False) -> None:
@@ -279,8 +278,8 @@ def _why_not(name: str, call: Call) -> str | None:
     solvers = ("chebyshev",) if backend is None else backend.solvers
     if call.solver not in solvers:
         return f"it has no solver={call.solver!r}, only {', '.join(solvers)}."
-    at_work = backend.stepper if backend is not None and call.mode == "step" else backend
-    return None if at_work is None else at_work.refusal(call)
+    at_work = backend.stepper if backend and call.mode == "step" else backend
+    return at_work.refusal(call) if at_work else None
 
 
 def _check_known(name: str) -> None:

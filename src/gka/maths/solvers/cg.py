@@ -24,6 +24,8 @@ from gka.maths.solvers.chebyshev import chebyshev_error, chebyshev_solve_, conve
 MARGIN = 31 / 32
 # Chunks that are done leave the work once they are this share of it: a copy costs a fifth of a step.
 LEAVE = 0.25
+# Size of q's largest entry at work: H_t d has room below the largest number, and |r|^2 above the smallest.
+ENTRY = 2.0**-10
 
 
 def rounding_floor(ridge_ratio: float, dtype: torch.dtype) -> float:
@@ -49,52 +51,57 @@ class Rows:
     """The iteration's arrays of U chunks: rows [U,G,C,K] and numbers [U,G,C], updated in place.
 
     Attributes:
-        products: the map x -> H_t x.
+        products: the map x -> (H_t/F_t) x.
         ridge_ratio: a.
-        fro: F_t.
-        q: right-hand sides, zero where the history is empty, of largest entry 1.
+        q: right-hand sides, zero where the history is empty, of largest entry ENTRY.
         x, residual, d: the solution times F_t, r and d.
         size: |r|^2.
+        energy: x.(q + r); between two looks at r the sum of the steps' s |r|^2, equal but for rounding.
         done: rows that take no more steps.
     """
 
     products: Products
     ridge_ratio: float
-    fro: Tensor
     q: Tensor
     x: Tensor
     residual: Tensor
     d: Tensor
     size: Tensor
+    energy: Tensor
     done: Tensor
 
     @classmethod
     def start(cls, products: Products, ridge_ratio: float, fro: Tensor, q: Tensor) -> "Rows":
-        """x = 0."""
-        size = vecdot(q, q)
+        """x = 0, of the map x -> H_t x and q."""
+        size, nothing = vecdot(q, q), torch.zeros_like(q)
+        weights = products.weights / fro.unsqueeze(-1)
+        relative = Products(products.k, products.h, products.zeta / fro, weights)
         done = ~(size > 0.0)  # NaN too
-        zero = torch.zeros_like(q)
-        return cls(products, ridge_ratio, fro, q, zero, q.clone(), q.clone(), size, done)
+        return cls(
+            relative, ridge_ratio, q, nothing, q.clone(), q.clone(), size, nothing[..., 0], done
+        )
 
     def take(self, units: Tensor) -> "Rows":
         """A copy of some chunks."""
-        parts = (self.fro, self.q, self.x, self.residual, self.d, self.size, self.done)
+        numbers = (self.size, self.energy, self.done)
+        parts = (self.q, self.x, self.residual, self.d, *numbers)
         products = self.products.map(lambda y: y[units])
         return Rows(products, self.ridge_ratio, *(y[units] for y in parts))
 
     def apply(self, x: Tensor) -> Tensor:
         """(A_t/F_t) x."""
-        return self.products(x / self.fro.unsqueeze(-1)).add_(x, alpha=self.ridge_ratio)
+        return self.products(x).add_(x, alpha=self.ridge_ratio)
 
     def proven(self, target: float) -> Tensor:
         """|r|^2 / a <= target^2 x.(q + r); false where a number is not finite."""
-        energy = vecdot(self.x, self.q) + vecdot(self.x, self.residual)
-        return self.size <= self.ridge_ratio * target**2 * energy
+        return self.size <= self.ridge_ratio * target**2 * self.energy
 
     def step_(self, target: float) -> None:
         """One step of the rows that are not done; those with a proven target then are."""
         a_d = self.apply(self.d)
-        length = (self.size / vecdot(self.d, a_d)).masked_fill_(self.done, 0.0).unsqueeze(-1)
+        length = (self.size / vecdot(self.d, a_d)).masked_fill_(self.done, 0.0)
+        self.energy = torch.addcmul(self.energy, length, self.size)
+        length = length.unsqueeze(-1)
         self.x.addcmul_(length, self.d)
         self.residual.addcmul_(length, a_d, value=-1.0)
         before, self.size = self.size, vecdot(self.residual, self.residual)
@@ -106,6 +113,7 @@ class Rows:
         """r = q - A x and d = r. Rows whose target it does not prove go on; returns where it does."""
         self.residual = self.q - self.apply(self.x)
         self.d, self.size = self.residual.clone(), vecdot(self.residual, self.residual)
+        self.energy = vecdot(self.x, self.q) + vecdot(self.x, self.residual)
         proven = self.proven(target)
         self.done = proven | ~self.size.isfinite()
         return proven
@@ -180,7 +188,7 @@ class ConjugateGradients:
         stop = max(MARGIN * target, torch.finfo(dtype).eps / 4.0)
         unit = q.abs().amax(-1, keepdim=True)
         unit = unit.masked_fill(unit == 0.0, 1.0)
-        rows = Rows.start(products, a, fro, q / unit)
+        rows = Rows.start(products, a, fro, (q / unit).mul_(ENTRY))
         counts = torch.zeros(q.shape[:2], dtype=torch.int64, device=q.device)
         left = most_steps(a, self.num_iter)
         while True:
@@ -188,7 +196,7 @@ class ConjugateGradients:
             proven = rows.restart_(max(target, rounding_floor(a, dtype)))
             if left == 0 or bool(rows.done.all()):
                 break
-        x = rows.x.div_(fro.unsqueeze(-1)).mul_(unit)
+        x = rows.x.div_(ENTRY).div_(fro.unsqueeze(-1)).mul_(unit)
         return self._finish(products, fro, q, x, counts, proven)
 
     def _finish(
