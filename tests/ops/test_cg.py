@@ -1,6 +1,7 @@
 """solver="cg" through the public ops: results, gradients, causality, refusals, steps."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -136,14 +137,15 @@ def test_steps_of_packed_sequences_are_those_alone():
 def test_steps_ask_for_queries_where_they_matter():
     """ "cg" needs q, "adaptive" takes none, "chebyshev" has nothing to tell; heads must agree."""
     k = torch.randn(1, 5, 2, 8)
-    for options, message in (
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"solver": "cg"}, 'q must be given with solver="cg"'),
         ({"q": k}, "q must be None with solver='adaptive'"),
         ({"solver": "chebyshev"}, "solver must be adaptive or cg"),
         ({"solver": "cg", "q": k, "num_heads": 4}, "num_heads must be q's 2 heads; got 4"),
         ({"solver": "cg", "q": k[0]}, "q must have 4 dimensions"),
         ({"solver": "cg", "q": k, "backend": "hopper"}, "it has no solver='cg'"),
-    ):
+    ]
+    for options, message in wrong:
         with pytest.raises((ValueError, RuntimeError), match=message):
             solver_steps(k, **options)
 

@@ -71,15 +71,15 @@ class Layers(nn.Module):
         super().__init__()
         self.sizes, self.decay = sizes, decay
         width = sizes.heads * sizes.dim
-        self.projections = nn.ModuleList(
-            nn.Linear(width, 4 * width, bias=False) for _ in range(sizes.layers)
+        self.projections = nn.ParameterList(
+            torch.randn(4 * width, width) * width**-0.5 for _ in range(sizes.layers)
         )
 
     def forward(self, x: Tensor, solve: Callable) -> Tensor:
         gate = x.new_full((*x.shape[:2], self.sizes.heads), 0.5)
         g = torch.full_like(gate, self.decay, dtype=torch.promote_types(x.dtype, torch.float32))
         for projection in self.projections:
-            weights = projection.weight.chunk(4)
+            weights = projection.chunk(4)
             q, k, v = (rms_norm(x, x.shape[-1:], eps=1e-6) @ w.mT for w in weights[:3])
             q, k, v = (y.unflatten(-1, (self.sizes.heads, -1)) for y in (q, k, v))
             q, k = (normalize(silu(y), dim=-1) for y in (q, k))
@@ -98,9 +98,9 @@ class Counted:
     def counting(self) -> Iterator[None]:
         iterate = cg.iterate_
 
-        def watched(rows: cg.Rows, counts: Tensor, *rest: float) -> int:
+        def watched(rows: cg.Rows, counts: Tensor, target: float, most: int) -> int:
             self.counts[id(counts)] = counts
-            return iterate(rows, counts, *rest)
+            return iterate(rows, counts, target, most)
 
         with patch.object(cg, "iterate_", watched):
             yield
@@ -114,7 +114,7 @@ class Counted:
 def weight_gradients(model: Layers, x: Tensor, do: Tensor, solve: Callable) -> list[Tensor]:
     """Of sum(output * do), each projection apart: q, k, v, o of each layer."""
     y = model(x, solve)
-    found = torch.autograd.grad((y * do).sum(), [p.weight for p in model.projections])
+    found = torch.autograd.grad((y * do).sum(), list(model.parameters()))
     return [part for grad in found for part in grad.chunk(4)]
 
 

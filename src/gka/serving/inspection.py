@@ -146,10 +146,10 @@ class _Watch:
             return torch.full((1, length, heads), mixer.num_iter)
         stepwise = length <= DECODE_TOKENS
         state = self.h if k.dtype == torch.float64 else self.h.float()
-        of_queries = {"q": q} if mixer.solver == "cg" else {"num_heads": heads}
         return solver_steps(
             k, seen.g if mixer.use_forgetting_gate_kk else None, mixer.ridge_ratio, mixer.num_iter,
-            state, solver=mixer.solver, beta=seen.beta, value_dim=mixer.head_v_dim, **of_queries,
+            state, solver=mixer.solver, beta=seen.beta, q=q if mixer.solver == "cg" else None,
+            num_heads=heads, value_dim=mixer.head_v_dim,
             chunk_size=1 if stepwise else 64, backend="torch" if stepwise else mixer.backend,
         )  # fmt: skip
 
