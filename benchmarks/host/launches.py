@@ -8,6 +8,7 @@ CPU is kept small by shorter sequences, cut into as many segments and groups of 
 
 import argparse
 import cProfile
+import ctypes
 import functools
 import pstats
 import statistics
@@ -23,8 +24,8 @@ from benchmarks.host.resources import as_if_on
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from gka.kernels import backward, tables
-from gka.kernels.hopper import nvrtc
+from gka.kernels import backward, driver, tables
+from gka.kernels.hopper import build, nvrtc
 from gka.ops import backends, chunk_gka
 
 CALLS, WARM_UP = 200, 5
@@ -37,7 +38,7 @@ class _Processor:
     multi_processor_count = 132
 
 
-class _Kernel(nvrtc.Kernel):
+class _Kernel(driver.Kernel):
     """A kernel of CUDA C++ up to its launch."""
 
     def __init__(self, cubin: bytes, name: str, threads: int, shared: int) -> None:
@@ -45,6 +46,9 @@ class _Kernel(nvrtc.Kernel):
 
     def __call__(self, grid, arguments) -> None:
         pass
+
+    def bind(self, grid) -> Callable[..., int]:
+        return lambda *_: 0
 
 
 def _load_nothing(kernel: CompiledKernel) -> None:
@@ -60,13 +64,15 @@ def launching_nothing(arch: int = 90) -> Iterator[None]:
         stack.enter_context(as_if_on(arch))
         for target, name, stub in (
             (CompiledKernel, "_init_handles", _load_nothing),
-            (nvrtc, "Kernel", _Kernel),
+            (build, "Kernel", _Kernel),
             # as on a GPU, where the tables of sequences of one length are kept
-            (tables, "_of_batch", functools.cache(tables._of_batch)),
+            (tables, "_made", functools.cache(tables._made)),
             (tables, "SHORTEST_SEGMENT", 1),
             (backward, "CHUNK_HEADS", backward.CHUNK_HEADS // SHORTER),
             (nvrtc, "compile_cubin", lambda *args: b""),
             (torch.cuda, "get_device_properties", lambda device: _Processor),
+            (torch.cuda, "is_current_stream_capturing", lambda: False),
+            (driver, "current_stream", lambda: ctypes.c_void_p(0)),
         ):
             stack.enter_context(patch.object(target, name, stub))
         for name in ("triton", "hopper"):

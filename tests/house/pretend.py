@@ -57,7 +57,7 @@ def _in_memory(function: Callable) -> Callable:
 def _device_calls() -> dict[str, Callable]:
     """What is asked of torch.cuda, answered for a Hopper GPU."""
     properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132, name="Hopper")
-    stream = SimpleNamespace(cuda_stream=0)
+    stream = SimpleNamespace(cuda_stream=0, synchronize=lambda: None)
     return {
         "is_available": lambda: True,
         "get_device_capability": lambda *_: (9, 0),
@@ -83,6 +83,8 @@ def hopper() -> Iterator[None]:
             for name in names:
                 change(owner, name, _in_memory(getattr(owner, name)))
         change(torch.Tensor, "pin_memory", lambda x: x)
+        raw = patch.object(torch._C, "_cuda_getCurrentRawStream", lambda _: 0, create=True)
+        stack.enter_context(raw)
         torch.Tensor.device = property(lambda _: GPU)  # pyright: ignore[reportAttributeAccessIssue]
         stack.callback(lambda: delattr(torch.Tensor, "device"))
         yield

@@ -122,8 +122,7 @@ class Group:
     dv: HeadPart
 
 
-@dataclass(frozen=True)
-class InputGradients:
+class InputGradients(NamedTuple):
     """What the backward pass writes; None where there is no such input. dbeta2: of beta^2."""
 
     dq: Tensor

@@ -14,12 +14,16 @@ from gka.kernels.arrays import (
     InputGradients,
     Solutions,
 )
-from gka.kernels.call import GpuCall, aligned
-from gka.kernels.passes import Passes, execute
+from gka.kernels.call import GpuCall, aligned, op_dtype, prepared
+from gka.kernels.passes import Executor, Launch, Passes, execute
+from gka.kernels.replay import Ran, Recordings, apart, kind_of
 from gka.maths.adjoint import Gradients
 from gka.maths.chunked import Settings, Tokens
 
-CHUNK_HEADS = 792  # chunks times heads that are worked on together: bounds the scratch memory
+# Chunks times heads that are worked on together: bounds the scratch memory. 16 times what 132
+# multiprocessors hold at once: smaller groups leave more of them idle at each group's end.
+CHUNK_HEADS = 4224
+RECORDINGS = Recordings()
 
 
 def chunk_backward(
@@ -33,16 +37,41 @@ def chunk_backward(
     settings: Settings,
 ) -> Gradients:
     """`gka.maths.adjoint.chunk_backward` on the GPU; x and x_scale as `chunk_forward` gave them."""
-    call = GpuCall(passes, tokens, settings)
-    call.split_heads(CHUNK_HEADS)
+    t = prepared(tokens, passes.float_gates)
     if x is not None and x_scale is None:  # of the recurrent form
         x_scale = x.abs().amax(-1)
-        x = (x / x_scale.clamp_min(1e-37)[..., None]).to(call.sizes.op_dtype)
+        x = (x / x_scale.clamp_min(1e-37)[..., None]).to(op_dtype(t.q.dtype))
+    after = tuple(aligned(y) for y in (x, x_scale, do, dh_final, du_final))
+    missing = (dh_final is None, du_final is None)
+    kind = kind_of(passes, t, settings, do.dtype, missing, CHUNK_HEADS)
+    if kind is None:
+        return _collect(
+            tokens, settings, _run(passes, GpuCall(passes, t, settings), after, execute)
+        )
+
+    def record(execute: Executor) -> Ran:
+        call = GpuCall(passes, apart(t), settings)
+        mine = tuple(None if y is None else y.detach() for y in after)
+        return Ran(call, (*call.t.inputs, *mine), _run(passes, call, mine, execute))
+
+    made = RECORDINGS.run(kind, (*t.inputs, *after), record)
+    return _collect(tokens, settings, InputGradients(*made))
+
+
+def _run(
+    passes: Passes, call: GpuCall, after: tuple[Tensor | None, ...], execute: Executor
+) -> InputGradients:
+    """`after`: x, x_scale, do, dh_final, du_final."""
+    x, x_scale, do, dh_final, du_final = after
+    assert do is not None
+    call.split_heads(CHUNK_HEADS)
     with_h = call.solves or dh_final is not None
     call.signature = (*call.signature, do.dtype, dh_final is None, du_final is None)
-    solutions = Solutions(aligned(x), aligned(x_scale))
     back = BackwardArrays(
-        solutions, aligned(do), *call.boundaries(dh_final, du_final), _input_gradients(call, with_h)
+        Solutions(x, x_scale),
+        do,
+        *call.boundaries(dh_final, du_final),
+        _input_gradients(call, with_h),
     )
     for heads in call.groups:
         group = _group(passes, call, heads, back, with_h)
@@ -50,9 +79,9 @@ def chunk_backward(
         execute(passes.adjoint(call, group, back))
         execute(passes.scan_back(call, group, back))
         execute(passes.gradients(call, group, back))
-        _sum_shared(call, heads, back.grads.dk, group.dk, call.HK)
-        _sum_shared(call, heads, back.grads.dv, group.dv, call.HV)
-    return _collect(call, back.grads)
+        execute(_sum_shared(call, heads, back.grads.dk, group.dk, call.HK))
+        execute(_sum_shared(call, heads, back.grads.dv, group.dv, call.HV))
+    return back.grads
 
 
 def _input_gradients(call: GpuCall, with_h: bool) -> InputGradients:
@@ -110,20 +139,27 @@ def _part(call: GpuCall, heads: Heads, name: str, grad: Tensor, of: int) -> Head
     return HeadPart(call.scratch(name, *shape), 0, heads.count)
 
 
-def _sum_shared(call: GpuCall, heads: Heads, grad: Tensor, part: HeadPart, of: int) -> None:
+def _sum_shared(call: GpuCall, heads: Heads, grad: Tensor, part: HeadPart, of: int) -> list[Launch]:
     """Add up what heads that share a key or a value head found."""
     if of == call.H:
-        return
-    first, share = heads.base * of // call.H, call.H // of
-    shape = (*grad.shape[:2], heads.count // share, share, grad.shape[-1])
-    total = part.array.view(-1)[: prod(shape)].view(shape).sum(3)
-    grad[:, :, first : first + heads.count // share] = total
+        return []
+    return [
+        Launch(
+            _add_up, (), (grad, part.array, heads.base * of // call.H, heads.count, call.H // of)
+        )
+    ]
 
 
-def _collect(call: GpuCall, grads: InputGradients) -> Gradients:
+def _add_up(_, grad: Tensor, part: Tensor, first: int, heads: int, share: int) -> None:
+    """grad[:, :, first:] is the sum over each `share` of the `heads` in `part`."""
+    shape = (*grad.shape[:2], heads // share, share, grad.shape[-1])
+    grad[:, :, first : first + heads // share] = part.view(-1)[: prod(shape)].view(shape).sum(3)
+
+
+def _collect(t: Tokens, settings: Settings, grads: InputGradients) -> Gradients:
     """Gradients in their inputs' dtypes."""
-    t, dg_u, dg_h = call.given, grads.dg_u, grads.dg_h
-    if call.settings.tied and dg_u is not None and dg_h is not None:
+    dg_u, dg_h = grads.dg_u, grads.dg_h
+    if settings.tied and dg_u is not None and dg_h is not None:
         dg_u += dg_h
     dbeta = None
     if grads.dbeta2 is not None and t.beta is not None:

@@ -14,6 +14,11 @@ from gka.kernels.tables import chunking
 from gka.maths.chunked import Settings, Tokens
 
 
+def op_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the operands of matrix products, for inputs of `dtype`."""
+    return torch.float32 if dtype == torch.float32 else torch.float16
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Sizes of a call, the same for every call like it; also the key of what is compiled for such calls.
@@ -35,11 +40,11 @@ class Sizes:
     @property
     def exact(self) -> bool:
         """Whether operands of matrix products are float32, and not float16."""
-        return self.dtype == torch.float32
+        return self.op_dtype == torch.float32
 
-    @property
+    @cached_property
     def op_dtype(self) -> torch.dtype:
-        return torch.float32 if self.exact else torch.float16
+        return op_dtype(self.dtype)
 
     @cached_property
     def tiles(self) -> tuple[int, int, int]:
@@ -61,8 +66,10 @@ class Needs(Protocol):
     Attributes:
         float_gates: its kernels read gates in float32 only.
         measures_boundaries: its scans want the largest entry of each boundary state.
+        replays: its launches can be recorded (`gka.kernels.replay`).
     """
 
+    replays: bool
     float_gates: bool
     measures_boundaries: bool
 
@@ -79,7 +86,7 @@ class GpuCall:
     """One call's sizes, tables and scratch memory.
 
     Attributes:
-        given: the tokens as they came; t: contiguous and aligned, gates float32 where the backend asks.
+        t: the tokens contiguous and aligned, gates float32 where the backend asks.
         solves: whether there is a solve; adaptive: whether its steps differ by chunk and head.
         groups: the heads that are worked on together, group by group.
         signature: what compiled kernels depend on beside the sizes: which arguments there are, of what
@@ -88,7 +95,7 @@ class GpuCall:
     """
 
     def __init__(self, needs: Needs, tokens: Tokens, settings: Settings) -> None:
-        self.needs, self.given, self.settings = needs, tokens, settings
+        self.needs, self.settings = needs, settings
         self.solves, self.adaptive = settings.num_iter > 0, settings.adaptive
         t = self.t = prepared(tokens, needs.float_gates)
         sizes = self.sizes = _sizes(t, settings.chunk_size)
@@ -136,6 +143,11 @@ class GpuCall:
         """States at one end, or their gradients, as the scans read them."""
         measured = self.needs.measures_boundaries
         return boundary(h, measured), boundary(u, measured)
+
+    @property
+    def scratches(self) -> list[Tensor]:
+        """All that `scratch` has made."""
+        return list(self._scratch.values())
 
     @property
     def tables(self) -> tuple[Tensor, Tensor]:

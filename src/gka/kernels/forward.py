@@ -3,23 +3,37 @@
 import torch
 from torch import Tensor
 
-from gka.kernels.call import GpuCall
-from gka.kernels.passes import Passes, execute
+from gka.kernels.call import GpuCall, prepared
+from gka.kernels.passes import Executor, Passes, execute
+from gka.kernels.replay import Ran, Recordings, apart, kind_of
 from gka.maths.chunked import Forward, Settings, Tokens
+
+RECORDINGS = Recordings()
 
 
 def chunk_forward(passes: Passes, tokens: Tokens, settings: Settings) -> Forward:
     """`gka.maths.chunked.chunk_forward` on the GPU; rows of x are divided by `x_scale`."""
-    call = GpuCall(passes, tokens, settings)
+    t = prepared(tokens, passes.float_gates)
+    kind = kind_of(passes, t, settings)
+    if kind is None:
+        return Forward(*_run(passes, GpuCall(passes, t, settings), execute))
+
+    def record(execute: Executor) -> Ran:
+        call = GpuCall(passes, apart(t), settings)
+        return Ran(call, call.t.inputs, _run(passes, call, execute))
+
+    return Forward(*RECORDINGS.run(kind, t.inputs, record))
+
+
+def _run(passes: Passes, call: GpuCall, execute: Executor) -> tuple[Tensor | None, ...]:
+    """What `Forward` holds."""
     t, (heads,) = call.t, call.groups
-    h, u = call.moments(heads, call.solves or settings.with_h, final=True)
-    solutions = call.solutions()
+    h, u = call.moments(heads, call.solves or call.settings.with_h, final=True)
+    x, x_scale = solutions = call.solutions()
     o = call.empty(*t.q.shape[:3], call.V, dtype=t.q.dtype)
     execute(passes.scan(call, heads, h, u, None))
     execute(passes.solve_and_readout(call, heads, h, u, solutions, o))
-    final = None if h is None else h.final
-    assert u.final is not None
-    return Forward(o=o, x=solutions.x, h=final, u=u.final, x_scale=solutions.x_scale)
+    return o, x, None if h is None else h.final, u.final, x_scale
 
 
 def chunk_steps(passes: Passes, tokens: Tokens, settings: Settings) -> Tensor:

@@ -26,6 +26,9 @@ class Launch(NamedTuple):
     keeps: tuple = ()
 
 
+Executor = Callable[[Iterable[Launch]], None]
+
+
 def execute(launches: Iterable[Launch]) -> None:
     """Start the launches, one after another."""
     for kernel, grid, arguments, _ in launches:

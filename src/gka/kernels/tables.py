@@ -1,7 +1,8 @@
 """Where sequences, chunks and segments lie among the tokens, as tables on the device."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from gka.maths.chunked import Tokens
 
 SCAN_PROGRAMS = 396  # about what the scans' programs should number together: 3 on each of 132
+KEPT = 64  # tables of different calls
 SHORTEST_SEGMENT = 6  # chunks; shorter ones cost more to put together than they gain
 
 
@@ -33,6 +35,10 @@ class Chunking:
     segmented: bool
     whole: bool
 
+    @property
+    def tables(self) -> tuple[Tensor, ...]:
+        return self.start, self.length, self.bounds, self.segments
+
     @cached_property
     def num_chunks(self) -> int:
         return len(self.start)
@@ -44,6 +50,11 @@ class Chunking:
     @cached_property
     def num_segments(self) -> int:
         return len(self.segments)
+
+
+_ELSEWHERE = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gka-tables")
+_HELD: dict[tuple, "Chunking"] = {}
+_CAPTURED: dict[tuple, "Chunking"] = {}  # CUDA graphs read them for as long as they live
 
 
 def segment_length(num_chunks: int, programs_per_segment: int) -> int:
@@ -61,19 +72,39 @@ def chunking(tokens: Tokens, size: int, programs_per_segment: int) -> Chunking:
         bounds = tokens.cu_seqlens.cpu() if bounds is None else bounds
         return _of_packed(bounds.long(), size, programs_per_segment, device)
     stretch = segment_length(batch * -(-length // size), programs_per_segment)
+    return _of_batch(batch, length, size, stretch, device)
+
+
+def _of_batch(batch: int, length: int, size: int, stretch: int, device: torch.device) -> Chunking:
+    """Of sequences of one length. Kept, and there for every stream and every CUDA graph that reads them."""
     if device.type != "cuda":
-        return _of_batch(batch, length, size, stretch, device)
-    # what is made under capture belongs to that graph alone
+        return _made(batch, length, size, stretch, device)
+    kind = (batch, length, size, stretch, device)
     capturing = torch.cuda.is_current_stream_capturing()
-    make = _of_batch if capturing else _cached
-    stream = torch.cuda.current_stream(device).cuda_stream
-    return make(batch, length, size, stretch, device, stream)
+    held = _HELD.get(kind)
+    if held is None:
+        if capturing:  # computed anew by each replay of the graph, to which their memory belongs
+            return _made(batch, length, size, stretch, device)
+        # apart from memory pools that a thread allocates from while it warms a CUDA graph up
+        held = _ELSEWHERE.submit(_ready, batch, length, size, stretch, device).result()
+        while len(_HELD) >= KEPT:
+            _HELD.pop(next(iter(_HELD)))
+        _HELD[kind] = held
+    if capturing:
+        _CAPTURED[kind] = held
+    return held
 
 
-def _of_batch(
-    batch: int, length: int, size: int, stretch: int, device: torch.device, stream: int = 0
-) -> Chunking:
-    """Of sequences of one length, computed on the device: nothing is copied there."""
+def _ready(batch: int, length: int, size: int, stretch: int, device: torch.device) -> Chunking:
+    """Made and waited for, so that no stream need wait."""
+    with torch.cuda.device(device):
+        made = _made(batch, length, size, stretch, device)
+        torch.cuda.current_stream(device).synchronize()
+    return made
+
+
+def _made(batch: int, length: int, size: int, stretch: int, device: torch.device) -> Chunking:
+    """Computed on the device: nothing is copied there."""
     count = -(-length // size)  # chunks, and then segments, of a sequence
     pieces = max(1, -(-count // stretch))
     chunk = torch.arange(batch * count, device=device)
@@ -95,13 +126,6 @@ def _of_batch(
         segmented=pieces > 1,
         whole=length % size == 0,
     )
-
-
-@lru_cache(maxsize=32)
-def _cached(
-    batch: int, length: int, size: int, stretch: int, device: torch.device, stream: int
-) -> Chunking:
-    return _of_batch(batch, length, size, stretch, device)
 
 
 def _of_packed(

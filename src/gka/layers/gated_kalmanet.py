@@ -5,7 +5,8 @@ from torch import Tensor, nn
 from gka.layers.parts.heads import split_heads
 from gka.layers.parts.surround import Gates, MixCall
 from gka.layers.recurrent_mixer import RecurrentMixer
-from gka.ops import chunk_gka, fused_recurrent_gka, fused_recurrent_gka_, why_unavailable
+from gka.ops import chunk_gka, fused_recurrent_gka, fused_recurrent_gka_
+from gka.ops.backends import check_known
 from gka.ops.checks import check_flags, check_numbers, check_solver
 
 
@@ -102,7 +103,7 @@ class GatedKalmaNet(RecurrentMixer):
         self.scale = head_dim**-0.5 if gla_rescale else 1.0
         self.ridge_ratio = ridge_ratio
         self.num_iter = num_iter
-        why_unavailable(backend)  # refuses unknown names
+        check_known(backend)
         self.backend = backend
         self.solver = check_solver(solver)
         if kv_mix and kv_rank is None:

@@ -5,7 +5,8 @@ from torch import Tensor
 from gka.layers.parts.heads import split_heads
 from gka.layers.parts.surround import Gates, MixCall
 from gka.layers.recurrent_mixer import RecurrentMixer
-from gka.ops import chunk_simple_gla, why_unavailable
+from gka.ops import chunk_simple_gla
+from gka.ops.backends import check_known
 
 
 class GatedLinearAttention(RecurrentMixer):
@@ -46,7 +47,7 @@ class GatedLinearAttention(RecurrentMixer):
             head_dim=head_dim, use_v_conv=True, use_forgetting_gate=True, use_gate=use_gate,
             conv_size=conv_size, layer_idx=layer_idx, norm_eps=norm_eps,
         )  # fmt: skip
-        why_unavailable(backend)  # refuses unknown names
+        check_known(backend)
         self.backend = backend
 
     def mix(

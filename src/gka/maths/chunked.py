@@ -6,6 +6,7 @@ then for all chunks at once ridge, solve, mix and readout.
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,8 +56,7 @@ class Settings:
         return SOLVERS[self.solver].adaptive
 
 
-@dataclass(frozen=True)
-class Tokens:
+class Tokens(NamedTuple):
     """What comes in: q [B,T,H,K], k [B,T,Hk,K], v [B,T,Hv,V], gates [B,T,H] or None, states or None.
 
     cu_seqlens [N+1] bounds packed sequences; with its CPU copy nothing is read back from the device.
@@ -73,6 +73,11 @@ class Tokens:
     u0: Tensor | None
     cu_seqlens: Tensor | None
     cu_seqlens_cpu: Tensor | None = None
+
+    @property
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        """Heads, gates and states."""
+        return self.q, self.k, self.v, self.g, self.gk, self.alpha, self.beta, self.h0, self.u0
 
     @property
     def work_dtype(self) -> torch.dtype:

@@ -94,8 +94,7 @@ def take_out(tokens, tied: bool):
     if tokens.k.device.type == "cpu" and bool((fine_h & fine_u).all()):
         return tokens, None
     h, u = (onwards(~fine, tokens.cu_seqlens) for fine in (fine_h, fine_u))
-    clean = replace(
-        tokens,
+    clean = tokens._replace(
         k=tokens.k.nan_to_num(0.0, 0.0, 0.0),
         v=tokens.v.nan_to_num(0.0, 0.0, 0.0),
         beta=None if tokens.beta is None else tokens.beta.nan_to_num(0.0, 0.0, 0.0),
@@ -134,8 +133,7 @@ def take_out_rows(tokens, x: Tensor | None, do: Tensor, reach: Reach | None):
     if rows.device.type == "cpu" and not bool(rows.any()):
         return tokens, x, do, None
     drop = rows.unsqueeze(-1)
-    clean = replace(
-        tokens,
+    clean = tokens._replace(
         q=tokens.q.masked_fill(drop, 0.0),
         alpha=None if tokens.alpha is None else tokens.alpha.masked_fill(rows, 0.0),
     )

@@ -20,8 +20,10 @@ from torch import Tensor
 from gka.ops.autograd import autocasts, check_derivable, no_autocast, operator
 
 IGNORE_INDEX = -100
-# Float32 logits held at a time. Large enough that the matrix products stay efficient.
-LOGITS_BYTES = 64 * 2**20
+# Float32 logits held at a time. Large enough that the matrix products stay efficient, and on a GPU that
+# the sum of the weight's gradient is read and written few times.
+LOGITS_BYTES = {"cpu": 64 * 2**20}
+LOGITS_BYTES_ELSEWHERE = 256 * 2**20
 
 
 def next_token_targets(labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -52,8 +54,16 @@ def mean_loss(total: Tensor, targets: Tensor, num_items_in_batch: Tensor | int |
     return total / num_items_in_batch
 
 
+def rows_of(hidden: Tensor, weight: Tensor, logits_bytes: int | None) -> int:
+    """Tokens whose logits are held at a time, in `logits_bytes` (None: what suits the device)."""
+    if logits_bytes is None:
+        logits_bytes = LOGITS_BYTES.get(hidden.device.type, LOGITS_BYTES_ELSEWHERE)
+    itemsize = 8 if hidden.dtype == torch.float64 else 4
+    return max(1, logits_bytes // (itemsize * weight.shape[0]))
+
+
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, logits_bytes: int = LOGITS_BYTES
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, logits_bytes: int | None = None
 ) -> Tensor:
     """Sum over tokens of the cross-entropy of softmax(hidden weight^T) against targets.
 
@@ -61,13 +71,13 @@ def linear_cross_entropy(
         hidden: [N,D], any float dtype; under autocast the products run in autocast's dtype.
         weight: [V,D].
         targets: [N] in 0..V-1, or -100 for tokens that do not count.
-        logits_bytes: how large the logits held at a time may be (a single token's are always held).
+        logits_bytes: how large the logits held at a time may be (a single token's are always held). None:
+            64 MiB on a CPU, 256 MiB elsewhere.
 
     Returns:
         Scalar in float32 (float64 for float64 inputs), differentiable once in hidden and weight.
     """
-    itemsize = 8 if hidden.dtype == torch.float64 else 4
-    rows = max(1, logits_bytes // (itemsize * weight.shape[0]))
+    rows = rows_of(hidden, weight, logits_bytes)
     check_derivable("linear_cross_entropy")
     grads = torch.is_grad_enabled()
     if grads and (hidden.requires_grad or weight.requires_grad):
@@ -167,12 +177,16 @@ def _chunks(
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
             h = hidden[part].to(dtype)
-            logits = (h @ weight.T).to(wide)
-            loss = loss + _cross_entropy_(logits, targets[part], for_hidden or for_weight)
+            counts = (targets[part] != IGNORE_INDEX).unsqueeze(-1)
+            of_loss, d = _cross_entropy_(
+                h @ weight.T, targets[part], counts, for_hidden or for_weight
+            )
+            loss = loss + of_loss
+            # tokens that do not count are left out here, where it costs no pass over the logits
             if grad_hidden is not None:
-                grad_hidden[part] = logits.to(dtype) @ weight
+                grad_hidden[part] = (d @ weight).masked_fill_(~counts, 0)
             if grad_weight is not None:
-                _accumulate_(grad_weight, logits.to(dtype).T, h)
+                _accumulate_(grad_weight, d.T, h.masked_fill(~counts, 0))
     return loss, grad_hidden, grad_weight
 
 
@@ -188,22 +202,27 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _cross_entropy_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
-    """Summed loss of logits [n,V]; with `gradient`, overwrites them by the loss's derivative in them."""
-    counts = (targets != IGNORE_INDEX).unsqueeze(-1)
+def _cross_entropy_(
+    logits: Tensor, targets: Tensor, counts: Tensor, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """Summed loss of logits [n,V] over tokens that count [n,1]; with `gradient`, its derivative in each
+    row's logits, in their memory. Two passes over the logits.
+    """
     index = targets.unsqueeze(-1).masked_fill(~counts, 0)
-    lse = logits.logsumexp(-1, keepdim=True)
-    loss = (lse - logits.gather(-1, index)).masked_fill(~counts, 0).sum()
+    log_p = logits.log_softmax(-1, dtype=_sum_dtype(logits.dtype))
+    of_target = log_p.gather(-1, index)
     if gradient:
-        logits.sub_(lse).exp_()
-        logits.scatter_add_(-1, index, torch.full_like(lse, -1.0))
-        logits.masked_fill_(~counts, 0)
-    return loss
+        torch.exp(log_p, out=logits)
+        # p - 1 before it is rounded
+        logits.scatter_(-1, index, of_target.expm1().to(logits.dtype))
+    return -of_target.masked_fill(~counts, 0).sum(), logits
 
 
 def _accumulate_(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right, in total's dtype."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
+    elif total.device.type == "cuda":  # 16-bit factors, a float32 sum
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
         total.add_(left @ right)

@@ -5,8 +5,8 @@ do not exist, because operators return tensors only. `operator` makes the packag
 """
 
 import inspect
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -78,6 +78,19 @@ def no_autocast(device: str) -> AbstractContextManager:
     return torch.amp.autocast(device, enabled=False) if autocasts(device) else nullcontext()
 
 
+@contextmanager
+def _annotated(name: str, device: str) -> Iterator[None]:
+    with no_autocast(device), record_function(name):
+        yield
+
+
+def _inside(name: str, device: str) -> AbstractContextManager:
+    """Without autocast, and with a name in profiles; both only where there is one, for they take time."""
+    if autocasts(device) or torch.autograd._profiler_enabled():
+        return _annotated(name, device)
+    return nullcontext()
+
+
 def autocasts(device: str) -> bool:
     """Whether torch.autocast is on. meta has none and knows no answer; torch 2.11's Dynamo cannot trace
     torch.amp.is_autocast_available, which would tell."""
@@ -123,15 +136,23 @@ def forward(
 
     x is empty without a solve, its scales where its rows are not scaled, H where it is not formed.
     """
-    if cu_seqlens is not None:
-        checks.check_bounds(cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu, q.shape[1])
     tokens, settings = unpack(
         q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu,
         scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver,
     )  # fmt: skip
+    return _forward(tokens, settings, mode, backend)
+
+
+def _forward(
+    t: Tokens, settings: Settings, mode: str, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if t.cu_seqlens is not None:
+        checks.check_bounds(
+            t.cu_seqlens if t.cu_seqlens_cpu is None else t.cu_seqlens_cpu, t.q.shape[1]
+        )
     runs = running_backend(backend).forward
-    with no_autocast(q.device.type), record_function("gka.forward"):
-        out = runs["recurrent" if mode == "recurrent" else "chunk"](tokens, settings)
+    with _inside("gka.forward", t.q.device.type):
+        out = runs["recurrent" if mode == "recurrent" else "chunk"](t, settings)
     # contiguous, as the fake implementation promises the compiler
     x, x_scale, h = (_optional(y, out.u) for y in (out.x, out.x_scale, out.h))
     return out.o.contiguous(), x, x_scale, h, out.u.contiguous()
@@ -192,9 +213,16 @@ def backward(
         q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu,
         scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver,
     )  # fmt: skip
+    return _backward(tokens, settings, x, x_scale, do, dh, du, backend)
+
+
+def _backward(
+    tokens: Tokens, settings: Settings, x: Tensor, x_scale: Tensor, do: Tensor, dh: Tensor | None,
+    du: Tensor | None, backend: str,
+) -> list[Tensor]:  # fmt: skip
     run = running_backend(backend).backward
-    with no_autocast(q.device.type), record_function("gka.backward"):
-        solutions = x if num_iter > 0 else None
+    with _inside("gka.backward", do.device.type):
+        solutions = x if settings.num_iter > 0 else None
         scales = x_scale if x_scale.numel() > 0 else None
         grads = run(tokens, solutions, scales, do, dh, du, settings)
     optional = (grads.g, grads.gk, grads.alpha, grads.beta, grads.h0, grads.u0)
@@ -308,5 +336,57 @@ class GKAFunction(torch.autograd.Function):
         bounds = (None, None)
         return *wanted, *bounds, *(None for _ in range(len(ctx.numbers) + 1))
 
+
+class GKAEager(torch.autograd.Function):
+    """`GKAFunction` where nothing but autograd looks on (`is_eager`): without the dispatcher, which takes the
+    host longer than the launches. It saves the same tensors, for checkpointing counts them.
+    """
+
+    @staticmethod
+    def forward(ctx, settings, mode, backend, *tensors):
+        o, x, x_scale, h, u = _forward(Tokens(*tensors), settings, mode, backend)
+        ctx.save_for_backward(*tensors, x, x_scale)
+        ctx.settings, ctx.backend, ctx.has_h = settings, backend, h.numel() > 0
+        ctx.set_materialize_grads(False)
+        return o, h, u
+
+    @staticmethod
+    def backward(ctx, *grads):
+        do, dh, du = grads
+        *tensors, x, x_scale = ctx.saved_tensors
+        tokens, settings = Tokens(*tensors), ctx.settings
+        if do is None:
+            do = tokens.q.new_zeros(*tokens.q.shape[:3], tokens.v.shape[-1])
+        do, dh = do.contiguous(), dh if ctx.has_h else None
+        if torch.is_grad_enabled():  # create_graph: refused by name when it is differentiated
+            found = GKABackward.apply(
+                *tensors,
+                x,
+                x_scale,
+                do,
+                dh,
+                du,
+                *pack(tokens, settings)[_NUM_TENSORS:],
+                ctx.backend,
+            )
+        else:
+            found = _backward(tokens, settings, x, x_scale, do, dh, du, ctx.backend)
+        wanted = (None if t is None else grad for grad, t in zip(found, tensors, strict=False))
+        return None, None, None, *wanted, None, None
+
+
+def is_eager(q: Tensor) -> bool:
+    """Whether autograd alone sees operators on tensors like q: no compiler, transform or dispatch mode."""
+    return (
+        q.device.type == "cuda"
+        and not torch.compiler.is_compiling()
+        and not under_transform()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+    )
+
+
+PLAIN = (Tensor, torch.nn.Parameter)
+"""Types of tensors that do nothing of their own to an operator."""
 
 keep_signature(GKAFunction, GKABackward)

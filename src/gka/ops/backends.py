@@ -260,6 +260,11 @@ def register_backend(backend: Backend, *, first: bool = False) -> None:
     _BACKENDS = mine | others if first else others | mine
 
 
+def registered_backends() -> dict[str, Backend]:
+    """All by name; another object after each registration."""
+    return _BACKENDS
+
+
 def get_backend(name: str) -> Backend:
     return _BACKENDS[name]
 
@@ -282,7 +287,8 @@ def _why_not(name: str, call: Call) -> str | None:
     return at_work.refusal(call) if at_work else None
 
 
-def _check_known(name: str) -> None:
+def check_known(name: str) -> None:
+    """Raises ValueError unless a backend has that name."""
     if name not in known_backends():
         raise ValueError(f"backend must be one of {', '.join(known_backends())}; got {name!r}.")
 
@@ -303,7 +309,7 @@ def why_unavailable(
     Raises:
         ValueError: no backend has that name.
     """
-    _check_known(name)
+    check_known(name)
     return _why_not(name, Call(torch.device(device), dtype, solver, dims, chunk_size, mode))
 
 
@@ -334,7 +340,7 @@ def resolve_backend(name: str, call: Call) -> str:
         ValueError: no backend has that name.
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
-    _check_known(name)
+    check_known(name)
     c = call
     # as plain integers: of symbolic ones torch.compile knows no constant
     key_dim, value_dim = operator.index(c.dims[0]), operator.index(c.dims[1])

@@ -1,13 +1,25 @@
 """chunk_gka and fused_recurrent_gka: Gated KalmaNet as functions, with FLA's call signatures."""
 
 import os
+from collections.abc import Iterator
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from gka.maths.chunked import Settings, Tokens
 from gka.ops import checks
-from gka.ops.autograd import GKAFunction, autocast, check_derivable, no_autocast, pack
-from gka.ops.backends import Call, Mode, note_backend, resolve_backend
+from gka.ops.autograd import (
+    PLAIN,
+    GKAEager,
+    GKAFunction,
+    autocast,
+    check_derivable,
+    is_eager,
+    no_autocast,
+    pack,
+)
+from gka.ops.backends import Call, Mode, note_backend, registered_backends, resolve_backend
 from gka.ops.reference import reference_gka
 
 State = tuple[Tensor, Tensor]
@@ -172,60 +184,159 @@ def _run(
     with_h: bool = True,
     cu_seqlens_cpu: Tensor | None = None,
 ) -> tuple[Tensor, State | None]:
+    numbers = (
+        scale,
+        ridge_ratio,
+        num_iter,
+        chunk_size,
+        output_final_state,
+        solver,
+        with_h,
+        backend,
+    )
+    kind = _kind_of(
+        q, k, v, g, gk, alpha, beta, initial_state, cu_seqlens, cu_seqlens_cpu, mode, *numbers
+    )
+    known = None if kind is None else _KNOWN.get(kind)
+    if known is not None and known.backends is registered_backends():
+        backend, settings = known.backend, known.settings
+    else:
+        given = (q, k, v, g, gk, alpha, beta, initial_state, cu_seqlens, cu_seqlens_cpu)
+        backend, settings = _check(*given, *numbers)
+        _keep(kind, backend, settings)
+    q, k, v = autocast(q, k, v)
+    if cu_seqlens_cpu is cu_seqlens:  # torch.compile takes no tensor twice
+        cu_seqlens_cpu = None
+    h0, u0 = _states(initial_state)
+    gk = None if settings.tied else gk
+    tokens = Tokens(q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu)
+    if backend == "reference":
+        o, state = _reference(tokens, settings, g)
+        return o, state if output_final_state else None
+    if kind is not None:
+        o, h, u = GKAEager.apply(settings, mode, backend, *tokens)
+    else:
+        check_derivable("Gated KalmaNet")
+        o, _, _, h, u = GKAFunction.apply(*pack(tokens, settings), mode, backend)
+    return o, (h, u) if output_final_state else None
+
+
+class _Known(NamedTuple):
+    """What the checks of a kind of call found; `backends`: among which it was chosen."""
+
+    backends: object
+    backend: str
+    settings: Settings
+
+
+_KNOWN: dict[tuple, _Known] = {}
+KINDS = 1024  # that are kept
+
+
+def _keep(kind: tuple | None, backend: str, settings: Settings) -> None:
+    if kind is None:
+        return
+    if len(_KNOWN) >= KINDS:
+        _KNOWN.clear()
+    _KNOWN[kind] = _Known(registered_backends(), backend, settings)
+
+
+def _kind_of(*arguments: object) -> tuple | None:
+    """What checks and the choice of a backend depend on; None where every call is checked.
+
+    Calls on a GPU are known again, since the host takes longer to check one than to launch it.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    q = arguments[0]
+    if not isinstance(q, PLAIN) or not is_eager(q) or os.environ.get("GKA_DEBUG") == "1":
+        return None
+    kinds: list[object] = [arguments[3] is arguments[4], torch.is_autocast_enabled("cuda")]
+    for x in _flat(arguments):
+        if type(x) in PLAIN:
+            if x.is_nested:
+                return None
+            kinds.append((x.shape, x.dtype, x.get_device(), x.layout))
+        elif x is None or type(x) in (int, float, bool, str):
+            kinds += (type(x), x)  # True is 1
+        else:
+            return None
+    return tuple(kinds)
+
+
+def _flat(arguments: tuple) -> Iterator[object]:
+    for x in arguments:
+        if type(x) is tuple:
+            yield "pair"
+            yield from x
+        else:
+            yield x
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, gk: Tensor | None, alpha: Tensor | None,
+    beta: Tensor | None, initial_state: State | Tensor | None, cu_seqlens: Tensor | None,
+    cu_seqlens_cpu: Tensor | None, scale: float | None, ridge_ratio: float, num_iter: int,
+    chunk_size: int, output_final_state: bool, solver: str, with_h: bool, backend: str,
+) -> tuple[str, Settings]:  # fmt: skip
+    """Refuse what does not fit, and choose the backend."""
     checks.check_tensors(q=q, k=k, v=v)
     q, k, v = autocast(q, k, v)
     gates = {"g": g, "gk": gk, "alpha": alpha, "beta": beta}
     checks.check_inputs(q, k, v, **gates)
     checks.check_settings(ridge_ratio, num_iter, chunk_size, scale, output_final_state)
     sequences = checks.check_lengths(q, cu_seqlens, cu_seqlens_cpu)
-    if cu_seqlens_cpu is cu_seqlens:  # torch.compile takes no tensor twice
-        cu_seqlens_cpu = None
-    h0, u0 = _check_initial_state(initial_state, sequences, q, v, with_h)
-    if os.environ.get("GKA_DEBUG") == "1":
+    _check_initial_state(initial_state, sequences, q, v, with_h)
+    debug = os.environ.get("GKA_DEBUG") == "1"
+    if debug:
+        h0, u0 = _states(initial_state)
         checks.check_values(q=q, k=k, v=v, g=g, gk=gk, alpha=alpha, beta=beta, h_kk=h0, h_kv=u0)
         checks.check_same_bounds(cu_seqlens, cu_seqlens_cpu)
     dims = (q.shape[-1], v.shape[-1])
     call = Call(q.device, q.dtype, checks.check_solver(solver), dims, chunk_size)
     backend = resolve_backend(backend, call)
-    if num_iter > 0 and os.environ.get("GKA_DEBUG") == "1":
+    if num_iter > 0 and debug:
         checks.check_key_norms(k, backend)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    if backend == "reference":
-        note_backend(backend)
-        bounds = cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu
-        if bounds is not None:
-            checks.check_bounds(bounds, q.shape[1])
-        with no_autocast(q.device.type):
-            o, state = reference_gka(
-                q, k, v, g, gk, alpha, beta, (h0, u0), bounds,
-                scale=scale, ridge_ratio=ridge_ratio, num_iter=num_iter,
-            )  # fmt: skip
-        return o, state if output_final_state else None
-    check_derivable("Gated KalmaNet")
-    tied = gk is not None and gk is g
-    gk = None if tied else gk
-    tokens = Tokens(q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu)
-    with_h = with_h and output_final_state
+    tied, with_h = gk is not None and gk is g, with_h and output_final_state
     settings = Settings(scale, float(ridge_ratio), num_iter, chunk_size, tied, with_h, call.solver)
-    o, _, _, h, u = GKAFunction.apply(*pack(tokens, settings), mode, backend)
-    return o, (h, u) if output_final_state else None
+    return backend, settings
+
+
+def _reference(t: Tokens, s: Settings, g: Tensor | None) -> tuple[Tensor, State]:
+    note_backend("reference")
+    bounds = t.cu_seqlens if t.cu_seqlens_cpu is None else t.cu_seqlens_cpu
+    if bounds is not None:
+        checks.check_bounds(bounds, t.q.shape[1])
+    with no_autocast(t.q.device.type):
+        return reference_gka(
+            t.q, t.k, t.v, g, g if s.tied else t.gk, t.alpha, t.beta, (t.h0, t.u0), bounds,
+            scale=s.scale, ridge_ratio=s.ridge_ratio, num_iter=s.num_iter,
+        )  # fmt: skip
+
+
+def _states(initial_state: State | Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """h0 and u0 of what `_check_initial_state` has let pass."""
+    if isinstance(initial_state, Tensor) or initial_state is None:
+        return None, initial_state
+    h0, u0 = initial_state
+    return h0, u0
 
 
 def _check_initial_state(
     state: State | Tensor | None, sequences: int, q: Tensor, v: Tensor, with_h: bool
-) -> tuple[Tensor | None, Tensor | None]:
+) -> None:
     if state is None:
-        return None, None
+        return
     heads, key_dim = q.shape[2:]
     u_shape = (sequences, heads, key_dim, v.shape[-1])
     if not with_h:
         checks.check_tensor("initial_state", state)
         assert isinstance(state, Tensor)
         checks.check_state("initial_state", state, u_shape, q)
-        return None, state
+        return
     if not isinstance(state, tuple | list) or len(state) != 2:
         raise TypeError(f"initial_state must be a pair (h_kk, h_kv); got {type(state).__name__}.")
     h0, u0 = state
     checks.check_state("initial_state[0] (h_kk)", h0, (sequences, heads, key_dim, key_dim), q)
     checks.check_state("initial_state[1] (h_kv)", u0, u_shape, q)
-    return h0, u0

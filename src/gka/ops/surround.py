@@ -5,6 +5,7 @@ Each is one operator, differentiable once.
 
 import importlib.util
 import os
+from operator import index
 
 import torch
 from torch import Tensor
@@ -28,11 +29,22 @@ def why_unfused(
     Args:
         dims: K and V. width: of the convolutions.
     """
-    device = torch.device(device)
+    # as plain integers: of symbolic ones torch.compile knows no constant
+    key_dim, value_dim = (index(dim) for dim in dims)
+    return _why_unfused(torch.device(device), dtype, key_dim, value_dim, index(width))
+
+
+# Dynamo cannot look for packages
+@torch.compiler.assume_constant_result
+def _why_unfused(
+    device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int, width: int
+) -> str | None:
     if dtype not in DTYPES:
         return f"the kernels take float32, bfloat16 and float16; got {dtype}."
-    if max(dims) > WIDEST_HEAD:
-        return f"the kernels take heads up to {WIDEST_HEAD} wide; got K = {dims[0]}, V = {dims[1]}."
+    if max(key_dim, value_dim) > WIDEST_HEAD:
+        return (
+            f"the kernels take heads up to {WIDEST_HEAD} wide; got K = {key_dim}, V = {value_dim}."
+        )
     if width > WIDEST_CONVOLUTION:
         return f"the kernels take conv_size up to {WIDEST_CONVOLUTION}; got {width}."
     if importlib.util.find_spec("triton") is None:

@@ -92,7 +92,25 @@ S = TypeVar("S", bound=ctypes.Structure)
 
 
 def fill(structure: S, values: dict[str, Tensor | ctypes.Structure | float | int | None]) -> S:
-    """Its fields from tensors and numbers by name; pointers not named, or None, are null."""
+    """Its fields from tensors and numbers by name; pointers not named, or None, are null.
+
+    `structure.tensors` holds what it points to, by the offset of the pointer in bytes.
+    """
+    tensors: dict[int, Tensor] = getattr(structure, "tensors", {})
     for name, value in values.items():
-        setattr(structure, name, value.data_ptr() if isinstance(value, Tensor) else value)
+        offset = getattr(type(structure), name).offset
+        if isinstance(value, Tensor):
+            tensors[offset] = value
+            value = value.data_ptr()
+        elif isinstance(value, ctypes.Structure):
+            tensors |= {offset + inner: x for inner, x in value.tensors.items()}  # pyright: ignore[reportAttributeAccessIssue]
+        setattr(structure, name, value)
+    structure.tensors = tensors  # pyright: ignore[reportAttributeAccessIssue]
     return structure
+
+
+def copy(structure: S) -> S:
+    """A structure of the same fields, which points to the same tensors."""
+    made = type(structure).from_buffer_copy(structure)
+    made.tensors = structure.tensors  # pyright: ignore[reportAttributeAccessIssue]
+    return made

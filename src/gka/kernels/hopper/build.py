@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from gka.kernels.configs import capability_of
+from gka.kernels.driver import Kernel
 from gka.kernels.hopper import nvrtc
 from gka.maths.moments import reset_floor
 from gka.maths.solvers.adaptive import THETA_FLOOR, WORTHWHILE
@@ -182,17 +183,17 @@ def _cubins(
 @functools.cache
 def kernel_of(
     device: int, kernel: str, key_dim: int, value_dim: int, bfloat16: bool, adaptive: bool
-) -> nvrtc.Kernel:
+) -> Kernel:
     """One of KERNELS, loaded on that device."""
     cubin = _cubins(key_dim, value_dim, bfloat16, adaptive)[kernel].result()
     threads = threads_of(kernel, key_dim)
-    return nvrtc.Kernel(cubin, name_of(kernel), threads, shared_bytes(kernel, key_dim, value_dim))
+    return Kernel(cubin, name_of(kernel), threads, shared_bytes(kernel, key_dim, value_dim))
 
 
 @functools.cache
 def step_kernel_of(
     device: int, dims: tuple[int, int], dtype: torch.dtype, u_dtype: torch.dtype, adaptive: bool
-) -> nvrtc.Kernel:
+) -> Kernel:
     """decode.cu's kernel, loaded on that device."""
     cubin = compile_cubin(step_source(dims, dtype, u_dtype, adaptive), "gka_step")
-    return nvrtc.Kernel(cubin, "gka_step", dims[0], step_shared_bytes(dims))
+    return Kernel(cubin, "gka_step", dims[0], step_shared_bytes(dims))

@@ -1,4 +1,4 @@
-"""CUDA C++ compiled at run time by NVRTC, which PyTorch's CUDA builds ship, and launched by the driver.
+"""CUDA C++ compiled at run time by NVRTC, which PyTorch's CUDA builds ship.
 
 Bound with ctypes: torch's own entry (`torch.cuda._compile_kernel`) is private and changes.
 """
@@ -95,45 +95,3 @@ def _read_bytes(lib: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
 
 def _read(lib: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> str:
     return _read_bytes(lib, program, what).rstrip(b"\0").decode()
-
-
-_Pointer = ctypes.c_void_p * 1
-
-
-class Kernel:
-    """A kernel of one argument, a structure, on the current device."""
-
-    _MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-
-    def __init__(self, cubin: bytes, name: str, threads: int, shared: int) -> None:
-        self.threads, self.shared = threads, shared
-        torch.cuda.current_stream()  # the device's context exists from here on
-        self.driver = ctypes.CDLL("libcuda.so.1")
-        self.launch = self.driver.cuLaunchKernel
-        self.module, self.function = ctypes.c_void_p(), ctypes.c_void_p()
-        self._check(self.driver.cuModuleLoadData(ctypes.byref(self.module), cubin), "load")
-        found = self.driver.cuModuleGetFunction(
-            ctypes.byref(self.function), self.module, name.encode()
-        )
-        self._check(found, "find")
-        self._check(
-            self.driver.cuFuncSetAttribute(self.function, self._MAX_DYNAMIC_SHARED_SIZE, shared),
-            "set the shared memory of",
-        )
-
-    def __call__(self, grid: tuple[int, int], arguments: ctypes.Structure) -> None:
-        """Launch on a grid of blocks, on torch's current stream."""
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        pointer = _Pointer(ctypes.addressof(arguments))
-        launched = self.launch(
-            self.function, *grid, 1, self.threads, 1, 1, self.shared, stream, pointer, None
-        )
-        if launched:
-            self._check(launched, "launch")
-
-    def _check(self, error: int, doing: str) -> None:
-        if error:
-            text = ctypes.c_char_p()
-            self.driver.cuGetErrorString(error, ctypes.byref(text))
-            reason = text.value.decode() if text.value else "unknown error"
-            raise RuntimeError(f"CUDA could not {doing} a kernel: {reason} ({error}).")

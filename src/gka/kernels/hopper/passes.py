@@ -20,6 +20,7 @@ from gka.kernels.hopper.arguments import (
     Side,
     StepArguments,
     View,
+    copy,
     fill,
 )
 from gka.kernels.passes import Launch
@@ -33,6 +34,7 @@ EMPTY_BELOW = empty_below(torch.float32)
 class HopperPasses:
     """The steps on Hopper: K and V 64 or 128, 16-bit inputs, chunks of 64 tokens, and a solve."""
 
+    replays = True
     float_gates = True
     measures_boundaries = False  # the scans find the largest entries themselves
 
@@ -229,7 +231,7 @@ def _arguments(
     held = call.kept.get(kernel)
     if held is None:
         held = call.kept[kernel] = fill(structure(), given())
-    made = structure.from_buffer_copy(held)
+    made = copy(held)
     made.first_head, made.group_heads = heads
     return made
 

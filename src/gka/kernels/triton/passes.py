@@ -42,6 +42,7 @@ SegmentSums = tuple[Tensor | None, Tensor | None, Tensor | None]
 class TritonPasses:
     """The steps in Triton: any K and V to 256, 16-bit and float32 inputs, any chip its tables know."""
 
+    replays = False  # Triton's launchers want tensors
     float_gates = False
     measures_boundaries = True
 

@@ -14,8 +14,9 @@ from gka.layers.parts.cache import read_state
 from gka.layers.parts.convolution import ShortConvolution
 from gka.layers.parts.norms import GatedRMSNorm, RMSNorm, unit, working_dtype
 from gka.layers.parts.padding import Padding
-from gka.ops import surround, why_unavailable
+from gka.ops import surround
 from gka.ops.autograd import under_transform
+from gka.ops.backends import check_known
 from gka.ops.convolution import convolve_heads, step_heads_and_gates
 
 UNFUSED = ("torch", "reference")
@@ -219,7 +220,7 @@ def why_unfused(mixer: Any, device: torch.device | str, dtype: torch.dtype) -> s
         ValueError: no backend has the mixer's `backend` as its name.
     """
     name, device = mixer.backend, torch.device(device)
-    why_unavailable(name)  # refuses unknown names
+    check_known(name)
     if name in UNFUSED:
         return f'backend="{name}" asks for plain torch.'
     if name == "auto" and device.type != "cuda":

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gka.errors import InputError
 from gka.models import GKAForCausalLM
-from gka.models.loss import LOGITS_BYTES, next_token_targets
+from gka.models.loss import next_token_targets, rows_of
 from gka.training.priming.config import RecoveryConfig
 from gka.training.trainer import DecoderTrainer
 
@@ -80,7 +80,7 @@ def divergence(
     teacher_hidden: Tensor,
     teacher_weight: Tensor,
     *,
-    logits_bytes: int = LOGITS_BYTES,
+    logits_bytes: int | None = None,
 ) -> Tensor:
     """Sum over tokens of KL(softmax(teacher_hidden teacher_weight^T) | softmax(hidden weight^T)).
 
@@ -91,9 +91,9 @@ def divergence(
         weight: [V,D].
         teacher_hidden: [N,D'].
         teacher_weight: [V,D'].
-        logits_bytes: how large the logits of either model held at a time may be.
+        logits_bytes: how large the logits of either model held at a time may be: `linear_cross_entropy`.
     """
-    rows = max(1, logits_bytes // (4 * weight.shape[0]))
+    rows = rows_of(hidden, weight, logits_bytes)
     parts = [
         checkpoint(_divergence, h, weight, t, teacher_weight, use_reentrant=False)
         for h, t in zip(hidden.split(rows), teacher_hidden.split(rows), strict=True)
