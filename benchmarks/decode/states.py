@@ -91,7 +91,10 @@ class Layer:
     def steps(self, num_iter: int) -> Tensor:
         """Steps that the adaptive solver takes at these states in the torch form, int64 [B,H]."""
         ridge_ratio = self.settings.get("ridge_ratio", 0.02)
-        return Adaptive(ridge_ratio, num_iter).steps(System.of_state(self.state[0]))
+        q = self.token["q"]
+        assert q is not None
+        system = System.of_state(self.state[0])
+        return Adaptive(ridge_ratio, num_iter).steps(system, q.transpose(1, 2).float())
 
 
 class Source(Protocol):

@@ -367,6 +367,7 @@ def test_weights_of_an_unused_decay_do_no_harm(tmp_path: Path):
         ),
         ({"mixers": ["gka"], "num_kv_heads": 1, "kv_rank": 2}, "fla", "kv_rank of 'gka' = 2"),
         ({"mixers": ["gka"], "solver": "adaptive"}, "fla", "solver of 'gka' = 'adaptive'"),
+        ({"mixers": ["gka"], "solver": "cg"}, "hybrid_qwen3", "solver of 'gka' = 'cg'"),
         ({"mixers": ["gka"], "num_iter": 0}, "fla", "num_iter = 0 .* is refused by FLA"),
         ({"mixers": ["gka"], "expand_v": 2.0}, "hybrid_qwen3", "expand_v of 'gka' = 2.0"),
         ({"mixers": ["gka"]}, "hybrid_gemma", "format 'hybrid_gemma' is unknown; choose gka,"),

@@ -16,7 +16,7 @@ def spoil(problem: Problem, name: str, t: int, value: float) -> Problem:
 
 
 @pytest.mark.parametrize("value", BAD)
-@pytest.mark.parametrize("solver", ["chebyshev", "adaptive"])
+@pytest.mark.parametrize("solver", ["chebyshev", "adaptive", "cg"])
 @pytest.mark.parametrize("name", ["q", "k", "v", "g", "gk", "alpha", "beta"])
 def test_forward(name, solver, value):
     """One bad number in head 1 of sequence 0 at token 40: all else is what it was, bit for bit."""

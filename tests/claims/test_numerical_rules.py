@@ -90,7 +90,7 @@ def test_keys_of_any_size(size):
 
 
 @pytest.mark.parametrize("op", [chunk_gka, fused_recurrent_gka])
-@pytest.mark.parametrize("solver", ["chebyshev", "adaptive"])
+@pytest.mark.parametrize("solver", ["chebyshev", "adaptive", "cg"])
 @pytest.mark.parametrize("size", [1e9, 1e10, 1e13, 1e15])
 def test_keys_whose_fourth_power_overflows(size, solver, op):
     """|H|^2 ~ |k|^4 is beyond float32 from keys of norm 4e9 on, |H| is not: results and gradients are right,

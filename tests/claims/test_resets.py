@@ -30,7 +30,7 @@ def reset_at(problem: Problem, places: list[int], value: float) -> Problem:
 
 
 @pytest.mark.parametrize("value", RESETS)
-@pytest.mark.parametrize("solver", ["chebyshev", "adaptive"])
+@pytest.mark.parametrize("solver", ["chebyshev", "adaptive", "cg"])
 @pytest.mark.parametrize("op", [chunk_gka, fused_recurrent_gka])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_reset_is_a_start(dtype, op, solver, value):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gka.errors import InputError
-from gka.experiments import numerics
+from gka.experiments import conjugate, numerics
 from gka.experiments.ledger import Ledger, markdown_table, print_table
 
 
@@ -57,3 +57,22 @@ def test_tables_of_numerics_are_printed_and_kept(tmp_path: Path, capsys) -> None
     assert found["settings"] == {"seed": 0, "torch": torch.__version__}
     with pytest.raises(SystemExit, match="unknown table limits; there are bound, forms"):
         numerics.main(["limits"])
+
+
+def test_tables_of_conjugate_gradients_are_printed_and_kept(tmp_path: Path, capsys) -> None:
+    """At a small size: the error of cg stays within the target, and its gradients are closer to the exact
+    ones than those of 30 Chebyshev steps; sizes that make no sense are refused."""
+    small = ["--length", "70", "--dim", "16", "--heads", "1", "--output", str(tmp_path)]
+    conjugate.main(["steps", "gradients", *small])
+    page = (tmp_path / "conjugate.md").read_text()
+    assert page.strip() in capsys.readouterr().out
+    found = json.loads((tmp_path / "conjugate.json").read_text())["cells"]
+    for row in found["steps"]["rows"]:
+        assert float(row[5]) < 3.3e-4 and row[4] <= 39
+    for row in found["gradients"]["rows"][:6]:  # float64 and float32
+        exact, chebyshev, _, cg = (float(cell.split(" ")[0]) for cell in row[2:6])
+        assert exact < 1e-4 and cg < chebyshev
+    with pytest.raises(SystemExit, match="--heads must be positive; got 0"):
+        conjugate.main(["--heads", "0"])
+    with pytest.raises(SystemExit, match="unknown table bound; there are steps, gradients, cost"):
+        conjugate.main(["bound"])

@@ -310,15 +310,15 @@ def tolerance(dtype: torch.dtype, norm: float, change: float, count: int, call: 
     """What the error's 2-norm may be.
 
     The table's tolerance of the dtype, as for well conditioned answers; what rounding every number a few
-    times would do; the smallest numbers of the dtype; and, for the adaptive solver, whose steps are its
-    own, twice the error bound that it shares with num_iter steps.
+    times would do; the smallest numbers of the dtype; and, for solvers whose steps are their own, twice
+    the error bound that they share with num_iter steps.
     """
     info = torch.finfo(dtype)
     unit = torch.finfo(call.work).eps / 2
     relative = max(RELATIVE[dtype], RELATIVE[call.work])
     if call.backend == "triton" and call.problem.q.dtype != torch.float32:
         unit, relative = 2.0**-11, max(relative, RELATIVE[torch.float16])  # float16 operands
-    if call.settings.get("solver") == "adaptive":
+    if call.settings.get("solver") in ("adaptive", "cg"):
         bound = chebyshev_bound(call.settings["ridge_ratio"], call.settings["num_iter"])
         relative, unit = relative + 2 * bound, unit + 2 * bound
     smallest = max(info.smallest_normal, torch.finfo(call.work).smallest_normal)

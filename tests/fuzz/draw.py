@@ -221,10 +221,11 @@ def _settings(rng: random.Random, call: Call, triton: bool) -> dict[str, Any]:
     if call.op != "chunk_simple_gla":
         ridge_ratio = rng.choice((0.02,) * 6 + (0.005, 0.05, 0.3, 2.0))
         num_iter = rng.choice((0, 1, 2, 5, 12, 30, 30, 30, 30, 60, 120))
-        solver = "adaptive" if chance(rng, 0.25) else "chebyshev"
+        drawn = rng.random()
+        solver = "adaptive" if drawn < 0.2 else "cg" if drawn < 0.35 and not triton else "chebyshev"
         if (
-            solver == "adaptive"
-        ):  # whose steps differ within the error bound of num_iter: let it be small
+            solver != "chebyshev"
+        ):  # steps of its own, within num_iter's error bound: let it be small
             ridge_ratio, num_iter = max(ridge_ratio, 0.02), rng.choice((60, 90, 120))
         settings |= {"ridge_ratio": ridge_ratio, "num_iter": num_iter, "solver": solver}
     if call.op.startswith("chunk"):

@@ -85,7 +85,7 @@ NUMBERS: dict[str, list[Any]] = {
     "ridge_ratio": [0.0, -1.0, NAN, INF, "a", None, 1e300, 1e-300, True],
     "chunk_size": [0, -5, 1.5, None, "64", True, 10**12],
     "scale": [NAN, INF, "a", 1e300, True, [1.0]],
-    "solver": ["cg", None, 3, ""],
+    "solver": ["magic", None, 3, ""],
     "backend": ["cuda", None, 7, ""],
 }
 

@@ -14,7 +14,11 @@ from gka.layers import MIXERS, StateCache
 from gka.layers.recurrent_mixer import RecurrentMixer
 from tolerances import RELATIVE, assert_close
 
-KINDS = {**{name: (name, {}) for name in MIXERS}, "adaptive": ("gka", {"solver": "adaptive"})}
+KINDS = {
+    **{name: (name, {}) for name in MIXERS},
+    "adaptive": ("gka", {"solver": "adaptive"}),
+    "cg": ("gka", {"solver": "cg"}),
+}
 
 
 @pytest.fixture(autouse=True)

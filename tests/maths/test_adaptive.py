@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn.functional import normalize, silu
 
 from gka.maths.chunked import Chunks, Settings, Tokens
 from gka.maths.ridge import System
@@ -11,58 +9,10 @@ from gka.maths.solvers import Adaptive, Chebyshev
 from gka.maths.solvers.adaptive import Units, nystroem, steps, weights
 from gka.maths.solvers.chebyshev import chebyshev_bound, chebyshev_weights
 from gka.maths.solvers.exact import exact_solve
+from ridge_systems import KEYS, RATIO, STEPS, a_norm, formed, system
 from tolerances import assert_close
 
-KEYS = ("gaussian", "silu", "silu with mean", "clustered", "repeated", "low rank", "power law")
 DECAYS = (None, -1e-4, -1e-3, -1e-2, -1e-1, -1.0, -100.0)
-RATIO, STEPS = 0.02, 30
-
-
-def keys(kind: str, *shape: int) -> Tensor:
-    """Unit keys [..., T, H, K] of a family, float64."""
-    dim = shape[-1]
-    k = torch.randn(*shape, dtype=torch.float64)
-    if kind == "silu":
-        k = silu(k)
-    elif kind == "silu with mean":
-        k = silu(k + 1.0)
-    elif kind == "clustered":
-        centres = torch.randn(5, dim, dtype=torch.float64)
-        k = centres[torch.randint(5, shape[:-1])] + 0.1 * k
-    elif kind == "repeated":
-        k = k[:, :1].expand(shape)
-    elif kind == "low rank":
-        k = k[..., :3] @ torch.randn(3, dim, dtype=torch.float64)
-    elif kind == "power law":
-        k = silu(3.0 * k * torch.arange(1, dim + 1) ** -0.5)
-    return normalize(k, dim=-1)
-
-
-def system(
-    kind: str, decay: float | None, dtype: torch.dtype = torch.float64, dim: int = 24, seed: int = 0
-) -> tuple[System, Tensor]:
-    """Systems of 5 chunks of 16 tokens (the last not full), 4 heads on 2 keys, write gates and an
-    initial state; and H_t formed, float64 [M,H,C,K,K]."""
-    torch.manual_seed(seed)
-    k = keys(kind, 1, 76, 2, dim).to(dtype)
-    q = keys("gaussian", 1, 76, 4, dim).to(dtype)
-    root = torch.randn(1, 4, dim, dim, dtype=torch.float64)
-    h0 = (0.1 * root @ root.mT / dim).to(dtype)
-    gk = None if decay is None else torch.full((1, 76, 4), decay, dtype=dtype)
-    beta = (0.1 + 0.9 * torch.rand(1, 76, 4)).to(dtype)
-    tokens = Tokens(q, k, k, None, gk, None, beta, h0, None, None)
-    s = Chunks(tokens, Settings(1.0, RATIO, STEPS, 16, False, True)).system(slice(None))
-    return s, formed(s)
-
-
-def formed(s: System) -> Tensor:
-    k = s.k.double().repeat_interleave(s.h.shape[1] // s.k.shape[1], 1)
-    start = s.zeta.double()[..., None, None] * s.h.double().unsqueeze(2)
-    return start + torch.einsum("mhtj,mhjk,mhjl->mhtkl", s.weights.double(), k, k)
-
-
-def a_norm(e: Tensor, h: Tensor, lamb: Tensor) -> Tensor:
-    return (torch.einsum("...k,...kl,...l->...", e, h, e) + lamb * e.square().sum(-1)).sqrt()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -116,7 +66,7 @@ def test_error_is_within_the_plain_bound(kind, decay, num_iter):
     x = Adaptive(RATIO, num_iter).solve(s, q)
     error = a_norm(x - exact, h, RATIO * s.fro) / a_norm(exact, h, RATIO * s.fro)
     assert error.max() <= chebyshev_bound(RATIO, num_iter) + 1e-12
-    counts = Adaptive(RATIO, num_iter).steps(s)
+    counts = Adaptive(RATIO, num_iter).steps(s, q)
     assert counts.min() >= 0 and counts.max() <= num_iter
 
 
@@ -124,8 +74,8 @@ def test_error_is_within_the_plain_bound(kind, decay, num_iter):
 def test_operator_is_symmetric(kind):
     """<y, S x> = <S y, x> for the map S of the right-hand sides of a token to its solution."""
     s, h = system(kind, -1e-2)
-    assert Adaptive(RATIO, STEPS).steps(s).min() < STEPS or kind == "gaussian"
     q, y = torch.randn(2, *h.shape[:-1], dtype=torch.float64)
+    assert Adaptive(RATIO, STEPS).steps(s, q).min() < STEPS or kind == "gaussian"
     left = (y * Adaptive(RATIO, STEPS).solve(s, q)).sum(-1)
     right = (Adaptive(RATIO, STEPS).solve(s, y) * q).sum(-1)
     assert_close(left, right, 1e-12)
@@ -160,9 +110,10 @@ def test_plain_runs_where_nothing_is_saved():
     two = torch.zeros(1, 1, 16, 16, dtype=torch.float64)
     two[..., 0, 0] = two[..., 1, 1] = 1.0
     s = System.of_state(two)
-    assert Adaptive(RATIO, 2).steps(s).item() == 2
+    assert Adaptive(RATIO, 2).steps(s, q).item() == 2
     assert torch.equal(Adaptive(RATIO, 2).solve(s, q), Chebyshev(RATIO, 2).solve(s, q))
-    assert Adaptive(RATIO, 2).steps(System.of_state(two + 9 * two[..., :1] @ two[..., :1].mT)) < 2
+    one = System.of_state(two + 9 * two[..., :1] @ two[..., :1].mT)
+    assert Adaptive(RATIO, 2).steps(one, q) < 2
 
 
 @pytest.mark.parametrize("phi", [1e-9, 1e-3, 0.1, 0.7])

@@ -136,7 +136,7 @@ def test_softmax_heads_default_to_the_recurrent_ones():
         ({"mixers": "gka"}, "mixers: expected a list of str or None"),
         ({"hidden_act": "sillu"}, "no activation called 'sillu'"),
         ({"backend": "cuda"}, "backend: expected one of auto.*'cuda'"),
-        ({"solver": "cg"}, "solver: expected one of chebyshev, adaptive, got 'cg'"),
+        ({"solver": "magic"}, "solver: expected one of chebyshev, adaptive, cg, got 'magic'"),
         ({"model_type": "llama"}, "model_type: .*'llama'"),
         ({"num_hidden_layers": 1, "layer_types": ["full_attention"]}, "layer_types follows from"),
     ],

@@ -58,7 +58,7 @@ def test_settings_for_a_block(build: Build, ids: Callable[..., Tensor]):
         ({"ridge_ratio": float("nan")}, "ridge_ratio must be > 0"),
         (
             {"num_iter": 3, "solver": "magic"},
-            "solver must be one of chebyshev, adaptive; got 'magic'",
+            "solver must be one of chebyshev, adaptive, cg; got 'magic'",
         ),
     ],
 )

@@ -171,11 +171,13 @@ def test_unknown_solver_is_refused_by_name():
     """The error names the choices, in the op and in the layer."""
     p = silu_problem(3)
     for call in (
-        lambda: chunk_gka(p.q, p.k, p.v, solver="cg"),
-        lambda: fused_recurrent_gka(p.q, p.k, p.v, solver="cg"),
-        lambda: GatedKalmaNet(32, head_dim=8, num_heads=2, solver="cg"),
+        lambda: chunk_gka(p.q, p.k, p.v, solver="magic"),
+        lambda: fused_recurrent_gka(p.q, p.k, p.v, solver="magic"),
+        lambda: GatedKalmaNet(32, head_dim=8, num_heads=2, solver="magic"),
     ):
-        with pytest.raises(ValueError, match="solver must be one of chebyshev, adaptive; got 'cg'"):
+        with pytest.raises(
+            ValueError, match="solver must be one of chebyshev, adaptive, cg; got 'magic'"
+        ):
             call()
 
 

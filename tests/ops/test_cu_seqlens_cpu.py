@@ -71,7 +71,7 @@ def test_it_compiles_and_may_be_int32():
 def test_the_default_device_moves_nothing(op, lengths):
     """Under a default device of meta results, states and gradients of tensors on the CPU keep their bits."""
     problem = make_problem(70, (4, 2, 1), (8, 5), lengths=lengths)
-    for solver in ("chebyshev", "adaptive"):
+    for solver in ("chebyshev", "adaptive", "cg"):
 
         def everything(solver: SolverName = solver) -> list[torch.Tensor]:
             leaves = problem.leaves()

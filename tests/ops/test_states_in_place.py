@@ -179,7 +179,7 @@ BAD = {
     "a place given twice": ({"state_indices": torch.tensor([1, 1])}, None, "at most once"),
     "indices in floats": ({"state_indices": torch.tensor([0.0, 1.0])}, None, "int64 or int32"),
     "too few indices": ({"state_indices": torch.tensor([0])}, None, r"shape \[B\] = \[2\]"),
-    "an unknown solver": ({"solver": "cg"}, None, "solver must be"),
+    "an unknown solver": ({"solver": "magic"}, None, "solver must be"),
     "an unknown backend": ({"backend": "cuda"}, None, "backend must be one of"),
     "a backend without states in place": ({"backend": "reference"}, None, "no states in place"),
 }  # fmt: skip
@@ -279,6 +279,9 @@ def test_which_kernel_runs_can_be_asked() -> None:
     assert "in place" in (why_unavailable("reference", mode="step") or "")
     assert "Hopper" in (why_unavailable("hopper", mode="step") or "")
     assert why_unavailable("torch", dtype=torch.float64, solver="adaptive", mode="step") is None
+    assert why_unavailable("torch", solver="cg", mode="step") is None
+    for backend in ("triton", "hopper"):
+        assert "solver='cg'" in (why_unavailable(backend, solver="cg", mode="step") or "")
 
 
 @NO_TRITON

@@ -163,7 +163,7 @@ def test_a_compiled_transform_loses_no_gradient():
 
 
 @pytest.mark.parametrize("num_iter", [0, 3])
-@pytest.mark.parametrize("solver", ["chebyshev", "adaptive"])
+@pytest.mark.parametrize("solver", ["chebyshev", "adaptive", "cg"])
 def test_operators_keep_their_promises(num_iter, solver):
     """torch.library.opcheck: schemas, fake implementations and aliasing of gka::forward and ::backward."""
     p = make_problem(0, (4, 2, 1), (5, 3), decay="separate", lengths=[3, 0, 20])

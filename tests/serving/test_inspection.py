@@ -113,6 +113,18 @@ def test_adaptive_steps_are_those_of_the_op(build: Build, ids: Ids, length: int,
     assert len({tuple(row) for row in found}) <= -(-length // chunk_size)
 
 
+@pytest.mark.parametrize("length", [12, 100])
+def test_conjugate_gradients_are_counted_and_measured(build: Build, ids: Ids, length: int):
+    """With solver="cg" the steps differ by place, by queries too, none beyond what the theory needs; every
+    error is within the bound."""
+    model, tokens = build(num_iter=30, solver="cg"), ids(1, length)
+    layer = inspect_model(model, tokens, positions=length, chunk=length)["layers"][0]
+    found = torch.tensor(layer["curves"]["steps"])
+    assert layer["solver"] == "cg" and found.min() >= 1 and found.max() <= 39
+    assert len(found.unique()) > 1
+    assert max(e for row in layer["curves"]["error"] for e in row) <= layer["error_bound"] + 1e-5
+
+
 def test_the_model_computes_as_ever(build: Build, ids: Ids):
     """Being looked at changes no state and leaves nothing behind."""
     model, tokens = build(mixers=["gka", "attention"]), ids(1, 20)

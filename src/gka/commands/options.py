@@ -49,7 +49,7 @@ Chunk = Annotated[
 ]
 NumIter = Annotated[int | None, _of_model("Solver steps; 0 leaves the ridge out.")]
 RidgeRatio = Annotated[float | None, _of_model("a in lambda = a |H|.")]
-Solver = Annotated[str | None, _of_model("chebyshev, or adaptive: fewer steps, same bound.")]
+Solver = Annotated[str | None, _of_model("chebyshev; adaptive or cg: fewer steps, same bound.")]
 Device = Annotated[
     str | None, typer.Option(help="As in cpu or cuda:1.", show_default="cuda where there is one")
 ]

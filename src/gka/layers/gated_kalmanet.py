@@ -47,7 +47,7 @@ class GatedKalmaNet(RecurrentMixer):
         norm_eps: epsilon of the output norm.
         backend: of the ops and of what surrounds them: "auto", or one of `gka.ops.available_backends`;
             "torch" and "reference" run plain torch throughout.
-        solver: of the ops: "chebyshev", or "adaptive", fewer steps within the same error bound.
+        solver: of the ops: "chebyshev"; "adaptive" or "cg", fewer steps within the same error bound.
 
     Raises:
         ValueError: sizes or options that do not fit; the message names which.

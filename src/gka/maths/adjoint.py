@@ -1,6 +1,7 @@
 """The derivative of the chunk-wise map, stated once (paper: section 4.2.2 and appendix B).
 
-Solve: y_t = p_r(A_t) dx_t, the same operator, and with p_t = 2 a <x_t, y_t>
+Solve: y_t = p_r(A_t) dx_t, the same operator (solver "cg": A_t^-1 dx_t to the same certified error), and
+with p_t = 2 a <x_t, y_t>
     dL/dH_t = -1/2 (y_t x_t^T + x_t y_t^T) - (p_t / 2) (H_t / F_t),
 the last term through lambda_t = a F_t. H_t / F_t enters as `System.relative`: a faded history makes
 p_t / F_t ~ 1/F_t^3 overflow, where p_t (H_t / F_t) ~ 1/F_t^2 does not. Both moments then share one

@@ -180,7 +180,7 @@ def token_steps(tokens: Tokens, settings: Settings) -> Tensor:
     steps = torch.empty_like(chunks.decay_h.zeta, dtype=torch.int64)
     for rows in chunks.blocks():
         system = chunks.system(rows)
-        steps[rows] = settings.make_solver().steps(system).unsqueeze(-1)
+        steps[rows] = settings.make_solver().steps(system, chunks.q[rows]).unsqueeze(-1)
     return chunks.join(steps)
 
 

@@ -48,7 +48,7 @@ def set_solver(
         model: a `GKAModel` or `GKAForCausalLM`.
         num_iter: Chebyshev steps >= 0. None: as before.
         ridge_ratio: a > 0 in lambda_t = a |H_t|_F. None: as before.
-        solver: "chebyshev" or "adaptive". None: as before.
+        solver: "chebyshev", "adaptive" or "cg". None: as before.
 
     Raises:
         InputError: a value is out of range, the model has no GKA layer, or another thread is inside

@@ -18,7 +18,7 @@ from torch import Tensor
 from gka.maths.adjoint import Gradients, chunk_backward
 from gka.maths.chunked import Forward, Settings, Tokens, chunk_forward, token_steps
 from gka.maths.recurrent import States, advance_, recurrent_forward, step_
-from gka.maths.solvers import SOLVERS, SolverName
+from gka.maths.solvers import SolverName
 
 if TYPE_CHECKING:
     from gka.kernels.passes import Passes
@@ -48,7 +48,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Stepper:
-    """What a backend has for the ops that update states in place; all of them have every solver.
+    """What a backend has for the ops that update states in place, with the backend's solvers.
 
     Attributes:
         step: `maths.recurrent.step_` without x.
@@ -127,7 +127,7 @@ def _triton_refusal(call: Call) -> str | None:
     from gka.kernels import configs
 
     narrow = configs.widest_certificate(call.dtype == torch.float32, call.device)
-    if SOLVERS[call.solver].adaptive and call.dims[0] > narrow:
+    if call.solver == "adaptive" and call.dims[0] > narrow:
         return (
             f"its adaptive solver takes float32 keys up to {narrow} wide (a certificate of wider ones "
             f"outgrows the shared memory); got {call.dims[0]}."
@@ -249,8 +249,7 @@ HOPPER = _on_gpu("hopper", _hopper, _hopper_decode, _hopper_refusal, _hopper_ste
 
 _ran = threading.local()
 
-# In order of preference for backend="auto".
-_BACKENDS: dict[str, Backend] = {b.name: b for b in (HOPPER, TRITON, TORCH)}
+_BACKENDS: dict[str, Backend] = {b.name: b for b in (HOPPER, TRITON, TORCH)}  # as "auto" prefers
 
 
 def register_backend(backend: Backend, *, first: bool = False) -> None:
@@ -278,13 +277,14 @@ def known_backends() -> tuple[str, ...]:
 def _why_not(name: str, call: Call) -> str | None:
     if name == "auto":
         return None
-    if call.mode == "step":
-        stepper = None if name == "reference" else _BACKENDS[name].stepper
-        return "it updates no states in place." if stepper is None else stepper.refusal(call)
-    solvers = ("chebyshev",) if name == "reference" else _BACKENDS[name].solvers
+    backend = None if name == "reference" else _BACKENDS[name]
+    if call.mode == "step" and (backend is None or backend.stepper is None):
+        return "it updates no states in place."
+    solvers = ("chebyshev",) if backend is None else backend.solvers
     if call.solver not in solvers:
         return f"it has no solver={call.solver!r}, only {', '.join(solvers)}."
-    return None if name == "reference" else _BACKENDS[name].refusal(call)
+    at_work = backend.stepper if backend and call.mode == "step" else backend
+    return at_work.refusal(call) if at_work else None
 
 
 def check_known(name: str) -> None:

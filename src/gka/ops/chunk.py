@@ -67,7 +67,8 @@ def chunk_gka(
         alpha: mix gate [B,T,H]. None: 1, the ridge solution itself.
         scale: factor of the readout. None: K^-1/2.
         ridge_ratio: a in lambda_t = a |H_t|_F, 1e-9..1e9.
-        num_iter: Chebyshev steps r, 0..10000. 0 leaves the ridge out: gated linear attention.
+        num_iter: Chebyshev steps r, 0..10000; with another solver, those whose error bound it keeps.
+            0 leaves the ridge out: gated linear attention.
         initial_state: (h_kk [N,H,K,K], h_kv [N,H,K,V]) before the first token, float32 (float64 for
             float64 inputs); h_kk symmetric. N is B, or the number of packed sequences.
         output_final_state: return the states after the last token too.
@@ -78,7 +79,9 @@ def chunk_gka(
         chunk_size: tokens a chunk, 1..4096; a matter of speed and memory, not of the result (with
             solver="adaptive": not beyond the error bound of num_iter steps).
         solver: "chebyshev" takes num_iter steps; "adaptive" takes, per chunk and head, the fewest
-            whose proven error bound is that of num_iter steps (docs/numerics.md).
+            whose proven error bound is that of num_iter steps; "cg" takes conjugate-gradient steps
+            until each token's residual proves that bound (backend "torch" alone). docs/numerics.md
+            has the proofs.
         cu_seqlens_cpu: a copy of cu_seqlens on the CPU. With it the call does not wait for the device
             to read the lengths. It must hold the same values (GKA_DEBUG=1 checks that).
 

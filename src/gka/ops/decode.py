@@ -35,7 +35,8 @@ def fused_recurrent_gka_(
 ) -> Tensor:
     """`fused_recurrent_gka` of up to 64 tokens a sequence, with the states updated in place in one launch.
 
-    Not differentiable. It does not wait for the device and may be captured in a CUDA graph. For speculative
+    Not differentiable. Kernels do not wait for the device and may be captured in a CUDA graph; plain torch,
+    which alone has solver="cg", may wait. For speculative
     decoding, run the drafted tokens with commit=False and commit the accepted ones by `advance_states_`.
 
     Args:

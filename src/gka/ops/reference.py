@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gka.maths.chunked import Settings, Tokens
 from gka.maths.reference import ReferenceSolver, State, reference_sequence
+from gka.maths.solvers import SOLVERS, SolverName
 from gka.ops import checks
 from gka.ops.autograd import no_autocast
 from gka.ops.backends import Call, get_backend, resolve_backend
@@ -69,20 +70,25 @@ def solver_steps(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     *,
+    solver: str = "adaptive",
+    q: Tensor | None = None,
     beta: Tensor | None = None,
     num_heads: int | None = None,
     chunk_size: int = 64,
     value_dim: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Steps n <= num_iter that `chunk_gka(..., solver="adaptive")` takes at each token on that backend.
+    """Steps that `chunk_gka(..., solver=solver)` takes in each token's chunk on that backend.
 
-    They depend on H alone: on keys, write gates and the decay of H, not on queries or values.
+    Those of "adaptive", at most num_iter, depend on H alone: on keys, write gates and the decay of H. Those
+    of "cg" depend on the queries too, and are those of the chunk's slowest token.
 
     Args:
         k, gk, ridge_ratio, num_iter, cu_seqlens, beta, chunk_size: as in `chunk_gka`.
         initial_state: h_kk [N,H,K,K] alone.
-        num_heads: query heads H. None: as many as k has.
+        solver: "adaptive" or "cg".
+        q: queries [B,T,H,K], for "cg" alone.
+        num_heads: query heads H. None: as many as q has, or k without q.
         value_dim: V, by which backends are chosen. None: K.
         backend: whose certificate is asked, as in `chunk_gka`: backends differ in rounding and in the
             vector they certify along, and so may differ in steps. "reference" has none.
@@ -96,12 +102,10 @@ def solver_steps(
     checks.check_tensor("k", k)
     if k.dim() != 4:
         raise ValueError(f"k must have 4 dimensions [B, T, heads, dim]; got {list(k.shape)}.")
-    heads = k.shape[2] if num_heads is None else num_heads
-    if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1:
-        raise ValueError(f"num_heads must be a positive int; got {heads!r}.")
-    if k.shape[2] > 0 and heads % k.shape[2] != 0:
-        raise ValueError(f"num_heads must be a multiple of k's {k.shape[2]} heads; got {heads}.")
-    q = k.new_zeros(1, 1, 1, 1).expand(*k.shape[:2], heads, k.shape[3])
+    counted = _check_counted(solver, q)
+    heads = _query_heads(k, q, num_heads)
+    if q is None:
+        q = k.new_zeros(1, 1, 1, 1).expand(*k.shape[:2], heads, k.shape[3])
     dims = (k.shape[3], k.shape[3] if value_dim is None else value_dim)
     v = k.new_zeros(1, 1, 1, 1).expand(*k.shape[:3], dims[1])
     checks.check_inputs(q, k, v, gk=gk, beta=beta)
@@ -112,10 +116,36 @@ def solver_steps(
     if initial_state is not None:
         shape = (sequences, heads, k.shape[3], k.shape[3])
         checks.check_state("initial_state (h_kk)", initial_state, shape, q)
-    name = resolve_backend(backend, Call(k.device, k.dtype, "adaptive", dims, chunk_size))
+    name = resolve_backend(backend, Call(k.device, k.dtype, counted, dims, chunk_size))
     tokens = Tokens(q, k, v, None, gk, None, beta, initial_state, None, cu_seqlens)
-    settings = Settings(1.0, ridge_ratio, num_iter, chunk_size, False, True, "adaptive")
+    settings = Settings(1.0, ridge_ratio, num_iter, chunk_size, False, True, counted)
     if num_iter == 0:
         return torch.zeros(q.shape[:3], dtype=torch.int64, device=k.device)
     with no_autocast(k.device.type):
         return get_backend(name).steps(tokens, settings)
+
+
+def _check_counted(solver: str, q: Tensor | None) -> SolverName:
+    """A solver whose steps differ by chunk; queries come where they matter."""
+    known = checks.check_solver(solver)
+    if not SOLVERS[known].adaptive:
+        raise ValueError(f"solver must be adaptive or cg: {known} takes num_iter steps everywhere.")
+    if known == "cg" and q is None:
+        raise ValueError('q must be given with solver="cg", whose steps depend on the queries.')
+    if known != "cg" and q is not None:
+        raise ValueError(f"q must be None with solver={known!r}, whose steps do not depend on it.")
+    return known
+
+
+def _query_heads(k: Tensor, q: Tensor | None, num_heads: int | None) -> int:
+    if q is not None:
+        checks.check_tensor("q", q)
+    shared = k if q is None or q.dim() != 4 else q
+    heads = shared.shape[2] if num_heads is None else num_heads
+    if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1:
+        raise ValueError(f"num_heads must be a positive int; got {heads!r}.")
+    if k.shape[2] > 0 and heads % k.shape[2] != 0:
+        raise ValueError(f"num_heads must be a multiple of k's {k.shape[2]} heads; got {heads}.")
+    if q is not None and shared.shape[2] != heads:
+        raise ValueError(f"num_heads must be q's {shared.shape[2]} heads; got {heads}.")
+    return heads

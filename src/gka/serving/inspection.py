@@ -115,7 +115,7 @@ class _Watch:
         """Take in a piece of the text: q [1,T,H,K], k [1,T,Hk,K], gates [1,T,H]."""
         length = q.shape[1]
         heads = self.h.shape[1]
-        taken = self._steps(k, seen)
+        taken = self._steps(q, k, seen)
         k = k.double().repeat_interleave(heads // k.shape[2], 2)
         zeros = q.new_zeros(q.shape[:3], dtype=torch.float64)
         g = zeros if seen.g is None else seen.g.double()
@@ -136,7 +136,7 @@ class _Watch:
             begin = end
         self.read += length
 
-    def _steps(self, k: Tensor, seen: Gates) -> Tensor:
+    def _steps(self, q: Tensor, k: Tensor, seen: Gates) -> Tensor:
         """Steps of the piece's tokens [1,T,H] on the backend that runs it: by chunks, or token by token.
 
         Of single tokens the torch form's count: kernels that decode do not tell theirs.
@@ -148,7 +148,8 @@ class _Watch:
         state = self.h if k.dtype == torch.float64 else self.h.float()
         return solver_steps(
             k, seen.g if mixer.use_forgetting_gate_kk else None, mixer.ridge_ratio, mixer.num_iter,
-            state, beta=seen.beta, num_heads=heads, value_dim=mixer.head_v_dim,
+            state, solver=mixer.solver, beta=seen.beta, q=q if mixer.solver == "cg" else None,
+            num_heads=heads, value_dim=mixer.head_v_dim,
             chunk_size=1 if stepwise else 64, backend="torch" if stepwise else mixer.backend,
         )  # fmt: skip
 

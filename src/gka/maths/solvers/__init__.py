@@ -9,9 +9,10 @@ from torch import Tensor
 
 from gka.maths.ridge import System
 from gka.maths.solvers.adaptive import Adaptive
+from gka.maths.solvers.cg import ConjugateGradients
 from gka.maths.solvers.chebyshev import Chebyshev
 
-SolverName = Literal["chebyshev", "adaptive"]
+SolverName = Literal["chebyshev", "adaptive", "cg"]
 
 
 class Solver(Protocol):
@@ -20,21 +21,22 @@ class Solver(Protocol):
     adaptive: ClassVar[bool]
 
     def solve(self, system: System, q: Tensor) -> Tensor:
-        """x_t [M,H,C,K], a symmetric matrix times q_t, of some chunks; zero where the history is empty."""
+        """x_t [M,H,C,K] of some chunks; zero where the history is empty."""
         ...
 
     def solve_state(self, h: Tensor, q: Tensor) -> Tensor:
         """x [B,H,K] of states H [B,H,K,K] and q [B,H,K]."""
         ...
 
-    def steps(self, system: System) -> Tensor:
+    def steps(self, system: System, q: Tensor) -> Tensor:
         """Steps of each chunk and head, int64 [M,H]."""
         ...
 
 
-SOLVERS: dict[SolverName, type[Chebyshev] | type[Adaptive]] = {
+SOLVERS: dict[SolverName, type[Chebyshev] | type[Adaptive] | type[ConjugateGradients]] = {
     "chebyshev": Chebyshev,
     "adaptive": Adaptive,
+    "cg": ConjugateGradients,
 }
 
 

@@ -293,6 +293,6 @@ class Adaptive:
         iterate_(lambda d: d @ h, lamb, plan, q.clone(), x.clone(), x, taken)
         return x.squeeze(-2)
 
-    def steps(self, system: System) -> Tensor:
+    def steps(self, system: System, q: Tensor) -> Tensor:
         """n of each chunk and head, int64 [M,H]."""
         return steps(nystroem(system).phi.amax(-1).double(), self.ridge_ratio, self.num_iter)

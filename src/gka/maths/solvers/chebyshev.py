@@ -4,6 +4,7 @@ The eigenvalues of A_t = H_t + lambda_t I lie in [lambda_t, lambda_t + F_t] with
 so rho = (L - mu)/(L + mu) = 1/(1 + 2a) and the weights omega_i are the same for every token.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -30,6 +31,17 @@ def chebyshev_bound(ridge_ratio: float, num_iter: int) -> float:
     """
     root = ((1.0 + ridge_ratio) / ridge_ratio) ** 0.5
     return 2.0 * ((root - 1.0) / (root + 1.0)) ** (num_iter + 1)
+
+
+def convergence_rate(ridge_ratio: float) -> float:
+    """acosh(1 + 2a): what one step adds to the logarithm of 1/error."""
+    return 2.0 * math.asinh(ridge_ratio**0.5)
+
+
+def chebyshev_error(ridge_ratio: float, num_iter: int) -> float:
+    """1/T_{r+1}(1 + 2a), the largest |x_r - x*|_A / |x*|_A that the spectrum allows."""
+    decay = math.exp(-(num_iter + 1) * convergence_rate(ridge_ratio))
+    return 2.0 * decay / (1.0 + decay * decay)
 
 
 def chebyshev_solve(
@@ -158,7 +170,7 @@ class Chebyshev:
 
         return chebyshev_solve_(apply, q, fro, self.ridge_ratio, self.num_iter)
 
-    def steps(self, system: System) -> Tensor:
+    def steps(self, system: System, q: Tensor) -> Tensor:
         """Steps of each chunk and head, int64 [M,H]."""
         return system.h_norm_squared.new_full(
             system.h_norm_squared.shape, self.num_iter, dtype=torch.int64

@@ -1,0 +1,210 @@
+"""Conjugate gradients that stop where their own residual proves the error of num_iter Chebyshev steps.
+
+In A = A_t/F_t = H_t/F_t + a I, whose eigenvalues lie in [a, 1 + a], every row q = q_t takes steps
+    s = |r|^2/(d.A d),  x += s d,  r -= s A d,  d <- r + (|r|^2/|r before|^2) d,  at first x = 0, r = d = q
+(Hestenes and Stiefel, 1952) until its residual r proves |x - x*|_A <= target |x*|_A (docs/numerics.md):
+    |r|^2 / a <= target^2 x.(q + r),  target = 1/T_n(1 + 2a),  n = num_iter + 1.
+A row that is proven stands still, so it depends on no other row; a chunk's rows stop when the slowest is
+proven. Then r = q - A x is formed anew, and a row that fails with it goes on from there. The map q_t -> x_t
+is not linear: the gradient is that of the exact solution, by a solve with the same certificate.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.linalg import vecdot
+
+from gka.maths.ridge import Products, System, frobenius
+from gka.maths.solvers.chebyshev import chebyshev_error, chebyshev_solve_, convergence_rate
+
+# The updated residual must prove the target less this share, which leaves room for its drift.
+MARGIN = 31 / 32
+# Chunks that are done leave the work once they are this share of it: a copy costs a fifth of a step.
+LEAVE = 0.25
+# Size of q's largest entry at work: H_t d has room below the largest number, and |r|^2 above the smallest.
+ENTRY = 2.0**-10
+
+
+def rounding_floor(ridge_ratio: float, dtype: torch.dtype) -> float:
+    """8 kappa eps: the smallest error that a residual in this precision is taken to prove."""
+    return 8.0 * (1.0 + ridge_ratio) / ridge_ratio * torch.finfo(dtype).eps
+
+
+def most_steps(ridge_ratio: float, num_iter: int) -> int:
+    """The steps after which the certificate holds in exact arithmetic, whatever H_t and q_t are.
+
+    Smallest n with sinh(n b) >= kappa^1/2 / (MARGIN target), b = acosh(1 + 2a): 39 at the defaults.
+    """
+    rate = convergence_rate(ridge_ratio)
+    share = ((1.0 + ridge_ratio) / ridge_ratio) ** 0.5 / MARGIN
+    size = (num_iter + 1) * rate  # target = 1/cosh(size)
+    if size < 300.0:
+        return math.ceil(math.asinh(share * math.cosh(size)) / rate)
+    return math.ceil((size + math.log(share)) / rate)
+
+
+@dataclass
+class Rows:
+    """The iteration's arrays of U chunks: rows [U,G,C,K] and numbers [U,G,C], updated in place.
+
+    Attributes:
+        products: the map x -> (H_t/F_t) x.
+        ridge_ratio: a.
+        q: right-hand sides, zero where the history is empty, of largest entry ENTRY.
+        x, residual, d: the solution times F_t, r and d.
+        size: |r|^2.
+        energy: x.(q + r); between two looks at r the sum of the steps' s |r|^2, equal but for rounding.
+        done: rows that take no more steps.
+    """
+
+    products: Products
+    ridge_ratio: float
+    q: Tensor
+    x: Tensor
+    residual: Tensor
+    d: Tensor
+    size: Tensor
+    energy: Tensor
+    done: Tensor
+
+    @classmethod
+    def start(cls, products: Products, ridge_ratio: float, fro: Tensor, q: Tensor) -> "Rows":
+        """x = 0, of the map x -> H_t x and q."""
+        size, nothing = vecdot(q, q), torch.zeros_like(q)
+        weights = products.weights / fro.unsqueeze(-1)
+        relative = Products(products.k, products.h, products.zeta / fro, weights)
+        done = ~(size > 0.0)  # NaN too
+        return cls(
+            relative, ridge_ratio, q, nothing, q.clone(), q.clone(), size, nothing[..., 0], done
+        )
+
+    def take(self, units: Tensor) -> "Rows":
+        """A copy of some chunks."""
+        numbers = (self.size, self.energy, self.done)
+        parts = (self.q, self.x, self.residual, self.d, *numbers)
+        products = self.products.map(lambda y: y[units])
+        return Rows(products, self.ridge_ratio, *(y[units] for y in parts))
+
+    def apply(self, x: Tensor) -> Tensor:
+        """(A_t/F_t) x."""
+        return self.products(x).add_(x, alpha=self.ridge_ratio)
+
+    def proven(self, target: float) -> Tensor:
+        """|r|^2 / a <= target^2 x.(q + r); false where a number is not finite."""
+        return self.size <= self.ridge_ratio * target**2 * self.energy
+
+    def step_(self, target: float) -> None:
+        """One step of the rows that are not done; those with a proven target then are."""
+        a_d = self.apply(self.d)
+        length = (self.size / vecdot(self.d, a_d)).masked_fill_(self.done, 0.0)
+        self.energy = torch.addcmul(self.energy, length, self.size)
+        length = length.unsqueeze(-1)
+        self.x.addcmul_(length, self.d)
+        self.residual.addcmul_(length, a_d, value=-1.0)
+        before, self.size = self.size, vecdot(self.residual, self.residual)
+        self.done |= self.proven(target) | ~self.size.isfinite()
+        keep = (self.size / before).masked_fill_(self.done, 0.0).unsqueeze(-1)
+        self.d.mul_(keep).add_(self.residual)
+
+    def restart_(self, target: float) -> Tensor:
+        """r = q - A x and d = r. Rows whose target it does not prove go on; returns where it does."""
+        self.residual = self.q - self.apply(self.x)
+        self.d, self.size = self.residual.clone(), vecdot(self.residual, self.residual)
+        self.energy = vecdot(self.x, self.q) + vecdot(self.x, self.residual)
+        proven = self.proven(target)
+        self.done = proven | ~self.size.isfinite()
+        return proven
+
+
+def iterate_(rows: Rows, counts: Tensor, target: float, most: int) -> int:
+    """At most `most` steps until all rows are done; returns how many.
+
+    Args:
+        counts: int64 [U,G], to which the steps of each chunk and head are added.
+    """
+    units, part, taken = torch.arange(len(counts), device=counts.device), rows, 0
+    while taken < most:
+        working = ~part.done.all(-1)
+        left = working.any(-1)
+        remaining = int(left.sum())
+        if remaining == 0:
+            break
+        if remaining <= (1.0 - LEAVE) * len(units):
+            if part is not rows:
+                rows.x[units] = part.x
+            units, part, working = units[left], part.take(left), working[left]
+        counts[units] += working
+        part.step_(target)
+        taken += 1
+    if part is not rows:
+        rows.x[units] = part.x
+    return taken
+
+
+@dataclass(frozen=True)
+class ConjugateGradients:
+    """As many steps as prove the error of num_iter Chebyshev steps, a = ridge_ratio."""
+
+    adaptive: ClassVar[bool] = True
+    ridge_ratio: float
+    num_iter: int
+
+    def solve(self, system: System, q: Tensor) -> Tensor:
+        """x_t [M,H,C,K] of some chunks, zero where the history is empty."""
+        return self._solve_system(system, q)[0]
+
+    def solve_state(self, h: Tensor, q: Tensor) -> Tensor:
+        """x [B,H,K] of H [B,H,K,K] itself, chunks of one token."""
+        fro, empty = frobenius(h)
+        q = q.masked_fill(empty.unsqueeze(-1), 0.0).unsqueeze(-2)
+        nothing = h.new_zeros(h.shape[0], 1, 1, h.shape[-1])
+        zero = h.new_zeros(*h.shape[:2], 1, 1)
+        products = Products(nothing, h, torch.ones_like(zero[..., 0]), zero)
+        return self._solve(products, fro.unsqueeze(-1), q)[0].squeeze(-2)
+
+    def steps(self, system: System, q: Tensor) -> Tensor:
+        """Steps of each chunk and head, those of its slowest token, int64 [M,H]."""
+        return self._solve_system(system, q)[1]
+
+    def _solve_system(self, system: System, q: Tensor) -> tuple[Tensor, Tensor]:
+        """(x [M,H,C,K], steps [M,H]); a chunk's heads that share keys are one unit of work."""
+        q = q.masked_fill(system.empty.unsqueeze(-1), 0.0)
+        groups = (system.k.shape[1], -1)
+
+        def units(x: Tensor) -> Tensor:
+            return x.unflatten(1, groups).flatten(0, 1)
+
+        found = self._solve(system.products.map(units), units(system.fro), units(q))
+        x, counts = (y.unflatten(0, (len(q), groups[0])).flatten(1, 2) for y in found)
+        return x, counts
+
+    def _solve(self, products: Products, fro: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        """(x [U,G,C,K], steps [U,G]) of right-hand sides that are zero where the history is empty."""
+        a, dtype = self.ridge_ratio, q.dtype
+        target = chebyshev_error(a, self.num_iter)
+        stop = max(MARGIN * target, torch.finfo(dtype).eps / 4.0)
+        unit = q.abs().amax(-1, keepdim=True)
+        unit = unit.masked_fill(unit == 0.0, 1.0)
+        rows = Rows.start(products, a, fro, (q / unit).mul_(ENTRY))
+        counts = torch.zeros(q.shape[:2], dtype=torch.int64, device=q.device)
+        left = most_steps(a, self.num_iter)
+        while True:
+            left -= iterate_(rows, counts, stop, left)
+            proven = rows.restart_(max(target, rounding_floor(a, dtype)))
+            if left == 0 or bool(rows.done.all()):
+                break
+        x = rows.x.div_(ENTRY).div_(fro.unsqueeze(-1)).mul_(unit)
+        return self._finish(products, fro, q, x, counts, proven)
+
+    def _finish(
+        self, products: Products, fro: Tensor, q: Tensor, x: Tensor, counts: Tensor, proven: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Rows left unproven, by rounding or by numbers that are not finite, get num_iter Chebyshev steps."""
+        if bool(proven.all()):
+            return x, counts
+        plain = chebyshev_solve_(products, q, fro, self.ridge_ratio, self.num_iter)
+        counts += self.num_iter * ~proven.all(-1)
+        return x.where(proven.unsqueeze(-1), plain), counts
