@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from gka.ops import available_backends, backends, last_backend, why_unavailable
-from gka.ops.chunk import chunk_gka, fused_recurrent_gka
-from gka.ops.simple_gla import chunk_simple_gla
+from gka.ops.chunk import chunk_gka, chunk_simple_gla, fused_recurrent_gka
 from problems import make_problem
 
 OPS = [chunk_gka, fused_recurrent_gka, chunk_simple_gla]

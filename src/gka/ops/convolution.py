@@ -4,8 +4,8 @@ layer's cached step up to its memory, which updates their states in place."""
 import torch
 from torch import Tensor
 
-from gka.ops.autograd import keep_signature, operator
 from gka.ops.backends import current
+from gka.ops.dispatch import keep_signature, operator
 from gka.ops.surround import check_gates, check_shapes, refuse_second
 
 
