@@ -3,12 +3,13 @@
 Solve: y_t = p_r(A_t) dx_t, the same operator (solver "cg": A_t^-1 dx_t to the same certified error), and
 with p_t = 2 a <x_t, y_t>
     dL/dH_t = -1/2 (y_t x_t^T + x_t y_t^T) - (p_t / 2) (H_t / F_t),
-the last term through lambda_t = a F_t. H_t / F_t enters as `System.relative`: a faded history makes
-p_t / F_t ~ 1/F_t^3 overflow, where p_t (H_t / F_t) ~ 1/F_t^2 does not. Both moments then share one
-rule: with P_tj the part of <dL/dS_t, S_t> that the pair (j, t) contributes, and E the gradient of the
-state at the chunk's end,
+the last term through lambda_t = a F_t. H_t / F_t enters as `System.relative`: for a faded history
+p_t / F_t ~ 1/F_t^3 overflows, and p_t (H_t / F_t) ~ 1/F_t^2 does not.
+
+Both moments share one rule for dg. P_tj is the contribution of the pair (j, t) to <dL/dS_t, S_t>, and E
+the gradient of the state at the chunk's end:
     dg_i = sum over j < i <= t of P_tj  +  the chunk-start state's part for t >= i  +  E's part.
-Sums over rectangles j < i <= t, instead of differences of running sums, so nothing cancels.
+It sums over rectangles j < i <= t. Differences of running sums would cancel.
 """
 
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ def chunk_backward(
 
 
 class _Backward:
-    """One backward pass: states again, adjoint solves, reverse scans, then gradients block by block."""
+    """One backward pass: recompute the states, adjoint solves, reverse scans, gradients block by block."""
 
     def __init__(
         self,
@@ -112,11 +113,11 @@ class _Backward:
         return mix(q, self.x[rows], None if self.c.alpha is None else self.c.alpha[rows])
 
     def _ridge_products(self, x: Tensor, y: Tensor) -> Tensor:
-        """p_t = 2 a <x_t, y_t>, zero where the history is empty since x_t is, [M,H,C]."""
+        """p_t = 2 a <x_t, y_t> [M,H,C], zero where the history is empty because x_t is zero there."""
         return 2.0 * self.settings.ridge_ratio * (x * y).sum(-1)
 
     def _adjoint_solve(self, rows: slice, local_u: Tensor, local_h: Tensor | None) -> None:
-        """dz, dalpha, y, dq of a block, and what its chunks hand to the chunks before them."""
+        """dz, dalpha, y and dq of a block, and its chunks' terms of the reverse scans."""
         c, do = self.c, self.do[rows]
         q, k, zeta = c.q[rows], c.k[rows], c.decay_u[rows].zeta.unsqueeze(-1)
         local_u[rows] = (zeta * self._z(rows)).transpose(-1, -2) @ do
@@ -138,7 +139,7 @@ class _Backward:
         local_h[rows] = self._handed_back_h(system, x, y)
 
     def _handed_back_h(self, system: System, x: Tensor, y: Tensor) -> Tensor:
-        """sum_t zeta_t dL/dH_t [M,H,K,K]; its ridge part is a multiple of H_[c] plus a weighted K^T K."""
+        """sum_t zeta_t dL/dH_t [M,H,K,K]. Its ridge term is a multiple of H_[c] plus a weighted K^T K."""
         zeta, relative = system.zeta, system.relative
         zeta_p = zeta * self._ridge_products(x, y)
         outer = (zeta.unsqueeze(-1) * y).transpose(-1, -2) @ x
@@ -225,7 +226,7 @@ class _Backward:
         )
 
     def _dk_ridge(self, system: System, p: Tensor) -> Tensor:
-        """beta_j^2 sum_t M_jt (p_t / F_t) H_t k_j: a multiple of H_[c] k_j and a full mask over the keys."""
+        """beta_j^2 sum_t M_jt (p_t / F_t) H_t k_j: a multiple of H_[c] k_j and a full C x C mask of keys."""
         weights, k, relative = system.weights, system.k, system.relative
         full = weights.transpose(-1, -2) @ (p.unsqueeze(-1) * relative.of_keys)
         of_keys = group_sum(full, k.shape[1]) * (k @ relative.k.transpose(-1, -2))
@@ -266,17 +267,19 @@ def _row_dots(shared: Tensor, b: Tensor) -> Tensor:
 def _decay_gradient(
     pairs: Tensor, ends: Tensor, start: Tensor, whole: Tensor, beta2: Tensor
 ) -> Tensor:
-    """dg_i [M,H,C], see the head of this file.
+    """dg_i [M,H,C] by the rule in the module's docstring.
 
     Args:
-        pairs: P_tj / beta_j^2 [M,H,C,C]. ends: E's part of each j, / beta_j^2, [M,H,C].
-        start: the chunk-start state's part of each t [M,H,C]. whole: that state's part in E [M,H].
+        pairs: P_tj / beta_j^2 [M,H,C,C].
+        ends: E's part for each j, over beta_j^2 [M,H,C].
+        start: the chunk-start state's part for each t [M,H,C].
+        whole: the chunk-start state's part in E [M,H].
         beta2: beta_j^2 [M,H,C].
     """
     after = (
         (pairs * beta2.unsqueeze(-2)).flip(-2).cumsum(-2).flip(-2)
     )  # sum over t >= i, for each j
     rectangles = after.tril(-1).sum(-1)  # row i: over j < i
-    # summed up to the one before: a sum less its last term would keep that term's rounding
+    # An exclusive sum: subtracting term i from the inclusive one would leave the rounding of term i.
     before_end = pad((ends * beta2)[..., :-1].cumsum(-1), (1, 0))
     return rectangles + before_end + start.flip(-1).cumsum(-1).flip(-1) + whole.unsqueeze(-1)

@@ -18,8 +18,8 @@ from gka.maths.readout import mix, readout
 from gka.maths.ridge import System
 from gka.maths.solvers import SOLVERS, Solver, SolverName, make_solver
 
-# Chunks whose [C, K] arrays are worked on together: the solve reads a few such arrays again and
-# again, so on a CPU they should stay in its cache; elsewhere the limit only bounds scratch memory.
+# Elements of the [C, K] arrays in one block of chunks. The solve reads a few such arrays at every step,
+# so on a CPU they should fit its cache; elsewhere the limit only bounds scratch memory.
 BLOCK_ELEMENTS = {"cpu": 1 << 17}
 BLOCK_ELEMENTS_ELSEWHERE = 1 << 26
 
@@ -34,8 +34,8 @@ class Settings:
         num_iter: Chebyshev steps r; 0 leaves the ridge out (x_t = q_t).
         chunk_size: C.
         tied: H decays with g (gk is not given then).
-        with_h: form H also where no solve needs it (its final state is wanted).
-        solver: r steps for all, or per chunk the fewest with the same error bound (`adaptive`).
+        with_h: form H even if no solve needs it, for its final state.
+        solver: a name of `gka.maths.solvers`.
     """
 
     scale: float
@@ -47,19 +47,19 @@ class Settings:
     solver: SolverName = "chebyshev"
 
     def make_solver(self) -> Solver:
-        """The solver with its numbers."""
+        """The solver of these settings."""
         return make_solver(self.solver, self.ridge_ratio, self.num_iter)
 
     @property
     def adaptive(self) -> bool:
-        """Whether steps are counted by chunk and head."""
+        """Whether the number of steps differs by chunk and head."""
         return SOLVERS[self.solver].adaptive
 
 
 class Tokens(NamedTuple):
-    """What comes in: q [B,T,H,K], k [B,T,Hk,K], v [B,T,Hv,V], gates [B,T,H] or None, states or None.
+    """Inputs: q [B,T,H,K], k [B,T,Hk,K], v [B,T,Hv,V], gates [B,T,H] or None, states or None.
 
-    cu_seqlens [N+1] bounds packed sequences; with its CPU copy nothing is read back from the device.
+    cu_seqlens [N+1] holds the bounds of packed sequences. Its CPU copy saves a read from the device.
     """
 
     q: Tensor
@@ -76,7 +76,7 @@ class Tokens(NamedTuple):
 
     @property
     def inputs(self) -> tuple[Tensor | None, ...]:
-        """Heads, gates and states."""
+        """Heads, gates and states, in the fields' order."""
         return self.q, self.k, self.v, self.g, self.gk, self.alpha, self.beta, self.h0, self.u0
 
     @property
@@ -85,7 +85,7 @@ class Tokens(NamedTuple):
 
 
 class Chunks:
-    """The inputs cut into chunks, heads before tokens, in the working precision; moments beside them."""
+    """The inputs cut into chunks [M,H,C,...] in the working precision, and their moments."""
 
     def __init__(self, tokens: Tokens, settings: Settings) -> None:
         batch, length, self.heads, self.head_dim = tokens.q.shape
@@ -113,7 +113,7 @@ class Chunks:
         return self.layout.join(x.transpose(1, 2))
 
     def beta_squared(self, decay: Decay) -> Tensor:
-        """beta_j^2, the weight with which the write gate enters both moments, [M,H,C]."""
+        """beta_j^2 [M,H,C], the write gate's weight in both moments."""
         return torch.ones_like(decay.to_end) if self.beta is None else self.beta.square()
 
     def states(self, decay: Decay, values: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -150,7 +150,7 @@ class Chunks:
         return mask if self.beta is None else mask * self.beta[rows].square().unsqueeze(-2)
 
     def blocks(self) -> list[slice]:
-        """The chunks in slices that are worked on together."""
+        """Slices of chunks that are computed together."""
         limit = BLOCK_ELEMENTS.get(self.q.device.type, BLOCK_ELEMENTS_ELSEWHERE)
         per_chunk = self.heads * self.settings.chunk_size * max(self.head_dim, self.v.shape[-1])
         return list(self.layout.blocks(max(1, limit // per_chunk)))
@@ -158,13 +158,13 @@ class Chunks:
 
 @dataclass(frozen=True)
 class Forward:
-    """What a forward pass leaves.
+    """Results of a forward pass.
 
     Attributes:
         o: [B,T,H,V].
         x: the solutions [B,T,H,K], None without a solve.
         h, u: final states; h is None unless it is formed.
-        x_scale: what the rows of x are divided by [B,T,H]; None where they are not.
+        x_scale: divisor of each row of x [B,T,H]; None if x is unscaled.
     """
 
     o: Tensor
@@ -185,7 +185,7 @@ def token_steps(tokens: Tokens, settings: Settings) -> Tensor:
 
 
 def chunk_forward(tokens: Tokens, settings: Settings) -> Forward:
-    """The map of `reference`, chunk-wise. Not differentiable: its derivative is `adjoint`."""
+    """The map of `reference`, chunk by chunk. Not differentiable by autograd; `adjoint` has its gradients."""
     tokens, reach = take_out(tokens, settings.tied)
     chunks = Chunks(tokens, settings)
     solve = settings.num_iter > 0

@@ -1,9 +1,9 @@
-"""The gated delta rule, the memory that DeltaNet and Gated DeltaNet write to, token by token and by chunks.
+"""The gated delta rule, the memory of DeltaNet and Gated DeltaNet, token by token and by chunks.
 
     S_t = gamma_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,      o_t = scale S_t^T q_t
 
-(Yang et al., arXiv 2406.06484 and 2412.06464.) It is one gradient step on |S^T k_t - v_t|^2 per token,
-where Gated KalmaNet solves the least-squares problem of the whole past. With the write u_t,
+(Yang et al., arXiv 2406.06484 and 2412.06464). It takes one gradient step on |S^T k_t - v_t|^2 per token;
+Gated KalmaNet solves the least-squares problem of the whole past. With the write u_t,
 
     S_t = gamma_t S_{t-1} + k_t u_t^T,      u_t = beta_t (v_t - gamma_t S_{t-1}^T k_t),
 
@@ -11,8 +11,8 @@ the writes of a chunk that starts from S_[c] solve one unit lower triangular sys
 
     (I + diag(beta) tril(K K^T o M, -1)) U = diag(beta) (V - diag(zeta) K S_[c]).
 
-Its inverse does not depend on S_[c], so only two products per chunk are left to the serial scan.
-M and zeta are the decays of `moments.Decay`; here autograd differentiates them.
+Its inverse does not depend on S_[c], so the serial scan needs only two products per chunk.
+M and zeta are the decays of `moments.Decay`, in a form that autograd differentiates accurately.
 """
 
 import torch
@@ -33,7 +33,7 @@ def delta_rule_sequence(
     *,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Token by token: the definition, and the form for decoding. All heads alike.
+    """Token by token: the definition, and the form for decoding. q, k and v have the same heads.
 
     Args:
         q, k: [B,T,H,K]. v: [B,T,H,V].
@@ -68,7 +68,7 @@ def delta_rule_chunks(
     scale: float,
     layout: ChunkLayout,
 ) -> tuple[Tensor, Tensor]:
-    """Chunk by chunk, differentiable by autograd; every argument has the dtype to compute in.
+    """Chunk by chunk, differentiable by autograd, computed in the arguments' common dtype.
 
     Args:
         q: [B,T,H,K]. k: [B,T,Hk,K]. v: [B,T,Hv,V], Hk and Hv dividing H.
@@ -101,8 +101,8 @@ def _decays(g: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """M [M,H,C,C] and zeta [M,H,C] of `moments.Decay`, in `dtype`, from log decays g [M,H,C].
 
     Every entry's log decay is a sum over the tokens between, so that dg_i sums the rectangle j < i <= t.
-    The derivative of cumulative differences would take two sums apart that are nearly equal (g = -100:
-    all of dg was their rounding).
+    Differentiating cumulative differences would subtract two nearly equal sums; at g = -100 all of dg
+    was their rounding.
     """
     g = g.double().clamp_min(reset_floor(dtype))
     future = torch.ones(g.shape[-1], g.shape[-1], dtype=torch.bool, device=g.device).triu(1)
@@ -122,14 +122,14 @@ def _scan_writes(
         own: [M,H,C,V]. seen: [M,H,C,K]. to_end: [M,H,K,C]. whole: [M,H]. state: [N,H,K,V].
 
     Returns:
-        U of every chunk [M,H,C,V], S as each chunk finds it [M,H,K,V], S after the last [N,H,K,V].
+        U of every chunk [M,H,C,V], S at each chunk's start [M,H,K,V], S after the last chunk [N,H,K,V].
     """
     chunks = torch.arange(layout.num_chunks, device=own.device)
     steps = [(who, chunks[rows]) for who, rows in layout.steps(own.device)]
     order = torch.cat([rows for _, rows in steps])
     sizes = [len(rows) for _, rows in steps]
-    # One gather and one split, whose derivative is one concatenation: slicing at each step would
-    # give every step a gradient as large as the whole sequence.
+    # One gather and one split: their derivative is one concatenation. Slicing at each step would
+    # allocate a gradient of the whole sequence per step.
     parts = zip(*(x[order].split(sizes) for x in (own, seen, to_end, whole)), strict=True)
     writes, finds = [], []
     for (who, _), (own_c, seen_c, to_end_c, whole_c) in zip(steps, parts, strict=True):

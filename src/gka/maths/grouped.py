@@ -1,14 +1,14 @@
 """Products between H query heads and fewer shared heads, without repeating the shared ones in memory.
 
-Consecutive heads share: head h uses shared head h // (H / Hk). Sharing is folding: the rows of the
-heads of a group are stacked into one taller matrix, which is a view.
+Consecutive heads share: head h uses shared head h // (H / Hk). The rows of a group's heads are stacked
+into one taller matrix, which is a view.
 """
 
 from torch import Tensor
 
 
 def shared_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a_h b_(shared head of h): [M,H,R,X] x [M,Hk,X,Y] -> [M,H,R,Y]."""
+    """a_h times b of h's shared head: [M,H,R,X] x [M,Hk,X,Y] -> [M,H,R,Y]."""
     m, heads, rows, x = a.shape
     shared = b.shape[1]
     if shared == heads:
@@ -18,7 +18,7 @@ def shared_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def group_sum_matmul(a: Tensor, b: Tensor, shared: int) -> Tensor:
-    """Sum over the heads of a group of a_h^T b_h: [M,H,R,X] x [M,H,R,Y] -> [M,Hk,X,Y]."""
+    """Sum of a_h^T b_h over the heads of each group: [M,H,R,X] x [M,H,R,Y] -> [M,Hk,X,Y]."""
     m, heads, rows, _ = a.shape
     stacked = heads // shared * rows
     a = a.reshape(m, shared, stacked, a.shape[-1])
@@ -33,7 +33,7 @@ def group_sum(a: Tensor, shared: int) -> Tensor:
 
 
 def weight_shared(weights: Tensor, b: Tensor) -> Tensor:
-    """w_h o b_(shared head of h), rows scaled: [M,H,C] x [M,Hk,C,X] -> [M,H,C,X]."""
+    """Rows of b of h's shared head scaled by w_h: [M,H,C] x [M,Hk,C,X] -> [M,H,C,X]."""
     shared = b.shape[1]
     grouped = weights.unflatten(1, (shared, weights.shape[1] // shared))
     return (grouped.unsqueeze(-1) * b.unsqueeze(2)).flatten(1, 2)

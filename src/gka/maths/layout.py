@@ -14,8 +14,8 @@ Rows = slice | Tensor
 class ChunkLayout:
     """Which chunks belong to which sequence: sequence n owns chunks offsets[n] .. offsets[n+1] - 1.
 
-    A sequence's last chunk is filled up with zeros (no key, no value, log decay 0), which leave
-    every state as it is. An empty sequence owns no chunk.
+    A sequence's last chunk is padded with zeros (no key, no value, log decay 0), which change no state.
+    An empty sequence owns no chunk.
 
     Attributes:
         chunk_size: C.
@@ -37,7 +37,7 @@ class ChunkLayout:
 
     @property
     def num_chunks(self) -> int:
-        """M, over all sequences."""
+        """M, the chunks of all sequences."""
         return self.offsets[-1]
 
     @property
@@ -76,7 +76,7 @@ class ChunkLayout:
         for i in reversed(order) if reverse else order:
             alive = [n for n, count in enumerate(counts) if count > i]
             rows = [self.offsets[n] + i for n in alive]
-            # a copy that is not non-blocking would make the host wait for the device
+            # A blocking copy would make the host wait for the device.
             both = torch.tensor([alive, rows], device="cpu").to(device, non_blocking=True)
             yield both[0], both[1]
 
@@ -93,9 +93,9 @@ def chunk_layout(
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
 ) -> ChunkLayout:
-    """The layout of B sequences of T tokens, or of the packed sequences that cu_seqlens [N+1] bounds.
+    """The layout of B sequences of T tokens, or of packed sequences with the bounds cu_seqlens [N+1].
 
-    Given its CPU copy, cu_seqlens is not read, and the host does not wait for its device.
+    With cu_seqlens_cpu, its CPU copy, the host does not wait for the device.
     """
     if cu_seqlens is None:
         per_sequence = -(-length // chunk_size)

@@ -14,10 +14,10 @@ from gka.maths.layout import ChunkLayout
 
 
 def reset_floor(dtype: torch.dtype) -> float:
-    """The log decay that stands for all below it: a power of two whose exp is 0 in `dtype`.
+    """The log decay to which all below are raised: a power of two whose exp is 0 in `dtype`.
 
-    A decay of 0 is a hard reset. Summed as it is, -inf would give inf - inf between tokens behind
-    it, and -1e18 would swallow what is added to it; 64 of these floors sum to 8192 (float32).
+    A decay of 0 is a hard reset. In cumulative sums -inf would give inf - inf between later tokens, and
+    -1e18 would absorb what is added to it. 64 of these floors sum to 8192 (float32).
     """
     return -1024.0 if dtype == torch.float64 else -128.0
 
@@ -26,11 +26,11 @@ def reset_floor(dtype: torch.dtype) -> float:
 class Decay:
     """Decays inside chunks, from differences of the cumulative log decay, never from quotients.
 
-    Sums and differences are float64: the difference of two large sums is then as accurate as that
-    of two small ones, and only the exponential is rounded to the working precision.
+    Sums and differences are float64, so that the difference of two large sums is accurate. Only the
+    exponential is rounded to the working precision.
 
     Attributes:
-        cumulative: log decay from the chunk's start to t, t's own included, float64 [M,H,C].
+        cumulative: log decay from the chunk's start to t, g_t included, float64 [M,H,C].
         dtype: working precision of the decays.
     """
 
@@ -39,7 +39,7 @@ class Decay:
 
     @classmethod
     def of(cls, g: Tensor | None, like: Tensor) -> "Decay":
-        """Of log decays g [M,H,C]; no decay (all ones) for None. `like` [M,H,C,...] sets the dtype."""
+        """The decay of log decays g [M,H,C]; None means no decay. `like` [M,H,C,...] sets the dtype."""
         if g is None:
             g = like.new_zeros(like.shape[:3])
         return cls(g.double().clamp_min(reset_floor(like.dtype)).cumsum(-1), like.dtype)
@@ -88,7 +88,8 @@ def scan(
         boundary: S before the first (reverse: the last) chunk, [N,H,K,V].
 
     Returns:
-        S as each chunk finds it [M,H,K,V], and S after the last (reverse: the first) chunk [N,H,K,V].
+        S before each chunk (reverse: after it) [M,H,K,V]; S after the last (reverse: before the first)
+        chunk [N,H,K,V].
     """
     state = boundary.clone()
     for sequences, rows in layout.steps(local.device, reverse):
@@ -100,14 +101,15 @@ def scan(
 
 
 def after(earlier: Tensor, later: Tensor, log_decay: Tensor | None) -> Tensor:
-    """The moment [N,H,K,V] of two texts that were read apart, one after the other (paper: section 4).
+    """The moment [N,H,K,V] of the text A B, from those of A and B read separately (paper: section 4).
 
-    Unrolled from zero over the tokens of B, S_t = gamma_t S_{t-1} + k_t v_t^T gives
-    S(B) = sum_j M_jT k_j v_j^T. From another start S(A) the same tokens add S(B) to what is left of it:
+    From a zero state, S_t = gamma_t S_{t-1} + k_t v_t^T over the tokens of B gives
+    S(B) = sum_j M_jT k_j v_j^T. From the state S(A) the same tokens give
     S(A B) = exp(g_1 + ... + g_T) S(A) + S(B).
 
     Args:
-        log_decay: the later text's total [N,H]; None: none.
+        earlier, later: S(A) and S(B).
+        log_decay: g_1 + ... + g_T over B [N,H]; None for no decay.
     """
     if log_decay is None:
         return earlier + later

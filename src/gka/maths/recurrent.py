@@ -1,6 +1,6 @@
-"""The map token by token without autograd: what decoding runs on a device without its own kernel.
+"""The map token by token without autograd, for decoding on a device without its own kernel.
 
-The states are updated in place, wherever they lie: those of a call, or places of a pool.
+States are updated in place: a call's own, or places of a pool.
 """
 
 import itertools
@@ -20,8 +20,8 @@ class States:
 
     Attributes:
         h: H [P,H,K,K]; None where it is not formed.
-        u: U [P,H,K,V], in the working precision, or bfloat16 beside float32 work.
-        indices: place of each sequence in the pool [B], -1 for none; None: sequence b has place b.
+        u: U [P,H,K,V], in the working precision, or bfloat16 if that is float32.
+        indices: place of each sequence in the pool [B], -1 for no place; None: sequence b has place b.
     """
 
     h: Tensor | None
@@ -29,7 +29,7 @@ class States:
     indices: Tensor | None = None
 
     def rows(self, batch: int) -> Iterator[tuple[slice, slice]]:
-        """(sequences, their places): all at once, or one by one where a pool is given."""
+        """(sequences, their places): all at once, or one by one if they lie in a pool."""
         if self.indices is None:
             yield slice(0, batch), slice(0, batch)
             return
@@ -46,7 +46,7 @@ def recurrent_forward(tokens: Tokens, settings: Settings) -> Forward:
 
 
 def fresh_states(tokens: Tokens, settings: Settings) -> States:
-    """A call's own states to be updated, as its initial states say."""
+    """New states for a call: copies of its initial states, or zeros."""
     batch, _, heads, dim = tokens.q.shape
     count = batch if tokens.cu_seqlens is None else tokens.cu_seqlens.shape[0] - 1
 
@@ -60,7 +60,7 @@ def fresh_states(tokens: Tokens, settings: Settings) -> States:
 
 
 def fresh_x(tokens: Tokens, settings: Settings) -> Tensor | None:
-    """Room for the solutions [B,T,H,K], if there are any."""
+    """Uninitialised memory for the solutions [B,T,H,K]; None without a solve."""
     shape = tokens.q.shape
     return tokens.q.new_empty(shape, dtype=tokens.work_dtype) if settings.num_iter > 0 else None
 
@@ -68,9 +68,9 @@ def fresh_x(tokens: Tokens, settings: Settings) -> Tensor | None:
 def step_(
     tokens: Tokens, settings: Settings, states: States, commit: bool = True, x: Tensor | None = None
 ) -> Tensor:
-    """o [B,T,H,V] of a few tokens from `states`, which are updated in place if `commit`.
+    """o [B,T,H,V] of a few tokens after `states`, which are updated in place if `commit`.
 
-    Sequences without a place in the pool give zeros. x [B,T,H,K] receives the solutions if given.
+    Sequences without a place in the pool give zeros. x [B,T,H,K], if given, receives the solutions.
     """
     q, bounds = tokens.q, _bounds(tokens)
     o = q.new_zeros(*q.shape[:3], tokens.v.shape[-1])
@@ -101,13 +101,13 @@ def _bounds(tokens: Tokens) -> list[int] | None:
 
 
 def _packed(bounds: list[int], states: States) -> Iterator[tuple[slice, slice]]:
-    """Packed sequences one by one: each is a `row` of its own."""
+    """(packed sequence, its place), one by one."""
     one_by_one = replace(states, indices=torch.arange(len(bounds) - 1, device="cpu"))
     return one_by_one.rows(len(bounds) - 1)
 
 
 def _cut(x: Tensor, rows: slice, bounds: list[int] | None) -> Tensor:
-    """Some sequences of [B,T,...], or one of packed ones as a batch of one."""
+    """The sequences `rows` of [B,T,...]; of packed ones, a single sequence as a batch of one."""
     return x[rows] if bounds is None else x[:, bounds[rows.start] : bounds[rows.start + 1]]
 
 
@@ -123,7 +123,7 @@ def _slice(tokens: Tokens, rows: slice, bounds: list[int] | None) -> Tokens:
 def _working(
     states: States, places: slice, dtype: torch.dtype, commit: bool = True
 ) -> tuple[Tensor | None, Tensor]:
-    """H and U to work on: the states' own memory where it may be changed and has the dtype."""
+    """H and U to update: the states' own memory if it may be changed and has the dtype, else a copy."""
     h = None if states.h is None else states.h[places]
     u = states.u[places]
     if not commit:
@@ -132,7 +132,7 @@ def _working(
 
 
 def _commit(states: States, places: slice, h: Tensor | None, u: Tensor) -> None:
-    """Round U back where it was widened; all else is in place."""
+    """Copy U back if it was widened; everything else was updated in place."""
     if u.dtype != states.u.dtype:
         states.u[places].copy_(u)
 
@@ -140,7 +140,7 @@ def _commit(states: States, places: slice, h: Tensor | None, u: Tensor) -> None:
 def _updates(
     tokens: Tokens, settings: Settings, h: Tensor | None, u: Tensor
 ) -> Iterator[tuple[int, Tensor | None]]:
-    """(t, H_t) token by token, h and u updated in place: decay and update."""
+    """Yield (t, H_t) after h and u have decayed and received token t, in place."""
     dtype, heads = tokens.work_dtype, tokens.q.shape[2]
     gamma_u = None if tokens.g is None else tokens.g.to(dtype).exp()[..., None, None]
     gamma_h = gamma_u
@@ -149,7 +149,7 @@ def _updates(
     beta = None if tokens.beta is None else tokens.beta.to(dtype).unsqueeze(-1)
 
     def head_by_head(x: Tensor, t: int) -> Tensor:
-        """Token t of shared heads, gated: [B,H,D]."""
+        """Token t of shared heads, times the write gate, for every query head: [B,H,D]."""
         shared = x[:, t].to(dtype).unsqueeze(2)
         each = shared.expand(-1, -1, heads // x.shape[2], -1).flatten(1, 2)
         return each if beta is None else each * beta[:, t]
@@ -170,7 +170,7 @@ def _sequence(
     commit: bool,
     x: Tensor | None,
 ) -> Tensor:
-    """Equally long sequences [B,T,...] at neighbouring places. Returns o in the working precision."""
+    """o, in the working precision, of equally long sequences [B,T,...] at consecutive places."""
     dtype = tokens.work_dtype
     h, u = _working(states, places, dtype, commit)
     q = tokens.q.to(dtype)

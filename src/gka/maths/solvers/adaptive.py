@@ -1,14 +1,14 @@
-"""The adaptive solver: per chunk the fewest steps whose proven error is that of num_iter plain ones.
+"""The adaptive solver: per chunk the fewest steps with the proven error bound of num_iter plain steps.
 
-With one unit vector v for a chunk, N_t is the rank-one Nystroem part of H_t and phi_t a bound of the rest:
+With one unit vector v per chunk, N_t is the rank-one Nystroem part of H_t and phi_t F_t bounds the rest:
     u_t = H_t v,  theta_t = v^T u_t,  N_t = u_t u_t^T / theta_t <= H_t,
     R_t = H_t - N_t >= 0,  |R_t|_2 <= phi_t F_t,  P_t = lambda_t I + N_t <= A_t
-(proofs: docs/numerics.md). All is relative to |H_[c]|, |k_j| and F_t: no size of H_t leaves the range of the
-precision. The eigenvalues of P_t^-1 A_t lie in [1, kappa] for all tokens of a chunk,
+(proofs: docs/numerics.md). All quantities are relative to |H_[c]|, |k_j| and F_t, so that no size of H_t
+overflows or underflows. The eigenvalues of P_t^-1 A_t lie in [1, kappa] for all tokens of a chunk:
     kappa = 1 + phi/a <= (1 + a)/a,  phi = max_t phi_t,
     n = ceil((r + 1) acosh(1 + 2a)/acosh(1 + 2a/phi)) - 1 steps,
 or r plain steps (N_t = 0, phi = 1) where n > 5r/6. Chebyshev iteration on P_t^-1 A_t is the residual
-form with P_t^-1 r_t in r_t's place. The map q_t -> x_t stays linear and symmetric, p(P^-1 A) P^-1,
+form with P_t^-1 r_t in place of r_t. The map q_t -> x_t stays linear and symmetric, p(P^-1 A) P^-1,
 so the adjoint solve is the same solve.
 """
 
@@ -25,21 +25,21 @@ from gka.maths.grouped import shared_matmul
 from gka.maths.ridge import Products, Relative, System
 from gka.maths.solvers.chebyshev import chebyshev_solve_, iterate_
 
-# theta_t is taken larger by this much of F_t: where v misses H_t, u_t is rounding and N_t must vanish.
+# Share of F_t added to theta_t. Where v misses H_t, u_t is only rounding, and N_t must vanish.
 THETA_FLOOR = 2.0**-10
-# A step with N_t costs about a sixth more than a plain one (CPU); chunks that save less run plain.
+# A step with N_t costs about a sixth more than a plain one (CPU). Chunks that save less take plain steps.
 WORTHWHILE = (5, 6)
 
 
 @dataclass(frozen=True)
 class Slack:
-    """What the certificate allows for rounding (docs/numerics.md).
+    """The certificate's allowance for rounding (docs/numerics.md).
 
     Attributes:
-        arithmetic: 8 K u, u the unit roundoff of the working precision: of the error of
+        arithmetic: 8 K u, with u the unit roundoff of the working precision. It bounds the error of
             |R_t|_F^2 / F_t^2, a sum of four terms of size 1 from inner products of length K.
-        operands: 2 u of the dtype in which the solve's products hold H_[c] and the keys: of what
-            that rounding adds to |R_t|_2 / F_t.
+        operands: 2 u, with u that of the dtype of H_[c] and the keys in the solve's products. It bounds
+            what their rounding adds to |R_t|_2 / F_t.
     """
 
     arithmetic: float
@@ -47,7 +47,7 @@ class Slack:
 
     @classmethod
     def of(cls, head_dim: int, work: torch.dtype, operands: torch.dtype) -> "Slack":
-        """For K = head_dim."""
+        """The slack for K = head_dim."""
         return cls(4.0 * head_dim * torch.finfo(work).eps, torch.finfo(operands).eps)
 
 
@@ -73,7 +73,7 @@ def nystroem(system: System, operands: torch.dtype | None = None) -> Nystroem:
     """N_t and phi_t of every token of some chunks.
 
     Args:
-        operands: dtype of H_[c] and the keys in the products; None: the working precision, as here.
+        operands: dtype of H_[c] and the keys in the solve's products; None for the working precision.
     """
     relative, dtype = system.relative, system.h.dtype
     slack = Slack.of(system.h.shape[-1], dtype, operands or dtype)
@@ -91,7 +91,7 @@ def nystroem(system: System, operands: torch.dtype | None = None) -> Nystroem:
 
 
 def leading_vector(relative: Relative) -> Tensor:
-    """v [M,H,K]: two power steps on S = mean_t H_t/F_t from the e_i of its largest diagonal entry."""
+    """v [M,H,K]: two power steps on S = mean_t H_t/F_t from the unit vector e_i of its largest S_ii."""
     start = relative.of_start.mean(-1)[..., None, None]  # [M,H,1,1]
     keys = relative.of_keys.mean(-2, keepdim=True)  # [M,H,1,C]
     diagonal = shared_matmul(keys, relative.k.square())
@@ -126,9 +126,9 @@ def arcosh_1p(x: Tensor) -> Tensor:
 
 
 def steps(phi: Tensor, ridge_ratio: float, num_iter: int) -> Tensor:
-    """Fewest n with 1/T_{n+1}(1 + 2a/phi) <= 1/T_{r+1}(1 + 2a), and r where n > 5r/6 (plain steps).
+    """Fewest n with 1/T_{n+1}(1 + 2a/phi) <= 1/T_{r+1}(1 + 2a); r plain steps where n > 5r/6.
 
-    int64 [...], of float64 phi [...].
+    phi is float64 [...], the result int64 [...].
     """
     a = torch.full_like(phi, ridge_ratio)
     ratio = arcosh_1p(2.0 * a) / arcosh_1p(2.0 * a / phi)
@@ -139,7 +139,7 @@ def steps(phi: Tensor, ridge_ratio: float, num_iter: int) -> Tensor:
 
 
 def weights(phi: Tensor, ridge_ratio: float, num_iter: int) -> Tensor:
-    """omega_1 .. omega_n for sigma = 1 + 2a/phi: [n, ...] of float64 phi [...].
+    """omega_1 .. omega_n for sigma = 1 + 2a/phi: [n, ...] for float64 phi [...].
 
     omega_i = 2 sigma T_i(sigma)/T_{i+1}(sigma), with T_i(cosh s) = cosh(i s) and e = exp(-2s).
     """
@@ -151,7 +151,7 @@ def weights(phi: Tensor, ridge_ratio: float, num_iter: int) -> Tensor:
 
 @dataclass(frozen=True)
 class AdaptivePlan:
-    """The plan (see `chebyshev.Plan`) of some chunks; each stands still after its own n.
+    """The `chebyshev.Plan` of some chunks; a chunk no longer changes after its own n steps.
 
     Attributes:
         step: 2/((kappa + 1) lambda_t) [M,H,C,1].
@@ -166,7 +166,7 @@ class AdaptivePlan:
 
     @classmethod
     def of(cls, part: Nystroem, fro: Tensor, ridge_ratio: float, num_iter: int) -> "AdaptivePlan":
-        """Where n = r the chunk runs plain: N_t = 0, kappa = (1 + a)/a."""
+        """The plan of some chunks. A chunk with n = r takes plain steps: N_t = 0, kappa = (1 + a)/a."""
         phi = part.phi.amax(-1).double()
         counts = steps(phi, ridge_ratio, num_iter)
         plain = counts == num_iter
@@ -203,15 +203,15 @@ class AdaptivePlan:
 
 
 class Units:
-    """The pairs (chunk, key head) as rows of their own: the plain ones first, then by falling steps.
+    """The pairs (chunk, key head) as rows: plain ones first, the others by decreasing steps.
 
     Attributes:
-        plain: how many rows run r plain steps in all their heads.
-        longest: steps of each of the other rows, falling.
+        plain: number of rows with r plain steps in all their heads.
+        longest: steps of each other row, in decreasing order.
     """
 
     def __init__(self, counts: Tensor, key_heads: int, num_iter: int) -> None:
-        """Of n [M,H] of each chunk and head, r = num_iter."""
+        """counts: n of each chunk and head [M,H]. num_iter: r."""
         self.key_heads, self.chunks = key_heads, counts.shape[0]
         grouped = counts.unflatten(1, (key_heads, -1)).flatten(0, 1)  # [U,H/Hk]
         plain = (grouped == num_iter).all(-1)
@@ -231,7 +231,7 @@ class Units:
         return out.unflatten(0, (self.chunks, self.key_heads)).flatten(1, 2)
 
     def spans(self) -> list[tuple[int, range]]:
-        """(rows still at work, their steps) from the first step to the last."""
+        """(number of rows that still iterate, their steps) from the first step to the last."""
         ends = sorted({0, *self.longest})
         return [
             (sum(n > a for n in self.longest), range(a + 1, b + 1))
@@ -247,7 +247,7 @@ def _iterate(
     x: Tensor,
     spans: list[tuple[int, range]],
 ) -> None:
-    """x_0 -> x_n in place: each span of steps on the rows that are still at work."""
+    """x_0 -> x_n in place: each span of steps on the rows that still iterate."""
     residual, d = q.clone(), x.clone()
     for rows, span in spans:
         iterate_(
@@ -258,7 +258,7 @@ def _iterate(
 
 @dataclass(frozen=True)
 class Adaptive:
-    """The fewest steps a chunk and head whose error bound is that of num_iter plain ones, a = ridge_ratio."""
+    """Per chunk and head the fewest steps with the error bound of num_iter plain steps; a = ridge_ratio."""
 
     adaptive: ClassVar[bool] = True
     ridge_ratio: float
@@ -284,7 +284,7 @@ class Adaptive:
         return units.put(x)
 
     def solve_state(self, h: Tensor, q: Tensor) -> Tensor:
-        """x [B,H,K] of H [B,H,K,K] itself, a chunk of one token; heads that need fewer steps stand still."""
+        """x [B,H,K] of a formed H [B,H,K,K]; a head that needs fewer steps stops changing."""
         system = System.of_state(h)
         q = q.unsqueeze(-2).masked_fill(system.empty.unsqueeze(-1), 0.0)
         plan = AdaptivePlan.of(nystroem(system), system.fro, self.ridge_ratio, self.num_iter)

@@ -4,9 +4,9 @@ In A = A_t/F_t = H_t/F_t + a I, whose eigenvalues lie in [a, 1 + a], every row q
     s = |r|^2/(d.A d),  x += s d,  r -= s A d,  d <- r + (|r|^2/|r before|^2) d,  at first x = 0, r = d = q
 (Hestenes and Stiefel, 1952) until its residual r proves |x - x*|_A <= target |x*|_A (docs/numerics.md):
     |r|^2 / a <= target^2 x.(q + r),  target = 1/T_n(1 + 2a),  n = num_iter + 1.
-A row that is proven stands still, so it depends on no other row; a chunk's rows stop when the slowest is
-proven. Then r = q - A x is formed anew, and a row that fails with it goes on from there. The map q_t -> x_t
-is not linear: the gradient is that of the exact solution, by a solve with the same certificate.
+A proven row no longer changes, so it does not depend on other rows. A chunk stops when its slowest row is
+proven. Then r = q - A x is recomputed, and a row that fails with it continues from there. The map
+q_t -> x_t is not linear: its gradient is that of the exact solution, by a solve with the same certificate.
 """
 
 import math
@@ -20,21 +20,21 @@ from torch.linalg import vecdot
 from gka.maths.ridge import Products, System, frobenius
 from gka.maths.solvers.chebyshev import chebyshev_error, chebyshev_solve_, convergence_rate
 
-# The updated residual must prove the target less this share, which leaves room for its drift.
+# The updated residual must prove this share of the target; the rest allows for its drift.
 MARGIN = 31 / 32
-# Chunks that are done leave the work once they are this share of it: a copy costs a fifth of a step.
+# Finished chunks are removed once they are this share of all: the copy costs a fifth of a step.
 LEAVE = 0.25
-# Size of q's largest entry at work: H_t d has room below the largest number, and |r|^2 above the smallest.
+# q is scaled to this largest entry: H_t d then does not overflow, nor |r|^2 underflow.
 ENTRY = 2.0**-10
 
 
 def rounding_floor(ridge_ratio: float, dtype: torch.dtype) -> float:
-    """8 kappa eps: the smallest error that a residual in this precision is taken to prove."""
+    """8 kappa eps: the smallest relative error that a residual in this precision can prove."""
     return 8.0 * (1.0 + ridge_ratio) / ridge_ratio * torch.finfo(dtype).eps
 
 
 def most_steps(ridge_ratio: float, num_iter: int) -> int:
-    """The steps after which the certificate holds in exact arithmetic, whatever H_t and q_t are.
+    """The number of steps after which the certificate holds in exact arithmetic for every H_t and q_t.
 
     Smallest n with sinh(n b) >= kappa^1/2 / (MARGIN target), b = acosh(1 + 2a): 39 at the defaults.
     """
@@ -56,7 +56,7 @@ class Rows:
         q: right-hand sides, zero where the history is empty, of largest entry ENTRY.
         x, residual, d: the solution times F_t, r and d.
         size: |r|^2.
-        energy: x.(q + r); between two looks at r the sum of the steps' s |r|^2, equal but for rounding.
+        energy: x.(q + r), summed as the steps' s |r|^2, which differs only by rounding.
         done: rows that take no more steps.
     """
 
@@ -72,7 +72,7 @@ class Rows:
 
     @classmethod
     def start(cls, products: Products, ridge_ratio: float, fro: Tensor, q: Tensor) -> "Rows":
-        """x = 0, of the map x -> H_t x and q."""
+        """The rows at x = 0. products: the map x -> H_t x."""
         size, nothing = vecdot(q, q), torch.zeros_like(q)
         weights = products.weights / fro.unsqueeze(-1)
         relative = Products(products.k, products.h, products.zeta / fro, weights)
@@ -97,7 +97,7 @@ class Rows:
         return self.size <= self.ridge_ratio * target**2 * self.energy
 
     def step_(self, target: float) -> None:
-        """One step of the rows that are not done; those with a proven target then are."""
+        """One step of the rows that are not done. A row whose target is proven is done."""
         a_d = self.apply(self.d)
         length = (self.size / vecdot(self.d, a_d)).masked_fill_(self.done, 0.0)
         self.energy = torch.addcmul(self.energy, length, self.size)
@@ -110,7 +110,7 @@ class Rows:
         self.d.mul_(keep).add_(self.residual)
 
     def restart_(self, target: float) -> Tensor:
-        """r = q - A x and d = r. Rows whose target it does not prove go on; returns where it does."""
+        """Set r = q - A x and d = r, and return where r proves the target. The other rows continue."""
         self.residual = self.q - self.apply(self.x)
         self.d, self.size = self.residual.clone(), vecdot(self.residual, self.residual)
         self.energy = vecdot(self.x, self.q) + vecdot(self.x, self.residual)
@@ -120,10 +120,10 @@ class Rows:
 
 
 def iterate_(rows: Rows, counts: Tensor, target: float, most: int) -> int:
-    """At most `most` steps until all rows are done; returns how many.
+    """Take at most `most` steps until all rows are done; returns the number taken.
 
     Args:
-        counts: int64 [U,G], to which the steps of each chunk and head are added.
+        counts: int64 [U,G], increased by the steps of each chunk and head.
     """
     units, part, taken = torch.arange(len(counts), device=counts.device), rows, 0
     while taken < most:
@@ -146,7 +146,7 @@ def iterate_(rows: Rows, counts: Tensor, target: float, most: int) -> int:
 
 @dataclass(frozen=True)
 class ConjugateGradients:
-    """As many steps as prove the error of num_iter Chebyshev steps, a = ridge_ratio."""
+    """As many steps as it takes to prove the error of num_iter Chebyshev steps; a = ridge_ratio."""
 
     adaptive: ClassVar[bool] = True
     ridge_ratio: float
@@ -157,7 +157,7 @@ class ConjugateGradients:
         return self._solve_system(system, q)[0]
 
     def solve_state(self, h: Tensor, q: Tensor) -> Tensor:
-        """x [B,H,K] of H [B,H,K,K] itself, chunks of one token."""
+        """x [B,H,K] of formed states H [B,H,K,K], as chunks of one token."""
         fro, empty = frobenius(h)
         q = q.masked_fill(empty.unsqueeze(-1), 0.0).unsqueeze(-2)
         nothing = h.new_zeros(h.shape[0], 1, 1, h.shape[-1])
@@ -166,11 +166,11 @@ class ConjugateGradients:
         return self._solve(products, fro.unsqueeze(-1), q)[0].squeeze(-2)
 
     def steps(self, system: System, q: Tensor) -> Tensor:
-        """Steps of each chunk and head, those of its slowest token, int64 [M,H]."""
+        """Steps of the slowest token of each chunk and head, int64 [M,H]."""
         return self._solve_system(system, q)[1]
 
     def _solve_system(self, system: System, q: Tensor) -> tuple[Tensor, Tensor]:
-        """(x [M,H,C,K], steps [M,H]); a chunk's heads that share keys are one unit of work."""
+        """(x [M,H,C,K], steps [M,H]). A unit is one chunk's heads that share a key head."""
         q = q.masked_fill(system.empty.unsqueeze(-1), 0.0)
         groups = (system.k.shape[1], -1)
 
@@ -202,7 +202,7 @@ class ConjugateGradients:
     def _finish(
         self, products: Products, fro: Tensor, q: Tensor, x: Tensor, counts: Tensor, proven: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Rows left unproven, by rounding or by numbers that are not finite, get num_iter Chebyshev steps."""
+        """Solve unproven rows (rounding, or numbers that are not finite) by num_iter Chebyshev steps."""
         if bool(proven.all()):
             return x, counts
         plain = chebyshev_solve_(products, q, fro, self.ridge_ratio, self.num_iter)
