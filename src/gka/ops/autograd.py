@@ -1,7 +1,7 @@
-"""The torch operators gka::forward and gka::backward: opaque to torch.compile, known to autograd.
+"""The torch operators gka::forward and gka::backward: opaque to torch.compile, differentiable by autograd.
 
-One pair serves every mode and backend. States enter as None and leave as empty tensors where they
-do not exist, because operators return tensors only.
+One pair serves every mode and backend. A missing state is None as an input and an empty tensor as a
+result, because operators return tensors only.
 """
 
 from typing import Any
@@ -59,7 +59,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(o, x, x's scales, final H, final U).
 
-    x is empty without a solve, its scales where its rows are not scaled, H where it is not formed.
+    Empty: x without a solve, the scales if x is unscaled, H if it is not formed.
     """
     tokens, settings = unpack(
         q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu,
@@ -78,7 +78,7 @@ def _forward(
     runs = running_backend(backend).forward
     with inside("gka.forward", t.q.device.type):
         out = runs["recurrent" if mode == "recurrent" else "chunk"](t, settings)
-    # contiguous, as the fake implementation promises the compiler
+    # The fake implementation promises the compiler contiguous results.
     x, x_scale, h = (_optional(y, out.u) for y in (out.x, out.x_scale, out.h))
     return out.o.contiguous(), x, x_scale, h, out.u.contiguous()
 
@@ -169,7 +169,7 @@ def _(*arguments):
 
 
 def _vmap(op):
-    """The vmap rule of an operator: the mapped dimension joins the batch, and leaves it again."""
+    """The vmap rule of an operator: fold the mapped dimension into the batch, and unfold the results."""
 
     def rule(info, in_dims, *inputs):
         if inputs[_CU_SEQLENS] is not None:
@@ -196,7 +196,7 @@ torch.library.register_vmap(backward_op, _vmap(backward_op))
 
 
 class GKABackward(torch.autograd.Function):
-    """gka::backward, refusing a derivative of its own with a word on what to do."""
+    """gka::backward. A second derivative raises an error that says what to do."""
 
     generate_vmap_rule = True
 
@@ -224,7 +224,7 @@ class GKAFunction(torch.autograd.Function):
 
     generate_vmap_rule = True
 
-    # Spelt out: without gradients Dynamo tells by their number whether a context comes first.
+    # The arguments are spelt out: without gradients Dynamo infers from their number whether ctx is first.
     @staticmethod
     def forward(
         q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu,
@@ -253,7 +253,7 @@ class GKAFunction(torch.autograd.Function):
         if do is None:
             do = q.new_zeros(*q.shape[:3], v.shape[-1])
         dh = dh if ctx.has_h else None
-        # Compiled graphs never differentiate a backward, and Dynamo cannot trace one Function in another.
+        # Compiled graphs never differentiate a backward pass, and Dynamo cannot trace nested Functions.
         derive = backward_op if torch.compiler.is_compiling() else GKABackward.apply
         grads = derive(*tensors, x, x_scale, do.contiguous(), dh, du, *ctx.numbers)
         given = tensors[: len(grads)]
@@ -263,8 +263,9 @@ class GKAFunction(torch.autograd.Function):
 
 
 class GKAEager(torch.autograd.Function):
-    """`GKAFunction` where nothing but autograd looks on (`is_eager`): without the dispatcher, which takes the
-    host longer than the launches. It saves the same tensors, for checkpointing counts them.
+    """`GKAFunction` for eager calls (`is_eager`), without the dispatcher, which is slower than the launches.
+
+    It saves the same tensors, because activation checkpointing compares their number.
     """
 
     @staticmethod
@@ -283,7 +284,9 @@ class GKAEager(torch.autograd.Function):
         if do is None:
             do = tokens.q.new_zeros(*tokens.q.shape[:3], tokens.v.shape[-1])
         do, dh = do.contiguous(), dh if ctx.has_h else None
-        if torch.is_grad_enabled():  # create_graph: refused by name when it is differentiated
+        if (
+            torch.is_grad_enabled()
+        ):  # create_graph=True: a second derivative then raises a named error
             found = GKABackward.apply(
                 *tensors,
                 x,

@@ -1,6 +1,6 @@
-"""Which implementation runs a call: what a backend is, those there are, the choice and its reasons.
+"""Backends: what one is, which exist, which one runs a call, and why another cannot.
 
-A backend is chosen explicitly or by "auto", can be asked for its reasons, and is never silently another one.
+A call names a backend or leaves the choice to "auto". It never silently gets another one.
 """
 
 import importlib.util
@@ -30,7 +30,7 @@ AnyMode = Literal["chunk", "recurrent", "step"]
 
 @dataclass(frozen=True)
 class Call:
-    """What a backend must know of a call to tell whether it can run it.
+    """The properties of a call that decide whether a backend can run it.
 
     Attributes:
         dims: K and V.
@@ -48,12 +48,12 @@ class Call:
 
 @dataclass(frozen=True)
 class Stepper:
-    """What a backend has for the ops that update states in place, with the backend's solvers.
+    """A backend's implementation of the ops that update states in place.
 
     Attributes:
         step: `maths.recurrent.step_` without x.
         advance: `maths.recurrent.advance_`.
-        refusal: why it cannot run a call; None if it can.
+        refusal: returns why it cannot run a call; None if it can.
     """
 
     step: Callable[[Tokens, Settings, States, bool], Tensor]
@@ -66,18 +66,18 @@ class Backend:
     """A set of compiled or plain implementations behind the custom operators.
 
     Attributes:
-        name: as users give it.
+        name: the value of backend= that selects it.
         forward: implementation of each mode.
-        backward: the derivative, shared by the modes, since they compute the same map. Takes the
-            tokens, the solutions x and their scales as a forward left them, the gradients of o and
-            of the final states, and the settings.
-        refusal: why the backend cannot run a call; None if it can.
+        backward: the derivative, shared by the modes because they compute the same map. Arguments: the
+            tokens, the forward pass's solutions x and their scales, the gradients of o and of the final
+            states, the settings.
+        refusal: returns why the backend cannot run a call; None if it can.
         automatic: whether backend="auto" may choose it on a device.
-        scaled_dtype: dtype in which mode "chunk" keeps x for inputs of a dtype, rows divided by
-            their scale; None where x is kept in the working precision, without scales.
-        solvers: the solvers it has.
-        stepper: for states in place; None: it has no such kernels.
-        steps: what `ops.solver_steps` returns for the backend's mode "chunk".
+        scaled_dtype: dtype of the x that mode "chunk" stores for inputs of a dtype, each row divided by
+            its scale; None if x is stored unscaled in the working precision.
+        solvers: the solvers it supports.
+        stepper: implementation of the ops that update states in place; None if it has none.
+        steps: the result of `ops.solver_steps` for mode "chunk".
     """
 
     name: str
@@ -138,7 +138,7 @@ def _triton_refusal(call: Call) -> str | None:
 def _hopper_refusal(call: Call) -> str | None:
     from gka.kernels.hopper import build
 
-    # Triton runs num_iter = 0, which has no solve
+    # num_iter = 0 has no solve and runs on Triton's kernels.
     return _missing() or build.why_not(call.device, call.dtype, call.dims, call.chunk_size)
 
 
@@ -148,7 +148,7 @@ def _triton_step_refusal(call: Call) -> str | None:
         return reason
     from gka.kernels import configs
 
-    # chunks and operands of matrix products do not matter here
+    # Decoding has no chunks and no matrix products: any chunk size and operand type will do.
     return configs.why_not(call.device, torch.bfloat16, call.dims, 64) or _not_float64(call)
 
 
@@ -160,7 +160,7 @@ def _not_float64(call: Call) -> str | None:
 def _hopper_step_refusal(call: Call) -> str | None:
     from gka.kernels.hopper import build
 
-    # Triton advances states
+    # States are advanced by Triton's kernels.
     return _missing() or build.why_not_step(call.device, call.dims) or _not_float64(call)
 
 
@@ -171,7 +171,7 @@ def _triton(settings: Settings) -> "Passes":
 
 
 def _hopper(settings: Settings) -> "Passes":
-    """Its kernels have a solve in them: calls without one run Triton's."""
+    """Hopper's kernels always solve; calls without a solve run Triton's."""
     return _hopper_decode(settings) if settings.num_iter > 0 else _triton(settings)
 
 
@@ -182,7 +182,7 @@ def _hopper_decode(settings: Settings) -> "Passes":
 
 
 def current(device: torch.device) -> AbstractContextManager:
-    """Launches go to the current device: inside, the inputs' own."""
+    """Context that makes the inputs' device the current one, to which launches go."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -193,7 +193,7 @@ def _on_gpu(
     refusal: Callable[[Call], str | None],
     step_refusal: Callable[[Call], str | None],
 ) -> Backend:
-    """A backend of kernels; the modules that import triton are loaded on first use."""
+    """A backend with GPU kernels. Modules that import triton are loaded on first use."""
 
     def forward(tokens: Tokens, settings: Settings) -> Forward:
         from gka.kernels.forward import chunk_forward
@@ -236,9 +236,9 @@ def _on_gpu(
         forward={"chunk": forward, "recurrent": recurrent},
         backward=backward,
         refusal=refusal,
-        automatic=lambda device: device.type == "cuda",  # interpreted only if asked for by name
+        automatic=lambda device: device.type == "cuda",  # interpreted only if named
         scaled_dtype=lambda dtype: torch.float32 if dtype == torch.float32 else torch.float16,
-        solvers=("chebyshev", "adaptive"),  # those that its kernels have
+        solvers=("chebyshev", "adaptive"),
         stepper=Stepper(step, advance, step_refusal),
         steps=steps,
     )
@@ -249,7 +249,9 @@ HOPPER = _on_gpu("hopper", _hopper, _hopper_decode, _hopper_refusal, _hopper_ste
 
 _ran = threading.local()
 
-_BACKENDS: dict[str, Backend] = {b.name: b for b in (HOPPER, TRITON, TORCH)}  # as "auto" prefers
+_BACKENDS: dict[str, Backend] = {
+    b.name: b for b in (HOPPER, TRITON, TORCH)
+}  # in the order of "auto"
 
 
 def register_backend(backend: Backend, *, first: bool = False) -> None:
@@ -261,7 +263,7 @@ def register_backend(backend: Backend, *, first: bool = False) -> None:
 
 
 def registered_backends() -> dict[str, Backend]:
-    """All by name; another object after each registration."""
+    """All backends by name. Each registration creates a new dictionary, so identity shows a change."""
     return _BACKENDS
 
 
@@ -270,7 +272,7 @@ def get_backend(name: str) -> Backend:
 
 
 def known_backends() -> tuple[str, ...]:
-    """Names a call accepts."""
+    """The values that backend= accepts."""
     return ("auto", *_BACKENDS, "reference")
 
 
@@ -321,7 +323,7 @@ def available_backends(
     chunk_size: int = 64,
     mode: AnyMode = "chunk",
 ) -> list[str]:
-    """Backends that can run such inputs with this solver, the one "auto" takes first.
+    """Backends that can run such inputs with this solver, in the order of "auto".
 
     mode="step" asks for the ops that update states in place.
     """
@@ -342,12 +344,12 @@ def resolve_backend(name: str, call: Call) -> str:
     """
     check_known(name)
     c = call
-    # as plain integers: of symbolic ones torch.compile knows no constant
+    # Plain integers: torch.compile cannot treat symbolic ones as constants.
     key_dim, value_dim = operator.index(c.dims[0]), operator.index(c.dims[1])
     return _resolve(name, c.device, c.dtype, c.solver, key_dim, value_dim, c.chunk_size, c.mode)
 
 
-# spelt out: of a dataclass Dynamo does not know that it is constant
+# The arguments are spelt out: Dynamo does not treat a dataclass as a constant.
 @torch.compiler.assume_constant_result
 def _resolve(
     name: str,
@@ -374,7 +376,7 @@ def note_backend(name: str) -> None:
 
 
 def running_backend(name: str) -> Backend:
-    """The backend of that name, noted as the one that runs."""
+    """The backend of that name, which `last_backend` then reports."""
     _ran.name = name
     return _BACKENDS[name]
 

@@ -49,9 +49,9 @@ def chunk_gka(
 
     Args:
         q: queries [B,T,H,K], float64, float32, bfloat16 or float16; K in 1..256.
-        k: keys [B,T,Hk,K]; H a multiple of Hk: consecutive query heads share a key head. Of any norm with
-            backend="torch"; the others square |H_t| as it is, so float32 keys (and bfloat16 ones) of norm
-            above 4e9 give NaN there (GKA_DEBUG=1 refuses them).
+        k: keys [B,T,Hk,K]; H a multiple of Hk: consecutive query heads share a key head. backend="torch"
+            takes any norm. The others square |H_t| unscaled: float32 and bfloat16 keys of norm above 4e9
+            give NaN there, and GKA_DEBUG=1 refuses them.
         v: values [B,T,Hv,V]; H a multiple of Hv; V in 1..256.
         g: log decay of U [B,T,H], <= 0. None: no decay.
         gk: log decay of H [B,T,H]. Pass g itself to tie the two, as the paper's layer does.
@@ -59,7 +59,7 @@ def chunk_gka(
         alpha: mix gate [B,T,H]. None: 1, the ridge solution itself.
         scale: factor of the readout. None: K^-1/2.
         ridge_ratio: a in lambda_t = a |H_t|_F, 1e-9..1e9.
-        num_iter: Chebyshev steps r, 0..10000; with another solver, those whose error bound it keeps.
+        num_iter: Chebyshev steps r, 0..10000. Another solver keeps the error bound of that many steps.
             0 leaves the ridge out: gated linear attention.
         initial_state: (h_kk [N,H,K,K], h_kv [N,H,K,V]) before the first token, float32 (float64 for
             float64 inputs); h_kk symmetric. N is B, or the number of packed sequences.
@@ -68,13 +68,13 @@ def chunk_gka(
         beta: write gate [B,T,H]: scales k and v of each head without copying them.
         backend: "auto", "hopper" (H100, H200), "triton" (NVIDIA GPUs), "torch" (any device) or
             "reference" (token by token, slow); `gka.ops.available_backends` lists what can run.
-        chunk_size: tokens a chunk, 1..4096; a matter of speed and memory, not of the result (with
-            solver="adaptive": not beyond the error bound of num_iter steps).
+        chunk_size: tokens per chunk, 1..4096. It changes speed and memory, not the result; with
+            solver="adaptive" the result changes within the error bound of num_iter steps.
         solver: "chebyshev" takes num_iter steps; "adaptive" takes, per chunk and head, the fewest
             whose proven error bound is that of num_iter steps; "cg" takes conjugate-gradient steps
             until each token's residual proves that bound (backend "torch" alone). docs/numerics.md
             has the proofs.
-        cu_seqlens_cpu: a copy of cu_seqlens on the CPU. With it the call does not wait for the device
+        cu_seqlens_cpu: a copy of cu_seqlens on the CPU, with which the call need not wait for the device
             to read the lengths. It must hold the same values (GKA_DEBUG=1 checks that).
 
     Returns:
@@ -111,11 +111,11 @@ def fused_recurrent_gka(
     solver: str = "chebyshev",
     cu_seqlens_cpu: Tensor | None = None,
 ) -> tuple[Tensor, State | None]:
-    """Gated KalmaNet token by token: the same map as `chunk_gka`, meant for decoding.
+    """Gated KalmaNet token by token, for decoding: the same map as `chunk_gka`.
 
-    Arguments, results and errors are those of `chunk_gka`, and so is the gradient, which is formed
-    chunk by chunk. Cost per token is constant, with no chunk to fill up. With solver="adaptive" each
-    token is a chunk of its own, so its number of steps may differ from that of `chunk_gka`.
+    Arguments, results and errors are those of `chunk_gka`. So is the gradient, computed chunk by chunk.
+    The cost per token is constant: no chunk is padded. With solver="adaptive" each token is a chunk of its
+    own, so its number of steps may differ from that of `chunk_gka`.
     """
     return run_call(
         "recurrent", q, k, v, g, gk, alpha, beta, scale=scale, ridge_ratio=ridge_ratio,
@@ -167,7 +167,7 @@ def run_call(
         keep(kind, *found)
     backend, settings = found
     q, k, v = autocast(q, k, v)
-    if cu_seqlens_cpu is cu_seqlens:  # torch.compile takes no tensor twice
+    if cu_seqlens_cpu is cu_seqlens:  # torch.compile refuses the same tensor as two arguments
         cu_seqlens_cpu = None
     h0, u0 = _states(initial_state)
     gk = None if settings.tied else gk
@@ -189,7 +189,7 @@ def check_call(
     cu_seqlens_cpu: Tensor | None, scale: float | None, ridge_ratio: float, num_iter: int,
     chunk_size: int, output_final_state: bool, solver: str, with_h: bool, backend: str,
 ) -> tuple[str, Settings]:  # fmt: skip
-    """Refuse what does not fit, and choose the backend."""
+    """Validate a call. Returns its backend and settings."""
     checks.check_tensors(q=q, k=k, v=v)
     q, k, v = autocast(q, k, v)
     gates = {"g": g, "gk": gk, "alpha": alpha, "beta": beta}
@@ -226,7 +226,7 @@ def _reference(t: Tokens, s: Settings, g: Tensor | None) -> tuple[Tensor, State]
 
 
 def _states(initial_state: State | Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """h0 and u0 of what `_check_initial_state` has let pass."""
+    """h0 and u0 of a state that `_check_initial_state` has accepted."""
     if isinstance(initial_state, Tensor) or initial_state is None:
         return None, initial_state
     h0, u0 = initial_state
@@ -267,13 +267,13 @@ def chunk_simple_gla(
     chunk_size: int = 64,
     cu_seqlens_cpu: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gated linear attention with a scalar decay a head: `chunk_gka` without its ridge.
+    """Gated linear attention with one scalar decay per head: `chunk_gka` without its ridge.
 
     o_t = scale U_t^T q_t,  U_t = exp(g_t) U_{t-1} + k_t v_t^T.
 
-    Arguments as in `chunk_gka`; the state is h_kv [N,H,K,V] alone, and H is never formed. `backend` may also
-    be "fla", the kernels of flash-linear-attention where they are installed (`gka.ops.why_not_external`; 16
-    bits, chunks of 64 tokens, no `beta`, no second derivative); "auto" takes them first where they can run.
+    Arguments as in `chunk_gka`. The state is h_kv [N,H,K,V] alone; H is never formed. `backend` may also be
+    "fla", the kernels of an installed flash-linear-attention: 16-bit inputs, chunks of 64 tokens, no `beta`,
+    no second derivative (`gka.ops.why_not_external` tells more). "auto" prefers them where they can run.
 
     Raises:
         InputError (a ValueError): backend="fla" cannot run these inputs; the message says why.
@@ -306,7 +306,7 @@ def _library(
     state: Tensor | None,
     chunk_size: int,
 ) -> str | None:
-    """The library that runs gated linear attention; None: ours does, and refuses what does not fit."""
+    """The library that runs gated linear attention; None if this one does."""
     if backend in EXTERNAL and (beta is not None or chunk_size != 64):
         raise InputError(
             f"backend={backend!r} has chunks of 64 tokens and no write gate; got chunk_size={chunk_size}"

@@ -1,10 +1,9 @@
-"""The (gated) delta rule as a function, and how a checked call of it runs: an installed library's kernels
-(`gka.ops.external`), plain torch, or for the latter one operator to torch.compile and torch.export.
+"""The (gated) delta rule as functions: plain torch, or an installed library's kernels (`gka.ops.external`).
 
-Eager calls are differentiated by autograd as they run. Their loops have as many rounds as there are
-chunks (or tokens), and packed bounds are read, so no graph of them serves every length. A compiled graph
-holds gka::delta_rule instead. Its derivative runs the call again and differentiates that, so that
-nothing but the inputs is kept. Inside a compiled transform of torch.func the loops are traced as they are.
+Autograd differentiates eager calls. Their loops have one round per chunk or token, and they read packed
+bounds, so no graph of them serves every length. torch.compile and torch.export therefore see one operator,
+gka::delta_rule. Its derivative runs the call again and differentiates that, so that only the inputs are
+kept. Inside a compiled transform of torch.func the loops are traced.
 """
 
 import itertools
@@ -27,11 +26,11 @@ _CU_SEQLENS, _NUM_TENSORS = 6, 8  # q .. state, cu_seqlens, cu_seqlens_cpu come 
 
 
 BACKENDS = ("auto", "torch")
-"""What `chunk_gated_delta_rule` takes beside the libraries of `gka.ops.external`."""
+"""Values of backend= that `chunk_gated_delta_rule` takes besides the libraries of `gka.ops.external`."""
 
 
 def run(*call: Any, stepwise: bool) -> tuple[Tensor, Tensor]:
-    """`_run` of a call, or in a compiled graph the operator that stands for it."""
+    """`_run` of a call; in a compiled graph, its operator."""
     compiling = torch.compiler.is_compiling()
     if not compiling:
         note_backend("torch")
@@ -57,7 +56,7 @@ def _run(
     Args:
         q: [B,T,H,K]. k: [B,T,Hk,K]. v: [B,T,Hv,V]. g, beta: [B,T,H].
         state: S_0 [N,H,K,V] in the dtype to compute in.
-        stepwise: token by token, which may do without g and beta and needs all heads of k and v.
+        stepwise: run token by token. Then g and beta may be None, and k and v must have all H heads.
 
     Raises:
         ValueError: cu_seqlens does not rise from 0 to T (compiled: when the graph runs).
@@ -79,7 +78,7 @@ def _run(
 def _each_sequence(
     inputs: Sequence[Any], state: Tensor, scale: float, bounds: list[int] | None
 ) -> tuple[Tensor, Tensor]:
-    """`delta_rule_sequence` on the batch, or on each sequence that `bounds` cuts from B = 1."""
+    """`delta_rule_sequence` on the batch, or on each packed sequence between `bounds`."""
     if bounds is None:
         q, k, v, g, beta = inputs
         return delta_rule_sequence(q, k, v, g, beta, state, scale=scale)
@@ -103,7 +102,7 @@ def delta_rule(
     scale: float,
     stepwise: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`run` without a derivative; contiguous, and no result is an input."""
+    """`run` without a derivative. Results are contiguous, and none is an input."""
     note_backend("torch")
     with torch.no_grad():
         o, final = _run(q, k, v, g, beta, state, cu_seqlens, cu_seqlens_cpu, scale, stepwise)
@@ -186,13 +185,13 @@ def chunk_gated_delta_rule(
 ) -> tuple[Tensor, Tensor | None]:
     """S_t = gamma_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T, o_t = scale S_t^T q_t, by chunks.
 
-    Without `g` it is DeltaNet (arXiv 2406.06484), with it Gated DeltaNet (arXiv 2412.06464). Keys
-    are expected to have 2-norm at most 1 and beta to lie in [0, 1]: the map may grow without
-    bound otherwise. Computes in float32 (float64 for float64 inputs).
+    Without `g` it is DeltaNet (arXiv 2406.06484), with it Gated DeltaNet (arXiv 2412.06464). Keys should
+    have 2-norm at most 1 and beta lie in [0, 1]; otherwise the state may grow without bound. Computes in
+    float32 (float64 for float64 inputs).
 
     Args:
         q: queries [B,T,Hq,K]. k: keys [B,T,Hk,K]. v: values [B,T,Hv,V]. H, the number of states, is
-            the largest of the three head counts; the others divide it, consecutive heads share.
+            the largest of the three head counts. The others divide it, and consecutive heads share.
         g: log decay [B,T,H], <= 0; None for no decay.
         beta: write strength [B,T,H]; None for 1.
         scale: factor of the readout; None for K^-1/2.
@@ -200,10 +199,10 @@ def chunk_gated_delta_rule(
         output_final_state: whether to return the states after each sequence's last token.
         cu_seqlens: bounds [N+1] of sequences packed into B = 1; None for N = B sequences of T.
         backend: "auto", "torch" (any device), or an installed library's kernels, "flash_qla" or "fla"
-            (NVIDIA GPUs, 16 bits; they multiply in 16 bits and have no second derivative). "auto" takes the
-            first library that can run the call, else torch; `gka.ops.available_external` lists them and
-            `gka.ops.why_not_external` says why not.
-        cu_seqlens_cpu: its copy on the CPU; with it the call does not wait for the device to read it.
+            (NVIDIA GPUs, 16-bit inputs and products, no second derivative). "auto" takes the first library
+            that can run the call, else torch. `gka.ops.available_external` lists the libraries and
+            `gka.ops.why_not_external` says why one cannot run.
+        cu_seqlens_cpu: a copy of cu_seqlens on the CPU, with which the call need not wait for the device.
 
     Returns:
         o [B,T,H,V] in the dtype of q, and the final states [N,H,K,V] or None.
@@ -252,7 +251,7 @@ def fused_recurrent_gated_delta_rule(
 
 
 def _expand_heads(x: Tensor, heads: int) -> Tensor:
-    """[B,T,h,D] -> [B,T,H,D], consecutive heads share."""
+    """[B,T,h,D] -> [B,T,H,D], each head repeated for the consecutive heads that share it."""
     return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
 
 
@@ -266,7 +265,7 @@ def _prepare(
     cu_seqlens: Tensor | None,
     cu_seqlens_cpu: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Check the call. Queries with all H heads, and the initial states in the dtype to compute in."""
+    """Check the call. Returns queries with all H heads and the initial states in the working precision."""
     checks.check_tensors(q=q, k=k, v=v)
     if all(x.dim() == 4 for x in (q, k, v)) and q.shape[2] > 0:
         most = max(x.shape[2] for x in (q, k, v))

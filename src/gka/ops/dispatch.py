@@ -1,4 +1,4 @@
-"""What torch wants of an operator, what it does around one, and calls that need not be checked twice."""
+"""Operators as torch wants them, the contexts around them, and calls whose checks are remembered."""
 
 import inspect
 import os
@@ -17,9 +17,11 @@ _LIBRARY = torch.library.Library("gka", "DEF")
 
 
 def operator(function: Callable, mutates: tuple[str, ...] = ()) -> torch._ops.OpOverload:
-    """gka::<function's name>, which writes to the arguments `mutates`. Without the layers that
-    torch.library.custom_op puts around each call (a derivative, which an autograd.Function has, and
-    checks): they cost the host as much as launches."""
+    """Register gka::<function's name>, which writes to the arguments `mutates`.
+
+    torch.library.custom_op would add a derivative and checks around each call, which take the host as
+    long as launches. Here an autograd.Function has the derivative.
+    """
     schema = torch.library.infer_schema(function, mutates_args=mutates)
     _LIBRARY.define(function.__name__ + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(function.__name__, function, "CompositeExplicitAutograd")
@@ -27,16 +29,16 @@ def operator(function: Callable, mutates: tuple[str, ...] = ()) -> torch._ops.Op
 
 
 def under_transform() -> bool:
-    """Whether a transform of torch.func is at work (vmap, grad, ...); a constant to torch.compile."""
+    """Whether a transform of torch.func is active (vmap, grad, ...); a constant to torch.compile."""
     return torch._C._are_functorch_transforms_active()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def check_derivable(name: str) -> None:
-    """Where torch.compile would lose the derivative of an autograd.Function, say so.
+    """Refuse a call where torch.compile would lose the derivative of an autograd.Function.
 
-    Around a transform of torch.func Dynamo traces through the function's forward alone, and an operator in
-    it has no derivative: the gradient would be zero. Which tensors want one cannot be seen there. Without
-    fullgraph=True the call runs uncompiled instead.
+    When Dynamo compiles a transform of torch.func, it traces only the Function's forward. The operator in it
+    has no derivative, so the gradient would be zero. Dynamo does not show which tensors need a gradient.
+    Without fullgraph=True the call runs uncompiled instead.
 
     Raises:
         RuntimeError: a transform is compiled and gradients are on.
@@ -49,13 +51,13 @@ def check_derivable(name: str) -> None:
 
 
 def keep_signature(*functions: type[torch.autograd.Function]) -> None:
-    """apply() asks for forward's signature at every call, which takes the host as long as launches."""
+    """Store forward's signature, which apply() otherwise computes at every call, as slow as a launch."""
     for function in functions:
         function.forward.__signature__ = inspect.signature(function.forward)
 
 
 def no_autocast(device: str) -> AbstractContextManager:
-    """Inside, operators compute in the dtypes of their inputs."""
+    """Context in which operators compute in the dtypes of their inputs."""
     return torch.amp.autocast(device, enabled=False) if autocasts(device) else nullcontext()
 
 
@@ -66,20 +68,22 @@ def _annotated(name: str, device: str) -> Iterator[None]:
 
 
 def inside(name: str, device: str) -> AbstractContextManager:
-    """Without autocast, and with a name in profiles; both only where there is one, for they take time."""
+    """Context without autocast and with a name in profiles; neither, if both are off, to save time."""
     if autocasts(device) or torch.autograd._profiler_enabled():
         return _annotated(name, device)
     return nullcontext()
 
 
 def autocasts(device: str) -> bool:
-    """Whether torch.autocast is on. meta has none and knows no answer; torch 2.11's Dynamo cannot trace
-    torch.amp.is_autocast_available, which would tell."""
+    """Whether torch.autocast is on. meta has no autocast, and asking for it raises.
+
+    torch.amp.is_autocast_available would tell, but Dynamo of torch 2.11 cannot trace it.
+    """
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under torch.autocast the heads take its dtype, as they would for a matrix product."""
+    """Under torch.autocast, the heads in its dtype, as for a matrix product; float64 stays."""
     device = tensors[0].device.type
     if not autocasts(device):
         return tensors
@@ -88,7 +92,7 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def is_eager(q: Tensor) -> bool:
-    """Whether autograd alone sees operators on tensors like q: no compiler, transform or dispatch mode."""
+    """Whether only autograd intercepts operators on q: no compiler, transform or dispatch mode."""
     return (
         q.device.type == "cuda"
         and not torch.compiler.is_compiling()
@@ -99,11 +103,11 @@ def is_eager(q: Tensor) -> bool:
 
 
 PLAIN = (Tensor, torch.nn.Parameter)
-"""Types of tensors that do nothing of their own to an operator."""
+"""Tensor types that do not override operators."""
 
 
 class Known(NamedTuple):
-    """What the checks of a kind of call found; `backends`: among which it was chosen."""
+    """Results of the checks of a kind of call. backends: those among which the backend was chosen."""
 
     backends: object
     backend: str
@@ -111,11 +115,11 @@ class Known(NamedTuple):
 
 
 KNOWN: dict[tuple, Known] = {}
-KINDS = 1024  # that are kept
+KINDS = 1024  # kinds that are remembered
 
 
 def known(kind: tuple | None) -> tuple[str, Settings] | None:
-    """The backend and settings of an earlier call of that kind; None where the call must be checked."""
+    """The backend and settings of an earlier call of that kind; None if the call must be checked."""
     found = None if kind is None else KNOWN.get(kind)
     if found is None or found.backends is not registered_backends():
         return None
@@ -123,7 +127,7 @@ def known(kind: tuple | None) -> tuple[str, Settings] | None:
 
 
 def keep(kind: tuple | None, backend: str, settings: Settings) -> None:
-    """Remember what a checked call of that kind found."""
+    """Remember the backend and settings of a checked call of that kind."""
     if kind is None:
         return
     if len(KNOWN) >= KINDS:
@@ -132,9 +136,9 @@ def keep(kind: tuple | None, backend: str, settings: Settings) -> None:
 
 
 def kind_of(*arguments: object) -> tuple | None:
-    """What checks and the choice of a backend depend on; None where every call is checked.
+    """A key of everything that checks and the choice of a backend depend on; None to check every call.
 
-    Calls on a GPU are known again, since the host takes longer to check one than to launch it.
+    Only calls on a GPU have one: there the host takes longer to check a call than to launch it.
     """
     if torch.compiler.is_compiling():
         return None
@@ -148,7 +152,7 @@ def kind_of(*arguments: object) -> tuple | None:
                 return None
             kinds.append((x.shape, x.dtype, x.get_device(), x.layout))
         elif x is None or type(x) in (int, float, bool, str):
-            kinds += (type(x), x)  # True is 1
+            kinds += (type(x), x)  # the type too, because True == 1
         else:
             return None
     return tuple(kinds)

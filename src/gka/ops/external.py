@@ -1,17 +1,17 @@
-"""Kernels of installed libraries for the memories of the baselines: which there are, what each can run, and
-how it is called.
+"""Kernels of installed libraries for the memories of the baselines: which exist, what each can run, how to
+call it.
 
-A call names one or leaves the choice to "auto", can ask for reasons, and never gets another in silence.
-The kernels read whole sequences; single tokens and short cached calls stay in this library.
+A call names a library or leaves the choice to "auto". It never silently gets another one.
+The kernels read whole sequences; single tokens and short cached calls run in this library.
 
-| rule | memory | taken by "auto" on a GPU, the first that can run the call |
+| rule | memory | libraries on a GPU; "auto" takes the first that can run the call |
 |---|---|---|
 | gated_delta_rule | S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T | flash_qla, fla |
 | delta_rule | the same without decay | flash_qla (its decay set to 1), fla |
 | simple_gla | U_t = exp(g_t) U_{t-1} + k_t v_t^T, one decay a head | fla |
 
-Both libraries' functions agree with ours in this: [B,T,H,D], g the natural logarithm of the decay,
-o_t = scale S_t^T q_t, float32 states [N,H,K,V], packed sequences as B = 1 with int64 `cu_seqlens`.
+Both libraries' functions share these conventions with ours: [B,T,H,D], g the natural logarithm of the
+decay, o_t = scale S_t^T q_t, float32 states [N,H,K,V], packed sequences as B = 1 with int64 `cu_seqlens`.
 """
 
 import importlib
@@ -31,17 +31,17 @@ from gka.ops.dispatch import under_transform
 
 Rule = Literal["gated_delta_rule", "delta_rule", "simple_gla"]
 HALVES = (torch.bfloat16, torch.float16)
-FLASH_QLA_CHIPS = ((9, 0), (10, 0), (10, 3))  # of 12.0 and 12.1 it has the forward pass alone
+FLASH_QLA_CHIPS = ((9, 0), (10, 0), (10, 3))  # 12.0 and 12.1 have only the forward pass
 Version = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Ask:
-    """What must be known of a call to tell whether a kernel can run it.
+    """The properties of a call that decide whether a kernel can run it.
 
     Attributes:
         dims: K and V.
-        training: whether its gradient may be asked for.
+        training: whether the call may need a gradient.
     """
 
     rule: Rule
@@ -52,7 +52,7 @@ class Ask:
 
     @property
     def chip(self) -> tuple[int, int] | None:
-        """The GPU's compute capability; None off NVIDIA's GPUs."""
+        """The compute capability of an NVIDIA GPU; None for other devices."""
         return capability(self.device)
 
 
@@ -61,10 +61,10 @@ class Given:
     """One call, checked.
 
     Attributes:
-        q, k: [B,T,H,K]. v: [B,T,H,V]. All heads are there.
-        g: log decay [B,T,H], float32; None without one. beta: write strength [B,T,H], float32.
+        q, k: [B,T,H,K]. v: [B,T,H,V]. Shared heads are repeated.
+        g: log decay [B,T,H], float32; None for no decay. beta: write strength [B,T,H], float32.
         state: [N,H,K,V] float32 before the first token; None for zeros.
-        cu_seqlens: bounds [N+1], int64, of sequences that hold at least a token.
+        cu_seqlens: bounds [N+1], int64, of sequences that are not empty.
         scale: factor of the readout, not 0.
         final: whether the states after the last tokens are wanted.
     """
@@ -85,11 +85,11 @@ class External:
     """The kernels of one library.
 
     Attributes:
-        name: as users give it.
-        module: what is imported. distribution: what is installed.
-        rules: those that it has.
-        refusal: why it cannot run a call where it is installed; None if it can.
-        run: o [B,T,H,V] and the final states [N,H,K,V] or None, differentiable once.
+        name: the value of backend= that selects it.
+        module: its import name. distribution: its package name.
+        rules: the rules it has.
+        refusal: returns why it cannot run a call although it is installed; None if it can.
+        run: returns o [B,T,H,V] and the final states [N,H,K,V] or None, differentiable once.
     """
 
     name: str
@@ -102,7 +102,7 @@ class External:
 
 @cache
 def installed(distribution: str) -> Version | None:
-    """Its version's numbers; None where it is not installed."""
+    """The numbers of its version; None if it is not installed."""
     try:
         text = importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -118,7 +118,7 @@ def installed(distribution: str) -> Version | None:
 
 @cache
 def loaded(module: str) -> ModuleType | str:
-    """The module, or why it cannot be imported here. Libraries look at the GPU when they are imported."""
+    """The module, or why it cannot be imported here. Some libraries inspect the GPU at import."""
     try:
         return importlib.import_module(module)
     except Exception as error:  # whatever another library raises
@@ -127,7 +127,7 @@ def loaded(module: str) -> ModuleType | str:
 
 
 def capability(device: torch.device) -> tuple[int, int] | None:
-    """Of an NVIDIA GPU; None of anything else."""
+    """Compute capability of an NVIDIA GPU; None for any other device."""
     if device.type != "cuda" or torch.version.cuda is None:
         return None
     return torch.cuda.get_device_capability(device)
@@ -152,14 +152,14 @@ def _fla_refusal(ask: Ask) -> str | None:
 
 
 def _fla_wrong_gradient(ask: Ask) -> str | None:
-    """Versions whose gradients are wrong on Hopper, or that raise there instead; None elsewhere.
+    """Why the installed versions give wrong gradients, or raise instead, on Hopper; None if they do not.
 
-    - Gated rules, Triton 3.4.0 to 3.7.0: blocks of 64 keys of `chunk_bwd_dqkwg` give a wrong gradient of
-      keys and decay (fla-org/flash-linear-attention issue 640). Up to 0.4.1 a block has at most 64 keys, in
-      0.4.2 128. From 0.5 on the function raises, unless TileLang computes it, which it does for the delta
-      rule alone (0.6.0's simple_gla keeps float32 states there, which TileLang's kernel does not take).
+    - Gated rules, Triton 3.4.0 to 3.7.0: blocks of 64 keys in FLA's `chunk_bwd_dqkwg` give a wrong gradient
+      of keys and decay (fla-org/flash-linear-attention issue 640). Up to 0.4.1 a block has at most 64 keys,
+      in 0.4.2 it has 128. From 0.5 on the function raises unless TileLang computes it. TileLang does so for
+      the delta rule alone: it does not take the float32 states of 0.6.0's simple_gla.
     - The rule without decay, Triton from 3.4.0 on: four warps give a wrong gradient of keys and beta
-      (issue 984); 0.5.2 has two.
+      (issue 984). 0.5.2 uses two warps.
     """
     versions: list[Version] = [installed(name) or (0,) for name in ("triton", "fla-core")]
     triton, fla = versions
@@ -222,7 +222,7 @@ def _function(module: str, name: str) -> Callable[..., Any]:
 
 
 DELTA: tuple[Rule, ...] = ("gated_delta_rule", "delta_rule")
-# in order of preference for "auto"
+# In the order of preference of "auto".
 EXTERNAL = {
     x.name: x
     for x in (
@@ -246,7 +246,7 @@ def why_not_external(
         name: "flash_qla" or "fla".
         rule: "gated_delta_rule", "delta_rule" or "simple_gla".
         dims: K and V.
-        training: whether the gradient is wanted too.
+        training: whether a gradient is needed too.
 
     Raises:
         InputError (a ValueError): there is no such library or rule.
@@ -265,7 +265,7 @@ def available_external(
     dims: tuple[int, int] = (128, 128),
     training: bool = True,
 ) -> list[str]:
-    """Libraries whose kernels can run a rule on such inputs, the one "auto" takes first.
+    """Libraries whose kernels can run a rule on such inputs, in the order of "auto".
 
     Raises:
         InputError (a ValueError): there is no such rule.
@@ -275,7 +275,7 @@ def available_external(
 
 @cache
 def _why_not(name: str, ask: Ask) -> str | None:
-    """The cheapest reasons first: only what is wanted on a GPU is imported."""
+    """Check the cheapest reasons first, so that a library is imported only for calls on a GPU."""
     library = EXTERNAL[name]
     if ask.rule not in library.rules:
         return f"it has no {ask.rule}, only {', '.join(library.rules)}."
@@ -296,7 +296,7 @@ def check_name(name: str, others: tuple[str, ...]) -> None:
     """Refuse a backend that is neither external nor one of `others`.
 
     Raises:
-        InputError (a ValueError): as said.
+        InputError (a ValueError): no backend has that name.
     """
     known = (*EXTERNAL, *(x for x in others if x not in EXTERNAL))
     if name not in known:
@@ -308,10 +308,10 @@ def resolve_external(
 ) -> str | None:
     """The library that `name` means for a call; None if it means none of them.
 
-    A constant to torch.compile, which does not look inside.
+    A constant to torch.compile, which does not trace it.
 
     Args:
-        rest: the other tensors that may want a gradient.
+        rest: the other tensors that may need a gradient.
 
     Raises:
         InputError (a ValueError): the library asked for cannot run the call; the message says why.

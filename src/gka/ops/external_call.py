@@ -1,8 +1,8 @@
 """A checked call of a baseline's memory, run by the kernels of an installed library (`gka.ops.external`).
 
-What the libraries do not take is brought into a form that they do: shared heads are repeated, empty
-sequences left out, and a call of no tokens never reaches them. torch.compile sees flash-qla's kernels as an
-operator; it breaks its graph at flash-linear-attention's functions, which their authors exclude from it.
+Calls are converted to what the libraries take: shared heads are repeated and empty sequences left out.
+A call without tokens never reaches them. torch.compile sees flash-qla's kernels as an operator. It breaks
+its graph at flash-linear-attention's functions, because their authors disable compilation there.
 """
 
 from dataclasses import replace
@@ -25,9 +25,9 @@ def run_external(
     """o [B,T,H,V] in q's dtype, and the final states [N,H,K,V] in float32 if they are wanted.
 
     Args:
-        name: of the library; it can run the call.
+        name: a library that can run the call.
         given: the call; heads of k and v may be shared, sequences empty, the scale 0, gates of any dtype.
-        cu_seqlens_cpu: the bounds' copy on the CPU, if there is one.
+        cu_seqlens_cpu: the bounds' copy on the CPU, or None.
 
     Raises:
         ValueError: cu_seqlens does not rise from 0 to T.
@@ -39,7 +39,7 @@ def run_external(
 
 
 def _whole(x: Given) -> Given:
-    """With all heads of k and v, gates in float32, bounds in int64; scale 0 as queries of 0."""
+    """The call with shared heads repeated, gates in float32, bounds in int64, scale 0 as zero queries."""
     heads = x.q.shape[2]
     k, v = (
         y if y.shape[2] == heads else y.repeat_interleave(heads // y.shape[2], 2)
@@ -52,7 +52,7 @@ def _whole(x: Given) -> Given:
 
 
 def _run(name: str, rule: Rule, x: Given, copy: Tensor | None) -> tuple[Tensor, State]:
-    """Outside of compiled graphs, where lengths are values."""
+    """Run the call outside of compiled graphs, where lengths are known."""
     note_backend(name)
     places = None
     if x.cu_seqlens is not None:
@@ -65,7 +65,7 @@ def _run(name: str, rule: Rule, x: Given, copy: Tensor | None) -> tuple[Tensor, 
         o, state = EXTERNAL[name].run(rule, x if places is None else _filled(x, places))
     o, state = Once.apply(o, state)
     if state is not None and places is not None:
-        # an empty sequence ends as it began
+        # The final state of an empty sequence is its initial one.
         before = _zeros(x) if x.state is None else x.state
         state = before.index_copy(0, places, state)
     return o, state
@@ -75,7 +75,7 @@ _uncompiled: Any = torch.compiler.disable(_run)
 
 
 def filled(bounds: Tensor) -> Tensor | None:
-    """Indices of the sequences that hold tokens, on the CPU; None if all do."""
+    """Indices of the sequences that are not empty, on the CPU; None if none is empty."""
     lengths = bounds.diff()
     empty = (lengths == 0).cpu()
     return (~empty).nonzero().flatten() if bool(empty.any()) else None
@@ -95,7 +95,7 @@ def _zeros(x: Given) -> Tensor:
 
 
 def without_tokens(x: Given) -> tuple[Tensor, State]:
-    """A call of no tokens: nothing is read, and states stay."""
+    """The results of a call without tokens: an empty output and the initial states."""
     o = x.q.new_zeros(*x.q.shape[:3], x.v.shape[3])
     if not x.final:
         return o, None
@@ -103,7 +103,7 @@ def without_tokens(x: Given) -> tuple[Tensor, State]:
 
 
 class Once(torch.autograd.Function):
-    """The identity; refuses a second derivative, of which the libraries' functions would lose a part."""
+    """The identity; refuses a second derivative, which the libraries' functions would get partly wrong."""
 
     @staticmethod
     def forward(ctx: Any, *outputs: State) -> tuple[State, ...]:
@@ -124,14 +124,14 @@ keep_signature(Once)
 
 
 # flash-qla's delta rule as the operators gka::flash_qla and gka::flash_qla_backward, for compiled graphs. The
-# forward operator also gives what the backward pass needs: the sums of log decays within chunks and the
+# forward operator also returns what the backward pass needs: the sums of log decays within chunks and the
 # inverses A of the chunks' triangular systems, [B,T,H,64]. Where the library splits a sequence to fill the
-# card, it does so in both passes alike, as `is_train` says; what it caches for that is computed again.
+# GPU, `is_train` makes both passes split alike; what it caches for that is computed again.
 CHUNK = 64
 
 
 def compiled_flash_qla(x: Given, cu_seqlens_cpu: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The call as an operator; it refuses bounds that do not rise from 0 to T when the graph runs."""
+    """The call as an operator. Bounds that do not rise from 0 to T raise when the graph runs."""
     g = torch.zeros_like(x.q[..., 0], dtype=torch.float32) if x.g is None else x.g
     beta = torch.ones_like(g) if x.beta is None else x.beta
     o, state, _, _ = forward_op(
@@ -207,7 +207,7 @@ def flash_qla_backward(
     dstate: Tensor | None,
     scale: float,
 ) -> list[Tensor]:
-    """Gradients of q, k, v, g, beta and the initial states (empty without any)."""
+    """Gradients of q, k, v, g, beta and the initial states (empty if state is None)."""
     note_backend("flash_qla")
     module: Any = loaded("flash_qla")
     with torch.no_grad(), no_autocast(q.device.type), current(q.device):

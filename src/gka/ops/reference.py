@@ -1,4 +1,4 @@
-"""For those who look inside: the reference map behind the ops' conventions, and the steps of a solve."""
+"""For inspection: the reference map with the ops' conventions, and the number of steps of a solve."""
 
 import itertools
 
@@ -29,8 +29,9 @@ def reference_gka(
     num_iter: int = 30,
     solver: ReferenceSolver = "chebyshev",
 ) -> tuple[Tensor, State]:
-    """`gka.maths.reference` on the inputs of `chunk_gka`, checked there; float32 or better inside.
+    """`gka.maths.reference` on the inputs of `chunk_gka`, computed in float32 or better.
 
+    Inputs are not checked.
     With `solver="exact"` and float64 inputs it is the oracle of all other forms.
 
     Returns:
@@ -80,8 +81,8 @@ def solver_steps(
 ) -> Tensor:
     """Steps that `chunk_gka(..., solver=solver)` takes in each token's chunk on that backend.
 
-    Those of "adaptive", at most num_iter, depend on H alone: on keys, write gates and the decay of H. Those
-    of "cg" depend on the queries too, and are those of the chunk's slowest token.
+    With "adaptive" they are at most num_iter and depend on H alone: on keys, write gates and the decay of H.
+    With "cg" they are those of the chunk's slowest token and depend on the queries too.
 
     Args:
         k, gk, ridge_ratio, num_iter, cu_seqlens, beta, chunk_size: as in `chunk_gka`.
@@ -90,8 +91,8 @@ def solver_steps(
         q: queries [B,T,H,K], for "cg" alone.
         num_heads: query heads H. None: as many as q has, or k without q.
         value_dim: V, by which backends are chosen. None: K.
-        backend: whose certificate is asked, as in `chunk_gka`: backends differ in rounding and in the
-            vector they certify along, and so may differ in steps. "reference" has none.
+        backend: as in `chunk_gka`. Backends differ in rounding and in the vector of their certificate, and
+            so may differ in steps. "reference" has no certificate.
 
     Returns:
         int64 [B,T,H]; the same for all tokens of a chunk.
@@ -126,7 +127,7 @@ def solver_steps(
 
 
 def _check_counted(solver: str, q: Tensor | None) -> SolverName:
-    """A solver whose steps differ by chunk; queries come where they matter."""
+    """Check that the solver's steps differ by chunk, and that q is given if and only if they depend on it."""
     known = checks.check_solver(solver)
     if not SOLVERS[known].adaptive:
         raise ValueError(f"solver must be adaptive or cg: {known} takes num_iter steps everywhere.")

@@ -1,6 +1,6 @@
-"""What surrounds the op in a layer, fused: whether the kernels can run, the gates, and RMSNorm gated by SiLU.
+"""Fused operators around the op in a layer: the gates, and RMSNorm gated by SiLU. Whether they can run.
 
-Each is one operator, differentiable once.
+Each operator is differentiable once.
 """
 
 import importlib.util
@@ -27,14 +27,15 @@ def why_unfused(
     """Why the kernels cannot run inputs of this device and dtype; None if they can.
 
     Args:
-        dims: K and V. width: of the convolutions.
+        dims: K and V.
+        width: W of the convolutions.
     """
-    # as plain integers: of symbolic ones torch.compile knows no constant
+    # Plain integers: torch.compile cannot treat symbolic ones as constants.
     key_dim, value_dim = (index(dim) for dim in dims)
     return _why_unfused(torch.device(device), dtype, key_dim, value_dim, index(width))
 
 
-# Dynamo cannot look for packages
+# Dynamo cannot trace a search for packages.
 @torch.compiler.assume_constant_result
 def _why_unfused(
     device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int, width: int
@@ -59,10 +60,10 @@ def _why_unfused(
 
 
 def check_shapes(*expected: tuple[str, Tensor | None, tuple[int, ...]]) -> None:
-    """Kernels trust their arguments' shapes: of each name and tensor (None is none) the shape.
+    """Check each (name, tensor or None, expected shape); kernels rely on their arguments' shapes.
 
     Raises:
-        ValueError: x has another shape.
+        ValueError: a tensor has another shape.
     """
     for name, x, shape in expected:
         if x is not None and x.shape != shape:
@@ -70,7 +71,7 @@ def check_shapes(*expected: tuple[str, Tensor | None, tuple[int, ...]]) -> None:
 
 
 def refuse_second(name: str):
-    """What a derivative of a derivative ends with."""
+    """Raise the error of a second derivative."""
     raise RuntimeError(
         f"{name} has no second derivative. "
         'Use backend="reference" (of a layer: its argument or attribute) for second derivatives.'
@@ -86,7 +87,7 @@ def gates(
     lengths: Tensor | None,
     eps: float,
 ) -> list[Tensor]:
-    """beta, alpha and g of the pre-activations that there are."""
+    """beta, alpha and g, without those whose pre-activation is None."""
     from gka.kernels.surround import launch as surround
 
     given = surround.GateInputs(b, a2, a, A_log, dt_bias, lengths, eps)
@@ -112,7 +113,7 @@ def gates_backward(
     lengths: Tensor | None,
     grads: list[Tensor],
 ) -> list[Tensor]:
-    """Gradients of b, a2, a, A_log and dt_bias, of those that there are; `grads` as gates gives them."""
+    """Gradients of b, a2, a, A_log and dt_bias, without those that are None. grads: of gates' results."""
     from gka.kernels.surround import launch as surround
 
     given = surround.GateInputs(b, a2, a, A_log, dt_bias, lengths, 0.0)
@@ -212,16 +213,16 @@ def layer_gates(
     """beta = sigmoid(b) + eps, alpha = sigmoid(alpha), g = -exp(A_log) softplus(a + dt_bias), fused.
 
     Args:
-        b, alpha, a: pre-activations [B,T,H]; None for a gate that is not there.
-        A_log, dt_bias: [H], with a.
+        b, alpha, a: pre-activations [B,T,H]; None leaves the gate out.
+        A_log, dt_bias: [H], required with a.
         eps: added to beta.
-        lengths: g of a row is zero from there on [B].
+        lengths: [B]; g of a row is zero from this token on.
 
     Returns:
-        beta, alpha, g [B,T,H] float32, None where their pre-activation is.
+        beta, alpha, g [B,T,H] float32, each None if its pre-activation is.
 
     Raises:
-        ValueError: shapes that do not fit; the message names which.
+        ValueError: shapes do not fit; the message names them.
     """
     check_gates((b, alpha, a), (A_log, dt_bias))
     b, alpha, a = (None if x is None else x.contiguous() for x in (b, alpha, a))
@@ -237,7 +238,7 @@ def layer_gates(
 
 
 def gated_norm(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    """Contiguous, in the shape and dtype of x."""
+    """The gated norm, contiguous, in the shape and dtype of x."""
     from gka.kernels.surround import launch as surround
 
     with current(x.device):
@@ -314,10 +315,12 @@ def gated_rms_norm(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -
     """weight * x / sqrt(mean(x^2) + eps) over the last dimension, times SiLU(gate), fused.
 
     Args:
-        x: [...,V]. gate: as many elements in the same order, or None. weight: [V].
+        x: [...,V].
+        gate: as many elements in the same order, or None.
+        weight: [V].
 
     Returns:
-        The shape and dtype of x.
+        A tensor of the shape and dtype of x.
 
     Raises:
         ValueError: a gate or weight that does not fit x.
