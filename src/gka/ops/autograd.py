@@ -284,9 +284,8 @@ class GKAEager(torch.autograd.Function):
         if do is None:
             do = tokens.q.new_zeros(*tokens.q.shape[:3], tokens.v.shape[-1])
         do, dh = do.contiguous(), dh if ctx.has_h else None
-        if (
-            torch.is_grad_enabled()
-        ):  # create_graph=True: a second derivative then raises a named error
+        # create_graph=True: a second derivative then raises an error that says what to do
+        if torch.is_grad_enabled():
             found = GKABackward.apply(
                 *tensors,
                 x,

@@ -51,8 +51,7 @@ class Stepper:
     """A backend's implementation of the ops that update states in place.
 
     Attributes:
-        step: `maths.recurrent.step_` without x.
-        advance: `maths.recurrent.advance_`.
+        step, advance: `maths.recurrent.step_` without x, and `advance_`.
         refusal: returns why it cannot run a call; None if it can.
     """
 
@@ -249,9 +248,8 @@ HOPPER = _on_gpu("hopper", _hopper, _hopper_decode, _hopper_refusal, _hopper_ste
 
 _ran = threading.local()
 
-_BACKENDS: dict[str, Backend] = {
-    b.name: b for b in (HOPPER, TRITON, TORCH)
-}  # in the order of "auto"
+# in the order of "auto"
+_BACKENDS: dict[str, Backend] = {b.name: b for b in (HOPPER, TRITON, TORCH)}
 
 
 def register_backend(backend: Backend, *, first: bool = False) -> None:

@@ -1,7 +1,4 @@
-"""Validation at the public boundary, once: everything below relies on it.
-
-States that are updated in place are checked before anything is written.
-"""
+"""Validation at the public boundary, once: everything below relies on it. States are checked before a write."""
 
 import itertools
 import math
