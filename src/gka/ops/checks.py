@@ -1,4 +1,4 @@
-"""Validation at the public boundary, once: everything below relies on it. States are checked before a write."""
+"""Validation at the public boundary, once: everything below relies on it. States are checked before writes."""
 
 import itertools
 import math
