@@ -1,6 +1,6 @@
-"""What makes the map fast on a GPU.
+"""The map on a GPU.
 
-`forward`, `backward` and `decode` have the order of the steps, `passes` says what a step is, `triton` and
-`hopper` launch the kernels. `surround` has what is fused around the op in a layer. Nothing here chooses,
-checks or differentiates: see `gka.ops`.
+`forward`, `backward` and `decode` order the steps, `passes` defines them, and the backends `triton` and
+`hopper` launch their kernels. `surround` fuses what surrounds the op in a layer. Choice of a backend, checks
+and autograd are in `gka.ops`.
 """

@@ -1,4 +1,4 @@
-"""Device arrays that the steps of a pass hand to each other."""
+"""Device arrays that the steps of a pass read and write."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,7 +9,7 @@ Boundary = tuple[Tensor | None, Tensor | None]  # a state and the largest entry 
 
 
 class Heads(NamedTuple):
-    """`count` heads of the H, from head `base` on, that are worked on together."""
+    """A group of heads that one launch computes: `count` of the H heads, from head `base` on."""
 
     base: int
     count: int
@@ -21,9 +21,9 @@ class Moments:
 
     Attributes:
         start: S_[c] / scale [M,G,K,width], in the operands' dtype: h_start or u_start.
-        scales: a bound on |S_[c]| of every block of columns [M,G,blocks]; one for all blocks of H.
+        scales: an upper bound of |S_[c]| for every block of columns [M,G,blocks]; for H one for all blocks.
         norms: sums of S_[c]^2 over every block of columns [M,G,blocks]; H only.
-        final: [N,H,K,width]; None where it is not wanted.
+        final: [N,H,K,width]; None if not wanted.
     """
 
     start: Tensor
@@ -45,9 +45,9 @@ class Solutions(NamedTuple):
 
 @dataclass(frozen=True)
 class Maxima:
-    """Largest magnitudes in a chunk's rows: of k and z [M,G], of blocks of v and do [M,G,NV].
+    """Largest magnitudes in a chunk: of k and z [M,G], of blocks of columns of v and do [M,G,NV].
 
-    Of Hopper's kernels that of z is a bound, and one number for all blocks.
+    In Hopper's kernels that of z is an upper bound, and all blocks share one number.
     """
 
     k: Tensor
@@ -66,9 +66,9 @@ class Ends(NamedTuple):
 
 @dataclass(frozen=True)
 class Adjoint:
-    """What the adjoint solve leaves for the gradients: y and numbers per token or chunk, of G heads.
+    """Results of the adjoint solve for G heads that the gradients read: y, and numbers per token or chunk.
 
-    Triton's kernels keep p_t = 2 a <x_t, y_t> in the place of w_t = p_t / F_t, and F_t beside it.
+    Triton's kernels store p_t = 2 a <x_t, y_t> instead of w_t = p_t / F_t, and F_t separately.
     """
 
     y: Tensor
@@ -80,10 +80,11 @@ class Adjoint:
 
 
 class Certificate(NamedTuple):
-    """What the adaptive solver knows of the chunks of G heads.
+    """The adaptive solver's preconditioner and steps for the chunks of G heads.
 
     Attributes:
-        w: w_t in the operands' dtype [tokens,G,K]; tau: its factor in P_t^-1 [tokens,G].
+        w: w_t in the operands' dtype [tokens,G,K].
+        tau: factor of w_t w_t^T in P_t^-1 [tokens,G].
         phi, steps: of each chunk [M,G]; steps are int32.
     """
 
@@ -94,7 +95,7 @@ class Certificate(NamedTuple):
 
 
 class HeadPart(NamedTuple):
-    """Where a group's gradient of shared heads goes: an array, its first head and its number of heads."""
+    """Destination of a group's gradient of shared heads: an array, its first head, its number of heads."""
 
     array: Tensor
     first: int
@@ -103,10 +104,13 @@ class HeadPart(NamedTuple):
 
 @dataclass(frozen=True)
 class Group:
-    """What a group of heads has in the backward pass; scratch but for dk and dv of heads that share nothing.
+    """Arrays of one group of heads in the backward pass.
+
+    All are scratch memory, except dk and dv of heads that are not shared.
 
     Attributes:
-        h: None where nothing of H is wanted. adjoint: None without a solve.
+        h: None if no gradient through H is needed.
+        adjoint: None without a solve.
         start_u: scale zeta_t z_t . (U_[c] do_t) [tokens,G].
     """
 
@@ -123,7 +127,7 @@ class Group:
 
 
 class InputGradients(NamedTuple):
-    """What the backward pass writes; None where there is no such input. dbeta2: of beta^2."""
+    """The gradients that the backward pass writes; None if the input is None. dbeta2: gradient of beta^2."""
 
     dq: Tensor
     dk: Tensor
@@ -138,12 +142,13 @@ class InputGradients(NamedTuple):
 
 @dataclass(frozen=True)
 class BackwardArrays:
-    """What the steps of the backward pass read and write for all heads.
+    """Arrays of all heads in the backward pass.
 
     Attributes:
-        solutions: as the forward pass left them.
-        do: [B,T,H,V]. dh_final, du_final: gradients of the final states.
-        grads: written.
+        solutions: those of the forward pass.
+        do: [B,T,H,V].
+        dh_final, du_final: gradients of the final states.
+        grads: the results.
     """
 
     solutions: Solutions

@@ -20,8 +20,8 @@ from gka.kernels.replay import Ran, Recordings, apart, kind_of
 from gka.maths.adjoint import Gradients
 from gka.maths.chunked import Settings, Tokens
 
-# Chunks times heads that are worked on together: bounds the scratch memory. 16 times what 132
-# multiprocessors hold at once: smaller groups leave more of them idle at each group's end.
+# Chunks times heads of a group, which bounds the scratch memory. It is 16 times what 132 multiprocessors
+# hold at once; with smaller groups more of them are idle at each group's end.
 CHUNK_HEADS = 4224
 RECORDINGS = Recordings()
 
@@ -36,7 +36,7 @@ def chunk_backward(
     du_final: Tensor | None,
     settings: Settings,
 ) -> Gradients:
-    """`gka.maths.adjoint.chunk_backward` on the GPU; x and x_scale as `chunk_forward` gave them."""
+    """`gka.maths.adjoint.chunk_backward` on the GPU, from `chunk_forward`'s x and x_scale."""
     t = prepared(tokens, passes.float_gates)
     if x is not None and x_scale is None:  # of the recurrent form
         x_scale = x.abs().amax(-1)
@@ -61,7 +61,7 @@ def chunk_backward(
 def _run(
     passes: Passes, call: GpuCall, after: tuple[Tensor | None, ...], execute: Executor
 ) -> InputGradients:
-    """`after`: x, x_scale, do, dh_final, du_final."""
+    """All launches of the pass. after: x, x_scale, do, dh_final, du_final."""
     x, x_scale, do, dh_final, du_final = after
     assert do is not None
     call.split_heads(CHUNK_HEADS)
@@ -132,7 +132,7 @@ def _adjoint(call: GpuCall, heads: Heads) -> Adjoint:
 
 
 def _part(call: GpuCall, heads: Heads, name: str, grad: Tensor, of: int) -> HeadPart:
-    """The gradient itself where no heads share, else scratch that is summed afterwards."""
+    """The gradient itself if no heads share, else scratch that `_sum_shared` sums."""
     if of == call.H:
         return HeadPart(grad, heads.base, call.H)
     shape = (*call.t.q.shape[:2], heads.count, grad.shape[-1])
@@ -140,7 +140,7 @@ def _part(call: GpuCall, heads: Heads, name: str, grad: Tensor, of: int) -> Head
 
 
 def _sum_shared(call: GpuCall, heads: Heads, grad: Tensor, part: HeadPart, of: int) -> list[Launch]:
-    """Add up what heads that share a key or a value head found."""
+    """Sum the gradients of heads that share a key or value head."""
     if of == call.H:
         return []
     return [

@@ -1,4 +1,4 @@
-"""One call of the op on a GPU: its inputs as kernels take them, its sizes, tables and scratch memory."""
+"""One call of the op on a GPU: its inputs in the kernels' form, its sizes, tables and scratch memory."""
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -15,19 +15,19 @@ from gka.maths.chunked import Settings, Tokens
 
 
 def op_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the operands of matrix products, for inputs of `dtype`."""
+    """Dtype of the operands of matrix products, for inputs of `dtype`."""
     return torch.float32 if dtype == torch.float32 else torch.float16
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a call, the same for every call like it; also the key of what is compiled for such calls.
+    """Sizes of a kind of call; also the key of the kernels compiled for it.
 
     Attributes:
         heads: H, HK and HV.
         dims: K and V.
         chunk_size: C.
-        capability: the chip's; with the device for kernels belong to one.
+        device, capability: part of the key, because a compiled kernel belongs to one device.
     """
 
     heads: tuple[int, int, int]
@@ -48,9 +48,9 @@ class Sizes:
 
     @cached_property
     def tiles(self) -> tuple[int, int, int]:
-        """BK, BN, BV: K padded, columns of H and of V in a block."""
+        """BK, BN, BV: K padded, columns of H and of U in a block."""
         key_dim, value_dim = (max(16, 1 << (dim - 1).bit_length()) for dim in self.dims)
-        # 64 columns a tile: 32 make triton 3.6 read past its shared memory in through_u_kernel
+        # 64 columns per tile: with 32, Triton 3.6 reads past its shared memory in through_u_kernel.
         return key_dim, min(64, key_dim), min(64, value_dim)
 
     @cached_property
@@ -61,11 +61,11 @@ class Sizes:
 
 
 class Needs(Protocol):
-    """What a call must know of the backend that runs it.
+    """A backend's requirements on a call.
 
     Attributes:
         float_gates: its kernels read gates in float32 only.
-        measures_boundaries: its scans want the largest entry of each boundary state.
+        measures_boundaries: its scans need the largest entry of each boundary state.
         replays: its launches can be recorded (`gka.kernels.replay`).
     """
 
@@ -74,11 +74,11 @@ class Needs(Protocol):
     measures_boundaries: bool
 
     def scan_programs(self, sizes: Sizes) -> int:
-        """Programs a head that walk along each segment in a scan."""
+        """Programs per head and segment in a scan."""
         ...
 
     def segments_by_group(self, settings: Settings) -> bool:
-        """Whether sequences may be cut into other segments where a group of heads is worked on."""
+        """Whether a group of heads may be scanned in other segments than all heads together."""
         ...
 
 
@@ -86,12 +86,13 @@ class GpuCall:
     """One call's sizes, tables and scratch memory.
 
     Attributes:
-        t: the tokens contiguous and aligned, gates float32 where the backend asks.
-        solves: whether there is a solve; adaptive: whether its steps differ by chunk and head.
-        groups: the heads that are worked on together, group by group.
-        signature: what compiled kernels depend on beside the sizes: which arguments there are, of what
-            dtype, and the integers among them.
-        kept: what a backend keeps for this call.
+        t: the tokens, contiguous and aligned; gates are float32 if the backend requires it.
+        solves: whether there is a solve.
+        adaptive: whether the solver's steps differ by chunk and head.
+        groups: the groups of heads, computed one after another.
+        signature: further properties that compiled kernels depend on: which arguments are given, their
+            dtypes, and the integers among them.
+        kept: a backend's own data for this call.
     """
 
     def __init__(self, needs: Needs, tokens: Tokens, settings: Settings) -> None:
@@ -119,10 +120,10 @@ class GpuCall:
         self.M, self.N = self.chunks.num_chunks, self.chunks.num_sequences
 
     def split_heads(self, chunk_heads: int) -> None:
-        """Work on groups of heads from here on: scratch for one at a time, whole groups of shared heads.
+        """Divide the heads into groups, which share scratch memory. Heads that share a key stay together.
 
         Args:
-            chunk_heads: chunks times heads of a group, about.
+            chunk_heads: chunks times heads of a group, approximately.
         """
         shared = lcm(self.H // self.HK, self.H // self.HV)
         parts = max(1, -(-self.M * self.H // chunk_heads))
@@ -136,17 +137,17 @@ class GpuCall:
 
     @cached_property
     def initial(self) -> tuple[Boundary, Boundary]:
-        """Both initial states; held, since every group of heads reads the same addresses."""
+        """Both initial states; kept, because every group of heads reads the same addresses."""
         return self.boundaries(self.t.h0, self.t.u0)
 
     def boundaries(self, h: Tensor | None, u: Tensor | None) -> tuple[Boundary, Boundary]:
-        """States at one end, or their gradients, as the scans read them."""
+        """Initial or final states, or their gradients, in the form that the scans read."""
         measured = self.needs.measures_boundaries
         return boundary(h, measured), boundary(u, measured)
 
     @property
     def scratches(self) -> list[Tensor]:
-        """All that `scratch` has made."""
+        """All memory that `scratch` has allocated."""
         return list(self._scratch.values())
 
     @property
@@ -161,18 +162,18 @@ class GpuCall:
         return torch.empty(shape, device=self.t.q.device, dtype=dtype)
 
     def scratch(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Memory of that shape for the first group of heads; the next, no larger, reuse it under its name."""
+        """Memory of that shape for the first group of heads; later groups, no larger, reuse it by name."""
         held = self._scratch.get(name)
         if held is None:
             held = self._scratch[name] = self.empty(*shape, dtype=dtype)
         return held
 
     def like(self, x: Tensor | None) -> Tensor | None:
-        """Memory for a gate's gradient, float32."""
+        """Memory for a gate's gradient, float32; None without the gate."""
         return None if x is None else self.empty(*x.shape)
 
     def moments(self, heads: Heads, with_h: bool, final: bool) -> tuple[Moments | None, Moments]:
-        """Memory for H (None unless wanted) and U at chunk starts, and for the final states."""
+        """Memory for H (None unless `with_h`) and U at chunk starts, and for the final states."""
         h = self._moments(heads, "h", self.K, self.NK, final) if with_h else None
         return h, self._moments(heads, "u", self.V, self.NV, final)
 
@@ -202,12 +203,12 @@ class GpuCall:
         )
 
 
-# one object for every call like it, which finds its tiles worked out
+# Calls of one kind share one object, whose cached properties are computed once.
 _sizes_of = lru_cache(maxsize=64)(Sizes)
 
 
 def _sizes(t: Tokens, chunk_size: int) -> Sizes:
-    """The sizes of such tokens, which a backend's refusal has let pass."""
+    """The sizes of a call that a backend has accepted."""
     (*_, heads, key_dim), value_dim = t.q.shape, t.v.shape[-1]
     counts, device = (heads, t.k.shape[2], t.v.shape[2]), t.q.device
     dims, capability = (key_dim, value_dim), configs.capability_of(device)
@@ -215,7 +216,7 @@ def _sizes(t: Tokens, chunk_size: int) -> Sizes:
 
 
 def prepared(tokens: Tokens, float_gates: bool) -> Tokens:
-    """Contiguous and aligned, as compiled kernels take for granted."""
+    """The tokens, contiguous and aligned, which compiled kernels assume."""
     t = tokens
 
     def gate(x: Tensor | None) -> Tensor | None:
@@ -235,7 +236,7 @@ def aligned(x: None) -> None: ...
 @overload
 def aligned(x: Tensor | None) -> Tensor | None: ...
 def aligned(x: Tensor | None) -> Tensor | None:
-    """x, contiguous; a copy where its memory does not start at 16 bytes (a view into a larger tensor)."""
+    """x, contiguous; a copy if its address is not a multiple of 16 (a view into a larger tensor)."""
     if x is None:
         return None
     x = x.contiguous()

@@ -1,4 +1,4 @@
-"""Machine code loaded and launched by CUDA's driver, bound with ctypes."""
+"""Load and launch machine code through the CUDA driver API, bound with ctypes."""
 
 import ctypes
 import functools
@@ -15,13 +15,13 @@ def current_stream() -> ctypes.c_void_p:
 
 
 class Kernel:
-    """A kernel of one argument, a structure, on the current device."""
+    """A kernel on the current device whose only argument is a structure."""
 
     _MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
     def __init__(self, cubin: bytes, name: str, threads: int, shared: int) -> None:
         self.threads, self.shared = threads, shared
-        torch.cuda.current_stream()  # the device's context exists from here on
+        torch.cuda.current_stream()  # creates the device's context
         self.driver = ctypes.CDLL("libcuda.so.1")
         self.launch = self.driver.cuLaunchKernel
         self.module, self.function = ctypes.c_void_p(), ctypes.c_void_p()
@@ -41,16 +41,16 @@ class Kernel:
         self.check_launch(launched)
 
     def bind(self, grid: tuple[int, int]) -> Callable[..., int]:
-        """The driver's launch on a grid of blocks, for (stream, pointer to the arguments' address, None).
+        """The launch on a grid of blocks as a function of (stream, pointer to the arguments' address, None).
 
-        It returns an error code for `check_launch`.
+        The function returns an error code for `check_launch`.
         """
         return functools.partial(
             self.launch, self.function, *grid, 1, self.threads, 1, 1, self.shared
         )
 
     def check_launch(self, error: int) -> None:
-        """Raises RuntimeError unless a launch succeeded."""
+        """Raise RuntimeError if a launch failed."""
         self._check(error, "launch")
 
     def _check(self, error: int, doing: str) -> None:

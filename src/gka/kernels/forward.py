@@ -1,4 +1,4 @@
-"""The forward pass on a GPU: scan, solve and readout, in a backend's kernels."""
+"""The forward pass on a GPU: scan, solve and readout."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ RECORDINGS = Recordings()
 
 
 def chunk_forward(passes: Passes, tokens: Tokens, settings: Settings) -> Forward:
-    """`gka.maths.chunked.chunk_forward` on the GPU; rows of x are divided by `x_scale`."""
+    """`gka.maths.chunked.chunk_forward` on the GPU. Rows of x are divided by `x_scale`."""
     t = prepared(tokens, passes.float_gates)
     kind = kind_of(passes, t, settings)
     if kind is None:
@@ -28,7 +28,7 @@ def chunk_forward(passes: Passes, tokens: Tokens, settings: Settings) -> Forward
 
 
 def _run(passes: Passes, call: GpuCall, execute: Executor) -> tuple[Any, ...]:
-    """What `Forward` holds."""
+    """All launches of the pass. Returns the fields of `Forward`."""
     t, (heads,) = call.t, call.groups
     h, u = call.moments(heads, call.solves or call.settings.with_h, final=True)
     x, x_scale = solutions = call.solutions()
@@ -45,7 +45,7 @@ def chunk_steps(passes: Passes, tokens: Tokens, settings: Settings) -> Tensor:
     h, u = call.moments(heads, with_h=True, final=False)
     assert h is not None
     steps = call.empty(call.M, call.H, dtype=torch.int32)
-    # with maxima and without final states: the scan that the backward pass has compiled
+    # With maxima and without final states, as in the backward pass, whose compiled kernel is reused.
     execute(passes.scan(call, heads, h, u, call.maxima(heads)))
     execute(passes.count_steps(call, heads, h, u, steps))
     batch, length = tokens.q.shape[:2]

@@ -1,6 +1,6 @@
-"""What a backend is to the passes: their steps, each as a list of launches, which `execute` runs in order.
+"""The protocol of a backend: the steps of the passes, each a list of launches that `execute` runs in order.
 
-`forward`, `backward` and `decode` say which step follows which; `triton` and `hopper` say what each launches.
+`forward`, `backward` and `decode` order the steps; `triton` and `hopper` implement them.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,7 +17,7 @@ from gka.maths.recurrent import States
 class Launch(NamedTuple):
     """A launch record: `kernel(grid, *arguments)` starts it on the current device and stream.
 
-    `keeps`: tensors of which the arguments hold addresses alone, alive until the launch.
+    keeps: tensors that the arguments refer to only by address, kept alive until the launch.
     """
 
     kernel: Callable[..., None]
@@ -41,13 +41,13 @@ class Passes(Needs, Protocol):
     def ends(
         self, call: GpuCall, heads: Heads, h: Moments | None, u: Moments
     ) -> tuple[Ends | None, Ends]:
-        """Memory for E of H (None without H) and of U."""
+        """Memory for E, the gradients at chunk ends, of H (None without H) and of U."""
         ...
 
     def scan(
         self, call: GpuCall, heads: Heads, h: Moments | None, u: Moments, maxima: Maxima | None
     ) -> list[Launch]:
-        """H (unless None) and U at chunk starts, final where wanted; the largest keys and values."""
+        """H (unless None) and U at chunk starts, final states if wanted, largest keys and values."""
         ...
 
     def solve_and_readout(
@@ -59,13 +59,13 @@ class Passes(Needs, Protocol):
         solutions: Solutions,
         o: Tensor,
     ) -> list[Launch]:
-        """x_t where there is a solve, and o_t."""
+        """x_t if there is a solve, and o_t."""
         ...
 
     def count_steps(
         self, call: GpuCall, heads: Heads, h: Moments, u: Moments, steps: Tensor
     ) -> list[Launch]:
-        """Steps that solver="adaptive" takes in each chunk and head, into int32 [M,H]."""
+        """Write to `steps`, int32 [M,H], those that solver="adaptive" takes in each chunk and head."""
         ...
 
     def adjoint(self, call: GpuCall, group: Group, back: BackwardArrays) -> list[Launch]:

@@ -1,9 +1,9 @@
-"""A pass recorded once for every kind of call, and replayed on the tensors of the next.
+"""Record a pass once per kind of call, and replay it on the tensors of later calls.
 
-The launches of a backend that `replays` take one structure each, of addresses and numbers. Between two calls
-of a kind the addresses alone differ. A recording keeps the structures side by side in one block of memory,
-and the place of every address in it. A replay allocates the results, and scratch in one piece, writes all
-addresses at once and launches: the host does nothing else between two launches.
+Each launch of a backend that `replays` takes one structure of addresses and numbers. Calls of one kind differ
+only in the addresses. A recording keeps all structures in one block of memory, and the place of every address
+in it. A replay allocates the results and one piece of scratch memory, writes all addresses at once, and
+launches; the host does nothing else between two launches.
 """
 
 import ctypes
@@ -21,8 +21,8 @@ from gka.kernels.call import GpuCall
 from gka.kernels.passes import Executor, Launch, Passes, execute
 from gka.maths.chunked import Settings, Tokens
 
-KINDS = 256  # recordings that are kept, the oldest dropped first
-ALIGNMENT = 256  # bytes, of what lies in scratch
+KINDS = 256  # recordings that are kept; the oldest is dropped first
+ALIGNMENT = 256  # bytes, of each array in scratch
 
 Slots = Sequence[Tensor | None]
 INPUTS = ("q", "k", "v", "g", "gk", "alpha", "beta", "h0", "u0")  # the fields of Tokens.inputs
@@ -44,14 +44,14 @@ class Recording:
     """The launches of one kind of call.
 
     Args:
-        launches: in their order; arguments are one ctypes structure with `tensors` (`arguments.fill`), or
-            tensors and numbers for a function of torch.
-        call: with its tables, which every call of the kind shares, and its scratch.
-        given: inputs, each an object of its own, None where there is none.
+        launches: in order. The arguments of each are one ctypes structure with `tensors`
+            (`arguments.fill`), or tensors and numbers for a torch function.
+        call: its tables are shared by every call of the kind; its scratch is laid out anew.
+        given: inputs, each a distinct object, or None.
         made: results.
 
     Raises:
-        KeyError: an argument is none of these.
+        KeyError: a launch uses a tensor that is neither an input, a result, a table nor scratch.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Recording:
             self.size += -(-x.nbytes // ALIGNMENT) * ALIGNMENT
         self.device = next(x for x in slots if x is not None).device
         self.table_addresses = [x.data_ptr() for x in tables]
-        self.lock = threading.Lock()  # two threads must not write the same block
+        self.lock = threading.Lock()  # for the block of structures
         self._lay_out(launches)
 
     def _lay_out(self, launches: Sequence[Launch]) -> None:
@@ -86,7 +86,7 @@ class Recording:
             address = self.block.ctypes.data + begin
             ctypes.memmove(address, ctypes.addressof(structure), ctypes.sizeof(structure))
             for offset, x in structure.tensors.items():
-                if x.numel() > 0:  # else null, as it is
+                if x.numel() > 0:  # an empty tensor keeps its null address
                     patches.append(((begin + offset) // 8, *self.place[id(x)]))
             self.steps.append(_bound(launch, address))
             begin += size
@@ -96,7 +96,7 @@ class Recording:
         del self.place
 
     def _function(self, launch: Launch) -> Callable[[ctypes.c_void_p, list[Tensor | None]], None]:
-        """A function of torch, called on the tensors of a replay."""
+        """The launch of a torch function on the tensors of a replay."""
         wanted = [
             (self.place[id(x)], x.shape, x.dtype) if isinstance(x, Tensor) else x
             for x in launch.arguments
@@ -109,12 +109,12 @@ class Recording:
         return call
 
     def replay(self, given: Slots) -> list[Tensor | None]:
-        """Launches on these inputs, in the order of the recording's; returns the results."""
+        """Launch on these inputs, which are in the order of the recording's. Returns the results."""
         made = [
             None if spec is None else torch.empty(spec[0], dtype=spec[1], device=self.device)
             for spec in self.made
         ]
-        # float32, for tests that poison what is allocated
+        # float32, because tests fill what is allocated with NaN.
         scratch = torch.empty(self.size // 4, dtype=torch.float32, device=self.device)
         addresses = [0 if x is None else x.data_ptr() for x in given]
         addresses += self.table_addresses
@@ -131,13 +131,13 @@ class Recording:
 
 
 def _structure(launch: Launch) -> Any:
-    """The one structure of a launch's arguments; None where they are others."""
+    """The structure that is a launch's only argument; None if there is none."""
     first = launch.arguments[0]
     return first if isinstance(first, ctypes.Structure) else None
 
 
 def _bound(launch: Launch, address: int) -> Callable[[ctypes.c_void_p, list[Tensor | None]], None]:
-    """The launch of a kernel whose arguments lie at that address."""
+    """The launch of a kernel whose argument lies at that address."""
     kernel: Any = launch.kernel
     start, check, pointer = kernel.bind(launch.grid), kernel.check_launch, driver.Pointer(address)
 
@@ -150,7 +150,7 @@ def _bound(launch: Launch, address: int) -> Callable[[ctypes.c_void_p, list[Tens
 
 
 def _found(wanted: tuple, tensors: list[Tensor | None]) -> Tensor | None:
-    """A tensor of a replay: whole, or a part of the scratch."""
+    """A tensor of a replay, or a part of its scratch."""
     (slot, offset), shape, dtype = wanted
     x = tensors[slot]
     if slot < len(tensors) - 1 or x is None:
@@ -160,7 +160,7 @@ def _found(wanted: tuple, tensors: list[Tensor | None]) -> Tensor | None:
 
 
 class Ran(NamedTuple):
-    """A pass that ran: its call, what it was given, each an object of its own, and its results."""
+    """A pass that ran: its call, its inputs as distinct objects, and its results."""
 
     call: GpuCall
     given: Slots
@@ -172,10 +172,10 @@ class Recordings:
 
     def __init__(self) -> None:
         self.held: dict[Hashable, Recording] = {}
-        self.captured: set[Recording] = set()  # their tables are read by CUDA graphs
+        self.captured: set[Recording] = set()  # kept, because CUDA graphs read their tables
 
     def run(self, kind: Hashable, given: Slots, record: Callable[[Executor], Ran]) -> Sequence[Any]:
-        """The results of a pass on `given`: of a replay, or of `record`, whose launches are kept."""
+        """The results of a pass on `given`, by a replay or by `record`, whose launches are then kept."""
         held, capturing = self.held.get(kind), torch.cuda.is_current_stream_capturing()
         if held is not None:
             if capturing:
@@ -183,7 +183,7 @@ class Recordings:
             return held.replay(given)
         recorder = Recorder()
         ran = record(recorder)
-        if capturing:  # its tables may belong to the graph
+        if capturing:  # not kept, because its tables may belong to the graph
             return ran.made
         while len(self.held) >= KINDS:
             self.held.pop(next(iter(self.held)), None)
@@ -192,9 +192,9 @@ class Recordings:
 
 
 def kind_of(passes: Passes, t: Tokens, settings: Settings, *more: Hashable) -> Hashable | None:
-    """What the launches of a call depend on beside addresses; None where they cannot be replayed.
+    """A key of all that a call's launches depend on besides addresses; None if they cannot be replayed.
 
-    Packed sequences have tables of their own every time.
+    Calls on packed sequences cannot: each has its own tables.
     """
     if not passes.replays or t.cu_seqlens is not None or t.q.numel() == 0:
         return None
@@ -203,7 +203,7 @@ def kind_of(passes: Passes, t: Tokens, settings: Settings, *more: Hashable) -> H
 
 
 def apart(t: Tokens) -> Tokens:
-    """The same memory as tensors that are objects of their own: q may be k."""
+    """The same memory as distinct tensor objects; q and k may be the same object."""
     return t._replace(
         **{n: x.detach() for n, x in zip(INPUTS, t.inputs, strict=True) if x is not None}
     )

@@ -19,7 +19,7 @@ _INTS = (
 
 
 class Arguments(ctypes.Structure):
-    """chunk.cuh's structure of the same name."""
+    """`Arguments` of chunk.cuh."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in _POINTERS),
@@ -42,13 +42,13 @@ _SCAN_INTS = (
 
 
 class Side(ctypes.Structure):
-    """scan.cuh's structure of the same name: one of the two states, or its gradient."""
+    """`Side` of scan.cuh: one of the two states, or its gradient."""
 
     _fields_ = [(name, ctypes.c_void_p) for name in _SIDE_POINTERS]
 
 
 class ScanArguments(ctypes.Structure):
-    """scan.cuh's structure of the same name."""
+    """`ScanArguments` of scan.cuh."""
 
     _fields_ = [
         ("h", Side),
@@ -68,7 +68,7 @@ _STEP_INTS = (
 
 
 class View(ctypes.Structure):
-    """decode.cu's structure of the same name."""
+    """`View` of decode.cu."""
 
     _fields_ = [
         ("data", ctypes.c_void_p),
@@ -77,7 +77,7 @@ class View(ctypes.Structure):
 
 
 class StepArguments(ctypes.Structure):
-    """decode.cu's structure of the same name."""
+    """`StepArguments` of decode.cu."""
 
     _fields_ = [
         *((name, View) for name in VIEWS),
@@ -92,9 +92,9 @@ S = TypeVar("S", bound=ctypes.Structure)
 
 
 def fill(structure: S, values: dict[str, Tensor | ctypes.Structure | float | int | None]) -> S:
-    """Its fields from tensors and numbers by name; pointers not named, or None, are null.
+    """Fill a structure's fields from tensors and numbers by name. Pointers not given, or None, are null.
 
-    `structure.tensors` holds what it points to, by the offset of the pointer in bytes.
+    `structure.tensors` keeps the tensors by their pointers' offsets in bytes.
     """
     tensors: dict[int, Tensor] = getattr(structure, "tensors", {})
     for name, value in values.items():
@@ -110,7 +110,7 @@ def fill(structure: S, values: dict[str, Tensor | ctypes.Structure | float | int
 
 
 def copy(structure: S) -> S:
-    """A structure of the same fields, which points to the same tensors."""
+    """A copy of the structure, which refers to the same tensors."""
     made = type(structure).from_buffer_copy(structure)
     made.tensors = structure.tensors  # pyright: ignore[reportAttributeAccessIssue]
     return made

@@ -1,6 +1,6 @@
-"""CUDA C++ compiled at run time by NVRTC, which PyTorch's CUDA builds ship.
+"""Compile CUDA C++ at run time by NVRTC, which PyTorch's CUDA builds ship.
 
-Bound with ctypes: torch's own entry (`torch.cuda._compile_kernel`) is private and changes.
+Bound with ctypes, because torch's own entry (`torch.cuda._compile_kernel`) is private and changes.
 """
 
 import ctypes
@@ -14,16 +14,15 @@ import torch
 
 
 class CompilationError(RuntimeError):
-    """NVRTC refused a kernel; the message holds its log."""
+    """NVRTC refused a kernel; the message has its log."""
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    """libnvrtc of the CUDA version that torch was built for; of any version where torch has no CUDA, which
-    then compiles but cannot launch."""
+    """libnvrtc of torch's CUDA version; of any version if torch has no CUDA and so cannot launch."""
     version = torch.version.cuda
     name = f"libnvrtc.so.{version.split('.')[0] if version else '[0-9]*'}"
-    wheels = importlib.util.find_spec("nvidia")  # where NVIDIA's Python packages keep libraries
+    wheels = importlib.util.find_spec("nvidia")  # NVIDIA's Python packages, which contain libraries
     folders = list(wheels.submodule_search_locations or ()) if wheels else []
     found = [path for folder in folders for path in sorted(glob.glob(f"{folder}/*/lib/{name}"))]
     for path in (name, *found):
@@ -47,10 +46,10 @@ def why_missing() -> str | None:
 def compile_cubin(
     source: str, name: str, arch: str, headers: Mapping[str, str] = MappingProxyType({})
 ) -> bytes:
-    """Machine code of `source` for `arch` ("sm_90a"); `headers`: what it may include, by name.
+    """Machine code of `source` for `arch` ("sm_90a"); `headers`: texts of the files it may include, by name.
 
     Raises:
-        CompilationError: with NVRTC's log.
+        CompilationError: NVRTC refused the source; the message has its log.
     """
     return compile_with_notes(source, name, arch, headers)[0]
 
@@ -58,10 +57,10 @@ def compile_cubin(
 def compile_with_notes(
     source: str, name: str, arch: str, headers: Mapping[str, str], *options: str
 ) -> tuple[bytes, str]:
-    """Machine code and what the compilers say of it; with "--ptxas-options=-v" the assembler's notes too.
+    """Machine code and the compiler's log; with "--ptxas-options=-v" the assembler's notes too.
 
     Raises:
-        CompilationError: with NVRTC's log.
+        CompilationError: NVRTC refused the source; the message has its log.
     """
     lib = _library()
     program = ctypes.c_void_p()

@@ -1,1 +1,1 @@
-"""What is fused around the op in a layer, in Triton: convolution, gates, gated norm, a step of decoding."""
+"""Triton kernels around the op in a layer: convolution, gates, gated norm, and a step of decoding."""

@@ -1,7 +1,7 @@
-"""The rank-one Nystroem part N_t of every H_t, its certificate, and the steps that asks for.
+"""The rank-one Nystroem part N_t of every H_t, its certificate, and the steps that follow from it.
 
-As `gka.maths.solvers.adaptive` has it. All is relative to F_t, H_[c] and the keys being those that the solve
-multiplies with: rounded to OP.
+The algorithm is that of `gka.maths.solvers.adaptive`, relative to F_t. H_[c] and the keys are rounded to OP,
+as in the solve's products.
 """
 
 import triton
@@ -32,7 +32,7 @@ SMALL: tl.constexpr = tl.constexpr(1e-30)
 
 @triton.jit
 def arcosh_1p(x):
-    """acosh(1 + x), accurate for small x too: log(1 + y) with the rounding of 1 + y taken back."""
+    """acosh(1 + x), accurate for small x too: log(1 + y) corrected for the rounding of 1 + y."""
     y = x + tl.sqrt(x * (x + 2.0))
     rounded = 1.0 + y
     return tl.where(rounded > 1.0, tl.log(rounded) * (y / (rounded - 1.0)), y)
@@ -40,7 +40,7 @@ def arcosh_1p(x):
 
 @triton.jit
 def unit_vector(v, OP: tl.constexpr):
-    """v / |v| rounded to OP, float32; zero where v is."""
+    """v / |v| rounded to OP, as float32; zero if v is zero."""
     norm2 = tl.sum(v * v, 0)
     v *= tl.where(norm2 > SMALL, 1.0 / tl.sqrt(tl.where(norm2 > SMALL, norm2, 1.0)), 0.0)
     return v.to(OP).to(tl.float32)
@@ -48,7 +48,7 @@ def unit_vector(v, OP: tl.constexpr):
 
 @triton.jit
 def state_times(v, kn, hn, h_ptr, K: tl.constexpr, TILED: tl.constexpr, PREC: tl.constexpr):
-    """H v of the stored H, v in OP's numbers: a product of equal rows, whose mean is exact."""
+    """H v of the stored H, for v rounded to OP: a product of C equal rows, whose mean is exact."""
     C: tl.constexpr = kn.shape[0]
     rows = tl.broadcast_to(v[None, :], kn.shape).to(kn.dtype)
     y = add_product(tl.zeros(kn.shape, tl.float32), rows, hn, h_ptr, K, TILED, False, PREC)
@@ -60,7 +60,7 @@ def leading_vector(
     kn, hn, h_ptr, diagonal, start, keys, rk, K: tl.constexpr, TILED: tl.constexpr,
     OP: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """v [BK]: two power steps on S = mean_t H_t / F_t from the e_i of its largest diagonal entry."""
+    """v [BK]: two power steps on S = mean_t H_t / F_t from the unit vector e_i of its largest S_ii."""
     k32 = kn.to(tl.float32)
     first = tl.argmax(start * diagonal + tl.sum(keys[:, None] * k32 * k32, 0), 0)
     column = tl.load(h_ptr + first * K + rk, mask=rk < K, other=0.0).to(tl.float32)
@@ -73,14 +73,15 @@ def leading_vector(
 
 @triton.jit
 def largest_remainder(trace, rayleigh, strength, empty, operands, K: tl.constexpr):
-    """phi: the largest bound of |H_t - N_t|_2 / F_t by trace and Frobenius norm, 0 without any history."""
+    """phi: the largest bound of |H_t - N_t|_2 / F_t by trace and Frobenius norm; 0 if all are empty."""
     arithmetic: tl.constexpr = K * 2.0**-21  # 8 K u
     mean = (trace - strength) * (1.0 / K)
     squared = 1.0 - 2.0 * strength * rayleigh + strength * strength
     rest = squared - K * mean * mean
     spread = (1.0 - 1.0 / K) * tl.where(rest > 0.0, rest, 0.0) + arithmetic
     phi = mean + tl.sqrt(spread) + arithmetic + operands
-    phi *= 1.0 + 2.0 * operands  # by so much the solve's F_t, of tf32 products, may be smaller
+    # The solve's F_t, from tf32 products, may be smaller by this factor.
+    phi *= 1.0 + 2.0 * operands
     return tl.minimum(tl.max(tl.where(empty, 0.0, phi), 0), 1.0)
 
 
@@ -104,7 +105,7 @@ def certify_kernel(
     w,  # [tokens, G, K] OP: N_t = strength_t F_t w_t w_t^T / |w_t|^2
     tau,  # [tokens, G] float32: P_t^-1 = (1 - tau_t w_t w_t^T) / lambda_t
     phi,  # [M, G] float32
-    steps,  # [M, G] int32: num_iter where the chunk runs plain
+    steps,  # [M, G] int32: num_iter for a chunk with plain steps
     chunk_start,
     chunk_len,
     ridge_ratio,
@@ -141,7 +142,7 @@ def certify_kernel(
     hn = None if TILED else load_state(h_ptr, rk, rk, K, K)
     h_scale = tl.load(h_scales + mh * NK)
     h_norm2 = sum_blocks(h_norms, mh, NK)
-    # what cancels against F_t^2 below is in float32, so F_t^2 is, too
+    # F_t^2 in float32 accuracy, because terms of that accuracy cancel against it below.
     _, _, fro2 = chunk_system(
         kn, hn, h_ptr, h_scale, h_norm2, zeta, weight, K, TILED, "tf32x3"
     )  # fmt: skip
@@ -153,7 +154,7 @@ def certify_kernel(
     start, keys = tl.sum(past, 0) / C, tl.sum(weight, 0) / C
     v = leading_vector(kn, hn, h_ptr, diagonal, start, keys, rk, K, TILED, OP, PREC)
     h_v = state_times(v, kn, hn, h_ptr, K, TILED, PREC)
-    # u_t = H_t v / F_t, rows of the product's left operand scaled to at most one
+    # u_t = H_t v / F_t. Rows of the product's left operand are scaled to at most one.
     k32 = kn.to(tl.float32)
     left = weight * tl.sum(k32 * v[None, :], 1)[None, :]
     largest = tl.max(tl.abs(left), 1)
@@ -167,7 +168,7 @@ def certify_kernel(
     u *= tl.where(found, 1.0 / tl.sqrt(tl.where(found, norm2, 1.0)), 0.0)[:, None]
     unit = u.to(OP)
     u = unit.to(tl.float32)
-    per_norm2 = inverse(tl.sum(u * u, 1))  # near 1, for `unit` is rounded
+    per_norm2 = inverse(tl.sum(u * u, 1))  # near 1: `unit` is rounded
     along = tl.dot(unit, tl.trans(kn), input_precision=PREC)
     h_w = add_product(tl.zeros(u.shape, tl.float32), unit, hn, h_ptr, K, TILED, False, PREC)
     rayleigh = past * tl.sum(h_w * u, 1) + tl.sum(weight * along * along, 1)

@@ -11,7 +11,7 @@ RESET: tl.constexpr = tl.constexpr(reset_floor(torch.float32))
 
 @triton.constexpr_function
 def divides(block, size):
-    """Whether blocks fill the size exactly, at compile time."""
+    """Whether `block` divides `size`, at compile time."""
     return size % block == 0
 
 
@@ -19,8 +19,8 @@ def divides(block, size):
 def row_tile(row, heads, head, dim: tl.constexpr, cols, rows_valid):
     """Start, offsets and mask of a chunk's rows in a [tokens, heads, dim] array.
 
-    row is the chunk's first token (int64). Offsets from the start fit 32 bits; the column mask is
-    left out where every column exists, for each mask costs registers.
+    row is the chunk's first token (int64). Offsets from the start fit 32 bits. The column mask is left
+    out if every column exists, because a mask costs registers.
     """
     places = tl.arange(0, rows_valid.shape[0])
     start = (row * heads + head) * dim
@@ -46,7 +46,7 @@ def load_rows(ptr, row, heads, head, dim: tl.constexpr, cols, rows_valid):
 
 @triton.jit
 def row_maxima(raw):
-    """max |x| of every row, float32. Magnitudes are ordered as their bits are: 16-bit x stay packed."""
+    """max |x| of every row, float32. Magnitudes compare like their bits, so 16-bit x stay packed."""
     if raw.dtype.primitive_bitwidth == 16:
         largest = tl.max(raw.to(tl.int16, bitcast=True) & 0x7FFF, 1)
         return largest.to(tl.int16).to(raw.dtype, bitcast=True).to(tl.float32)
@@ -56,7 +56,7 @@ def row_maxima(raw):
 
 @triton.jit
 def load_state(ptr, rk, rv, K: tl.constexpr, V: tl.constexpr):
-    """Columns rv of a [K, V] state in its own dtype; zeros past K and V, which cost a mask only there."""
+    """Columns rv of a [K, V] state in its own dtype; zeros past K and V. Masks only where needed."""
     at = ptr + (rk[:, None] * V + rv[None, :])
     if divides(rk.shape[0], K) and divides(rv.shape[0], V):
         return tl.load(at)
@@ -77,7 +77,7 @@ def add_quarter(
     acc, x, ptr, first: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, TRANS: tl.constexpr,
     PREC: tl.constexpr,
 ):  # fmt: skip
-    """acc + x S of the rows (TRANS: columns) of S that x's columns meet, from `first` on."""
+    """acc + x S for a part of S: rows (TRANS: columns) `first` on, as many as x has columns."""
     if first < K:
         some = first + tl.arange(0, BK // 4)
         every = tl.arange(0, BK)
@@ -96,7 +96,7 @@ def add_quarter(
 def add_product(
     acc, x, s, ptr, K: tl.constexpr, TILED: tl.constexpr, TRANS: tl.constexpr, PREC: tl.constexpr
 ):
-    """acc + x S (TRANS: x S^T) of a state S [K, K]: held in s or, TILED, read from ptr in quarters."""
+    """acc + x S (TRANS: x S^T) for a state S [K, K], held in s or, if TILED, read from ptr in quarters."""
     if TILED:
         BK: tl.constexpr = x.shape[1]
         left, right = halves(x)
@@ -133,7 +133,7 @@ def store_rows(ptr, value, row, heads, head, dim: tl.constexpr, cols, rows_valid
 
 @triton.jit
 def load_gate(ptr, row, heads, head, rows_valid, default: tl.constexpr):
-    """A gate of one head, [C] float32; `default` where it is absent, 0 past the chunk's end."""
+    """A gate of one head, [C] float32; `default` if it is None, 0 past the chunk's end."""
     if ptr is None:
         gate = tl.where(rows_valid, default, 0.0)
     else:
@@ -144,16 +144,16 @@ def load_gate(ptr, row, heads, head, rows_valid, default: tl.constexpr):
 
 @triton.jit
 def load_decay(ptr, row, heads, head, rows_valid):
-    """Log decays of one head, [C] float32, not below gka.maths.moments.reset_floor; NaN stays NaN."""
+    """Log decays of one head, [C] float32, at least gka.maths.moments.reset_floor; NaN stays NaN."""
     gate = load_gate(ptr, row, heads, head, rows_valid, 0.0)
     return tl.where(gate < RESET, RESET, gate)
 
 
 @triton.jit
 def cumulative_decays(gate):
-    """Cumulative log decay as two sums, of even numbers and of what is left: both near exact.
+    """Cumulative log decay as two nearly exact sums: of even integers, and of the remainders.
 
-    One float32 sum would round what follows a large term; between -1 and 0 all is in the second.
+    A single float32 sum would round small terms after a large one. Terms of -1 to 0 are all remainder.
     """
     coarse = tl.floor(gate * 0.5 + 0.5) * 2.0
     return tl.cumsum(coarse, 0), tl.cumsum(gate - coarse, 0)
@@ -171,21 +171,21 @@ def decays_to_end(gate):
 
 @triton.jit
 def store_gate(ptr, value, row, heads, head, rows_valid):
-    """One number a token of one head."""
+    """Write one number per token of one head."""
     at = ptr + (row * heads + head) + tl.arange(0, rows_valid.shape[0]) * heads
     tl.store(at, value, mask=rows_valid)
 
 
 @triton.jit
 def decay_mask(coarse, fine, places):
-    """M_jt as rows t, columns j, of the sums of cumulative_decays; exact zeros where j > t."""
+    """M_jt as rows t, columns j, from the sums of cumulative_decays; exact zeros where j > t."""
     difference = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
     return tl.where(places[:, None] >= places[None, :], tl.exp(difference), 0.0)
 
 
 @triton.jit
 def operand(x, OP: tl.constexpr):
-    """x / max|x| in the tensor cores' dtype, and max|x|: float16 never over- or underflows as a whole."""
+    """x / max|x| in the tensor cores' dtype, and max|x|; float16 so holds x of any size."""
     largest = tl.max(tl.max(tl.abs(x), 1), 0)
     largest = tl.where(largest > 0.0, largest, 1.0)
     return (x / largest).to(OP), largest
@@ -195,7 +195,7 @@ def operand(x, OP: tl.constexpr):
 def shares(rows, largest):
     """s_j / largest: the powers of two that take max|k_j| <= largest to within (1/2, 1]; 0 where k_j is 0."""
     ratio = largest / tl.where(rows > 0.0, rows, largest)
-    ratio = tl.where(ratio < 1e30, ratio, 1e30)  # so that a subnormal is no division by 0
+    ratio = tl.where(ratio < 1e30, ratio, 1e30)  # avoids a division by 0 for subnormal numbers
     power = (ratio.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     return tl.where(rows > 0.0, 1.0 / power, 0.0), power
 
@@ -204,7 +204,7 @@ def shares(rows, largest):
 def key_operand(k, OP: tl.constexpr):
     """k_j / s_j in the tensor cores' dtype, s_j / max|k| [C], max|k|.
 
-    Keys of their own size: W_tj s_j^2 <= 4 F_t, whatever the size of the others that have faded.
+    Every key has its own scale, so W_tj s_j^2 <= 4 F_t, however large faded keys are.
     """
     rows = tl.max(tl.abs(k), 1)
     largest = tl.max(rows, 0)
@@ -215,13 +215,13 @@ def key_operand(k, OP: tl.constexpr):
 
 @triton.jit
 def inverse(x):
-    """1/x, and 0 where x is 0 or so small that 1/x would not be finite."""
+    """1/x; 0 if x is 0 or so small that 1/x is not finite."""
     return tl.where(x > 1e-37, 1.0 / tl.where(x > 1e-37, x, 1.0), 0.0)
 
 
 @triton.jit
 def load_mix(q, x, x_scale, alpha, row, H, h, K: tl.constexpr, rk, valid):
-    """z = q + alpha (x - q) as float32; x where alpha is absent; q where there is no solve."""
+    """z = q + alpha (x - q) as float32; x if alpha is None; q without a solve."""
     if x is None:
         z = load_rows(q, row, H, h, K, rk, valid)
     else:
@@ -241,7 +241,7 @@ def load_scaled(ptr, scale, row, heads, head, dim: tl.constexpr, cols, rows_vali
 
 @triton.jit
 def store_scaled(ptr, scale, value, row, heads, head, dim: tl.constexpr, cols, rows_valid):
-    """Every row divided by its largest entry, which goes to `scale`: 16 bits then hold any size."""
+    """Write every row divided by its largest entry, and that to `scale`, so that 16 bits hold any size."""
     largest = tl.max(tl.abs(value), 1)
     store_rows(ptr, value * inverse(largest)[:, None], row, heads, head, dim, cols, rows_valid)
     store_gate(scale, largest, row, heads, head, rows_valid)

@@ -1,6 +1,6 @@
-"""The kernels of maths/recurrent.py: token by token, states in place, a program a sequence and head.
+"""The kernels of maths/recurrent.py: token by token, states in place, one program per sequence and head.
 
-H stays in registers from the first token to the last; U passes by in blocks of columns, once a token.
+H stays in registers from the first token to the last. U is read in blocks of columns, once per token.
 """
 
 import triton
@@ -10,8 +10,8 @@ from torch import Tensor
 from gka.kernels.triton.certify import THETA_FLOOR, WORTHWHILE, WORTHWHILE_OF
 
 EPS: tl.constexpr = tl.constexpr(2.0**-23)  # of float32
-# How H is held in registers, by its padded width: more warps only where fewer would spill it. 256 columns
-# spill whatever the number; all the registers that 16 warps can have spill least.
+# Warps that hold H in registers, by its padded width: more only if fewer would spill. 256 columns always
+# spill, least with the registers of 16 warps.
 HELD: dict[int, dict[str, int]] = {
     16: {"num_warps": 1},
     32: {"num_warps": 1},
@@ -29,19 +29,19 @@ def width(dim: int) -> int:
 
 
 def strides(x: Tensor | None) -> tuple[int, int, int]:
-    """Of batch, token and head."""
+    """Strides of batch, token and head."""
     return (0, 0, 0) if x is None else (x.stride(0), x.stride(1), x.stride(2))
 
 
 @triton.jit
 def token_entry(ptr, batch, token, head, batch_stride, token_stride, head_stride):
-    """Where a token's part of a head begins in a strided [B, T, heads, ...] array."""
+    """Address of a token's entries of a head in a strided [B, T, heads, ...] array."""
     return ptr + batch * batch_stride + token * token_stride + head * head_stride
 
 
 @triton.jit
 def load_number(ptr, batch, token, head, strides, otherwise):
-    """A gate [B, T, H] of one token and head, float32; `otherwise` where it is None."""
+    """A gate [B, T, H] of one token and head, float32; `otherwise` if it is None."""
     value = otherwise
     if ptr is not None:
         at = token_entry(ptr, batch, token, head, strides[0], strides[1], strides[2])
@@ -58,7 +58,7 @@ def load_vector(ptr, batch, token, head, strides, cols, dim: tl.constexpr):
 
 @triton.jit
 def place_of(indices, bounds, sequence, length, pool):
-    """(batch row, first token, tokens, place in the pool, whether there is one) of a sequence."""
+    """(batch row, first token, number of tokens, place in the pool, whether it has a place) of a sequence."""
     batch, begin, count = sequence, sequence * 0, length
     if bounds is not None:
         batch = sequence * 0
@@ -72,7 +72,7 @@ def place_of(indices, bounds, sequence, length, pool):
 
 @triton.jit
 def arcosh_1p(x):
-    """acosh(1 + x). log(1 + y) by Kahan's correction: accurate for small x too."""
+    """acosh(1 + x), accurate for small x too: log(1 + y) with Kahan's correction."""
     y = x + tl.sqrt(x * (x + 2.0))
     near = 1.0 + y
     return tl.where(near == 1.0, y, tl.log(near) * (y / tl.where(near == 1.0, 1.0, near - 1.0)))
@@ -116,7 +116,7 @@ def solve(
     tau = 0.0
     if ADAPTIVE:
         w, strength, phi, steps = tighten(h, fro, ridge_ratio, num_iter, K, BK)
-        # false for NaN too: a length of zero or beyond float32 runs plain
+        # False for NaN too: a vector of length zero or beyond float32's range means plain steps.
         worthwhile = (WORTHWHILE_OF * steps <= WORTHWHILE * num_iter) & (strength >= 0.0)
         tau = tl.where(worthwhile, strength / (ridge_ratio + strength), 0.0)
         phi = tl.where(worthwhile, phi, 1.0)
@@ -141,7 +141,7 @@ def solve(
     return x
 
 
-# a first call of another batch or length finds the kernel compiled
+# Not specialised, so that another batch size or length needs no compilation.
 @triton.jit(do_not_specialize=["num_iter", "length", "pool"])
 def step_kernel(
     q,  # [B, T, H, K], strided
@@ -153,7 +153,7 @@ def step_kernel(
     beta,  # [B, T, H] or None
     h_pool,  # [P, H, K, K] float32 or None
     u_pool,  # [P, H, K, V] float32 or bfloat16
-    work,  # [B, H, K, V] float32: U between tokens where it may not, or cannot, be in u_pool; else None
+    work,  # [B, H, K, V] float32: U between tokens, if it must not or cannot be in u_pool; else None
     indices,  # [B] or None: each sequence's place in the pool
     bounds,  # [B + 1] or None: of packed sequences
     o,  # [B, T, H, V]
@@ -184,7 +184,7 @@ def step_kernel(
     first_row = (begin + sequence * length if bounds is None else begin) * H + head
     rows, cols, few = tl.arange(0, BK), tl.arange(0, BK), tl.arange(0, BV)
     inside = (rows[:, None] < K) & (cols[None, :] < K)
-    # masks without a scalar truth value, whose & the interpreter turns to integers
+    # No scalar truth value in the mask: the interpreter's & would turn it into an integer.
     inside = (rows[:, None] < tl.where(alive, K, 0)) & (cols[None, :] < K)
     for t in range(tl.where(alive, 0, count)):  # a free slot
         for c in range(0, V, BV):

@@ -1,7 +1,7 @@
-"""The derivative's kernels, in the order of gka.maths.adjoint: solve again, then the inputs' gradients.
+"""Kernels of the inputs' gradients, through U and through H (gka.maths.adjoint).
 
-Operands are float16 (float32 for float32 inputs), divided by the largest entry of their chunk where
-their size is not known. Those maxima come from the scans, which read the same tiles.
+Operands are float16 (float32 for float32 inputs). Those of unknown size are divided by the largest entry of
+their chunk, which comes from the scans, because these read the same tiles.
 """
 
 import triton
@@ -29,7 +29,7 @@ from gka.kernels.triton.scan import unit_of
 
 @triton.jit
 def max_blocks(ptr, index, N: tl.constexpr):
-    """Largest of N consecutive numbers."""
+    """The largest of N consecutive numbers."""
     largest = 0.0
     for i in tl.static_range(N):
         largest = tl.maximum(largest, tl.load(ptr + index * N + i))
@@ -38,15 +38,15 @@ def max_blocks(ptr, index, N: tl.constexpr):
 
 @triton.jit
 def decay_gradient(pairs, ends, start, whole, beta2, places, PREC: tl.constexpr):
-    """dg_i of a chunk by rectangle sums, as gka.maths.adjoint states it; pairs without beta_j^2."""
+    """dg_i of a chunk by rectangle sums, as in gka.maths.adjoint; pairs without beta_j^2."""
     since = tl.where(places[:, None] <= places[None, :], 1.0, 0.0)
     after = (
         tl.dot(since, pairs, input_precision=PREC) * beta2[None, :]
     )  # sum over t >= i, for each j
     earlier_keys = places[:, None] > places[None, :]
     rectangles = tl.sum(tl.where(earlier_keys, after, 0.0), 1)
-    # Summed anew: a running sum less its last term would keep that term's rounding. Added to `after`
-    # instead, Triton 3.6 compiled an illegal memory access for keys 200 wide on an H200.
+    # A sum of its own: a cumulative sum minus its last term would leave that term's rounding. With the terms
+    # added to `after` instead, Triton 3.6 compiled an illegal memory access (keys of width 200, H200).
     before_end = tl.sum(tl.where(earlier_keys, (ends * beta2)[None, :], 0.0), 1)
     return rectangles + before_end + tl.cumsum(start, 0, reverse=True) + whole
 
@@ -70,7 +70,7 @@ def through_u_kernel(
     v_maxima,  # [M, G, NV]
     z_maxima,  # [M, G]
     d_maxima,  # [M, G, NV]: max |do|
-    dk,  # [tokens, dk_heads, K]: written, from head dk_base on
+    dk,  # [tokens, dk_heads, K]: written from head dk_base on
     dv,  # [tokens, dv_heads, V]
     dg,  # [tokens, H] float32 or None
     dbeta2,  # [tokens, H] float32 or None: gradient of beta^2
@@ -131,7 +131,7 @@ def through_u_kernel(
         vn = (vt * (e_scale * inverse(e_max))).to(OP)
         end_v = tl.dot(vn, tl.trans(en), end_v, input_precision=PREC)
     end_v *= (to_end * (v_max * e_max))[:, None]
-    # k again: kept from above it would hold registers through the loop
+    # k is loaded again: kept from above, it would occupy registers through the loop.
     ends_j = tl.sum(load_rows(k, row, HK, h // GK, K, rk, valid) * end_v, 1)
     rn = (do_v * mask.to(tl.float32)).to(OP)
     end_v += tl.dot(tl.trans(rn), zn, input_precision=PREC) * (d_max * v_max * z_max * scale)
@@ -147,7 +147,7 @@ def through_u_kernel(
 
 @triton.jit
 def through_h_kernel(
-    x,  # [tokens, H, K]: rows divided by x_scale; with SOLVE
+    x,  # [tokens, H, K]: rows divided by x_scale; None without SOLVE
     x_scale,
     y,  # [tokens, G, K]: rows divided by y_scale
     y_scale,
@@ -224,10 +224,10 @@ def through_h_kernel(
         written = beta2 * size
         most_written = tl.max(written, 0)
         relative = written * inverse(most_written)
-        # on grad_k
+        # bound of grad_k
         bound = (tl.max(tl.abs(of_start), 0) * h_scale + 2.0 * most_written * e_scale) * K
         mask = decay_mask(coarse, fine, places).to(OP)
-        # the ridge's part: M^T diag(p) R over the keys, and (R (K K^T)^2)_tj; R = W s^2 / F <= 4
+        # ridge term: M^T diag(p) R over the keys, and (R (K K^T)^2)_tj, with R = W s^2 / F <= 4
         p = load_gate(p_t, row, G, j, valid, 0.0)
         per_f = inverse(load_gate(fro, row, G, j, valid, 0.0))
         gram = tl.dot(kn, tl.trans(kn), input_precision=PREC)  # |.| <= K
@@ -253,7 +253,7 @@ def through_h_kernel(
         inner = zeta * sum_blocks(h_norms, mh, NK)
         inner = per_f * (inner + tl.sum(mask.to(tl.float32) * (beta2 * energies)[None, :], 1))
         start = -zeta * (load_gate(start_h, row, G, j, valid, 0.0) + 0.5 * p * inner)
-        # the solve's part
+        # term of the solve
         xn = load_raw(x, row, H, h, K, rk, valid)
         yn = load_raw(y, row, G, j, K, rk, valid)
         both = load_gate(x_scale, row, H, h, valid, 0.0) * load_gate(y_scale, row, G, j, valid, 0.0)

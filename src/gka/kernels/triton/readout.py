@@ -91,9 +91,9 @@ def readout_backward_kernel(
     do,  # [tokens, H, V]
     u_start,
     u_scales,
-    dx,  # [tokens, G, K]: alpha dz, or dz where alpha is absent; rows divided by dx_scale; with x
+    dx,  # [tokens, G, K]: alpha dz, or dz if alpha is None; rows divided by dx_scale; with x
     dx_scale,  # [tokens, G] float32, with x
-    dq,  # [tokens, H, K]: what reaches q past the solve
+    dq,  # [tokens, H, K]: without the part through the solve
     dalpha,  # [tokens, H] float32 or None
     start_u,  # [tokens, G] float32: scale zeta_t z_t^T U_[c] do_t
     chunk_start,
@@ -115,7 +115,7 @@ def readout_backward_kernel(
     OP: tl.constexpr,
     PREC: tl.constexpr,
 ):
-    """dz_t = scale (zeta_t U_[c] do_t + sum_j W_tj (do_t . v_j) k_j), and its shares of x, q, alpha."""
+    """dz_t = scale (zeta_t U_[c] do_t + sum_j W_tj (do_t . v_j) k_j); from it dx, dq and dalpha."""
     m, j = (tl.program_id(0) // G).to(tl.int64), tl.program_id(0) % G
     mh, h = m * G + j, base + j
     places = tl.arange(0, C)
