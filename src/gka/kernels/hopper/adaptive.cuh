@@ -1,18 +1,18 @@
-// Fewer steps with the same proven bound (gka/maths/solvers/adaptive.py; proof in docs/numerics.md): the rank-one
-// Nystroem part N_t = strength_t F_t w_t w_t^T <= H_t of every token, and a certified bound of the rest.
+// Fewer steps with the same proven error bound (gka/maths/solvers/adaptive.py; proof in docs/numerics.md): the
+// rank-one Nystroem part N_t = strength_t F_t w_t w_t^T <= H_t of every token, and a certified bound of H_t - N_t.
 #pragma once
 
 #include "chebyshev.cuh"
 #include "ridge.cuh"
 
-// Relative errors: of the chunk's own share of F_t^2, whose weights and squares are float16; of float32 sums;
-// of the operator, whose weights the solve holds in float16.
+// Relative errors of: the term of F_t^2 from the chunk's own keys, whose weights and squares are float16; float32
+// sums; the operator, whose weights are float16 in the solve.
 constexpr float SLACK_OWN = 1.f / 2048.f, SLACK_SUM = 1.f / 65536.f, SLACK_OPERATOR = 1.f / 1024.f;
 
 DEVICE float arcosh_1p(float x) { return log1pf(x + sqrtf(x * (x + 2.f))); }  // acosh(1 + x), of small x too
 
-// v, the unit vector along the sum of the chunk's keys, as a left operand all of whose rows are v. It is what
-// float16 makes of it; zero where the sum is.
+// v, the unit vector along the sum of the chunk's keys rounded to float16, as a left operand with all rows equal
+// to v. Zero if the sum is zero.
 DEVICE void mean_key(u32 (&v)[K / 4], const float (&sum)[K / 2]) {
   float norm2 = 0.f;
 #pragma unroll
@@ -24,7 +24,7 @@ DEVICE void mean_key(u32 (&v)[K / 4], const float (&sum)[K / 2]) {
     v[2 * j] = v[2 * j + 1] = pack(sum[4 * j] * inverse, sum[4 * j + 1] * inverse);
 }
 
-// tr H16.
+// Trace of H16.
 DEVICE float trace_of_state(const Shared& s, const Place& at) {
   float sum = 0.f;
 #pragma unroll
@@ -35,7 +35,7 @@ DEVICE float trace_of_state(const Shared& s, const Place& at) {
   return warp_sum(sum);
 }
 
-// Replaces the plain iteration where a proven bound asks for fewer steps; leaves w_t in it.vectors. w: W_tj.
+// Replaces the plain iteration if a proven bound allows fewer steps. Writes w_t to it.vectors. w: W_tj.
 DEVICE void tighten(Iteration& it, const Ridge& r, const float (&w)[C / 2], const float (&key_sum)[K / 2],
                     const float (&fro)[2], const bool (&empty)[2], Shared& s, const Arguments& a,
                     const Place& at, float h_scale, float k_max) {

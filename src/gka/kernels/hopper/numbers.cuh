@@ -1,12 +1,12 @@
-// Numbers of 16 bits, reductions over lanes, copies to shared memory. BF16: the inputs are bfloat16, else float16.
+// 16-bit numbers, reductions over lanes, copies to shared memory. BF16: the inputs are bfloat16, else float16.
 #pragma once
 
 #include "tensor_cores.cuh"
 
-constexpr float TINY = 1e-30f;  // below it a tile, or a row, counts as zero, and its scale as one
+constexpr float TINY = 1e-30f;  // a tile or row with smaller entries is treated as zero, with scale one
 
 constexpr float LOG2_E = 1.44269504f;
-DEVICE float power_of_two(float x) {  // one instruction; zero where float32 has only subnormal numbers
+DEVICE float power_of_two(float x) {  // 2^x in one instruction; zero instead of subnormal numbers
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
@@ -32,7 +32,7 @@ DEVICE u32 pack_bfloat16(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
   return x;
 }
-DEVICE u32 times(u32 a, u32 b) {  // of pairs of float16
+DEVICE u32 times(u32 a, u32 b) {  // on pairs of float16
   u32 x;
   asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));
   return x;
@@ -44,13 +44,13 @@ DEVICE u32 times_plus(u32 a, u32 b, u32 c) {
 }
 DEVICE u32 both(float x) { return pack(x, x); }
 
-DEVICE u32 max_pair(u32 a, u32 b) {  // of pairs of 16-bit unsigned integers
+DEVICE u32 max_pair(u32 a, u32 b) {  // on pairs of 16-bit unsigned integers
   u32 x;
   asm("max.u16x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));
   return x;
 }
 
-// Two neighbouring inputs as float32, and back.
+// Two consecutive inputs to float32, and back.
 DEVICE float2 widen(u32 x) {
 #if BF16
   return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};

@@ -4,32 +4,32 @@
 #include "decay.cuh"
 #include "inputs.cuh"
 
-// One of the two states, or its gradient. W is its number of columns, K for H and V for U.
+// One of the two states, or its gradient E. W is its number of columns, K for H and V for U. "Backwards" means the
+// scan of gradients.
 struct Side {
   const float *g;         // log decay [tokens, H] or null
-  const float *boundary;      // [N, H, K, W] or null: the initial state; backwards the final one's gradient
-  u16 *states;            // [M, G, K, W] float16: as a chunk finds it / its bound; backwards E at its end
+  const float *boundary;      // [N, H, K, W] or null: the initial state; backwards the gradient of the final one
+  u16 *states;            // [M, G, K, W] float16: the state at each chunk's start / its bound; backwards E at its end
   float *bounds;          // [M, G, W / 64]
-  float *norms;           // [M, G, W / 64] or null: sums of squares, all in the first
-  float *last;            // [N, H, K, W] or null: the final state; backwards the initial one's gradient
-  float *sums;                  // [S, G, K, W] or null with one segment each: of a segment alone, then what
-                                // comes before it
+  float *norms;           // [M, G, W / 64] or null: sum of squares, in the first of W / 64
+  float *last;            // [N, H, K, W] or null: the final state; backwards the gradient of the initial one
+  float *sums;                  // [S, G, K, W]: each segment's state from zero, then the state at its start; null
+                                // if every sequence is one segment
   float *sum_decays;            // [S, G]: log decay over a segment
-  const u16 *stored;            // backwards [M, G, K, W]: the chunk-start states / stored_bounds; E of U may
-                                // be written over U
+  const u16 *stored;            // backwards [M, G, K, W]: chunk-start states / stored_bounds; E of U may overwrite U
   const float *stored_bounds;   // [M, G, W / 64]
-  float *wholes;                // backwards [M, G, W / 64]: decay times <S_[c], E>, in the first
+  float *wholes;                // backwards [M, G, W / 64]: decay over the chunk times <S_[c], E>, in the first
 };
 
 struct ScanArguments {
   Side h, u;
   const u16 *k, *v, *q, *x, *d_o, *y;  // x [tokens, H, K], y [tokens, G, K]: float16, rows / their scales
   const float *alpha, *beta, *x_scale, *y_scale, *key_weight, *start_weight;
-  // [M, G] and [M, G, V / 64] or null, written: of k and v; backwards of z, a bound from q's largest and x's scales,
-  // and do
+  // Results, [M, G] and [M, G, V / 64] or null: largest entries of k and v; backwards of do, and an upper bound of z
+  // from q's largest entry and x's scales.
   float *first_maxima, *second_maxima;
-  const float *key_maxima;              // backwards [M, G]: of k
-  const int *segments;                  // [S, 5]: sequence, chunks from, to, segments from, to
+  const float *key_maxima;              // backwards [M, G]: largest entries of k
+  const int *segments;                  // [S, 5]: sequence, first and end chunk, first and end segment of the sequence
   const long long *chunk_start;
   const int *chunk_length;
   float scale;
@@ -40,7 +40,7 @@ constexpr int C = 64, GROUPS = K / 64, THREADS = 128 * GROUPS;
 
 enum Kind { STATES, U_BACK, H_BACK };
 
-// Where a block is: one segment of a sequence, one head.
+// The segment and head of a block.
 struct Walk {
   int sequence, first, end, before, after, index, head, key_head, value_head;
   long long in_group;

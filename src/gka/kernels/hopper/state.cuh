@@ -3,7 +3,7 @@
 
 #include "scan.cuh"
 
-// A state in the accumulators of its block: rows `row` and row + 8, columns 8 j + column and the next.
+// A state in the accumulators of its block. A thread has rows `row` and row + 8, columns 8 j + column and the next.
 template <int W>
 struct State {
   float d[W / 2];
@@ -34,8 +34,8 @@ struct State {
         *(float2*)(to + (row + 8 * b) * W + 8 * j + column) =
             float2{d[4 * j + 2 * b] * factor, d[4 * j + 2 * b + 1] * factor};
   }
-  // A warp's 16 rows on their way to and from memory lie in a tile [K, W] of halves that no other warp touches:
-  // as fragments, 16 columns at once, and as pieces of 16 bytes, neighbouring lanes' in one row.
+  // A warp's 16 rows pass through a tile [K, W] of halves in shared memory; no other warp touches them. Registers
+  // access them as fragments of 16 columns, global memory as pieces of 16 bytes, consecutive lanes' in one row.
   static constexpr int LANES = W / 8, ROWS = 32 / LANES;
   DEVICE u32 first_fragment() const {
     return again(swizzled(K, threadIdx.x / 32 * 16 + lane % 16, lane / 16 * 8));
@@ -59,8 +59,8 @@ struct State {
 #pragma unroll
     for (int n = 0; n < W / 16; n++) *(uint4*)(to + n * ROWS * W) = *(const uint4*)(tile + piece(from, n));
   }
-  // Leaves d * factor in the tile. Without a state S there, STORED, returns its sum of squares; else its product
-  // with S, and with ADDS then d = d * rescale + start * S.
+  // Writes d * factor to the tile and returns its sum of squares or, if STORED (the tile held a state S), its inner
+  // product with S. ADDS: then d = d * rescale + start * S.
   template <bool STORED, bool ADDS>
   DEVICE float put(u32 tile, float factor, float rescale = 1.f, float start = 0.f) {
     float sum[2] = {0.f, 0.f};
@@ -88,7 +88,7 @@ struct State {
     for (int i = 0; i < W / 2; i++) most = fmaxf(most, fabsf(d[i]));
     return most;
   }
-  // d += factor S of a float16 state.
+  // d += factor S for a float16 state S.
   DEVICE void add_stored(const u16* from, float factor) {
 #pragma unroll
     for (int i = 0; i < W / 4; i++) {

@@ -1,8 +1,8 @@
 // Hopper's tensor cores: wgmma on one warpgroup (128 threads), float16 operands, float32 sums.
 //
-// Fragments. A thread of warp w and lane l holds rows r = 16 w + l / 4 and r + 8 of a tile, columns
-// 8 j + 2 (l % 4) and the next. In an accumulator of N columns these are d[4 j + 2 b + e], b the row and e
-// the column; packed to float16 pairs, a[2 j + b], the same values are the left operand of a product.
+// Fragments: a thread of warp w and lane l holds rows r = 16 w + l / 4 and r + 8 of a tile, columns 8 j + 2 (l % 4)
+// and the next. In an accumulator these are d[4 j + 2 b + e], b the row and e the column. Packed to float16 pairs
+// a[2 j + b], the same values are the left operand of a product.
 //
 // Right operands lie in shared memory in tiles of 64 columns (128 bytes a row, 128-byte swizzle).
 #pragma once
@@ -21,7 +21,7 @@ DEVICE u64 descriptor(u32 address, u32 leading, u32 stride) {
          1ull << 62;
 }
 
-// The descriptor `bytes` further on: only its low word, which holds the address, changes.
+// The descriptor of an address `bytes` further; only the low word, which has the address, changes.
 DEVICE u64 advance(u64 d, u32 bytes) {
   asm("{.reg .u32 l, h;\n mov.b64 {l, h}, %0;\n add.u32 l, l, %1;\n mov.b64 %0, {l, h};}" : "+l"(d) : "r"(bytes >> 4));
   return d;
@@ -39,17 +39,17 @@ template <int PENDING>
 DEVICE void mma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(PENDING) : "memory");
 }
-// Makes the tensor cores see what ordinary stores wrote to shared memory (before a barrier).
+// Makes ordinary stores to shared memory visible to the tensor cores; a barrier must follow.
 DEVICE void publish_shared() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
 
-// Keeps reads of a product's registers behind the wait before it.
+// Keeps reads of a product's registers after the preceding wait.
 template <int N>
 DEVICE void hold(float (&d)[N]) {
 #pragma unroll
   for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// The accumulators' names in an instruction, and the registers that go with them.
+// The accumulators' operand names in an instruction, and their registers.
 #define NAMES_32 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15," \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -76,7 +76,7 @@ DEVICE void mma(float (&d)[32], const u32* a, u64 b, int accumulate) {
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(SIGN), "n"(TRANSPOSED));
 }
 
-// The same with a in shared memory: rows as in a right operand or, LEFT_TRANSPOSED, columns.
+// The same with a in shared memory, stored by rows like a right operand or, if LEFT_TRANSPOSED, by columns.
 template <int LEFT_TRANSPOSED, int TRANSPOSED>
 DEVICE void mma(float (&d)[32], u64 a, u64 b, int accumulate) {
   asm volatile(
@@ -111,7 +111,7 @@ DEVICE void mma(float (&d)[64], const u32* a, u64 b, int accumulate) {
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(SIGN), "n"(TRANSPOSED));
 }
 
-// The same with a in shared memory: rows as in a right operand or, LEFT_TRANSPOSED, columns.
+// The same with a in shared memory, stored by rows like a right operand or, if LEFT_TRANSPOSED, by columns.
 template <int LEFT_TRANSPOSED, int TRANSPOSED>
 DEVICE void mma(float (&d)[64], u64 a, u64 b, int accumulate) {
   asm volatile(
@@ -123,8 +123,8 @@ DEVICE void mma(float (&d)[64], u64 a, u64 b, int accumulate) {
       : "l"(a), "l"(b), "r"(accumulate), "n"(LEFT_TRANSPOSED), "n"(TRANSPOSED));
 }
 
-// d (+)= SIGN a B over K rows of B. a: fragments [64, K]. B: `rows` rows in shared memory, whole columns.
-// ALONG_ROWS: B's entry (k, n) lies at row n, column k (a transposed right factor); else at row k, column n.
+// d (+)= SIGN a B over K rows of B. a: fragments [64, K]. B: ROWS rows in shared memory, all columns. B's entry
+// (k, n) is at row n, column k if ALONG_ROWS (a transposed right factor), else at row k, column n.
 template <int K, int SIGN, bool ALONG_ROWS, int ROWS, int N>
 DEVICE void product(float (&d)[N], const u32* a, u32 b, bool accumulate) {
   u64 right = descriptor(b, ALONG_ROWS ? 16 : ROWS * 128, 1024);
@@ -135,8 +135,8 @@ DEVICE void product(float (&d)[N], const u32* a, u32 b, bool accumulate) {
   }
 }
 
-// d (+)= A B over K columns of A, both in shared memory, A at `a` [64 of A_ROWS, K], or LEFT_TRANSPOSED
-// [K of A_ROWS, 64], B as in `product`.
+// d (+)= A B over K columns of A, both in shared memory. A: [64 of A_ROWS, K] or, if LEFT_TRANSPOSED,
+// [K of A_ROWS, 64]. B as in `product`.
 template <int K, bool LEFT_TRANSPOSED, bool ALONG_ROWS, int A_ROWS, int ROWS, int N>
 DEVICE void product_shared(float (&d)[N], u32 a, u32 b, bool accumulate) {
   u64 left = descriptor(a, LEFT_TRANSPOSED ? A_ROWS * 128 : 16, 1024);

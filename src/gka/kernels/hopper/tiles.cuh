@@ -1,13 +1,13 @@
-// What the gradients share: tiles of a chunk in shared memory, its numbers, sums over pairs, stores.
+// Shared by the gradients through U and H: a chunk's tiles and numbers in shared memory, sums over pairs, stores.
 #pragma once
 
 #include "fragments.cuh"
 #include "inputs.cuh"
 
 constexpr int WIDE = K > V ? K : V;
-constexpr float FAINT = 1e-20f;  // a product this much smaller than what it is added to may lose digits
+constexpr float FAINT = 1e-20f;  // a term smaller than the sum by this factor may lose digits
 
-// What the block keeps in shared memory.
+// Shared memory of a block.
 struct Tiles {
   unsigned char state[K * WIDE * 2];  // E of U, then E of H, then H_[c]
   unsigned char k[C * K * 2];
@@ -23,12 +23,13 @@ struct Tiles {
   DEVICE u32 tile(int i) const { return shared_address(v) + i * C * C * 2; }
 };
 
-// Byte offset in a tile [C, C] of the thread's words of an accumulator: `place ^ j << 4`, + 1024 for row 1.
+// Byte offset of the thread's first accumulator word in a tile [C, C]. Word j is at `place ^ j << 4`, and that of its
+// second row at + 1024.
 DEVICE u32 first_word(const Place& at) {
   return at.row[0] * 128 + ((at.row[0] & 7) << 4) + at.column * 2;
 }
 
-// The same place, computed anew: what is derived from it holds no registers until its next use.
+// The same place, which the compiler takes for a new value (inputs.cuh: again).
 DEVICE Place again(const Place& at) {
   Place same = at;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(same.thread));
@@ -83,7 +84,7 @@ DEVICE void copy_rows(u32 to, const u16* array, int heads, int head, const Place
   copies_commit();
 }
 
-// Brings a state [K, K] that is read later to the cache; for one thread.
+// Prefetches a state [K, K] into the L2 cache; for one thread.
 DEVICE void prefetch_state(const u16* from) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(K * K * 2));
 }
@@ -119,13 +120,13 @@ DEVICE void load_numbers(Tiles& s, const Arguments& a, const Place& at) {
   __syncwarp();
 }
 
-// Largest entries of the chunk's k, v, do, and a bound of z's.
+// Largest entries of the chunk's k, v and do, and an upper bound of z's.
 struct Largest {
   float k, v, z, d;
 };
 
-// k, v, z, do / their bounds, which it returns, and the tokens' numbers, to shared memory; E of U is on
-// its way after. What comes from memory is asked for before anything is waited for.
+// Stores k, v, z and do, divided by their bounds, and the tokens' numbers in shared memory; starts copying E of U.
+// All loads are issued before the first wait. Returns the bounds.
 DEVICE Largest load_tiles(Tiles& s, const Arguments& a, const Place& at) {
   copy_rows(shared_address(s.z), a.x, a.heads, at.head, at);
   copy_state<K, V>(shared_address(s.state), a.u_ends + at.state * K * V, at.thread);
@@ -145,7 +146,7 @@ DEVICE Largest load_tiles(Tiles& s, const Arguments& a, const Place& at) {
   k.store(s.k, inverse(most.k), at);
   v.store(s.v, inverse(most.v), at);
   d.store(s.d, inverse(most.d), at);
-  copies_wait<1>();  // the thread's own pieces of x
+  copies_wait<1>();  // the thread's own pieces of x have arrived
   __syncthreads();
   float less = inverse(most.z);
   unsigned char* z = s.z + Pieces<K>::place(at);
@@ -165,7 +166,7 @@ DEVICE Largest load_tiles(Tiles& s, const Arguments& a, const Place& at) {
   return most;
 }
 
-// Rows of dk or dv: of shared heads to float32 scratch [tokens, H', D], else to the caller's array.
+// Stores rows of dk or dv: for shared heads in float32 scratch [tokens, H', D], else in the caller's array.
 template <int D>
 DEVICE void store_gradient(void* array, bool shared, const float (&d)[D / 2], const float (&factor)[2],
                            const Arguments& a, const Place& at) {
@@ -184,9 +185,9 @@ DEVICE void store_gradient(void* array, bool shared, const float (&d)[D / 2], co
   }
 }
 
-// Sums of the pairs' parts P_tj (without beta_j^2), times a factor: over t to `columns`, and beta_j^2 P_tj
-// over j < i <= t to `sums`. A product with a triangle of ones adds them up; bfloat16 has float32's range,
-// and two of them 16 of its bits. Takes both tiles; ends with a barrier.
+// Sums of P_tj (without beta_j^2), times a factor: over t to `columns`, and of beta_j^2 P_tj over j < i <= t to
+// `sums`. They are products with a triangle of ones: bfloat16 has float32's range, and a sum of two 16 of its bits.
+// Overwrites both tiles; ends with a barrier.
 DEVICE void sum_pairs(const float (&pairs)[C / 2], float factor, Tiles& s, const Place& at) {
   u32 place = first_word(at), since[C / 4];
 #pragma unroll
@@ -199,7 +200,7 @@ DEVICE void sum_pairs(const float (&pairs)[C / 2], float factor, Tiles& s, const
     *(u32*)to = high, *(u32*)(to + C * C * 2) = low;
     int missing = max(16 * (at.row[i % 2] - at.column - i / 2 * 8), 0);  // bits: 1 where column >= row
     asm("shl.b32 %0, %1, %2;" : "=r"(since[i]) : "r"(0x3f803f80u), "r"(missing));
-    asm volatile("" : "+r"(since[i]));  // made before the product begins
+    asm volatile("" : "+r"(since[i]));  // computed before the product starts
   }
   publish_shared();
   __syncthreads();
@@ -231,7 +232,7 @@ DEVICE void sum_pairs(const float (&pairs)[C / 2], float factor, Tiles& s, const
   __syncthreads();
 }
 
-// dg_i of the tokens 2 lane and 2 lane + 1 to the array (or nowhere); their d(beta^2) is added to.
+// Stores dg_i of the tokens 2 lane and 2 lane + 1, unless dg is null, and adds to their d(beta^2).
 DEVICE void store_decay(float* dg, float (&d_beta2)[2], const float* start, float whole, const Tiles& s,
                         const Arguments& a, const Place& at) {
   int first = 2 * at.lane;
