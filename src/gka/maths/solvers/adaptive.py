@@ -4,7 +4,8 @@ With one unit vector v for a chunk, N_t is the rank-one Nystroem part of H_t and
     u_t = H_t v,  theta_t = v^T u_t,  N_t = u_t u_t^T / theta_t <= H_t,
     R_t = H_t - N_t >= 0,  |R_t|_2 <= phi_t F_t,  P_t = lambda_t I + N_t <= A_t
 (proofs: docs/numerics.md). All quantities are relative to |H_[c]|, |k_j| and F_t, so none overflows or
-underflows, whatever the size of H_t. For all tokens of a chunk the eigenvalues of P_t^-1 A_t lie in [1, kappa],
+underflows, whatever the size of H_t. For all tokens of a chunk the eigenvalues of P_t^-1 A_t lie in
+[1, kappa],
     kappa = 1 + phi/a <= (1 + a)/a,  phi = max_t phi_t,
     n = ceil((r + 1) acosh(1 + 2a)/acosh(1 + 2a/phi)) - 1 steps,
 or r plain steps (N_t = 0, phi = 1) where n > 5r/6. Chebyshev iteration on P_t^-1 A_t is the residual
