@@ -1,7 +1,7 @@
 """The torch operators gka::forward and gka::backward: opaque to torch.compile, known to autograd.
 
-One pair serves every mode and backend. States enter as None and leave as empty tensors where they
-do not exist, because operators return tensors only. `operator` makes the package's other operators known.
+One pair serves every mode and backend. An absent state is None as an argument and an empty tensor as a
+result, because operators return tensors only. `operator` registers the package's other operators.
 """
 
 import inspect
@@ -22,9 +22,11 @@ _LIBRARY = torch.library.Library("gka", "DEF")
 
 
 def operator(function: Callable, mutates: tuple[str, ...] = ()) -> torch._ops.OpOverload:
-    """gka::<function's name>, which writes to the arguments `mutates`. Without the layers that
-    torch.library.custom_op puts around each call (a derivative, which an autograd.Function has, and
-    checks): they cost the host as much as launches."""
+    """Register gka::<function's name>, which writes to the arguments `mutates`.
+
+    It does without the layers that torch.library.custom_op puts around each call (a derivative, which an
+    autograd.Function supplies here, and checks): they cost the host as much as launches.
+    """
     schema = torch.library.infer_schema(function, mutates_args=mutates)
     _LIBRARY.define(function.__name__ + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(function.__name__, function, "CompositeExplicitAutograd")
@@ -32,15 +34,15 @@ def operator(function: Callable, mutates: tuple[str, ...] = ()) -> torch._ops.Op
 
 
 def under_transform() -> bool:
-    """Whether a transform of torch.func is at work (vmap, grad, ...); a constant to torch.compile."""
+    """Whether a torch.func transform (vmap, grad, ...) is active; a constant to torch.compile."""
     return torch._C._are_functorch_transforms_active()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def check_derivable(name: str) -> None:
-    """Where torch.compile would lose the derivative of an autograd.Function, say so.
+    """Raise where torch.compile would lose the derivative of an autograd.Function.
 
-    Around a transform of torch.func Dynamo traces through the function's forward alone, and an operator in
-    it has no derivative: the gradient would be zero. Which tensors want one cannot be seen there. Without
+    Inside a compiled torch.func transform Dynamo traces only the function's forward, whose operators have no
+    derivative: the gradient would be zero. Whether any tensor needs one cannot be seen there. Without
     fullgraph=True the call runs uncompiled instead.
 
     Raises:
@@ -54,7 +56,7 @@ def check_derivable(name: str) -> None:
 
 
 def keep_signature(*functions: type[torch.autograd.Function]) -> None:
-    """apply() asks for forward's signature at every call, which takes the host as long as launches."""
+    """Store forward's signature, which apply() otherwise inspects at every call, as slowly as launches."""
     for function in functions:
         function.forward.__signature__ = inspect.signature(function.forward)
 
@@ -85,20 +87,23 @@ def _annotated(name: str, device: str) -> Iterator[None]:
 
 
 def _inside(name: str, device: str) -> AbstractContextManager:
-    """Without autocast, and with a name in profiles; both only where there is one, for they take time."""
+    """Disable autocast and name the call in profiles, each only if one is active, since both take time."""
     if autocasts(device) or torch.autograd._profiler_enabled():
         return _annotated(name, device)
     return nullcontext()
 
 
 def autocasts(device: str) -> bool:
-    """Whether torch.autocast is on. meta has none and knows no answer; torch 2.11's Dynamo cannot trace
-    torch.amp.is_autocast_available, which would tell."""
+    """Whether torch.autocast is on for the device.
+
+    The meta device has no autocast and cannot be asked. torch.amp.is_autocast_available would tell, but torch 2.11's
+    Dynamo cannot trace it.
+    """
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under torch.autocast the heads take its dtype, as they would for a matrix product."""
+    """The heads, cast to torch.autocast's dtype if it is on, as for a matrix product."""
     device = tensors[0].device.type
     if not autocasts(device):
         return tensors
@@ -134,7 +139,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(o, x, x's scales, final H, final U).
 
-    x is empty without a solve, its scales where its rows are not scaled, H where it is not formed.
+    Empty: x without a solve, the scales if x is not scaled, H if it is not formed.
     """
     tokens, settings = unpack(
         q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu,
@@ -271,7 +276,7 @@ torch.library.register_vmap(backward_op, _vmap(backward_op))
 
 
 class GKABackward(torch.autograd.Function):
-    """gka::backward, refusing a derivative of its own with a word on what to do."""
+    """gka::backward; its own derivative raises an error that says what to do."""
 
     generate_vmap_rule = True
 
@@ -299,7 +304,7 @@ class GKAFunction(torch.autograd.Function):
 
     generate_vmap_rule = True
 
-    # Spelt out: without gradients Dynamo tells by their number whether a context comes first.
+    # Arguments are spelt out: without gradients Dynamo counts them to see whether a context comes first.
     @staticmethod
     def forward(
         q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu,
@@ -328,7 +333,7 @@ class GKAFunction(torch.autograd.Function):
         if do is None:
             do = q.new_zeros(*q.shape[:3], v.shape[-1])
         dh = dh if ctx.has_h else None
-        # Compiled graphs never differentiate a backward, and Dynamo cannot trace one Function in another.
+        # Compiled graphs never differentiate a backward, and Dynamo cannot trace a Function inside another.
         derive = backward_op if torch.compiler.is_compiling() else GKABackward.apply
         grads = derive(*tensors, x, x_scale, do.contiguous(), dh, du, *ctx.numbers)
         given = tensors[: len(grads)]
@@ -338,8 +343,10 @@ class GKAFunction(torch.autograd.Function):
 
 
 class GKAEager(torch.autograd.Function):
-    """`GKAFunction` where nothing but autograd looks on (`is_eager`): without the dispatcher, which takes the
-    host longer than the launches. It saves the same tensors, for checkpointing counts them.
+    """`GKAFunction` where autograd alone observes operators (`is_eager`).
+
+    It skips the dispatcher, which takes the host longer than the launches. It saves the same tensors as
+    `GKAFunction`, because checkpointing counts them.
     """
 
     @staticmethod
@@ -358,7 +365,7 @@ class GKAEager(torch.autograd.Function):
         if do is None:
             do = tokens.q.new_zeros(*tokens.q.shape[:3], tokens.v.shape[-1])
         do, dh = do.contiguous(), dh if ctx.has_h else None
-        if torch.is_grad_enabled():  # create_graph: refused by name when it is differentiated
+        if torch.is_grad_enabled():  # create_graph: differentiating the result raises our error
             found = GKABackward.apply(
                 *tensors,
                 x,
@@ -376,7 +383,7 @@ class GKAEager(torch.autograd.Function):
 
 
 def is_eager(q: Tensor) -> bool:
-    """Whether autograd alone sees operators on tensors like q: no compiler, transform or dispatch mode."""
+    """Whether autograd alone observes operators on q: no compiler, transform or dispatch mode."""
     return (
         q.device.type == "cuda"
         and not torch.compiler.is_compiling()
@@ -387,6 +394,6 @@ def is_eager(q: Tensor) -> bool:
 
 
 PLAIN = (Tensor, torch.nn.Parameter)
-"""Types of tensors that do nothing of their own to an operator."""
+"""Tensor types without behaviour of their own in operators."""
 
 keep_signature(GKAFunction, GKABackward)

@@ -1,6 +1,6 @@
-"""Which implementation runs a call: what a backend is, those there are, the choice and its reasons.
+"""Backends: what they are, which exist, and which of them runs a call.
 
-A backend is chosen explicitly or by "auto", can be asked for its reasons, and is never silently another one.
+A backend is chosen by name or by "auto". One that cannot run a call says why, and is never silently replaced.
 """
 
 import importlib.util
@@ -30,7 +30,7 @@ AnyMode = Literal["chunk", "recurrent", "step"]
 
 @dataclass(frozen=True)
 class Call:
-    """What a backend must know of a call to tell whether it can run it.
+    """The facts of a call by which a backend decides whether it can run it.
 
     Attributes:
         dims: K and V.
@@ -48,7 +48,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Stepper:
-    """What a backend has for the ops that update states in place, with the backend's solvers.
+    """A backend's implementation of the ops that update states in place; it has the backend's solvers.
 
     Attributes:
         step: `maths.recurrent.step_` without x.
@@ -63,20 +63,20 @@ class Stepper:
 
 @dataclass(frozen=True)
 class Backend:
-    """A set of compiled or plain implementations behind the custom operators.
+    """An implementation of the custom operators.
 
     Attributes:
-        name: as users give it.
+        name: the name that users pass.
         forward: implementation of each mode.
-        backward: the derivative, shared by the modes, since they compute the same map. Takes the
-            tokens, the solutions x and their scales as a forward left them, the gradients of o and
-            of the final states, and the settings.
+        backward: the derivative, the same for all modes, since they compute the same map. Takes the
+            tokens, the forward pass's solutions x and their scales, the gradients of o and of the final
+            states, and the settings.
         refusal: why the backend cannot run a call; None if it can.
         automatic: whether backend="auto" may choose it on a device.
-        scaled_dtype: dtype in which mode "chunk" keeps x for inputs of a dtype, rows divided by
-            their scale; None where x is kept in the working precision, without scales.
-        solvers: the solvers it has.
-        stepper: for states in place; None: it has no such kernels.
+        scaled_dtype: dtype in which mode "chunk" stores x for inputs of a dtype, rows divided by their
+            scales; None if x is stored in the working precision, without scales.
+        solvers: names of its solvers.
+        stepper: its ops on states in place; None if it has none.
         steps: what `ops.solver_steps` returns for the backend's mode "chunk".
     """
 
@@ -148,7 +148,7 @@ def _triton_step_refusal(call: Call) -> str | None:
         return reason
     from gka.kernels import configs
 
-    # chunks and operands of matrix products do not matter here
+    # decoding has no chunks and no matrix products: any chunk size and 16-bit dtype that pass will do
     return configs.why_not(call.device, torch.bfloat16, call.dims, 64) or _not_float64(call)
 
 
@@ -160,7 +160,7 @@ def _not_float64(call: Call) -> str | None:
 def _hopper_step_refusal(call: Call) -> str | None:
     from gka.kernels.hopper import build
 
-    # Triton advances states
+    # states are advanced by Triton's kernel
     return _missing() or build.why_not_step(call.device, call.dims) or _not_float64(call)
 
 
@@ -171,7 +171,7 @@ def _triton(settings: Settings) -> "Passes":
 
 
 def _hopper(settings: Settings) -> "Passes":
-    """Its kernels have a solve in them: calls without one run Triton's."""
+    """Hopper's passes, or Triton's for calls without a solve, which Hopper's kernels always contain."""
     return _hopper_decode(settings) if settings.num_iter > 0 else _triton(settings)
 
 
@@ -182,7 +182,7 @@ def _hopper_decode(settings: Settings) -> "Passes":
 
 
 def current(device: torch.device) -> AbstractContextManager:
-    """Launches go to the current device: inside, the inputs' own."""
+    """Makes the inputs' device the current one, to which launches go."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -193,7 +193,7 @@ def _on_gpu(
     refusal: Callable[[Call], str | None],
     step_refusal: Callable[[Call], str | None],
 ) -> Backend:
-    """A backend of kernels; the modules that import triton are loaded on first use."""
+    """A GPU backend; the modules that import triton are loaded on first use."""
 
     def forward(tokens: Tokens, settings: Settings) -> Forward:
         from gka.kernels.forward import chunk_forward
@@ -236,9 +236,9 @@ def _on_gpu(
         forward={"chunk": forward, "recurrent": recurrent},
         backward=backward,
         refusal=refusal,
-        automatic=lambda device: device.type == "cuda",  # interpreted only if asked for by name
+        automatic=lambda device: device.type == "cuda",  # interpreted kernels only by name
         scaled_dtype=lambda dtype: torch.float32 if dtype == torch.float32 else torch.float16,
-        solvers=("chebyshev", "adaptive"),  # those that its kernels have
+        solvers=("chebyshev", "adaptive"),  # the solvers in its kernels
         stepper=Stepper(step, advance, step_refusal),
         steps=steps,
     )
@@ -249,7 +249,7 @@ HOPPER = _on_gpu("hopper", _hopper, _hopper_decode, _hopper_refusal, _hopper_ste
 
 _ran = threading.local()
 
-_BACKENDS: dict[str, Backend] = {b.name: b for b in (HOPPER, TRITON, TORCH)}  # as "auto" prefers
+_BACKENDS: dict[str, Backend] = {b.name: b for b in (HOPPER, TRITON, TORCH)}  # in "auto"'s order
 
 
 def register_backend(backend: Backend, *, first: bool = False) -> None:
@@ -261,7 +261,7 @@ def register_backend(backend: Backend, *, first: bool = False) -> None:
 
 
 def registered_backends() -> dict[str, Backend]:
-    """All by name; another object after each registration."""
+    """All backends by name; a new object after each registration."""
     return _BACKENDS
 
 
@@ -334,7 +334,7 @@ def _available(call: Call) -> list[str]:
 
 
 def resolve_backend(name: str, call: Call) -> str:
-    """The backend that `name` means for a call; a constant to torch.compile, which does not look inside.
+    """The name of the backend for a call, with "auto" resolved; a constant to torch.compile.
 
     Raises:
         ValueError: no backend has that name.
@@ -342,12 +342,12 @@ def resolve_backend(name: str, call: Call) -> str:
     """
     check_known(name)
     c = call
-    # as plain integers: of symbolic ones torch.compile knows no constant
+    # as plain integers: symbolic ones would make the result no constant to torch.compile
     key_dim, value_dim = operator.index(c.dims[0]), operator.index(c.dims[1])
     return _resolve(name, c.device, c.dtype, c.solver, key_dim, value_dim, c.chunk_size, c.mode)
 
 
-# spelt out: of a dataclass Dynamo does not know that it is constant
+# separate arguments: Dynamo does not take a dataclass for a constant
 @torch.compiler.assume_constant_result
 def _resolve(
     name: str,
@@ -374,11 +374,11 @@ def note_backend(name: str) -> None:
 
 
 def running_backend(name: str) -> Backend:
-    """The backend of that name, noted as the one that runs."""
+    """The backend of that name, recorded for `last_backend`."""
     _ran.name = name
     return _BACKENDS[name]
 
 
 def last_backend() -> str | None:
-    """Name of the backend that ran this thread's most recent forward or backward; None before any."""
+    """Name of the backend that ran this thread's latest forward or backward; None before any."""
     return getattr(_ran, "name", None)

@@ -1,5 +1,7 @@
-"""Validation at the public boundary, once: everything below may rely on it. States that are updated in place
-are checked before anything is written."""
+"""Validation at the public boundary, once: all code below relies on it.
+
+States that are updated in place are checked before anything is written.
+"""
 
 import itertools
 import math
@@ -12,11 +14,11 @@ from gka.maths.solvers import SolverName
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
-MAX_KEY_NORM = 4e9  # its fourth power is float32's largest number, about
+MAX_KEY_NORM = 4e9  # its fourth power is about float32's largest number
 FLOAT32_MAX = torch.finfo(torch.float32).max
-# A chunk holds C x C decays a head: beyond this no machine does.
+# A chunk holds C x C decays per head, which exceed any memory for larger C.
 MAX_CHUNK_SIZE = 4096
-# Beyond it a call only hangs: 10,000 steps solve to 1e-8 at ridge_ratio = 1e-6.
+# A call with more steps only seems to hang: 10,000 solve to 1e-8 at ridge_ratio = 1e-6.
 MAX_NUM_ITER = 10_000
 # a F_t and its reciprocal stay in float32's range for F_t of 1e-16 to 1e19
 RIDGE_RATIOS = (1e-9, 1e9)
@@ -26,12 +28,12 @@ def _shape(x: Tensor) -> str:
     return f"{list(x.shape)}"
 
 
-# Plain branches, and messages formed only to be raised: forming one would make torch.compile treat
-# the lengths and numbers in it as constants, and compile again for every other length.
+# Checks are plain branches that format a message only to raise it: formatting would make torch.compile
+# treat the lengths and numbers in it as constants, and compile again for every other length.
 
 
 def check_tensor(name: str, x: object) -> None:
-    """An argument that must be a tensor is one."""
+    """The argument is a tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}.")
     if x.layout != torch.strided or x.is_nested or x.is_mkldnn:
@@ -39,13 +41,13 @@ def check_tensor(name: str, x: object) -> None:
 
 
 def check_tensors(**named: object) -> None:
-    """Each is a tensor, under its name."""
+    """Each named argument is a tensor."""
     for name, x in named.items():
         check_tensor(name, x)
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, **gates: Tensor | None) -> None:
-    """Heads and gates fit each other."""
+    """q, k, v and gates fit together."""
     check_heads(q, k, v)
     check_gates(q, **gates)
 
@@ -70,14 +72,14 @@ def check_lengths(q: Tensor, cu_seqlens: Tensor | None, copy: Tensor | None) -> 
 
 
 def _kind(x: Tensor) -> str:
-    """What a tensor that is not dense is: sparse_coo, nested, mkldnn, ..."""
+    """The layout of a tensor that is not dense: sparse_coo, nested, mkldnn, ..."""
     if x.is_nested:
         return "nested"
     return "mkldnn" if x.is_mkldnn else str(x.layout).removeprefix("torch.")
 
 
 def check_flags(**flags: object) -> None:
-    """Options that are on or off."""
+    """Each named option is a bool."""
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise TypeError(f"{name} must be True or False; got {flag!r:.60}.")
@@ -159,7 +161,7 @@ def check_numbers(
 
 
 def check_scale(scale: float | None) -> None:
-    """Factor of the readout: None, or a number that float32 holds."""
+    """The readout's factor is None or a finite float32 number."""
     if scale is None:
         return
     if not isinstance(scale, int | float) or isinstance(scale, bool):
@@ -171,7 +173,7 @@ def check_scale(scale: float | None) -> None:
 
 
 def check_solver(solver: str) -> SolverName:
-    """A name of a solver, and its type."""
+    """The solver's name, checked."""
     for known in get_args(SolverName):
         if solver == known:
             return known
@@ -179,7 +181,7 @@ def check_solver(solver: str) -> SolverName:
 
 
 def check_cu_seqlens(q: Tensor, cu_seqlens: Tensor | None) -> int:
-    """cu_seqlens [N+1] rises from 0 to T and comes with B = 1. Returns the number of sequences."""
+    """cu_seqlens [N+1] has the right shape and dtype, and B = 1. Returns the number of sequences."""
     if cu_seqlens is None:
         return q.shape[0]
     check_tensor("cu_seqlens", cu_seqlens)
@@ -217,7 +219,7 @@ def check_cu_seqlens_cpu(cu_seqlens: Tensor | None, copy: Tensor | None) -> None
 
 
 def check_same_bounds(cu_seqlens: Tensor | None, copy: Tensor | None) -> None:
-    """Debug check (GKA_DEBUG=1), since it reads the device: the copy holds what cu_seqlens holds."""
+    """The copy equals cu_seqlens. A debug check (GKA_DEBUG=1), since it reads the device."""
     if cu_seqlens is not None and copy is not None and cu_seqlens.tolist() != copy.tolist():
         raise ValueError(
             f"cu_seqlens_cpu must equal cu_seqlens {cu_seqlens.tolist()}; got {copy.tolist()}."
@@ -225,7 +227,7 @@ def check_same_bounds(cu_seqlens: Tensor | None, copy: Tensor | None) -> None:
 
 
 def check_bounds(cu_seqlens: Tensor, length: int) -> None:
-    """Values of cu_seqlens: reads them, so it runs where they are read anyway."""
+    """The values of cu_seqlens rise from 0 to T. Runs where they are read anyway."""
     if cu_seqlens.device.type == "meta":
         raise ValueError("cu_seqlens has no values on the meta device: pass cu_seqlens_cpu too.")
     bounds = cu_seqlens.tolist()
@@ -350,7 +352,7 @@ def _check_states(
         raise ValueError(f"{name}: each state must be contiguous; got strides {state.stride()}.")
     if shape[0] > 1 and state.stride(0) < state[0].numel():
         raise ValueError(f"{name}: states must not overlap; got strides {state.stride()}.")
-    # matrices of other sizes are never read 16 bytes at a time
+    # only such matrices are read 16 bytes at a time
     wide = shape[-2] * shape[-1] * state.element_size() % 16 == 0
     if wide and state.device.type == "cuda" and not torch.compiler.is_compiling():
         step = state.stride(0) * state.element_size() if shape[0] > 1 else 0
@@ -359,7 +361,7 @@ def _check_states(
 
 
 def check_integers(name: str, x: Tensor, q: Tensor) -> None:
-    """One integer a sequence, on q's device."""
+    """x holds one integer per sequence, on q's device."""
     check_tensor(name, x)
     if tuple(x.shape) != (q.shape[0],):
         raise ValueError(f"{name} must have shape [B] = [{q.shape[0]}]; got {list(x.shape)}.")
@@ -372,7 +374,7 @@ def check_integers(name: str, x: Tensor, q: Tensor) -> None:
 
 
 def check_places(indices: Tensor, places: int) -> None:
-    """Reads the values: each place in the pool, and none twice."""
+    """Each place is in the pool, and none occurs twice. Reads the values."""
     if torch.compiler.is_compiling():
         return
     found = indices.tolist()

@@ -52,13 +52,13 @@ def chunk_gka(
     lambda_t = ridge_ratio |H_t|_F; x_t = 0 while the history is empty.
 
     Differentiable in q, k, v, g, gk, alpha, beta and both initial states, from o and both final
-    states. The gradient is that of the exact solve at the computed solutions (docs/maths.md, section
-    8), within twice the truncation of exact; it is not the derivative of the truncated iteration.
+    states. The gradient is that of the exact solve, evaluated at the computed solutions (docs/maths.md,
+    section 8), with at most twice their truncation error. It is not the truncated iteration's derivative.
 
     Args:
         q: queries [B,T,H,K], float64, float32, bfloat16 or float16; K in 1..256.
-        k: keys [B,T,Hk,K]; H a multiple of Hk: consecutive query heads share a key head. Of any norm with
-            backend="torch"; the others square |H_t| as it is, so float32 keys (and bfloat16 ones) of norm
+        k: keys [B,T,Hk,K]; H a multiple of Hk: consecutive query heads share a key head. Any norm with
+            backend="torch". The other backends square |H_t| unscaled: float32 and bfloat16 keys of norm
             above 4e9 give NaN there (GKA_DEBUG=1 refuses them).
         v: values [B,T,Hv,V]; H a multiple of Hv; V in 1..256.
         g: log decay of U [B,T,H], <= 0. None: no decay.
@@ -68,7 +68,7 @@ def chunk_gka(
         scale: factor of the readout. None: K^-1/2.
         ridge_ratio: a in lambda_t = a |H_t|_F, 1e-9..1e9.
         num_iter: Chebyshev steps r, 0..10000; with another solver, those whose error bound it keeps.
-            0 leaves the ridge out: gated linear attention.
+            0: no ridge, that is gated linear attention.
         initial_state: (h_kk [N,H,K,K], h_kv [N,H,K,V]) before the first token, float32 (float64 for
             float64 inputs); h_kk symmetric. N is B, or the number of packed sequences.
         output_final_state: return the states after the last token too.
@@ -76,8 +76,8 @@ def chunk_gka(
         beta: write gate [B,T,H]: scales k and v of each head without copying them.
         backend: "auto", "hopper" (H100, H200), "triton" (NVIDIA GPUs), "torch" (any device) or
             "reference" (token by token, slow); `gka.ops.available_backends` lists what can run.
-        chunk_size: tokens a chunk, 1..4096; a matter of speed and memory, not of the result (with
-            solver="adaptive": not beyond the error bound of num_iter steps).
+        chunk_size: tokens per chunk, 1..4096. It affects speed and memory, not the result (with
+            solver="adaptive" the result only within the error bound of num_iter steps).
         solver: "chebyshev" takes num_iter steps; "adaptive" takes, per chunk and head, the fewest
             whose proven error bound is that of num_iter steps; "cg" takes conjugate-gradient steps
             until each token's residual proves that bound (backend "torch" alone). docs/numerics.md
@@ -121,9 +121,9 @@ def fused_recurrent_gka(
 ) -> tuple[Tensor, State | None]:
     """Gated KalmaNet token by token: the same map as `chunk_gka`, meant for decoding.
 
-    Arguments, results and errors are those of `chunk_gka`, and so is the gradient, which is formed
-    chunk by chunk. Cost per token is constant, with no chunk to fill up. With solver="adaptive" each
-    token is a chunk of its own, so its number of steps may differ from that of `chunk_gka`.
+    Arguments, results and errors are those of `chunk_gka`, and so is the gradient, which is computed
+    chunk by chunk. Each token costs the same, with no chunk to fill. With solver="adaptive" each token
+    is a chunk of its own, so its number of steps may differ from that of `chunk_gka`.
     """
     return run_call(
         "recurrent", q, k, v, g, gk, alpha, beta, scale=scale, ridge_ratio=ridge_ratio,
@@ -193,7 +193,7 @@ def run_call(
 
 
 class _Known(NamedTuple):
-    """What the checks of a kind of call found; `backends`: among which it was chosen."""
+    """The backend and settings of a checked kind of call; `backends`: those it was chosen from."""
 
     backends: object
     backend: str
@@ -201,7 +201,7 @@ class _Known(NamedTuple):
 
 
 _KNOWN: dict[tuple, _Known] = {}
-KINDS = 1024  # that are kept
+KINDS = 1024  # kinds of call kept at most
 
 
 def _keep(kind: tuple | None, backend: str, settings: Settings) -> None:
@@ -213,9 +213,9 @@ def _keep(kind: tuple | None, backend: str, settings: Settings) -> None:
 
 
 def _kind_of(*arguments: object) -> tuple | None:
-    """What checks and the choice of a backend depend on; None where every call is checked.
+    """The facts that checks and the choice of a backend depend on; None if every call is checked.
 
-    Calls on a GPU are known again, since the host takes longer to check one than to launch it.
+    Checks of GPU calls are remembered, since the host takes longer to check a call than to launch it.
     """
     if torch.compiler.is_compiling():
         return None
@@ -229,7 +229,7 @@ def _kind_of(*arguments: object) -> tuple | None:
                 return None
             kinds.append((x.shape, x.dtype, x.get_device(), x.layout))
         elif x is None or type(x) in (int, float, bool, str):
-            kinds += (type(x), x)  # True is 1
+            kinds += (type(x), x)  # True == 1, so the type is part of the key
         else:
             return None
     return tuple(kinds)
@@ -250,7 +250,7 @@ def check_call(
     cu_seqlens_cpu: Tensor | None, scale: float | None, ridge_ratio: float, num_iter: int,
     chunk_size: int, output_final_state: bool, solver: str, with_h: bool, backend: str,
 ) -> tuple[str, Settings]:  # fmt: skip
-    """Refuse what does not fit, and choose the backend."""
+    """Check all arguments, and choose the backend."""
     checks.check_tensors(q=q, k=k, v=v)
     q, k, v = autocast(q, k, v)
     gates = {"g": g, "gk": gk, "alpha": alpha, "beta": beta}
@@ -287,7 +287,7 @@ def _reference(t: Tokens, s: Settings, g: Tensor | None) -> tuple[Tensor, State]
 
 
 def _states(initial_state: State | Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """h0 and u0 of what `_check_initial_state` has let pass."""
+    """h0 and u0 of an initial state that `_check_initial_state` accepts."""
     if isinstance(initial_state, Tensor) or initial_state is None:
         return None, initial_state
     h0, u0 = initial_state

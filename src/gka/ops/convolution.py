@@ -1,5 +1,7 @@
-"""The short convolutions of queries, keys and values as one operator, with SiLU and unit norms; and a
-layer's cached step up to its memory, which updates their states in place."""
+"""The short convolutions of queries, keys and values as one operator, with SiLU and unit norms.
+
+Also a layer's cached step up to its memory, which updates the convolutions' states in place.
+"""
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from gka.ops.surround import check_gates, check_shapes, refuse_second
 
 
 def past_tokens(cu_seqlens: Tensor, length: int, width: int) -> Tensor:
-    """Tokens before each in its packed sequence, at most width - 1 of them counted: uint8 [T]."""
+    """Number of tokens before each in its packed sequence, at most width - 1: uint8 [T]."""
     tokens = torch.arange(length, device=cu_seqlens.device)
     start = cu_seqlens[torch.searchsorted(cu_seqlens, tokens, right=True) - 1]
     return (tokens - start).clamp(max=width - 1).to(torch.uint8)
@@ -39,7 +41,7 @@ def short_convolutions(
     lengths: Tensor | None,
     head_dim: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Unit queries, unit keys and values; those empty where there are no v. All contiguous."""
+    """Unit queries, unit keys and values (empty without v), all contiguous."""
     from gka.kernels.surround import launch as surround
 
     parts = _parts(q, k, v, (wq, wk, wv), (sq, sk, sv), past, lengths, head_dim)
@@ -76,7 +78,7 @@ def short_convolutions_backward(
     with_inputs: bool,
     with_weights: bool,
 ) -> list[Tensor]:
-    """Gradients of q, k, v, wq, wk, wv; empty where there is no such input or none is wanted."""
+    """Gradients of q, k, v, wq, wk, wv; empty if the input is absent or needs none."""
     from gka.kernels.surround import launch as surround
 
     parts = _parts(q, k, v, (wq, wk, wv), (sq, sk, sv), past, lengths, head_dim)
@@ -188,13 +190,13 @@ def convolve_heads(
     y_t = SiLU(sum_i weight[:, 0, i] x_{t-W+1+i}); of q and k y / (|y|_2 + 1e-6) over each head.
 
     Args:
-        inputs: q, k, v [B,T,C], v None where values are not convolved.
+        inputs: q, k, v [B,T,C]; v is None if values are not convolved.
         weights: [C,1,W] each.
         head_dim: K.
         states: the W inputs before [B,C,W], the newest last; None for zeros. Constants: no gradient
             flows to them.
         cu_seqlens: bounds [N+1] of sequences packed into B = 1, which do not see each other.
-        lengths: keys of a row are zero from there on [B].
+        lengths: tokens of each row [B]; later keys are zero.
 
     Returns:
         q, k, v [B,T,C] in the inputs' dtypes; v None where it was.
@@ -238,7 +240,7 @@ def layer_step(
     head_dim: int,
     eps: float,
 ) -> list[Tensor]:
-    """Unit q, unit k, v, beta, alpha and g, of those that there are."""
+    """Unit q, unit k, v, beta, alpha and g, those whose inputs are present."""
     from gka.kernels.surround import launch as surround
 
     parts = surround.Parts((q, k, v), (wq, wk, wv), (sq, sk, sv), None, lengths, head_dim)
@@ -273,10 +275,10 @@ def step_heads_and_gates(
     """`convolve_heads` and `layer_gates` of a few tokens that follow a cached past, in one launch.
 
     Args:
-        inputs, weights: as of `convolve_heads`.
+        inputs, weights: as in `convolve_heads`.
         states: contiguous [B,C,W], updated in place.
         gates: pre-activations of beta, alpha and g. decay: A_log and dt_bias.
-        lengths: tokens of each row that count [B]; None for all.
+        lengths: tokens of each row [B]; None: T.
 
     Returns:
         (q, k, v) and (beta, alpha, g), each None where its input is. No gradient flows through.

@@ -1,10 +1,9 @@
-"""The (gated) delta rule as a function, and how a checked call of it runs: an installed library's kernels
-(`gka.ops.external`), plain torch, or for the latter one operator to torch.compile and torch.export.
+"""The (gated) delta rule as a function, run in torch or by a library's kernels (`gka.ops.external`).
 
-Eager calls are differentiated by autograd as they run. Their loops have as many rounds as there are
-chunks (or tokens), and packed bounds are read, so no graph of them serves every length. A compiled graph
-holds gka::delta_rule instead. Its derivative runs the call again and differentiates that, so that
-nothing but the inputs is kept. Inside a compiled transform of torch.func the loops are traced as they are.
+In torch, autograd differentiates eager calls as they run. Their loops take as many rounds as there are chunks
+(or tokens), and packed bounds are read, so no graph of them serves every length. torch.compile and
+torch.export see the operator gka::delta_rule instead. Its derivative runs the call again and differentiates
+that, so only the inputs are kept. Inside a compiled torch.func transform the loops themselves are traced.
 """
 
 import itertools
@@ -27,11 +26,11 @@ _CU_SEQLENS, _NUM_TENSORS = 6, 8  # q .. state, cu_seqlens, cu_seqlens_cpu come 
 
 
 BACKENDS = ("auto", "torch")
-"""What `chunk_gated_delta_rule` takes beside the libraries of `gka.ops.external`."""
+"""Backends of `chunk_gated_delta_rule` besides the libraries of `gka.ops.external`."""
 
 
 def run(*call: Any, stepwise: bool) -> tuple[Tensor, Tensor]:
-    """`_run` of a call, or in a compiled graph the operator that stands for it."""
+    """`_run` of a call, or in a compiled graph its operator."""
     compiling = torch.compiler.is_compiling()
     if not compiling:
         note_backend("torch")
@@ -56,8 +55,8 @@ def _run(
 
     Args:
         q: [B,T,H,K]. k: [B,T,Hk,K]. v: [B,T,Hv,V]. g, beta: [B,T,H].
-        state: S_0 [N,H,K,V] in the dtype to compute in.
-        stepwise: token by token, which may do without g and beta and needs all heads of k and v.
+        state: S_0 [N,H,K,V] in the dtype of the computation.
+        stepwise: token by token. g and beta may then be None, and k and v must have all H heads.
 
     Raises:
         ValueError: cu_seqlens does not rise from 0 to T (compiled: when the graph runs).
@@ -103,7 +102,7 @@ def delta_rule(
     scale: float,
     stepwise: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`run` without a derivative; contiguous, and no result is an input."""
+    """`run` without a derivative; the results are contiguous and never alias an input."""
     note_backend("torch")
     with torch.no_grad():
         o, final = _run(q, k, v, g, beta, state, cu_seqlens, cu_seqlens_cpu, scale, stepwise)
@@ -200,10 +199,10 @@ def chunk_gated_delta_rule(
         output_final_state: whether to return the states after each sequence's last token.
         cu_seqlens: bounds [N+1] of sequences packed into B = 1; None for N = B sequences of T.
         backend: "auto", "torch" (any device), or an installed library's kernels, "flash_qla" or "fla"
-            (NVIDIA GPUs, 16 bits; they multiply in 16 bits and have no second derivative). "auto" takes the
-            first library that can run the call, else torch; `gka.ops.available_external` lists them and
-            `gka.ops.why_not_external` says why not.
-        cu_seqlens_cpu: its copy on the CPU; with it the call does not wait for the device to read it.
+            (NVIDIA GPUs, 16-bit inputs; they multiply in 16 bits and have no second derivative). "auto" takes
+            the first library that can run the call, else torch. `gka.ops.available_external` lists the
+            libraries that can run a call, `gka.ops.why_not_external` says why one cannot.
+        cu_seqlens_cpu: a copy of cu_seqlens on the CPU; with it the call does not wait for the device.
 
     Returns:
         o [B,T,H,V] in the dtype of q, and the final states [N,H,K,V] or None.
@@ -266,7 +265,7 @@ def _prepare(
     cu_seqlens: Tensor | None,
     cu_seqlens_cpu: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Check the call. Queries with all H heads, and the initial states in the dtype to compute in."""
+    """Check the call; returns queries with all H heads and the initial states in the computation's dtype."""
     checks.check_tensors(q=q, k=k, v=v)
     if all(x.dim() == 4 for x in (q, k, v)) and q.shape[2] > 0:
         most = max(x.shape[2] for x in (q, k, v))

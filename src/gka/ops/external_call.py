@@ -1,8 +1,8 @@
 """A checked call of a baseline's memory, run by the kernels of an installed library (`gka.ops.external`).
 
-What the libraries do not take is brought into a form that they do: shared heads are repeated, empty
-sequences left out, and a call of no tokens never reaches them. torch.compile sees flash-qla's kernels as an
-operator; it breaks its graph at flash-linear-attention's functions, which their authors exclude from it.
+Inputs that the libraries do not accept are converted: shared heads are repeated, empty sequences removed, and
+a call without tokens never reaches them. torch.compile sees flash-qla's kernels as an operator. It breaks its
+graph at flash-linear-attention's functions, which their authors exclude from compilation.
 """
 
 from dataclasses import replace
@@ -22,11 +22,11 @@ State = Tensor | None
 def run_external(
     name: str, rule: Rule, given: Given, cu_seqlens_cpu: Tensor | None
 ) -> tuple[Tensor, State]:
-    """o [B,T,H,V] in q's dtype, and the final states [N,H,K,V] in float32 if they are wanted.
+    """o [B,T,H,V] in q's dtype, and the final states [N,H,K,V] in float32 if `given.final`.
 
     Args:
-        name: of the library; it can run the call.
-        given: the call; heads of k and v may be shared, sequences empty, the scale 0, gates of any dtype.
+        name: the library, which can run the call.
+        given: the call; k and v may share heads, sequences may be empty, scale may be 0, gates of any dtype.
         cu_seqlens_cpu: the bounds' copy on the CPU, if there is one.
 
     Raises:
@@ -39,7 +39,7 @@ def run_external(
 
 
 def _whole(x: Given) -> Given:
-    """With all heads of k and v, gates in float32, bounds in int64; scale 0 as queries of 0."""
+    """The call with all heads of k and v, float32 gates and int64 bounds; scale 0 becomes zero queries."""
     heads = x.q.shape[2]
     k, v = (
         y if y.shape[2] == heads else y.repeat_interleave(heads // y.shape[2], 2)
@@ -52,7 +52,7 @@ def _whole(x: Given) -> Given:
 
 
 def _run(name: str, rule: Rule, x: Given, copy: Tensor | None) -> tuple[Tensor, State]:
-    """Outside of compiled graphs, where lengths are values."""
+    """Run outside compiled graphs, where lengths can be read."""
     note_backend(name)
     places = None
     if x.cu_seqlens is not None:
@@ -95,7 +95,7 @@ def _zeros(x: Given) -> Tensor:
 
 
 def without_tokens(x: Given) -> tuple[Tensor, State]:
-    """A call of no tokens: nothing is read, and states stay."""
+    """The result of a call without tokens: the states are unchanged."""
     o = x.q.new_zeros(*x.q.shape[:3], x.v.shape[3])
     if not x.final:
         return o, None
@@ -103,7 +103,7 @@ def without_tokens(x: Given) -> tuple[Tensor, State]:
 
 
 class Once(torch.autograd.Function):
-    """The identity; refuses a second derivative, of which the libraries' functions would lose a part."""
+    """The identity; refuses a second derivative, of which the libraries would compute only a part."""
 
     @staticmethod
     def forward(ctx: Any, *outputs: State) -> tuple[State, ...]:

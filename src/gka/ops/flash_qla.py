@@ -1,8 +1,8 @@
 """flash-qla's delta rule as the operators gka::flash_qla and gka::flash_qla_backward, for compiled graphs.
 
-The forward operator also gives what the backward pass needs: the sums of log decays within chunks and the
+The forward operator also returns what the backward pass needs: the sums of log decays within chunks and the
 inverses A of the chunks' triangular systems, [B,T,H,64]. Where the library splits a sequence to fill the
-card, it does so in both passes alike, as `is_train` says; what it caches for that is computed again.
+GPU, it splits it alike in both passes (`is_train`); what it caches for that is computed again.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ CHUNK = 64
 
 
 def compiled(x: Given, cu_seqlens_cpu: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The call as an operator; it refuses bounds that do not rise from 0 to T when the graph runs."""
+    """The call as an operator; when the graph runs, it refuses bounds that do not rise from 0 to T."""
     g = torch.zeros_like(x.q[..., 0], dtype=torch.float32) if x.g is None else x.g
     beta = torch.ones_like(g) if x.beta is None else x.beta
     o, state, _, _ = forward_op(

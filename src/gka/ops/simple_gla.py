@@ -1,4 +1,4 @@
-"""chunk_simple_gla: gated linear attention with one decay a head, by our kernels or a library's."""
+"""chunk_simple_gla: gated linear attention with one decay per head, by our kernels or a library's."""
 
 from torch import Tensor
 
@@ -24,7 +24,7 @@ def chunk_simple_gla(
     chunk_size: int = 64,
     cu_seqlens_cpu: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gated linear attention with a scalar decay a head: `chunk_gka` without its ridge.
+    """Gated linear attention with a scalar decay per head: `chunk_gka` without its ridge.
 
     o_t = scale U_t^T q_t,  U_t = exp(g_t) U_{t-1} + k_t v_t^T.
 
@@ -63,7 +63,7 @@ def _library(
     state: Tensor | None,
     chunk_size: int,
 ) -> str | None:
-    """The library that runs gated linear attention; None: ours does, and refuses what does not fit."""
+    """The library that runs the call; None if `chunk_gka` does, which then checks it."""
     if backend in EXTERNAL and (beta is not None or chunk_size != 64):
         raise InputError(
             f"backend={backend!r} has chunks of 64 tokens and no write gate; got chunk_size={chunk_size}"

@@ -1,6 +1,6 @@
-"""What surrounds the op in a layer, fused: whether the kernels can run, the gates, and RMSNorm gated by SiLU.
+"""Fused operators around the op in a layer: the gates, RMSNorm gated by SiLU, and whether they can run.
 
-Each is one operator, differentiable once.
+Each operator is differentiable once.
 """
 
 import importlib.util
@@ -27,14 +27,14 @@ def why_unfused(
     """Why the kernels cannot run inputs of this device and dtype; None if they can.
 
     Args:
-        dims: K and V. width: of the convolutions.
+        dims: K and V. width: inputs that a convolution sees.
     """
-    # as plain integers: of symbolic ones torch.compile knows no constant
+    # as plain integers: symbolic ones would make the result no constant to torch.compile
     key_dim, value_dim = (index(dim) for dim in dims)
     return _why_unfused(torch.device(device), dtype, key_dim, value_dim, index(width))
 
 
-# Dynamo cannot look for packages
+# Dynamo cannot trace the search for packages
 @torch.compiler.assume_constant_result
 def _why_unfused(
     device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int, width: int
@@ -59,7 +59,7 @@ def _why_unfused(
 
 
 def check_shapes(*expected: tuple[str, Tensor | None, tuple[int, ...]]) -> None:
-    """Kernels trust their arguments' shapes: of each name and tensor (None is none) the shape.
+    """Check (name, tensor or None, expected shape), since kernels rely on their arguments' shapes.
 
     Raises:
         ValueError: x has another shape.
@@ -70,7 +70,7 @@ def check_shapes(*expected: tuple[str, Tensor | None, tuple[int, ...]]) -> None:
 
 
 def refuse_second(name: str):
-    """What a derivative of a derivative ends with."""
+    """Raise the error of a second derivative."""
     raise RuntimeError(
         f"{name} has no second derivative. "
         'Use backend="reference" (of a layer: its argument or attribute) for second derivatives.'
@@ -86,7 +86,7 @@ def gates(
     lengths: Tensor | None,
     eps: float,
 ) -> list[Tensor]:
-    """beta, alpha and g of the pre-activations that there are."""
+    """beta, alpha and g, those whose pre-activations are given."""
     from gka.kernels.surround import launch as surround
 
     given = surround.GateInputs(b, a2, a, A_log, dt_bias, lengths, eps)
@@ -112,7 +112,7 @@ def gates_backward(
     lengths: Tensor | None,
     grads: list[Tensor],
 ) -> list[Tensor]:
-    """Gradients of b, a2, a, A_log and dt_bias, of those that there are; `grads` as gates gives them."""
+    """Gradients of b, a2, a, A_log and dt_bias, those that are given; `grads`: of the results of `gates`."""
     from gka.kernels.surround import launch as surround
 
     given = surround.GateInputs(b, a2, a, A_log, dt_bias, lengths, 0.0)
@@ -178,7 +178,7 @@ def check_gates(
     inputs: tuple[Tensor | None, Tensor | None, Tensor | None],
     decay: tuple[Tensor | None, Tensor | None],
 ) -> None:
-    """Pre-activations of beta, alpha and g share one shape [B,T,H]; A_log and dt_bias are [H], with g's.
+    """Check that pre-activations share one shape [B,T,H], and that A_log and dt_bias [H] come with g's.
 
     Raises:
         ValueError: one does not fit; the message names it.
@@ -212,10 +212,10 @@ def layer_gates(
     """beta = sigmoid(b) + eps, alpha = sigmoid(alpha), g = -exp(A_log) softplus(a + dt_bias), fused.
 
     Args:
-        b, alpha, a: pre-activations [B,T,H]; None for a gate that is not there.
-        A_log, dt_bias: [H], with a.
+        b, alpha, a: pre-activations [B,T,H]; None for an absent gate.
+        A_log, dt_bias: [H]; given with a.
         eps: added to beta.
-        lengths: g of a row is zero from there on [B].
+        lengths: tokens of each row [B]; later g are zero.
 
     Returns:
         beta, alpha, g [B,T,H] float32, None where their pre-activation is.
@@ -237,7 +237,7 @@ def layer_gates(
 
 
 def gated_norm(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    """Contiguous, in the shape and dtype of x."""
+    """The gated norm, contiguous, in the shape and dtype of x."""
     from gka.kernels.surround import launch as surround
 
     with current(x.device):
