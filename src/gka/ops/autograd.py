@@ -96,8 +96,8 @@ def _inside(name: str, device: str) -> AbstractContextManager:
 def autocasts(device: str) -> bool:
     """Whether torch.autocast is on for the device.
 
-    The meta device has no autocast and cannot be asked. torch.amp.is_autocast_available would tell, but torch 2.11's
-    Dynamo cannot trace it.
+    The meta device has no autocast and cannot be asked. torch.amp.is_autocast_available would tell, but
+    torch 2.11's Dynamo cannot trace it.
     """
     return device != "meta" and torch.is_autocast_enabled(device)
 
