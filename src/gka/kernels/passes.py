@@ -59,7 +59,7 @@ class Passes(Needs, Protocol):
         solutions: Solutions,
         o: Tensor,
     ) -> list[Launch]:
-        """x_t where there is a solve, and o_t."""
+        """x_t if there is a solve, and o_t."""
         ...
 
     def count_steps(

@@ -1,4 +1,4 @@
-"""RMSNorm of each head, times SiLU of a gate where there is one, forward and backward.
+"""RMSNorm of each head, times SiLU of a gate if given, forward and backward.
 
 y = w x r SiLU(gate),  r = 1 / sqrt(mean(x^2) + eps)
 """

@@ -222,7 +222,7 @@ def inverse(x):
 
 @triton.jit
 def load_mix(q, x, x_scale, alpha, row, H, h, K: tl.constexpr, rk, valid):
-    """z = q + alpha (x - q) as float32; x where alpha is absent; q where there is no solve."""
+    """z = q + alpha (x - q) as float32; x if alpha is None; q without a solve."""
     if x is None:
         z = load_rows(q, row, H, h, K, rk, valid)
     else:

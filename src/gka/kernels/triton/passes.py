@@ -95,7 +95,7 @@ class TritonPasses:
     def solve_and_readout(
         self, call: GpuCall, heads: Heads, h: Moments | None, u: Moments, solutions: Solutions, o: Tensor
     ) -> list[Launch]:  # fmt: skip
-        """x_t where there is a solve, and o_t."""
+        """x_t if there is a solve, and o_t."""
         t = call.t
         solve = (
             [] if h is None or not call.solves else _solve(call, heads, (t.q, None), h, solutions)
@@ -246,7 +246,7 @@ def _of_chunks(call: GpuCall, kernel, name: str, heads: Heads, args: tuple, **mo
 
 
 def _both(call: GpuCall, kernel, name: str, heads: Heads, blocks: int, args: tuple) -> list[Launch]:
-    """Both launches of a scan backwards: sums of segments where there are several, then the scan."""
+    """Launches of a backward scan: the segments' sums if a sequence has several, then the scan."""
     programs = (call.chunks.num_segments * heads.count, blocks)
     kinds = (True, False) if call.chunks.segmented else (False,)
     return [_launch(call, kernel, name, programs, heads, args, SUM=only) for only in kinds]
