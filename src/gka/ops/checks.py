@@ -1,7 +1,5 @@
-"""Validation at the public boundary, once: all code below relies on it.
-
-States that are updated in place are checked before anything is written.
-"""
+"""Validation at the public boundary, once: all code below relies on it. States that are updated in place are
+checked before anything is written."""
 
 import itertools
 import math
