@@ -20,7 +20,7 @@ DIGITS = 8
 
 @dataclass(frozen=True)
 class NeedleTest:
-    """Texts with a value to copy, for a tokenizer whose ids are bytes: what a memory keeps by tokens, in one pass.
+    """Texts with a value to copy, for a tokenizer whose ids are bytes: what a memory keeps, in one pass.
 
     A line such as  KEY_mfqa = '83917264'  is planted somewhere in held-out text, which ends with
     assert KEY_mfqa == '  and the value. Characters of the value are counted that a model thinks likeliest,
