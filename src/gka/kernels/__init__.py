@@ -1,6 +1,6 @@
-"""What makes the map fast on a GPU.
+"""The map's GPU kernels, and the passes that launch them.
 
-`forward`, `backward` and `decode` have the order of the steps, `passes` says what a step is, `triton` and
-`hopper` launch the kernels. `surround` has what is fused around the op in a layer. Nothing here chooses,
-checks or differentiates: see `gka.ops`.
+`forward`, `backward` and `decode` give the order of the steps, `passes` defines the steps, `triton` and
+`hopper` launch the kernels. `surround` has the fused kernels around the op in a layer. Checks, the choice
+of a backend and autograd are in `gka.ops`.
 """

@@ -1,4 +1,4 @@
-"""Device arrays that the steps of a pass hand to each other."""
+"""Device arrays that the steps of a pass exchange."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,7 +9,7 @@ Boundary = tuple[Tensor | None, Tensor | None]  # a state and the largest entry 
 
 
 class Heads(NamedTuple):
-    """`count` heads of the H, from head `base` on, that are worked on together."""
+    """A group of heads, processed together: `count` of the H, from head `base` on."""
 
     base: int
     count: int
@@ -45,9 +45,9 @@ class Solutions(NamedTuple):
 
 @dataclass(frozen=True)
 class Maxima:
-    """Largest magnitudes in a chunk's rows: of k and z [M,G], of blocks of v and do [M,G,NV].
+    """Largest magnitudes in a chunk: of k and z [M,G], of each block of columns of v and do [M,G,NV].
 
-    Of Hopper's kernels that of z is a bound, and one number for all blocks.
+    From Hopper's kernels, that of z is an upper bound, and all blocks have one number.
     """
 
     k: Tensor
@@ -66,9 +66,9 @@ class Ends(NamedTuple):
 
 @dataclass(frozen=True)
 class Adjoint:
-    """What the adjoint solve leaves for the gradients: y and numbers per token or chunk, of G heads.
+    """Results of the adjoint solve that the gradients read: y and numbers per token or chunk, of G heads.
 
-    Triton's kernels keep p_t = 2 a <x_t, y_t> in the place of w_t = p_t / F_t, and F_t beside it.
+    Triton's kernels store p_t = 2 a <x_t, y_t> and F_t instead of w_t = p_t / F_t.
     """
 
     y: Tensor
@@ -80,7 +80,7 @@ class Adjoint:
 
 
 class Certificate(NamedTuple):
-    """What the adaptive solver knows of the chunks of G heads.
+    """The adaptive solver's certificate for the chunks of G heads.
 
     Attributes:
         w: w_t in the operands' dtype [tokens,G,K]; tau: its factor in P_t^-1 [tokens,G].
@@ -94,7 +94,7 @@ class Certificate(NamedTuple):
 
 
 class HeadPart(NamedTuple):
-    """Where a group's gradient of shared heads goes: an array, its first head and its number of heads."""
+    """The array for a group's gradient of shared heads, its first head and its number of heads."""
 
     array: Tensor
     first: int
@@ -103,10 +103,10 @@ class HeadPart(NamedTuple):
 
 @dataclass(frozen=True)
 class Group:
-    """What a group of heads has in the backward pass; scratch but for dk and dv of heads that share nothing.
+    """A group of heads' arrays in the backward pass. All are scratch, except dk and dv of unshared heads.
 
     Attributes:
-        h: None where nothing of H is wanted. adjoint: None without a solve.
+        h: None if no gradient needs H. adjoint: None without a solve.
         start_u: scale zeta_t z_t . (U_[c] do_t) [tokens,G].
     """
 
@@ -123,7 +123,7 @@ class Group:
 
 
 class InputGradients(NamedTuple):
-    """What the backward pass writes; None where there is no such input. dbeta2: of beta^2."""
+    """Gradients that the backward pass writes; None for an absent input. dbeta2: gradient of beta^2."""
 
     dq: Tensor
     dk: Tensor
@@ -138,12 +138,12 @@ class InputGradients(NamedTuple):
 
 @dataclass(frozen=True)
 class BackwardArrays:
-    """What the steps of the backward pass read and write for all heads.
+    """Arrays of all heads that the steps of the backward pass read and write.
 
     Attributes:
-        solutions: as the forward pass left them.
+        solutions: from the forward pass.
         do: [B,T,H,V]. dh_final, du_final: gradients of the final states.
-        grads: written.
+        grads: the results.
     """
 
     solutions: Solutions

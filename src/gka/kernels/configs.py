@@ -1,7 +1,7 @@
-"""Launch configurations, and what the kernels can run: by chip, kernel, operands and head width.
+"""Launch configurations by chip, kernel, operands and head width, and which inputs the kernels can run.
 
-The tables are chips/sm_<compute capability>.json; `python -m benchmarks.run tune` measures and writes them,
-`python -m benchmarks.run resources` tells what each kernel takes.
+The tables are chips/sm_<compute capability>.json. `python -m benchmarks.run tune` measures and writes them;
+`python -m benchmarks.run resources` shows each kernel's registers and shared memory.
 """
 
 import functools
@@ -11,17 +11,17 @@ from pathlib import Path
 import torch
 
 CHIPS = Path(__file__).parent / "chips"
-# kernel -> "16-bit" or "float32" -> widest head -> num_warps, num_stages and, where it is capped, maxnreg
+# kernel -> "16-bit" or "float32" -> widest head -> num_warps, num_stages and, if capped, maxnreg
 Table = dict[str, dict[str, dict[str, dict[str, int]]]]
 
 WIDTHS = (64, 128, 256)
 CHUNK_SIZES = (16, 32, 64)
 NO_GPU = "torch sees no GPU here: none is there, or this build of torch has no CUDA."
-OLDEST = (8, 0)  # compute capability: before it there is no bfloat16 product
+OLDEST = (8, 0)  # compute capability: older chips have no bfloat16 product
 
 
 def table_file(capability: tuple[int, int]) -> Path:
-    """Of that chip, or of the one nearest to it in shared memory and tensor cores."""
+    """The table of that chip, or of the chip nearest to it in shared memory and tensor cores."""
     own = CHIPS / f"sm_{capability[0]}{capability[1]}.json"
     return own if own.exists() else CHIPS / f"sm_{90 if capability[0] >= 9 else 86}.json"
 
@@ -34,7 +34,7 @@ def table_of(capability: tuple[int, int]) -> Table:
 
 @functools.cache
 def capability_of(device: torch.device) -> tuple[int, int]:
-    """A GPU's compute capability; that of Hopper where the kernels are interpreted."""
+    """A GPU's compute capability; Hopper's for interpreted kernels."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
@@ -61,7 +61,7 @@ def why_not_chip(device: torch.device) -> str | None:
 
 
 def widest_certificate(exact: bool, device: torch.device) -> int:
-    """The widest keys whose certificate fits the shared memory; one of 128 in float32 takes 344 KB."""
+    """The widest keys whose certificate fits the shared memory; 128 in float32 would take 344 KB."""
     return 64 if exact and device.type == "cuda" else WIDTHS[-1]
 
 
@@ -83,12 +83,12 @@ def why_not(
 
 
 def operands(exact: bool) -> str:
-    """The tables' name of a dtype class; `exact`: float32 operands."""
+    """The tables' key for a dtype class; `exact`: float32 operands."""
     return "float32" if exact else "16-bit"
 
 
 def bucket(width: int) -> str:
-    """The tables' name of a head width."""
+    """The tables' key for a head width."""
     return str(next(limit for limit in WIDTHS if width <= limit))
 
 

@@ -1,6 +1,6 @@
-"""What a backend is to the passes: their steps, each as a list of launches, which `execute` runs in order.
+"""The protocol of a backend: the steps of the passes, each a list of launches that `execute` runs in order.
 
-`forward`, `backward` and `decode` say which step follows which; `triton` and `hopper` say what each launches.
+`forward`, `backward` and `decode` order the steps; `triton` and `hopper` implement them.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,9 +15,9 @@ from gka.maths.recurrent import States
 
 
 class Launch(NamedTuple):
-    """A launch record: `kernel(grid, *arguments)` starts it on the current device and stream.
+    """One launch: `kernel(grid, *arguments)` starts it on the current device and stream.
 
-    `keeps`: tensors of which the arguments hold addresses alone, alive until the launch.
+    `keeps`: tensors that the arguments reference by address only, kept alive until the launch.
     """
 
     kernel: Callable[..., None]

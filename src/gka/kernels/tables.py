@@ -1,4 +1,4 @@
-"""Where sequences, chunks and segments lie among the tokens, as tables on the device."""
+"""Tables on the device of where sequences, chunks and segments lie among the tokens."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -9,23 +9,23 @@ from torch import Tensor
 
 from gka.maths.chunked import Tokens
 
-SCAN_PROGRAMS = 396  # about what the scans' programs should number together: 3 on each of 132
-KEPT = 64  # tables of different calls
-SHORTEST_SEGMENT = 6  # chunks; shorter ones cost more to put together than they gain
+SCAN_PROGRAMS = 396  # programs that scans should have, about: 3 per multiprocessor on 132
+KEPT = 64  # tables kept for different calls
+SHORTEST_SEGMENT = 6  # chunks; shorter segments cost more to combine than they gain
 
 
 @dataclass(frozen=True)
 class Chunking:
-    """Sequences, their chunks, and the segments of consecutive chunks that scans work on at once.
+    """Sequences, their chunks, and the segments of consecutive chunks that scans process in parallel.
 
-    Every sequence has at least one segment; an empty one's is empty.
+    Every sequence has at least one segment; that of an empty sequence is empty.
 
     Attributes:
         start, length: first token (int64) and number of tokens (int32) of each chunk [M].
         bounds: first token of each sequence, int64 [N+1].
         segments: int32 [S, 5]: sequence, first and end chunk, first and end segment of the sequence.
-        segmented: a sequence has more than one segment.
-        whole: every chunk has as many tokens as the next.
+        segmented: whether any sequence has more than one segment.
+        whole: whether all chunks have the same number of tokens.
     """
 
     start: Tensor
@@ -58,13 +58,13 @@ _CAPTURED: dict[tuple, "Chunking"] = {}  # CUDA graphs read them for as long as 
 
 
 def segment_length(num_chunks: int, programs_per_segment: int) -> int:
-    """Chunks a segment: as many segments as fill the chip, none too short."""
+    """Chunks per segment: as many segments as fill the chip, none shorter than SHORTEST_SEGMENT."""
     wanted = max(1, SCAN_PROGRAMS // programs_per_segment)
     return max(SHORTEST_SEGMENT, -(-num_chunks // wanted))
 
 
 def chunking(tokens: Tokens, size: int, programs_per_segment: int) -> Chunking:
-    """The tables of a call in chunks of `size`, for scans of that many programs a segment."""
+    """The tables of a call in chunks of `size`, for scans with that many programs per segment."""
     batch, length = tokens.q.shape[:2]
     device = tokens.q.device
     if tokens.cu_seqlens is not None:
@@ -76,16 +76,16 @@ def chunking(tokens: Tokens, size: int, programs_per_segment: int) -> Chunking:
 
 
 def _of_batch(batch: int, length: int, size: int, stretch: int, device: torch.device) -> Chunking:
-    """Of sequences of one length. Kept, and there for every stream and every CUDA graph that reads them."""
+    """Tables of sequences of one length. They are kept, ready for every stream and CUDA graph."""
     if device.type != "cuda":
         return _made(batch, length, size, stretch, device)
     kind = (batch, length, size, stretch, device)
     capturing = torch.cuda.is_current_stream_capturing()
     held = _HELD.get(kind)
     if held is None:
-        if capturing:  # computed anew by each replay of the graph, to which their memory belongs
+        if capturing:  # each replay of the graph computes them again, in the graph's own memory
             return _made(batch, length, size, stretch, device)
-        # apart from memory pools that a thread allocates from while it warms a CUDA graph up
+        # on another thread: this one may allocate from the memory pool of a CUDA graph it warms up
         held = _ELSEWHERE.submit(_ready, batch, length, size, stretch, device).result()
         while len(_HELD) >= KEPT:
             _HELD.pop(next(iter(_HELD)))
@@ -96,7 +96,7 @@ def _of_batch(batch: int, length: int, size: int, stretch: int, device: torch.de
 
 
 def _ready(batch: int, length: int, size: int, stretch: int, device: torch.device) -> Chunking:
-    """Made and waited for, so that no stream need wait."""
+    """Tables whose computation is finished, so that no stream need wait."""
     with torch.cuda.device(device):
         made = _made(batch, length, size, stretch, device)
         torch.cuda.current_stream(device).synchronize()
@@ -104,8 +104,8 @@ def _ready(batch: int, length: int, size: int, stretch: int, device: torch.devic
 
 
 def _made(batch: int, length: int, size: int, stretch: int, device: torch.device) -> Chunking:
-    """Computed on the device: nothing is copied there."""
-    count = -(-length // size)  # chunks, and then segments, of a sequence
+    """Tables computed on the device, without a copy from the host."""
+    count = -(-length // size)  # chunks of a sequence; below, its segments
     pieces = max(1, -(-count // stretch))
     chunk = torch.arange(batch * count, device=device)
     sequence, within = chunk // max(count, 1), chunk % max(count, 1) * size
@@ -131,7 +131,7 @@ def _made(batch: int, length: int, size: int, stretch: int, device: torch.device
 def _of_packed(
     bounds: Tensor, size: int, programs_per_segment: int, device: torch.device
 ) -> Chunking:
-    """Of packed sequences that `bounds` [N+1], on the CPU, delimits."""
+    """Tables of packed sequences; `bounds` [N+1] is on the CPU."""
     lengths = bounds.diff()
     counts = (lengths + size - 1) // size
     first = _starts(counts)

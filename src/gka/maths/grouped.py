@@ -1,7 +1,7 @@
 """Products between H query heads and fewer shared heads, without repeating the shared ones in memory.
 
-Consecutive heads share: head h uses shared head h // (H / Hk). Sharing is folding: the rows of the
-heads of a group are stacked into one taller matrix, which is a view.
+Consecutive heads share: head h uses shared head h // (H / Hk). The rows of a group's heads are stacked
+into one taller matrix, which is a view.
 """
 
 from torch import Tensor

@@ -1,8 +1,8 @@
-"""NaN and infinity stay causal: they reach their own token and later ones of their sequence and head.
+"""Keep NaN and infinity causal: they affect only their own and later tokens of their sequence and head.
 
-A chunk's products weigh what lies after t by exact zeros, and 0 x NaN is NaN. So tokens that are not
-finite are taken out before the products, and what they reach is set to NaN behind them. Inputs that are
-finite cost one look at each; nothing is copied.
+A chunk's products weight the tokens after t by exact zeros, and 0 x NaN is NaN. Tokens that are not
+finite are therefore replaced by zeros before the products, and all that they affect is set to NaN
+afterwards. Finite inputs are checked once and not copied.
 """
 
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ GATES = ("g", "gk", "beta", "alpha")
 
 @dataclass(frozen=True)
 class Reach:
-    """Where tokens that are not finite reach, [B,T,H] each: H_t, U_t and o_t."""
+    """Where non-finite tokens affect H_t, U_t and o_t, [B,T,H] each."""
 
     h: Tensor
     u: Tensor
@@ -23,18 +23,18 @@ class Reach:
 
 
 def finite_rows(x: Tensor, heads: int | None = None) -> Tensor:
-    """Whether the rows [...,D] of x [B,T,h,D] are finite, for `heads` heads of which several share one."""
-    finite = x.abs().amax(-1).isfinite()  # amax hands NaN on
+    """Whether each row of x [B,T,h,D] is finite, repeated to [B,T,heads] if heads share rows."""
+    finite = x.abs().amax(-1).isfinite()  # amax propagates NaN
     return finite if heads is None else finite.repeat_interleave(heads // x.shape[2], 2)
 
 
 def finite_decay(g: Tensor) -> Tensor:
-    """-inf is a decay of 0 (a hard reset); inf and NaN are none."""
+    """Whether each log decay is valid: finite, or -inf, a decay of 0 (a hard reset)."""
     return g.isfinite() | (g == -torch.inf)
 
 
 def onwards(bad: Tensor, cu_seqlens: Tensor | None, back: bool = False) -> Tensor:
-    """From the first true of each sequence on (back: up to its last), bool [B,T,H]."""
+    """True from the first true of each sequence on (back: up to its last), bool [B,T,H]."""
     length = bad.shape[1]
     count = bad.long().cumsum(1)
     before = torch.nn.functional.pad(count, (0, 0, 1, 0))  # [B,T+1,H]
@@ -76,9 +76,9 @@ def begins(reached: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 
 def take_out(tokens, tied: bool):
-    """The tokens (gka.maths.chunked.Tokens) with zeros where they are not finite, and their reach.
+    """Replace non-finite tokens (gka.maths.chunked.Tokens) by zeros; returns the tokens and their reach.
 
-    Returns the tokens themselves and None if all are finite.
+    If all are finite, returns the given tokens and None.
     """
     heads = tokens.q.shape[2]
     fine_k = finite_rows(tokens.k, heads)
@@ -90,7 +90,7 @@ def take_out(tokens, tied: bool):
     fine_gk = None if gk is None else finite_decay(gk)
     fine_h = fine_k if fine_gk is None else fine_k & fine_gk
     fine_u = fine_k & fine_v if fine_g is None else fine_k & fine_v & fine_g
-    # elsewhere looking would wait for the device
+    # on other devices this test would wait for the device
     if tokens.k.device.type == "cpu" and bool((fine_h & fine_u).all()):
         return tokens, None
     h, u = (onwards(~fine, tokens.cu_seqlens) for fine in (fine_h, fine_u))
@@ -105,7 +105,7 @@ def take_out(tokens, tied: bool):
 
 
 def put_back(o: Tensor, h: Tensor | None, u: Tensor, reach: Reach | None, tokens, solve: bool):
-    """NaN where a forward pass of `take_out`'s tokens is reached: o [B,T,H,V], final states [N,H,K,.]."""
+    """Set o [B,T,H,V] and the final states [N,H,K,.] to NaN where `take_out`'s tokens reach them."""
     if reach is None:
         return o, h, u
     bounds = tokens.cu_seqlens
@@ -117,10 +117,10 @@ def put_back(o: Tensor, h: Tensor | None, u: Tensor, reach: Reach | None, tokens
 
 
 def take_out_rows(tokens, x: Tensor | None, do: Tensor, reach: Reach | None):
-    """What a derivative reads a token at a time, with zeros where it is not finite.
+    """Replace non-finite rows by zeros in what the derivative reads token by token.
 
-    Returns (tokens, x, do, rows): rows bool [B,T,H] is where q, alpha, x or do is not finite, or the
-    output was NaN and is asked for; None if nowhere.
+    Returns (tokens, x, do, rows): rows bool [B,T,H] is true where q, alpha, x or do is not finite, or
+    where the output was NaN and has a gradient; None if it is true nowhere.
     """
     fine = finite_rows(tokens.q) & finite_rows(do)
     for row in (x,):
@@ -141,7 +141,7 @@ def take_out_rows(tokens, x: Tensor | None, do: Tensor, reach: Reach | None):
 
 
 def put_back_gradients(grads, rows: Tensor | None, tokens):
-    """NaN in the gradients (gka.maths.adjoint.Gradients) of what those rows are made of."""
+    """Set the gradients (gka.maths.adjoint.Gradients) of all inputs of those rows to NaN."""
     if rows is None:
         return grads
     heads = rows.shape[2]

@@ -1,5 +1,7 @@
-"""The ridge systems (H_t + lambda_t I) x_t = q_t: lambda_t = a F_t, F_t = |H_t|_F, and H_t never formed
-(sections 4.1 and 4.2.1); what happens when the history is empty."""
+"""The ridge systems (H_t + lambda_t I) x_t = q_t with lambda_t = a F_t, F_t = |H_t|_F (sections 4.1, 4.2.1).
+
+H_t is never formed. An empty history gives x_t = 0.
+"""
 
 import math
 from collections.abc import Callable
@@ -14,7 +16,7 @@ from gka.maths.grouped import shared_matmul
 
 
 def empty_below(dtype: torch.dtype) -> float:
-    """F_t below this is an empty history: x_t = 0 and no gradient passes the solve.
+    """The F_t below which a history is empty: x_t = 0, and no gradient passes through the solve.
 
     tiny^0.4 (6.7e-16 in float32): x_t grows as 1/F_t and its gradient as 1/F_t^2, and both must
     stay finite. Unit keys reach it only when all of them have faded by that factor.
@@ -31,7 +33,7 @@ def split_empty(fro_squared: Tensor) -> tuple[Tensor, Tensor]:
 def split_empty_in(fro_squared: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
     """`split_empty` of F_t^2 given in units of root^4 [...]; F_t is root^2 where the history is empty.
 
-    Where root > 1, F_t^2 below the precision's smallest normal number counts as empty too.
+    If root > 1, a history with F_t^2 below the smallest normal number is empty, too.
     """
     unit = root.square()
     floor = empty_below(fro_squared.dtype) ** 2 / unit.square()
@@ -40,15 +42,16 @@ def split_empty_in(fro_squared: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def square_limit(dtype: torch.dtype) -> float:
-    """Norms up to this one have squares, and sums of some of them, that do not overflow."""
+    """The norm up to which squares, and sums of a few of them, do not overflow."""
     return 2.0 ** (math.frexp(torch.finfo(dtype).max)[1] // 2 - 4)
 
 
 def unit_root(bound: Tensor) -> Tensor:
-    """The root to divide keys by, and H by its square, so that F_t^2 does not overflow, [...].
+    """Divisor of keys (and, squared, of H) that keeps F_t^2 from overflowing, [...].
 
-    1 where F_t <= `bound` [...] has a square far below the largest number, which is everywhere but for keys
-    of norm 1e9 (float32); else a power of two, so dividing is exact. NaN and infinity have 1 too.
+    It is 1 if the square of `bound` [...] >= F_t is far below the largest number, as for all keys of norm
+    below 1e9 (float32), and if `bound` is NaN or infinite. Otherwise it is a power of two, so that the
+    division is exact.
     """
     top, limit = torch.finfo(bound.dtype).max, square_limit(bound.dtype)
     root = torch.exp2((bound / limit).log2().div(2.0).ceil())
@@ -85,7 +88,7 @@ def frobenius_squared(
 def frobenius(h: Tensor) -> tuple[Tensor, Tensor]:
     """(F, empty) [B,H] of states H [B,H,K,K] themselves."""
     trace = h.diagonal(dim1=-2, dim2=-1).abs().sum(-1)  # F <= tr H
-    # a CPU's values are at hand: ordinary states are spared the copy
+    # on a CPU the values can be read at no cost: ordinary states need no scaled copy
     if h.device.type == "cpu" and bool((trace <= square_limit(h.dtype)).all()):
         return split_empty(torch.linalg.vector_norm(h, dim=(-2, -1)).square())
     root = unit_root(trace)
@@ -95,9 +98,9 @@ def frobenius(h: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Relative:
-    """H_t / F_t = r_t H_[c]/|H_[c]| + sum_j R_tj k_j k_j^T / |k_j|^2: weights at most 1, of unit matrices.
+    """H_t / F_t = r_t H_[c]/|H_[c]| + sum_j R_tj k_j k_j^T / |k_j|^2: unit matrices, weights at most 1.
 
-    So it is safe to multiply with however small H_t, and however small the keys, are.
+    Products with it neither overflow nor underflow, however small H_t and the keys are.
 
     Attributes:
         k: k_j / |k_j| [M,Hk,C,K].
@@ -141,7 +144,7 @@ class System:
         h: chunk-start states H_[c] [M,H,K,K].
         zeta: decay from the chunk's start [M,H,C].
         weights: W_tj = M_jt beta_j^2 [M,H,C,C].
-        root: what keys are divided by, and H by its square, in the next three; 1 for ordinary keys, [M,Hk].
+        root: divisor of keys (squared: of H) in the next three, 1 for ordinary keys, [M,Hk].
         energies: s_j = k_j^T H_[c] k_j [M,H,C], over root^4.
         pair_energies: (W (K K^T)^2)_tj [M,H,C,C], over root^4.
         h_norm_squared: |H_[c]|^2 [M,H], over root^4.
@@ -164,7 +167,7 @@ class System:
         self.fro, self.empty = split_empty_in(squared, self.unit.sqrt().unsqueeze(-1))
 
     def _root(self) -> Tensor:
-        """[M,Hk], of the bound F_t <= tr H_[c] + sum_j max(1, W_jj) |k_j|^2 of all heads that share a key."""
+        """[M,Hk], from F_t <= tr H_[c] + sum_j max(1, W_jj) |k_j|^2 for all heads that share a key."""
         written = self.weights.diagonal(dim1=-2, dim2=-1).clamp_min(1.0)
         shared = self.k.shape[1]
         keys = written.unflatten(1, (shared, -1)) * self.k.square().sum(-1).unsqueeze(2)
@@ -178,12 +181,12 @@ class System:
 
     @property
     def energy_divisor(self) -> Tensor:
-        """What makes <H_[c], H_t>/F_t and k_j^T H_t k_j/F_t of sums of the energies, [M,H,C]."""
+        """Divisor that turns sums of energies into <H_[c], H_t>/F_t and k_j^T H_t k_j/F_t, [M,H,C]."""
         return self.fro / self.unit.square().unsqueeze(-1)
 
     @classmethod
     def of_state(cls, h: Tensor) -> "System":
-        """The system of H [B,H,K,K] itself: a chunk of one token, whose key is in H already."""
+        """The system of a state H [B,H,K,K]: a chunk of one token, whose key is already in H."""
         batch, heads, dim, _ = h.shape
         nothing = h.new_zeros(batch, heads, 1, 1)
         return cls(h.new_zeros(batch, 1, 1, dim), h, h.new_ones(batch, heads, 1), nothing)

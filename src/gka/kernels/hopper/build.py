@@ -1,6 +1,6 @@
-"""The kernels' sources, what they keep on the chip, and their machine code, compiled on first use.
+"""The kernels' sources, their shared memory, and their machine code, compiled on first use.
 
-A translation unit is a `.cu` file after `#define`s of its sizes; headers reach NVRTC from memory.
+A translation unit is `#define`s of its sizes and a `.cu` file; NVRTC gets the headers from memory.
 """
 
 import functools
@@ -17,11 +17,11 @@ from gka.maths.solvers.adaptive import THETA_FLOOR, WORTHWHILE
 
 DIMS = (64, 128)
 CHUNK = 64
-BLOCKS = {64: 3, 128: 2}  # blocks a multiprocessor that the registers leave room for
-# The same of decode.cu, by K and V.
+BLOCKS = {64: 3, 128: 2}  # blocks per multiprocessor, limited by registers
+# The same for decode.cu, by K and V.
 DECODE_BLOCKS = {(64, 64): 8, (64, 128): 5, (128, 64): 3, (128, 128): 3}
-FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # of decode.cu's q, k, v, o
-SOLVES = ("forward", "adjoint")  # the kernels that differ with the solver
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # decode.cu's dtypes
+SOLVES = ("forward", "adjoint")  # the kernels that depend on the solver
 SCANS = tuple(
     f"{part}_{direction}"
     for part in ("sums", "combine", "scan")
@@ -66,7 +66,7 @@ def why_not_step(device: torch.device, dims: tuple[int, int]) -> str | None:
 
 @functools.cache
 def headers() -> dict[str, str]:
-    """What the sources include, by name."""
+    """The texts of the headers, by name."""
     return {path.name: path.read_text() for path in sorted(FOLDER.glob("*.cuh"))}
 
 
@@ -76,12 +76,12 @@ def file_of(kernel: str) -> str:
 
 
 def name_of(kernel: str) -> str:
-    """Of its entry point."""
+    """The name of the kernel's entry point."""
     return f"gka_{kernel.split('_')[0]}"
 
 
 def shared_numbers() -> str:
-    """`#define`s of the numbers that torch's form has too: `gka.maths` is where they are changed."""
+    """`#define`s of the constants that the kernels share with `gka.maths`, where they are declared."""
     floats = {
         "RESET": reset_floor(torch.float32),
         "THETA_FLOOR": THETA_FLOOR,
@@ -93,7 +93,7 @@ def shared_numbers() -> str:
 
 
 def defines(kernel: str, key_dim: int, value_dim: int, bfloat16: bool, adaptive: bool) -> str:
-    """What comes before a chunk or scan kernel's file."""
+    """The `#define`s before a chunk or scan kernel's file."""
     return shared_numbers() + (
         f"#define BF16 {int(bfloat16)}\n#define ADAPTIVE {int(adaptive)}\n"
         f"#define BLOCKS {BLOCKS[max(key_dim, value_dim)]}\n"
@@ -111,7 +111,7 @@ def source(kernel: str, key_dim: int, value_dim: int, bfloat16: bool, adaptive: 
 def step_defines(
     dims: tuple[int, int], dtype: torch.dtype, u_dtype: torch.dtype, adaptive: bool
 ) -> str:
-    """What comes before decode.cu for q of `dtype` and U stored as `u_dtype`."""
+    """The `#define`s before decode.cu for q of `dtype` and U stored as `u_dtype`."""
     return shared_numbers() + (
         f"#define BF16 {int(dtype == torch.bfloat16)}\n#define FORMAT {FORMATS[dtype]}\n"
         f"#define U16 {int(u_dtype == torch.bfloat16)}\n#define ADAPTIVE {int(adaptive)}\n"
@@ -127,7 +127,7 @@ def step_source(
 
 
 def shared_bytes(kernel: str, key_dim: int, value_dim: int) -> int:
-    """Upper bound of what `kernel` keeps in shared memory, with room to align it."""
+    """Upper bound of the bytes of shared memory that `kernel` takes, alignment included."""
     widest = max(key_dim, value_dim)
     if kernel.startswith("combine"):
         return 0
@@ -151,7 +151,7 @@ def step_shared_bytes(dims: tuple[int, int]) -> int:
 
 
 def threads_of(kernel: str, key_dim: int) -> int:
-    """Of a block."""
+    """Threads per block."""
     return 2 * key_dim if kernel.startswith(("sums", "scan")) else 128
 
 
@@ -159,7 +159,7 @@ _COMPILERS = ThreadPoolExecutor(max_workers=8, thread_name_prefix="gka-compile")
 
 
 def compile_cubin(source: str, name: str) -> bytes:
-    """Machine code of a translation unit of this folder.
+    """The machine code of one of this folder's translation units.
 
     Raises:
         CompilationError: with NVRTC's log.
@@ -171,7 +171,7 @@ def compile_cubin(source: str, name: str) -> bytes:
 def _cubins(
     key_dim: int, value_dim: int, bfloat16: bool, adaptive: bool
 ) -> dict[str, Future[bytes]]:
-    """All kernels of such inputs, compiled side by side when the first is asked for."""
+    """All kernels for such inputs, compiled in parallel at the first request."""
     return {
         kernel: _COMPILERS.submit(
             compile_cubin,

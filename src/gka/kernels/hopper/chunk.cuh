@@ -1,7 +1,8 @@
 // One chunk of one head: its arguments, its tiles in shared memory, decays, write gates.
 //
 // A block is one warpgroup and works on C = 64 tokens of one of the H' heads of a group. K, V, BF16 (else float16
-// inputs) and ADAPTIVE are set when compiling. Names are those of docs/maths.md; *16 is a float16 copy divided by a scale.
+// inputs) and ADAPTIVE are set when compiling. Names are those of docs/maths.md; *16 is a float16 copy, divided by a
+// scale.
 #pragma once
 
 #include "decay.cuh"
@@ -15,7 +16,7 @@ struct Arguments {
   const u16 *q, *k, *v;                     // [tokens, H, K], [tokens, HK, K], [tokens, HV, V]
   const float *g, *gk, *alpha, *beta;       // [tokens, H] or null
   const u16 *h_start, *u_start;           // [M, H', K, K], [M, H', K, V] float16: chunk-start states / scale
-  const float *h_scales, *h_norms;          // [M, H', K / 64]: all that there is in the first
+  const float *h_scales, *h_norms;          // [M, H', K / 64]: only the first is read
   const float *u_scales;                    // [M, H', V / 64]
   const long long *chunk_start;             // [M], or null where every chunk is whole
   const int *chunk_length;                  // [M]
@@ -23,7 +24,7 @@ struct Arguments {
   u16 *x;                                   // [tokens, H, K] float16: x_t / x_scale_t
   float *x_scale;                           // [tokens, H]
   int *steps;                               // [M, H] or null: steps taken
-  // the derivative's
+  // of the adjoint
   const u16 *d_o;                           // [tokens, H, V]
   u16 *dq;                                  // [tokens, H, K]
   float *d_alpha;                           // [tokens, H] or null
@@ -32,19 +33,19 @@ struct Arguments {
   float *w, *key_weight;                    // [tokens, H']: 2a <x_t, y_t> / F_t; sum_t zeta_t w_t W_tj
   float *start_weight;                      // [M, H']: sum_t zeta_t^2 w_t
   float *start_u, *start_h;                 // [tokens, H']: zeta_t z_t.(U_[c] do_t) scale; x_t.H_[c] y_t
-  // the gradients'
+  // of the gradients
   const u16 *u_ends, *h_ends;               // [M, H', K, V], [M, H', K, K] float16: E / scale; of H unsymmetrised
   const float *u_end_scales, *u_wholes;     // [M, H', V / 64]: the scales; decay over the chunk <U_[c], E>
-  const float *h_end_scales, *h_wholes;     // [M, H', K / 64]: of H, in the first
-  const float *k_maxima, *z_maxima;         // [M, H']: bounds of the chunk's entries; all but z's tight
+  const float *h_end_scales, *h_wholes;     // [M, H', K / 64]: the same of H, only the first is read
+  const float *k_maxima, *z_maxima;         // [M, H']: largest entries of the chunk; of z a bound
   const float *v_maxima, *d_maxima;         // [M, H', V / 64]
-  void *dk, *dv;                            // as k and v or, of shared heads, [tokens, H', K or V] float32
+  void *dk, *dv;                            // as k and v; [tokens, H', K or V] float32 if heads share
   float *dg, *dgk, *d_beta2;                // [tokens, H] or null
   float scale, ridge_ratio, empty_below;
   int num_iter, heads, key_heads, value_heads, first_head, group_heads, first_chunk;
 };
 
-// Over the block; `scratch` [4] floats. Ends and begins with a barrier.
+// Sum or maximum over the block; `scratch`: 4 floats. Begins and ends with a barrier.
 template <bool MAXIMUM>
 DEVICE float block_reduce(float x, float* scratch) {
   x = MAXIMUM ? warp_max(x) : warp_sum(x);
@@ -55,7 +56,7 @@ DEVICE float block_reduce(float x, float* scratch) {
   return MAXIMUM ? fmaxf(fmaxf(a, b), fmaxf(c, d)) : (a + b) + (c + d);
 }
 
-// Where this block and this thread are.
+// The place of this block and thread.
 struct Place {
   int chunk, head, thread, lane, column;  // column: this thread's first in a fragment
   int row[2];                             // this thread's two tokens of the chunk
@@ -75,7 +76,7 @@ struct Place {
     length = whole ? C : a.chunk_length[chunk];
   }
   DEVICE bool valid(int b) const { return row[b] < length; }
-  // The row itself where it is valid, else the chunk's first, which may always be read: no branch around loads.
+  // The row if valid, else the chunk's first, which may always be read: loads need no branch.
   DEVICE int readable(int b) const { return valid(b) ? row[b] : 0; }
   DEVICE long long token(const Arguments& a, int b) const {
     return (start + readable(b)) * a.heads + head;
@@ -85,7 +86,7 @@ struct Place {
   }
 };
 
-// Rows of an array [tokens, heads, D] of 16-bit numbers in the places of a left operand, not yet widened.
+// Rows of a 16-bit array [tokens, heads, D] as a left operand's fragment, not yet widened.
 template <int D>
 DEVICE void load_raw(u32 (&a)[D / 4], const u16* array, int heads, int head, const Place& at) {
 #pragma unroll
@@ -96,7 +97,7 @@ DEVICE void load_raw(u32 (&a)[D / 4], const u16* array, int heads, int head, con
   }
 }
 
-// The same in float32; zeros past the chunk's end.
+// The fragment in float32; zeros past the chunk's end.
 template <int D>
 DEVICE void widen_raw(float (&d)[D / 2], const u32 (&a)[D / 4], const Place& at) {
 #pragma unroll
@@ -106,12 +107,12 @@ DEVICE void widen_raw(float (&d)[D / 2], const u32 (&a)[D / 4], const Place& at)
   }
 }
 
-// A swizzled copy of a state [rows, columns] to shared memory, or of some of its tiles of 64 columns. Pieces that
-// one thread copies are a multiple of eight rows apart, so their swizzle is the same.
+// Starts a swizzled copy of a state [rows, columns], or of some of its tiles of 64 columns, to shared memory. A
+// thread's pieces are a multiple of eight rows apart, so they share one swizzle.
 template <int ROWS, int COLUMNS, int FIRST = 0, int TILES = COLUMNS / 64 - FIRST>
 DEVICE void copy_state(u32 to, const u16* from, int thread) {
   if constexpr (TILES > 0) {
-    constexpr int STEP = THREADS / (8 * TILES);  // rows a step: whole swizzle patterns
+    constexpr int STEP = THREADS / (8 * TILES);  // rows per step: whole swizzle patterns
     u32 row = (u32)thread / (8 * TILES), column = 64 * FIRST + (u32)thread % (8 * TILES) * 8;
     to += swizzled(ROWS, row, column), from += row * COLUMNS + column;
 #pragma unroll
@@ -120,11 +121,11 @@ DEVICE void copy_state(u32 to, const u16* from, int thread) {
   copies_commit();
 }
 
-// Rows of keys or values on their way to shared memory: 16-byte pieces, all loads issued together.
+// Rows of keys or values between global and shared memory: pieces of 16 bytes, all loads issued together.
 template <int D>
 struct Pieces {
-  static constexpr int STEP = THREADS * 8 / D, N = C / STEP;  // rows a step: whole swizzle patterns
-  uint4 held[N];  // past the chunk's end the first row again
+  static constexpr int STEP = THREADS * 8 / D, N = C / STEP;  // rows per step: whole swizzle patterns
+  uint4 held[N];  // past the chunk's end: the first row
 
   DEVICE static int row(int i, const Place& at) { return i * STEP + (u32)at.thread / (D / 8); }
   DEVICE static int column(const Place& at) { return (u32)at.thread % (D / 8) * 8; }
@@ -140,13 +141,13 @@ struct Pieces {
     }
   }
   DEVICE float largest() const {
-    u32 most = 0;  // magnitudes are ordered as their bits are
+    u32 most = 0;  // magnitudes compare as their bits do
 #pragma unroll
     for (int i = 0; i < 4 * N; i++) most = max_pair(most, ((const u32*)held)[i] & 0x7fff7fffu);
     float2 pair = widen(most);
     return fmaxf(pair.x, pair.y);
   }
-  // Times `factor`, in float16, swizzled; zeros past the chunk's end.
+  // Stores the rows times `factor` in float16, swizzled; zeros past the chunk's end.
   DEVICE void store(unsigned char* to, float factor, const Place& at) const {
     to += place(at);
 #pragma unroll
@@ -163,7 +164,7 @@ struct Pieces {
   }
 };
 
-// The log decays of lane l's tokens 2 l and 2 l + 1; zeros without decay.
+// Log decays of the tokens 2 l and 2 l + 1, l the lane; zeros without decay.
 DEVICE float2 load_decays(const float* g, const Arguments& a, const Place& at) {
   float pair[2] = {0.f, 0.f};
 #pragma unroll
@@ -175,7 +176,7 @@ DEVICE float2 load_decays(const float* g, const Arguments& a, const Place& at) {
   return {log_decay(pair[0]), log_decay(pair[1])};
 }
 
-// Log decay to base 2 from the chunk's start to every token, `out` [C]. Each warp for itself.
+// Log decay to base 2 from the chunk's start to every token, into `out` [C]. Each warp computes all of it.
 DEVICE void sum_decays(float* out, float2 pair, const Place& at) {
   float sum = pair.x + pair.y;
 #pragma unroll
@@ -198,20 +199,20 @@ DEVICE void weights(float (&w)[C / 2], const float* decay, const float* beta2, c
       float b = decay[column], beta = beta2[column];
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        float weight = power_of_two(mine[r] - b) * beta;  // selected: an overflow above the diagonal is no matter
+        float weight = power_of_two(mine[r] - b) * beta;  // may overflow above the diagonal, which the next line drops
         w[4 * j + 2 * r + e] = column <= at.row[r] ? weight : 0.f;
       }
     }
 }
 
-// What a block keeps in shared memory. U's tile holds dz during the derivative's solve. During an adaptive solve
-// the vectors w_t, a thread's in its own places, lie where U's first columns will be or, in the derivative, v was.
+// A block's shared memory. In the adjoint, U's tile holds dz during the solve. An adaptive solve keeps the vectors
+// w_t, by thread, where U's first columns will be or, in the adjoint, v was.
 struct Shared {
   unsigned char h[K * K * 2];
   unsigned char u[K * V * 2 > C * K * 4 ? K * V * 2 : C * K * 4];
   unsigned char k[C * K * 2];
   unsigned char v[C * (K > V ? K : V) * 2];
-  uint4 weights[C / 16 * THREADS];  // W / F, a thread's in its own places; before that, (K K^T)^2
+  uint4 weights[C / 16 * THREADS];  // W / F, by thread; before that, (K K^T)^2
   float decay_h[C], decay_u[C], beta2[C], energy[C], scratch[8];
 #if ADAPTIVE
   float key_norm2[C];  // |k16_j|^2
@@ -225,7 +226,7 @@ DEVICE void copy_states(Shared& s, const Arguments& a, const Place& at) {
   copy_state<K, V>(shared_address(s.u), a.u_start + at.state * K * V, at.thread);
 }
 
-// Decays, write gates and numbers of both states on their way: asked for first, for all else waits behind them.
+// Loads of decays, write gates and both states' numbers. Issued first, since everything else waits for them.
 struct GateLoads {
   float2 decay;
   float beta, h_scale, h_norm2, u_scale;
@@ -238,7 +239,7 @@ struct GateLoads {
     h_scale = a.h_scales[at.state * (K / 64)], h_norm2 = a.h_norms[at.state * (K / 64)];
     u_scale = a.u_scales[at.state * (V / 64) + at.thread % (V / 64)];
   }
-  // Every warp sums, two the same: shuffles stay out of branches.
+  // Every warp sums, two of them the same numbers: this keeps shuffles out of branches.
   DEVICE void store(Shared& s, const Place& at) const {
     sum_decays(at.thread / 32 % 2 ? s.decay_u : s.decay_h, decay, at);
     s.beta2[at.thread % C] = beta * beta;
@@ -247,7 +248,7 @@ struct GateLoads {
   }
 };
 
-// Keys and values / the largest entry of each (one if all are zero) to shared memory; gives those entries.
+// Stores keys and values, each divided by its largest entry (one if all are zero), and returns those entries.
 DEVICE void store_tiles(Shared& s, const Pieces<K>& k, const Pieces<V>& v, float& k_max, float& v_max,
                         const Place& at) {
   k_max = warp_max(k.largest()), v_max = warp_max(v.largest());

@@ -1,5 +1,5 @@
-// Between the two launches of a scan in segments: the sum of every segment gives way to the state that the
-// segment begins with. A thread carries four entries of one head's state along a sequence's segments.
+// Between sums.cu and scan.cu: replaces the sum of every segment by the state that the segment starts from.
+// A thread carries four entries of one head's state along a sequence's segments.
 
 #include "scan.cuh"
 
@@ -31,14 +31,14 @@ DEVICE void combine(const ScanArguments& a, const Side& side, int width, int in_
       if (first + i >= count) break;
       int segment = BACKWARDS ? count - 1 - first - i : first + i;
       long long at = (long long)segment * a.group_heads + in_group;
-      if (of[i] != sequence) {  // begins with the caller's state, or with nothing
+      if (of[i] != sequence) {  // starts from the caller's state, or from zero
         sequence = of[i];
         long long given = (long long)sequence * a.heads + a.first_head + in_group;
         carried = float4{0.f, 0.f, 0.f, 0.f};
         if (side.boundary != nullptr) carried = *(const float4*)(side.boundary + given * size + entry);
       }
       *(float4*)(side.sums + at * size + entry) = carried;
-      if (last[i]) continue;  // nothing goes on from it, and its sum was not written
+      if (last[i]) continue;  // no segment follows, and its sum was not written
       float factor = __expf(whole[i]);
       carried = float4{carried.x * factor + sum[i].x, carried.y * factor + sum[i].y,
                        carried.z * factor + sum[i].z, carried.w * factor + sum[i].w};

@@ -1,9 +1,9 @@
-// Fragments to and from memory in float16 with one scale per row.
+// Stores of fragments as float16 rows with one scale per row.
 #pragma once
 
 #include "chunk.cuh"
 
-// Largest entry of each of the thread's rows; one where all are zero.
+// Largest magnitude in each of the thread's rows; one for a row of zeros.
 template <int N>
 DEVICE void row_maxima(float (&largest)[2], const float (&d)[N]) {
   largest[0] = largest[1] = 0.f;
@@ -16,7 +16,7 @@ DEVICE void row_maxima(float (&largest)[2], const float (&d)[N]) {
   }
 }
 
-// d / its row maxima as a left operand.
+// d divided by its row maxima, as a left operand.
 template <int N>
 DEVICE void scale_rows(u32 (&a)[N / 2], float (&largest)[2], const float (&d)[N]) {
   row_maxima(largest, d);
@@ -25,8 +25,8 @@ DEVICE void scale_rows(u32 (&a)[N / 2], float (&largest)[2], const float (&d)[N]
   for (int i = 0; i < N / 2; i++) a[i] = pack(d[2 * i] * inverse[i % 2], d[2 * i + 1] * inverse[i % 2]);
 }
 
-// Of four words of every thread of a quad, word i of thread c to word c of thread i: a thread then holds
-// 16 neighbouring bytes of a row, and stores them at once.
+// Transposes the four words of a quad's four threads: word i of thread c becomes word c of thread i. A thread then
+// holds 16 consecutive bytes of a row, and stores them at once.
 DEVICE uint4 transpose_quad(u32 w0, u32 w1, u32 w2, u32 w3, int lane) {
   bool odd = lane & 1, high = lane & 2;
   u32 a = __shfl_xor_sync(~0u, odd ? w0 : w1, 1), b = __shfl_xor_sync(~0u, odd ? w2 : w3, 1);
@@ -35,7 +35,7 @@ DEVICE uint4 transpose_quad(u32 w0, u32 w1, u32 w2, u32 w3, int lane) {
   return uint4{high ? a : w0, high ? b : w1, high ? w2 : a, high ? w3 : b};
 }
 
-// A left operand [C, D] of 16-bit pairs to rows of an array; `token`: indices of the thread's two rows.
+// Stores a left operand [C, D] of 16-bit pairs as rows of an array; `token`: indices of the thread's two rows.
 template <int D>
 DEVICE void store_rows(u16* array, const u32 (&a)[D / 4], const long long (&token)[2], const Place& at) {
 #pragma unroll
@@ -50,7 +50,7 @@ DEVICE void store_rows(u16* array, const u32 (&a)[D / 4], const long long (&toke
   }
 }
 
-// The same with the scales of its rows.
+// Stores the operand and the scales of its rows.
 template <int D>
 DEVICE void store_scaled(u16* array, float* scales, const u32 (&a)[D / 4], const float (&largest)[2],
                          const long long (&token)[2], const Place& at) {
@@ -60,7 +60,7 @@ DEVICE void store_scaled(u16* array, float* scales, const u32 (&a)[D / 4], const
     if (at.valid(b) && at.lane % 4 == 0) scales[token[b]] = largest[b];
 }
 
-// A float32 fragment, times a factor for each row, to an array of the inputs' dtype.
+// Stores a float32 fragment, each row times its factor, in the inputs' dtype.
 template <int D>
 DEVICE void store_fragment(u16* array, const float (&d)[D / 2], const float (&factor)[2],
                            const long long (&token)[2], const Place& at) {

@@ -25,7 +25,7 @@ DEVICE u32 minus_inputs(u32 a) {
   return x;
 }
 
-// The same, computed anew: what is derived from it holds no registers until its next use.
+// x, opaque to the compiler: what derives from it is computed again, and holds no registers until its next use.
 template <class Number>
 DEVICE Number again(Number x) {
   asm volatile("" : "+r"(x));
@@ -37,7 +37,7 @@ DEVICE Number* again(Number* x) {
   return x;
 }
 
-// Starts a copy of 16 or 4 bytes to shared memory; of zeros where they do not count.
+// Starts a copy of 16 or 4 bytes to shared memory; of zeros unless `counts`.
 DEVICE void copy_pieces(u32 to, const void* from, bool counts) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from), "r"(counts ? 16 : 0) : "memory");
 }
@@ -47,7 +47,7 @@ DEVICE void copy_number(float* to, const float* from, bool counts) {
                : "memory");
 }
 
-// Four matrices of 8 x 8 halves, transposed; lane l has the address of row l % 8 of matrix l / 8.
+// Loads four matrices of 8 x 8 halves, transposed; lane l has the address of row l % 8 of matrix l / 8.
 DEVICE void load_transposed(u32 (&a)[4], u32 from) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
@@ -55,7 +55,7 @@ DEVICE void load_transposed(u32 (&a)[4], u32 from) {
                : "memory");
 }
 
-// The same as they are, and back.
+// Loads four matrices untransposed, and stores them.
 DEVICE void load_matrices(u32 (&a)[4], u32 from) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])

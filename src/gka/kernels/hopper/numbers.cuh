@@ -1,12 +1,12 @@
-// Numbers of 16 bits, reductions over lanes, copies to shared memory. BF16: the inputs are bfloat16, else float16.
+// 16-bit numbers, reductions over lanes, copies to shared memory. BF16: the inputs are bfloat16, else float16.
 #pragma once
 
 #include "tensor_cores.cuh"
 
-constexpr float TINY = 1e-30f;  // below it a tile, or a row, counts as zero, and its scale as one
+constexpr float TINY = 1e-30f;  // a tile or row below it is taken for zero, and its scale for one
 
 constexpr float LOG2_E = 1.44269504f;
-DEVICE float power_of_two(float x) {  // one instruction; zero where float32 has only subnormal numbers
+DEVICE float power_of_two(float x) {  // one instruction; flushes subnormal results to zero
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
@@ -50,7 +50,7 @@ DEVICE u32 max_pair(u32 a, u32 b) {  // of pairs of 16-bit unsigned integers
   return x;
 }
 
-// Two neighbouring inputs as float32, and back.
+// A pair of inputs as float32, and back.
 DEVICE float2 widen(u32 x) {
 #if BF16
   return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};

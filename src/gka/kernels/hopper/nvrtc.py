@@ -19,8 +19,8 @@ class CompilationError(RuntimeError):
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    """libnvrtc of the CUDA version that torch was built for; of any version where torch has no CUDA, which
-    then compiles but cannot launch."""
+    """libnvrtc of the CUDA version that torch was built for. Where torch has no CUDA, of any version: it
+    can compile, though nothing can be launched."""
     version = torch.version.cuda
     name = f"libnvrtc.so.{version.split('.')[0] if version else '[0-9]*'}"
     wheels = importlib.util.find_spec("nvidia")  # where NVIDIA's Python packages keep libraries
@@ -58,7 +58,7 @@ def compile_cubin(
 def compile_with_notes(
     source: str, name: str, arch: str, headers: Mapping[str, str], *options: str
 ) -> tuple[bytes, str]:
-    """Machine code and what the compilers say of it; with "--ptxas-options=-v" the assembler's notes too.
+    """Machine code and the compilers' log; with "--ptxas-options=-v" the assembler's notes too.
 
     Raises:
         CompilationError: with NVRTC's log.

@@ -3,12 +3,12 @@
 
 #include "tiles.cuh"
 
-// Largest magnitude of C numbers; every warp for itself.
+// Largest magnitude of C numbers; computed by every warp.
 DEVICE float chunk_largest(const float* x, const Place& at) {
   return warp_max(fmaxf(fabsf(x[at.lane]), fabsf(x[at.lane + 32])));
 }
 
-// The first tile M_jt w_t / max |w|, the second M_jt.
+// Stores M_jt w_t / max |w| in the first tile and M_jt in the second.
 DEVICE void store_masks(Tiles& s, float less, const Place& at) {
   u32 place = first_word(at);
   float mine[2] = {s.decay_h[at.row[0]], s.decay_h[at.row[1]]};
@@ -32,7 +32,8 @@ DEVICE void store_masks(Tiles& s, float less, const Place& at) {
   }
 }
 
-// Left operands (M^T w M o K K^T) beta^2 and M beta^2, beta^2 relative to its maximum; (K K^T)^2 to the first tile.
+// Left operands (M^T w M o K K^T) beta^2 and M beta^2, beta^2 relative to its maximum. Stores (K K^T)^2 in the first
+// tile.
 DEVICE void ridge_operands(u32 (&full)[C / 4], u32 (&left)[C / 4], const float (&sum)[C / 2],
                            const float (&gram)[C / 2], float less, Tiles& s, const Place& at) {
   u32 place = first_word(at);
@@ -52,8 +53,8 @@ DEVICE void ridge_operands(u32 (&full)[C / 4], u32 (&left)[C / 4], const float (
   }
 }
 
-// Of (W (K K^T)^2)_tj in `pairs`: P_tj of H; x_k and y_k weighted by M_jt and x's and y's scales to the tiles;
-// the chunk-start state's part of each t.
+// Turns (W (K K^T)^2)_tj in `pairs` into P_tj of H. Stores x_k and y_k, weighted by M_jt and the scales of x and y, in
+// the tiles, and the chunk-start state's part of each t.
 DEVICE void weigh_pairs(float (&pairs)[C / 2], const float (&x_k)[C / 2], const float (&y_k)[C / 2], float size,
                         float k2, float less, float h_norm2, Tiles& s, const Place& at) {
   u32 place = first_word(at);
@@ -94,12 +95,12 @@ DEVICE void weigh_pairs(float (&pairs)[C / 2], const float (&x_k)[C / 2], const 
     inner[b] = quad_sum(inner[b]) + zeta[b] * h_norm2;
     start[b] = -zeta[b] * (s.start_h[at.row[b]] + half_w[b] * inner[b]);
   }
-  __syncwarp();  // the quad has read its old values
+  __syncwarp();  // the quad has read the old values
   if (at.lane % 4 == 0) s.start_h[at.row[0]] = start[0], s.start_h[at.row[1]] = start[1];
   __syncwarp();
 }
 
-// Adds the part of dk through H, and that of d(beta^2); writes dg of H.
+// Adds the parts of dk and d(beta^2) through H; writes dg of H.
 DEVICE void through_h(float (&dk)[K / 2], float (&d_beta2)[2], Tiles& s, float k_max, const Arguments& a,
                       const Place& at) {
   u32 keys = shared_address(s.k), state = shared_address(s.state);
@@ -107,7 +108,7 @@ DEVICE void through_h(float (&dk)[K / 2], float (&d_beta2)[2], Tiles& s, float k
   float beta2_max = chunk_largest(s.beta2, at), less_beta2 = inverse(beta2_max);
   float h_scale = s.h_scale, e_scale = s.h_end_scale;
   float beta2[2] = {s.beta2[at.row[0]], s.beta2[at.row[1]]}, sum[C / 2], d[K / 2];
-  copies_wait<2>();  // E of H is there
+  copies_wait<2>();  // E of H has arrived
   publish_shared();
   __syncthreads();
   mma_begin();
@@ -118,7 +119,7 @@ DEVICE void through_h(float (&dk)[K / 2], float (&d_beta2)[2], Tiles& s, float k
   mma_wait<0>();
   hold(d);
   publish_shared();
-  __syncthreads();  // E of H is read
+  __syncthreads();  // E of H has been read
   copy_state<K, K>(state, a.h_start + at.state * K * K, at.thread);
   float gram[C / 2];
   mma_begin();
@@ -139,7 +140,7 @@ DEVICE void through_h(float (&dk)[K / 2], float (&d_beta2)[2], Tiles& s, float k
   }
   mma_wait<0>();
   hold(gram), hold(sum);
-  __syncthreads();  // the first tile is read
+  __syncthreads();  // the first tile has been read
   u32 full[C / 4], left[C / 4];
   ridge_operands(full, left, sum, gram, less_beta2, s, again(at));
   publish_shared();
@@ -155,7 +156,7 @@ DEVICE void through_h(float (&dk)[K / 2], float (&d_beta2)[2], Tiles& s, float k
   for (int b = 0; b < 2; b++) size[b] = w_max * (beta2_max * k_max) * (beta2[b] * k_max) * k_max;
 #pragma unroll
   for (int i = 0; i < K / 2; i++) dk[i] -= d[i] * size[i / 2 % 2];
-  copies_wait<0>();  // x, y and H_[c] are there
+  copies_wait<0>();  // x, y and H_[c] have arrived
   publish_shared();
   __syncthreads();
   mma_begin();
@@ -181,7 +182,7 @@ DEVICE void through_h(float (&dk)[K / 2], float (&d_beta2)[2], Tiles& s, float k
   mma_commit();
   mma_wait<0>();
   hold(x_k), hold(y_k);
-  __syncthreads();  // energies are there
+  __syncthreads();  // the energies are stored
   weigh_pairs(sum, x_k, y_k, beta2_max * k2 * k2, k2, inverse(both_max), s.h_norm2, s,
               again(at));
   publish_shared();
@@ -196,7 +197,7 @@ DEVICE void through_h(float (&dk)[K / 2], float (&d_beta2)[2], Tiles& s, float k
   for (int b = 0; b < 2; b++) size[b] = beta2[b] * k_max * both_max;
 #pragma unroll
   for (int i = 0; i < K / 2; i++) dk[i] -= d[i] * size[i / 2 % 2];
-  __syncthreads();  // the tiles are read
+  __syncthreads();  // the tiles have been read
   sum_pairs(sum, 1.f, s, again(at));
   store_decay(a.dgk, d_beta2, s.start_h, s.h_whole, s, a, again(at));
 }

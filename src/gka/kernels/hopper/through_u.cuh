@@ -3,7 +3,8 @@
 
 #include "tiles.cuh"
 
-// Of z_t . k_j in `pairs` and do_t . v_j: the tiles z k^T o M and do v^T o M times their parts, and P_tj.
+// From z_t . k_j in `pairs` and do_t . v_j in `d_v`: stores z k^T o M and do v^T o M, each times its factor, in the
+// tiles, and leaves P_tj in `pairs`.
 DEVICE void mask_pairs(float (&pairs)[C / 2], const float (&d_v)[C / 2], float part_v, float part_k, Tiles& s,
                        const Place& at) {
   u32 place = first_word(at);
@@ -18,11 +19,11 @@ DEVICE void mask_pairs(float (&pairs)[C / 2], const float (&d_v)[C / 2], float p
 #pragma unroll
       for (int e = 0; e < 2; e++) {
         int i = 4 * j + 2 * b + e;
-        float mask = power_of_two(mine[b] - theirs[e]);  // selected: an overflow above the diagonal is no matter
+        float mask = power_of_two(mine[b] - theirs[e]);  // may overflow above the diagonal, which the next line drops
         mask = column + e <= at.row[b] ? mask : 0.f;
         z_k[e] = pairs[i] * mask, masked[e] = d_v[i] * mask;
         pairs[i] = z_k[e] * d_v[i];
-        asm volatile("" : "+f"(pairs[i]));  // now: later would keep both factors
+        asm volatile("" : "+f"(pairs[i]));  // multiply now: later, both factors would hold registers
       }
       unsigned char* to = s.v + (place ^ j << 4) + b * 1024;
       *(u32*)to = pack(z_k[0] * part_v, z_k[1] * part_v);
@@ -31,7 +32,7 @@ DEVICE void mask_pairs(float (&pairs)[C / 2], const float (&d_v)[C / 2], float p
   }
 }
 
-// dv, written; the part of dk and of d(beta^2) through U, and dg. Leaves E of H, x and y on their way.
+// Writes dv and dg of U; leaves the parts of dk and d(beta^2) through U. Starts the copies of E of H, x and y.
 DEVICE void through_u(float (&dk)[K / 2], float (&d_beta2)[2], Tiles& s, const Largest& most,
                       const Arguments& a, const Place& at) {
   u32 keys = shared_address(s.k), z = shared_address(s.z), d_o = shared_address(s.d);
@@ -44,7 +45,7 @@ DEVICE void through_u(float (&dk)[K / 2], float (&d_beta2)[2], Tiles& s, const L
   }
   float pairs[C / 2], d_v[C / 2], dv[V / 2];  // z_t . k_j, then P_tj; do_t . v_j
   {
-    u32 left[V / 16][4];  // v, the columns of each block times its scale of E
+    u32 left[V / 16][4];  // v, each block's columns times the scale of E there
 #pragma unroll
     for (int k = 0; k < V / 16; k++) {
       float relative = e_scale[k / 4] * inverse(e_max);
@@ -60,7 +61,7 @@ DEVICE void through_u(float (&dk)[K / 2], float (&d_beta2)[2], Tiles& s, const L
     mma_wait<0>();
     hold(d_v), hold(pairs), hold(dk);
   }
-  __syncthreads();  // nobody reads v any more
+  __syncthreads();  // v has been read
   float size_k = most.d * most.v * most.z * a.scale, size_v = most.z * most.k * most.d * a.scale;
   float bound_k = most.v * e_max, bound_v = most.k * e_max;
   float unit_k = fmaxf(fmaxf(fabsf(size_k), bound_k * FAINT), TINY);
@@ -86,7 +87,7 @@ DEVICE void through_u(float (&dk)[K / 2], float (&d_beta2)[2], Tiles& s, const L
   mma_commit();
   mma_wait<0>();
   hold(dv), hold(dk);
-  __syncthreads();  // nor E of U and z
+  __syncthreads();  // E of U and z have been read
   copy_state<K, K>(state, a.h_ends + at.state * K * K, again(at).thread);
   copy_rows(z, a.x, a.heads, at.head, again(at));
 #pragma unroll
@@ -100,7 +101,7 @@ DEVICE void through_u(float (&dk)[K / 2], float (&d_beta2)[2], Tiles& s, const L
   mma_commit();
   mma_wait<0>();
   hold(dv);
-  __syncthreads();  // nor do and the tiles
+  __syncthreads();  // do and the tiles have been read
   copy_rows(d_o, a.y, a.group_heads, at.head - a.first_head, again(at));
   float factor[2] = {s.beta2[at.row[0]], s.beta2[at.row[1]]};
 #pragma unroll

@@ -1,12 +1,12 @@
-// What the tokens of a chunk weigh in the products that add it to a state, made by one warp a chunk ahead.
+// Weights of a chunk's tokens in the products that add it to a state, computed by one warp one chunk ahead.
 #pragma once
 
 #include "scan.cuh"
 
-// A weight in units of the state: the most before the state is rescaled, and what is then the largest.
-// Weighted inputs in bfloat16 have float32's range; in float16 they stay below the inputs themselves. H_BACK: y's
-// weights are float16 always; the keys' count by SHARE of themselves or, in float16, by their largest entry's
-// sixteenth where that is more, so that neither a weight nor a weighted key leaves float16's range.
+// Limits of a weight in units of the state: beyond MOST the state is rescaled, and LARGEST is then the largest weight.
+// Weighted inputs in bfloat16 have float32's range; in float16 they stay below the inputs themselves. H_BACK: the
+// weights of y are always float16. Those of the keys enter times SHARE or, in float16, times a sixteenth of the
+// largest key entry if that is more: neither a weight nor a weighted key then leaves float16's range.
 template <int KIND>
 struct Room {
   static constexpr float MOST = KIND == H_BACK ? BF16 ? 1024.f : 64.f : BF16 ? 0x1p60f : .5f;
@@ -14,37 +14,37 @@ struct Room {
   static constexpr float LARGEST = KIND == H_BACK || BF16 ? 1.f : .5f;
 };
 
-// Of pairs of tokens 2 p and 2 p + 1, weights / unit. As a left operand's registers take them, see `place`:
-// STATES and, of the keys, H_BACK: differences of two. H_BACK, behind them: of y, in float16.
-// U_BACK: float32, of q and of x.
+// Weights / unit of the pairs of tokens 2 p and 2 p + 1, in the order of a left operand's registers (`place`).
+// STATES: of k. H_BACK: of k, then of y in float16. Those of k are differences of two numbers (`split`).
+// U_BACK: of q and of x, float32.
 struct alignas(16) Gates {
   u32 pairs[2 * C];
-  float rescale;  // of the state before the chunk is added
+  float rescale;  // factor of the state before the chunk is added
   float unit, start;
-  // Where the state is stored after every chunk (EVERY): exp of the chunk's log decay; sums of the weights'
-  // magnitudes, the second H_BACK's of all it adds; the scale of the chunk's stored state; U_BACK: largest
-  // factors of q and of x in z.
+  // Only if the state is stored at every chunk (EVERY). whole: the chunk's decay. sum: sums of the weights'
+  // magnitudes; H_BACK's second bounds all that the chunk adds. stored_bound: scale of the chunk's stored state.
+  // of_q, of_x: U_BACK, largest factors of q and of x in z.
   float whole, sum[2], stored_bound, of_q, of_x;
   float written[C];  // STATES: the weights themselves
 };
 
-// Of pair p among those that are read together: 8 s + c and 8 s + 4 + c, s the slice of 16 tokens.
+// Place of pair p: the pairs 8 s + c and 8 s + 4 + c, which are read together, are adjacent. s: slice of 16 tokens.
 DEVICE int place(int pair) { return pair / 8 * 8 + pair % 4 * 2 + pair / 4 % 2; }
 
 DEVICE float inverse(float x) { return x > TINY ? __fdividef(1.f, x) : 0.f; }
 
-// The largest of a warp's numbers, none negative: ordered as their bits are.
+// The largest of a warp's numbers, none negative; such numbers compare as their bits do.
 DEVICE u32 warp_most(u32 x) { return __reduce_max_sync(~0u, x); }
 DEVICE float warp_most(float x) { return __uint_as_float(warp_most(__float_as_uint(x))); }
 
-// Two numbers as differences of pairs of the inputs' numbers.
+// Two numbers, each as the difference of two numbers of the inputs' dtype.
 DEVICE uint2 split(float low, float high) {
   u32 first = narrow(low, high);
   float2 back = widen(first);
   return {first, narrow(back.x - low, back.y - high)};
 }
 
-// What a chunk's weights are made of: per token, zero past the chunk's end. Arrays without a gate stay unread.
+// Numbers from which a chunk's weights are computed: per token, zero past the chunk's end. Absent gates stay unread.
 struct alignas(16) Numbers {
   float g[C], beta[C], alpha[C], x_scale[C], y_scale[C], key_weight[C];
   float start_weight, key_max, stored_bound;  // of the chunk
@@ -57,14 +57,13 @@ DEVICE void copy_numbers(float* to, const float* from, int first, int heads, int
   copy_number(to + row, source, row < length), copy_number(to + row + 1, source + heads, row + 1 < length);
 }
 
-// Lane l of the warp makes the weights of tokens 2 l and 2 l + 1.
+// Lane l of the warp computes the weights of tokens 2 l and 2 l + 1.
 template <int KIND, bool EVERY>
 struct Weights {
-  float unit = 0.f, decays = 0.f;  // decays: the sum so far of log decays
-  float start = 0.f;               // H_BACK, not EVERY: the multiple of H that is not in the accumulators
+  float unit = 0.f, decays = 0.f;  // decays: running sum of log decays
+  float start = 0.f;               // H_BACK without EVERY: the multiple of H that is not in the accumulators
 
-  // Starts copying what those of the chunk of `length` tokens from `first` are made of; `chunk`: the index of
-  // its numbers among [M, G].
+  // Starts copying the numbers of the chunk of `length` tokens from `first`; `chunk`: its index among [M, G].
   DEVICE static void copy(Numbers& to, const ScanArguments& s, const Side& side, const Walk& at, int first,
                           int length, long long chunk) {
     auto copy = [&](float* array, const float* from) {
@@ -84,7 +83,7 @@ struct Weights {
       copy_number(&to.stored_bound, side.stored_bounds + chunk * ((KIND == H_BACK ? K : V) / 64), true);
   }
 
-  // Makes room for weights up to `largest`.
+  // Updates `unit` so that weights up to `largest` fit; returns the factor of the state.
   DEVICE float rescale(float largest, float whole) {
     float old = unit * whole, factor = 1.f;
     unit = old;

@@ -2,7 +2,8 @@
 
     z_t = sum_i w_i x_{t-W+1+i},  y_t = z_t sigmoid(z_t),  u_t = y_t / (|y_t|_2 + 1e-6)
 
-One launch does queries, keys and values: a program owns one tile of channels, a head where it has a norm.
+One launch handles queries, keys and values. A program owns one tile of channels: of queries and keys a head,
+since their norm is per head.
 """
 
 import triton
@@ -15,7 +16,7 @@ EPS = tl.constexpr(1e-6)  # as in gka.layers.parts.modules.unit
 
 @triton.jit
 def add_state(z, state, b, at, cols, inside, C: tl.constexpr, W: tl.constexpr):
-    """z, with the cached input of the tokens at [R] < 0 in place of its zeros."""
+    """z, with cached inputs in place of its zeros for the tokens at [R] < 0."""
     if state is not None:
         where = b.to(tl.int64) * (C * W)
         offsets = cols[None, :] * W + (at[:, None] + W)
@@ -50,7 +51,7 @@ def through_unit(y, du):
 
 @triton.jit
 def shifted(window, x):
-    """A window one token later: its oldest entry out, x in."""
+    """The window moved on by one token: the oldest entry dropped, x appended."""
     return window[1:] + (x,)
 
 
@@ -110,9 +111,9 @@ def convolution_kernel(
         xq, xk, xv: inputs [B,T,C]. wq, wk, wv: weights [C,1,W]. sq, sk, sv: the W inputs before [B,C,W],
             or None. yq, yk, yv: outputs.
         past: tokens before each in its packed sequence, at most W - 1 of them, [T]; None if not packed.
-        lengths: keys of tokens from there on are zero, [B]; None for all.
-        blocks: of BT tokens in a sequence.
-        CQ, CK, CV: channels; DK, DV: of a tile of queries and keys, and of values.
+        lengths: tokens of each row [B]; later keys are zero. None: all tokens count.
+        blocks: blocks of BT tokens in a sequence.
+        CQ, CK, CV: channels. DK, DV: channels of a tile of queries and keys, and of values.
     """
     NQ: tl.constexpr = CQ // DK
     NK: tl.constexpr = CK // DK
@@ -135,7 +136,7 @@ def convolution_kernel(
 def load_token(
     ptr, start, t0, step, segments, L, T, cols, inside, C: tl.constexpr, D: tl.constexpr
 ):
-    """The token at `step`, from -W on, of each of a program's segments, raw; zeros outside the sequence."""
+    """Inputs of token `step` >= -W of each of a program's segments; zeros outside the sequence."""
     rel = segments * L + step
     at = t0 + rel
     mask = ((at >= 0) & (at < T))[:, None]
@@ -150,11 +151,11 @@ def through_tile(
     C: tl.constexpr, D: tl.constexpr, CALL: tl.constexpr, W: tl.constexpr, UNIT: tl.constexpr,
     R: tl.constexpr, BD: tl.constexpr, AHEAD: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """dx of R segments of L tokens of a tile of channels, and what they add to dw.
+    """dx of R segments of L tokens of a tile of channels, and their part of dw.
 
-    All segments advance together, token by token, through registers: the window of inputs that z needs,
-    and dx of the last W tokens, which the tokens to come add to. So every byte is read and written once,
-    but for the W - 1 tokens around a segment. Loads run AHEAD tokens ahead; UNROLL steps go through the
+    All segments advance together, token by token. Registers hold the window of inputs that z needs, and
+    dx of the last W tokens, to which later tokens still add. Every byte is thus read and written once,
+    except the W - 1 tokens around a segment. Loads run AHEAD tokens ahead; UNROLL steps go through the
     windows without moving them.
     """
     segments, cols = tl.arange(0, R), tl.arange(0, BD)
@@ -216,7 +217,7 @@ def through_tile(
                 part = dz
                 if past is not None:
                     part = tl.where((seen >= W - 1 - i)[:, None], dz, 0.0)
-                # the entry i of both windows is the token W - 1 - i back
+                # entry i of both windows belongs to the token W - 1 - i steps back
                 added = added + (pending[i] + weights[i] * part,)
                 if partial is not None:
                     summed = summed + (sums[i] + part * own * window[i],)
@@ -244,13 +245,13 @@ def convolution_backward_kernel(
     W: tl.constexpr, RK: tl.constexpr, RV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     SEGMENTS: tl.constexpr, AHEAD: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of convolution_kernel's inputs, and what each place adds to those of its weights.
+    """Gradients of convolution_kernel's inputs, and each place's part of its weights' gradients.
 
     Args:
         dyq, dyk, dyv: gradients of the outputs; dxq, dxk, dxv: of the inputs, or None.
         partial: [places, CQ + CK + CV, W] float32, to be summed over places; or None.
-        L: tokens of a segment. blocks: places in a sequence, of SEGMENTS L tokens.
-        RK, RV: segments that a tile of queries and keys, or of values, works on at a time.
+        L: tokens of a segment. blocks: places in a sequence, each of SEGMENTS L tokens.
+        RK, RV: segments that a tile of queries and keys, or of values, processes at a time.
     """
     NQ: tl.constexpr = CQ // DK
     NK: tl.constexpr = CK // DK

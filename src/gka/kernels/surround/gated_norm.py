@@ -47,7 +47,7 @@ def gated_norm_backward_kernel(
     x, gate, w, dy, dx, dgate, partial, rows, each,
     eps: tl.constexpr, V: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of x and gate for `each` blocks of BR rows, and what those add to dw.
+    """Gradients of x and gate for `each` blocks of BR rows, and their part of dw.
 
     Args:
         partial: [programs,V] float32, to be summed over programs.

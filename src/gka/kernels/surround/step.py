@@ -1,4 +1,4 @@
-"""What precedes the memory in decoding: convolutions, SiLU, unit norms and gates of a few tokens, one launch.
+"""Convolutions, SiLU, unit norms and gates of a few tokens in decoding, in one launch.
 
 The convolutions' states are updated in place; each channel of each row belongs to one program.
 """
@@ -28,7 +28,7 @@ def step_tile(
     for i in tl.static_range(W):
         window = window + (tl.load(held + i, mask=inside, other=0.0).to(tl.float32),)
         weights = weights + (tl.load(w + channels * W + i, mask=inside, other=0.0).to(tl.float32),)
-    tl.debug_barrier()  # what other threads have yet to read is not overwritten below
+    tl.debug_barrier()  # all threads have read the state that is overwritten below
     kept = window
     for t in range(T):
         at = (b * T + t) * C + channels
@@ -61,11 +61,13 @@ def step_kernel(
     W: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     H: tl.constexpr, BH: tl.constexpr, BT: tl.constexpr, eps: tl.constexpr,
 ):  # fmt: skip
-    """Arguments as those of convolution_kernel and gates_kernel; the states sq, sk, sv are updated.
+    """Convolutions and gates of T tokens; arguments as of convolution_kernel and gates_kernel.
+
+    The states sq, sk, sv are updated in place.
 
     Args:
-        lengths: tokens of each row that count [B]: the others leave the state, key and g zero.
-        BT: at least T. H: heads of the gates, 0 where there are none.
+        lengths: tokens of each row [B]; later ones do not enter the state, and their key and g are zero.
+        BT: at least T. H: heads of the gates, 0 without gates.
     """
     NQ: tl.constexpr = CQ // DK
     NK: tl.constexpr = CK // DK

@@ -1,6 +1,6 @@
-"""The steps of `gka.kernels.passes` in Triton's kernels: which are launched, on what."""
+"""The steps of `gka.kernels.passes` in Triton: the kernels that each launches, and their arguments."""
 
-# Triton declares a launch with the kernel's device types; with a solve there are H, x and the adjoint.
+# Triton declares a launch with the kernel's device types. H, x and the adjoint exist with a solve.
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false
 
 from typing import Any
@@ -42,16 +42,16 @@ SegmentSums = tuple[Tensor | None, Tensor | None, Tensor | None]
 class TritonPasses:
     """The steps in Triton: any K and V to 256, 16-bit and float32 inputs, any chip its tables know."""
 
-    replays = False  # Triton's launchers want tensors
+    replays = False  # Triton's launchers take tensors, not addresses
     float_gates = False
     measures_boundaries = True
 
     def scan_programs(self, sizes: Sizes) -> int:
-        """A program holds a block of columns of a state."""
+        """One per block of columns of H and of U."""
         return sum(sizes.blocks)
 
     def segments_by_group(self, settings: Settings) -> bool:
-        """Other segments sum H in another order: its last bits could turn the adaptive solver's steps."""
+        """Not with the adaptive solver: other segments change H's last bits, and so perhaps its steps."""
         return not settings.adaptive
 
     def ends(
@@ -184,7 +184,7 @@ class TritonPasses:
         (batch, length, heads, dim), value_dim = tokens.q.shape, tokens.v.shape[-1]
         bounds = tokens.cu_seqlens
         sequences = batch if bounds is None else bounds.numel() - 1
-        # several tokens need U between them: in the pool only if it may change and holds what float32 holds
+        # U between tokens may lie in the pool only if it is committed and float32
         apart = length > 1 and not (commit and states.u.dtype == torch.float32)
         shape = (sequences, heads, dim, value_dim)
         work = states.u.new_empty(shape, dtype=torch.float32) if apart else None
@@ -235,13 +235,13 @@ def _plan(call: GpuCall) -> Plan:
 def _launch(
     call: GpuCall, kernel, name: str, grid: tuple[int, ...], heads: Heads, args: tuple, **more: Any
 ) -> Launch:
-    """A kernel on `args`, the heads and, at compile time, its options by `name` and `more`."""
+    """A launch of the kernel on `args` and the heads; options by `name`, and `more`, at compile time."""
     signature = (call.signature, call.chunks.segmented, heads)
     return Launch(_plan(call).launcher(kernel, name, signature, **more), grid, (*args, *heads))
 
 
 def _of_chunks(call: GpuCall, kernel, name: str, heads: Heads, args: tuple, **more: Any) -> Launch:
-    """A kernel whose programs are the chunks of the heads."""
+    """A launch with a program per chunk and head."""
     return _launch(call, kernel, name, (call.M * heads.count,), heads, args, **more)
 
 
@@ -253,7 +253,7 @@ def _both(call: GpuCall, kernel, name: str, heads: Heads, blocks: int, args: tup
 
 
 def _segment_sums(call: GpuCall, heads: Heads, name: str, width: int, blocks: int) -> SegmentSums:
-    """Scratch for partial sums of each segment's states: sums, bounds, log decays; None without segments."""
+    """Partial sums of each segment's states: sums, bounds and log decays; None without segments."""
     if not call.chunks.segmented:
         return None, None, None
     shape = (call.chunks.num_segments, heads.count)
@@ -270,7 +270,7 @@ def _solve(
     out: tuple[Tensor | None, Tensor | None],
     *adjoint: Tensor | None,
 ) -> list[Launch]:
-    """x of A x = rhs into `out`, both with their scales; `adjoint`: the derivative's other arrays."""
+    """Solve A x = rhs into `out`, both with their scales; `adjoint`: the backward pass's other arrays."""
     t, adaptive = call.t, call.adaptive
     extra = adjoint or (None,) * 8
     certificate = _certificate(call, heads) if adaptive else (None,) * 4
@@ -306,7 +306,7 @@ def _certificate(call: GpuCall, heads: Heads) -> Certificate:
 
 
 def _certify(call: GpuCall, heads: Heads, h: Moments, found: Certificate) -> Launch:
-    """N_t and the steps of every chunk, found alike in both passes, since H is summed alike."""
+    """N_t and the steps of every chunk; the same in both passes, since H is summed in the same order."""
     t = call.t
     args = (
         t.k, call.gk, t.beta, *h.stored, h.norms, *found, *call.tables, *_system(call),

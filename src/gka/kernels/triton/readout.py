@@ -115,7 +115,7 @@ def readout_backward_kernel(
     OP: tl.constexpr,
     PREC: tl.constexpr,
 ):
-    """dz_t = scale (zeta_t U_[c] do_t + sum_j W_tj (do_t . v_j) k_j), and its shares of x, q, alpha."""
+    """dz_t = scale (zeta_t U_[c] do_t + sum_j W_tj (do_t . v_j) k_j); from it dx, dq and dalpha."""
     m, j = (tl.program_id(0) // G).to(tl.int64), tl.program_id(0) % G
     mh, h = m * G + j, base + j
     places = tl.arange(0, C)
