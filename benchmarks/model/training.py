@@ -27,8 +27,8 @@ from benchmarks.model.fla_mixers import LAYERS
 from benchmarks.model.sizes import DEFAULT_MIXERS, MIXERS, SIZES
 from benchmarks.model.step import Cell
 
-from gka.data.files import read_json, write_json
 from gka.experiments.ledger import Ledger, refusing
+from gka.storage import read_json, write_json
 
 
 def key(cell: Cell) -> str:

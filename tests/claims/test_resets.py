@@ -8,9 +8,8 @@ from torch import Tensor
 
 from gka.layers import GatedDeltaNet, GatedKalmaNet, GatedLinearAttention
 from gka.maths.moments import Decay, reset_floor
-from gka.ops.chunk import chunk_gka, fused_recurrent_gka
+from gka.ops.chunk import chunk_gka, chunk_simple_gla, fused_recurrent_gka
 from gka.ops.delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
-from gka.ops.simple_gla import chunk_simple_gla
 from interpreted import problem as small_problem
 from interpreted import results as interpreted_results
 from problems import Problem, chunkwise, differentiate, make_problem

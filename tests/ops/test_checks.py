@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gka.ops.chunk import chunk_gka, fused_recurrent_gka
+from gka.ops.chunk import chunk_gka, chunk_simple_gla, fused_recurrent_gka
 from gka.ops.delta_rule import chunk_gated_delta_rule
-from gka.ops.simple_gla import chunk_simple_gla
 from problems import make_problem
 
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from gka.maths.solvers.chebyshev import chebyshev_bound
-from gka.ops.chunk import chunk_gka, fused_recurrent_gka
-from gka.ops.simple_gla import chunk_simple_gla
+from gka.ops.chunk import chunk_gka, chunk_simple_gla, fused_recurrent_gka
 from problems import Decay, Problem, chunkwise, differentiate, make_problem, oracle, reference
 from tolerances import RELATIVE, assert_close
 

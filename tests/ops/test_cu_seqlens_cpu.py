@@ -5,9 +5,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from gka.maths.solvers import SolverName
-from gka.ops.chunk import chunk_gka, fused_recurrent_gka
+from gka.ops.chunk import chunk_gka, chunk_simple_gla, fused_recurrent_gka
 from gka.ops.delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
-from gka.ops.simple_gla import chunk_simple_gla
 from problems import chunkwise, differentiate, make_problem
 
 LENGTHS = [3, 0, 70, 1]

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from gka.ops import chunk, chunk_gka, fused_recurrent_gka
-from gka.ops.autograd import GKAEager, is_eager
+from gka.ops import chunk, chunk_gka, dispatch, fused_recurrent_gka
+from gka.ops.autograd import GKAEager
 from gka.ops.backends import get_backend, register_backend
+from gka.ops.dispatch import is_eager
 
 
 def any_of(x: Any) -> Any:
@@ -35,9 +36,9 @@ def short(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         taken.append(1)
         return apply(*args)
 
-    monkeypatch.setattr(chunk, "is_eager", lambda q: True)
+    monkeypatch.setattr(dispatch, "is_eager", lambda q: True)
     monkeypatch.setattr(chunk.GKAEager, "apply", counted)
-    monkeypatch.setattr(chunk, "_KNOWN", {})
+    monkeypatch.setattr(dispatch, "KNOWN", {})
     return taken
 
 
@@ -57,7 +58,7 @@ def test_results_are_those_of_the_operators(op, short: list[int], monkeypatch: A
     """Bit for bit, the second time too, when nothing is checked any more."""
     first, second = results(op), results(op)
     assert len(short) == 2
-    monkeypatch.setattr(chunk, "is_eager", is_eager)
+    monkeypatch.setattr(dispatch, "is_eager", is_eager)
     expected = results(op)
     assert len(short) == 2
     for key, value in expected.items():
@@ -128,7 +129,7 @@ def test_checkpointing_may_mix_both_ways(short: list[int], monkeypatch: Any) -> 
     given = inputs()
     expected = torch.autograd.grad(chunk_gka(**given)[0].sum(), list(given.values()))
     o = checkpoint(lambda: chunk_gka(**given)[0], use_reentrant=False)
-    monkeypatch.setattr(chunk, "is_eager", is_eager)
+    monkeypatch.setattr(dispatch, "is_eager", is_eager)
     actual = torch.autograd.grad(o.sum(), list(given.values()))
     for a, b in zip(actual, expected, strict=True):
         assert torch.equal(a, b)

@@ -11,9 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from gka.ops import backends
 from gka.ops.autograd import backward_op, forward_op
-from gka.ops.chunk import chunk_gka, fused_recurrent_gka
+from gka.ops.chunk import chunk_gka, chunk_simple_gla, fused_recurrent_gka
 from gka.ops.delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
-from gka.ops.simple_gla import chunk_simple_gla
 from problems import Problem, chunkwise, differentiate, make_problem, upstream
 from tolerances import RELATIVE, assert_close
 

@@ -16,6 +16,7 @@ Table = dict[str, dict[str, dict[str, dict[str, int]]]]
 
 WIDTHS = (64, 128, 256)
 CHUNK_SIZES = (16, 32, 64)
+NO_GPU = "torch sees no GPU here: none is there, or this build of torch has no CUDA."
 OLDEST = (8, 0)  # compute capability: older chips have no bfloat16 product
 
 
@@ -46,6 +47,8 @@ def widest(exact: bool, device: torch.device) -> int:
 
 def why_not_chip(device: torch.device) -> str | None:
     """Why no Triton kernel can run there; None if they can."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return NO_GPU
     if device.type == "cuda" and torch.version.hip is not None:
         return (
             "its kernels were written for NVIDIA GPUs and never run on another; this is one of AMD."

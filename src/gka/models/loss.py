@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gka.ops.autograd import autocasts, check_derivable, no_autocast, operator
+from gka.ops.dispatch import autocasts, check_derivable, no_autocast, operator
 
 IGNORE_INDEX = -100
 # Float32 logits held at a time. Large enough that the matrix products stay efficient, and on a GPU that

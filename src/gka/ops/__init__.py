@@ -1,12 +1,11 @@
 """Public functional calls of the layer's map."""
 
 from gka.ops.backends import available_backends, last_backend, why_unavailable
-from gka.ops.chunk import chunk_gka, fused_recurrent_gka
+from gka.ops.chunk import chunk_gka, chunk_simple_gla, fused_recurrent_gka
 from gka.ops.combine import combine_states, mean_states, sum_states
 from gka.ops.decode import advance_states_, fused_recurrent_gka_
 from gka.ops.external import available_external, why_not_external
 from gka.ops.reference import solver_steps
-from gka.ops.simple_gla import chunk_simple_gla
 
 __all__ = [
     "chunk_gka",

@@ -1,64 +1,20 @@
 """The torch operators gka::forward and gka::backward: opaque to torch.compile, known to autograd.
 
 One pair serves every mode and backend. An absent state is None as an argument and an empty tensor as a
-result, because operators return tensors only. `operator` registers the package's other operators.
+result, because operators return tensors only.
 """
 
-import inspect
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from gka.maths.chunked import Settings, Tokens
 from gka.ops import checks
 from gka.ops.backends import get_backend, running_backend
+from gka.ops.dispatch import inside, keep_signature, operator
 
 _CU_SEQLENS, _NUM_TENSORS = 9, 11  # q .. cu_seqlens, cu_seqlens_cpu come first
-_LIBRARY = torch.library.Library("gka", "DEF")
-
-
-def operator(function: Callable, mutates: tuple[str, ...] = ()) -> torch._ops.OpOverload:
-    """Register gka::<function's name>, which writes to the arguments `mutates`.
-
-    It does without the layers that torch.library.custom_op puts around each call (a derivative, which an
-    autograd.Function supplies here, and checks): they cost the host as much as launches.
-    """
-    schema = torch.library.infer_schema(function, mutates_args=mutates)
-    _LIBRARY.define(function.__name__ + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(function.__name__, function, "CompositeExplicitAutograd")
-    return getattr(torch.ops.gka, function.__name__).default
-
-
-def under_transform() -> bool:
-    """Whether a torch.func transform (vmap, grad, ...) is active; a constant to torch.compile."""
-    return torch._C._are_functorch_transforms_active()  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def check_derivable(name: str) -> None:
-    """Raise where torch.compile would lose the derivative of an autograd.Function.
-
-    Inside a compiled torch.func transform Dynamo traces only the function's forward, whose operators have no
-    derivative: the gradient would be zero. Whether any tensor needs one cannot be seen there. Without
-    fullgraph=True the call runs uncompiled instead.
-
-    Raises:
-        RuntimeError: a transform is compiled and gradients are on.
-    """
-    if torch.compiler.is_compiling() and under_transform() and torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{name}: torch.compile loses its gradient around a transform of torch.func. Compile inside "
-            "the transform, torch.func.grad(torch.compile(f)), or call under torch.no_grad()."
-        )
-
-
-def keep_signature(*functions: type[torch.autograd.Function]) -> None:
-    """Store forward's signature, which apply() otherwise inspects at every call, as slowly as launches."""
-    for function in functions:
-        function.forward.__signature__ = inspect.signature(function.forward)
 
 
 def pack(tokens: Tokens, settings: Settings) -> tuple[Any, ...]:
@@ -73,42 +29,6 @@ def pack(tokens: Tokens, settings: Settings) -> tuple[Any, ...]:
 def unpack(*arguments: Any) -> tuple[Tokens, Settings]:
     """The inverse of `pack`."""
     return Tokens(*arguments[:_NUM_TENSORS]), Settings(*arguments[_NUM_TENSORS:])
-
-
-def no_autocast(device: str) -> AbstractContextManager:
-    """Inside, operators compute in the dtypes of their inputs."""
-    return torch.amp.autocast(device, enabled=False) if autocasts(device) else nullcontext()
-
-
-@contextmanager
-def _annotated(name: str, device: str) -> Iterator[None]:
-    with no_autocast(device), record_function(name):
-        yield
-
-
-def _inside(name: str, device: str) -> AbstractContextManager:
-    """Disable autocast and name the call in profiles, each only if one is active, since both take time."""
-    if autocasts(device) or torch.autograd._profiler_enabled():
-        return _annotated(name, device)
-    return nullcontext()
-
-
-def autocasts(device: str) -> bool:
-    """Whether torch.autocast is on for the device.
-
-    The meta device has no autocast and cannot be asked. torch.amp.is_autocast_available would tell, but
-    torch 2.11's Dynamo cannot trace it.
-    """
-    return device != "meta" and torch.is_autocast_enabled(device)
-
-
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The heads, cast to torch.autocast's dtype if it is on, as for a matrix product."""
-    device = tensors[0].device.type
-    if not autocasts(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 def _optional(x: Tensor | None, like: Tensor) -> Tensor:
@@ -156,7 +76,7 @@ def _forward(
             t.cu_seqlens if t.cu_seqlens_cpu is None else t.cu_seqlens_cpu, t.q.shape[1]
         )
     runs = running_backend(backend).forward
-    with _inside("gka.forward", t.q.device.type):
+    with inside("gka.forward", t.q.device.type):
         out = runs["recurrent" if mode == "recurrent" else "chunk"](t, settings)
     # contiguous, as the fake implementation promises the compiler
     x, x_scale, h = (_optional(y, out.u) for y in (out.x, out.x_scale, out.h))
@@ -226,7 +146,7 @@ def _backward(
     du: Tensor | None, backend: str,
 ) -> list[Tensor]:  # fmt: skip
     run = running_backend(backend).backward
-    with _inside("gka.backward", do.device.type):
+    with inside("gka.backward", do.device.type):
         solutions = x if settings.num_iter > 0 else None
         scales = x_scale if x_scale.numel() > 0 else None
         grads = run(tokens, solutions, scales, do, dh, du, settings)
@@ -381,19 +301,5 @@ class GKAEager(torch.autograd.Function):
         wanted = (None if t is None else grad for grad, t in zip(found, tensors, strict=False))
         return None, None, None, *wanted, None, None
 
-
-def is_eager(q: Tensor) -> bool:
-    """Whether autograd alone observes operators on q: no compiler, transform or dispatch mode."""
-    return (
-        q.device.type == "cuda"
-        and not torch.compiler.is_compiling()
-        and not under_transform()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._get_tracing_state() is None
-    )
-
-
-PLAIN = (Tensor, torch.nn.Parameter)
-"""Tensor types without behaviour of their own in operators."""
 
 keep_signature(GKAFunction, GKABackward)

@@ -1,25 +1,17 @@
 """chunk_gka and fused_recurrent_gka: Gated KalmaNet as functions, with FLA's call signatures."""
 
 import os
-from collections.abc import Iterator
-from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
+from gka.errors import InputError
 from gka.maths.chunked import Settings, Tokens
 from gka.ops import checks
-from gka.ops.autograd import (
-    PLAIN,
-    GKAEager,
-    GKAFunction,
-    autocast,
-    check_derivable,
-    is_eager,
-    no_autocast,
-    pack,
-)
-from gka.ops.backends import Call, Mode, note_backend, registered_backends, resolve_backend
+from gka.ops.autograd import GKAEager, GKAFunction, pack
+from gka.ops.backends import Call, Mode, note_backend, resolve_backend
+from gka.ops.dispatch import autocast, check_derivable, keep, kind_of, known, no_autocast
+from gka.ops.external import EXTERNAL, Given, resolve_external
+from gka.ops.external_call import run_external
 from gka.ops.reference import reference_gka
 
 State = tuple[Tensor, Tensor]
@@ -165,18 +157,17 @@ def run_call(
         with_h,
         backend,
     )
-    kind = _kind_of(
+    kind = kind_of(
         q, k, v, g, gk, alpha, beta, initial_state, cu_seqlens, cu_seqlens_cpu, mode, *numbers
     )
-    known = None if kind is None else _KNOWN.get(kind)
-    if known is not None and known.backends is registered_backends():
-        backend, settings = known.backend, known.settings
-    else:
+    found = known(kind)
+    if found is None:
         given = (q, k, v, g, gk, alpha, beta, initial_state, cu_seqlens, cu_seqlens_cpu)
-        backend, settings = check_call(*given, *numbers)
-        _keep(kind, backend, settings)
+        found = check_call(*given, *numbers)
+        keep(kind, *found)
+    backend, settings = found
     q, k, v = autocast(q, k, v)
-    if cu_seqlens_cpu is cu_seqlens:  # torch.compile takes no tensor twice
+    if cu_seqlens_cpu is cu_seqlens:  # torch.compile refuses one tensor as two arguments
         cu_seqlens_cpu = None
     h0, u0 = _states(initial_state)
     gk = None if settings.tied else gk
@@ -190,58 +181,6 @@ def run_call(
         check_derivable("Gated KalmaNet")
         o, _, _, h, u = GKAFunction.apply(*pack(tokens, settings), mode, backend)
     return o, (h, u) if output_final_state else None
-
-
-class _Known(NamedTuple):
-    """The backend and settings of a checked kind of call; `backends`: those it was chosen from."""
-
-    backends: object
-    backend: str
-    settings: Settings
-
-
-_KNOWN: dict[tuple, _Known] = {}
-KINDS = 1024  # kinds of call kept at most
-
-
-def _keep(kind: tuple | None, backend: str, settings: Settings) -> None:
-    if kind is None:
-        return
-    if len(_KNOWN) >= KINDS:
-        _KNOWN.clear()
-    _KNOWN[kind] = _Known(registered_backends(), backend, settings)
-
-
-def _kind_of(*arguments: object) -> tuple | None:
-    """The facts that checks and the choice of a backend depend on; None if every call is checked.
-
-    Checks of GPU calls are remembered, since the host takes longer to check a call than to launch it.
-    """
-    if torch.compiler.is_compiling():
-        return None
-    q = arguments[0]
-    if not isinstance(q, PLAIN) or not is_eager(q) or os.environ.get("GKA_DEBUG") == "1":
-        return None
-    kinds: list[object] = [arguments[3] is arguments[4], torch.is_autocast_enabled("cuda")]
-    for x in _flat(arguments):
-        if type(x) in PLAIN:
-            if x.is_nested:
-                return None
-            kinds.append((x.shape, x.dtype, x.get_device(), x.layout))
-        elif x is None or type(x) in (int, float, bool, str):
-            kinds += (type(x), x)  # True == 1, so the type is part of the key
-        else:
-            return None
-    return tuple(kinds)
-
-
-def _flat(arguments: tuple) -> Iterator[Any]:
-    for x in arguments:
-        if type(x) is tuple:
-            yield "pair"
-            yield from x
-        else:
-            yield x
 
 
 def check_call(
@@ -311,3 +250,71 @@ def _check_initial_state(
     h0, u0 = state
     checks.check_state("initial_state[0] (h_kk)", h0, (sequences, heads, key_dim, key_dim), q)
     checks.check_state("initial_state[1] (h_kv)", u0, u_shape, q)
+
+
+def chunk_simple_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    *,
+    beta: Tensor | None = None,
+    backend: str = "auto",
+    chunk_size: int = 64,
+    cu_seqlens_cpu: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Gated linear attention with a scalar decay per head: `chunk_gka` without its ridge.
+
+    o_t = scale U_t^T q_t,  U_t = exp(g_t) U_{t-1} + k_t v_t^T.
+
+    Arguments as in `chunk_gka`; the state is h_kv [N,H,K,V] alone, and H is never formed. `backend` may also
+    be "fla", the kernels of flash-linear-attention where they are installed (`gka.ops.why_not_external`; 16
+    bits, chunks of 64 tokens, no `beta`, no second derivative); "auto" takes them first where they can run.
+
+    Raises:
+        InputError (a ValueError): backend="fla" cannot run these inputs; the message says why.
+    """
+    library = _library(backend, q, k, v, g, beta, initial_state, chunk_size)
+    if library is not None:
+        checked = (q, k, v, g, None, None, None, initial_state, cu_seqlens, cu_seqlens_cpu)
+        numbers = (scale, 1.0, 0, chunk_size, output_final_state, "chebyshev", False, "torch")
+        _, settings = check_call(*checked, *numbers)
+        q, k, v = autocast(q, k, v)
+        given = Given(
+            q, k, v, g, None, initial_state, cu_seqlens, settings.scale, output_final_state
+        )
+        return run_external(library, "simple_gla", given, cu_seqlens_cpu)
+    o, final = run_call(
+        "chunk", q, k, v, g, None, None, beta, scale=scale, ridge_ratio=1.0, num_iter=0,
+        initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+        cu_seqlens_cpu=cu_seqlens_cpu, backend=backend, chunk_size=chunk_size, with_h=False,
+    )  # fmt: skip
+    return o, None if final is None else final[1]
+
+
+def _library(
+    backend: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    state: Tensor | None,
+    chunk_size: int,
+) -> str | None:
+    """The library that runs the call; None if `chunk_gka` does, which then checks it."""
+    if backend in EXTERNAL and (beta is not None or chunk_size != 64):
+        raise InputError(
+            f"backend={backend!r} has chunks of 64 tokens and no write gate; got chunk_size={chunk_size}"
+            f"{'' if beta is None else ' and beta'}."
+        )
+    known = (backend == "auto" and beta is None and chunk_size == 64) or backend in EXTERNAL
+    if not known or not all(isinstance(x, Tensor) and x.dim() == 4 for x in (q, k, v)):
+        return None
+    q, k, v = autocast(q, k, v)
+    wanted = [x for x in (k, g, state) if isinstance(x, Tensor)]
+    return resolve_external(backend, "simple_gla", q, v, *wanted)

@@ -6,8 +6,8 @@ Also a layer's cached step up to its memory, which updates the convolutions' sta
 import torch
 from torch import Tensor
 
-from gka.ops.autograd import keep_signature, operator
 from gka.ops.backends import current
+from gka.ops.dispatch import keep_signature, operator
 from gka.ops.surround import check_gates, check_shapes, refuse_second
 
 

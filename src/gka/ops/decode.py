@@ -9,8 +9,8 @@ from torch.profiler import record_function
 from gka.maths.chunked import Settings, Tokens
 from gka.maths.recurrent import States
 from gka.ops import checks
-from gka.ops.autograd import autocast, no_autocast, operator
 from gka.ops.backends import Call, Stepper, resolve_backend, running_backend
+from gka.ops.dispatch import autocast, no_autocast, operator
 
 MAX_TOKENS = 64
 

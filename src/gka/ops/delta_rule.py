@@ -16,8 +16,8 @@ from torch import Tensor
 from gka.maths.delta import delta_rule_chunks, delta_rule_sequence
 from gka.maths.layout import chunk_layout
 from gka.ops import checks
-from gka.ops.autograd import no_autocast, operator, under_transform
 from gka.ops.backends import note_backend
+from gka.ops.dispatch import no_autocast, operator, under_transform
 from gka.ops.external import Given, Rule, check_name, resolve_external
 from gka.ops.external_call import run_external
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from gka.errors import InputError
-from gka.ops.autograd import under_transform
+from gka.ops.dispatch import under_transform
 
 Rule = Literal["gated_delta_rule", "delta_rule", "simple_gla"]
 HALVES = (torch.bfloat16, torch.float16)

@@ -9,8 +9,8 @@ from gka.maths.chunked import Settings, Tokens
 from gka.maths.reference import ReferenceSolver, State, reference_sequence
 from gka.maths.solvers import SOLVERS, SolverName
 from gka.ops import checks
-from gka.ops.autograd import no_autocast
 from gka.ops.backends import Call, get_backend, resolve_backend
+from gka.ops.dispatch import no_autocast
 
 
 def reference_gka(

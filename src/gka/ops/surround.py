@@ -10,8 +10,8 @@ from operator import index
 import torch
 from torch import Tensor
 
-from gka.ops.autograd import keep_signature, operator
 from gka.ops.backends import current
+from gka.ops.dispatch import keep_signature, operator
 
 WIDEST_CONVOLUTION = 8
 WIDEST_HEAD = 256

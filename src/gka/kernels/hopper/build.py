@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from gka.kernels.configs import capability_of
+from gka.kernels.configs import NO_GPU, capability_of
 from gka.kernels.driver import Kernel
 from gka.kernels.hopper import nvrtc
 from gka.maths.moments import reset_floor
@@ -33,6 +33,8 @@ FOLDER = Path(__file__).parent
 
 def why_not_here(device: torch.device) -> str | None:
     """Why no kernel of this backend can run on that device; None if they can."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return NO_GPU
     if device.type != "cuda" or torch.version.hip or capability_of(device) != (9, 0):
         return f"its kernels are for Hopper GPUs (H100, H200); got {device}."
     return None

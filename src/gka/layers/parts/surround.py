@@ -14,9 +14,9 @@ from gka.layers.parts.cache import read_state
 from gka.layers.parts.masks import Padding
 from gka.layers.parts.modules import GatedRMSNorm, RMSNorm, ShortConvolution, unit, working_dtype
 from gka.ops import surround
-from gka.ops.autograd import under_transform
 from gka.ops.backends import check_known
 from gka.ops.convolution import convolve_heads, step_heads_and_gates
+from gka.ops.dispatch import under_transform
 from gka.ops.external import EXTERNAL
 
 UNFUSED = ("torch", "reference")
