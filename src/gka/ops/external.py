@@ -8,7 +8,7 @@ library.
 |---|---|---|
 | gated_delta_rule | S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T | flash_qla, fla |
 | delta_rule | the same without decay | flash_qla (its decay set to 1), fla |
-| simple_gla | U_t = exp(g_t) U_{t-1} + k_t v_t^T, one decay a head | fla |
+| simple_gla | U_t = exp(g_t) U_{t-1} + k_t v_t^T, one decay per head | fla |
 
 Both libraries' functions agree with ours in this: [B,T,H,D], g the natural logarithm of the decay,
 o_t = scale S_t^T q_t, float32 states [N,H,K,V], packed sequences as B = 1 with int64 `cu_seqlens`.
