@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from gka.experiments import chain, needle
+from gka.experiments import chain, chain_measures
 from gka.storage import write_json
 
 
@@ -28,14 +28,14 @@ class Copier(torch.nn.Module):
 def test_needles_are_planted_and_asked_for() -> None:
     """Texts have the length asked for, hold a key and value once, and ask for the value at their end."""
     filler = list(b"x" * 500)
-    test = needle.NeedleTest.drawn(filler, 120, 9, lambda text: list(text.encode()))
+    test = chain_measures.NeedleTest.drawn(filler, 120, 9, lambda text: list(text.encode()))
     assert test.rows.shape == (9, 120)
     depths = []
     for row in test.rows:
         text = bytes(row.tolist()).decode()
-        assert text.count(text[-needle.DIGITS :]) == 2
+        assert text.count(text[-chain_measures.DIGITS :]) == 2
         key = text[text.index("KEY_") : text.index(" = ")]
-        assert text[: -needle.DIGITS].endswith(f"\nassert {key} == '")
+        assert text[: -chain_measures.DIGITS].endswith(f"\nassert {key} == '")
         depths.append(text.index("KEY_"))
     assert depths == sorted(set(depths))
 
@@ -43,7 +43,9 @@ def test_needles_are_planted_and_asked_for() -> None:
 @pytest.mark.parametrize(("wrong", "part", "whole"), [(0, 1.0, 1.0), (2, 0.75, 0.0), (8, 0.0, 0.0)])
 def test_copied_values_are_counted(wrong: int, part: float, whole: float) -> None:
     """A model that copies all but some characters has that share of them, and no value whole."""
-    test = needle.NeedleTest.drawn(list(b"y" * 300), 100, 5, lambda text: list(text.encode()))
+    test = chain_measures.NeedleTest.drawn(
+        list(b"y" * 300), 100, 5, lambda text: list(text.encode())
+    )
     found = test.run(Copier(test.rows, wrong), 2, lambda: torch.autocast("cpu", enabled=False))
     assert found == (part, whole)
 

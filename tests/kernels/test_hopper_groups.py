@@ -55,6 +55,7 @@ def launches(monkeypatch, t: Tokens, solver: str, seen=lambda: None) -> list[tup
 
     monkeypatch.setattr(build, "kernel_of", kernel_of)
     monkeypatch.setattr(backward, "CHUNK_HEADS", 4 * CHUNKS)
+    monkeypatch.setattr(backward, "kind_of", lambda *_: None)  # nothing is replayed
     settings = Settings(1.0, 0.02, 30, 64, True, False, solver)  # pyright: ignore[reportArgumentType]
     x = torch.randn(1, T, HEADS, DIM).half()
     scale = torch.ones(1, T, HEADS)

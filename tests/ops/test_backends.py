@@ -122,3 +122,12 @@ def test_triton_refuses_certificates_that_fit_no_chip(monkeypatch):
     assert reason is not None and "up to 64 wide" in reason
     assert asked(torch.float32, "chebyshev", 128) is None
     assert asked(torch.bfloat16, "adaptive", 128) is asked(torch.float32, "adaptive", 64) is None
+
+
+def test_a_gpu_that_is_not_there_has_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked about a GPU where torch sees none, the kernels' backends say so, and nothing is raised."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("hopper", "triton"):
+        reason = why_unavailable(name, "cuda", torch.bfloat16)
+        assert reason is not None and "sees no GPU" in reason
+    assert available_backends("cuda", torch.bfloat16) == ["torch", "reference"]

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 from gka.console import text_console
-from gka.experiments import chain_report
+from gka.experiments import chain_measures
+from gka.experiments.chain_measures import NeedleTest
 from gka.experiments.ledger import Ledger, report
-from gka.experiments.needle import NeedleTest
 from gka.storage import read_json
 
 MIXERS = ("gka", "gated_deltanet")
@@ -291,8 +291,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     if options.draw is not None:
         found = read_json(options.draw / "chain.json")
-        page = chain_report.markdown(found)
-        report(options.draw / "chain", page, lambda figure: chain_report.draw(found, figure))
+        page = chain_measures.markdown(found)
+        report(options.draw / "chain", page, lambda figure: chain_measures.draw(found, figure))
         return
     from transformers.utils import logging
 
@@ -301,9 +301,9 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         chain = Chain(options.scale, options.output, options.work or Path(temporary))
         chain.run()
-        page = chain_report.markdown(chain.found)
+        page = chain_measures.markdown(chain.found)
         print("\n" + page)
-        chain.report(page, lambda figure: chain_report.draw(chain.found, figure))
+        chain.report(page, lambda figure: chain_measures.draw(chain.found, figure))
         chain.say("done")
 
 

@@ -1,4 +1,4 @@
-"""Device arrays that the steps of a pass read and write."""
+"""Device arrays that the steps of a pass exchange."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,7 +9,7 @@ Boundary = tuple[Tensor | None, Tensor | None]  # a state and the largest entry 
 
 
 class Heads(NamedTuple):
-    """A group of heads that one launch computes: `count` of the H heads, from head `base` on."""
+    """A group of heads, processed together: `count` of the H, from head `base` on."""
 
     base: int
     count: int
@@ -45,9 +45,9 @@ class Solutions(NamedTuple):
 
 @dataclass(frozen=True)
 class Maxima:
-    """Largest magnitudes in a chunk: of k and z [M,G], of blocks of columns of v and do [M,G,NV].
+    """Largest magnitudes in a chunk: of k and z [M,G], of each block of columns of v and do [M,G,NV].
 
-    In Hopper's kernels that of z is an upper bound, and all blocks share one number.
+    From Hopper's kernels, that of z is an upper bound, and all blocks have one number.
     """
 
     k: Tensor
@@ -66,9 +66,9 @@ class Ends(NamedTuple):
 
 @dataclass(frozen=True)
 class Adjoint:
-    """Results of the adjoint solve for G heads that the gradients read: y, and numbers per token or chunk.
+    """Results of the adjoint solve that the gradients read: y and numbers per token or chunk, of G heads.
 
-    Triton's kernels store p_t = 2 a <x_t, y_t> instead of w_t = p_t / F_t, and F_t separately.
+    Triton's kernels store p_t = 2 a <x_t, y_t> and F_t instead of w_t = p_t / F_t.
     """
 
     y: Tensor
@@ -80,7 +80,7 @@ class Adjoint:
 
 
 class Certificate(NamedTuple):
-    """The adaptive solver's preconditioner and steps for the chunks of G heads.
+    """The adaptive solver's certificate for the chunks of G heads.
 
     Attributes:
         w: w_t in the operands' dtype [tokens,G,K].
@@ -95,7 +95,7 @@ class Certificate(NamedTuple):
 
 
 class HeadPart(NamedTuple):
-    """Destination of a group's gradient of shared heads: an array, its first head, its number of heads."""
+    """The array for a group's gradient of shared heads, its first head and its number of heads."""
 
     array: Tensor
     first: int
@@ -104,13 +104,10 @@ class HeadPart(NamedTuple):
 
 @dataclass(frozen=True)
 class Group:
-    """Arrays of one group of heads in the backward pass.
-
-    All are scratch memory, except dk and dv of heads that are not shared.
+    """A group of heads' arrays in the backward pass. All are scratch, except dk and dv of unshared heads.
 
     Attributes:
-        h: None if no gradient through H is needed.
-        adjoint: None without a solve.
+        h: None if no gradient needs H. adjoint: None without a solve.
         start_u: scale zeta_t z_t . (U_[c] do_t) [tokens,G].
     """
 
@@ -127,7 +124,7 @@ class Group:
 
 
 class InputGradients(NamedTuple):
-    """The gradients that the backward pass writes; None if the input is None. dbeta2: gradient of beta^2."""
+    """Gradients that the backward pass writes; None for an absent input. dbeta2: gradient of beta^2."""
 
     dq: Tensor
     dk: Tensor
@@ -142,12 +139,11 @@ class InputGradients(NamedTuple):
 
 @dataclass(frozen=True)
 class BackwardArrays:
-    """Arrays of all heads in the backward pass.
+    """Arrays of all heads that the steps of the backward pass read and write.
 
     Attributes:
-        solutions: those of the forward pass.
-        do: [B,T,H,V].
-        dh_final, du_final: gradients of the final states.
+        solutions: from the forward pass.
+        do: [B,T,H,V]. dh_final, du_final: gradients of the final states.
         grads: the results.
     """
 

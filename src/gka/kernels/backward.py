@@ -20,8 +20,8 @@ from gka.kernels.replay import Ran, Recordings, apart, kind_of
 from gka.maths.adjoint import Gradients
 from gka.maths.chunked import Settings, Tokens
 
-# Chunks times heads of a group, which bounds the scratch memory. It is 16 times what 132 multiprocessors
-# hold at once; with smaller groups more of them are idle at each group's end.
+# Chunks times heads of a group, which bounds the scratch memory: 16 times what 132 multiprocessors
+# hold at once. Smaller groups leave more of them idle at each group's end.
 CHUNK_HEADS = 4224
 RECORDINGS = Recordings()
 
@@ -38,7 +38,7 @@ def chunk_backward(
 ) -> Gradients:
     """`gka.maths.adjoint.chunk_backward` on the GPU, from `chunk_forward`'s x and x_scale."""
     t = prepared(tokens, passes.float_gates)
-    if x is not None and x_scale is None:  # of the recurrent form
+    if x is not None and x_scale is None:  # from the recurrent form
         x_scale = x.abs().amax(-1)
         x = (x / x_scale.clamp_min(1e-37)[..., None]).to(op_dtype(t.q.dtype))
     after = tuple(aligned(y) for y in (x, x_scale, do, dh_final, du_final))
@@ -132,7 +132,7 @@ def _adjoint(call: GpuCall, heads: Heads) -> Adjoint:
 
 
 def _part(call: GpuCall, heads: Heads, name: str, grad: Tensor, of: int) -> HeadPart:
-    """The gradient itself if no heads share, else scratch that `_sum_shared` sums."""
+    """The gradient itself if no heads share, else scratch that is summed afterwards."""
     if of == call.H:
         return HeadPart(grad, heads.base, call.H)
     shape = (*call.t.q.shape[:2], heads.count, grad.shape[-1])
@@ -140,7 +140,7 @@ def _part(call: GpuCall, heads: Heads, name: str, grad: Tensor, of: int) -> Head
 
 
 def _sum_shared(call: GpuCall, heads: Heads, grad: Tensor, part: HeadPart, of: int) -> list[Launch]:
-    """Sum the gradients of heads that share a key or value head."""
+    """Sum the gradients of the heads that share a key or value head."""
     if of == call.H:
         return []
     return [
@@ -151,7 +151,7 @@ def _sum_shared(call: GpuCall, heads: Heads, grad: Tensor, part: HeadPart, of: i
 
 
 def _add_up(_, grad: Tensor, part: Tensor, first: int, heads: int, share: int) -> None:
-    """grad[:, :, first:] is the sum over each `share` of the `heads` in `part`."""
+    """Write to grad[:, :, first:] the sums over each `share` consecutive ones of the `heads` in `part`."""
     shape = (*grad.shape[:2], heads // share, share, grad.shape[-1])
     grad[:, :, first : first + heads // share] = part.view(-1)[: prod(shape)].view(shape).sum(3)
 

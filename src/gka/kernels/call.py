@@ -1,4 +1,4 @@
-"""One call of the op on a GPU: its inputs in the kernels' form, its sizes, tables and scratch memory."""
+"""One call of the op on a GPU: its prepared inputs, sizes, tables and scratch memory."""
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -15,19 +15,19 @@ from gka.maths.chunked import Settings, Tokens
 
 
 def op_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of the operands of matrix products, for inputs of `dtype`."""
+    """The dtype of matrix products' operands for inputs of `dtype`."""
     return torch.float32 if dtype == torch.float32 else torch.float16
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a kind of call; also the key of the kernels compiled for it.
+    """Sizes of a call; also the key under which compiled kernels are kept.
 
     Attributes:
         heads: H, HK and HV.
         dims: K and V.
         chunk_size: C.
-        device, capability: part of the key, because a compiled kernel belongs to one device.
+        capability: the chip's. device: part of the key, since a compiled kernel belongs to one device.
     """
 
     heads: tuple[int, int, int]
@@ -39,7 +39,7 @@ class Sizes:
 
     @property
     def exact(self) -> bool:
-        """Whether operands of matrix products are float32, and not float16."""
+        """Whether operands of matrix products are float32 instead of float16."""
         return self.op_dtype == torch.float32
 
     @cached_property
@@ -61,12 +61,12 @@ class Sizes:
 
 
 class Needs(Protocol):
-    """A backend's requirements on a call.
+    """What a call asks of the backend that runs it.
 
     Attributes:
-        float_gates: its kernels read gates in float32 only.
-        measures_boundaries: its scans need the largest entry of each boundary state.
-        replays: its launches can be recorded (`gka.kernels.replay`).
+        float_gates: whether its kernels read gates in float32 only.
+        measures_boundaries: whether its scans need the largest entry of each boundary state.
+        replays: whether its launches can be recorded (`gka.kernels.replay`).
     """
 
     replays: bool
@@ -74,11 +74,11 @@ class Needs(Protocol):
     measures_boundaries: bool
 
     def scan_programs(self, sizes: Sizes) -> int:
-        """Programs per head and segment in a scan."""
+        """Programs per head that walk along each segment in a scan."""
         ...
 
     def segments_by_group(self, settings: Settings) -> bool:
-        """Whether a group of heads may be scanned in other segments than all heads together."""
+        """Whether a group of heads may cut sequences into other segments than all heads would."""
         ...
 
 
@@ -86,13 +86,12 @@ class GpuCall:
     """One call's sizes, tables and scratch memory.
 
     Attributes:
-        t: the tokens, contiguous and aligned; gates are float32 if the backend requires it.
-        solves: whether there is a solve.
-        adaptive: whether the solver's steps differ by chunk and head.
-        groups: the groups of heads, computed one after another.
-        signature: further properties that compiled kernels depend on: which arguments are given, their
-            dtypes, and the integers among them.
-        kept: a backend's own data for this call.
+        t: the tokens, contiguous and aligned; gates in float32 if the backend needs it.
+        solves: whether there is a solve. adaptive: whether its steps differ by chunk and head.
+        groups: the groups of heads that are processed together.
+        signature: what compiled kernels depend on besides the sizes: which arguments exist, their dtypes,
+            and the integers among them.
+        kept: objects that a backend keeps for this call.
     """
 
     def __init__(self, needs: Needs, tokens: Tokens, settings: Settings) -> None:
@@ -120,10 +119,10 @@ class GpuCall:
         self.M, self.N = self.chunks.num_chunks, self.chunks.num_sequences
 
     def split_heads(self, chunk_heads: int) -> None:
-        """Divide the heads into groups, which share scratch memory. Heads that share a key stay together.
+        """Split the heads into groups that reuse one group's scratch; heads that share stay together.
 
         Args:
-            chunk_heads: chunks times heads of a group, approximately.
+            chunk_heads: approximate number of chunks times heads in a group.
         """
         shared = lcm(self.H // self.HK, self.H // self.HV)
         parts = max(1, -(-self.M * self.H // chunk_heads))
@@ -137,7 +136,7 @@ class GpuCall:
 
     @cached_property
     def initial(self) -> tuple[Boundary, Boundary]:
-        """Both initial states; kept, because every group of heads reads the same addresses."""
+        """Both initial states; cached, since every group of heads reads the same addresses."""
         return self.boundaries(self.t.h0, self.t.u0)
 
     def boundaries(self, h: Tensor | None, u: Tensor | None) -> tuple[Boundary, Boundary]:
@@ -147,7 +146,7 @@ class GpuCall:
 
     @property
     def scratches(self) -> list[Tensor]:
-        """All memory that `scratch` has allocated."""
+        """All tensors that `scratch` has allocated."""
         return list(self._scratch.values())
 
     @property
@@ -162,7 +161,7 @@ class GpuCall:
         return torch.empty(shape, device=self.t.q.device, dtype=dtype)
 
     def scratch(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Memory of that shape for the first group of heads; later groups, no larger, reuse it by name."""
+        """Memory of that shape, kept by name: the next groups of heads, which are no larger, reuse it."""
         held = self._scratch.get(name)
         if held is None:
             held = self._scratch[name] = self.empty(*shape, dtype=dtype)
@@ -203,12 +202,12 @@ class GpuCall:
         )
 
 
-# Calls of one kind share one object, whose cached properties are computed once.
+# cached: equal calls share one object, with its tiles already computed
 _sizes_of = lru_cache(maxsize=64)(Sizes)
 
 
 def _sizes(t: Tokens, chunk_size: int) -> Sizes:
-    """The sizes of a call that a backend has accepted."""
+    """The sizes of tokens that the backend accepts."""
     (*_, heads, key_dim), value_dim = t.q.shape, t.v.shape[-1]
     counts, device = (heads, t.k.shape[2], t.v.shape[2]), t.q.device
     dims, capability = (key_dim, value_dim), configs.capability_of(device)
@@ -216,7 +215,7 @@ def _sizes(t: Tokens, chunk_size: int) -> Sizes:
 
 
 def prepared(tokens: Tokens, float_gates: bool) -> Tokens:
-    """The tokens, contiguous and aligned, which compiled kernels assume."""
+    """The tokens, contiguous and aligned, as compiled kernels assume."""
     t = tokens
 
     def gate(x: Tensor | None) -> Tensor | None:
@@ -236,7 +235,7 @@ def aligned(x: None) -> None: ...
 @overload
 def aligned(x: Tensor | None) -> Tensor | None: ...
 def aligned(x: Tensor | None) -> Tensor | None:
-    """x, contiguous; a copy if its address is not a multiple of 16 (a view into a larger tensor)."""
+    """x, contiguous; a copy if its memory is not aligned to 16 bytes (a view into a larger tensor)."""
     if x is None:
         return None
     x = x.contiguous()

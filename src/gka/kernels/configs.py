@@ -1,7 +1,7 @@
-"""Triton's launch configurations by chip, kernel, operands and head width, and what its kernels can run.
+"""Launch configurations by chip, kernel, operands and head width, and which inputs the kernels can run.
 
-The tables are chips/sm_<compute capability>.json. `python -m benchmarks.run tune` measures and writes them,
-`python -m benchmarks.run resources` prints each kernel's resources.
+The tables are chips/sm_<compute capability>.json. `python -m benchmarks.run tune` measures and writes them;
+`python -m benchmarks.run resources` shows each kernel's registers and shared memory.
 """
 
 import functools
@@ -16,11 +16,12 @@ Table = dict[str, dict[str, dict[str, dict[str, int]]]]
 
 WIDTHS = (64, 128, 256)
 CHUNK_SIZES = (16, 32, 64)
+NO_GPU = "torch sees no GPU here: none is there, or this build of torch has no CUDA."
 OLDEST = (8, 0)  # compute capability: older chips have no bfloat16 product
 
 
 def table_file(capability: tuple[int, int]) -> Path:
-    """The table of that chip, or of the one nearest to it in shared memory and tensor cores."""
+    """The table of that chip, or of the chip nearest to it in shared memory and tensor cores."""
     own = CHIPS / f"sm_{capability[0]}{capability[1]}.json"
     return own if own.exists() else CHIPS / f"sm_{90 if capability[0] >= 9 else 86}.json"
 
@@ -33,7 +34,7 @@ def table_of(capability: tuple[int, int]) -> Table:
 
 @functools.cache
 def capability_of(device: torch.device) -> tuple[int, int]:
-    """A GPU's compute capability; Hopper's if the kernels are interpreted."""
+    """A GPU's compute capability; Hopper's for interpreted kernels."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
@@ -46,6 +47,8 @@ def widest(exact: bool, device: torch.device) -> int:
 
 def why_not_chip(device: torch.device) -> str | None:
     """Why no Triton kernel can run there; None if they can."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return NO_GPU
     if device.type == "cuda" and torch.version.hip is not None:
         return (
             "its kernels were written for NVIDIA GPUs and never run on another; this is one of AMD."
@@ -80,12 +83,12 @@ def why_not(
 
 
 def operands(exact: bool) -> str:
-    """The tables' key of a kind of operands; `exact`: float32."""
+    """The tables' key for a dtype class; `exact`: float32 operands."""
     return "float32" if exact else "16-bit"
 
 
 def bucket(width: int) -> str:
-    """The tables' key of a head width."""
+    """The tables' key for a head width."""
     return str(next(limit for limit in WIDTHS if width <= limit))
 
 

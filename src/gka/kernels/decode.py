@@ -1,4 +1,4 @@
-"""Decoding token by token on a GPU with states updated in place: each op is one launch of a backend."""
+"""Decoding on a GPU, token by token with states in place: each op is one launch of a backend."""
 
 from torch import Tensor
 
@@ -34,14 +34,14 @@ def recurrent_forward(passes: Passes, tokens: Tokens, settings: Settings) -> For
 
 
 def gates_of(tokens: Tokens, settings: Settings) -> dict[str, Tensor | None]:
-    """The gates by name in float32; gk is g if the decays are tied."""
+    """The gates by name in float32; a tied decay stands for both g and gk."""
     t = tokens
     gates = {"g": t.g, "gk": t.g if settings.tied else t.gk, "alpha": t.alpha, "beta": t.beta}
     return {name: None if x is None else x.float() for name, x in gates.items()}
 
 
 def inputs_of(tokens: Tokens, settings: Settings) -> dict[str, Tensor | None]:
-    """q, k, v and the gates by name; a head's entries are contiguous."""
+    """q, k, v and the gates by name; the last dimension is contiguous."""
     heads = {"q": tokens.q, "k": tokens.k, "v": tokens.v}
     flat = {
         name: x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

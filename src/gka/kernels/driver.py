@@ -15,7 +15,7 @@ def current_stream() -> ctypes.c_void_p:
 
 
 class Kernel:
-    """A kernel on the current device whose only argument is a structure."""
+    """A kernel, whose one argument is a structure, loaded on the current device."""
 
     _MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 

@@ -28,7 +28,7 @@ def chunk_forward(passes: Passes, tokens: Tokens, settings: Settings) -> Forward
 
 
 def _run(passes: Passes, call: GpuCall, execute: Executor) -> tuple[Any, ...]:
-    """All launches of the pass. Returns the fields of `Forward`."""
+    """The fields of `Forward`."""
     t, (heads,) = call.t, call.groups
     h, u = call.moments(heads, call.solves or call.settings.with_h, final=True)
     x, x_scale = solutions = call.solutions()
@@ -39,7 +39,7 @@ def _run(passes: Passes, call: GpuCall, execute: Executor) -> tuple[Any, ...]:
 
 
 def chunk_steps(passes: Passes, tokens: Tokens, settings: Settings) -> Tensor:
-    """Steps that solver="adaptive" takes in each token's chunk, int64 [B,T,H]: those of `chunk_forward`."""
+    """Steps that solver="adaptive" takes in each token's chunk, int64 [B,T,H], as in `chunk_forward`."""
     call = GpuCall(passes, tokens, settings)
     (heads,) = call.groups
     h, u = call.moments(heads, with_h=True, final=False)

@@ -15,9 +15,9 @@ from gka.maths.recurrent import States
 
 
 class Launch(NamedTuple):
-    """A launch record: `kernel(grid, *arguments)` starts it on the current device and stream.
+    """One launch: `kernel(grid, *arguments)` starts it on the current device and stream.
 
-    keeps: tensors that the arguments refer to only by address, kept alive until the launch.
+    `keeps`: tensors that the arguments reference by address only, kept alive until the launch.
     """
 
     kernel: Callable[..., None]

@@ -1,9 +1,9 @@
 """Record a pass once per kind of call, and replay it on the tensors of later calls.
 
-Each launch of a backend that `replays` takes one structure of addresses and numbers. Calls of one kind differ
-only in the addresses. A recording keeps all structures in one block of memory, and the place of every address
-in it. A replay allocates the results and one piece of scratch memory, writes all addresses at once, and
-launches; the host does nothing else between two launches.
+With a backend that `replays`, each launch takes one structure of addresses and numbers, and two calls of a
+kind differ only in the addresses. A recording keeps the structures in one block of memory, and the place of
+every address in it. A replay allocates the results, and the scratch in one piece, writes all addresses at
+once, and launches: the host does nothing between two launches.
 """
 
 import ctypes
@@ -21,8 +21,8 @@ from gka.kernels.call import GpuCall
 from gka.kernels.passes import Executor, Launch, Passes, execute
 from gka.maths.chunked import Settings, Tokens
 
-KINDS = 256  # recordings that are kept; the oldest is dropped first
-ALIGNMENT = 256  # bytes, of each array in scratch
+KINDS = 256  # recordings kept at most; the oldest is dropped first
+ALIGNMENT = 256  # bytes, of each array in the scratch
 
 Slots = Sequence[Tensor | None]
 INPUTS = ("q", "k", "v", "g", "gk", "alpha", "beta", "h0", "u0")  # the fields of Tokens.inputs
@@ -44,14 +44,14 @@ class Recording:
     """The launches of one kind of call.
 
     Args:
-        launches: in order. The arguments of each are one ctypes structure with `tensors`
-            (`arguments.fill`), or tensors and numbers for a torch function.
-        call: its tables are shared by every call of the kind; its scratch is laid out anew.
-        given: inputs, each a distinct object, or None.
+        launches: in order; arguments are one ctypes structure with `tensors` (`arguments.fill`), or
+            tensors and numbers for a torch function.
+        call: the recorded call. Calls of its kind share its tables; its scratch is laid out anew.
+        given: inputs, each a distinct object; None for an absent one.
         made: results.
 
     Raises:
-        KeyError: a launch uses a tensor that is neither an input, a result, a table nor scratch.
+        KeyError: an argument is not a tensor of the call, its inputs or its results.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Recording:
             self.size += -(-x.nbytes // ALIGNMENT) * ALIGNMENT
         self.device = next(x for x in slots if x is not None).device
         self.table_addresses = [x.data_ptr() for x in tables]
-        self.lock = threading.Lock()  # for the block of structures
+        self.lock = threading.Lock()  # two threads must not write to the block at once
         self._lay_out(launches)
 
     def _lay_out(self, launches: Sequence[Launch]) -> None:
@@ -86,7 +86,7 @@ class Recording:
             address = self.block.ctypes.data + begin
             ctypes.memmove(address, ctypes.addressof(structure), ctypes.sizeof(structure))
             for offset, x in structure.tensors.items():
-                if x.numel() > 0:  # an empty tensor keeps its null address
+                if x.numel() > 0:  # an empty tensor's address stays null
                     patches.append(((begin + offset) // 8, *self.place[id(x)]))
             self.steps.append(_bound(launch, address))
             begin += size
@@ -96,7 +96,7 @@ class Recording:
         del self.place
 
     def _function(self, launch: Launch) -> Callable[[ctypes.c_void_p, list[Tensor | None]], None]:
-        """The launch of a torch function on the tensors of a replay."""
+        """The launch of a torch function, called on the tensors of a replay."""
         wanted = [
             (self.place[id(x)], x.shape, x.dtype) if isinstance(x, Tensor) else x
             for x in launch.arguments
@@ -109,12 +109,12 @@ class Recording:
         return call
 
     def replay(self, given: Slots) -> list[Tensor | None]:
-        """Launch on these inputs, which are in the order of the recording's. Returns the results."""
+        """Launch on these inputs, ordered as in the recording; returns the results."""
         made = [
             None if spec is None else torch.empty(spec[0], dtype=spec[1], device=self.device)
             for spec in self.made
         ]
-        # float32, because tests fill what is allocated with NaN.
+        # float32, so that tests can poison what is allocated
         scratch = torch.empty(self.size // 4, dtype=torch.float32, device=self.device)
         addresses = [0 if x is None else x.data_ptr() for x in given]
         addresses += self.table_addresses
@@ -131,7 +131,7 @@ class Recording:
 
 
 def _structure(launch: Launch) -> Any:
-    """The structure that is a launch's only argument; None if there is none."""
+    """The structure that is a launch's only argument; None for other arguments."""
     first = launch.arguments[0]
     return first if isinstance(first, ctypes.Structure) else None
 
@@ -160,7 +160,7 @@ def _found(wanted: tuple, tensors: list[Tensor | None]) -> Tensor | None:
 
 
 class Ran(NamedTuple):
-    """A pass that ran: its call, its inputs as distinct objects, and its results."""
+    """A pass that ran: its call, its inputs (distinct objects) and its results."""
 
     call: GpuCall
     given: Slots
@@ -172,10 +172,10 @@ class Recordings:
 
     def __init__(self) -> None:
         self.held: dict[Hashable, Recording] = {}
-        self.captured: set[Recording] = set()  # kept, because CUDA graphs read their tables
+        self.captured: set[Recording] = set()  # CUDA graphs read their tables
 
     def run(self, kind: Hashable, given: Slots, record: Callable[[Executor], Ran]) -> Sequence[Any]:
-        """The results of a pass on `given`, by a replay or by `record`, whose launches are then kept."""
+        """The results of a pass on `given`, from a replay or from `record`, whose launches are then kept."""
         held, capturing = self.held.get(kind), torch.cuda.is_current_stream_capturing()
         if held is not None:
             if capturing:
@@ -192,9 +192,9 @@ class Recordings:
 
 
 def kind_of(passes: Passes, t: Tokens, settings: Settings, *more: Hashable) -> Hashable | None:
-    """A key of all that a call's launches depend on besides addresses; None if they cannot be replayed.
+    """What a call's launches depend on besides addresses; None if they cannot be replayed.
 
-    Calls on packed sequences cannot: each has its own tables.
+    Packed sequences cannot: every call has tables of its own.
     """
     if not passes.replays or t.cu_seqlens is not None or t.q.numel() == 0:
         return None
@@ -203,7 +203,7 @@ def kind_of(passes: Passes, t: Tokens, settings: Settings, *more: Hashable) -> H
 
 
 def apart(t: Tokens) -> Tokens:
-    """The same memory as distinct tensor objects; q and k may be the same object."""
+    """The same memory as distinct tensor objects, for a caller may pass one tensor as q and k."""
     return t._replace(
         **{n: x.detach() for n, x in zip(INPUTS, t.inputs, strict=True) if x is not None}
     )

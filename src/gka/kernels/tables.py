@@ -1,4 +1,4 @@
-"""Tables on the device: the positions of sequences, chunks and segments among the tokens."""
+"""Tables on the device of where sequences, chunks and segments lie among the tokens."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from torch import Tensor
 
 from gka.maths.chunked import Tokens
 
-SCAN_PROGRAMS = 396  # desired programs of a scan, approximately: 3 on each of 132 multiprocessors
-KEPT = 64  # kinds of calls whose tables are kept
-SHORTEST_SEGMENT = 6  # chunks; combining shorter segments costs more than they gain
+SCAN_PROGRAMS = 396  # programs that scans should have, about: 3 per multiprocessor on 132
+KEPT = 64  # tables kept for different calls
+SHORTEST_SEGMENT = 6  # chunks; shorter segments cost more to combine than they gain
 
 
 @dataclass(frozen=True)
 class Chunking:
-    """Sequences, their chunks, and the segments of consecutive chunks that a scan walks along in parallel.
+    """Sequences, their chunks, and the segments of consecutive chunks that scans process in parallel.
 
     Every sequence has at least one segment; that of an empty sequence is empty.
 
@@ -58,7 +58,7 @@ _CAPTURED: dict[tuple, "Chunking"] = {}  # never dropped, because CUDA graphs re
 
 
 def segment_length(num_chunks: int, programs_per_segment: int) -> int:
-    """Chunks per segment: as many segments as fill the chip, none too short."""
+    """Chunks per segment: as many segments as fill the chip, none shorter than SHORTEST_SEGMENT."""
     wanted = max(1, SCAN_PROGRAMS // programs_per_segment)
     return max(SHORTEST_SEGMENT, -(-num_chunks // wanted))
 
@@ -76,16 +76,16 @@ def chunking(tokens: Tokens, size: int, programs_per_segment: int) -> Chunking:
 
 
 def _of_batch(batch: int, length: int, size: int, stretch: int, device: torch.device) -> Chunking:
-    """Tables of equally long sequences. They are kept, and valid in every stream and CUDA graph."""
+    """Tables of sequences of one length. They are kept, ready for every stream and CUDA graph."""
     if device.type != "cuda":
         return _made(batch, length, size, stretch, device)
     kind = (batch, length, size, stretch, device)
     capturing = torch.cuda.is_current_stream_capturing()
     held = _HELD.get(kind)
     if held is None:
-        if capturing:  # the memory belongs to the graph, whose replays compute the tables again
+        if capturing:  # each replay of the graph computes them again, in the graph's own memory
             return _made(batch, length, size, stretch, device)
-        # In another thread: this one may allocate from a CUDA graph's memory pool while it warms up.
+        # on another thread: this one may allocate from the memory pool of a CUDA graph it warms up
         held = _ELSEWHERE.submit(_ready, batch, length, size, stretch, device).result()
         while len(_HELD) >= KEPT:
             _HELD.pop(next(iter(_HELD)))
@@ -96,7 +96,7 @@ def _of_batch(batch: int, length: int, size: int, stretch: int, device: torch.de
 
 
 def _ready(batch: int, length: int, size: int, stretch: int, device: torch.device) -> Chunking:
-    """Compute the tables and wait for them, so that any stream may read them."""
+    """Tables whose computation is finished, so that no stream need wait."""
     with torch.cuda.device(device):
         made = _made(batch, length, size, stretch, device)
         torch.cuda.current_stream(device).synchronize()
@@ -104,8 +104,8 @@ def _ready(batch: int, length: int, size: int, stretch: int, device: torch.devic
 
 
 def _made(batch: int, length: int, size: int, stretch: int, device: torch.device) -> Chunking:
-    """Compute the tables on the device, without a copy from the host."""
-    count = -(-length // size)  # chunks of a sequence
+    """Tables computed on the device, without a copy from the host."""
+    count = -(-length // size)  # chunks of a sequence; below, its segments
     pieces = max(1, -(-count // stretch))
     chunk = torch.arange(batch * count, device=device)
     sequence, within = chunk // max(count, 1), chunk % max(count, 1) * size
@@ -131,7 +131,7 @@ def _made(batch: int, length: int, size: int, stretch: int, device: torch.device
 def _of_packed(
     bounds: Tensor, size: int, programs_per_segment: int, device: torch.device
 ) -> Chunking:
-    """Tables of packed sequences with the bounds [N+1], which are on the CPU."""
+    """Tables of packed sequences; `bounds` [N+1] is on the CPU."""
     lengths = bounds.diff()
     counts = (lengths + size - 1) // size
     first = _starts(counts)

@@ -1,6 +1,6 @@
-"""Sequence mixers behind one interface, and the parts they are made of. Torch only.
+"""Sequence mixers with one interface, and their parts. Torch only.
 
-Every mixer is called alike and returns (output, None, cache):
+Every mixer has the same call and returns (output, None, cache):
 `mixer(hidden_states, attention_mask, past_key_values, use_cache, cu_seqlens, position_ids)`.
 """
 

@@ -1,4 +1,4 @@
-"""Softmax attention over everything so far, or over a sliding window of it."""
+"""Causal softmax attention over the whole past or over a sliding window."""
 
 import math
 from collections.abc import Sequence
@@ -29,13 +29,13 @@ class SoftmaxAttention(nn.Module):
         num_heads: query heads.
         num_kv_heads: key and value heads, a divisor of num_heads. None: num_heads.
         head_dim: of every head, even. None: hidden_size / num_heads.
-        qk_norm: whether queries and keys are normalised (before they are rotated).
+        qk_norm: whether queries and keys are normalised, before their rotation.
         rope_theta: base of the rotary wavelengths.
         norm_eps: epsilon of these norms.
         layer_idx: the layer's place in a cache.
         attention_bias: whether the maps to queries, keys and values have biases.
         attention_output_bias: whether the output map has one.
-        inv_freq: rotary angles a position, head_dim / 2 of them, instead of those of rope_theta.
+        inv_freq: rotary angles per position, head_dim / 2 of them, instead of those of rope_theta.
         rope_scale: factor of rotated queries and keys.
 
     Raises:
@@ -97,23 +97,23 @@ class SoftmaxAttention(nn.Module):
             attention_mask: [B, past + T], 1 for tokens and 0 for padding on either side. Padding has
                 no influence, and its output is zero.
             past_key_values: a `transformers` cache or a `StateCache`: read, and updated in place.
-            use_cache: start a `StateCache` if past_key_values is None. Where one is given, it is
-                used and updated whatever this says.
+            use_cache: start a `StateCache` if past_key_values is None. A given cache is always used and
+                updated.
             cu_seqlens: bounds [N+1] of sequences packed into B = 1; not with a mask or cache.
             position_ids: [B,T] or [1,T]. None: counted over the tokens of attention_mask, within the
-                sequences of cu_seqlens, or on from the cache. They rotate and separate nothing: sequences
-                are told apart by cu_seqlens alone.
-            cu_seqlens_cpu: part of every mixer's call; the mask is made on the device.
+                sequences of cu_seqlens, or from the cache's length. They only rotate: sequences are
+                separated by cu_seqlens alone.
+            cu_seqlens_cpu: part of every mixer's call; unused, as the mask is built on the device.
 
         Returns:
-            Output [B,T,hidden_size], None (the weights are never formed), and the cache.
+            Output [B,T,hidden_size], None (attention weights are not formed), and the cache.
 
         Raises:
             ValueError: arguments that do not fit; the message names which.
         """
         attention_mask = check_inputs(hidden_states, attention_mask, cu_seqlens)
         check_width(hidden_states, self.hidden_size)
-        # on a GPU reading them would mean waiting
+        # reading them on a GPU would wait for the device
         read = cu_seqlens is not None and cu_seqlens.device.type == "cpu"
         if cu_seqlens is not None and read and not torch.compiler.is_compiling():
             check_bounds(cu_seqlens, hidden_states.shape[1])
@@ -137,8 +137,8 @@ class SoftmaxAttention(nn.Module):
             past, length, k.shape[-2], attention_mask=attention_mask, cu_seqlens=cu_seqlens,
             window=self.window_size, device=x.device,
         )  # fmt: skip
-        # Without a past one token is a causal call like any other: no graph depends on the length. With
-        # one it sees all keys.
+        # Without a past, one token is a causal call, too: no compiled graph depends on the length. With a
+        # past, one token sees all keys.
         causal = mask is None and bool(past == 0 or length > 1)
         o = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal,
@@ -159,14 +159,14 @@ class SoftmaxAttention(nn.Module):
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def turn(self, x: Tensor, positions: Tensor, scale: float = 1.0) -> Tensor:
-        """x [B,T,H,D] rotated by its positions [B,T], or further by them, times a factor."""
+        """x [B,T,H,D] rotated by positions [B,T] (or, if already rotated, further by them), times scale."""
         if self._inv_freq is not None and self._inv_freq.device != x.device:
             self._inv_freq = self._inv_freq.to(x.device)
         return rotate(x, positions, self.rope_theta, self._inv_freq, scale)
 
 
 def _frequencies(inv_freq: Sequence[float] | None, head_dim: int) -> Tensor | None:
-    """As a tensor that is no buffer: no cast of the model rounds it, and it is real on a meta device."""
+    """inv_freq as a plain tensor: no buffer, so no cast rounds it and it has values on a meta device."""
     if inv_freq is None:
         return None
     if len(inv_freq) != head_dim // 2:
@@ -177,10 +177,10 @@ def _frequencies(inv_freq: Sequence[float] | None, head_dim: int) -> Tensor | No
 
 
 class SlidingWindowAttention(SoftmaxAttention):
-    """`SoftmaxAttention` that sees the last `window_size` positions, its own among them.
+    """`SoftmaxAttention` in which each token sees the last `window_size` positions, its own included.
 
-    The window counts positions of the arrays, padding included, and a cache keeps no more of them:
-    pad on the left for decoding, where tokens stay next to each other.
+    The window counts array positions, padding included, and a cache keeps only these positions. For
+    decoding pad on the left, so that tokens stay adjacent.
 
     Args:
         window_size: positions seen, at least 1.

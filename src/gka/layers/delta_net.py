@@ -1,5 +1,7 @@
-"""DeltaNet (arXiv 2406.06484) and Gated DeltaNet (arXiv 2412.06464): one gradient step per token on
-the error with which the state recalls the token's value."""
+"""DeltaNet (arXiv 2406.06484) and Gated DeltaNet (arXiv 2412.06464).
+
+The state takes one gradient step per token on the error of recalling the token's value.
+"""
 
 from functools import partial
 
@@ -30,8 +32,8 @@ class DeltaNet(RecurrentMixer):
         conv_size: inputs a short convolution sees.
         norm_eps: epsilon of the output norm.
         layer_idx: the layer's place in a cache.
-        backend: who runs whole sequences, as in `gka.ops.delta_rule.chunk_gated_delta_rule`. "torch" runs
-            what surrounds the memory in plain torch too.
+        backend: runs whole sequences, as in `gka.ops.delta_rule.chunk_gated_delta_rule`. With "torch" the
+            convolutions, gates and norms run in plain torch, too.
 
     Raises:
         ValueError: sizes that do not fit; the message names which.

@@ -16,26 +16,26 @@ class GatedKalmaNet(RecurrentMixer):
     q, k, v are short convolutions + SiLU of linear maps of the hidden states; q and k have unit norm;
     beta = sigmoid(b_proj) + 1e-6, alpha = sigmoid(alpha_proj) and
     g = -exp(A_log) softplus(a_proj + dt_bias) gate `chunk_gka`; its readout goes through a gated
-    RMSNorm and o_proj. Cached calls of up to `recurrent_mixer.DECODE_TOKENS` tokens without gradient
-    run the same map token by token, `fused_recurrent_gka_`, on the cache's own memory once it holds
-    states; all others run `chunk_gka`.
+    RMSNorm and o_proj. Cached calls of up to `recurrent_mixer.DECODE_TOKENS` tokens without gradient run
+    the same map token by token (`fused_recurrent_gka_`), in place if the cache holds states; all other
+    calls run `chunk_gka`.
 
     Args:
         hidden_size: width of the hidden states.
-        expand_v: value head dim V over head_dim; V must come out whole, at most 256.
-        head_dim: K, of queries and keys, at most 256: what the ops take, whatever the backend.
+        expand_v: value head dim V over head_dim; V must be an integer, at most 256.
+        head_dim: K, of queries and keys, at most 256, the ops' limit in every backend.
         num_heads: query heads.
-        num_v_heads: value heads, a multiple of num_heads (more value than key heads). None: as keys.
+        num_v_heads: value heads, a multiple of num_heads (more value than key heads). None: as many as keys.
         num_kv_heads: key and value heads, a divisor of num_heads (grouped heads). None: num_heads.
             Not together with num_v_heads.
-        num_k_heads: key heads, where they are counted apart from the value heads (num_v_heads; None: as
-            many). Each count must divide the greatest of the three. Not together with num_kv_heads.
+        num_k_heads: key heads, if their number differs from that of value heads (num_v_heads; None: as many
+            as keys). Each count must divide the largest of the three. Not together with num_kv_heads.
         kv_rank: rank of the learned maps that expand key and value heads to all heads. None: heads are
             shared.
-        kv_mix: whether the repetition that these maps are added to is a learned matrix.
+        kv_mix: whether a learned matrix replaces the repetition of heads, to which these maps are added.
         use_beta_gate: whether beta scales k and v.
         use_alpha_connection: whether alpha mixes the solution with the query; else it is used alone.
-        use_v_conv: whether values are convolved; without, they are v_proj's output as it is.
+        use_v_conv: whether values are convolved; if not, they are v_proj's output.
         use_forgetting_gate: whether the memory decays.
         use_forgetting_gate_kk: whether H decays with the same gate as U; else H does not decay.
         gla_rescale: whether the readout is scaled by head_dim^-1/2.
@@ -45,9 +45,9 @@ class GatedKalmaNet(RecurrentMixer):
         conv_size: inputs a short convolution sees.
         layer_idx: the layer's place in a cache.
         norm_eps: epsilon of the output norm.
-        backend: of the ops and of what surrounds them: "auto", or one of `gka.ops.available_backends`;
+        backend: of the ops and of the modules around them: "auto", or one of `gka.ops.available_backends`;
             "torch" and "reference" run plain torch throughout.
-        solver: of the ops: "chebyshev"; "adaptive" or "cg", fewer steps within the same error bound.
+        solver: of the ops: "chebyshev", or "adaptive" or "cg" for fewer steps with the same error bound.
 
     Raises:
         ValueError: sizes or options that do not fit; the message names which.
@@ -118,10 +118,10 @@ class GatedKalmaNet(RecurrentMixer):
     def mix(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, call: MixCall
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        # gk is g, the same tensor: that is how the op knows that one decay serves both states
+        # gk is g, the same tensor: this tells the op that one decay serves both states
         gk = gates.g if self.use_forgetting_gate_kk else None
         given = (q, k, v, gates.g, gk, gates.alpha, self.scale, self.ridge_ratio, self.num_iter)
-        if call.in_place and self.backend != "reference":  # which keeps no states in place
+        if call.in_place and self.backend != "reference":  # which has no ops in place
             o = fused_recurrent_gka_(
                 *given, state=(call.states[0], call.states[1]), beta=gates.beta, backend=self.backend,
                 solver=self.solver,

@@ -1,4 +1,4 @@
-"""Gated linear attention with a scalar decay: what Gated KalmaNet is without its ridge."""
+"""Gated linear attention with a scalar decay: Gated KalmaNet without its ridge."""
 
 from torch import Tensor
 
@@ -11,8 +11,10 @@ from gka.ops.external import EXTERNAL, check_name
 
 
 class GatedLinearAttention(RecurrentMixer):
-    """U_t = exp(g_t) U_{t-1} + k_t v_t^T, o_t = K^-1/2 U_t^T q_t; convolutions, unit queries and keys,
-    decay and output as in `GatedKalmaNet`, so that the two differ in the solve and its gates alone.
+    """U_t = exp(g_t) U_{t-1} + k_t v_t^T, o_t = K^-1/2 U_t^T q_t.
+
+    Convolutions, unit queries and keys, decay and output are those of `GatedKalmaNet`: the two differ only in
+    the solve and its gates.
 
     Args:
         hidden_size: width of the hidden states.
@@ -24,9 +26,9 @@ class GatedLinearAttention(RecurrentMixer):
         conv_size: inputs a short convolution sees.
         norm_eps: epsilon of the output norm.
         layer_idx: the layer's place in a cache.
-        backend: of the op, as in `gka.ops.chunk_simple_gla`, and of what surrounds it, as in `GatedKalmaNet`.
-            A library's name ("fla") is of whole sequences; tokens read one by one, and what surrounds the op,
-            are then "auto".
+        backend: of the op, as in `gka.ops.chunk_simple_gla`, and of the modules around it, as in
+            `GatedKalmaNet`. A library ("fla") runs whole sequences; decoding and the modules around the op
+            then use "auto".
 
     Raises:
         ValueError: sizes that do not fit; the message names which.

@@ -1,4 +1,4 @@
-"""What the mixers with a state of constant size share: everything but the state's own mathematics.
+"""The base of mixers with a state of constant size: everything but the state's own mathematics.
 
 hidden states -> projections -> short convolutions + SiLU -> unit queries and keys -> gates ->
 the mixer's memory (`mix`) -> gated RMSNorm of each head -> output projection.
@@ -24,13 +24,13 @@ from gka.layers.parts.modules import DecayParameters, GatedRMSNorm, RMSNorm, Sho
 from gka.layers.parts.surround import Gates, MixCall, Surround
 
 DECODE_TOKENS = 16
-"""Cached calls without gradient of up to this many tokens run token by token, longer ones by chunks."""
+"""Cached calls without gradient of up to this many tokens run token by token, longer ones chunk by chunk."""
 
 
 class RecurrentMixer(DecayParameters):
-    """Base of the recurrent mixers; a subclass gives `mix`, and b_proj and alpha_proj if it has those gates.
+    """Base of the recurrent mixers; a subclass adds `mix`, and b_proj and alpha_proj if it has those gates.
 
-    On an NVIDIA GPU convolutions, gates and output norm run as fused kernels; `why_unfused` tells where not.
+    On an NVIDIA GPU convolutions, gates and output norm run as fused kernels; `why_unfused` says when not.
 
     Args:
         hidden_size: width of the hidden states.
@@ -167,11 +167,11 @@ class RecurrentMixer(DecayParameters):
             attention_mask: [B,>=T], 1 for tokens and 0 for padding on either side; its last T columns
                 are those of hidden_states. Padding has no influence, and its output is zero.
             past_key_values: a `transformers` cache or a `StateCache`: read, and updated in place.
-            use_cache: start a `StateCache` if past_key_values is None. Where one is given, it is
-                used and updated whatever this says.
+            use_cache: start a `StateCache` if past_key_values is None. A given cache is always used and
+                updated.
             cu_seqlens: bounds [N+1] of sequences packed into B = 1; not with a mask or cache.
-            position_ids: part of every mixer's call; a recurrence has its order and needs no positions.
-                They separate nothing: sequences are told apart by cu_seqlens alone.
+            position_ids: part of every mixer's call; unused, as a recurrence needs no positions.
+                Sequences are separated by cu_seqlens alone.
             cu_seqlens_cpu: a copy of cu_seqlens on the CPU; with it nothing waits for the device.
 
         Returns:
@@ -211,11 +211,11 @@ class RecurrentMixer(DecayParameters):
         Args:
             q: unit queries [B,T,H,K]. k: unit keys [B,T,Hk,K], zero at padding. v: [B,T,Hv,V].
             gates: the decay, beta and alpha of every token.
-            call: states and circumstances.
+            call: past states and options of the call.
 
         Returns:
-            o [B,T,H,V], and the final states if `call.keep`, else (); () too where it updated `call.states`
-            in place.
+            o [B,T,H,V], and the final states; () if `call.keep` is false or `call.states` were updated in
+            place.
         """
         raise NotImplementedError
 
@@ -223,10 +223,10 @@ class RecurrentMixer(DecayParameters):
         """Why convolutions, gates and output norm run as plain torch modules; None if fused kernels do.
 
         Args:
-            device, dtype: of what the projections give (under torch.autocast: its dtype).
+            device, dtype: of the projections' outputs (under torch.autocast: its dtype).
 
         Raises:
-            RuntimeError: `backend` names kernels, which cannot run there; the message says why.
+            RuntimeError: `backend` names kernels that cannot run there; the message says why.
         """
         return surround.why_unfused(self, device, dtype)
 
@@ -248,6 +248,6 @@ class RecurrentMixer(DecayParameters):
             read_state(layer.recurrent_states, i) for i in range(self.num_states)
         ]  # fmt: skip
         states = tuple(s for s in cached if s is not None)
-        # the length last: where nothing is cached, no compiled graph depends on it
+        # the length last: without a cache, no compiled graph depends on it
         few = layer is not None and not torch.is_grad_enabled() and length <= DECODE_TOKENS
         return MixCall(layer, states, few, *bounds, padding)

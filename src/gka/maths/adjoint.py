@@ -4,12 +4,11 @@ Solve: y_t = p_r(A_t) dx_t, the same operator (solver "cg": A_t^-1 dx_t to the s
 with p_t = 2 a <x_t, y_t>
     dL/dH_t = -1/2 (y_t x_t^T + x_t y_t^T) - (p_t / 2) (H_t / F_t),
 the last term through lambda_t = a F_t. H_t / F_t enters as `System.relative`: for a faded history
-p_t / F_t ~ 1/F_t^3 overflows, and p_t (H_t / F_t) ~ 1/F_t^2 does not.
-
-Both moments share one rule for dg. P_tj is the contribution of the pair (j, t) to <dL/dS_t, S_t>, and E
-the gradient of the state at the chunk's end:
+p_t / F_t ~ 1/F_t^3 overflows, while p_t (H_t / F_t) ~ 1/F_t^2 does not. Both moments share one rule.
+Let P_tj be the part of <dL/dS_t, S_t> that the pair (j, t) contributes, and E the gradient of the state
+at the chunk's end:
     dg_i = sum over j < i <= t of P_tj  +  the chunk-start state's part for t >= i  +  E's part.
-It sums over rectangles j < i <= t. Differences of running sums would cancel.
+Sums over rectangles j < i <= t replace differences of running sums, so nothing cancels.
 """
 
 from dataclasses import dataclass
@@ -64,7 +63,7 @@ def chunk_backward(
 
 
 class _Backward:
-    """One backward pass: recompute the states, adjoint solves, reverse scans, gradients block by block."""
+    """One backward pass: recomputed states, adjoint solves, reverse scans, gradients block by block."""
 
     def __init__(
         self,
@@ -117,7 +116,7 @@ class _Backward:
         return 2.0 * self.settings.ridge_ratio * (x * y).sum(-1)
 
     def _adjoint_solve(self, rows: slice, local_u: Tensor, local_h: Tensor | None) -> None:
-        """dz, dalpha, y and dq of a block, and its chunks' terms of the reverse scans."""
+        """dz, dalpha, y, dq of a block, and the terms that its chunks add to the reverse scans."""
         c, do = self.c, self.do[rows]
         q, k, zeta = c.q[rows], c.k[rows], c.decay_u[rows].zeta.unsqueeze(-1)
         local_u[rows] = (zeta * self._z(rows)).transpose(-1, -2) @ do
@@ -219,14 +218,14 @@ class _Backward:
         return dk, pairs.sum(-2) + ends
 
     def _dk_solve(self, system: System, x: Tensor, y: Tensor, x_k: Tensor, y_k: Tensor) -> Tensor:
-        """beta_j^2 sum_t M_jt (y_t (x_t . k_j) + x_t (y_t . k_j)), summed over the heads that share."""
+        """beta_j^2 sum_t M_jt (y_t (x_t . k_j) + x_t (y_t . k_j)), summed over the heads that share a key."""
         shared = system.k.shape[1]
         return group_sum_matmul(system.weights * x_k, y, shared) + group_sum_matmul(
             system.weights * y_k, x, shared
         )
 
     def _dk_ridge(self, system: System, p: Tensor) -> Tensor:
-        """beta_j^2 sum_t M_jt (p_t / F_t) H_t k_j: a multiple of H_[c] k_j and a full C x C mask of keys."""
+        """beta_j^2 sum_t M_jt (p_t / F_t) H_t k_j: a multiple of H_[c] k_j plus a full C x C mask on keys."""
         weights, k, relative = system.weights, system.k, system.relative
         full = weights.transpose(-1, -2) @ (p.unsqueeze(-1) * relative.of_keys)
         of_keys = group_sum(full, k.shape[1]) * (k @ relative.k.transpose(-1, -2))
@@ -259,7 +258,7 @@ class _Backward:
 
 
 def _row_dots(shared: Tensor, b: Tensor) -> Tensor:
-    """shared_j . b_j of rows of shared heads [M,Hk,C,K] and of heads [M,H,C,K] -> [M,H,C]."""
+    """shared_j . b_j for rows of shared heads [M,Hk,C,K] and of all heads [M,H,C,K] -> [M,H,C]."""
     grouped = b.unflatten(1, (shared.shape[1], b.shape[1] // shared.shape[1]))
     return (grouped * shared.unsqueeze(2)).sum(-1).flatten(1, 2)
 
@@ -267,19 +266,17 @@ def _row_dots(shared: Tensor, b: Tensor) -> Tensor:
 def _decay_gradient(
     pairs: Tensor, ends: Tensor, start: Tensor, whole: Tensor, beta2: Tensor
 ) -> Tensor:
-    """dg_i [M,H,C] by the rule in the module's docstring.
+    """dg_i [M,H,C] by the rule at the top of this file.
 
     Args:
-        pairs: P_tj / beta_j^2 [M,H,C,C].
-        ends: E's part for each j, over beta_j^2 [M,H,C].
-        start: the chunk-start state's part for each t [M,H,C].
-        whole: the chunk-start state's part in E [M,H].
+        pairs: P_tj / beta_j^2 [M,H,C,C]. ends: E's part for each j, divided by beta_j^2, [M,H,C].
+        start: the chunk-start state's part of each t [M,H,C]. whole: that state's part in E [M,H].
         beta2: beta_j^2 [M,H,C].
     """
     after = (
         (pairs * beta2.unsqueeze(-2)).flip(-2).cumsum(-2).flip(-2)
     )  # sum over t >= i, for each j
     rectangles = after.tril(-1).sum(-1)  # row i: over j < i
-    # An exclusive sum: subtracting term i from the inclusive one would leave the rounding of term i.
+    # a sum of the earlier terms: a full sum minus its last term would keep that term's rounding
     before_end = pad((ends * beta2)[..., :-1].cumsum(-1), (1, 0))
     return rectangles + before_end + start.flip(-1).cumsum(-1).flip(-1) + whole.unsqueeze(-1)

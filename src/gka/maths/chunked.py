@@ -18,8 +18,8 @@ from gka.maths.readout import mix, readout
 from gka.maths.ridge import System
 from gka.maths.solvers import SOLVERS, Solver, SolverName, make_solver
 
-# Elements of the [C, K] arrays in one block of chunks. The solve reads a few such arrays at every step,
-# so on a CPU they should fit its cache; elsewhere the limit only bounds scratch memory.
+# Elements of the [C, K] arrays of chunks that are processed together. The solve rereads a few such arrays,
+# which should stay in a CPU's cache; elsewhere the limit only bounds scratch memory.
 BLOCK_ELEMENTS = {"cpu": 1 << 17}
 BLOCK_ELEMENTS_ELSEWHERE = 1 << 26
 
@@ -31,11 +31,12 @@ class Settings:
     Attributes:
         scale: factor of the readout.
         ridge_ratio: a in lambda_t = a F_t.
-        num_iter: Chebyshev steps r; 0 leaves the ridge out (x_t = q_t).
+        num_iter: Chebyshev steps r; 0: no ridge (x_t = q_t).
         chunk_size: C.
-        tied: H decays with g (gk is not given then).
-        with_h: form H even if no solve needs it, for its final state.
-        solver: a name of `gka.maths.solvers`.
+        tied: whether H decays with g; gk is None then.
+        with_h: whether to form H even if no solve needs it (for its final state).
+        solver: "chebyshev" takes r steps for all tokens; "adaptive" and "cg" take fewer within the same
+            error bound.
     """
 
     scale: float
@@ -47,7 +48,7 @@ class Settings:
     solver: SolverName = "chebyshev"
 
     def make_solver(self) -> Solver:
-        """The solver of these settings."""
+        """The solver with this a and r."""
         return make_solver(self.solver, self.ridge_ratio, self.num_iter)
 
     @property
@@ -57,7 +58,7 @@ class Settings:
 
 
 class Tokens(NamedTuple):
-    """Inputs: q [B,T,H,K], k [B,T,Hk,K], v [B,T,Hv,V], gates [B,T,H] or None, states or None.
+    """The inputs: q [B,T,H,K], k [B,T,Hk,K], v [B,T,Hv,V], gates [B,T,H] or None, states or None.
 
     cu_seqlens [N+1] holds the bounds of packed sequences. Its CPU copy saves a read from the device.
     """
@@ -85,7 +86,7 @@ class Tokens(NamedTuple):
 
 
 class Chunks:
-    """The inputs cut into chunks [M,H,C,...] in the working precision, and their moments."""
+    """The inputs cut into chunks, heads before tokens, in the working precision, and their moments."""
 
     def __init__(self, tokens: Tokens, settings: Settings) -> None:
         batch, length, self.heads, self.head_dim = tokens.q.shape
@@ -150,7 +151,7 @@ class Chunks:
         return mask if self.beta is None else mask * self.beta[rows].square().unsqueeze(-2)
 
     def blocks(self) -> list[slice]:
-        """Slices of chunks that are computed together."""
+        """Slices of chunks that are processed together."""
         limit = BLOCK_ELEMENTS.get(self.q.device.type, BLOCK_ELEMENTS_ELSEWHERE)
         per_chunk = self.heads * self.settings.chunk_size * max(self.head_dim, self.v.shape[-1])
         return list(self.layout.blocks(max(1, limit // per_chunk)))
@@ -158,13 +159,13 @@ class Chunks:
 
 @dataclass(frozen=True)
 class Forward:
-    """Results of a forward pass.
+    """The results of a forward pass.
 
     Attributes:
         o: [B,T,H,V].
         x: the solutions [B,T,H,K], None without a solve.
         h, u: final states; h is None unless it is formed.
-        x_scale: divisor of each row of x [B,T,H]; None if x is unscaled.
+        x_scale: divisors of the rows of x [B,T,H]; None if x is not scaled.
     """
 
     o: Tensor

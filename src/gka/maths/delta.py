@@ -33,7 +33,7 @@ def delta_rule_sequence(
     *,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Token by token: the definition, and the form for decoding. q, k and v have the same heads.
+    """Token by token: the definition, and the form for decoding. Heads are not shared.
 
     Args:
         q, k: [B,T,H,K]. v: [B,T,H,V].
@@ -101,8 +101,8 @@ def _decays(g: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """M [M,H,C,C] and zeta [M,H,C] of `moments.Decay`, in `dtype`, from log decays g [M,H,C].
 
     Every entry's log decay is a sum over the tokens between, so that dg_i sums the rectangle j < i <= t.
-    Differentiating cumulative differences would subtract two nearly equal sums; at g = -100 all of dg
-    was their rounding.
+    The derivative of cumulative differences would subtract two nearly equal sums (at g = -100 all of dg
+    was rounding).
     """
     g = g.double().clamp_min(reset_floor(dtype))
     future = torch.ones(g.shape[-1], g.shape[-1], dtype=torch.bool, device=g.device).triu(1)
@@ -128,8 +128,8 @@ def _scan_writes(
     steps = [(who, chunks[rows]) for who, rows in layout.steps(own.device)]
     order = torch.cat([rows for _, rows in steps])
     sizes = [len(rows) for _, rows in steps]
-    # One gather and one split: their derivative is one concatenation. Slicing at each step would
-    # allocate a gradient of the whole sequence per step.
+    # One gather and one split, whose derivative is one concatenation. With a slice per step, autograd
+    # would form a gradient of the whole sequence's size for every step.
     parts = zip(*(x[order].split(sizes) for x in (own, seen, to_end, whole)), strict=True)
     writes, finds = [], []
     for (who, _), (own_c, seen_c, to_end_c, whole_c) in zip(steps, parts, strict=True):

@@ -1,4 +1,4 @@
-"""Cutting sequences into chunks. Every chunk of every sequence is one row of a batch of M chunks."""
+"""Sequences cut into chunks: every chunk of every sequence is one row of a batch of M chunks."""
 
 import itertools
 from collections.abc import Iterator
@@ -14,8 +14,8 @@ Rows = slice | Tensor
 class ChunkLayout:
     """Which chunks belong to which sequence: sequence n owns chunks offsets[n] .. offsets[n+1] - 1.
 
-    A sequence's last chunk is padded with zeros (no key, no value, log decay 0), which change no state.
-    An empty sequence owns no chunk.
+    A sequence's last chunk is padded with zeros (zero key and value, log decay 0), which leave every
+    state unchanged. An empty sequence owns no chunk.
 
     Attributes:
         chunk_size: C.
@@ -42,7 +42,7 @@ class ChunkLayout:
 
     @property
     def places(self) -> int:
-        """T rounded up to whole chunks: the places of a sequence that is not packed."""
+        """T rounded up to whole chunks: the places of an unpacked sequence."""
         return -(-self.length // self.chunk_size) * self.chunk_size
 
     def cut(self, x: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class ChunkLayout:
     def steps(self, device: torch.device, reverse: bool = False) -> Iterator[tuple[Rows, Rows]]:
         """(sequences, their i-th chunks) for i = 0, 1, ...; from the last to the first if `reverse`.
 
-        Sequences shorter than i chunks have no part in step i.
+        A sequence takes part in as many steps as it has chunks.
         """
         counts = [b - a for a, b in zip(self.offsets, self.offsets[1:], strict=False)]
         order = range(max(counts, default=0))
@@ -76,7 +76,7 @@ class ChunkLayout:
         for i in reversed(order) if reverse else order:
             alive = [n for n, count in enumerate(counts) if count > i]
             rows = [self.offsets[n] + i for n in alive]
-            # A blocking copy would make the host wait for the device.
+            # a blocking copy would make the host wait for the device
             both = torch.tensor([alive, rows], device="cpu").to(device, non_blocking=True)
             yield both[0], both[1]
 
@@ -95,7 +95,7 @@ def chunk_layout(
 ) -> ChunkLayout:
     """The layout of B sequences of T tokens, or of packed sequences with the bounds cu_seqlens [N+1].
 
-    With cu_seqlens_cpu, its CPU copy, the host does not wait for the device.
+    With its CPU copy, cu_seqlens is not read, and the host does not wait for the device.
     """
     if cu_seqlens is None:
         per_sequence = -(-length // chunk_size)

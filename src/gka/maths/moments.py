@@ -14,10 +14,10 @@ from gka.maths.layout import ChunkLayout
 
 
 def reset_floor(dtype: torch.dtype) -> float:
-    """The log decay to which all below are raised: a power of two whose exp is 0 in `dtype`.
+    """The floor that replaces all lower log decays: a power of two whose exp is 0 in `dtype`.
 
-    A decay of 0 is a hard reset. In cumulative sums -inf would give inf - inf between later tokens, and
-    -1e18 would absorb what is added to it. 64 of these floors sum to 8192 (float32).
+    A decay of 0 is a hard reset. Without a floor, sums with -inf would give inf - inf between later
+    tokens, and sums with -1e18 would lose what is added; 64 of these floors sum to 8192 (float32).
     """
     return -1024.0 if dtype == torch.float64 else -128.0
 
@@ -39,7 +39,7 @@ class Decay:
 
     @classmethod
     def of(cls, g: Tensor | None, like: Tensor) -> "Decay":
-        """The decay of log decays g [M,H,C]; None means no decay. `like` [M,H,C,...] sets the dtype."""
+        """From log decays g [M,H,C]; None: no decay. `like` [M,H,C,...] gives shape and dtype."""
         if g is None:
             g = like.new_zeros(like.shape[:3])
         return cls(g.double().clamp_min(reset_floor(like.dtype)).cumsum(-1), like.dtype)
@@ -88,8 +88,8 @@ def scan(
         boundary: S before the first (reverse: the last) chunk, [N,H,K,V].
 
     Returns:
-        S before each chunk (reverse: after it) [M,H,K,V]; S after the last (reverse: before the first)
-        chunk [N,H,K,V].
+        S before each chunk [M,H,K,V] (reverse: after it), and S after the last (reverse: before the
+        first) chunk [N,H,K,V].
     """
     state = boundary.clone()
     for sequences, rows in layout.steps(local.device, reverse):
@@ -101,15 +101,14 @@ def scan(
 
 
 def after(earlier: Tensor, later: Tensor, log_decay: Tensor | None) -> Tensor:
-    """The moment [N,H,K,V] of the text A B, from those of A and B read separately (paper: section 4).
+    """The moment [N,H,K,V] of two texts in sequence, from their separate moments (paper: section 4).
 
-    From a zero state, S_t = gamma_t S_{t-1} + k_t v_t^T over the tokens of B gives
-    S(B) = sum_j M_jT k_j v_j^T. From the state S(A) the same tokens give
+    Unrolled from zero over the tokens of B, S_t = gamma_t S_{t-1} + k_t v_t^T gives
+    S(B) = sum_j M_jT k_j v_j^T. Started from S(A) instead, the same tokens add S(B) to the decayed S(A):
     S(A B) = exp(g_1 + ... + g_T) S(A) + S(B).
 
     Args:
-        earlier, later: S(A) and S(B).
-        log_decay: g_1 + ... + g_T over B [N,H]; None for no decay.
+        log_decay: total log decay over the later text [N,H]; None: no decay.
     """
     if log_decay is None:
         return earlier + later

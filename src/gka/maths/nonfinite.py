@@ -1,8 +1,8 @@
-"""NaN and infinity stay causal: they reach their own token and later ones of their sequence and head.
+"""Keep NaN and infinity causal: they affect only their own and later tokens of their sequence and head.
 
-A chunk's products weigh tokens after t by exact zeros, and 0 x NaN is NaN. So tokens that are not
-finite are replaced by zeros before the products, and the results that they reach are set to NaN
-afterwards. Finite inputs cost one check each; nothing is copied.
+A chunk's products weight the tokens after t by exact zeros, and 0 x NaN is NaN. Tokens that are not
+finite are therefore replaced by zeros before the products, and all that they affect is set to NaN
+afterwards. Finite inputs are checked once and not copied.
 """
 
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ GATES = ("g", "gk", "beta", "alpha")
 
 @dataclass(frozen=True)
 class Reach:
-    """Where H_t, U_t and o_t depend on a token that is not finite, bool [B,T,H] each."""
+    """Where non-finite tokens affect H_t, U_t and o_t, [B,T,H] each."""
 
     h: Tensor
     u: Tensor
@@ -23,13 +23,13 @@ class Reach:
 
 
 def finite_rows(x: Tensor, heads: int | None = None) -> Tensor:
-    """Whether each row of x [B,T,h,D] is finite, for `heads` query heads that share the h heads of x."""
+    """Whether each row of x [B,T,h,D] is finite, repeated to [B,T,heads] if heads share rows."""
     finite = x.abs().amax(-1).isfinite()  # amax propagates NaN
     return finite if heads is None else finite.repeat_interleave(heads // x.shape[2], 2)
 
 
 def finite_decay(g: Tensor) -> Tensor:
-    """Whether g is a log decay. -inf is one, a decay of 0 (hard reset); inf and NaN are not."""
+    """Whether each log decay is valid: finite, or -inf, a decay of 0 (a hard reset)."""
     return g.isfinite() | (g == -torch.inf)
 
 
@@ -76,9 +76,9 @@ def begins(reached: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 
 def take_out(tokens, tied: bool):
-    """The tokens (gka.maths.chunked.Tokens) with zeros where they are not finite, and their reach.
+    """Replace non-finite tokens (gka.maths.chunked.Tokens) by zeros; returns the tokens and their reach.
 
-    On a CPU, returns the tokens unchanged and None if all are finite.
+    If all are finite, returns the given tokens and None.
     """
     heads = tokens.q.shape[2]
     fine_k = finite_rows(tokens.k, heads)
@@ -90,7 +90,7 @@ def take_out(tokens, tied: bool):
     fine_gk = None if gk is None else finite_decay(gk)
     fine_h = fine_k if fine_gk is None else fine_k & fine_gk
     fine_u = fine_k & fine_v if fine_g is None else fine_k & fine_v & fine_g
-    # On other devices reading the result would make the host wait.
+    # on other devices this test would wait for the device
     if tokens.k.device.type == "cpu" and bool((fine_h & fine_u).all()):
         return tokens, None
     h, u = (onwards(~fine, tokens.cu_seqlens) for fine in (fine_h, fine_u))
@@ -105,7 +105,7 @@ def take_out(tokens, tied: bool):
 
 
 def put_back(o: Tensor, h: Tensor | None, u: Tensor, reach: Reach | None, tokens, solve: bool):
-    """o [B,T,H,V] and final states [N,H,K,.] of `take_out`'s tokens, with NaN where `reach` says so."""
+    """Set o [B,T,H,V] and the final states [N,H,K,.] to NaN where `take_out`'s tokens reach them."""
     if reach is None:
         return o, h, u
     bounds = tokens.cu_seqlens
@@ -117,10 +117,10 @@ def put_back(o: Tensor, h: Tensor | None, u: Tensor, reach: Reach | None, tokens
 
 
 def take_out_rows(tokens, x: Tensor | None, do: Tensor, reach: Reach | None):
-    """The backward pass's inputs of single tokens (q, alpha, x, do), zero where they are not finite.
+    """Replace non-finite rows by zeros in what the derivative reads token by token.
 
-    Returns (tokens, x, do, rows). rows, bool [B,T,H], is true where q, alpha, x or do is not finite, and
-    where the output is NaN and do is not zero. On a CPU it is None if true nowhere.
+    Returns (tokens, x, do, rows): rows bool [B,T,H] is true where q, alpha, x or do is not finite, or
+    where the output was NaN and has a gradient; None if it is true nowhere.
     """
     fine = finite_rows(tokens.q) & finite_rows(do)
     for row in (x,):
@@ -141,7 +141,7 @@ def take_out_rows(tokens, x: Tensor | None, do: Tensor, reach: Reach | None):
 
 
 def put_back_gradients(grads, rows: Tensor | None, tokens):
-    """The gradients (gka.maths.adjoint.Gradients), NaN for every input that those rows depend on."""
+    """Set the gradients (gka.maths.adjoint.Gradients) of all inputs of those rows to NaN."""
     if rows is None:
         return grads
     heads = rows.shape[2]

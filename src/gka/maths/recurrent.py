@@ -1,6 +1,6 @@
-"""The map token by token without autograd, for decoding on a device without its own kernel.
+"""The map token by token without autograd, for decoding on devices without a kernel.
 
-States are updated in place: a call's own, or places of a pool.
+The states are updated in place: a call's own states, or places of a pool.
 """
 
 import itertools
@@ -21,7 +21,7 @@ class States:
     Attributes:
         h: H [P,H,K,K]; None where it is not formed.
         u: U [P,H,K,V], in the working precision, or bfloat16 if that is float32.
-        indices: place of each sequence in the pool [B], -1 for no place; None: sequence b has place b.
+        indices: place of each sequence in the pool [B], -1 for none; None: sequence b has place b.
     """
 
     h: Tensor | None
@@ -46,7 +46,7 @@ def recurrent_forward(tokens: Tokens, settings: Settings) -> Forward:
 
 
 def fresh_states(tokens: Tokens, settings: Settings) -> States:
-    """New states for a call: copies of its initial states, or zeros."""
+    """A call's own states, to be updated: copies of its initial states, or zeros."""
     batch, _, heads, dim = tokens.q.shape
     count = batch if tokens.cu_seqlens is None else tokens.cu_seqlens.shape[0] - 1
 
@@ -60,7 +60,7 @@ def fresh_states(tokens: Tokens, settings: Settings) -> States:
 
 
 def fresh_x(tokens: Tokens, settings: Settings) -> Tensor | None:
-    """Uninitialised memory for the solutions [B,T,H,K]; None without a solve."""
+    """Memory for the solutions [B,T,H,K]; None without a solve."""
     shape = tokens.q.shape
     return tokens.q.new_empty(shape, dtype=tokens.work_dtype) if settings.num_iter > 0 else None
 
@@ -101,7 +101,7 @@ def _bounds(tokens: Tokens) -> list[int] | None:
 
 
 def _packed(bounds: list[int], states: States) -> Iterator[tuple[slice, slice]]:
-    """(packed sequence, its place), one by one."""
+    """Packed sequences one by one, with their places."""
     one_by_one = replace(states, indices=torch.arange(len(bounds) - 1, device="cpu"))
     return one_by_one.rows(len(bounds) - 1)
 
@@ -123,7 +123,7 @@ def _slice(tokens: Tokens, rows: slice, bounds: list[int] | None) -> Tokens:
 def _working(
     states: States, places: slice, dtype: torch.dtype, commit: bool = True
 ) -> tuple[Tensor | None, Tensor]:
-    """H and U to update: the states' own memory if it may be changed and has the dtype, else a copy."""
+    """H and U to update: the states' own memory if it may be changed and has the working dtype."""
     h = None if states.h is None else states.h[places]
     u = states.u[places]
     if not commit:
@@ -132,7 +132,7 @@ def _working(
 
 
 def _commit(states: States, places: slice, h: Tensor | None, u: Tensor) -> None:
-    """Copy U back if it was widened; everything else was updated in place."""
+    """Round U into its place if it was widened; everything else is already in place."""
     if u.dtype != states.u.dtype:
         states.u[places].copy_(u)
 

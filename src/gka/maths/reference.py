@@ -1,7 +1,7 @@
 """Gated KalmaNet on one page: the whole map, token by token, in the order the paper defines it.
 
-Slow and plain on purpose. Autograd differentiates it, in float64 if its inputs are. Every faster form is
-tested against it. Equation numbers: arXiv 2511.21016v1.
+Slow and plain on purpose: every faster form is tested against it. It is differentiable by autograd, and
+computes in float64 if its inputs are. Equation numbers: arXiv 2511.21016v1.
 """
 
 from typing import Literal
@@ -46,15 +46,15 @@ def reference_sequence(
     num_iter: int,
     solver: ReferenceSolver = "chebyshev",
 ) -> tuple[Tensor, State]:
-    """One batch of equally long sequences; k and v have as many heads as q.
+    """A batch of equally long sequences; k and v already have as many heads as q.
 
     Args:
         q, k: [B,T,H,K]. v: [B,T,H,V]. g, gk, alpha, beta: [B,T,H] or None.
         state: (H_0 [B,H,K,K], U_0 [B,H,K,V]).
         scale: factor of the readout.
         ridge_ratio: a in lambda_t = a F_t.
-        num_iter: Chebyshev steps r; 0 leaves the ridge out (x_t = q_t), also with `solver="exact"`, which
-            treats every other number alike.
+        num_iter: Chebyshev steps r; 0: no ridge (x_t = q_t), with `solver="exact"` too, which otherwise
+            ignores it.
 
     Returns:
         o [B,T,H,V] and the state after the last token.
@@ -74,5 +74,5 @@ def reference_sequence(
         x_t = solve_ridge(h, q_t, ridge_ratio, num_iter, solver) if num_iter > 0 else q_t
         z_t = mix(q_t, x_t, None if alpha is None else alpha[:, t])  # the alpha-connection
         outputs.append(scale * (z_t.unsqueeze(-2) @ u).squeeze(-2))  # o_t = scale U_t^T z_t
-    o = torch.stack(outputs, 1) if outputs else scale * v  # v is empty too
+    o = torch.stack(outputs, 1) if outputs else scale * v  # T = 0: v is as empty as o
     return o, (h, u)

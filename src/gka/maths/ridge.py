@@ -1,6 +1,6 @@
-"""The ridge systems (H_t + lambda_t I) x_t = q_t with lambda_t = a F_t, F_t = |H_t|_F, and empty histories.
+"""The ridge systems (H_t + lambda_t I) x_t = q_t with lambda_t = a F_t, F_t = |H_t|_F (sections 4.1, 4.2.1).
 
-H_t is never formed (paper: sections 4.1 and 4.2.1).
+H_t is never formed. An empty history gives x_t = 0.
 """
 
 import math
@@ -16,7 +16,7 @@ from gka.maths.grouped import shared_matmul
 
 
 def empty_below(dtype: torch.dtype) -> float:
-    """The F_t below which a history is empty: x_t = 0 and no gradient passes the solve.
+    """The F_t below which a history is empty: x_t = 0, and no gradient passes through the solve.
 
     tiny^0.4 (6.7e-16 in float32), because x_t grows as 1/F_t and its gradient as 1/F_t^2, and both must
     stay finite. Unit keys fall below it only when all of them have faded by that factor.
@@ -33,7 +33,7 @@ def split_empty(fro_squared: Tensor) -> tuple[Tensor, Tensor]:
 def split_empty_in(fro_squared: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
     """`split_empty` of F_t^2 given in units of root^4 [...]; F_t is root^2 where the history is empty.
 
-    Where root > 1, a history is also empty if F_t^2 is below the precision's smallest normal number.
+    If root > 1, a history with F_t^2 below the smallest normal number is empty, too.
     """
     unit = root.square()
     floor = empty_below(fro_squared.dtype) ** 2 / unit.square()
@@ -42,15 +42,16 @@ def split_empty_in(fro_squared: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def square_limit(dtype: torch.dtype) -> float:
-    """The largest norm whose square, and a sum of a few such squares, does not overflow."""
+    """The norm up to which squares, and sums of a few of them, do not overflow."""
     return 2.0 ** (math.frexp(torch.finfo(dtype).max)[1] // 2 - 4)
 
 
 def unit_root(bound: Tensor) -> Tensor:
-    """The divisor of keys (its square for H) that keeps F_t^2 from overflowing, [...].
+    """Divisor of keys (and, squared, of H) that keeps F_t^2 from overflowing, [...].
 
-    1 if the square of F_t <= `bound` [...] is far below the largest number: always, except for keys of norm
-    1e9 (float32). Otherwise a power of two, which divides exactly. 1 for NaN and infinity too.
+    It is 1 if the square of `bound` [...] >= F_t is far below the largest number, as for all keys of norm
+    below 1e9 (float32), and if `bound` is NaN or infinite. Otherwise it is a power of two, so that the
+    division is exact.
     """
     top, limit = torch.finfo(bound.dtype).max, square_limit(bound.dtype)
     root = torch.exp2((bound / limit).log2().div(2.0).ceil())
@@ -87,7 +88,7 @@ def frobenius_squared(
 def frobenius(h: Tensor) -> tuple[Tensor, Tensor]:
     """(F, empty) [B,H] of formed states H [B,H,K,K]."""
     trace = h.diagonal(dim1=-2, dim2=-1).abs().sum(-1)  # F <= tr H
-    # Reading a value is free on a CPU, and ordinary states then need no scaled copy.
+    # on a CPU the values can be read at no cost: ordinary states need no scaled copy
     if h.device.type == "cpu" and bool((trace <= square_limit(h.dtype)).all()):
         return split_empty(torch.linalg.vector_norm(h, dim=(-2, -1)).square())
     root = unit_root(trace)
@@ -97,9 +98,9 @@ def frobenius(h: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Relative:
-    """H_t / F_t = r_t H_[c]/|H_[c]| + sum_j R_tj k_j k_j^T / |k_j|^2: unit matrices with weights at most 1.
+    """H_t / F_t = r_t H_[c]/|H_[c]| + sum_j R_tj k_j k_j^T / |k_j|^2: unit matrices, weights at most 1.
 
-    Products with it neither overflow nor underflow, however small H_t or the keys are.
+    Products with it neither overflow nor underflow, however small H_t and the keys are.
 
     Attributes:
         k: k_j / |k_j| [M,Hk,C,K].
@@ -143,7 +144,7 @@ class System:
         h: chunk-start states H_[c] [M,H,K,K].
         zeta: decay from the chunk's start [M,H,C].
         weights: W_tj = M_jt beta_j^2 [M,H,C,C].
-        root: divisor of the keys (its square for H) in the next three attributes [M,Hk]; 1 for ordinary keys.
+        root: divisor of keys (squared: of H) in the next three, 1 for ordinary keys, [M,Hk].
         energies: s_j = k_j^T H_[c] k_j [M,H,C], over root^4.
         pair_energies: (W (K K^T)^2)_tj [M,H,C,C], over root^4.
         h_norm_squared: |H_[c]|^2 [M,H], over root^4.
@@ -166,7 +167,7 @@ class System:
         self.fro, self.empty = split_empty_in(squared, self.unit.sqrt().unsqueeze(-1))
 
     def _root(self) -> Tensor:
-        """root [M,Hk], for the bound F_t <= tr H_[c] + sum_j max(1, W_jj) |k_j|^2 over a key head's heads."""
+        """[M,Hk], from F_t <= tr H_[c] + sum_j max(1, W_jj) |k_j|^2 for all heads that share a key."""
         written = self.weights.diagonal(dim1=-2, dim2=-1).clamp_min(1.0)
         shared = self.k.shape[1]
         keys = written.unflatten(1, (shared, -1)) * self.k.square().sum(-1).unsqueeze(2)
@@ -180,12 +181,12 @@ class System:
 
     @property
     def energy_divisor(self) -> Tensor:
-        """The divisor that turns sums of energies into <H_[c], H_t>/F_t and k_j^T H_t k_j/F_t, [M,H,C]."""
+        """Divisor that turns sums of energies into <H_[c], H_t>/F_t and k_j^T H_t k_j/F_t, [M,H,C]."""
         return self.fro / self.unit.square().unsqueeze(-1)
 
     @classmethod
     def of_state(cls, h: Tensor) -> "System":
-        """The system of a formed H [B,H,K,K]: a chunk of one token, whose key H already contains."""
+        """The system of a state H [B,H,K,K]: a chunk of one token, whose key is already in H."""
         batch, heads, dim, _ = h.shape
         nothing = h.new_zeros(batch, heads, 1, 1)
         return cls(h.new_zeros(batch, 1, 1, dim), h, h.new_ones(batch, heads, 1), nothing)

@@ -1,6 +1,6 @@
 """The torch operators gka::forward and gka::backward: opaque to torch.compile, differentiable by autograd.
 
-One pair serves every mode and backend. A missing state is None as an input and an empty tensor as a
+One pair serves every mode and backend. An absent state is None as an argument and an empty tensor as a
 result, because operators return tensors only.
 """
 
@@ -59,7 +59,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(o, x, x's scales, final H, final U).
 
-    Empty: x without a solve, the scales if x is unscaled, H if it is not formed.
+    Empty: x without a solve, the scales if x is not scaled, H if it is not formed.
     """
     tokens, settings = unpack(
         q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu,
@@ -196,7 +196,7 @@ torch.library.register_vmap(backward_op, _vmap(backward_op))
 
 
 class GKABackward(torch.autograd.Function):
-    """gka::backward. A second derivative raises an error that says what to do."""
+    """gka::backward; its own derivative raises an error that says what to do."""
 
     generate_vmap_rule = True
 
@@ -224,7 +224,7 @@ class GKAFunction(torch.autograd.Function):
 
     generate_vmap_rule = True
 
-    # The arguments are spelt out: without gradients Dynamo infers from their number whether ctx is first.
+    # Arguments are spelt out: without gradients Dynamo counts them to see whether a context comes first.
     @staticmethod
     def forward(
         q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu,
@@ -253,7 +253,7 @@ class GKAFunction(torch.autograd.Function):
         if do is None:
             do = q.new_zeros(*q.shape[:3], v.shape[-1])
         dh = dh if ctx.has_h else None
-        # Compiled graphs never differentiate a backward pass, and Dynamo cannot trace nested Functions.
+        # Compiled graphs never differentiate a backward, and Dynamo cannot trace a Function inside another.
         derive = backward_op if torch.compiler.is_compiling() else GKABackward.apply
         grads = derive(*tensors, x, x_scale, do.contiguous(), dh, du, *ctx.numbers)
         given = tensors[: len(grads)]
@@ -263,9 +263,10 @@ class GKAFunction(torch.autograd.Function):
 
 
 class GKAEager(torch.autograd.Function):
-    """`GKAFunction` for eager calls (`is_eager`), without the dispatcher, which is slower than the launches.
+    """`GKAFunction` where autograd alone observes operators (`is_eager`).
 
-    It saves the same tensors, because activation checkpointing compares their number.
+    It skips the dispatcher, which takes the host longer than the launches. It saves the same tensors as
+    `GKAFunction`, because checkpointing counts them.
     """
 
     @staticmethod
@@ -284,8 +285,7 @@ class GKAEager(torch.autograd.Function):
         if do is None:
             do = tokens.q.new_zeros(*tokens.q.shape[:3], tokens.v.shape[-1])
         do, dh = do.contiguous(), dh if ctx.has_h else None
-        # create_graph=True: a second derivative then raises an error that says what to do
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # create_graph: differentiating the result raises our error
             found = GKABackward.apply(
                 *tensors,
                 x,

@@ -1,6 +1,6 @@
-"""Backends: what one is, which exist, which one runs a call, and why another cannot.
+"""Backends: what they are, which exist, and which of them runs a call.
 
-A call names a backend or leaves the choice to "auto". It never silently gets another one.
+A backend is chosen by name or by "auto". One that cannot run a call says why, and is never silently replaced.
 """
 
 import importlib.util
@@ -30,7 +30,7 @@ AnyMode = Literal["chunk", "recurrent", "step"]
 
 @dataclass(frozen=True)
 class Call:
-    """The properties of a call that decide whether a backend can run it.
+    """The facts of a call by which a backend decides whether it can run it.
 
     Attributes:
         dims: K and V.
@@ -48,7 +48,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Stepper:
-    """A backend's implementation of the ops that update states in place.
+    """A backend's implementation of the ops that update states in place; it has the backend's solvers.
 
     Attributes:
         step, advance: `maths.recurrent.step_` without x, and `advance_`.
@@ -62,21 +62,21 @@ class Stepper:
 
 @dataclass(frozen=True)
 class Backend:
-    """A set of compiled or plain implementations behind the custom operators.
+    """An implementation of the custom operators.
 
     Attributes:
-        name: the value of backend= that selects it.
+        name: the name that users pass.
         forward: implementation of each mode.
-        backward: the derivative, shared by the modes because they compute the same map. Arguments: the
+        backward: the derivative, the same for all modes, since they compute the same map. Takes the
             tokens, the forward pass's solutions x and their scales, the gradients of o and of the final
-            states, the settings.
-        refusal: returns why the backend cannot run a call; None if it can.
+            states, and the settings.
+        refusal: why the backend cannot run a call; None if it can.
         automatic: whether backend="auto" may choose it on a device.
-        scaled_dtype: dtype of the x that mode "chunk" stores for inputs of a dtype, each row divided by
-            its scale; None if x is stored unscaled in the working precision.
-        solvers: the solvers it supports.
-        stepper: implementation of the ops that update states in place; None if it has none.
-        steps: the result of `ops.solver_steps` for mode "chunk".
+        scaled_dtype: dtype in which mode "chunk" stores x for inputs of a dtype, rows divided by their
+            scales; None if x is stored in the working precision, without scales.
+        solvers: names of its solvers.
+        stepper: its ops on states in place; None if it has none.
+        steps: what `ops.solver_steps` returns for the backend's mode "chunk".
     """
 
     name: str
@@ -147,7 +147,7 @@ def _triton_step_refusal(call: Call) -> str | None:
         return reason
     from gka.kernels import configs
 
-    # Decoding has no chunks and no matrix products: any chunk size and operand type will do.
+    # decoding has no chunks and no matrix products: any chunk size and 16-bit dtype that pass will do
     return configs.why_not(call.device, torch.bfloat16, call.dims, 64) or _not_float64(call)
 
 
@@ -159,7 +159,7 @@ def _not_float64(call: Call) -> str | None:
 def _hopper_step_refusal(call: Call) -> str | None:
     from gka.kernels.hopper import build
 
-    # States are advanced by Triton's kernels.
+    # states are advanced by Triton's kernel
     return _missing() or build.why_not_step(call.device, call.dims) or _not_float64(call)
 
 
@@ -170,7 +170,7 @@ def _triton(settings: Settings) -> "Passes":
 
 
 def _hopper(settings: Settings) -> "Passes":
-    """Hopper's kernels always solve; calls without a solve run Triton's."""
+    """Hopper's passes, or Triton's for calls without a solve, which Hopper's kernels always contain."""
     return _hopper_decode(settings) if settings.num_iter > 0 else _triton(settings)
 
 
@@ -181,7 +181,7 @@ def _hopper_decode(settings: Settings) -> "Passes":
 
 
 def current(device: torch.device) -> AbstractContextManager:
-    """Context that makes the inputs' device the current one, to which launches go."""
+    """Makes the inputs' device the current one, to which launches go."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -192,7 +192,7 @@ def _on_gpu(
     refusal: Callable[[Call], str | None],
     step_refusal: Callable[[Call], str | None],
 ) -> Backend:
-    """A backend with GPU kernels. Modules that import triton are loaded on first use."""
+    """A GPU backend; the modules that import triton are loaded on first use."""
 
     def forward(tokens: Tokens, settings: Settings) -> Forward:
         from gka.kernels.forward import chunk_forward
@@ -235,9 +235,9 @@ def _on_gpu(
         forward={"chunk": forward, "recurrent": recurrent},
         backward=backward,
         refusal=refusal,
-        automatic=lambda device: device.type == "cuda",  # interpreted only if named
+        automatic=lambda device: device.type == "cuda",  # interpreted kernels only by name
         scaled_dtype=lambda dtype: torch.float32 if dtype == torch.float32 else torch.float16,
-        solvers=("chebyshev", "adaptive"),
+        solvers=("chebyshev", "adaptive"),  # the solvers in its kernels
         stepper=Stepper(step, advance, step_refusal),
         steps=steps,
     )
@@ -248,8 +248,7 @@ HOPPER = _on_gpu("hopper", _hopper, _hopper_decode, _hopper_refusal, _hopper_ste
 
 _ran = threading.local()
 
-# in the order of "auto"
-_BACKENDS: dict[str, Backend] = {b.name: b for b in (HOPPER, TRITON, TORCH)}
+_BACKENDS: dict[str, Backend] = {b.name: b for b in (HOPPER, TRITON, TORCH)}  # in "auto"'s order
 
 
 def register_backend(backend: Backend, *, first: bool = False) -> None:
@@ -261,7 +260,7 @@ def register_backend(backend: Backend, *, first: bool = False) -> None:
 
 
 def registered_backends() -> dict[str, Backend]:
-    """All backends by name. Each registration creates a new dictionary, so identity shows a change."""
+    """All backends by name; a new object after each registration."""
     return _BACKENDS
 
 
@@ -334,7 +333,7 @@ def _available(call: Call) -> list[str]:
 
 
 def resolve_backend(name: str, call: Call) -> str:
-    """The backend that `name` means for a call; a constant to torch.compile, which does not look inside.
+    """The name of the backend for a call, with "auto" resolved; a constant to torch.compile.
 
     Raises:
         ValueError: no backend has that name.
@@ -342,12 +341,12 @@ def resolve_backend(name: str, call: Call) -> str:
     """
     check_known(name)
     c = call
-    # Plain integers: torch.compile cannot treat symbolic ones as constants.
+    # as plain integers: symbolic ones would make the result no constant to torch.compile
     key_dim, value_dim = operator.index(c.dims[0]), operator.index(c.dims[1])
     return _resolve(name, c.device, c.dtype, c.solver, key_dim, value_dim, c.chunk_size, c.mode)
 
 
-# The arguments are spelt out: Dynamo does not treat a dataclass as a constant.
+# separate arguments: Dynamo does not take a dataclass for a constant
 @torch.compiler.assume_constant_result
 def _resolve(
     name: str,
@@ -374,11 +373,11 @@ def note_backend(name: str) -> None:
 
 
 def running_backend(name: str) -> Backend:
-    """The backend of that name, which `last_backend` then reports."""
+    """The backend of that name, recorded for `last_backend`."""
     _ran.name = name
     return _BACKENDS[name]
 
 
 def last_backend() -> str | None:
-    """Name of the backend that ran this thread's most recent forward or backward; None before any."""
+    """Name of the backend that ran this thread's latest forward or backward; None before any."""
     return getattr(_ran, "name", None)

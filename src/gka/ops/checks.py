@@ -1,4 +1,5 @@
-"""Validation at the public boundary, once: everything below relies on it. States are checked before writes."""
+"""Validation at the public boundary, once: all code below relies on it. States that are updated in place are
+checked before anything is written."""
 
 import itertools
 import math
@@ -13,9 +14,9 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 MAX_KEY_NORM = 4e9  # its fourth power is about float32's largest number
 FLOAT32_MAX = torch.finfo(torch.float32).max
-# A chunk has C x C decays per head; larger chunks exceed any machine's memory.
+# A chunk holds C x C decays per head, which exceed any memory for larger C.
 MAX_CHUNK_SIZE = 4096
-# More steps only take time: 10,000 solve to 1e-8 at ridge_ratio = 1e-6.
+# A call with more steps only seems to hang: 10,000 solve to 1e-8 at ridge_ratio = 1e-6.
 MAX_NUM_ITER = 10_000
 # For F_t from 1e-16 to 1e19, a F_t and its reciprocal stay in float32's range.
 RIDGE_RATIOS = (1e-9, 1e9)
@@ -25,12 +26,12 @@ def _shape(x: Tensor) -> str:
     return f"{list(x.shape)}"
 
 
-# Form a message only where it is raised. Otherwise torch.compile treats the lengths and numbers in it as
-# constants, and recompiles for every other length.
+# Checks are plain branches that format a message only to raise it: formatting would make torch.compile
+# treat the lengths and numbers in it as constants, and compile again for every other length.
 
 
 def check_tensor(name: str, x: object) -> None:
-    """Refuse an argument that is not a dense tensor."""
+    """The argument is a tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}.")
     if x.layout != torch.strided or x.is_nested or x.is_mkldnn:
@@ -38,13 +39,13 @@ def check_tensor(name: str, x: object) -> None:
 
 
 def check_tensors(**named: object) -> None:
-    """`check_tensor` of each argument under its name."""
+    """Each named argument is a tensor."""
     for name, x in named.items():
         check_tensor(name, x)
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, **gates: Tensor | None) -> None:
-    """q, k, v and gates fit each other."""
+    """q, k, v and gates fit together."""
     check_heads(q, k, v)
     check_gates(q, **gates)
 
@@ -76,7 +77,7 @@ def _kind(x: Tensor) -> str:
 
 
 def check_flags(**flags: object) -> None:
-    """Options are True or False."""
+    """Each named option is a bool."""
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise TypeError(f"{name} must be True or False; got {flag!r:.60}.")
@@ -158,7 +159,7 @@ def check_numbers(
 
 
 def check_scale(scale: float | None) -> None:
-    """The factor of the readout is None or a number in float32's range."""
+    """The readout's factor is None or a finite float32 number."""
     if scale is None:
         return
     if not isinstance(scale, int | float) or isinstance(scale, bool):
@@ -170,7 +171,7 @@ def check_scale(scale: float | None) -> None:
 
 
 def check_solver(solver: str) -> SolverName:
-    """Refuse a name that is no solver's; returns it with its type."""
+    """The solver's name, checked."""
     for known in get_args(SolverName):
         if solver == known:
             return known
@@ -178,7 +179,7 @@ def check_solver(solver: str) -> SolverName:
 
 
 def check_cu_seqlens(q: Tensor, cu_seqlens: Tensor | None) -> int:
-    """cu_seqlens [N+1] rises from 0 to T and comes with B = 1. Returns the number of sequences."""
+    """cu_seqlens [N+1] has the right shape and dtype, and B = 1. Returns the number of sequences."""
     if cu_seqlens is None:
         return q.shape[0]
     check_tensor("cu_seqlens", cu_seqlens)
@@ -216,7 +217,7 @@ def check_cu_seqlens_cpu(cu_seqlens: Tensor | None, copy: Tensor | None) -> None
 
 
 def check_same_bounds(cu_seqlens: Tensor | None, copy: Tensor | None) -> None:
-    """Debug check (GKA_DEBUG=1), because it reads from the device: the copy equals cu_seqlens."""
+    """The copy equals cu_seqlens. A debug check (GKA_DEBUG=1), since it reads the device."""
     if cu_seqlens is not None and copy is not None and cu_seqlens.tolist() != copy.tolist():
         raise ValueError(
             f"cu_seqlens_cpu must equal cu_seqlens {cu_seqlens.tolist()}; got {copy.tolist()}."
@@ -224,7 +225,7 @@ def check_same_bounds(cu_seqlens: Tensor | None, copy: Tensor | None) -> None:
 
 
 def check_bounds(cu_seqlens: Tensor, length: int) -> None:
-    """Check the values of cu_seqlens, at a place where they are read anyway."""
+    """The values of cu_seqlens rise from 0 to T. Runs where they are read anyway."""
     if cu_seqlens.device.type == "meta":
         raise ValueError("cu_seqlens has no values on the meta device: pass cu_seqlens_cpu too.")
     bounds = cu_seqlens.tolist()
@@ -349,7 +350,7 @@ def _check_states(
         raise ValueError(f"{name}: each state must be contiguous; got strides {state.stride()}.")
     if shape[0] > 1 and state.stride(0) < state[0].numel():
         raise ValueError(f"{name}: states must not overlap; got strides {state.stride()}.")
-    # Kernels read only such matrices 16 bytes at a time.
+    # only such matrices are read 16 bytes at a time
     wide = shape[-2] * shape[-1] * state.element_size() % 16 == 0
     if wide and state.device.type == "cuda" and not torch.compiler.is_compiling():
         step = state.stride(0) * state.element_size() if shape[0] > 1 else 0
@@ -371,7 +372,7 @@ def check_integers(name: str, x: Tensor, q: Tensor) -> None:
 
 
 def check_places(indices: Tensor, places: int) -> None:
-    """Check the values, which reads them: each lies in the pool, none occurs twice."""
+    """Each place is in the pool, and none occurs twice. Reads the values."""
     if torch.compiler.is_compiling():
         return
     found = indices.tolist()

@@ -44,14 +44,14 @@ def chunk_gka(
     lambda_t = ridge_ratio |H_t|_F; x_t = 0 while the history is empty.
 
     Differentiable in q, k, v, g, gk, alpha, beta and both initial states, from o and both final
-    states. The gradient is that of the exact solve at the computed solutions (docs/maths.md, section
-    8), within twice the truncation of exact; it is not the derivative of the truncated iteration.
+    states. The gradient is that of the exact solve, evaluated at the computed solutions (docs/maths.md,
+    section 8), with at most twice their truncation error. It is not the truncated iteration's derivative.
 
     Args:
         q: queries [B,T,H,K], float64, float32, bfloat16 or float16; K in 1..256.
-        k: keys [B,T,Hk,K]; H a multiple of Hk: consecutive query heads share a key head. backend="torch"
-            takes any norm. The others square |H_t| unscaled: float32 and bfloat16 keys of norm above 4e9
-            give NaN there, and GKA_DEBUG=1 refuses them.
+        k: keys [B,T,Hk,K]; H a multiple of Hk: consecutive query heads share a key head. Any norm with
+            backend="torch". The other backends square |H_t| unscaled: float32 and bfloat16 keys of norm
+            above 4e9 give NaN there (GKA_DEBUG=1 refuses them).
         v: values [B,T,Hv,V]; H a multiple of Hv; V in 1..256.
         g: log decay of U [B,T,H], <= 0. None: no decay.
         gk: log decay of H [B,T,H]. Pass g itself to tie the two, as the paper's layer does.
@@ -59,8 +59,8 @@ def chunk_gka(
         alpha: mix gate [B,T,H]. None: 1, the ridge solution itself.
         scale: factor of the readout. None: K^-1/2.
         ridge_ratio: a in lambda_t = a |H_t|_F, 1e-9..1e9.
-        num_iter: Chebyshev steps r, 0..10000. Another solver keeps the error bound of that many steps.
-            0 leaves the ridge out: gated linear attention.
+        num_iter: Chebyshev steps r, 0..10000; with another solver, those whose error bound it keeps.
+            0: no ridge, that is gated linear attention.
         initial_state: (h_kk [N,H,K,K], h_kv [N,H,K,V]) before the first token, float32 (float64 for
             float64 inputs); h_kk symmetric. N is B, or the number of packed sequences.
         output_final_state: return the states after the last token too.
@@ -68,8 +68,8 @@ def chunk_gka(
         beta: write gate [B,T,H]: scales k and v of each head without copying them.
         backend: "auto", "hopper" (H100, H200), "triton" (NVIDIA GPUs), "torch" (any device) or
             "reference" (token by token, slow); `gka.ops.available_backends` lists what can run.
-        chunk_size: tokens per chunk, 1..4096. It changes speed and memory, not the result; with
-            solver="adaptive" the result changes within the error bound of num_iter steps.
+        chunk_size: tokens per chunk, 1..4096. It affects speed and memory, not the result (with
+            solver="adaptive" the result only within the error bound of num_iter steps).
         solver: "chebyshev" takes num_iter steps; "adaptive" takes, per chunk and head, the fewest
             whose proven error bound is that of num_iter steps; "cg" takes conjugate-gradient steps
             until each token's residual proves that bound (backend "torch" alone). docs/numerics.md
@@ -113,9 +113,9 @@ def fused_recurrent_gka(
 ) -> tuple[Tensor, State | None]:
     """Gated KalmaNet token by token, for decoding: the same map as `chunk_gka`.
 
-    Arguments, results and errors are those of `chunk_gka`. So is the gradient, computed chunk by chunk.
-    The cost per token is constant: no chunk is padded. With solver="adaptive" each token is a chunk of its
-    own, so its number of steps may differ from that of `chunk_gka`.
+    Arguments, results and errors are those of `chunk_gka`, and so is the gradient, which is computed
+    chunk by chunk. Each token costs the same, with no chunk to fill. With solver="adaptive" each token
+    is a chunk of its own, so its number of steps may differ from that of `chunk_gka`.
     """
     return run_call(
         "recurrent", q, k, v, g, gk, alpha, beta, scale=scale, ridge_ratio=ridge_ratio,
@@ -167,7 +167,7 @@ def run_call(
         keep(kind, *found)
     backend, settings = found
     q, k, v = autocast(q, k, v)
-    if cu_seqlens_cpu is cu_seqlens:  # torch.compile refuses the same tensor as two arguments
+    if cu_seqlens_cpu is cu_seqlens:  # torch.compile refuses one tensor as two arguments
         cu_seqlens_cpu = None
     h0, u0 = _states(initial_state)
     gk = None if settings.tied else gk
@@ -189,7 +189,7 @@ def check_call(
     cu_seqlens_cpu: Tensor | None, scale: float | None, ridge_ratio: float, num_iter: int,
     chunk_size: int, output_final_state: bool, solver: str, with_h: bool, backend: str,
 ) -> tuple[str, Settings]:  # fmt: skip
-    """Validate a call. Returns its backend and settings."""
+    """Check all arguments, and choose the backend."""
     checks.check_tensors(q=q, k=k, v=v)
     q, k, v = autocast(q, k, v)
     gates = {"g": g, "gk": gk, "alpha": alpha, "beta": beta}
@@ -226,7 +226,7 @@ def _reference(t: Tokens, s: Settings, g: Tensor | None) -> tuple[Tensor, State]
 
 
 def _states(initial_state: State | Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """h0 and u0 of a state that `_check_initial_state` has accepted."""
+    """h0 and u0 of an initial state that `_check_initial_state` accepts."""
     if isinstance(initial_state, Tensor) or initial_state is None:
         return None, initial_state
     h0, u0 = initial_state
@@ -267,7 +267,7 @@ def chunk_simple_gla(
     chunk_size: int = 64,
     cu_seqlens_cpu: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gated linear attention with one scalar decay per head: `chunk_gka` without its ridge.
+    """Gated linear attention with a scalar decay per head: `chunk_gka` without its ridge.
 
     o_t = scale U_t^T q_t,  U_t = exp(g_t) U_{t-1} + k_t v_t^T.
 
@@ -306,7 +306,7 @@ def _library(
     state: Tensor | None,
     chunk_size: int,
 ) -> str | None:
-    """The library that runs gated linear attention; None if this one does."""
+    """The library that runs the call; None if `chunk_gka` does, which then checks it."""
     if backend in EXTERNAL and (beta is not None or chunk_size != 64):
         raise InputError(
             f"backend={backend!r} has chunks of 64 tokens and no write gate; got chunk_size={chunk_size}"

@@ -1,4 +1,4 @@
-"""Combine the states of texts that were read separately."""
+"""Combine the states of separately read texts into one."""
 
 from collections.abc import Sequence
 
@@ -12,15 +12,16 @@ State = tuple[Tensor, Tensor]
 
 
 def combine_states(a: State, b: State, g: Tensor | None, gk: Tensor | None = None) -> State:
-    """The state after text A and then text B, from those of A and of B, each read from an empty state.
+    """The state after text A and then text B, from the states of A and B, each read from an empty state.
 
-    H = exp(gk) H_A + H_B,  U = exp(g) U_A + U_B. Exact if B's keys, values and gates do not depend on A.
-    In a model with more than one layer they depend on it slightly (docs/howto/serve.md). Differentiable.
+    H = exp(gk) H_A + H_B,  U = exp(g) U_A + U_B. Exact if B's keys, values and gates are the same after A
+    as alone; in a model with more than one layer they differ slightly (docs/howto/serve.md).
+    Differentiable.
 
     Args:
         a, b: (h_kk [N,H,K,K], h_kv [N,H,K,V]), as `chunk_gka` returns them.
         g: total log decay of U over B, `chunk_gka`'s g summed over B's tokens [N,H]. None: no decay.
-        gk: total log decay of H over B. Pass g itself if the two are tied. None: H does not decay.
+        gk: the same for H. Pass g itself if one decay serves both. None: H does not decay.
 
     Returns:
         (h_kk, h_kv).
@@ -46,7 +47,7 @@ def combine_states(a: State, b: State, g: Tensor | None, gk: Tensor | None = Non
 
 
 def sum_states(states: Sequence[State]) -> State:
-    """The plain sum of states: the texts have no order, and none fades another.
+    """The sum of states, in which no text fades another.
 
     Raises:
         ValueError, TypeError: none given, or shapes, dtypes or devices that do not fit.
@@ -57,10 +58,10 @@ def sum_states(states: Sequence[State]) -> State:
 
 
 def mean_states(states: Sequence[State]) -> State:
-    """The mean of states: `sum_states` over their number.
+    """The mean of states: `sum_states` divided by their number.
 
-    The ridge readout U^T (H + a |H| I)^-1 q is the same for both, because H and U scale together. The two
-    differ in the alpha-connection's part of U^T q, and in the weight of tokens that are read afterwards.
+    The ridge's readout U^T (H + a |H| I)^-1 q is the same for sum and mean, as H and U scale together. They
+    differ in the alpha-connection's share of U^T q, and in the weight of tokens read afterwards.
 
     Raises:
         ValueError, TypeError: none given, or shapes, dtypes or devices that do not fit.

@@ -1,4 +1,4 @@
-"""The short convolutions of queries, keys and values with SiLU and unit norms, as one operator.
+"""The short convolutions of queries, keys and values as one operator, with SiLU and unit norms.
 
 Also a layer's cached step up to its memory, which updates the convolutions' states in place.
 """
@@ -78,7 +78,7 @@ def short_convolutions_backward(
     with_inputs: bool,
     with_weights: bool,
 ) -> list[Tensor]:
-    """Gradients of q, k, v, wq, wk, wv; empty if the input is None or its gradient not wanted."""
+    """Gradients of q, k, v, wq, wk, wv; empty if the input is absent or needs none."""
     from gka.kernels.surround import launch as surround
 
     parts = _parts(q, k, v, (wq, wk, wv), (sq, sk, sv), past, lengths, head_dim)
@@ -195,7 +195,7 @@ def convolve_heads(
         head_dim: K.
         states: the previous W inputs [B,C,W], the newest last; None for zeros. They get no gradient.
         cu_seqlens: bounds [N+1] of sequences packed into B = 1, which do not see each other.
-        lengths: [B]; keys of a row are zero from this token on.
+        lengths: tokens of each row [B]; later keys are zero.
 
     Returns:
         q, k, v [B,T,C] in the inputs' dtypes; v is None if its input is.
@@ -239,7 +239,7 @@ def layer_step(
     head_dim: int,
     eps: float,
 ) -> list[Tensor]:
-    """Unit q, unit k, v, beta, alpha and g, without those whose input is None."""
+    """Unit q, unit k, v, beta, alpha and g, those whose inputs are present."""
     from gka.kernels.surround import launch as surround
 
     parts = surround.Parts((q, k, v), (wq, wk, wv), (sq, sk, sv), None, lengths, head_dim)
@@ -276,9 +276,8 @@ def step_heads_and_gates(
     Args:
         inputs, weights: as in `convolve_heads`.
         states: contiguous [B,C,W], updated in place.
-        gates: pre-activations of beta, alpha and g.
-        decay: A_log and dt_bias.
-        lengths: number of each row's tokens that are not padding [B]; None for all.
+        gates: pre-activations of beta, alpha and g. decay: A_log and dt_bias.
+        lengths: tokens of each row [B]; None: T.
 
     Returns:
         (q, k, v) and (beta, alpha, g), each None if its input is. Not differentiable.

@@ -1,4 +1,4 @@
-"""Decoding with states that are updated in place: fused_recurrent_gka_ and advance_states_."""
+"""Decoding with states updated in place: fused_recurrent_gka_ and advance_states_."""
 
 import os
 
@@ -35,17 +35,17 @@ def fused_recurrent_gka_(
 ) -> Tensor:
     """`fused_recurrent_gka` of up to 64 tokens a sequence, with the states updated in place in one launch.
 
-    Not differentiable. Kernels do not wait for the device and may be captured in a CUDA graph. Plain torch,
-    the only backend with solver="cg", may wait. For speculative decoding, run the drafted tokens with
+    Not differentiable. The GPU backends do not wait for the device and may be captured in a CUDA graph;
+    "torch", which alone has solver="cg", may wait. For speculative decoding, run the drafted tokens with
     commit=False and commit the accepted ones by `advance_states_`.
 
     Args:
         q, k, v, g, gk, alpha, scale, ridge_ratio, num_iter, beta, solver: as in `fused_recurrent_gka`.
         state: (h_kk [P,H,K,K], h_kv [P,H,K,V]) of P sequences, float32 (float64 for float64 inputs), each
-            state contiguous. h_kv may be bfloat16 unless q is float64: arithmetic is float32, and h_kv is
-            rounded once per call, when it is stored. h_kk may be None with num_iter = 0.
-        state_indices: place of each sequence among the P, int32 or int64 [B]; each place at most once. A
-            sequence with index -1 has no place: its output is zero. None: P = B, sequence b has place b.
+            state contiguous. h_kv may be bfloat16 where q is not float64: arithmetic is float32, and it
+            is rounded where it is stored, once a call. h_kk may be None with num_iter = 0.
+        state_indices: place of each sequence among the P, int32 or int64 [B]; each place at most once. Index
+            -1 means no place: the output is zero. None: P = B, sequence b has place b.
         commit: whether the states are updated. False leaves them untouched.
         backend: "auto", "hopper" (K and V 64 or 128 on H100, H200), "triton" (NVIDIA GPUs) or "torch";
             `available_backends(..., mode="step")` lists what can run.
@@ -54,10 +54,10 @@ def fused_recurrent_gka_(
         o [B,T,H,V] in q's dtype.
 
     Raises:
-        ValueError, TypeError: a shape, range or dtype is wrong; the states are unchanged. An index outside
-            -1..P-1 or given twice raises on the CPU, and on a GPU with GKA_DEBUG=1, because reading it
-            means waiting. Without that, a GPU treats an index outside as -1, and the state of a place
-            given twice is undefined.
+        ValueError, TypeError: a shape, range or dtype is wrong; the states are unchanged. Indices outside
+            -1..P-1 or given twice raise on the CPU, and on a GPU with GKA_DEBUG=1, since reading them waits
+            for the device. Without it a GPU treats indices outside as -1, and the states of a place given
+            twice are undefined.
         RuntimeError: the backend asked for cannot run these inputs, or a gradient is wanted.
     """
     checks.check_tensors(q=q, k=k, v=v)
@@ -97,8 +97,8 @@ def advance_states_(
 
     Args:
         k, v, g, gk, beta, state, state_indices: as in `fused_recurrent_gka_`.
-        counts: accepted tokens of each sequence, int32 or int64 [B] on k's device, so that the host need not
-            wait. Values are clamped to 0..T.
+        counts: accepted tokens of each sequence, int32 or int64 [B] on k's device; clamped to 0..T. On a
+            GPU the host does not read it.
         backend: as in `fused_recurrent_gka_`.
 
     Raises:
@@ -120,7 +120,7 @@ def advance_states_(
 
 
 def _check_call(q: Tensor, indices: Tensor | None, places: int, **inputs: Tensor | None) -> None:
-    """Check the length, gradients, and the values if reading them does not wait for a device."""
+    """Check length and gradients, and values where they can be read without waiting."""
     if q.shape[1] > MAX_TOKENS:
         raise ValueError(
             f"a call takes at most {MAX_TOKENS} tokens a sequence; got T = {q.shape[1]}. "
@@ -152,7 +152,7 @@ def _stepper(backend: str) -> Stepper:
 
 
 def _changed(*states: Tensor | None) -> None:
-    """Increase autograd's version counters, so that a graph that saved a state notices the change."""
+    """Bump autograd's version counters, so that a graph that saved a state raises an error."""
     for state in states:
         if state is not None and not state.is_inference():
             torch.autograd.graph.increment_version(state)
@@ -202,7 +202,7 @@ def advance_(
     tied: bool,
     backend: str,
 ) -> None:
-    """Update h and u with the first counts[b] tokens of each sequence."""
+    """Update h and u by the first counts[b] tokens."""
     q = k.new_empty(1, 1, 1, 1).expand(*k.shape[:2], h.shape[1], k.shape[3])
     tokens = Tokens(q, k, v, g, gk, None, beta, None, None, None)
     settings = Settings(1.0, 1.0, 0, 64, tied, True)

@@ -1,9 +1,9 @@
-"""The (gated) delta rule as functions: plain torch, or an installed library's kernels (`gka.ops.external`).
+"""The (gated) delta rule as a function, run in torch or by a library's kernels (`gka.ops.external`).
 
-Autograd differentiates eager calls. Their loops have one round per chunk or token, and they read packed
-bounds, so no graph of them serves every length. torch.compile and torch.export therefore see one operator,
-gka::delta_rule. Its derivative runs the call again and differentiates that, so that only the inputs are
-kept. Inside a compiled transform of torch.func the loops are traced.
+In torch, autograd differentiates eager calls as they run. Their loops take as many rounds as there are chunks
+(or tokens), and packed bounds are read, so no graph of them serves every length. torch.compile and
+torch.export see the operator gka::delta_rule instead. Its derivative runs the call again and differentiates
+that, so only the inputs are kept. Inside a compiled torch.func transform the loops themselves are traced.
 """
 
 import itertools
@@ -26,11 +26,11 @@ _CU_SEQLENS, _NUM_TENSORS = 6, 8  # q .. state, cu_seqlens, cu_seqlens_cpu come 
 
 
 BACKENDS = ("auto", "torch")
-"""Values of backend= that `chunk_gated_delta_rule` takes besides the libraries of `gka.ops.external`."""
+"""Backends of `chunk_gated_delta_rule` besides the libraries of `gka.ops.external`."""
 
 
 def run(*call: Any, stepwise: bool) -> tuple[Tensor, Tensor]:
-    """`_run` of a call; in a compiled graph, its operator."""
+    """`_run` of a call, or in a compiled graph its operator."""
     compiling = torch.compiler.is_compiling()
     if not compiling:
         note_backend("torch")
@@ -55,8 +55,8 @@ def _run(
 
     Args:
         q: [B,T,H,K]. k: [B,T,Hk,K]. v: [B,T,Hv,V]. g, beta: [B,T,H].
-        state: S_0 [N,H,K,V] in the dtype to compute in.
-        stepwise: run token by token. Then g and beta may be None, and k and v must have all H heads.
+        state: S_0 [N,H,K,V] in the dtype of the computation.
+        stepwise: token by token. g and beta may then be None, and k and v must have all H heads.
 
     Raises:
         ValueError: cu_seqlens does not rise from 0 to T (compiled: when the graph runs).
@@ -102,7 +102,7 @@ def delta_rule(
     scale: float,
     stepwise: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`run` without a derivative. Results are contiguous, and none is an input."""
+    """`run` without a derivative; the results are contiguous and never alias an input."""
     note_backend("torch")
     with torch.no_grad():
         o, final = _run(q, k, v, g, beta, state, cu_seqlens, cu_seqlens_cpu, scale, stepwise)
@@ -199,10 +199,10 @@ def chunk_gated_delta_rule(
         output_final_state: whether to return the states after each sequence's last token.
         cu_seqlens: bounds [N+1] of sequences packed into B = 1; None for N = B sequences of T.
         backend: "auto", "torch" (any device), or an installed library's kernels, "flash_qla" or "fla"
-            (NVIDIA GPUs, 16-bit inputs and products, no second derivative). "auto" takes the first library
-            that can run the call, else torch. `gka.ops.available_external` lists the libraries and
-            `gka.ops.why_not_external` says why one cannot run.
-        cu_seqlens_cpu: a copy of cu_seqlens on the CPU, with which the call need not wait for the device.
+            (NVIDIA GPUs, 16-bit inputs; they multiply in 16 bits and have no second derivative). "auto" takes
+            the first library that can run the call, else torch. `gka.ops.available_external` lists the
+            libraries that can run a call, `gka.ops.why_not_external` says why one cannot.
+        cu_seqlens_cpu: a copy of cu_seqlens on the CPU; with it the call does not wait for the device.
 
     Returns:
         o [B,T,H,V] in the dtype of q, and the final states [N,H,K,V] or None.
@@ -265,7 +265,7 @@ def _prepare(
     cu_seqlens: Tensor | None,
     cu_seqlens_cpu: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Check the call. Returns queries with all H heads and the initial states in the working precision."""
+    """Check the call; returns queries with all H heads and the initial states in the computation's dtype."""
     checks.check_tensors(q=q, k=k, v=v)
     if all(x.dim() == 4 for x in (q, k, v)) and q.shape[2] > 0:
         most = max(x.shape[2] for x in (q, k, v))

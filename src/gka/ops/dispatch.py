@@ -1,4 +1,4 @@
-"""Operators as torch wants them, the contexts around them, and calls whose checks are remembered."""
+"""Operators: their registration, autocast and profiling around them, and calls that need no second check."""
 
 import inspect
 import os
@@ -19,8 +19,8 @@ _LIBRARY = torch.library.Library("gka", "DEF")
 def operator(function: Callable, mutates: tuple[str, ...] = ()) -> torch._ops.OpOverload:
     """Register gka::<function's name>, which writes to the arguments `mutates`.
 
-    torch.library.custom_op would add a derivative and checks around each call, which take the host as
-    long as launches. Here an autograd.Function has the derivative.
+    It does without the layers that torch.library.custom_op puts around each call (a derivative, which an
+    autograd.Function supplies here, and checks): they cost the host as much as launches.
     """
     schema = torch.library.infer_schema(function, mutates_args=mutates)
     _LIBRARY.define(function.__name__ + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -29,16 +29,16 @@ def operator(function: Callable, mutates: tuple[str, ...] = ()) -> torch._ops.Op
 
 
 def under_transform() -> bool:
-    """Whether a transform of torch.func is active (vmap, grad, ...); a constant to torch.compile."""
+    """Whether a torch.func transform (vmap, grad, ...) is active; a constant to torch.compile."""
     return torch._C._are_functorch_transforms_active()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def check_derivable(name: str) -> None:
-    """Refuse a call where torch.compile would lose the derivative of an autograd.Function.
+    """Raise where torch.compile would lose the derivative of an autograd.Function.
 
-    When Dynamo compiles a transform of torch.func, it traces only the Function's forward. The operator in it
-    has no derivative, so the gradient would be zero. Dynamo does not show which tensors need a gradient.
-    Without fullgraph=True the call runs uncompiled instead.
+    Inside a compiled torch.func transform Dynamo traces only the function's forward, whose operators have no
+    derivative: the gradient would be zero. Whether any tensor needs one cannot be seen there. Without
+    fullgraph=True the call runs uncompiled instead.
 
     Raises:
         RuntimeError: a transform is compiled and gradients are on.
@@ -51,13 +51,13 @@ def check_derivable(name: str) -> None:
 
 
 def keep_signature(*functions: type[torch.autograd.Function]) -> None:
-    """Store forward's signature, which apply() otherwise computes at every call, as slow as a launch."""
+    """Store forward's signature, which apply() otherwise inspects at every call, as slowly as launches."""
     for function in functions:
         function.forward.__signature__ = inspect.signature(function.forward)
 
 
 def no_autocast(device: str) -> AbstractContextManager:
-    """Context in which operators compute in the dtypes of their inputs."""
+    """A context in which operators compute in the dtypes of their inputs."""
     return torch.amp.autocast(device, enabled=False) if autocasts(device) else nullcontext()
 
 
@@ -68,22 +68,23 @@ def _annotated(name: str, device: str) -> Iterator[None]:
 
 
 def inside(name: str, device: str) -> AbstractContextManager:
-    """Context without autocast and with a name in profiles; neither, if both are off, to save time."""
+    """Disable autocast and name the call in profiles, each only if one is active, since both take time."""
     if autocasts(device) or torch.autograd._profiler_enabled():
         return _annotated(name, device)
     return nullcontext()
 
 
 def autocasts(device: str) -> bool:
-    """Whether torch.autocast is on. meta has no autocast, and asking for it raises.
+    """Whether torch.autocast is on for the device.
 
-    torch.amp.is_autocast_available would tell, but Dynamo of torch 2.11 cannot trace it.
+    The meta device has no autocast and cannot be asked. torch.amp.is_autocast_available would tell, but
+    torch 2.11's Dynamo cannot trace it.
     """
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under torch.autocast, the heads in its dtype, as for a matrix product; float64 stays."""
+    """The heads, cast to torch.autocast's dtype if it is on, as for a matrix product."""
     device = tensors[0].device.type
     if not autocasts(device):
         return tensors
@@ -92,7 +93,7 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def is_eager(q: Tensor) -> bool:
-    """Whether only autograd intercepts operators on q: no compiler, transform or dispatch mode."""
+    """Whether autograd alone observes operators on q: no compiler, transform or dispatch mode."""
     return (
         q.device.type == "cuda"
         and not torch.compiler.is_compiling()
@@ -103,11 +104,11 @@ def is_eager(q: Tensor) -> bool:
 
 
 PLAIN = (Tensor, torch.nn.Parameter)
-"""Tensor types that do not override operators."""
+"""Tensor types without behaviour of their own in operators."""
 
 
 class Known(NamedTuple):
-    """Results of the checks of a kind of call. backends: those among which the backend was chosen."""
+    """The backend and settings of a checked kind of call; `backends`: those it was chosen from."""
 
     backends: object
     backend: str
@@ -115,7 +116,7 @@ class Known(NamedTuple):
 
 
 KNOWN: dict[tuple, Known] = {}
-KINDS = 1024  # kinds that are remembered
+KINDS = 1024  # kinds of call kept at most
 
 
 def known(kind: tuple | None) -> tuple[str, Settings] | None:
@@ -136,9 +137,9 @@ def keep(kind: tuple | None, backend: str, settings: Settings) -> None:
 
 
 def kind_of(*arguments: object) -> tuple | None:
-    """A key of everything that checks and the choice of a backend depend on; None to check every call.
+    """The facts that checks and the choice of a backend depend on; None if every call is checked.
 
-    Only calls on a GPU have one: there the host takes longer to check a call than to launch it.
+    Checks of GPU calls are remembered, since the host takes longer to check a call than to launch it.
     """
     if torch.compiler.is_compiling():
         return None
@@ -152,7 +153,7 @@ def kind_of(*arguments: object) -> tuple | None:
                 return None
             kinds.append((x.shape, x.dtype, x.get_device(), x.layout))
         elif x is None or type(x) in (int, float, bool, str):
-            kinds += (type(x), x)  # the type too, because True == 1
+            kinds += (type(x), x)  # True == 1, so the type is part of the key
         else:
             return None
     return tuple(kinds)

@@ -1,14 +1,14 @@
-"""Kernels of installed libraries for the memories of the baselines: which exist, what each can run, how to
-call it.
+"""Kernels of installed libraries for the baselines' memories: which exist, what each can run, how to call it.
 
-A call names a library or leaves the choice to "auto". It never silently gets another one.
-The kernels read whole sequences; single tokens and short cached calls run in this library.
+A call names a library or leaves the choice to "auto". A library that cannot run a call says why, and is
+never silently replaced. The kernels take whole sequences; single tokens and short cached calls run in this
+library.
 
-| rule | memory | libraries on a GPU; "auto" takes the first that can run the call |
+| rule | memory | "auto" on a GPU takes the first that can run the call |
 |---|---|---|
 | gated_delta_rule | S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T | flash_qla, fla |
 | delta_rule | the same without decay | flash_qla (its decay set to 1), fla |
-| simple_gla | U_t = exp(g_t) U_{t-1} + k_t v_t^T, one decay a head | fla |
+| simple_gla | U_t = exp(g_t) U_{t-1} + k_t v_t^T, one decay per head | fla |
 
 Both libraries' functions share these conventions with ours: [B,T,H,D], g the natural logarithm of the
 decay, o_t = scale S_t^T q_t, float32 states [N,H,K,V], packed sequences as B = 1 with int64 `cu_seqlens`.
@@ -31,17 +31,17 @@ from gka.ops.dispatch import under_transform
 
 Rule = Literal["gated_delta_rule", "delta_rule", "simple_gla"]
 HALVES = (torch.bfloat16, torch.float16)
-FLASH_QLA_CHIPS = ((9, 0), (10, 0), (10, 3))  # 12.0 and 12.1 have only the forward pass
+FLASH_QLA_CHIPS = ((9, 0), (10, 0), (10, 3))  # on 12.0 and 12.1 it has only the forward pass
 Version = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Ask:
-    """The properties of a call that decide whether a kernel can run it.
+    """The facts of a call that decide whether a kernel can run it.
 
     Attributes:
         dims: K and V.
-        training: whether the call may need a gradient.
+        training: whether a gradient may be needed.
     """
 
     rule: Rule
@@ -52,19 +52,19 @@ class Ask:
 
     @property
     def chip(self) -> tuple[int, int] | None:
-        """The compute capability of an NVIDIA GPU; None for other devices."""
+        """The GPU's compute capability; None if the device is not an NVIDIA GPU."""
         return capability(self.device)
 
 
 @dataclass(frozen=True)
 class Given:
-    """One call, checked.
+    """A checked call.
 
     Attributes:
-        q, k: [B,T,H,K]. v: [B,T,H,V]. Shared heads are repeated.
-        g: log decay [B,T,H], float32; None for no decay. beta: write strength [B,T,H], float32.
+        q, k: [B,T,H,K]. v: [B,T,H,V]. Heads are not shared.
+        g: log decay [B,T,H], float32; None without one. beta: write strength [B,T,H], float32.
         state: [N,H,K,V] float32 before the first token; None for zeros.
-        cu_seqlens: bounds [N+1], int64, of sequences that are not empty.
+        cu_seqlens: bounds [N+1], int64, of non-empty sequences.
         scale: factor of the readout, not 0.
         final: whether the states after the last tokens are wanted.
     """
@@ -85,11 +85,11 @@ class External:
     """The kernels of one library.
 
     Attributes:
-        name: the value of backend= that selects it.
-        module: its import name. distribution: its package name.
-        rules: the rules it has.
-        refusal: returns why it cannot run a call although it is installed; None if it can.
-        run: returns o [B,T,H,V] and the final states [N,H,K,V] or None, differentiable once.
+        name: the name that users pass.
+        module: the module to import. distribution: the package to install.
+        rules: the rules it implements.
+        refusal: why it cannot run a call although it is installed; None if it can.
+        run: o [B,T,H,V] and the final states [N,H,K,V] or None, differentiable once.
     """
 
     name: str
@@ -102,7 +102,7 @@ class External:
 
 @cache
 def installed(distribution: str) -> Version | None:
-    """The numbers of its version; None if it is not installed."""
+    """The distribution's version as numbers; None if it is not installed."""
     try:
         text = importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -118,16 +118,16 @@ def installed(distribution: str) -> Version | None:
 
 @cache
 def loaded(module: str) -> ModuleType | str:
-    """The module, or why it cannot be imported here. Some libraries inspect the GPU at import."""
+    """The module, or why it cannot be imported here: libraries inspect the GPU at import."""
     try:
         return importlib.import_module(module)
-    except Exception as error:  # whatever another library raises
+    except Exception as error:  # another library may raise anything
         text = " ".join(str(error).split())[:200]
         return f"it cannot be imported: {type(error).__name__}: {text}"
 
 
 def capability(device: torch.device) -> tuple[int, int] | None:
-    """Compute capability of an NVIDIA GPU; None for any other device."""
+    """An NVIDIA GPU's compute capability; None for other devices."""
     if device.type != "cuda" or torch.version.cuda is None:
         return None
     return torch.cuda.get_device_capability(device)
@@ -152,7 +152,7 @@ def _fla_refusal(ask: Ask) -> str | None:
 
 
 def _fla_wrong_gradient(ask: Ask) -> str | None:
-    """Why the installed versions give wrong gradients, or raise instead, on Hopper; None if they do not.
+    """Why the installed version's gradient is wrong on Hopper, or raises there; None if it is right.
 
     - Gated rules, Triton 3.4.0 to 3.7.0: blocks of 64 keys in FLA's `chunk_bwd_dqkwg` give a wrong gradient
       of keys and decay (fla-org/flash-linear-attention issue 640). Up to 0.4.1 a block has at most 64 keys,
@@ -275,7 +275,7 @@ def available_external(
 
 @cache
 def _why_not(name: str, ask: Ask) -> str | None:
-    """Check the cheapest reasons first, so that a library is imported only for calls on a GPU."""
+    """Why the library cannot run the call. Cheap reasons come first; it is imported only for a GPU."""
     library = EXTERNAL[name]
     if ask.rule not in library.rules:
         return f"it has no {ask.rule}, only {', '.join(library.rules)}."
@@ -296,7 +296,7 @@ def check_name(name: str, others: tuple[str, ...]) -> None:
     """Refuse a backend that is neither external nor one of `others`.
 
     Raises:
-        InputError (a ValueError): no backend has that name.
+        InputError (a ValueError): the name is neither.
     """
     known = (*EXTERNAL, *(x for x in others if x not in EXTERNAL))
     if name not in known:
@@ -306,9 +306,9 @@ def check_name(name: str, others: tuple[str, ...]) -> None:
 def resolve_external(
     name: str, rule: Rule, q: Tensor, v: Tensor, *rest: Tensor | None
 ) -> str | None:
-    """The library that `name` means for a call; None if it means none of them.
+    """The library for a call, with "auto" resolved; None if no library runs it.
 
-    A constant to torch.compile, which does not trace it.
+    A constant to torch.compile.
 
     Args:
         rest: the other tensors that may need a gradient.

@@ -1,8 +1,8 @@
 """A checked call of a baseline's memory, run by the kernels of an installed library (`gka.ops.external`).
 
-Calls are converted to what the libraries take: shared heads are repeated and empty sequences left out.
-A call without tokens never reaches them. torch.compile sees flash-qla's kernels as an operator. It breaks
-its graph at flash-linear-attention's functions, because their authors disable compilation there.
+Inputs that the libraries do not accept are converted: shared heads are repeated, empty sequences removed, and
+a call without tokens never reaches them. torch.compile sees flash-qla's kernels as an operator. It breaks its
+graph at flash-linear-attention's functions, which their authors exclude from compilation.
 """
 
 from dataclasses import replace
@@ -22,12 +22,12 @@ State = Tensor | None
 def run_external(
     name: str, rule: Rule, given: Given, cu_seqlens_cpu: Tensor | None
 ) -> tuple[Tensor, State]:
-    """o [B,T,H,V] in q's dtype, and the final states [N,H,K,V] in float32 if they are wanted.
+    """o [B,T,H,V] in q's dtype, and the final states [N,H,K,V] in float32 if `given.final`.
 
     Args:
-        name: a library that can run the call.
-        given: the call; heads of k and v may be shared, sequences empty, the scale 0, gates of any dtype.
-        cu_seqlens_cpu: the bounds' copy on the CPU, or None.
+        name: the library, which can run the call.
+        given: the call; k and v may share heads, sequences may be empty, scale may be 0, gates of any dtype.
+        cu_seqlens_cpu: the bounds' copy on the CPU, if there is one.
 
     Raises:
         ValueError: cu_seqlens does not rise from 0 to T.
@@ -39,7 +39,7 @@ def run_external(
 
 
 def _whole(x: Given) -> Given:
-    """The call with shared heads repeated, gates in float32, bounds in int64, scale 0 as zero queries."""
+    """The call with all heads of k and v, float32 gates and int64 bounds; scale 0 becomes zero queries."""
     heads = x.q.shape[2]
     k, v = (
         y if y.shape[2] == heads else y.repeat_interleave(heads // y.shape[2], 2)
@@ -52,7 +52,7 @@ def _whole(x: Given) -> Given:
 
 
 def _run(name: str, rule: Rule, x: Given, copy: Tensor | None) -> tuple[Tensor, State]:
-    """Run the call outside of compiled graphs, where lengths are known."""
+    """Run outside compiled graphs, where lengths can be read."""
     note_backend(name)
     places = None
     if x.cu_seqlens is not None:
@@ -65,7 +65,7 @@ def _run(name: str, rule: Rule, x: Given, copy: Tensor | None) -> tuple[Tensor, 
         o, state = EXTERNAL[name].run(rule, x if places is None else _filled(x, places))
     o, state = Once.apply(o, state)
     if state is not None and places is not None:
-        # The final state of an empty sequence is its initial one.
+        # an empty sequence keeps its state
         before = _zeros(x) if x.state is None else x.state
         state = before.index_copy(0, places, state)
     return o, state
@@ -95,7 +95,7 @@ def _zeros(x: Given) -> Tensor:
 
 
 def without_tokens(x: Given) -> tuple[Tensor, State]:
-    """The results of a call without tokens: an empty output and the initial states."""
+    """The result of a call without tokens: the states are unchanged."""
     o = x.q.new_zeros(*x.q.shape[:3], x.v.shape[3])
     if not x.final:
         return o, None
@@ -103,7 +103,7 @@ def without_tokens(x: Given) -> tuple[Tensor, State]:
 
 
 class Once(torch.autograd.Function):
-    """The identity; refuses a second derivative, which the libraries' functions would get partly wrong."""
+    """The identity; refuses a second derivative, of which the libraries would compute only a part."""
 
     @staticmethod
     def forward(ctx: Any, *outputs: State) -> tuple[State, ...]:
@@ -126,12 +126,12 @@ keep_signature(Once)
 # flash-qla's delta rule as the operators gka::flash_qla and gka::flash_qla_backward, for compiled graphs. The
 # forward operator also returns what the backward pass needs: the sums of log decays within chunks and the
 # inverses A of the chunks' triangular systems, [B,T,H,64]. Where the library splits a sequence to fill the
-# GPU, `is_train` makes both passes split alike; what it caches for that is computed again.
+# GPU, it splits it alike in both passes (`is_train`); what it caches for that is computed again.
 CHUNK = 64
 
 
 def compiled_flash_qla(x: Given, cu_seqlens_cpu: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The call as an operator. Bounds that do not rise from 0 to T raise when the graph runs."""
+    """The call as an operator; when the graph runs, it refuses bounds that do not rise from 0 to T."""
     g = torch.zeros_like(x.q[..., 0], dtype=torch.float32) if x.g is None else x.g
     beta = torch.ones_like(g) if x.beta is None else x.beta
     o, state, _, _ = forward_op(

@@ -1,4 +1,4 @@
-"""For inspection: the reference map with the ops' conventions, and the number of steps of a solve."""
+"""For inspection: the reference map with the ops' conventions, and the steps of a solve."""
 
 import itertools
 
@@ -29,7 +29,7 @@ def reference_gka(
     num_iter: int = 30,
     solver: ReferenceSolver = "chebyshev",
 ) -> tuple[Tensor, State]:
-    """`gka.maths.reference` on the inputs of `chunk_gka`, computed in float32 or better.
+    """`gka.maths.reference` on the checked inputs of `chunk_gka`, computed in float32 or better.
 
     Inputs are not checked.
     With `solver="exact"` and float64 inputs it is the oracle of all other forms.
@@ -90,9 +90,9 @@ def solver_steps(
         solver: "adaptive" or "cg".
         q: queries [B,T,H,K], for "cg" alone.
         num_heads: query heads H. None: as many as q has, or k without q.
-        value_dim: V, by which backends are chosen. None: K.
-        backend: as in `chunk_gka`. Backends differ in rounding and in the vector of their certificate, and
-            so may differ in steps. "reference" has no certificate.
+        value_dim: V, on which the choice of a backend depends. None: K.
+        backend: the backend whose steps are counted, as in `chunk_gka`. Backends differ in rounding and in
+            the vector of the certificate, and so may differ in steps. "reference" counts none.
 
     Returns:
         int64 [B,T,H]; the same for all tokens of a chunk.
@@ -127,7 +127,7 @@ def solver_steps(
 
 
 def _check_counted(solver: str, q: Tensor | None) -> SolverName:
-    """Check that the solver's steps differ by chunk, and that q is given if and only if they depend on it."""
+    """Check that the solver's steps differ by chunk, and that queries are given if they matter."""
     known = checks.check_solver(solver)
     if not SOLVERS[known].adaptive:
         raise ValueError(f"solver must be adaptive or cg: {known} takes num_iter steps everywhere.")

@@ -1,4 +1,4 @@
-"""Fused operators around the op in a layer: the gates, and RMSNorm gated by SiLU. Whether they can run.
+"""Fused operators around the op in a layer: the gates, RMSNorm gated by SiLU, and whether they can run.
 
 Each operator is differentiable once.
 """
@@ -27,15 +27,14 @@ def why_unfused(
     """Why the kernels cannot run inputs of this device and dtype; None if they can.
 
     Args:
-        dims: K and V.
-        width: W of the convolutions.
+        dims: K and V. width: inputs that a convolution sees.
     """
-    # Plain integers: torch.compile cannot treat symbolic ones as constants.
+    # as plain integers: symbolic ones would make the result no constant to torch.compile
     key_dim, value_dim = (index(dim) for dim in dims)
     return _why_unfused(torch.device(device), dtype, key_dim, value_dim, index(width))
 
 
-# Dynamo cannot trace a search for packages.
+# Dynamo cannot trace the search for packages
 @torch.compiler.assume_constant_result
 def _why_unfused(
     device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int, width: int
@@ -60,7 +59,7 @@ def _why_unfused(
 
 
 def check_shapes(*expected: tuple[str, Tensor | None, tuple[int, ...]]) -> None:
-    """Check each (name, tensor or None, expected shape); kernels rely on their arguments' shapes.
+    """Check (name, tensor or None, expected shape), since kernels rely on their arguments' shapes.
 
     Raises:
         ValueError: a tensor has another shape.
@@ -87,7 +86,7 @@ def gates(
     lengths: Tensor | None,
     eps: float,
 ) -> list[Tensor]:
-    """beta, alpha and g, without those whose pre-activation is None."""
+    """beta, alpha and g, those whose pre-activations are given."""
     from gka.kernels.surround import launch as surround
 
     given = surround.GateInputs(b, a2, a, A_log, dt_bias, lengths, eps)
@@ -113,7 +112,7 @@ def gates_backward(
     lengths: Tensor | None,
     grads: list[Tensor],
 ) -> list[Tensor]:
-    """Gradients of b, a2, a, A_log and dt_bias, without those that are None. grads: of gates' results."""
+    """Gradients of b, a2, a, A_log and dt_bias, those that are given; `grads`: of the results of `gates`."""
     from gka.kernels.surround import launch as surround
 
     given = surround.GateInputs(b, a2, a, A_log, dt_bias, lengths, 0.0)
@@ -179,7 +178,7 @@ def check_gates(
     inputs: tuple[Tensor | None, Tensor | None, Tensor | None],
     decay: tuple[Tensor | None, Tensor | None],
 ) -> None:
-    """Pre-activations of beta, alpha and g share one shape [B,T,H]; A_log and dt_bias are [H], with g's.
+    """Check that pre-activations share one shape [B,T,H], and that A_log and dt_bias [H] come with g's.
 
     Raises:
         ValueError: one does not fit; the message names it.
@@ -213,10 +212,10 @@ def layer_gates(
     """beta = sigmoid(b) + eps, alpha = sigmoid(alpha), g = -exp(A_log) softplus(a + dt_bias), fused.
 
     Args:
-        b, alpha, a: pre-activations [B,T,H]; None leaves the gate out.
-        A_log, dt_bias: [H], required with a.
+        b, alpha, a: pre-activations [B,T,H]; None for an absent gate.
+        A_log, dt_bias: [H]; given with a.
         eps: added to beta.
-        lengths: [B]; g of a row is zero from this token on.
+        lengths: tokens of each row [B]; later g are zero.
 
     Returns:
         beta, alpha, g [B,T,H] float32, each None if its pre-activation is.

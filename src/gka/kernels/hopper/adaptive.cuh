@@ -5,14 +5,14 @@
 #include "chebyshev.cuh"
 #include "ridge.cuh"
 
-// Relative errors of: the term of F_t^2 from the chunk's own keys, whose weights and squares are float16; float32
-// sums; the operator, whose weights are float16 in the solve.
+// Relative errors of the chunk's own share of F_t^2 (float16 weights and squares), of float32 sums, and of the
+// operator (the solve holds its weights in float16).
 constexpr float SLACK_OWN = 1.f / 2048.f, SLACK_SUM = 1.f / 65536.f, SLACK_OPERATOR = 1.f / 1024.f;
 
-DEVICE float arcosh_1p(float x) { return log1pf(x + sqrtf(x * (x + 2.f))); }  // acosh(1 + x), of small x too
+DEVICE float arcosh_1p(float x) { return log1pf(x + sqrtf(x * (x + 2.f))); }  // acosh(1 + x), accurate for small x too
 
-// v, the unit vector along the sum of the chunk's keys rounded to float16, as a left operand with all rows equal
-// to v. Zero if the sum is zero.
+// v, the unit vector along the sum of the chunk's keys, rounded to float16, as a left operand whose rows are all v.
+// Zero if the sum is zero.
 DEVICE void mean_key(u32 (&v)[K / 4], const float (&sum)[K / 2]) {
   float norm2 = 0.f;
 #pragma unroll
@@ -24,7 +24,7 @@ DEVICE void mean_key(u32 (&v)[K / 4], const float (&sum)[K / 2]) {
     v[2 * j] = v[2 * j + 1] = pack(sum[4 * j] * inverse, sum[4 * j + 1] * inverse);
 }
 
-// Trace of H16.
+// The trace of H16.
 DEVICE float trace_of_state(const Shared& s, const Place& at) {
   float sum = 0.f;
 #pragma unroll
@@ -35,7 +35,7 @@ DEVICE float trace_of_state(const Shared& s, const Place& at) {
   return warp_sum(sum);
 }
 
-// Replaces the plain iteration if a proven bound allows fewer steps. Writes w_t to it.vectors. w: W_tj.
+// Replaces the plain iteration if a proven bound takes fewer steps; leaves w_t in it.vectors. w: W_tj.
 DEVICE void tighten(Iteration& it, const Ridge& r, const float (&w)[C / 2], const float (&key_sum)[K / 2],
                     const float (&fro)[2], const bool (&empty)[2], Shared& s, const Arguments& a,
                     const Place& at, float h_scale, float k_max) {
@@ -48,7 +48,7 @@ DEVICE void tighten(Iteration& it, const Ridge& r, const float (&w)[C / 2], cons
   product<K, 1, true, K>(u, v, shared_address(s.h), false);
   mma_commit();
   float h_trace = trace_of_state(s, at) * h_scale;
-  // u_t = H_t v / F_t, both parts in units of the larger
+  // u_t = H_t v / F_t; its two parts are in units of the larger
   float past[2], own[2], unit_of[2], inverse[2];
 #pragma unroll
   for (int b = 0; b < 2; b++) {
@@ -126,7 +126,7 @@ DEVICE void tighten(Iteration& it, const Ridge& r, const float (&w)[C / 2], cons
     rayleigh[b] = quad_sum(r.zeta[b] * h_scale * past + k2 * own) * inverse[b];
     trace[b] = (r.zeta[b] * h_trace + k2 * quad_sum(trace[b])) * inverse[b];
   }
-  // |R_t|_2 / F_t by trace and Frobenius norm (Wolkowicz and Styan)
+  // bound of |R_t|_2 / F_t from trace and Frobenius norm (Wolkowicz and Styan)
   float worst = 0.f;
 #pragma unroll
   for (int b = 0; b < 2; b++) {

@@ -1,5 +1,5 @@
-// Adjoints of readout and mix, then the adjoint solve, for one chunk of one head (gka/maths/adjoint.py):
-// dz, d alpha, y_t = p_r(A_t) dx_t, dq, and the numbers per token for the gradients through H and U.
+// Readout's adjoint -> mix's adjoint -> solve of one chunk of one head (gka/maths/adjoint.py):
+// dz, d alpha, y_t = p_r(A_t) dx_t, dq, and the numbers per token that the gradients through H and U take.
 
 #include "system.cuh"
 
@@ -82,7 +82,7 @@ DEVICE void readout_adjoint(float (&dz)[K / 2], u32 (&d_o)[V / 4], const float (
   __syncwarp();
 }
 
-// Writes sum_t zeta_t w_t W_tj of every key j, and sum_t zeta_t^2 w_t.
+// Writes key_weight, sum_t zeta_t w_t W_tj for every key j, and start_weight, sum_t zeta_t^2 w_t.
 DEVICE void hand_back(const float (&w)[2], Shared& s, const Arguments& a, const System& system,
                       const Place& at) {
   float total = 0.f;
@@ -94,7 +94,7 @@ DEVICE void hand_back(const float (&w)[2], Shared& s, const Arguments& a, const 
   }
   total = block_reduce<false>(total, s.scratch);
   if (at.thread == 0) a.start_weight[at.state] = total;
-  // Column j of W, gathered from the words of the threads that own it: two threads per column, 32 rows each.
+  // column j of W, read from the fragments: two threads per column, 32 rows each
   int column = at.thread % C, first = at.thread / C * 32, word = 2 * (column / 8);
   int owner = first / 16 * 32 + column % 8 / 2;
   const u16* halves = (const u16*)s.weights + ((word / 4 * THREADS + owner) * 4 + word % 4) * 2 + column % 2;
@@ -115,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   Shared& s = *(Shared*)(raw + (-(int)shared_address(raw) & 1023));
   Place at(a);
   float k_max, alpha[2], y[K / 2];
-  float4* held = (float4*)s.u;  // dz of this thread
+  float4* held = (float4*)s.u;  // this thread's part of dz
   GateLoads gates;
   gates.load(a, at);
   load_alpha(alpha, a, at);

@@ -92,9 +92,9 @@ S = TypeVar("S", bound=ctypes.Structure)
 
 
 def fill(structure: S, values: dict[str, Tensor | ctypes.Structure | float | int | None]) -> S:
-    """Fill a structure's fields from tensors and numbers by name. Pointers not given, or None, are null.
+    """Fill the fields by name from tensors and numbers; pointers that are not named, or None, are null.
 
-    `structure.tensors` keeps the tensors by their pointers' offsets in bytes.
+    `structure.tensors` holds the tensors it points to, by the pointer's offset in bytes.
     """
     tensors: dict[int, Tensor] = getattr(structure, "tensors", {})
     for name, value in values.items():
@@ -110,7 +110,7 @@ def fill(structure: S, values: dict[str, Tensor | ctypes.Structure | float | int
 
 
 def copy(structure: S) -> S:
-    """A copy of the structure, which refers to the same tensors."""
+    """A copy of the structure, which points to the same tensors."""
     made = type(structure).from_buffer_copy(structure)
     made.tensors = structure.tensors  # pyright: ignore[reportAttributeAccessIssue]
     return made

@@ -1,6 +1,6 @@
-"""The kernels' sources, shared-memory sizes and machine code, compiled on first use.
+"""The kernels' sources, their shared memory, and their machine code, compiled on first use.
 
-A translation unit is the `#define`s of its sizes followed by a `.cu` file. NVRTC gets headers from memory.
+A translation unit is `#define`s of its sizes and a `.cu` file; NVRTC gets the headers from memory.
 """
 
 import functools
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from gka.kernels.configs import capability_of
+from gka.kernels.configs import NO_GPU, capability_of
 from gka.kernels.driver import Kernel
 from gka.kernels.hopper import nvrtc
 from gka.maths.moments import reset_floor
@@ -17,11 +17,11 @@ from gka.maths.solvers.adaptive import THETA_FLOOR, WORTHWHILE
 
 DIMS = (64, 128)
 CHUNK = 64
-BLOCKS = {64: 3, 128: 2}  # blocks per multiprocessor, limited by registers, by K
+BLOCKS = {64: 3, 128: 2}  # blocks per multiprocessor, limited by registers
 # The same for decode.cu, by K and V.
 DECODE_BLOCKS = {(64, 64): 8, (64, 128): 5, (128, 64): 3, (128, 128): 3}
-FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # FORMAT of decode.cu
-SOLVES = ("forward", "adjoint")  # kernels that depend on the solver
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # decode.cu's dtypes
+SOLVES = ("forward", "adjoint")  # the kernels that depend on the solver
 SCANS = tuple(
     f"{part}_{direction}"
     for part in ("sums", "combine", "scan")
@@ -33,6 +33,8 @@ FOLDER = Path(__file__).parent
 
 def why_not_here(device: torch.device) -> str | None:
     """Why no kernel of this backend can run on that device; None if they can."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return NO_GPU
     if device.type != "cuda" or torch.version.hip or capability_of(device) != (9, 0):
         return f"its kernels are for Hopper GPUs (H100, H200); got {device}."
     return None
@@ -64,7 +66,7 @@ def why_not_step(device: torch.device, dims: tuple[int, int]) -> str | None:
 
 @functools.cache
 def headers() -> dict[str, str]:
-    """The header files' texts by name."""
+    """The texts of the headers, by name."""
     return {path.name: path.read_text() for path in sorted(FOLDER.glob("*.cuh"))}
 
 
@@ -74,12 +76,12 @@ def file_of(kernel: str) -> str:
 
 
 def name_of(kernel: str) -> str:
-    """The name of a kernel's entry point."""
+    """The name of the kernel's entry point."""
     return f"gka_{kernel.split('_')[0]}"
 
 
 def shared_numbers() -> str:
-    """`#define`s of the constants shared with the torch code; `gka.maths` defines them."""
+    """`#define`s of the constants that the kernels share with `gka.maths`, where they are declared."""
     floats = {
         "RESET": reset_floor(torch.float32),
         "THETA_FLOOR": THETA_FLOOR,
@@ -91,7 +93,7 @@ def shared_numbers() -> str:
 
 
 def defines(kernel: str, key_dim: int, value_dim: int, bfloat16: bool, adaptive: bool) -> str:
-    """The `#define`s before the file of a chunk or scan kernel."""
+    """The `#define`s before a chunk or scan kernel's file."""
     return shared_numbers() + (
         f"#define BF16 {int(bfloat16)}\n#define ADAPTIVE {int(adaptive)}\n"
         f"#define BLOCKS {BLOCKS[max(key_dim, value_dim)]}\n"
@@ -109,7 +111,7 @@ def source(kernel: str, key_dim: int, value_dim: int, bfloat16: bool, adaptive: 
 def step_defines(
     dims: tuple[int, int], dtype: torch.dtype, u_dtype: torch.dtype, adaptive: bool
 ) -> str:
-    """The `#define`s before decode.cu, for q of `dtype` and U stored as `u_dtype`."""
+    """The `#define`s before decode.cu for q of `dtype` and U stored as `u_dtype`."""
     return shared_numbers() + (
         f"#define BF16 {int(dtype == torch.bfloat16)}\n#define FORMAT {FORMATS[dtype]}\n"
         f"#define U16 {int(u_dtype == torch.bfloat16)}\n#define ADAPTIVE {int(adaptive)}\n"
@@ -125,7 +127,7 @@ def step_source(
 
 
 def shared_bytes(kernel: str, key_dim: int, value_dim: int) -> int:
-    """Upper bound of a kernel's shared memory in bytes, with room for alignment."""
+    """Upper bound of the bytes of shared memory that `kernel` takes, alignment included."""
     widest = max(key_dim, value_dim)
     if kernel.startswith("combine"):
         return 0
@@ -157,7 +159,7 @@ _COMPILERS = ThreadPoolExecutor(max_workers=8, thread_name_prefix="gka-compile")
 
 
 def compile_cubin(source: str, name: str) -> bytes:
-    """Machine code of a translation unit of this folder.
+    """The machine code of one of this folder's translation units.
 
     Raises:
         CompilationError: NVRTC refused the source; the message has its log.
@@ -169,7 +171,7 @@ def compile_cubin(source: str, name: str) -> bytes:
 def _cubins(
     key_dim: int, value_dim: int, bfloat16: bool, adaptive: bool
 ) -> dict[str, Future[bytes]]:
-    """All kernels for such inputs, compiled in parallel when the first is needed."""
+    """All kernels for such inputs, compiled in parallel at the first request."""
     return {
         kernel: _COMPILERS.submit(
             compile_cubin,

@@ -3,7 +3,7 @@
 
 #include "fragments.cuh"
 
-// Parameters of the iteration on B = P^-1 A, scaled to a spectrum around one.
+// Parameters of the iteration on P^-1 A, scaled to a spectrum around one.
 struct Iteration {
   float step;    // 2/(L + mu) in units of 1/F_t
   float rho2;    // ((L - mu)/(L + mu))^2
@@ -13,8 +13,8 @@ struct Iteration {
   uint4* vectors;  // w_t of this thread's tokens, in shared memory
 };
 
-// -tau w^T r of this thread's two rows. Sums of four products are float16; their rounding is unbiased, and small
-// compared with that of r.
+// -tau w^T r for this thread's two rows. Products are summed in float16 by fours: the rounding is unbiased, and
+// small beside that of r.
 DEVICE void project(u32 (&minus)[2], const u32 (&r)[K / 4], const u32 (&w)[K / 4], const float (&tau)[2]) {
 #pragma unroll
   for (int b = 0; b < 2; b++) {
@@ -30,9 +30,9 @@ DEVICE void project(u32 (&minus)[2], const u32 (&r)[K / 4], const u32 (&w)[K / 4
   }
 }
 
-// x of A_t x_t = rhs_t, up to the factor step/F_t. On entry `residual` is rhs, with a largest entry of one in each
-// row. The update d is rounded to float16 before it enters both x and the residual, so neither its rounding nor
-// that of its terms costs accuracy.
+// x of A_t x_t = rhs_t, up to the factor step/F_t. On entry `residual` holds rhs (largest entry of a row one).
+// The update d is rounded to float16 before it enters both x and the residual, so neither its rounding nor that of
+// its parts costs accuracy.
 template <bool DEFLATED>
 DEVICE void solve(float (&x)[K / 2], float (&residual)[K / 2], Shared& s, const Place& at,
                   const Iteration& it, const float (&h_factor)[2], float lambda) {

@@ -1,8 +1,8 @@
 // One chunk of one head: kernel arguments, tiles in shared memory, decays, write gates.
 //
-// A block is one warpgroup and processes C = 64 tokens of one of the H' heads of a group. K, V, BF16 (else float16
-// inputs) and ADAPTIVE are compile-time defines. Names are those of docs/maths.md; X16 is X divided by a scale and
-// rounded to float16.
+// A block is one warpgroup and works on C = 64 tokens of one of the H' heads of a group. K, V, BF16 (else float16
+// inputs) and ADAPTIVE are set when compiling. Names are those of docs/maths.md; *16 is a float16 copy, divided by a
+// scale.
 #pragma once
 
 #include "decay.cuh"
@@ -16,7 +16,7 @@ struct Arguments {
   const u16 *q, *k, *v;                     // [tokens, H, K], [tokens, HK, K], [tokens, HV, V]
   const float *g, *gk, *alpha, *beta;       // [tokens, H] or null
   const u16 *h_start, *u_start;           // [M, H', K, K], [M, H', K, V] float16: chunk-start states / scale
-  const float *h_scales, *h_norms;          // [M, H', K / 64]; only the first of K / 64 is used
+  const float *h_scales, *h_norms;          // [M, H', K / 64]: only the first is read
   const float *u_scales;                    // [M, H', V / 64]
   const long long *chunk_start;             // [M], or null if every chunk has C tokens
   const int *chunk_length;                  // [M]
@@ -24,7 +24,7 @@ struct Arguments {
   u16 *x;                                   // [tokens, H, K] float16: x_t / x_scale_t
   float *x_scale;                           // [tokens, H]
   int *steps;                               // [M, H] or null: steps taken
-  // adjoint.cu
+  // of the adjoint
   const u16 *d_o;                           // [tokens, H, V]
   u16 *dq;                                  // [tokens, H, K]
   float *d_alpha;                           // [tokens, H] or null
@@ -33,19 +33,19 @@ struct Arguments {
   float *w, *key_weight;                    // [tokens, H']: 2a <x_t, y_t> / F_t; sum_t zeta_t w_t W_tj
   float *start_weight;                      // [M, H']: sum_t zeta_t^2 w_t
   float *start_u, *start_h;                 // [tokens, H']: zeta_t z_t.(U_[c] do_t) scale; x_t.H_[c] y_t
-  // gradients.cu
-  const u16 *u_ends, *h_ends;               // [M, H', K, V], [M, H', K, K] float16: E / scale; E of H unsymmetrised
-  const float *u_end_scales, *u_wholes;     // [M, H', V / 64]: the scales; decay over the chunk times <U_[c], E>
-  const float *h_end_scales, *h_wholes;     // [M, H', K / 64]: the same of H, in the first
-  const float *k_maxima, *z_maxima;         // [M, H']: largest entry of k; an upper bound of z's
-  const float *v_maxima, *d_maxima;         // [M, H', V / 64]: largest entries of v and do
-  void *dk, *dv;                            // like k and v; for shared heads [tokens, H', K or V] float32
+  // of the gradients
+  const u16 *u_ends, *h_ends;               // [M, H', K, V], [M, H', K, K] float16: E / scale; of H unsymmetrised
+  const float *u_end_scales, *u_wholes;     // [M, H', V / 64]: the scales; decay over the chunk <U_[c], E>
+  const float *h_end_scales, *h_wholes;     // [M, H', K / 64]: the same of H, only the first is read
+  const float *k_maxima, *z_maxima;         // [M, H']: largest entries of the chunk; of z a bound
+  const float *v_maxima, *d_maxima;         // [M, H', V / 64]
+  void *dk, *dv;                            // as k and v; [tokens, H', K or V] float32 if heads share
   float *dg, *dgk, *d_beta2;                // [tokens, H] or null
   float scale, ridge_ratio, empty_below;
   int num_iter, heads, key_heads, value_heads, first_head, group_heads, first_chunk;
 };
 
-// Sum or maximum over the block; `scratch` [4] floats. Has a barrier before and after it writes to scratch.
+// Sum or maximum over the block; `scratch`: 4 floats. Begins and ends with a barrier.
 template <bool MAXIMUM>
 DEVICE float block_reduce(float x, float* scratch) {
   x = MAXIMUM ? warp_max(x) : warp_sum(x);
@@ -56,7 +56,7 @@ DEVICE float block_reduce(float x, float* scratch) {
   return MAXIMUM ? fmaxf(fmaxf(a, b), fmaxf(c, d)) : (a + b) + (c + d);
 }
 
-// The chunk and head of this block, and the place of this thread in it.
+// The place of this block and thread.
 struct Place {
   int chunk, head, thread, lane, column;  // column: this thread's first in a fragment
   int row[2];                             // this thread's two tokens of the chunk
@@ -76,7 +76,7 @@ struct Place {
     length = whole ? C : a.chunk_length[chunk];
   }
   DEVICE bool valid(int b) const { return row[b] < length; }
-  // The row if it is valid, else the chunk's first, which can always be read, so that loads need no branch.
+  // The row if valid, else the chunk's first, which may always be read: loads need no branch.
   DEVICE int readable(int b) const { return valid(b) ? row[b] : 0; }
   DEVICE long long token(const Arguments& a, int b) const {
     return (start + readable(b)) * a.heads + head;
@@ -86,7 +86,7 @@ struct Place {
   }
 };
 
-// Rows of an array [tokens, heads, D] of 16-bit numbers in a left operand's layout, not widened.
+// Rows of a 16-bit array [tokens, heads, D] as a left operand's fragment, not yet widened.
 template <int D>
 DEVICE void load_raw(u32 (&a)[D / 4], const u16* array, int heads, int head, const Place& at) {
 #pragma unroll
@@ -97,7 +97,7 @@ DEVICE void load_raw(u32 (&a)[D / 4], const u16* array, int heads, int head, con
   }
 }
 
-// The rows of load_raw in float32; zeros past the chunk's end.
+// The fragment in float32; zeros past the chunk's end.
 template <int D>
 DEVICE void widen_raw(float (&d)[D / 2], const u32 (&a)[D / 4], const Place& at) {
 #pragma unroll
@@ -107,8 +107,8 @@ DEVICE void widen_raw(float (&d)[D / 2], const u32 (&a)[D / 4], const Place& at)
   }
 }
 
-// Starts a swizzled copy of a state [rows, columns], or of some of its tiles of 64 columns, to shared memory. Pieces
-// of one thread are a multiple of eight rows apart, so their swizzle is the same.
+// Starts a swizzled copy of a state [rows, columns], or of some of its tiles of 64 columns, to shared memory. A
+// thread's pieces are a multiple of eight rows apart, so they share one swizzle.
 template <int ROWS, int COLUMNS, int FIRST = 0, int TILES = COLUMNS / 64 - FIRST>
 DEVICE void copy_state(u32 to, const u16* from, int thread) {
   if constexpr (TILES > 0) {
@@ -121,11 +121,11 @@ DEVICE void copy_state(u32 to, const u16* from, int thread) {
   copies_commit();
 }
 
-// Rows of keys or values between global and shared memory, in 16-byte pieces; all loads are issued together.
+// Rows of keys or values between global and shared memory: pieces of 16 bytes, all loads issued together.
 template <int D>
 struct Pieces {
   static constexpr int STEP = THREADS * 8 / D, N = C / STEP;  // rows per step: whole swizzle patterns
-  uint4 held[N];  // past the chunk's end, copies of its first row
+  uint4 held[N];  // past the chunk's end: the first row
 
   DEVICE static int row(int i, const Place& at) { return i * STEP + (u32)at.thread / (D / 8); }
   DEVICE static int column(const Place& at) { return (u32)at.thread % (D / 8) * 8; }
@@ -141,7 +141,7 @@ struct Pieces {
     }
   }
   DEVICE float largest() const {
-    u32 most = 0;  // magnitudes compare like their bits
+    u32 most = 0;  // magnitudes compare as their bits do
 #pragma unroll
     for (int i = 0; i < 4 * N; i++) most = max_pair(most, ((const u32*)held)[i] & 0x7fff7fffu);
     float2 pair = widen(most);
@@ -164,7 +164,7 @@ struct Pieces {
   }
 };
 
-// The log decays of lane l's tokens 2 l and 2 l + 1; zeros without decay.
+// Log decays of the tokens 2 l and 2 l + 1, l the lane; zeros without decay.
 DEVICE float2 load_decays(const float* g, const Arguments& a, const Place& at) {
   float pair[2] = {0.f, 0.f};
 #pragma unroll
@@ -176,7 +176,7 @@ DEVICE float2 load_decays(const float* g, const Arguments& a, const Place& at) {
   return {log_decay(pair[0]), log_decay(pair[1])};
 }
 
-// Log decay to base 2 from the chunk's start to every token, `out` [C]. Every warp computes all of it.
+// Log decay to base 2 from the chunk's start to every token, into `out` [C]. Each warp computes all of it.
 DEVICE void sum_decays(float* out, float2 pair, const Place& at) {
   float sum = pair.x + pair.y;
 #pragma unroll
@@ -199,20 +199,20 @@ DEVICE void weights(float (&w)[C / 2], const float* decay, const float* beta2, c
       float b = decay[column], beta = beta2[column];
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        float weight = power_of_two(mine[r] - b) * beta;  // may overflow above the diagonal, where it is not selected
+        float weight = power_of_two(mine[r] - b) * beta;  // may overflow above the diagonal, which the next line drops
         w[4 * j + 2 * r + e] = column <= at.row[r] ? weight : 0.f;
       }
     }
 }
 
-// Shared memory of a block. During the adjoint solve U's tile holds dz. During an adaptive solve the vectors w_t lie
-// in U's tile, whose first columns are loaded later, or, in the adjoint solve, in v's.
+// A block's shared memory. In the adjoint, U's tile holds dz during the solve. An adaptive solve keeps the vectors
+// w_t, by thread, where U's first columns will be or, in the adjoint, v was.
 struct Shared {
   unsigned char h[K * K * 2];
   unsigned char u[K * V * 2 > C * K * 4 ? K * V * 2 : C * K * 4];
   unsigned char k[C * K * 2];
   unsigned char v[C * (K > V ? K : V) * 2];
-  uint4 weights[C / 16 * THREADS];  // (K K^T)^2, later W / F, each thread's words together
+  uint4 weights[C / 16 * THREADS];  // W / F, by thread; before that, (K K^T)^2
   float decay_h[C], decay_u[C], beta2[C], energy[C], scratch[8];
 #if ADAPTIVE
   float key_norm2[C];  // |k16_j|^2
@@ -226,7 +226,7 @@ DEVICE void copy_states(Shared& s, const Arguments& a, const Place& at) {
   copy_state<K, V>(shared_address(s.u), a.u_start + at.state * K * V, at.thread);
 }
 
-// Loads of decays, write gates and the scales of both states. They are issued first, because all else needs them.
+// Loads of decays, write gates and both states' numbers. Issued first, since everything else waits for them.
 struct GateLoads {
   float2 decay;
   float beta, h_scale, h_norm2, u_scale;
@@ -239,7 +239,7 @@ struct GateLoads {
     h_scale = a.h_scales[at.state * (K / 64)], h_norm2 = a.h_norms[at.state * (K / 64)];
     u_scale = a.u_scales[at.state * (V / 64) + at.thread % (V / 64)];
   }
-  // Two warps sum the decays of H and two those of U, so that shuffles are not in branches.
+  // Every warp sums, two of them the same numbers: this keeps shuffles out of branches.
   DEVICE void store(Shared& s, const Place& at) const {
     sum_decays(at.thread / 32 % 2 ? s.decay_u : s.decay_h, decay, at);
     s.beta2[at.thread % C] = beta * beta;
@@ -248,7 +248,7 @@ struct GateLoads {
   }
 };
 
-// Stores keys and values divided by k_max and v_max, their largest entries (one if all are zero), in shared memory.
+// Stores keys and values, each divided by its largest entry (one if all are zero), and returns those entries.
 DEVICE void store_tiles(Shared& s, const Pieces<K>& k, const Pieces<V>& v, float& k_max, float& v_max,
                         const Place& at) {
   k_max = warp_max(k.largest()), v_max = warp_max(v.largest());

@@ -1,5 +1,5 @@
-// Runs between sums.cu and scan.cu: replaces the sum of every segment by the state at its start. A thread carries
-// four entries of one head's state along a sequence's segments.
+// Between sums.cu and scan.cu: replaces the sum of every segment by the state that the segment starts from.
+// A thread carries four entries of one head's state along a sequence's segments.
 
 #include "scan.cuh"
 
@@ -31,7 +31,7 @@ DEVICE void combine(const ScanArguments& a, const Side& side, int width, int in_
       if (first + i >= count) break;
       int segment = BACKWARDS ? count - 1 - first - i : first + i;
       long long at = (long long)segment * a.group_heads + in_group;
-      if (of[i] != sequence) {  // a sequence starts with the caller's state, or from zero
+      if (of[i] != sequence) {  // starts from the caller's state, or from zero
         sequence = of[i];
         long long given = (long long)sequence * a.heads + a.first_head + in_group;
         carried = float4{0.f, 0.f, 0.f, 0.f};

@@ -1,8 +1,8 @@
-// Log decays with a lower limit.
+// Log decays, bounded below.
 #pragma once
 
 #include "tensor_cores.cuh"
 
-// A log decay, at least RESET, whose exp is zero. In sums -inf would give inf - inf between later tokens, and -1e18
-// would absorb what follows. 64 of RESET sum to 8192, whose float32 rounding is 5e-4, that of a 16-bit operand.
-DEVICE float log_decay(float g) { return g < RESET ? RESET : g; }  // NaN stays NaN
+// A log decay, not below RESET, whose exp is zero. -inf would give inf - inf between later tokens, and a sum would
+// lose what follows -1e18. 64 of them sum to 8192, which rounds what follows by 5e-4, as a 16-bit operand does.
+DEVICE float log_decay(float g) { return g < RESET ? RESET : g; }  // keeps NaN

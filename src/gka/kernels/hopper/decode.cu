@@ -1,10 +1,10 @@
-// The tokens of a sequence and head one after another, states in place (gka/maths/recurrent.py): decay, update,
-// ridge, solve, mix, readout. One block of K threads per sequence and head.
+// Token by token, states in place (gka/maths/recurrent.py): decay, update, ridge, solve, mix, readout. One block of
+// K threads per sequence and head.
 //
-// Thread t holds in registers rows 4 (t / 4) + i of H, i < 4, and of these the columns 16 m + 4 (t % 4) + e, e < 4.
+// Thread t holds rows 4 (t / 4) + i of H, i < 4, in registers, and of these the columns 16 m + 4 (t % 4) + e, e < 4.
 // A product with H then reads 16 bytes of the vector for 16 multiplications, and two exchanges within a quad
-// leave entry t in thread t, which owns entry t of every vector. U stays in shared memory during the solve.
-// FORMAT: dtype of q, k, v, o; 0 float32, 1 bfloat16, 2 float16. U16: U is stored as bfloat16.
+// leave thread t with entry t: it owns entry t of every vector. U stays in shared memory during the solve.
+// FORMAT of q, k, v, o: 0 float32, 1 bfloat16, 2 float16. U16: U is stored as bfloat16.
 
 #include "numbers.cuh"
 
@@ -15,9 +15,9 @@ struct View {  // [B,T,heads,...], strides in elements; data is null if the argu
 
 struct StepArguments {
   View q, k, v, g, gk, alpha, beta;
-  float* h;                       // [P,H,K,K], null: H is not formed
+  float* h;                       // [P,H,K,K]; null if H is not formed
   void* u;                        // [P,H,K,V]
-  const void *indices, *bounds;   // place of each sequence in the pool [B]; bounds of packed sequences [B+1] int64
+  const void *indices, *bounds;   // each sequence's place in the pool [B]; bounds of packed sequences [B+1], int64
   void* o;                        // [B,T,H,V]
   float* x;                       // [B,T,H,K] or null
   long long h_stride, u_stride;   // from state to state of the pool
@@ -55,7 +55,7 @@ DEVICE void store_output(void* p, long long i, float x) {
 #endif
 }
 
-// Sums of N numbers over the block. `slot`: index into Shared::sums, different for each call within a token.
+// Sums of N numbers over the block. `slot`: an entry of Shared::sums, another one for each call within a token.
 template <int N>
 DEVICE void block_sums(float (&x)[N], Shared& s, int slot, int thread) {
 #pragma unroll
@@ -72,10 +72,10 @@ DEVICE void block_sums(float (&x)[N], Shared& s, int slot, int thread) {
   }
 }
 
-// (H vector)_t.
+// Entry t of H times the vector.
 DEVICE float product(const float (&h)[4][C], const float* vector, int thread) {
   float sum[4] = {0.f, 0.f, 0.f, 0.f};
-  asm volatile("" : "+r"(thread));  // computes addresses here; kept during the solve they would be spilled
+  asm volatile("" : "+r"(thread));  // forms addresses here: kept through the solve, they would spill
 #pragma unroll
   for (int m = 0; m < C / 4; m++) {
     float4 d = *(const float4*)(vector + 16 * m + 4 * (thread % 4));
@@ -134,7 +134,7 @@ DEVICE float update_h(float (&h)[4][C], float gamma, const Shared& s, int thread
   return (squares[0] + squares[1]) + (squares[2] + squares[3]);
 }
 
-// Parameters of the Chebyshev iteration on P^-1 A, with P = lambda (1 - tau w w^T)^-1.
+// Parameters of the solve: Chebyshev iteration on P^-1 A with P = lambda (1 - tau w w^T)^-1.
 struct Plan {
   int steps;
   float step, rho2;         // 2/(L + mu) and ((L - mu)/(L + mu))^2
@@ -148,11 +148,11 @@ constexpr float SLACK_SUM = 4.f * K * FLOAT32_EPS, SLACK_OPERATOR = FLOAT32_EPS;
 
 DEVICE float arcosh_1p(float x) { return log1pf(x + sqrtf(x * (x + 2.f))); }
 
-// One if the indices are equal. Sums with this weight select registers by an index known only at run time, where
-// indexing would move the array to memory.
+// One where the indices are equal. Sums weighted by it select registers by a runtime index; indexing would move
+// the array to memory.
 DEVICE float picks(int i, int wanted) { return i == wanted ? 1.f : 0.f; }
 
-// H_tt, from the thread of the quad that holds it to the thread that owns entry t.
+// H_tt, passed from the quad's thread that holds it to thread t.
 DEVICE float diagonal(const float (&h)[4][C], int thread) {
   int group = thread / 4;
   float mine[4] = {0.f, 0.f, 0.f, 0.f}, x = 0.f;
@@ -168,7 +168,7 @@ DEVICE float diagonal(const float (&h)[4][C], int thread) {
   return x;
 }
 
-// Writes row `row` of H to shared memory, by the quad that holds it.
+// Copies row `row` of H to shared memory, by the quad that holds it.
 DEVICE void publish_row(const float (&h)[4][C], int row, float* to, int thread) {
   if (thread / 4 != row / 4) return;
   float here[4] = {picks(0, row % 4), picks(1, row % 4), picks(2, row % 4), picks(3, row % 4)};
@@ -184,7 +184,7 @@ DEVICE void publish_row(const float (&h)[4][C], int row, float* to, int thread) 
   }
 }
 
-// The first index of the block's largest x >= 0. Nonnegative floats compare like their bits.
+// The first index of the block's largest x >= 0; such floats compare as their bits do.
 DEVICE int first_largest(float x, Shared& s, int slot, int thread) {
   float best = warp_max(x);
   if (thread % 32 == 0) s.sums[slot][thread / 32][1] = best;
@@ -200,7 +200,7 @@ DEVICE int first_largest(float x, Shared& s, int slot, int thread) {
   return (int)first;
 }
 
-// Finds w from a column of H by two products, and bounds |H - N| by a third. Writes lambda w + H w to s.other.
+// Finds w by a column of H and two products, and bounds the remainder by a third. Leaves lambda w + H w in s.other.
 DEVICE void tighten(Plan& plan, const float (&h)[4][C], float q, float fro, float lambda, const StepArguments& a,
                     Shared& s, int thread) {
   float inverse = __fdividef(1.f, fro), entry = diagonal(h, thread);
@@ -209,7 +209,7 @@ DEVICE void tighten(Plan& plan, const float (&h)[4][C], float q, float fro, floa
   float v = product(h, s.vector[0], thread) * (inverse * inverse);
   s.vector[1][thread] = v;
   __syncthreads();
-  float u = product(h, s.vector[1], thread) * inverse;  // |v| H v / F; |v| comes with the sums
+  float u = product(h, s.vector[1], thread) * inverse;  // |v| H v / F; the lengths follow from the sums
   s.vector[0][thread] = u;
   __syncthreads();
   float h_u = product(h, s.vector[0], thread) * inverse;
@@ -226,7 +226,7 @@ DEVICE void tighten(Plan& plan, const float (&h)[4][C], float q, float fro, floa
   float gap = __fdividef(2.f * a.ridge_ratio, phi), rho = __fdividef(1.f, 1.f + gap);
   float ratio = __fdividef(arcosh_1p(2.f * a.ridge_ratio), arcosh_1p(gap));
   int steps = max((int)ceilf((a.num_iter + 1) * ratio) - 1, 0);
-  // Plain steps for a vector of length zero or beyond float32's range; only an empty history has one.
+  // runs plain for a length of zero or beyond float32, which only an empty history has
   if (WORTHWHILE_OF * steps > WORTHWHILE * a.num_iter || !(strength >= 0.f) || !(sums[2] > 0.f)) return;
   float length = rsqrtf(sums[2]), w = u * length;
   plan = Plan{steps, __fdividef(2.f, (phi + 2.f * a.ridge_ratio) * fro), rho * rho,
@@ -235,7 +235,7 @@ DEVICE void tighten(Plan& plan, const float (&h)[4][C], float q, float fro, floa
 }
 #endif
 
-// x_t of (H + lambda) x = q. w . r is updated by (A w) . d, which needs no further barrier.
+// x_t of (H + lambda) x = q. w . r is updated by (A w) . d, which needs no barrier of its own.
 DEVICE float solve(Plan& plan, const float (&h)[4][C], float q, float lambda, Shared& s, int thread) {
   float r = q, d = plan.step * (r - plan.taken * plan.along), x = d, omega = 2.f;
   float4 a_w = {0.f, 0.f, 0.f, 0.f};
@@ -261,7 +261,7 @@ DEVICE float solve(Plan& plan, const float (&h)[4][C], float q, float lambda, Sh
   return x;
 }
 
-// x_t for a state that is not empty.
+// x_t for a non-empty history.
 DEVICE float solve_state(const float (&h)[4][C], float q, float fro, const StepArguments& a, Shared& s, int thread) {
   float lambda = a.ridge_ratio * fro, rho = __fdividef(1.f, 1.f + 2.f * a.ridge_ratio);
   Plan plan{a.num_iter, __fdividef(2.f * rho, fro), rho * rho, 0.f, 0.f, false};
@@ -271,14 +271,14 @@ DEVICE float solve_state(const float (&h)[4][C], float q, float fro, const StepA
   return solve(plan, h, q, lambda, s, thread);
 }
 
-// Starts copying this head's part of U to shared memory, in its stored dtype.
+// Starts copying this head's U to shared memory, in its stored dtype.
 DEVICE void fetch_u(Shared& s, const char* from, int bytes, int thread) {
   u32 to = shared_address(s.u);
   for (int i = 16 * thread; i < bytes; i += 16 * K) copy_async(to + i, from + i);
   copies_commit();
 }
 
-// Copies this head's part of U to shared memory, widened to float32.
+// Loads this head's U to shared memory, widened to float32.
 DEVICE void widen_u(Shared& s, const u32* from, int thread) {
 #pragma unroll 8
   for (int i = thread; i < K * V / 2; i += K) {
@@ -292,8 +292,8 @@ DEVICE float4 widen_four(uint2 x) {
                 __uint_as_float(x.y & 0xffff0000u)};
 }
 
-// U <- gamma U + k v^T from U in shared memory (PACKED: bfloat16) to global memory in its stored dtype, unless `to`
-// is null, and back to shared memory if `keep`. Returns this thread's part of U^T z.
+// U <- gamma U + k v^T; returns this thread's share of U^T z. U is read from shared memory (PACKED: bfloat16) and
+// written to global memory in its stored dtype if `to` is not null, and back to shared memory if `keep`.
 template <bool PACKED>
 DEVICE float4 update_u(Shared& s, float gamma, char* to, bool keep, int thread) {
   int group = thread % GROUPS, first = thread / GROUPS * ROWS;
@@ -331,7 +331,7 @@ DEVICE float4 update_u(Shared& s, float gamma, char* to, bool keep, int thread) 
   return sum;
 }
 
-// This thread's entries of a token and head; k and v are times the write gate.
+// This thread's entries of a token and head, with the write gate applied.
 struct Token {
   float q, k, v[(V + K - 1) / K], alpha, gamma_h, gamma_u;
 };
@@ -370,7 +370,7 @@ extern "C" __global__ void __launch_bounds__(K, BLOCKS) gka_step(const __grid_co
   int batch = a.bounds ? 0 : sequence;
   auto row = [&](int t) { return ((long long)batch * a.length + begin + t) * a.heads + head; };  // of o and x
   if (count <= 0) return;
-  if (place < 0 || place >= a.pool) {  // a sequence without a place
+  if (place < 0 || place >= a.pool) {  // no place in the pool: zeros
     for (int t = 0; t < count; t++) {
       for (int i = thread; i < V; i += K) store_output(a.o, row(t) * V + i, 0.f);
       if (a.x) a.x[row(t) * K + thread] = 0.f;
@@ -378,7 +378,7 @@ extern "C" __global__ void __launch_bounds__(K, BLOCKS) gka_step(const __grid_co
     return;
   }
   Token now = load_token(a, batch, begin, head, thread);
-  // Values that are used after the solve wait in shared memory, because H fills the registers.
+  // what is used after the solve stays in shared memory: H fills the registers
   float* h_at = a.h ? a.h + place * a.h_stride + (long long)head * K * K : nullptr;
   char* u_at = (char*)a.u + (place * a.u_stride + (long long)head * K * V) * (U16 ? 2 : 4);
   if (thread == 0) s.h_at = h_at, s.u_at = u_at;

@@ -32,7 +32,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     widen_raw<K>(rhs, q, at);
   }
   solve_chunk(x, rhs, s, system, at);
-#if ADAPTIVE  // w_t occupied these columns until now
+#if ADAPTIVE  // w_t took this memory until now
   __syncthreads();
   copy_state<K, V, 0, 1>(shared_address(s.u), a.u_start + at.state * K * V, at.thread);
 #endif

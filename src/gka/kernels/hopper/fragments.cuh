@@ -1,9 +1,9 @@
-// Fragments and memory: 16-bit rows, with one scale per row.
+// Stores of fragments as float16 rows with one scale per row.
 #pragma once
 
 #include "chunk.cuh"
 
-// Largest entry of each of the thread's rows; one if all are zero.
+// Largest magnitude in each of the thread's rows; one for a row of zeros.
 template <int N>
 DEVICE void row_maxima(float (&largest)[2], const float (&d)[N]) {
   largest[0] = largest[1] = 0.f;
@@ -16,7 +16,7 @@ DEVICE void row_maxima(float (&largest)[2], const float (&d)[N]) {
   }
 }
 
-// d / its row maxima as a left operand.
+// d divided by its row maxima, as a left operand.
 template <int N>
 DEVICE void scale_rows(u32 (&a)[N / 2], float (&largest)[2], const float (&d)[N]) {
   row_maxima(largest, d);
@@ -50,7 +50,7 @@ DEVICE void store_rows(u16* array, const u32 (&a)[D / 4], const long long (&toke
   }
 }
 
-// store_rows, and the scales of the rows.
+// Stores the operand and the scales of its rows.
 template <int D>
 DEVICE void store_scaled(u16* array, float* scales, const u32 (&a)[D / 4], const float (&largest)[2],
                          const long long (&token)[2], const Place& at) {
@@ -60,7 +60,7 @@ DEVICE void store_scaled(u16* array, float* scales, const u32 (&a)[D / 4], const
     if (at.valid(b) && at.lane % 4 == 0) scales[token[b]] = largest[b];
 }
 
-// Stores a float32 fragment, times a factor for each row, in an array of the inputs' dtype.
+// Stores a float32 fragment, each row times its factor, in the inputs' dtype.
 template <int D>
 DEVICE void store_fragment(u16* array, const float (&d)[D / 2], const float (&factor)[2],
                            const long long (&token)[2], const Place& at) {

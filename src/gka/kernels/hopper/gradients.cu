@@ -1,5 +1,5 @@
-// Gradients of keys, values, decays and write gate of one chunk of one head (gka/maths/adjoint.py): first through U,
-// then through H. The two parts of dk and of d(beta^2) are summed in registers.
+// Gradients of keys, values, decays and write gate of one chunk of one head (gka/maths/adjoint.py): first
+// through U, then through H. The two parts of dk, and those of d(beta^2), are added in registers.
 
 #include "through_h.cuh"
 #include "through_u.cuh"

@@ -25,8 +25,7 @@ DEVICE u32 minus_inputs(u32 a) {
   return x;
 }
 
-// x itself, which the compiler takes for a new value: values derived from it are recomputed at their next use
-// instead of occupying registers.
+// x, opaque to the compiler: what derives from it is computed again, and holds no registers until its next use.
 template <class Number>
 DEVICE Number again(Number x) {
   asm volatile("" : "+r"(x));
@@ -38,7 +37,7 @@ DEVICE Number* again(Number* x) {
   return x;
 }
 
-// Start a copy of 16 or 4 bytes to shared memory; zeros unless `counts`.
+// Starts a copy of 16 or 4 bytes to shared memory; of zeros unless `counts`.
 DEVICE void copy_pieces(u32 to, const void* from, bool counts) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from), "r"(counts ? 16 : 0) : "memory");
 }
@@ -56,7 +55,7 @@ DEVICE void load_transposed(u32 (&a)[4], u32 from) {
                : "memory");
 }
 
-// Load and store the same without transposition.
+// Loads four matrices untransposed, and stores them.
 DEVICE void load_matrices(u32 (&a)[4], u32 from) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])

@@ -3,10 +3,10 @@
 
 #include "tensor_cores.cuh"
 
-constexpr float TINY = 1e-30f;  // a tile or row with smaller entries is treated as zero, with scale one
+constexpr float TINY = 1e-30f;  // a tile or row below it is taken for zero, and its scale for one
 
 constexpr float LOG2_E = 1.44269504f;
-DEVICE float power_of_two(float x) {  // 2^x in one instruction; zero instead of subnormal numbers
+DEVICE float power_of_two(float x) {  // one instruction; flushes subnormal results to zero
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
@@ -50,7 +50,7 @@ DEVICE u32 max_pair(u32 a, u32 b) {  // on pairs of 16-bit unsigned integers
   return x;
 }
 
-// Two consecutive inputs to float32, and back.
+// A pair of inputs as float32, and back.
 DEVICE float2 widen(u32 x) {
 #if BF16
   return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};

@@ -19,7 +19,8 @@ class CompilationError(RuntimeError):
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    """libnvrtc of torch's CUDA version; of any version if torch has no CUDA and so cannot launch."""
+    """libnvrtc of the CUDA version that torch was built for. Where torch has no CUDA, of any version: it
+    can compile, though nothing can be launched."""
     version = torch.version.cuda
     name = f"libnvrtc.so.{version.split('.')[0] if version else '[0-9]*'}"
     wheels = importlib.util.find_spec("nvidia")  # NVIDIA's Python packages, which contain libraries
@@ -57,7 +58,7 @@ def compile_cubin(
 def compile_with_notes(
     source: str, name: str, arch: str, headers: Mapping[str, str], *options: str
 ) -> tuple[bytes, str]:
-    """Machine code and the compiler's log; with "--ptxas-options=-v" the assembler's notes too.
+    """Machine code and the compilers' log; with "--ptxas-options=-v" the assembler's notes too.
 
     Raises:
         CompilationError: NVRTC refused the source; the message has its log.

@@ -1,6 +1,6 @@
-"""The steps of `gka.kernels.passes` as launches of the CUDA C++ kernels, on structures of a call's arrays."""
+"""The steps of `gka.kernels.passes` in CUDA C++: argument structures filled from a call's arrays."""
 
-# All calls here have a solve, so H, x and the adjoint's arrays are not None, which the types do not say.
+# Every call here has a solve, so H, x and the adjoint's arrays exist; the types do not say so.
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false
 
 import ctypes
@@ -39,7 +39,7 @@ class HopperPasses:
     measures_boundaries = False  # the scans find the largest entries themselves
 
     def scan_programs(self, sizes: Sizes) -> int:
-        """A block holds a whole state. Two blocks fit where three of Triton's programs do."""
+        """One block per state: two of them fit where three of Triton's programs do."""
         return 3
 
     def segments_by_group(self, settings: Settings) -> bool:
@@ -89,7 +89,7 @@ class HopperPasses:
     def count_steps(
         self, call: GpuCall, heads: Heads, h: Moments, u: Moments, steps: Tensor
     ) -> list[Launch]:
-        """Write the adaptive solver's steps in each chunk and head, which `forward.cu` counts."""
+        """Steps that solver="adaptive" takes in each chunk and head, counted by `forward.cu`."""
         x, x_scale = call.solutions()
         o = call.empty(*call.t.q.shape[:3], call.V, dtype=call.t.q.dtype)
 
@@ -114,7 +114,7 @@ class HopperPasses:
         return _of_chunks(call, group.heads, "adjoint", given)
 
     def scan_back(self, call: GpuCall, group: Group, back: BackwardArrays) -> list[Launch]:
-        """E of H (not symmetrised) and U at chunk ends: `scan.cu`."""
+        """E of H (not symmetrised) and of U at chunk ends: `scan.cu`."""
         t, heads, grads = call.t, group.heads, back.grads
 
         def side(name, g, final, moments: Moments, ends: Ends, last) -> Side:
@@ -179,14 +179,14 @@ class HopperPasses:
     def advance(
         self, tokens: Tokens, settings: Settings, states: States, counts: Tensor
     ) -> list[Launch]:
-        """`maths.recurrent.advance_` by Triton's kernel; without a solve this backend would gain nothing."""
+        """`maths.recurrent.advance_` by Triton's kernel: without a solve there is nothing to gain here."""
         from gka.kernels.triton.passes import TRITON
 
         return TRITON.advance(tokens, settings, states, counts)
 
 
 def _places(call: GpuCall) -> dict:
-    """Chunks and heads of a launch."""
+    """The fields of a launch that describe chunks and heads."""
     chunks = call.chunks
     return {
         "chunk_start": None if chunks.whole else chunks.start, "chunk_length": chunks.length,
@@ -195,7 +195,7 @@ def _places(call: GpuCall) -> dict:
 
 
 def _common(call: GpuCall, h: Moments, u: Moments) -> dict:
-    """Fields that both the forward and the adjoint kernel read."""
+    """The fields that forward.cu and adjoint.cu read."""
     t, s = call.t, call.settings
     return _places(call) | {
         "q": t.q, "k": t.k, "v": t.v, "g": t.g, "gk": call.gk, "alpha": t.alpha, "beta": t.beta,
@@ -217,7 +217,7 @@ def _launch(
 
 
 def _of_chunks(call: GpuCall, heads: Heads, kernel: str, given: Callable[[], dict]) -> list[Launch]:
-    """A launch with one block per chunk and head."""
+    """A launch with a block per chunk and head."""
     blocks = call.M * heads.count
     if blocks == 0:
         return []
@@ -227,7 +227,7 @@ def _of_chunks(call: GpuCall, heads: Heads, kernel: str, given: Callable[[], dic
 def _arguments(
     call: GpuCall, heads: Heads, kernel: str, structure: type, given: Callable[[], dict]
 ) -> ctypes.Structure:
-    """A kernel's arguments, filled for the first group of heads; later groups change only the heads."""
+    """A kernel's arguments: filled for the first group of heads, copied for the others with their heads."""
     held = call.kept.get(kernel)
     if held is None:
         held = call.kept[kernel] = fill(structure(), given())
@@ -239,7 +239,7 @@ def _arguments(
 def _side(
     call: GpuCall, heads: Heads, name: str, g: Tensor | None, boundary: Tensor | None, out: Moments
 ) -> Side:
-    """The scan of one of the two states, from `boundary` into `out`, and memory for its segments' sums."""
+    """H or U (or its gradient), scanned from `boundary` into `out`; with several segments also their sums."""
     sums = decays = None
     if call.chunks.segmented:
         shape = (call.chunks.num_segments, heads.count)
@@ -257,7 +257,7 @@ def _side(
 
 
 def _scan(call: GpuCall, heads: Heads, direction: str, given: Callable[[], dict]) -> list[Launch]:
-    """The launches of a scan. Several segments per sequence need their sums and their start states first."""
+    """The launches of a scan; with several segments first their sums, then the state before each."""
     chunks = call.chunks
 
     def all_given() -> dict:
@@ -281,7 +281,7 @@ def step_arguments(
     given: dict[str, Tensor | None], bounds: Tensor | None, settings: Settings, states: States,
     commit: bool, o: Tensor, x: Tensor | None,
 ) -> StepArguments:  # fmt: skip
-    """Arguments of decode.cu. given: VIEWS by name. bounds: int64, of packed sequences."""
+    """decode.cu's arguments. `given` holds VIEWS by name; `bounds`: of packed sequences, int64."""
 
     def pointer(y: Tensor | None) -> int | None:
         return None if y is None else y.data_ptr()

@@ -1,5 +1,5 @@
-// Copies of a chunk's tiles to shared memory, and the products that add them to a state: left^T right, with `left`
-// weighted by token in registers and `right` unchanged.
+// Copies of a chunk's tiles to shared memory, and the product left^T right that adds them to a state: `left` is
+// weighted by token in registers, `right` is used as loaded.
 #pragma once
 
 #include "state.cuh"
@@ -9,7 +9,7 @@
 template <int D>
 DEVICE void copy_tile(u32 to, const u16* array, int token, int heads, int head, int length) {
   constexpr int LANES = D / 8, STEP = THREADS / LANES;
-  static_assert(STEP % 8 == 0);  // one swizzle for all pieces of a thread
+  static_assert(STEP % 8 == 0);  // all pieces of a thread share one swizzle
   int row = threadIdx.x / LANES, column = threadIdx.x % LANES * 8;
   const u16* source = array + ((long long)(token + row) * heads + head) * D + column;
   to += swizzled(C, row, column);
@@ -18,7 +18,7 @@ DEVICE void copy_tile(u32 to, const u16* array, int token, int heads, int head, 
     copy_pieces(to + i * STEP * 128, source + (long long)(i * STEP * D) * heads, row + i * STEP < length);
 }
 
-// Starts copying the tiles of a chunk that its products need: STATES k, v; U_BACK q, x, do; H_BACK k, x, y.
+// Starts copying a chunk's tiles. STATES: k, v. U_BACK: q, x, do. H_BACK: k, x, y.
 template <int KIND, bool OF_H, int TILE>
 DEVICE void copy_tiles(u32 to, const ScanArguments& a, const Walk& at, int token, int length) {
   if constexpr (KIND == U_BACK) {
@@ -33,8 +33,7 @@ DEVICE void copy_tiles(u32 to, const ScanArguments& a, const Walk& at, int token
     copy_tile<V>(to + TILE, a.v, token, a.value_heads, at.value_head, length);
 }
 
-// The largest of `most` and the magnitudes of eight inputs, two at a time; magnitudes compare like their bits. The
-// inputs are passed by value, so that they are read at once.
+// The largest of `most` and eight inputs' magnitudes, compared as bits, two at a time. By value: one 16-byte read.
 DEVICE u32 max_inputs(u32 most, uint4 eight) {
 #pragma unroll
   for (int w = 0; w < 4; w++) most = max_pair(most, ((const u32*)&eight)[w] & 0x7fff7fffu);
@@ -51,7 +50,7 @@ DEVICE u32 largest_inputs(const unsigned char* tile) {
   return most;
 }
 
-// The same, and in `weighted` the largest product of a token's weight and a magnitude or, if SQUARED, its square.
+// The same; into `weighted` the largest product of a token's weight and a magnitude of its row (SQUARED: its square).
 template <int D, bool SQUARED>
 DEVICE u32 largest_inputs(const unsigned char* tile, const float* weight, float& weighted) {
   constexpr int PIECES = C * D / 8 / THREADS, ROWS = C * 8 / THREADS;  // per thread; piece n is in row n % ROWS
@@ -71,16 +70,16 @@ DEVICE u32 largest_inputs(const unsigned char* tile, const float* weight, float&
   return most;
 }
 
-// The lane's address in a tile for `load_transposed` of the warp's 16 columns and the first 16 tokens, in a left
-// operand's layout. The next 16 tokens are SLICE bytes further.
+// The lane's offset in a tile with which `load_transposed` gives the warp's 16 columns of the first 16 tokens as a
+// left operand. The next 16 tokens lie SLICE bytes further.
 constexpr int SLICE = 16 * 128;
 DEVICE u32 left_place() {
   int lane = threadIdx.x % 32;
   return swizzled(C, lane / 16 * 8 + lane % 8, threadIdx.x / 32 * 16 + lane / 8 % 2 * 8);
 }
 
-// Inputs times weights, with 16 bits or more. Weights and results are pairs first - second of the inputs' dtype,
-// which also represents the rounding error of a product of two such numbers.
+// Inputs times weights as first - second, to 16 bits or more. A weight is a difference of two inputs' numbers, too,
+// and the rounding error of a product of two such numbers is itself such a number.
 DEVICE void weigh(u32 (&first)[4], u32 (&second)[4], const u32 (&a)[4], const uint4& weight) {
 #pragma unroll
   for (int b = 0; b < 2; b++) {
@@ -93,7 +92,7 @@ DEVICE void weigh(u32 (&first)[4], u32 (&second)[4], const u32 (&a)[4], const ui
   }
 }
 
-// The same for z = q + alpha (x - q), weighted.
+// Weighted z = q + alpha (x - q) as first - second.
 DEVICE void mix(u32 (&first)[4], u32 (&second)[4], const u32 (&q)[4], const u32 (&x)[4], const float4 (&weight)[2]) {
 #pragma unroll
   for (int i = 0; i < 4; i++) {
@@ -106,8 +105,8 @@ DEVICE void mix(u32 (&first)[4], u32 (&second)[4], const u32 (&q)[4], const u32 
   }
 }
 
-// d += left^T right for one chunk. Tiles: STATES k, v; U_BACK q, x, do; H_BACK k, x, y. A warpgroup's 64 rows of the
-// state come from 64 columns of `left`.
+// d += left^T right for one chunk, tiles as in copy_tiles. A warpgroup's 64 rows of the state are 64 columns of
+// `left`.
 template <int KIND, bool OF_H, int TILE, int N>
 DEVICE void add_chunk(float (&d)[N], u32 tiles, const Gates& gate) {
   u32 place = tiles + left_place(), c = threadIdx.x % 4;
@@ -136,6 +135,6 @@ DEVICE void add_chunk(float (&d)[N], u32 tiles, const Gates& gate) {
     mma_inputs<1>(d, first, advance(right, s * SLICE));
     mma_inputs<-1>(d, second, advance(right, s * SLICE));
     mma_commit();
-    if (s > 0) mma_wait<1>();  // the previous operands' registers are free again
+    if (s > 0) mma_wait<1>();  // frees the registers of the previous operands
   }
 }

@@ -3,18 +3,18 @@
 
 #include "fragments.cuh"
 
-// F_t^2 of this thread's two tokens, its term from the chunk's own keys, and zeta_t.
+// F_t^2 of this thread's two tokens, and the share of the chunk's own keys.
 struct Ridge {
   float fro2[2], own2[2];  // F_t^2; |sum_j W_tj k_j k_j^T|^2
   float zeta[2];
 };
 
 #if ADAPTIVE
-// Stores |k16_j|^2 of every key, the diagonal of K K^T.
+// Stores |k16_j|^2 of every key, the diagonal of the Gram matrix.
 DEVICE void keep_norms(Shared& s, const float (&gram)[C / 2], const Place& at) {
   float norm2[2] = {0.f, 0.f};
 #pragma unroll
-  for (int b = 0; b < 2; b++)  // a sum, because indexing by the warp would move the array to memory
+  for (int b = 0; b < 2; b++)  // a sum of selections: indexing by the warp would move the array to memory
 #pragma unroll
     for (int warp = 0; warp < THREADS / 32; warp++)
 #pragma unroll
@@ -28,7 +28,7 @@ DEVICE void keep_norms(Shared& s, const float (&gram)[C / 2], const Place& at) {
 #endif
 
 // F_t^2 = zeta_t^2 |H_[c]|^2 + sum_j W_tj (2 zeta_t k_j^T H_[c] k_j + (W (K K^T)^2)_tj), and W.
-// Needs h and k in shared memory. With the adaptive solver also the sum of the keys, the same in every row.
+// h and k must be loaded. With the adaptive solver also the sum of the keys, the same in every row.
 DEVICE Ridge ridge(float (&w)[C / 2], float (&key_sum)[ADAPTIVE ? K / 2 : 1], Shared& s, const Place& at,
                    const GateLoads& of, float k_max) {
   Ridge r;

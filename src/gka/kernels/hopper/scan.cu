@@ -1,23 +1,23 @@
 // Scans over chunks (gka/maths/moments.py): the states H and U at chunk starts, or with BACKWARDS their gradients E
 // at chunk ends. blockIdx.y = 0 computes H, 1 computes U.
 //
-// A block walks along one segment of a sequence for one head. Its accumulators hold a whole state in units of
-// `unit`, 64 rows per warpgroup; every chunk adds left^T right (products.cuh). Several segments per sequence need
-// three launches: sums.cu, each segment from zero; combine.cu, the state at each segment's start; this scan.
+// A block walks along one segment of a sequence for one head. It holds a whole state in its accumulators, 64 rows
+// per warpgroup, in units of `unit`; every chunk adds left^T right (products.cuh). A sequence in several segments
+// takes three launches: sums.cu (each segment from zero), combine.cu (the state before each), and this scan.
 
 #include "products.cuh"
 
-// Tiles of chunks in shared memory. Backwards the stored states use the space of the next chunk's tiles.
+// Tiles in shared memory. Backwards there is one stage: the stored states take the second one's place.
 constexpr int TILES = BACKWARDS ? 3 : 2, STAGES = BACKWARDS ? 1 : 2, WIDEST = K > V ? K : V, TILE = C * WIDEST * 2;
 
 struct Shared {
   unsigned char tiles[STAGES][TILES][TILE];
-  unsigned char state[K * WIDEST * 2];  // backwards S_[c]; then the state that is stored
+  unsigned char state[K * WIDEST * 2];  // backwards S_[c] as loaded; then the state to be stored
   Gates gates[3];
   Numbers numbers[2];
-  u32 maxima[2][8];     // per warp, of two tiles, as bits
-  float weighted[2][8];  // STATES, per warp: the largest weight times an entry of k, for H times its square
-  float partial[2][8];  // per warp: part of <S_[c], E> backwards, else of the sum of squares; at first its largest
+  u32 maxima[2][8];     // per warp: largest magnitudes in its share of two tiles, as bits
+  float weighted[2][8];  // STATES, per warp: largest product of a weight and an entry of k (H: its square)
+  float partial[2][8];  // per warp: part of <S_[c], E> or of a sum of squares; at first the largest entry
 };
 
 DEVICE float block_sum(const float (&of_warps)[8]) {
@@ -33,7 +33,7 @@ DEVICE void scan(Shared& s, const ScanArguments& a, const Side& side, const Walk
   constexpr int W = OF_H ? K : V, COLUMN_BLOCKS = W / 64;
   int count = at.end - at.first, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   bool makes_weights = warp == 0;
-  // Chunks of a segment are consecutive, and all have C tokens except a sequence's last.
+  // a segment's chunks are consecutive, and only a sequence's last may be short
   int origin = count > 0 ? (int)a.chunk_start[at.first] - at.first * C : 0;
   int last_length = count > 0 ? a.chunk_length[at.end - 1] : 0;
   auto chunk_of = [&](int i) { return BACK ? at.end - 1 - again(i) : at.first + again(i); };
@@ -47,7 +47,7 @@ DEVICE void scan(Shared& s, const ScanArguments& a, const Side& side, const Walk
     if (makes_weights && i < count)
       weights.copy(s.numbers[i % 2], a, side, at, token_of(i), length_of(i), index_of(i));
   };
-  auto copy = [&](int i) {  // the chunk's tiles, and the next chunk's numbers
+  auto copy = [&](int i) {  // the chunk's tiles, and the numbers of the next chunk
     if (i < count) copy_tiles<KIND, OF_H, TILE>(tiles_of(i), a, at, token_of(i), length_of(i));
     copy_numbers(i + 1), copies_commit();
   };
@@ -57,12 +57,12 @@ DEVICE void scan(Shared& s, const ScanArguments& a, const Side& side, const Walk
       copies_commit();
     }
   };
-  auto make_weights = [&](int i) {  // a lane reads only what it has copied itself
+  auto make_weights = [&](int i) {  // no barrier: each lane reads what it copied itself
     if (makes_weights && i < count) weights.make(s.gates[i % 3], s.numbers[i % 2], a, side.g);
   };
   copy_numbers(0), copies_commit();
   request(0), copy(0);
-  // The state at the segment's start.
+  // the state that the segment starts from
   auto place_of = [&](const Walk& at) { return ((long long)at.sequence * a.heads + at.head) * (K * W); };
   bool first_of_all = BACK ? at.index + 1 == at.after : at.index == at.before;
   const float* given = first_of_all ? side.boundary : side.sums;
@@ -73,13 +73,13 @@ DEVICE void scan(Shared& s, const ScanArguments& a, const Side& side, const Walk
   __syncthreads();
 #pragma unroll
   for (int w = 0; w < THREADS / 32; w++) bound = fmaxf(bound, s.partial[1][w]);
-  float unit = bound * 0x1p-20f;  // small, so that the chunks' weights over it are not small in float16
+  float unit = bound * 0x1p-20f;  // small, so that the chunks' weights, in this unit, are not small in float16
   state.scale(inverse(unit));
   weights.unit = unit;
   copies_wait<BACK ? 2 : 1>();
   make_weights(0);
   __syncthreads();
-  // After a barrier: store a chunk's numbers, and compute a bound of the state after it.
+  // stores a chunk's numbers and updates the bound of the state; after a barrier
   auto conclude = [&](int i) {
     const Gates& gate = s.gates[i % 3];
     int mh = index_of(i);
@@ -92,7 +92,7 @@ DEVICE void scan(Shared& s, const ScanArguments& a, const Side& side, const Walk
       first = pair.x, second = pair.y;
     }
     float added = gate.sum[1];
-    if constexpr (KIND == STATES) {  // the second bound is tighter if large keys have small weights
+    if constexpr (KIND == STATES) {  // the second bound is smaller where large keys have small weights
       float weighted = 0.f;
 #pragma unroll
       for (int w = 0; w < THREADS / 32; w++) weighted = fmaxf(weighted, s.weighted[i % 2][w]);
@@ -118,13 +118,13 @@ DEVICE void scan(Shared& s, const ScanArguments& a, const Side& side, const Walk
     if constexpr (!BACK) {
       copies_wait<0>();
       publish_shared();
-      __syncthreads();  // the tiles have arrived, and those of the previous chunk have been read
+      __syncthreads();  // the tiles have arrived, and those of the chunk before have been read
       copy(i + 1);
       if (i > 0) conclude(i - 1);
     }
     const Gates& gate = s.gates[i % 3];
     int mh = index_of(i);
-    // Store the state.
+    // store the state
     float factor = unit * inverse(bound), sum, rescale = gate.rescale;
     if constexpr (BACK) {
       copies_wait<1>();
@@ -182,7 +182,7 @@ DEVICE void scan(Shared& s, const ScanArguments& a, const Side& side, const Walk
     if (count > 0) conclude(count - 1);
   }
   if (side.last == nullptr) return;
-  Walk same(a, again((int)blockIdx.x));  // computed again, not kept in registers
+  Walk same(a, again((int)blockIdx.x));  // computed again: frees registers during the scan
   bool last_of_all = BACK ? same.index == same.before : same.index + 1 == same.after;
   if (last_of_all) state.store(side.last + place_of(same), unit);
 }

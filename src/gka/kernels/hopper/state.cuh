@@ -1,9 +1,9 @@
-// A whole state in the accumulators of a block.
+// A whole state [K, W] in the accumulators of a block.
 #pragma once
 
 #include "scan.cuh"
 
-// A state in the accumulators of its block. A thread has rows `row` and row + 8, columns 8 j + column and the next.
+// A thread holds rows `row` and row + 8, columns 8 j + column and the next.
 template <int W>
 struct State {
   float d[W / 2];
@@ -34,8 +34,8 @@ struct State {
         *(float2*)(to + (row + 8 * b) * W + 8 * j + column) =
             float2{d[4 * j + 2 * b] * factor, d[4 * j + 2 * b + 1] * factor};
   }
-  // A warp's 16 rows pass through a tile [K, W] of halves in shared memory; no other warp touches them. Registers
-  // access them as fragments of 16 columns, global memory as pieces of 16 bytes, consecutive lanes' in one row.
+  // A warp moves its 16 rows to and from memory through its own rows of a tile [K, W] of halves. It accesses the
+  // tile as fragments (16 columns at once) or as pieces of 16 bytes, those of consecutive lanes in one row.
   static constexpr int LANES = W / 8, ROWS = 32 / LANES;
   DEVICE u32 first_fragment() const {
     return again(swizzled(K, threadIdx.x / 32 * 16 + lane % 16, lane / 16 * 8));
@@ -59,8 +59,8 @@ struct State {
 #pragma unroll
     for (int n = 0; n < W / 16; n++) *(uint4*)(to + n * ROWS * W) = *(const uint4*)(tile + piece(from, n));
   }
-  // Writes d * factor to the tile and returns its sum of squares or, if STORED (the tile held a state S), its inner
-  // product with S. ADDS: then d = d * rescale + start * S.
+  // Writes d * factor to the tile; returns this thread's share of its sum of squares. STORED: the tile holds a
+  // state S, and the share is that of <d * factor, S>. ADDS: then d = d * rescale + start * S.
   template <bool STORED, bool ADDS>
   DEVICE float put(u32 tile, float factor, float rescale = 1.f, float start = 0.f) {
     float sum[2] = {0.f, 0.f};

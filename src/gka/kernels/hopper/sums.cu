@@ -1,5 +1,5 @@
-// The states H and U, or with BACKWARDS their gradients E, that each segment of a sequence yields from zero: a scan
-// (scan.cu) that stores only its last state. blockIdx.y = 0 computes H, 1 computes U.
+// The sum that each segment of a sequence adds to H and U, or with BACKWARDS to their gradients E: a scan (scan.cu)
+// from zero that stores only its end. Blocks with blockIdx.y = 0 do H, those with 1 do U.
 
 #include "products.cuh"
 
@@ -19,7 +19,7 @@ DEVICE void sum(Shared& s, const ScanArguments& a, const Side& side, const Walk&
   State<W> state;
   int count = at.end - at.first;
   bool makes_weights = threadIdx.x < 32;
-  // Chunks of a segment are consecutive, and all have C tokens except a sequence's last.
+  // a segment's chunks are consecutive, and only a sequence's last may be short
   int start = (int)a.chunk_start[at.first];
   int last_length = a.chunk_length[at.end - 1];
   auto chunk_of = [&](int i) { return BACK ? at.end - 1 - i : at.first + i; };
@@ -35,7 +35,7 @@ DEVICE void sum(Shared& s, const ScanArguments& a, const Side& side, const Walk&
     if (makes_weights && i < count)
       weights.copy(s.numbers[i % STAGES], a, side, at, token_of(i), length_of(i), index_of(i));
   };
-  auto make_weights = [&](int i) {  // a lane reads only what it has copied itself
+  auto make_weights = [&](int i) {  // no barrier: each lane reads what it copied itself
     if (makes_weights && i < count) weights.make(s.gates[i % 2], s.numbers[i % STAGES], a, side.g);
   };
   copy_numbers(0), copies_commit();
@@ -47,14 +47,14 @@ DEVICE void sum(Shared& s, const ScanArguments& a, const Side& side, const Walk&
   for (int i = 0; i < count; i++) {
     copies_wait<STAGES - 2>();
     publish_shared();
-    __syncthreads();  // the tiles have arrived, and those of the previous chunk have been read
+    __syncthreads();  // the tiles have arrived, and those of the chunk before have been read
     auto ask = [&] { copy(i + STAGES - 1), copy_numbers(i + STAGES), copies_commit(); };
     if constexpr (BACK) ask();
     const Gates& gate = s.gates[i % 2];
     float factor = gate.rescale;
     if (factor != 1.f) state.scale(factor);
     add_chunk<KIND, OF_H, TILE>(state.d, tiles_of(i), gate);
-    if constexpr (!BACK) ask();  // for two chunks ahead, so after the products
+    if constexpr (!BACK) ask();  // two chunks ahead, after the products are issued
     make_weights(i + 1);
     mma_wait<0>();
     hold(state.d);

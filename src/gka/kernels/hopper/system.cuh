@@ -7,15 +7,15 @@
 #include "adaptive.cuh"
 #endif
 
-// A chunk's systems, ready for `solve`.
+// A chunk's systems, prepared for `solve`.
 struct System {
   Iteration it;
-  float fro[2], zeta[2], lambda, h_scale;  // fro: F_t, one if empty
-  float h_factor[2], w_factor[2];          // factors of H16 and of W in the iteration
+  float fro[2], zeta[2], lambda, h_scale;  // fro: F_t, one where empty
+  float h_factor[2], w_factor[2];          // scale H16 and W for the iteration
   bool empty[2];
 };
 
-// Bounds of the spectrum and number of steps; writes W / F to shared memory, and w_t to `vectors` there.
+// Finds the spectrum's bounds and the step count; leaves W / F in shared memory, and w_t in `vectors` there.
 DEVICE System prepare(Shared& s, const Arguments& a, const Place& at, const GateLoads& of, float k_max,
                       unsigned char* vectors) {
   float w[C / 2], key_sum[ADAPTIVE ? K / 2 : 1];
@@ -35,12 +35,12 @@ DEVICE System prepare(Shared& s, const Arguments& a, const Place& at, const Gate
   tighten(y.it, r, w, key_sum, y.fro, y.empty, s, a, at, of.h_scale, k_max);
 #endif
   y.lambda = a.ridge_ratio * y.it.step;
-  __syncthreads();  // all threads have read the squares, which W / F overwrites
+  __syncthreads();  // every thread has read the squares that W / F overwrites
 #pragma unroll
   for (int b = 0; b < 2; b++) {
     float unit = __fdividef(y.it.step, y.fro[b]);
     y.h_factor[b] = y.zeta[b] * of.h_scale * unit;
-    y.w_factor[b] = fmaxf(unit * k_max * k_max, 1e-37f);  // keeps quotients finite
+    y.w_factor[b] = fmaxf(unit * k_max * k_max, 1e-37f);  // keeps quotients by it finite
   }
 #pragma unroll
   for (int n = 0; n < C / 16; n++) {
@@ -73,7 +73,7 @@ DEVICE void solve_chunk(float (&x)[K / 2], float (&rhs)[K / 2], Shared& s, const
   for (int i = 0; i < K / 2; i++) x[i] *= factor[i / 2 % 2];
 }
 
-// scores o W, with W of U, as a left operand.
+// scores o W, W with the decay of U, as a left operand.
 DEVICE void weigh_scores(u32 (&p)[C / 4], const float (&scores)[C / 2], const Shared& s, const Place& at) {
   float w[C / 2];
   weights(w, s.decay_u, s.beta2, at);

@@ -21,7 +21,7 @@ DEVICE u64 descriptor(u32 address, u32 leading, u32 stride) {
          1ull << 62;
 }
 
-// The descriptor of an address `bytes` further; only the low word, which has the address, changes.
+// The descriptor advanced by `bytes`: only its low word, which holds the address, changes.
 DEVICE u64 advance(u64 d, u32 bytes) {
   asm("{.reg .u32 l, h;\n mov.b64 {l, h}, %0;\n add.u32 l, l, %1;\n mov.b64 %0, {l, h};}" : "+l"(d) : "r"(bytes >> 4));
   return d;
@@ -42,14 +42,14 @@ DEVICE void mma_wait() {
 // Makes ordinary stores to shared memory visible to the tensor cores; a barrier must follow.
 DEVICE void publish_shared() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
 
-// Keeps reads of a product's registers after the preceding wait.
+// Keeps the compiler from moving reads of a product's registers before the preceding wait.
 template <int N>
 DEVICE void hold(float (&d)[N]) {
 #pragma unroll
   for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// The accumulators' operand names in an instruction, and their registers.
+// The accumulators' names in an instruction, and their registers.
 #define NAMES_32 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15," \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"

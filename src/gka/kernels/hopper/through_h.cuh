@@ -3,12 +3,12 @@
 
 #include "tiles.cuh"
 
-// Largest magnitude of C numbers, computed by every warp.
+// Largest magnitude of C numbers; computed by every warp.
 DEVICE float chunk_largest(const float* x, const Place& at) {
   return warp_max(fmaxf(fabsf(x[at.lane]), fabsf(x[at.lane + 32])));
 }
 
-// Writes M_jt w_t / max |w| to the first tile and M_jt to the second.
+// Stores M_jt w_t / max |w| in the first tile and M_jt in the second.
 DEVICE void store_masks(Tiles& s, float less, const Place& at) {
   u32 place = first_word(at);
   float mine[2] = {s.decay_h[at.row[0]], s.decay_h[at.row[1]]};
@@ -32,7 +32,8 @@ DEVICE void store_masks(Tiles& s, float less, const Place& at) {
   }
 }
 
-// Left operands (M^T w M o K K^T) beta^2 and M beta^2, beta^2 over its maximum. Writes (K K^T)^2 to the first tile.
+// Left operands (M^T w M o K K^T) beta^2 and M beta^2, beta^2 relative to its maximum. Stores (K K^T)^2 in the first
+// tile.
 DEVICE void ridge_operands(u32 (&full)[C / 4], u32 (&left)[C / 4], const float (&sum)[C / 2],
                            const float (&gram)[C / 2], float less, Tiles& s, const Place& at) {
   u32 place = first_word(at);
@@ -52,8 +53,8 @@ DEVICE void ridge_operands(u32 (&full)[C / 4], u32 (&left)[C / 4], const float (
   }
 }
 
-// Replaces (W (K K^T)^2)_tj in `pairs` by P_tj of H. Writes x_k and y_k, weighted by M_jt and the scales of x and y,
-// to the tiles, and the chunk-start state's part for each t to start_h.
+// Turns (W (K K^T)^2)_tj in `pairs` into P_tj of H. Stores x_k and y_k, weighted by M_jt and the scales of x and y, in
+// the tiles, and the chunk-start state's part of each t.
 DEVICE void weigh_pairs(float (&pairs)[C / 2], const float (&x_k)[C / 2], const float (&y_k)[C / 2], float size,
                         float k2, float less, float h_norm2, Tiles& s, const Place& at) {
   u32 place = first_word(at);
@@ -99,7 +100,7 @@ DEVICE void weigh_pairs(float (&pairs)[C / 2], const float (&x_k)[C / 2], const 
   __syncwarp();
 }
 
-// Adds the parts of dk and d(beta^2) through H; writes the gradient of H's decay.
+// Adds the parts of dk and d(beta^2) through H; writes dg of H.
 DEVICE void through_h(float (&dk)[K / 2], float (&d_beta2)[2], Tiles& s, float k_max, const Arguments& a,
                       const Place& at) {
   u32 keys = shared_address(s.k), state = shared_address(s.state);
@@ -181,7 +182,7 @@ DEVICE void through_h(float (&dk)[K / 2], float (&d_beta2)[2], Tiles& s, float k
   mma_commit();
   mma_wait<0>();
   hold(x_k), hold(y_k);
-  __syncthreads();  // the energies are written
+  __syncthreads();  // the energies are stored
   weigh_pairs(sum, x_k, y_k, beta2_max * k2 * k2, k2, inverse(both_max), s.h_norm2, s,
               again(at));
   publish_shared();

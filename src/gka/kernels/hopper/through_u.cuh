@@ -3,8 +3,8 @@
 
 #include "tiles.cuh"
 
-// From z_t . k_j in `pairs` and do_t . v_j: writes z k^T o M times part_v and do v^T o M times part_k to the tiles,
-// and P_tj to `pairs`.
+// From z_t . k_j in `pairs` and do_t . v_j in `d_v`: stores z k^T o M and do v^T o M, each times its factor, in the
+// tiles, and leaves P_tj in `pairs`.
 DEVICE void mask_pairs(float (&pairs)[C / 2], const float (&d_v)[C / 2], float part_v, float part_k, Tiles& s,
                        const Place& at) {
   u32 place = first_word(at);
@@ -19,11 +19,11 @@ DEVICE void mask_pairs(float (&pairs)[C / 2], const float (&d_v)[C / 2], float p
 #pragma unroll
       for (int e = 0; e < 2; e++) {
         int i = 4 * j + 2 * b + e;
-        float mask = power_of_two(mine[b] - theirs[e]);  // may overflow above the diagonal, where it is not selected
+        float mask = power_of_two(mine[b] - theirs[e]);  // may overflow above the diagonal, which the next line drops
         mask = column + e <= at.row[b] ? mask : 0.f;
         z_k[e] = pairs[i] * mask, masked[e] = d_v[i] * mask;
         pairs[i] = z_k[e] * d_v[i];
-        asm volatile("" : "+f"(pairs[i]));  // computed now; later would keep both factors in registers
+        asm volatile("" : "+f"(pairs[i]));  // multiply now: later, both factors would hold registers
       }
       unsigned char* to = s.v + (place ^ j << 4) + b * 1024;
       *(u32*)to = pack(z_k[0] * part_v, z_k[1] * part_v);
@@ -32,7 +32,7 @@ DEVICE void mask_pairs(float (&pairs)[C / 2], const float (&d_v)[C / 2], float p
   }
 }
 
-// Writes dv and dg, and the parts of dk and d(beta^2) through U to registers. Starts copies of E of H, x and y.
+// Writes dv and dg of U; leaves the parts of dk and d(beta^2) through U. Starts the copies of E of H, x and y.
 DEVICE void through_u(float (&dk)[K / 2], float (&d_beta2)[2], Tiles& s, const Largest& most,
                       const Arguments& a, const Place& at) {
   u32 keys = shared_address(s.k), z = shared_address(s.z), d_o = shared_address(s.d);
@@ -45,7 +45,7 @@ DEVICE void through_u(float (&dk)[K / 2], float (&d_beta2)[2], Tiles& s, const L
   }
   float pairs[C / 2], d_v[C / 2], dv[V / 2];  // z_t . k_j, then P_tj; do_t . v_j
   {
-    u32 left[V / 16][4];  // v, each block of columns times E's scale of that block
+    u32 left[V / 16][4];  // v, each block's columns times the scale of E there
 #pragma unroll
     for (int k = 0; k < V / 16; k++) {
       float relative = e_scale[k / 4] * inverse(e_max);

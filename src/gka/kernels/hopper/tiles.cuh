@@ -1,20 +1,20 @@
-// Shared by the gradients through U and H: a chunk's tiles and numbers in shared memory, sums over pairs, stores.
+// Shared by the gradients through U and H: a chunk's tiles in shared memory, its numbers, sums over pairs, stores.
 #pragma once
 
 #include "fragments.cuh"
 #include "inputs.cuh"
 
 constexpr int WIDE = K > V ? K : V;
-constexpr float FAINT = 1e-20f;  // a term smaller than the sum by this factor may lose digits
+constexpr float FAINT = 1e-20f;  // a product smaller than its addend by this factor may lose digits
 
-// Shared memory of a block.
+// A block's shared memory.
 struct Tiles {
   unsigned char state[K * WIDE * 2];  // E of U, then E of H, then H_[c]
   unsigned char k[C * K * 2];
   unsigned char z[C * K * 2];         // z, then x
   unsigned char d[C * WIDE * 2];      // do, then y
   unsigned char v[2 * C * C * 2];     // v, then two tiles [C, C]
-  // numbers of every token, zero past the chunk's end
+  // numbers per token, zero past the chunk's end
   float decay_u[C], decay_h[C], alpha[C], rest[C], beta2[C], x_scale[C], both[C], w[C], key_weight[C];
   float start_u[C], start_h[C], energy[C], ends[C], sums[C], columns[C];
   // numbers of the chunk's states
@@ -29,7 +29,7 @@ DEVICE u32 first_word(const Place& at) {
   return at.row[0] * 128 + ((at.row[0] & 7) << 4) + at.column * 2;
 }
 
-// The same place, which the compiler takes for a new value (inputs.cuh: again).
+// The same place, opaque to the compiler: what derives from it holds no registers until its next use.
 DEVICE Place again(const Place& at) {
   Place same = at;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(same.thread));
@@ -49,7 +49,7 @@ DEVICE float largest_of(const float* x, long long index) {
   return largest;
 }
 
-// Four words of a left operand from a tile in shared memory: columns 16 k to 16 k + 15.
+// Loads four words of a left operand from a tile in shared memory: columns 16 k to 16 k + 15.
 DEVICE void load_left(u32 (&a)[4], u32 tile, int k, const Place& at) {
   int row = at.thread / 32 * 16 + at.lane % 16;
   u32 from = (tile + row * 128 + ((at.lane / 16 ^ (row & 7)) << 4)) ^ (k & 3) << 5;
@@ -84,7 +84,7 @@ DEVICE void copy_rows(u32 to, const u16* array, int heads, int head, const Place
   copies_commit();
 }
 
-// Prefetches a state [K, K] into the L2 cache; for one thread.
+// Prefetches a state [K, K] into the cache; called by one thread.
 DEVICE void prefetch_state(const u16* from) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(K * K * 2));
 }
@@ -125,8 +125,8 @@ struct Largest {
   float k, v, z, d;
 };
 
-// Stores k, v, z and do, divided by their bounds, and the tokens' numbers in shared memory; starts copying E of U.
-// All loads are issued before the first wait. Returns the bounds.
+// Stores k, v, z and do, divided by their bounds, and the tokens' numbers in shared memory; returns the bounds. Issues
+// all loads before it waits for any, and leaves the copy of E of U in flight.
 DEVICE Largest load_tiles(Tiles& s, const Arguments& a, const Place& at) {
   copy_rows(shared_address(s.z), a.x, a.heads, at.head, at);
   copy_state<K, V>(shared_address(s.state), a.u_ends + at.state * K * V, at.thread);
@@ -166,7 +166,7 @@ DEVICE Largest load_tiles(Tiles& s, const Arguments& a, const Place& at) {
   return most;
 }
 
-// Stores rows of dk or dv: for shared heads in float32 scratch [tokens, H', D], else in the caller's array.
+// Stores rows of dk or dv: in float32 scratch [tokens, H', D] if heads share, else in the caller's array.
 template <int D>
 DEVICE void store_gradient(void* array, bool shared, const float (&d)[D / 2], const float (&factor)[2],
                            const Arguments& a, const Place& at) {
@@ -185,9 +185,9 @@ DEVICE void store_gradient(void* array, bool shared, const float (&d)[D / 2], co
   }
 }
 
-// Sums of P_tj (without beta_j^2), times a factor: over t to `columns`, and of beta_j^2 P_tj over j < i <= t to
-// `sums`. They are products with a triangle of ones: bfloat16 has float32's range, and a sum of two 16 of its bits.
-// Overwrites both tiles; ends with a barrier.
+// Sums of the pairs' parts P_tj (without beta_j^2), times a factor: over t into `columns`, and of beta_j^2 P_tj over
+// j < i <= t into `sums`. Adds by a product with a triangle of ones; two bfloat16 numbers have float32's range and 16
+// of its bits. Overwrites both tiles; ends with a barrier.
 DEVICE void sum_pairs(const float (&pairs)[C / 2], float factor, Tiles& s, const Place& at) {
   u32 place = first_word(at), since[C / 4];
 #pragma unroll
@@ -200,7 +200,7 @@ DEVICE void sum_pairs(const float (&pairs)[C / 2], float factor, Tiles& s, const
     *(u32*)to = high, *(u32*)(to + C * C * 2) = low;
     int missing = max(16 * (at.row[i % 2] - at.column - i / 2 * 8), 0);  // bits: 1 where column >= row
     asm("shl.b32 %0, %1, %2;" : "=r"(since[i]) : "r"(0x3f803f80u), "r"(missing));
-    asm volatile("" : "+r"(since[i]));  // computed before the product starts
+    asm volatile("" : "+r"(since[i]));  // computed before the product begins
   }
   publish_shared();
   __syncthreads();
@@ -232,7 +232,7 @@ DEVICE void sum_pairs(const float (&pairs)[C / 2], float factor, Tiles& s, const
   __syncthreads();
 }
 
-// Stores dg_i of the tokens 2 lane and 2 lane + 1, unless dg is null, and adds to their d(beta^2).
+// Writes dg_i of the tokens 2 lane and 2 lane + 1 (unless dg is null), and adds to their d(beta^2).
 DEVICE void store_decay(float* dg, float (&d_beta2)[2], const float* start, float whole, const Tiles& s,
                         const Arguments& a, const Place& at) {
   int first = 2 * at.lane;

@@ -1,12 +1,12 @@
-// The weights of a chunk's tokens in the products that add it to a state. One warp computes them a chunk ahead.
+// Weights of a chunk's tokens in the products that add it to a state, computed by one warp one chunk ahead.
 #pragma once
 
 #include "scan.cuh"
 
-// Limits of weights in units of the state: a weight above MOST rescales the state, so that the largest weight becomes
-// LARGEST. Weighted inputs in bfloat16 have float32's range; in float16 they stay below the inputs. H_BACK: y's
-// weights are always float16. The keys' weights enter times SHARE or, in float16, times a sixteenth of the largest key
-// entry if that is larger, so that neither a weight nor a weighted key leaves float16's range.
+// Limits of a weight in units of the state: beyond MOST the state is rescaled, and LARGEST is then the largest weight.
+// Weighted inputs in bfloat16 have float32's range; in float16 they stay below the inputs themselves. H_BACK: the
+// weights of y are always float16. Those of the keys enter times SHARE or, in float16, times a sixteenth of the
+// largest key entry if that is more: neither a weight nor a weighted key then leaves float16's range.
 template <int KIND>
 struct Room {
   static constexpr float MOST = KIND == H_BACK ? BF16 ? 1024.f : 64.f : BF16 ? 0x1p60f : .5f;
@@ -14,38 +14,37 @@ struct Room {
   static constexpr float LARGEST = KIND == H_BACK || BF16 ? 1.f : .5f;
 };
 
-// Weights / unit of pairs of tokens 2 p and 2 p + 1, in the order of a left operand's registers, see `place`.
-// STATES: differences of two inputs' numbers. H_BACK: the same for keys, then y's weights in float16.
-// U_BACK: weights of q and of x in float32.
+// Weights / unit of the pairs of tokens 2 p and 2 p + 1, in the order of a left operand's registers (`place`).
+// STATES: of k. H_BACK: of k, then of y in float16. Those of k are differences of two numbers (`split`).
+// U_BACK: of q and of x, float32.
 struct alignas(16) Gates {
   u32 pairs[2 * C];
   float rescale;  // factor of the state before the chunk is added
   float unit, start;
-  // Only if the state is stored after every chunk (EVERY): decay over the chunk; sums of the weights' magnitudes, in
-  // H_BACK the second a bound of all that is added; the scale of the chunk's stored state; U_BACK: largest factors of
-  // q and x in z.
+  // Only if the state is stored at every chunk (EVERY). whole: the chunk's decay. sum: sums of the weights'
+  // magnitudes; H_BACK's second bounds all that the chunk adds. stored_bound: scale of the chunk's stored state.
+  // of_q, of_x: U_BACK, largest factors of q and of x in z.
   float whole, sum[2], stored_bound, of_q, of_x;
   float written[C];  // STATES: the weights themselves
 };
 
-// Place of pair p: pairs 8 s + c and 8 s + 4 + c, with s the slice of 16 tokens, are read together.
+// Place of pair p: the pairs 8 s + c and 8 s + 4 + c, which are read together, are adjacent. s: slice of 16 tokens.
 DEVICE int place(int pair) { return pair / 8 * 8 + pair % 4 * 2 + pair / 4 % 2; }
 
 DEVICE float inverse(float x) { return x > TINY ? __fdividef(1.f, x) : 0.f; }
 
-// The largest of a warp's nonnegative numbers, which compare like their bits.
+// The largest of a warp's numbers, none negative; such numbers compare as their bits do.
 DEVICE u32 warp_most(u32 x) { return __reduce_max_sync(~0u, x); }
 DEVICE float warp_most(float x) { return __uint_as_float(warp_most(__float_as_uint(x))); }
 
-// Two numbers, each as a difference of two numbers of the inputs' dtype.
+// Two numbers, each as the difference of two numbers of the inputs' dtype.
 DEVICE uint2 split(float low, float high) {
   u32 first = narrow(low, high);
   float2 back = widen(first);
   return {first, narrow(back.x - low, back.y - high)};
 }
 
-// The numbers from which a chunk's weights are computed: per token, zero past the chunk's end. The array of a missing
-// gate is not read.
+// Numbers from which a chunk's weights are computed: per token, zero past the chunk's end. Absent gates stay unread.
 struct alignas(16) Numbers {
   float g[C], beta[C], alpha[C], x_scale[C], y_scale[C], key_weight[C];
   float start_weight, key_max, stored_bound;  // of the chunk
@@ -61,10 +60,10 @@ DEVICE void copy_numbers(float* to, const float* from, int first, int heads, int
 // Lane l of the warp computes the weights of tokens 2 l and 2 l + 1.
 template <int KIND, bool EVERY>
 struct Weights {
-  float unit = 0.f, decays = 0.f;  // decays: sum of the log decays so far
+  float unit = 0.f, decays = 0.f;  // decays: running sum of log decays
   float start = 0.f;               // H_BACK without EVERY: the multiple of H that is not in the accumulators
 
-  // Starts copying the numbers of the chunk of `length` tokens from `first`; `chunk`: its index in arrays [M, G].
+  // Starts copying the numbers of the chunk of `length` tokens from `first`; `chunk`: its index among [M, G].
   DEVICE static void copy(Numbers& to, const ScanArguments& s, const Side& side, const Walk& at, int first,
                           int length, long long chunk) {
     auto copy = [&](float* array, const float* from) {
@@ -84,7 +83,7 @@ struct Weights {
       copy_number(&to.stored_bound, side.stored_bounds + chunk * ((KIND == H_BACK ? K : V) / 64), true);
   }
 
-  // Enlarges `unit` if needed for weights up to `largest`. Returns the state's factor.
+  // Updates `unit` so that weights up to `largest` fit; returns the factor of the state.
   DEVICE float rescale(float largest, float whole) {
     float old = unit * whole, factor = 1.f;
     unit = old;

@@ -2,7 +2,8 @@
 
     z_t = sum_i w_i x_{t-W+1+i},  y_t = z_t sigmoid(z_t),  u_t = y_t / (|y_t|_2 + 1e-6)
 
-One launch computes queries, keys and values. A program owns one tile of channels; with a norm, one head.
+One launch handles queries, keys and values. A program owns one tile of channels: of queries and keys a head,
+since their norm is per head.
 """
 
 import triton
@@ -15,7 +16,7 @@ EPS = tl.constexpr(1e-6)  # as in gka.layers.parts.modules.unit
 
 @triton.jit
 def add_state(z, state, b, at, cols, inside, C: tl.constexpr, W: tl.constexpr):
-    """z with its zeros at the positions at [R] < 0 replaced by the cached inputs."""
+    """z, with cached inputs in place of its zeros for the tokens at [R] < 0."""
     if state is not None:
         where = b.to(tl.int64) * (C * W)
         offsets = cols[None, :] * W + (at[:, None] + W)
@@ -50,7 +51,7 @@ def through_unit(y, du):
 
 @triton.jit
 def shifted(window, x):
-    """The window moved by one token: drop its oldest entry, append x."""
+    """The window moved on by one token: the oldest entry dropped, x appended."""
     return window[1:] + (x,)
 
 
@@ -107,15 +108,12 @@ def convolution_kernel(
     """Unit queries and keys, and values (CV > 0), of BT tokens and a tile of channels.
 
     Args:
-        xq, xk, xv: inputs [B,T,C].
-        wq, wk, wv: weights [C,1,W].
-        sq, sk, sv: the previous W inputs [B,C,W], or None.
-        yq, yk, yv: outputs [B,T,C].
-        past: number of tokens before each in its packed sequence, at most W - 1 [T]; None if not packed.
-        lengths: [B]; keys are zero from this token on; None for no padding.
+        xq, xk, xv: inputs [B,T,C]. wq, wk, wv: weights [C,1,W]. sq, sk, sv: the W inputs before [B,C,W],
+            or None. yq, yk, yv: outputs.
+        past: tokens before each in its packed sequence, at most W - 1 of them, [T]; None if not packed.
+        lengths: tokens of each row [B]; later keys are zero. None: all tokens count.
         blocks: blocks of BT tokens in a sequence.
-        CQ, CK, CV: channels.
-        DK, DV: channels of a tile of queries and keys, and of values.
+        CQ, CK, CV: channels. DK, DV: channels of a tile of queries and keys, and of values.
     """
     NQ: tl.constexpr = CQ // DK
     NK: tl.constexpr = CK // DK
@@ -138,7 +136,7 @@ def convolution_kernel(
 def load_token(
     ptr, start, t0, step, segments, L, T, cols, inside, C: tl.constexpr, D: tl.constexpr
 ):
-    """Token `step` >= -W of each of a program's segments, not widened; zeros outside the sequence."""
+    """Inputs of token `step` >= -W of each of a program's segments; zeros outside the sequence."""
     rel = segments * L + step
     at = t0 + rel
     mask = ((at >= 0) & (at < T))[:, None]
@@ -153,12 +151,12 @@ def through_tile(
     C: tl.constexpr, D: tl.constexpr, CALL: tl.constexpr, W: tl.constexpr, UNIT: tl.constexpr,
     R: tl.constexpr, BD: tl.constexpr, AHEAD: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """dx of R segments of L tokens of a tile of channels, and their terms of dw.
+    """dx of R segments of L tokens of a tile of channels, and their part of dw.
 
-    All segments advance together, token by token. Registers hold the window of inputs that z needs, and dx
-    of the last W tokens, to which later tokens add. So every byte is read and written once, except the
-    W - 1 tokens around a segment. Loads run AHEAD tokens ahead. Within UNROLL steps the windows are indexed
-    instead of moved.
+    All segments advance together, token by token. Registers hold the window of inputs that z needs, and
+    dx of the last W tokens, to which later tokens still add. Every byte is thus read and written once,
+    except the W - 1 tokens around a segment. Loads run AHEAD tokens ahead; UNROLL steps go through the
+    windows without moving them.
     """
     segments, cols = tl.arange(0, R), tl.arange(0, BD)
     channels = tile * D + cols
@@ -219,7 +217,7 @@ def through_tile(
                 part = dz
                 if past is not None:
                     part = tl.where((seen >= W - 1 - i)[:, None], dz, 0.0)
-                # Entry i of both windows belongs to the token W - 1 - i before.
+                # entry i of both windows belongs to the token W - 1 - i steps back
                 added = added + (pending[i] + weights[i] * part,)
                 if partial is not None:
                     summed = summed + (sums[i] + part * own * window[i],)
@@ -247,14 +245,12 @@ def convolution_backward_kernel(
     W: tl.constexpr, RK: tl.constexpr, RV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     SEGMENTS: tl.constexpr, AHEAD: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of convolution_kernel's inputs, and partial sums of those of its weights.
+    """Gradients of convolution_kernel's inputs, and each place's part of its weights' gradients.
 
     Args:
-        dyq, dyk, dyv: gradients of the outputs.
-        dxq, dxk, dxv: gradients of the inputs, or None.
-        partial: [places, CQ + CK + CV, W] float32, to be summed over places, or None.
-        L: tokens of a segment.
-        blocks: places in a sequence, each of SEGMENTS L tokens.
+        dyq, dyk, dyv: gradients of the outputs; dxq, dxk, dxv: of the inputs, or None.
+        partial: [places, CQ + CK + CV, W] float32, to be summed over places; or None.
+        L: tokens of a segment. blocks: places in a sequence, each of SEGMENTS L tokens.
         RK, RV: segments that a tile of queries and keys, or of values, processes at a time.
     """
     NQ: tl.constexpr = CQ // DK

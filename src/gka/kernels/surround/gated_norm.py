@@ -1,4 +1,4 @@
-"""RMSNorm of each head, times SiLU of an optional gate, forward and backward.
+"""RMSNorm of each head, times SiLU of a gate if given, forward and backward.
 
 y = w x r SiLU(gate),  r = 1 / sqrt(mean(x^2) + eps)
 """
@@ -47,7 +47,7 @@ def gated_norm_backward_kernel(
     x, gate, w, dy, dx, dgate, partial, rows, each,
     eps: tl.constexpr, V: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of x and gate for `each` blocks of BR rows, and their partial sum of dw.
+    """Gradients of x and gate for `each` blocks of BR rows, and their part of dw.
 
     Args:
         partial: [programs,V] float32, to be summed over programs.

@@ -6,7 +6,7 @@ beta = sigmoid(b) + eps,  alpha = sigmoid(a'),  g = -exp(A_log) softplus(a + dt_
 import triton
 import triton.language as tl
 
-# Its exp is 0, and its products with a gradient are finite.
+# its exp is 0, and its products with a gradient stay finite
 LEAST_DECAY: tl.constexpr = tl.constexpr(-1e30)
 
 
@@ -20,7 +20,7 @@ def softplus(x):
     """log(1 + e^x), accurate for tiny values too."""
     small = tl.exp(-tl.abs(x))
     above = 1.0 + small
-    # log(1 + u) = u log(w) / (w - 1), where w is 1 + u rounded; its rounding error cancels.
+    # log(1 + u) = u log(w) / (w - 1) with w = 1 + u rounded: its rounding error cancels (Kahan)
     rounded = above - 1.0
     log1p = tl.where(
         rounded == 0.0, small, tl.log(above) * (small / tl.where(rounded == 0.0, 1.0, rounded))
@@ -30,7 +30,7 @@ def softplus(x):
 
 @triton.jit
 def decay_rate(A_log, dt_bias):
-    """-exp(A_log) and the shift of a, which takes A_log above 60 (gka.layers.parts.modules)."""
+    """-exp(A_log) and the shift of a, which takes A_log's excess over 60 (gka.layers.parts.modules)."""
     beyond = tl.where(A_log > 60.0, tl.minimum(A_log, 1e30) - 60.0, 0.0)
     return -tl.exp(tl.where(A_log > 60.0, 60.0, A_log)), dt_bias + beyond
 
@@ -61,14 +61,13 @@ def gates_kernel(
     b, a2, a, A_log, dt_bias, beta, alpha, g, lengths, tokens, T,
     H: tl.constexpr, BH: tl.constexpr, BT: tl.constexpr, eps: tl.constexpr,
 ):  # fmt: skip
-    """beta, alpha and g of BT tokens, without those whose pre-activation is None.
+    """beta, alpha and g of BT tokens; a gate whose pre-activation is None is skipped.
 
     Args:
         b, a2, a: pre-activations [tokens,H] of beta, alpha and g.
         A_log, dt_bias: [H].
         beta, alpha, g: [tokens,H] float32.
-        lengths: [B]; g of a row is zero from this token on; None for no padding.
-        T: tokens of a row.
+        lengths: tokens of each row [B]; later g are zero. None: all tokens count. T: row length.
     """
     heads = tl.arange(0, BH)
     rows = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
@@ -95,7 +94,7 @@ def gates_backward_kernel(
     b, a2, a, A_log, dt_bias, dbeta, dalpha, dg, db, da2, da, partial, lengths, tokens, T,
     H: tl.constexpr, BH: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of BT tokens' pre-activations, and their partial sums of those of A_log and dt_bias.
+    """Gradients of the pre-activations, and the part of BT tokens in those of A_log and dt_bias.
 
     Args:
         partial: [programs,2,H] float32, to be summed over programs.

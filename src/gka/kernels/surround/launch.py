@@ -1,6 +1,6 @@
-"""Launches of the kernels around the op in a layer: convolutions, gates, norm, and the step of decoding.
+"""Launches of the kernels around the op in a layer: convolutions, gates, norm, and the step in decoding.
 
-Kernels are compiled once for each kind of arguments and kept, as in `gka.kernels.triton.plan`.
+Each kernel is compiled once per kind of arguments and kept, as in `gka.kernels.triton.plan`.
 """
 
 # Triton declares a launch without its launch options.
@@ -19,11 +19,11 @@ from gka.kernels.surround.gates import gates_backward_kernel, gates_kernel
 from gka.kernels.surround.step import step_kernel
 from gka.kernels.triton.plan import Launcher
 
-TILE = 128  # channels of a tile of values, which need no heads because they have no norm
-ENOUGH = 1024  # programs that fill any GPU; segments become longer only if there are more
-NORM_PROGRAMS = 1024  # programs of the norm's gradient, whose partial sums of dw are added up
-UNROLL = 4  # unrolled steps in the loop of the convolution's gradient
-AHEAD = 4  # tokens that the convolution's gradient loads in advance
+TILE = 128  # channels of a tile of values, which have no norm per head
+ENOUGH = 1024  # programs that fill any GPU; segments grow only beyond them
+NORM_PROGRAMS = 1024  # programs of the norm's gradient, whose parts of dw are summed
+UNROLL = 4  # steps per iteration of the convolution's gradient
+AHEAD = 4  # tokens that the convolution's gradient loads ahead
 
 _launchers: dict[tuple, Launcher] = {}
 Three = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -32,8 +32,8 @@ Three = tuple[Tensor | None, Tensor | None, Tensor | None]
 def launch(kernel, grid: int, args: tuple, sizes: dict[str, Any]) -> None:
     """Launch `kernel` on tensors, None and integers below 2^31, with compile-time `sizes`.
 
-    The compiled code depends on which arguments are given, their dtypes, and whether their addresses are
-    multiples of 16. The kernels' integers are marked as not specialised.
+    The compiled code depends on which arguments are None, on dtypes and on alignment to 16 bytes. The
+    kernels do not specialise on their integers.
     """
     kinds = [
         (x.dtype, x.device, x.data_ptr() % 16 == 0) if isinstance(x, Tensor) else x is None
@@ -51,10 +51,10 @@ class Parts:
     """Queries, keys and values [B,T,C] to be convolved, with weights [C,1,W] and states [B,C,W].
 
     Attributes:
-        x, weights, states: those of q, k and v. They are None for v if values are not convolved; a state is
-            None if nothing came before.
-        past: number of tokens before each in its packed sequence, at most W - 1, uint8 [T], or None.
-        lengths: [B], or None; keys are zero from this token on.
+        x, weights, states: of q, k and v. Those of v are None if values are not convolved; a state is
+            None if there is no past.
+        past: tokens before each in its packed sequence, at most W - 1, uint8 [T], or None.
+        lengths: tokens of each row [B], or None; later keys are zero.
         head_dim: K.
     """
 
@@ -119,7 +119,7 @@ def _like(tensors: Three) -> Three:
 
 
 def segment_length(tokens: int, tiles: int, segments: int) -> int:
-    """Tokens of a segment: as many as leave enough programs. Every segment reads W - 1 tokens twice."""
+    """Tokens of a segment: the longest that leaves enough programs, as each segment rereads W - 1 tokens."""
     for length in (256, 128, 64, 32):
         if tokens * tiles >= ENOUGH * segments * length:
             return length
@@ -131,7 +131,7 @@ def convolve_backward(
 ) -> tuple[Three, Three]:
     """Gradients of the inputs and of the weights; None where not wanted."""
     sizes, (batch, tokens) = parts.sizes(), parts.shape
-    elements = 1024 if parts.width <= 4 else 512  # of a tile, limited by registers
+    elements = 1024 if parts.width <= 4 else 512  # of a tile that fits the registers
     rows = {"RK": _rows(elements, sizes["BK"]), "RV": _rows(elements, sizes["BV"])}
     if not sizes["CV"]:
         rows["RV"] = rows["RK"]
@@ -170,11 +170,11 @@ def _weight_gradients(partial: Tensor | None, parts: Parts) -> Three:
 
 @dataclass(frozen=True)
 class GateInputs:
-    """Pre-activations [B,T,H] of beta, alpha and g; None without the gate.
+    """Pre-activations [B,T,H] of beta, alpha and g; None for an absent gate.
 
     Attributes:
-        A_log, dt_bias: [H], with a.
-        lengths: [B], or None; g is zero from this token on.
+        A_log, dt_bias: [H]; given with a.
+        lengths: tokens of each row [B], or None; later g are zero.
         eps: added to beta.
     """
 

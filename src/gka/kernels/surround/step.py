@@ -1,4 +1,4 @@
-"""All before the memory in decoding: convolutions, SiLU, unit norms and gates of a few tokens, one launch.
+"""Convolutions, SiLU, unit norms and gates of a few tokens in decoding, in one launch.
 
 The convolutions' states are updated in place; each channel of each row belongs to one program.
 """
@@ -28,7 +28,7 @@ def step_tile(
     for i in tl.static_range(W):
         window = window + (tl.load(held + i, mask=inside, other=0.0).to(tl.float32),)
         weights = weights + (tl.load(w + channels * W + i, mask=inside, other=0.0).to(tl.float32),)
-    tl.debug_barrier()  # all threads have read what is overwritten below
+    tl.debug_barrier()  # all threads have read the state that is overwritten below
     kept = window
     for t in range(T):
         at = (b * T + t) * C + channels
@@ -61,13 +61,13 @@ def step_kernel(
     W: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     H: tl.constexpr, BH: tl.constexpr, BT: tl.constexpr, eps: tl.constexpr,
 ):  # fmt: skip
-    """convolution_kernel and gates_kernel, with their arguments; the states sq, sk, sv are updated.
+    """Convolutions and gates of T tokens; arguments as of convolution_kernel and gates_kernel.
+
+    The states sq, sk, sv are updated in place.
 
     Args:
-        lengths: number of each row's tokens that are not padding [B]. Padding leaves the state unchanged;
-            its keys and g are zero.
-        BT: at least T.
-        H: heads of the gates, 0 without gates.
+        lengths: tokens of each row [B]; later ones do not enter the state, and their key and g are zero.
+        BT: at least T. H: heads of the gates, 0 without gates.
     """
     NQ: tl.constexpr = CQ // DK
     NK: tl.constexpr = CK // DK

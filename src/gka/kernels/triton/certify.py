@@ -1,7 +1,7 @@
-"""The rank-one Nystroem part N_t of every H_t, its certificate, and the steps that follow from it.
+"""The adaptive solver's certificate: the rank-one Nystroem part N_t of every H_t, and the steps of a chunk.
 
-The algorithm is that of `gka.maths.solvers.adaptive`, relative to F_t. H_[c] and the keys are rounded to OP,
-as in the solve's products.
+`gka.maths.solvers.adaptive` has the formulas. All quantities are relative to F_t. H_[c] and the keys are
+the solve's operands, rounded to OP.
 """
 
 import triton
@@ -32,7 +32,7 @@ SMALL: tl.constexpr = tl.constexpr(1e-30)
 
 @triton.jit
 def arcosh_1p(x):
-    """acosh(1 + x), accurate for small x too: log(1 + y) corrected for the rounding of 1 + y."""
+    """acosh(1 + x), accurate for small x too: log(1 + y), corrected for the rounding of 1 + y (Kahan)."""
     y = x + tl.sqrt(x * (x + 2.0))
     rounded = 1.0 + y
     return tl.where(rounded > 1.0, tl.log(rounded) * (y / (rounded - 1.0)), y)
@@ -40,7 +40,7 @@ def arcosh_1p(x):
 
 @triton.jit
 def unit_vector(v, OP: tl.constexpr):
-    """v / |v| rounded to OP, as float32; zero if v is zero."""
+    """v / |v| rounded to OP, as float32; zero for v = 0."""
     norm2 = tl.sum(v * v, 0)
     v *= tl.where(norm2 > SMALL, 1.0 / tl.sqrt(tl.where(norm2 > SMALL, norm2, 1.0)), 0.0)
     return v.to(OP).to(tl.float32)
@@ -48,7 +48,7 @@ def unit_vector(v, OP: tl.constexpr):
 
 @triton.jit
 def state_times(v, kn, hn, h_ptr, K: tl.constexpr, TILED: tl.constexpr, PREC: tl.constexpr):
-    """H v of the stored H, for v rounded to OP: a product of C equal rows, whose mean is exact."""
+    """H v of the stored H, for v rounded to OP: the product of C equal rows, whose mean is exact."""
     C: tl.constexpr = kn.shape[0]
     rows = tl.broadcast_to(v[None, :], kn.shape).to(kn.dtype)
     y = add_product(tl.zeros(kn.shape, tl.float32), rows, hn, h_ptr, K, TILED, False, PREC)
@@ -73,15 +73,14 @@ def leading_vector(
 
 @triton.jit
 def largest_remainder(trace, rayleigh, strength, empty, operands, K: tl.constexpr):
-    """phi: the largest bound of |H_t - N_t|_2 / F_t by trace and Frobenius norm; 0 if all are empty."""
+    """phi: the chunk's largest bound of |H_t - N_t|_2 / F_t (trace and Frobenius norm); 0 without history."""
     arithmetic: tl.constexpr = K * 2.0**-21  # 8 K u
     mean = (trace - strength) * (1.0 / K)
     squared = 1.0 - 2.0 * strength * rayleigh + strength * strength
     rest = squared - K * mean * mean
     spread = (1.0 - 1.0 / K) * tl.where(rest > 0.0, rest, 0.0) + arithmetic
     phi = mean + tl.sqrt(spread) + arithmetic + operands
-    # The solve's F_t, from tf32 products, may be smaller by this factor.
-    phi *= 1.0 + 2.0 * operands
+    phi *= 1.0 + 2.0 * operands  # the solve's F_t, of tf32 products, may be smaller by this
     return tl.minimum(tl.max(tl.where(empty, 0.0, phi), 0), 1.0)
 
 
@@ -142,7 +141,7 @@ def certify_kernel(
     hn = None if TILED else load_state(h_ptr, rk, rk, K, K)
     h_scale = tl.load(h_scales + mh * NK)
     h_norm2 = sum_blocks(h_norms, mh, NK)
-    # F_t^2 in float32 accuracy, because terms of that accuracy cancel against it below.
+    # F_t^2 in full float32: the terms that cancel against it below are float32
     _, _, fro2 = chunk_system(
         kn, hn, h_ptr, h_scale, h_norm2, zeta, weight, K, TILED, "tf32x3"
     )  # fmt: skip
@@ -154,7 +153,7 @@ def certify_kernel(
     start, keys = tl.sum(past, 0) / C, tl.sum(weight, 0) / C
     v = leading_vector(kn, hn, h_ptr, diagonal, start, keys, rk, K, TILED, OP, PREC)
     h_v = state_times(v, kn, hn, h_ptr, K, TILED, PREC)
-    # u_t = H_t v / F_t. Rows of the product's left operand are scaled to at most one.
+    # u_t = H_t v / F_t; each row of the product's left operand is scaled to at most one
     k32 = kn.to(tl.float32)
     left = weight * tl.sum(k32 * v[None, :], 1)[None, :]
     largest = tl.max(tl.abs(left), 1)
@@ -168,7 +167,7 @@ def certify_kernel(
     u *= tl.where(found, 1.0 / tl.sqrt(tl.where(found, norm2, 1.0)), 0.0)[:, None]
     unit = u.to(OP)
     u = unit.to(tl.float32)
-    per_norm2 = inverse(tl.sum(u * u, 1))  # near 1: `unit` is rounded
+    per_norm2 = inverse(tl.sum(u * u, 1))  # 1, but for the rounding of `unit`
     along = tl.dot(unit, tl.trans(kn), input_precision=PREC)
     h_w = add_product(tl.zeros(u.shape, tl.float32), unit, hn, h_ptr, K, TILED, False, PREC)
     rayleigh = past * tl.sum(h_w * u, 1) + tl.sum(weight * along * along, 1)

@@ -19,8 +19,8 @@ def divides(block, size):
 def row_tile(row, heads, head, dim: tl.constexpr, cols, rows_valid):
     """Start, offsets and mask of a chunk's rows in a [tokens, heads, dim] array.
 
-    row is the chunk's first token (int64). Offsets from the start fit 32 bits. The column mask is left
-    out if every column exists, because a mask costs registers.
+    row is the chunk's first token (int64). Offsets from the start fit 32 bits. Where every column
+    exists there is no column mask: each mask costs registers.
     """
     places = tl.arange(0, rows_valid.shape[0])
     start = (row * heads + head) * dim
@@ -46,7 +46,7 @@ def load_rows(ptr, row, heads, head, dim: tl.constexpr, cols, rows_valid):
 
 @triton.jit
 def row_maxima(raw):
-    """max |x| of every row, float32. Magnitudes compare like their bits, so 16-bit x stay packed."""
+    """max |x| of every row, float32. 16-bit magnitudes are compared as integers and so stay packed."""
     if raw.dtype.primitive_bitwidth == 16:
         largest = tl.max(raw.to(tl.int16, bitcast=True) & 0x7FFF, 1)
         return largest.to(tl.int16).to(raw.dtype, bitcast=True).to(tl.float32)
@@ -56,7 +56,7 @@ def row_maxima(raw):
 
 @triton.jit
 def load_state(ptr, rk, rv, K: tl.constexpr, V: tl.constexpr):
-    """Columns rv of a [K, V] state in its own dtype; zeros past K and V. Masks only where needed."""
+    """Columns rv of a [K, V] state in its own dtype; zeros past K and V (masked only where needed)."""
     at = ptr + (rk[:, None] * V + rv[None, :])
     if divides(rk.shape[0], K) and divides(rv.shape[0], V):
         return tl.load(at)
@@ -77,7 +77,7 @@ def add_quarter(
     acc, x, ptr, first: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, TRANS: tl.constexpr,
     PREC: tl.constexpr,
 ):  # fmt: skip
-    """acc + x S for a part of S: rows (TRANS: columns) `first` on, as many as x has columns."""
+    """acc + x S for a quarter of S: the rows (TRANS: columns) from `first` on, which x's columns multiply."""
     if first < K:
         some = first + tl.arange(0, BK // 4)
         every = tl.arange(0, BK)
@@ -151,9 +151,10 @@ def load_decay(ptr, row, heads, head, rows_valid):
 
 @triton.jit
 def cumulative_decays(gate):
-    """Cumulative log decay as two nearly exact sums: of even integers, and of the remainders.
+    """Cumulative log decay as two sums: of the gates rounded to even integers, and of the remainders.
 
-    A single float32 sum would round small terms after a large one. Terms of -1 to 0 are all remainder.
+    Both are almost exact; a single float32 sum would round what follows a large term. Gates between
+    -1 and 0 are remainders alone.
     """
     coarse = tl.floor(gate * 0.5 + 0.5) * 2.0
     return tl.cumsum(coarse, 0), tl.cumsum(gate - coarse, 0)
@@ -171,21 +172,21 @@ def decays_to_end(gate):
 
 @triton.jit
 def store_gate(ptr, value, row, heads, head, rows_valid):
-    """Write one number per token of one head."""
+    """Store a number per token of one head."""
     at = ptr + (row * heads + head) + tl.arange(0, rows_valid.shape[0]) * heads
     tl.store(at, value, mask=rows_valid)
 
 
 @triton.jit
 def decay_mask(coarse, fine, places):
-    """M_jt as rows t, columns j, from the sums of cumulative_decays; exact zeros where j > t."""
+    """M_jt (row t, column j) from the sums of cumulative_decays; exact zeros where j > t."""
     difference = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
     return tl.where(places[:, None] >= places[None, :], tl.exp(difference), 0.0)
 
 
 @triton.jit
 def operand(x, OP: tl.constexpr):
-    """x / max|x| in the tensor cores' dtype, and max|x|; float16 so holds x of any size."""
+    """x / max|x| in the tensor cores' dtype, and max|x|: scaled so, a tile fits float16 whatever its size."""
     largest = tl.max(tl.max(tl.abs(x), 1), 0)
     largest = tl.where(largest > 0.0, largest, 1.0)
     return (x / largest).to(OP), largest
@@ -193,9 +194,9 @@ def operand(x, OP: tl.constexpr):
 
 @triton.jit
 def shares(rows, largest):
-    """s_j / largest: the powers of two that take max|k_j| <= largest to within (1/2, 1]; 0 where k_j is 0."""
+    """s_j / largest and its inverse, a power of two with max|k_j| / s_j in (1/2, 1]; s_j = 0 for k_j = 0."""
     ratio = largest / tl.where(rows > 0.0, rows, largest)
-    ratio = tl.where(ratio < 1e30, ratio, 1e30)  # avoids a division by 0 for subnormal numbers
+    ratio = tl.where(ratio < 1e30, ratio, 1e30)  # finite for a subnormal row too
     power = (ratio.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     return tl.where(rows > 0.0, 1.0 / power, 0.0), power
 
@@ -204,7 +205,7 @@ def shares(rows, largest):
 def key_operand(k, OP: tl.constexpr):
     """k_j / s_j in the tensor cores' dtype, s_j / max|k| [C], max|k|.
 
-    Every key has its own scale, so W_tj s_j^2 <= 4 F_t, however large faded keys are.
+    Each key has a scale of its own, so that W_tj s_j^2 <= 4 F_t however large the keys that have faded.
     """
     rows = tl.max(tl.abs(k), 1)
     largest = tl.max(rows, 0)
@@ -241,7 +242,7 @@ def load_scaled(ptr, scale, row, heads, head, dim: tl.constexpr, cols, rows_vali
 
 @triton.jit
 def store_scaled(ptr, scale, value, row, heads, head, dim: tl.constexpr, cols, rows_valid):
-    """Write every row divided by its largest entry, and that to `scale`, so that 16 bits hold any size."""
+    """Store every row divided by its largest entry, and that entry in `scale`: 16 bits then hold any size."""
     largest = tl.max(tl.abs(value), 1)
     store_rows(ptr, value * inverse(largest)[:, None], row, heads, head, dim, cols, rows_valid)
     store_gate(scale, largest, row, heads, head, rows_valid)

@@ -10,8 +10,8 @@ from torch import Tensor
 from gka.kernels.triton.certify import THETA_FLOOR, WORTHWHILE, WORTHWHILE_OF
 
 EPS: tl.constexpr = tl.constexpr(2.0**-23)  # of float32
-# Warps that hold H in registers, by its padded width: more only if fewer would spill. 256 columns always
-# spill, least with the registers of 16 warps.
+# Warps that hold H in registers, by its padded width: the fewest that do not spill it. 256 columns always
+# spill; 16 warps with all the registers they can have spill least.
 HELD: dict[int, dict[str, int]] = {
     16: {"num_warps": 1},
     32: {"num_warps": 1},
@@ -19,8 +19,8 @@ HELD: dict[int, dict[str, int]] = {
     128: {"num_warps": 4},
     256: {"num_warps": 16, "maxnreg": 128},
 }
-COLUMNS = 16  # of U at a time
-ROWS = 16  # of H and U that a program of advance_kernel owns
+COLUMNS = 16  # columns of U in a block
+ROWS = 16  # rows of H and U that a program of advance_kernel owns
 
 
 def width(dim: int) -> int:
@@ -72,7 +72,7 @@ def place_of(indices, bounds, sequence, length, pool):
 
 @triton.jit
 def arcosh_1p(x):
-    """acosh(1 + x), accurate for small x too: log(1 + y) with Kahan's correction."""
+    """acosh(1 + x), accurate for small x too: log(1 + y), corrected for the rounding of 1 + y (Kahan)."""
     y = x + tl.sqrt(x * (x + 2.0))
     near = 1.0 + y
     return tl.where(near == 1.0, y, tl.log(near) * (y / tl.where(near == 1.0, 1.0, near - 1.0)))
@@ -141,7 +141,7 @@ def solve(
     return x
 
 
-# Not specialised, so that another batch size or length needs no compilation.
+# not specialised: another batch or length needs no new compilation
 @triton.jit(do_not_specialize=["num_iter", "length", "pool"])
 def step_kernel(
     q,  # [B, T, H, K], strided
@@ -153,7 +153,7 @@ def step_kernel(
     beta,  # [B, T, H] or None
     h_pool,  # [P, H, K, K] float32 or None
     u_pool,  # [P, H, K, V] float32 or bfloat16
-    work,  # [B, H, K, V] float32: U between tokens, if it must not or cannot be in u_pool; else None
+    work,  # [B, H, K, V] float32: U between tokens where u_pool must not or cannot hold it; else None
     indices,  # [B] or None: each sequence's place in the pool
     bounds,  # [B + 1] or None: of packed sequences
     o,  # [B, T, H, V]
@@ -173,7 +173,7 @@ def step_kernel(
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
-    BV: tl.constexpr,  # columns of U at a time
+    BV: tl.constexpr,  # columns of U in a block
     COMMIT: tl.constexpr,
     SOLVE: tl.constexpr,
     ADAPTIVE: tl.constexpr,
@@ -184,9 +184,9 @@ def step_kernel(
     first_row = (begin + sequence * length if bounds is None else begin) * H + head
     rows, cols, few = tl.arange(0, BK), tl.arange(0, BK), tl.arange(0, BV)
     inside = (rows[:, None] < K) & (cols[None, :] < K)
-    # No scalar truth value in the mask: the interpreter's & would turn it into an integer.
+    # `alive` enters by tl.where: the interpreter turns `&` with a scalar truth value into integers
     inside = (rows[:, None] < tl.where(alive, K, 0)) & (cols[None, :] < K)
-    for t in range(tl.where(alive, 0, count)):  # a free slot
+    for t in range(tl.where(alive, 0, count)):  # no place in the pool: zeros
         for c in range(0, V, BV):
             tl.store(o + (first_row + t * H) * V + c + few, few * 0.0, mask=c + few < V)
         if x is not None:
@@ -272,7 +272,7 @@ def advance_kernel(
     V: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
-    R: tl.constexpr,  # rows at a time
+    R: tl.constexpr,  # rows in a program
 ):
     """Decay and update of the first tokens of one sequence, R rows of one head's H and U."""
     sequence, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H

@@ -1,7 +1,7 @@
-"""Kernels of the inputs' gradients, through U and through H (gka.maths.adjoint).
+"""Gradients of the inputs of one chunk of one head, through U and through H (gka.maths.adjoint).
 
-Operands are float16 (float32 for float32 inputs). Those of unknown size are divided by the largest entry of
-their chunk, which comes from the scans, because these read the same tiles.
+Operands are float16 (float32 for float32 inputs), divided by the largest entry of their chunk where
+their size is not known. The scans, which read the same tiles, supply these maxima.
 """
 
 import triton
@@ -45,8 +45,8 @@ def decay_gradient(pairs, ends, start, whole, beta2, places, PREC: tl.constexpr)
     )  # sum over t >= i, for each j
     earlier_keys = places[:, None] > places[None, :]
     rectangles = tl.sum(tl.where(earlier_keys, after, 0.0), 1)
-    # A sum of its own: a cumulative sum minus its last term would leave that term's rounding. With the terms
-    # added to `after` instead, Triton 3.6 compiled an illegal memory access (keys of width 200, H200).
+    # A sum of its own: a running sum minus its last term would keep that term's rounding. Added to
+    # `after` instead, Triton 3.6 compiled an illegal memory access for keys 200 wide on an H200.
     before_end = tl.sum(tl.where(earlier_keys, (ends * beta2)[None, :], 0.0), 1)
     return rectangles + before_end + tl.cumsum(start, 0, reverse=True) + whole
 
@@ -131,7 +131,7 @@ def through_u_kernel(
         vn = (vt * (e_scale * inverse(e_max))).to(OP)
         end_v = tl.dot(vn, tl.trans(en), end_v, input_precision=PREC)
     end_v *= (to_end * (v_max * e_max))[:, None]
-    # k is loaded again: kept from above, it would occupy registers through the loop.
+    # k is loaded again: kept from above, it would hold registers through the loop
     ends_j = tl.sum(load_rows(k, row, HK, h // GK, K, rk, valid) * end_v, 1)
     rn = (do_v * mask.to(tl.float32)).to(OP)
     end_v += tl.dot(tl.trans(rn), zn, input_precision=PREC) * (d_max * v_max * z_max * scale)

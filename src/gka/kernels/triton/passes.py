@@ -1,6 +1,6 @@
-"""The steps of `gka.kernels.passes` as launches of Triton kernels."""
+"""The steps of `gka.kernels.passes` in Triton: the kernels that each launches, and their arguments."""
 
-# Triton declares a launch with the kernel's device types. With a solve, H, x and the adjoint are not None.
+# Triton declares a launch with the kernel's device types. H, x and the adjoint exist with a solve.
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false
 
 from typing import Any
@@ -47,11 +47,11 @@ class TritonPasses:
     measures_boundaries = True
 
     def scan_programs(self, sizes: Sizes) -> int:
-        """A program holds a block of columns of a state."""
+        """One per block of columns of H and of U."""
         return sum(sizes.blocks)
 
     def segments_by_group(self, settings: Settings) -> bool:
-        """Not with the adaptive solver: other segments round H differently, which can change its steps."""
+        """Not with the adaptive solver: other segments change H's last bits, and so perhaps its steps."""
         return not settings.adaptive
 
     def ends(
@@ -95,7 +95,7 @@ class TritonPasses:
     def solve_and_readout(
         self, call: GpuCall, heads: Heads, h: Moments | None, u: Moments, solutions: Solutions, o: Tensor
     ) -> list[Launch]:  # fmt: skip
-        """x_t where there is a solve, and o_t."""
+        """x_t if there is a solve, and o_t."""
         t = call.t
         solve = (
             [] if h is None or not call.solves else _solve(call, heads, (t.q, None), h, solutions)
@@ -184,7 +184,7 @@ class TritonPasses:
         (batch, length, heads, dim), value_dim = tokens.q.shape, tokens.v.shape[-1]
         bounds = tokens.cu_seqlens
         sequences = batch if bounds is None else bounds.numel() - 1
-        # Several tokens need U in between. It stays in the pool only if that is float32 and may change.
+        # U between tokens may lie in the pool only if it is committed and float32
         apart = length > 1 and not (commit and states.u.dtype == torch.float32)
         shape = (sequences, heads, dim, value_dim)
         work = states.u.new_empty(shape, dtype=torch.float32) if apart else None
@@ -235,25 +235,25 @@ def _plan(call: GpuCall) -> Plan:
 def _launch(
     call: GpuCall, kernel, name: str, grid: tuple[int, ...], heads: Heads, args: tuple, **more: Any
 ) -> Launch:
-    """A launch on `args` and the heads. Compile-time options: those of `name`, and `more`."""
+    """A launch of the kernel on `args` and the heads; options by `name`, and `more`, at compile time."""
     signature = (call.signature, call.chunks.segmented, heads)
     return Launch(_plan(call).launcher(kernel, name, signature, **more), grid, (*args, *heads))
 
 
 def _of_chunks(call: GpuCall, kernel, name: str, heads: Heads, args: tuple, **more: Any) -> Launch:
-    """A launch with one program per chunk and head."""
+    """A launch with a program per chunk and head."""
     return _launch(call, kernel, name, (call.M * heads.count,), heads, args, **more)
 
 
 def _both(call: GpuCall, kernel, name: str, heads: Heads, blocks: int, args: tuple) -> list[Launch]:
-    """The launches of a backward scan: the segments' sums if there are several, then the scan."""
+    """Launches of a backward scan: the segments' sums if a sequence has several, then the scan."""
     programs = (call.chunks.num_segments * heads.count, blocks)
     kinds = (True, False) if call.chunks.segmented else (False,)
     return [_launch(call, kernel, name, programs, heads, args, SUM=only) for only in kinds]
 
 
 def _segment_sums(call: GpuCall, heads: Heads, name: str, width: int, blocks: int) -> SegmentSums:
-    """Partial sums of each segment's states: sums, bounds and log decays; None if sequences are not cut."""
+    """Partial sums of each segment's states: sums, bounds and log decays; None without segments."""
     if not call.chunks.segmented:
         return None, None, None
     shape = (call.chunks.num_segments, heads.count)
@@ -270,7 +270,7 @@ def _solve(
     out: tuple[Tensor | None, Tensor | None],
     *adjoint: Tensor | None,
 ) -> list[Launch]:
-    """Write x of A x = rhs to `out`, both with their scales. adjoint: further arrays of the adjoint solve."""
+    """Solve A x = rhs into `out`, both with their scales; `adjoint`: the backward pass's other arrays."""
     t, adaptive = call.t, call.adaptive
     extra = adjoint or (None,) * 8
     certificate = _certificate(call, heads) if adaptive else (None,) * 4
@@ -306,7 +306,7 @@ def _certificate(call: GpuCall, heads: Heads) -> Certificate:
 
 
 def _certify(call: GpuCall, heads: Heads, h: Moments, found: Certificate) -> Launch:
-    """N_t and the steps of every chunk; the same in both passes, because both sum H in the same order."""
+    """N_t and the steps of every chunk; the same in both passes, since H is summed in the same order."""
     t = call.t
     args = (
         t.k, call.gk, t.beta, *h.stored, h.norms, *found, *call.tables, *_system(call),

@@ -1,6 +1,6 @@
-"""Tile sizes, launch options and compiled kernels of a kind of call.
+"""Tile sizes, launch options and compiled kernels, which calls of one kind share.
 
-They are kept, because computing them takes the host as long as the launches.
+They are kept per kind of inputs: working them out takes the host as long as the launches.
 """
 
 # Triton declares a launch with the kernel's device types and without its launch options.
@@ -18,7 +18,7 @@ from gka.kernels.call import Sizes
 SCAN = ("H", "HK", "HV", "GK", "GV", "K", "V", "BK", "BN", "BV", "NK", "NV")
 READOUT = ("H", "HK", "HV", "GK", "GV", "K", "V", "BK", "BV", "NV")
 THROUGH_H = ("H", "HK", "GK", "K", "BK", "NK", "TILED")
-# The compile-time sizes of every kernel, besides C, OP and PREC of all kernels.
+# The compile-time sizes of every kernel, besides C, OP and PREC.
 SIZES = {
     "moments": SCAN,
     "solve": THROUGH_H,
@@ -60,7 +60,7 @@ class Plan:
         """The kernel for arguments of that signature, with `more` compile-time values.
 
         Args:
-            signature: everything else that the compiled code depends on, see `Launcher`.
+            signature: what else the compiled code depends on (see `Launcher`).
         """
         key = (kernel, signature, *more.values())
         held = self._launchers.get(key)
@@ -70,11 +70,11 @@ class Plan:
 
 
 class Launcher:
-    """A kernel for arguments that Triton specialises alike, launched without Triton's checks.
+    """A kernel whose launches skip Triton's specialisation.
 
-    Triton inspects every argument of every launch: its type, whether it is None, whether a pointer is a
-    multiple of 16, whether an integer is 1 or a multiple of 16. This class compiles at the first launch and
-    relies on the same properties at later ones.
+    At every launch Triton inspects every argument: its type, whether it is None, whether a pointer is
+    aligned to 16 bytes, whether an integer is 1 or a multiple of 16. A launcher compiles at its first
+    launch and relies on all of these being the same in later ones.
     """
 
     def __init__(self, kernel, options: dict[str, Any]) -> None:
@@ -92,7 +92,7 @@ class Launcher:
 
 
 class Jitted:
-    """A kernel that Triton itself specialises at every launch."""
+    """A kernel that Triton specialises at every launch."""
 
     def __init__(self, kernel, options: dict[str, Any]) -> None:
         self.kernel, self.options = kernel, options

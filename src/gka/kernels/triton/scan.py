@@ -1,11 +1,11 @@
-"""Scans over chunks: the moments H and U at chunk starts. `scan_back` has those of their gradients.
+"""Scans over chunks on the GPU: the moments H and U.
 
-A sequence is cut into segments of consecutive chunks. `moments_segments_kernel` computes every segment's
-state from zero. The scan then starts each segment with the sum of the segments before it, in their order.
-One program owns a block of columns of one head's state in one segment. So nothing is reduced across
-programs, and the result does not depend on scheduling.
+A sequence is cut into segments of consecutive chunks. `moments_segments_kernel` sums what every segment
+adds to a state that starts from zero. `moments_kernel` then starts each segment from the sum of the
+segments before it, in their order. One program owns a block of columns of one head's state in one
+segment: nothing is reduced across programs, and the result does not depend on scheduling.
 
-Stored states are divided by a running bound of their entries: S <= scale.
+Stored states are divided by a running bound on their entries: |S| <= scale.
 """
 
 import triton
@@ -27,7 +27,7 @@ NEGLIGIBLE: tl.constexpr = tl.constexpr(1e-30)
 
 @triton.jit
 def segment_of(segments, bounds, chunk_start, index):
-    """(sequence, its first and end chunk, its sequence's first and end segment, first token, end token)."""
+    """(sequence, first and end chunk, the sequence's first and end segment, its first and end token)."""
     n = tl.load(segments + index * 5)
     first = tl.load(segments + index * 5 + 1)
     end = tl.load(segments + index * 5 + 2)
@@ -39,7 +39,7 @@ def segment_of(segments, bounds, chunk_start, index):
 
 @triton.jit
 def unit_of(largest, scale, whole):
-    """The divisor of operands: makes them at most one, and keeps S whole / unit from overflowing."""
+    """The divisor of operands: with it they are at most one, and S whole / unit does not overflow."""
     return tl.maximum(tl.maximum(largest, scale * whole * NEGLIGIBLE), NEGLIGIBLE)
 
 
@@ -57,7 +57,7 @@ def add_chunk(
     total, to_end = decays_to_end(gate)
     weight = to_end * write * write
     whole = tl.exp(total)
-    # Scale rows to at most one: key rows by their largest entry, value rows by all other factors.
+    # rows scaled to at most one: key rows by their largest entry, value rows by all other factors
     k_max = row_maxima(kt)
     v_max = k_max if IS_H else row_maxima(vt)
     largest = tl.sum(weight * k_max * v_max, 0)
@@ -82,7 +82,7 @@ def sum_segment(
     places = tl.arange(0, C)
     rk = tl.arange(0, BK)
     rv = block * BV + tl.arange(0, BV)
-    if segment + 1 < after:  # no segment follows the last one
+    if segment + 1 < after:  # no segment starts from the sum of the last one
         state = tl.zeros((BK, BV), tl.float32)
         scale, decay = 0.0, 0.0
         for c in range(first, end):
@@ -132,7 +132,7 @@ def moments_segments_kernel(
     OP: tl.constexpr,
     PREC: tl.constexpr,
 ):
-    """S of every segment from zero, except a sequence's last; the first NK blocks are H's."""
+    """S of every segment but a sequence's last, started from zero; the first NK blocks are H's."""
     index, block = tl.program_id(0), tl.program_id(1)
     if NK > 0:  # noqa: SIM102 - two conditions, since without H its arrays are None
         if block < NK:
@@ -152,7 +152,7 @@ def earlier(
     state, scale, sums, sum_scales, sum_decays, s, j, G, rk, rv, block, blocks,
     K: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    """The state after one more segment."""
+    """A state, advanced by one segment's sum."""
     at = s * G + j
     whole = tl.exp(tl.load(sum_decays + at * blocks + block))
     added = load_state(sums + at * K * V, rk, rv, K, V)

@@ -1,7 +1,7 @@
-"""Scans over chunks backwards: the gradients E of H and U at chunk ends, in segments like the moments.
+"""Scans over chunks backwards: the gradients E of H and U at chunk ends, in the segments of `scan`.
 
-E of H is not symmetrised: the gradient of the symmetric H is (E + E^T) / 2, and E needs only one product of
-y and x. Stored E are divided by a running bound of their entries, like the moments.
+H is symmetric, so its gradient is (E + E^T) / 2. The scan keeps E unsymmetrised, which takes one product
+of y and x instead of two. Stored E are divided by a running bound, as the moments are.
 """
 
 import triton
@@ -48,7 +48,7 @@ def hand_back_h(
 ):  # fmt: skip
     """E <- E whole - sum_t zeta_t y_t x_t^T - (K^T diag(key_weight) K + start_weight H_[c]) / 2.
 
-    The keys are k_j / s_j, and H_[c] is as stored.
+    K holds the keys k_j / s_j, and H_[c] is the stored one (divided by its scale).
     """
     both = (
         zeta * load_gate(x_scale, row, H, h, valid, 0.0) * load_gate(y_scale, row, G, j, valid, 0.0)
@@ -89,7 +89,7 @@ def reverse_u_kernel(
     z_maxima,  # [M, G] float32: max |z| of the chunk
     d_maxima,  # [M, G, NV] float32: max |do|
     initial,  # [N, H, K, V] float32 or None: gradient of the initial state
-    sums,  # [S, G, K, V] float32: E before each segment, from zero; None if every sequence is one segment
+    sums,  # [S, G, K, V] float32: E that each segment adds; None where every sequence is one segment
     sum_scales,
     sum_decays,
     segments,
@@ -104,7 +104,7 @@ def reverse_u_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     C: tl.constexpr,
-    SUM: tl.constexpr,  # only write `sums`
+    SUM: tl.constexpr,  # write `sums` alone
     OP: tl.constexpr,
     PREC: tl.constexpr,
 ):
@@ -118,7 +118,7 @@ def reverse_u_kernel(
     grad = tl.zeros((BK, BV), tl.float32)
     bound, decay = 0.0, 0.0
     if SUM:
-        if segment == before:  # no segment precedes the first
+        if segment == before:  # no segment receives the first one's sum
             end = first
     else:
         if final is not None:
@@ -166,14 +166,14 @@ def reverse_u_kernel(
 
 @triton.jit
 def reverse_h_kernel(
-    x,  # [tokens, H, K] or None without a solve: then the final state's gradient only decays
+    x,  # [tokens, H, K] or None without a solve: then E only decays
     x_scale,  # [tokens, H]
     y,  # [tokens, G, K]: rows divided by y_scale
     y_scale,  # [tokens, G]
     k,  # [tokens, HK, K]
     k_maxima,  # [M, G]: max |k| of the chunk
-    key_weight,  # [tokens, G], from solve_kernel
-    start_weight,  # [M, G], from solve_kernel
+    key_weight,  # [tokens, G], written by solve_kernel
+    start_weight,  # [M, G], written by solve_kernel
     gk,  # [tokens, H] or None
     states,
     scales,
@@ -182,7 +182,7 @@ def reverse_h_kernel(
     ends,  # E: the gradient is (E + E^T) / 2
     end_scales,  # the same for every block
     wholes,
-    initial,  # E, as in ends
+    initial,  # E of the initial state
     sums,
     sum_scales,
     sum_decays,

@@ -26,7 +26,7 @@ def chunk_system(
     kn, hn, h_ptr, h_scale, h_norm2, zeta, weight, K: tl.constexpr, TILED: tl.constexpr,
     PREC: tl.constexpr,
 ):  # fmt: skip
-    """F_t^2 and its terms, for keys kn and weights that contain the keys' scale.
+    """F_t^2 and its parts, for keys kn and weights that carry the keys' scale.
 
     Returns s_j = k_j^T H_[c] k_j, (W (K K^T)^2)_tj, F_t^2.
     """
@@ -43,7 +43,7 @@ def chunk_system(
 
 @triton.jit
 def without(residual, w_ptr, tau, heads, valid, K: tl.constexpr):
-    """(1 - tau_t w_t w_t^T) r_t of every row; r if tau is None. w_ptr: w of the first of `heads` heads."""
+    """(1 - tau_t w_t w_t^T) r_t of every row, with w [C, heads, K] at w_ptr; r_t itself if tau is None."""
     if tau is not None:
         columns = tl.arange(0, residual.shape[1])
         w = load_raw(w_ptr, 0, heads, 0, K, columns, valid).to(tl.float32)
@@ -58,10 +58,10 @@ def chebyshev(
 ):  # fmt: skip
     """x of B_t x_t = rhs_t, B_t = 2/(L + mu) (H_t + lambda_t I), in the residual form.
 
-    rhs [C, BK] is float32 with entries of about one; kn [C, BK] and hn [BK, BK] (TILED: at h_ptr) are in OP.
-    h_coef [C] and weight [C, C] contain 2/(L + mu); lamb = 2a/(1 + 2a). The update d is rounded to OP before
-    it enters both x and the residual, so its rounding costs no accuracy. If tau is not None, d is updated by
-    (1 - tau_t w_t w_t^T) times the residual, and 2/((kappa + 1) lambda) replaces 2/(L + mu).
+    rhs [C, BK] float32 of size about one; kn [C, BK], hn [BK, BK] in OP (TILED: at h_ptr); h_coef [C] and
+    weight [C, C] carry 2/(L + mu); lamb = 2a/(1 + 2a). The update d is rounded to OP before it
+    enters both x and the residual, so its rounding costs no accuracy. If tau is not None, d is updated
+    by (1 - tau_t w_t w_t^T) r_t instead of r_t, and 2/((kappa + 1) lambda) replaces 2/(L + mu).
     """
     residual = rhs
     d = without(rhs, w_ptr, tau, w_heads, valid, K).to(OP)
@@ -73,7 +73,7 @@ def chebyshev(
         omega = 4.0 / (4.0 - rho2 * omega)
         d32 = d.to(tl.float32)
         scaled = (d32 * (-h_coef)[:, None]).to(OP)
-        # The address depends on the step, or the compiler would read the tiles once, and they do not fit.
+        # an address that depends on i: the compiler must not hoist the tiles, which would not fit
         again = h_ptr + i // 1073741824
         residual = add_product(residual, scaled, hn, again, K, TILED, False, PREC)
         scores = tl.dot(d, kt, input_precision=PREC) * minus_weight.to(tl.float32)
@@ -88,7 +88,7 @@ def chebyshev(
 
 @triton.jit
 def solve_kernel(
-    rhs,  # q [tokens, H, K]; in the derivative dx [tokens, G, K], rows divided by rhs_scale
+    rhs,  # [tokens, H, K]: q; with ADJOINT dx [tokens, G, K], rows divided by rhs_scale
     rhs_scale,  # [tokens, G] float32 or None
     k,  # [tokens, HK, K]
     gk,  # [tokens, H] or None: decay of H
@@ -97,8 +97,8 @@ def solve_kernel(
     h_scales,  # [M, G, NK] float32
     h_norms,  # [M, G, NK] float32
     x,  # the solutions, like rhs: rows divided by x_scale; may be rhs itself
-    x_scale,  # [tokens, H] float32, or [tokens, G] in the derivative
-    # Only in the derivative (ADJOINT), where x above is y:
+    x_scale,  # [tokens, H] float32, or [tokens, G] with ADJOINT
+    # only in the backward pass (ADJOINT), where x above is y:
     forward_x,  # [tokens, H, K]
     forward_scale,  # [tokens, H]
     dq,  # [tokens, H, K]: y is added to it
@@ -107,7 +107,7 @@ def solve_kernel(
     start_h,  # [tokens, G] float32: x_t^T H_[c] y_t
     key_weight,  # [tokens, G] float32: sum_t zeta_t p_t W_tj s_j^2 / F_t, s_j of key_operand
     start_weight,  # [M, G] float32: sum_t zeta_t^2 p_t / F_t times h_scales
-    # Only with the adaptive solver, from certify_kernel:
+    # only with the adaptive solver, written by certify_kernel:
     nystroem,  # [tokens, G, K] OP: w_t
     tau,  # [tokens, G] float32
     phi,  # [M, G] float32
@@ -126,7 +126,7 @@ def solve_kernel(
     BK: tl.constexpr,
     NK: tl.constexpr,
     C: tl.constexpr,
-    TILED: tl.constexpr,  # read H_[c] from memory in quarters at every use
+    TILED: tl.constexpr,  # read H_[c] in quarters at each use
     ADJOINT: tl.constexpr,
     PART: tl.constexpr,  # the chunks that are solved: "all", "plain" or "deflated"
     OP: tl.constexpr,
@@ -134,7 +134,7 @@ def solve_kernel(
 ):
     """x_t = p_r(A_t) rhs_t for one chunk of one head: ridge and solve.
 
-    The adaptive solver needs one launch for chunks with plain steps and one for those with N_t.
+    The adaptive solver launches it twice: for the chunks that run plain, and for those with N_t.
     """
     m, j = (tl.program_id(0) // G).to(tl.int64), tl.program_id(0) % G
     mh, h = m * G + j, base + j

@@ -1,1 +1,1 @@
-"""What mixers are made of."""
+"""Parts of the mixers."""

@@ -1,8 +1,8 @@
-"""What a mixer keeps between calls, in torch alone, and how mixers reach it.
+"""The cache of mixers between calls, in torch alone, and the access to any cache.
 
-Mixers use `transformers` caches and `StateCache` alike: they share one protocol. A `StateCache` holds
-values without their history: no gradient flows from one call into those before. States may be updated
-in place: copy what is to be kept.
+`transformers` caches and `StateCache` share one protocol. A `StateCache` holds values without autograd
+history: no gradient flows from one call into earlier ones. States may be updated in place: copy them to
+keep them.
 """
 
 from typing import Any
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 OBSERVER = "observer"
-"""Attribute of a layer's cache: where it is set, a recurrent mixer calls it with (mixer, q, k, gates) before
-its memory. It belongs to one cache, so callers that share a model see only their own tokens."""
+"""Attribute of a layer's cache, a function that a recurrent mixer calls with (mixer, q, k, gates) before its
+memory. It belongs to one cache, so callers that share a model see only their own tokens."""
 
 
 class LayerState:
@@ -47,7 +47,7 @@ class LayerState:
     def update(
         self, keys: Tensor, values: Tensor, window: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Append; all that is kept and new is returned, what no later token can see is dropped."""
+        """Append; returns kept and new keys and values, and drops those that no later token can see."""
         if self.keys is not None and self.values is not None:
             keys = torch.cat([self.keys, keys], dim=-2)
             values = torch.cat([self.values, values], dim=-2)
@@ -68,7 +68,7 @@ class LayerState:
 
 
 class StateCache:
-    """States of any pattern of mixers, for use without `transformers`; layers appear as they are used.
+    """States of any pattern of mixers, for use without `transformers`; layers are added at first use.
 
     Example:
         >>> layer = GatedKalmaNet(hidden_size=64, head_dim=16, num_heads=4, layer_idx=0)
@@ -81,7 +81,7 @@ class StateCache:
         self.layers: list[LayerState] = []
 
     def layer(self, layer_idx: int) -> LayerState:
-        """The layer's state, made if need be."""
+        """The layer's state, created at first use."""
         while len(self.layers) <= layer_idx:
             self.layers.append(LayerState())
         return self.layers[layer_idx]
@@ -128,10 +128,10 @@ class StateCache:
 def open_cache(
     past_key_values: Any, use_cache: bool, layer_idx: int | None, cu_seqlens: Tensor | None
 ) -> Any:
-    """The cache of a call: the one given, a new `StateCache` if use_cache asks for one, or None.
+    """The cache of a call: the given one, a new `StateCache` if use_cache is set, or None.
 
     Raises:
-        ValueError: packed sequences, or a mixer that does not know which layer it is.
+        ValueError: packed sequences, or a mixer without layer_idx.
     """
     if past_key_values is None and not use_cache:
         return None
@@ -169,10 +169,10 @@ def recurrent_layer(cache: Any, layer_idx: int | None, num_states: int = 3) -> A
 
 
 def kept(state: Tensor, held: Tensor | None) -> Tensor:
-    """What a cache holds after an update: `held`, written over where `state` fits, so that it stays where
-    it is (a CUDA graph of a step remembers the place).
+    """The tensor that a cache holds after an update.
 
-    Tensors made in inference mode cannot be written to outside it; what autograd may keep is copied.
+    It is `held`, overwritten if `state` fits, so that its address stays the same for a CUDA graph of a step.
+    Inference-mode tensors cannot be written to outside that mode; tensors that autograd may keep are copied.
     """
     state = state.detach()
     fits = held is not None and (held.shape, held.dtype, held.device) == (
@@ -184,7 +184,7 @@ def kept(state: Tensor, held: Tensor | None) -> Tensor:
 
 
 def _may_write(held: Tensor) -> bool:
-    if torch.compiler.is_compiling():  # which does not know of inference mode
+    if torch.compiler.is_compiling():  # Dynamo does not know inference mode
         return True
     return torch.is_inference_mode_enabled() or not held.is_inference()
 
@@ -196,7 +196,7 @@ def read_state(states: dict[int, Tensor | None], state_idx: int) -> Tensor | Non
 
 
 def cached_length(cache: Any, layer_idx: int | None) -> int:
-    """Positions that an attention layer of either kind of cache has seen; 0 without a cache.
+    """Positions that an attention layer has seen, from either kind of cache; 0 without a cache.
 
     Raises:
         ValueError: the cache keeps no keys for this layer.
@@ -211,17 +211,16 @@ def cached_length(cache: Any, layer_idx: int | None) -> int:
                 "values: build it from the model's config, DynamicCache(config=model.config), with "
                 "'full_attention' or 'sliding_attention' for this layer in layer_types"
             )
-    # a static cache counts in a tensor, which its next update moves on
+    # a static cache counts in a tensor that its next update changes
     return int(cache.get_seq_length(layer_idx))
 
 
 def append_keys(
     cache: Any, keys: Tensor, values: Tensor, layer_idx: int | None, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Append to an attention layer's cache of either kind; all that is now visible, k and v themselves
-    without a cache.
+    """Append to an attention layer's cache of either kind; returns all visible keys and values.
 
-    `transformers` caches know their window from the config they were built with.
+    Without a cache these are k and v. `transformers` caches take their window from their config.
     """
     if cache is None or layer_idx is None:
         return keys, values
@@ -235,19 +234,19 @@ def append_keys(
 
 
 def own(part: Tensor, whole: Tensor) -> Tensor:
-    """The last positions `part` of `whole` [...,T,D] without the rest: a slice would keep all of it alive.
+    """A copy of `part`, the last positions of `whole` [...,T,D]: a slice would keep all of `whole` alive.
 
-    Up to twice the positions are let be: a window that moves on by one token is not copied each time.
+    If `whole` has at most twice the positions, `part` itself: a window is not copied at each token.
     """
     large = torch.compiler.is_compiling() or whole.shape[-2] > 2 * part.shape[-2]
     return part.clone() if large and part.shape[-2] < whole.shape[-2] else part
 
 
 def check_rows(cache: Any, layer_idx: int | None, batch: int) -> None:
-    """The call has as many rows as the layer's cache holds, if it holds anything.
+    """Check that the call has as many rows as the layer's cache, unless that is empty.
 
     Raises:
-        ValueError: it has not.
+        ValueError: the numbers differ.
     """
     if cache is None or layer_idx is None or layer_idx >= len(cache.layers):
         return

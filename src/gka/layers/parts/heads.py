@@ -19,7 +19,7 @@ class HeadCounts(TypedDict):
 
 
 def default_head_dim(hidden_size: int, num_heads: int) -> int:
-    """The head size of a configuration or recipe that gives none: hidden_size / num_heads, rounded down."""
+    """The default head size of a configuration or recipe: hidden_size / num_heads, rounded down."""
     return hidden_size // num_heads
 
 
@@ -33,7 +33,7 @@ def split_heads(
     each count given (num_k_heads and num_v_heads).
 
     Raises:
-        ValueError: two that exclude each other, or counts that do not divide.
+        ValueError: arguments that exclude each other, or counts that do not divide.
     """
     if num_k_heads is not None:
         return _each_count(num_heads, num_k_heads, num_v_heads, num_kv_heads)
@@ -96,7 +96,7 @@ def value_dim(head_dim: int, expand_v: float) -> int:
 
 
 def check_head_dims(head_dim: int, head_v_dim: int) -> None:
-    """K and V of a recurrent mixer are within what its op takes, in every backend.
+    """Check that K and V of a recurrent mixer are in its op's range, the same in every backend.
 
     Raises:
         ValueError: one is not.
@@ -112,7 +112,7 @@ def check_head_dims(head_dim: int, head_v_dim: int) -> None:
 
 
 def rotary_dim(hidden_size: int, num_heads: int, head_dim: int | None) -> int:
-    """head_dim, hidden_size / num_heads if None.
+    """head_dim, or hidden_size / num_heads if it is None.
 
     Raises:
         ValueError: it does not divide, or is odd.
@@ -132,7 +132,7 @@ def rotary_dim(hidden_size: int, num_heads: int, head_dim: int | None) -> int:
 
 
 def check_positive(**sizes: int) -> None:
-    """Each a positive integer.
+    """Check that each size is a positive integer.
 
     Raises:
         ValueError: one is not.
@@ -143,11 +143,11 @@ def check_positive(**sizes: int) -> None:
 
 
 def check_options(norm_eps: float, layer_idx: int | None, **flags: bool) -> None:
-    """A mixer's epsilon is positive, its place in a cache a count, and what is on or off a bool.
+    """Check that a mixer's epsilon is positive, its layer_idx a count, and each flag a bool.
 
     Raises:
-        ValueError: a number out of range.
-        TypeError: a flag that is no bool.
+        ValueError: a number is out of range.
+        TypeError: a flag is not a bool.
     """
     number = isinstance(norm_eps, int | float) and not isinstance(norm_eps, bool)
     if not (number and 0 <= norm_eps < math.inf):
@@ -171,14 +171,14 @@ class ZeroLinear(nn.Linear):
 class HeadExpansion(nn.Module):
     """y = up(SiLU(down(x))) + heads of x, each head repeated or, with `learned_mix`, mixed by a matrix.
 
-    At the start it is the repetition: `up` is zero, and the matrix repeats.
+    It starts as the repetition: `up` is zero, and the matrix repeats heads.
 
     Args:
         in_heads: heads of x.
         heads: heads of y, a multiple of in_heads greater than it.
         head_dim: size of a head.
         rank: width between the two maps.
-        learned_mix: whether the repetition is a learned matrix [heads, in_heads].
+        learned_mix: whether a learned matrix [heads, in_heads] replaces the repetition.
 
     Raises:
         ValueError: sizes that do not fit.

@@ -1,4 +1,4 @@
-"""Attention masks of 0 and 1: how padding is kept away from the tokens, and which keys each query sees."""
+"""Attention masks of 0 and 1: how padding is kept from tokens, and which keys each query sees."""
 
 from dataclasses import dataclass
 
@@ -12,10 +12,10 @@ from gka.ops import checks
 def check_inputs(
     hidden_states: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None
 ) -> Tensor | None:
-    """The part of a mixer's call that all mixers check alike.
+    """Check the arguments that all mixers share.
 
     Returns:
-        The mask: bool where it was floating point, else as it is.
+        The mask: bool if it was floating point, else unchanged.
 
     Raises:
         ValueError: a shape or dtype that does not fit, or a mask together with cu_seqlens.
@@ -55,11 +55,11 @@ def check_inputs(
 
 
 def check_width(hidden_states: Tensor, hidden_size: int) -> None:
-    """Hidden states as wide as a mixer, and of numbers that it can multiply.
+    """Check that hidden states have the mixer's width and a floating-point dtype.
 
     Raises:
         ValueError: another width.
-        TypeError: integers.
+        TypeError: another dtype.
     """
     if hidden_states.shape[-1] != hidden_size:
         raise ValueError(
@@ -70,10 +70,10 @@ def check_width(hidden_states: Tensor, hidden_size: int) -> None:
 
 
 def token_mask(attention_mask: Tensor) -> Tensor:
-    """Where tokens are: a mask of 0 and 1 as it is, but floating point as bool.
+    """The mask of tokens: a mask of 0 and 1, unchanged unless floating point, which becomes bool.
 
-    peft's prompts come with masks in floating point. So do additive masks (0 and -inf), which mean the
-    opposite at 0 and are refused; a compiled graph asserts it as it runs.
+    peft's prompts come with floating-point masks. Additive masks (0 and -inf) are floating point, too, but
+    mean the opposite at 0: they are refused, in a compiled graph by an assertion when it runs.
 
     Args:
         attention_mask: [B,T] of 0 (padding) and 1 (token) in any dtype.
@@ -100,18 +100,17 @@ _OTHER_NUMBERS = (
 
 @dataclass(frozen=True)
 class Padding:
-    """The tokens of each row moved, in order, before its padding.
+    """Each row's tokens moved, in order, before its padding.
 
-    Behind the tokens, padding is out of reach of every causal map, the convolution included, wherever
-    it was before; a key of zero and a log decay of zero keep it out of the states too. So left
-    padding, right padding and padding between two cached calls all give exactly what the rows
-    give alone, at the cost of two gathers.
+    Padding after the tokens cannot affect them through any causal map, convolutions included; a zero key and
+    a zero log decay keep it out of the states, too. Left padding, right padding and padding between two
+    cached calls therefore give exactly the results of the rows alone, at the cost of two gathers.
 
     Attributes:
         is_token: where the caller's tokens are, bool [B,T].
-        order: the caller's position of what is at each place [B,T].
+        order: for each place, its position in the caller's order [B,T].
         lengths: tokens of each row [B].
-        is_padding: places behind a row's tokens, bool [B,T].
+        is_padding: places after a row's tokens, bool [B,T].
     """
 
     is_token: Tensor
@@ -121,7 +120,7 @@ class Padding:
 
     @classmethod
     def of(cls, attention_mask: Tensor | None, length: int) -> "Padding | None":
-        """Of the mask's last `length` columns: a longer mask covers the cached past too."""
+        """The padding of the mask's last `length` columns: a longer mask covers the cached past, too."""
         if attention_mask is None:
             return None
         is_token = attention_mask[:, -length:].bool()
@@ -168,7 +167,7 @@ def positions_of(
 
 
 def check_mask_length(attention_mask: Tensor | None, past: int, length: int) -> None:
-    """An attention's mask covers the cached past too, since padding may be there.
+    """Check that an attention's mask covers the cached past, too, which may hold padding.
 
     Raises:
         ValueError: it does not.
@@ -190,18 +189,18 @@ def visible(
     window: int | None,
     device: torch.device,
 ) -> Tensor | None:
-    """The mask of a call, bool [B or 1, 1, T, keys]; None where plain causal attention is meant.
+    """The mask of a call, bool [B or 1, 1, T, keys]; None for plain causal attention.
 
-    None says: one query that sees all keys, or as many queries as keys, each seeing those up to it.
+    None means one query that sees all keys, or as many queries as keys, each seeing the keys up to its own.
 
     Args:
         past: positions before the call.
         length: T, the call's positions.
-        keys: keys at hand: the last of all positions (a cache may have dropped the first), or the
-            first (a static cache has places for positions to come).
+        keys: number of keys: of the last positions (a cache may have dropped earlier ones), or of the first
+            (a static cache has places for later positions).
         attention_mask: [B, past + T], 1 for tokens.
         cu_seqlens: bounds of packed sequences.
-        window: positions that a query sees, its own among them; None for all.
+        window: positions that a query sees, its own included; None for all.
         device: of the mask.
     """
     short = window is None or _for_every_length(keys <= window)
@@ -221,15 +220,15 @@ def visible(
     if attention_mask is not None:
         to_come = max(keys - attention_mask.shape[1], 0)
         is_token = F.pad(attention_mask.bool(), (0, to_come))[:, first : first + keys]
-        # a softmax over nothing is NaN: what stands at padding sees itself, and is seen by no token
+        # a softmax over no keys is NaN: padding sees itself, and no token sees it
         mask = (mask & is_token[:, None]) | (column == row)
     return mask[:, None]
 
 
 def _for_every_length(condition: bool) -> bool:
-    """Whether a condition holds for all lengths that a graph under compilation may meet.
+    """Whether a condition holds for all lengths that a graph under compilation may get.
 
-    Deciding it for the length at hand alone would bind the graph to lengths that decide alike.
+    Deciding it for the current length alone would bind the graph to lengths with the same answer.
     """
     if not torch.compiler.is_compiling():
         return condition

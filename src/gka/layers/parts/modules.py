@@ -1,4 +1,4 @@
-"""What stands between a mixer's projections and its memory: norms, rotary positions, convolution, decay."""
+"""Modules between a mixer's projections and its memory: norms, rotary positions, convolution, decay."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
-    """float32, or float64 for float64 inputs: what sums, gates and norms are computed in."""
+    """The dtype of sums, gates and norms: float32, or float64 for float64 inputs."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
@@ -68,13 +68,13 @@ def rotate(
 ) -> Tensor:
     """Turn the pair (x_i, x_{i+D/2}) of the token at position p by the angle p theta^(-2i/D).
 
-    Products of rotated queries and keys depend on the difference of their positions only.
+    Products of rotated queries and keys depend only on the difference of their positions.
 
     Args:
         x: [B,T,H,D], D even.
         positions: integers [B,T] or [1,T].
         theta: base of the wavelengths.
-        inv_freq: angles a position [D/2], instead of theta^(-2i/D).
+        inv_freq: angles per position [D/2], instead of theta^(-2i/D).
         scale: factor of the result.
 
     Returns:
@@ -99,7 +99,7 @@ class ShortConvolution(nn.Module):
         width: W >= 1, inputs seen.
 
     Attributes:
-        weight: [C,1,W], the last column is that of the current input. No bias.
+        weight: [C,1,W]; the last column applies to the current input. No bias.
 
     Raises:
         ValueError: a width below 1.
@@ -150,9 +150,9 @@ class ShortConvolution(nn.Module):
         Args:
             x: inputs [B,T,C].
             state: the W inputs before x; None for zeros.
-            lengths: how many of each row's T inputs count [B]; None for all.
+            lengths: number of each row's inputs that enter the state [B]; None: T.
         """
-        # Spares a copy of x. A compiler sees that by itself, and would bind its graph to T >= W.
+        # Avoids a copy of x. A compiler avoids it by itself, and this branch would bind its graph to T >= W.
         if lengths is None and not torch.compiler.is_compiling():
             x = x[:, -self.width :]
         seen = F.pad(x.mT, (self.width, 0)) if state is None else torch.cat([state, x.mT], -1)
@@ -167,26 +167,26 @@ class ShortConvolution(nn.Module):
         return F.silu(F.conv1d(x, self.weight, groups=self.channels))
 
     def _slots(self, cu_seqlens: Tensor, length: int) -> Tensor:
-        """Where to put each packed token so that W - 1 zeros precede every sequence but the first."""
+        """The place of each packed token that leaves W - 1 zeros before every sequence but the first."""
         tokens = torch.arange(length, device=cu_seqlens.device)
         sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)
         return tokens + (self.width - 1) * sequence
 
 
 DECAY_PARAMETERS = ("A_log", "dt_bias")
-"""Of the decay exp(A_log) softplus(. + dt_bias). It acts at every token, so that a half-precision rounding
-of these few numbers compounds over the sequence, and weight decay would change how long is remembered."""
+"""Parameters of the decay exp(A_log) softplus(. + dt_bias), which acts at every token: rounding them to half
+precision would compound over the sequence, and weight decay would change how long the memory lasts."""
 
-MOST_DECAY = 1e30  # exp of minus that is 0, and its products with a gradient are finite
+MOST_DECAY = 1e30  # exp(-1e30) is 0, and products with a gradient stay finite
 MOST_LOG_RATE = 60.0  # e^60 times a gradient is finite, and g = -1e-12 needs no subnormal softplus
 
 
 class DecayParameters(nn.Module):
-    """A module that holds `DECAY_PARAMETERS` itself.
+    """A module that holds `DECAY_PARAMETERS` directly.
 
-    They are float32 or wider: `.to(dtype)`, `.half()`, `.bfloat16()`, a default dtype and
-    `load_state_dict(assign=True)` leave them so, without a rounding on the way. They carry
-    `_no_weight_decay = True`, also in a copy, after `to_empty` and where a loader puts new ones in.
+    They stay float32 or wider, and unrounded, through `.to(dtype)`, `.half()`, `.bfloat16()`, a default dtype
+    and `load_state_dict(assign=True)`. They carry `_no_weight_decay = True`, also in copies, after `to_empty`
+    and when a loader assigns new ones.
     """
 
     A_log: nn.Parameter
@@ -195,11 +195,11 @@ class DecayParameters(nn.Module):
     def log_decay(self, a: Tensor) -> Tensor:
         """g = -exp(A_log) softplus(a + dt_bias) of a [B,T,H], finite: inf times 0 would be NaN.
 
-        What A_log has above MOST_LOG_RATE goes into the softplus, e^s softplus(x) = softplus(x + s) for
-        x + s << 0. Where that does not hold both forms are a decay of 0.
+        The excess s of A_log over MOST_LOG_RATE moves into the softplus: e^s softplus(x) = softplus(x + s)
+        for x + s << 0. Elsewhere both forms are a decay of 0.
         """
         A_log = self.A_log.to(a.dtype)
-        # a clamp of its own, and not A_log less the other: no rounding reaches an ordinary gradient
+        # a separate clamp instead of a subtraction: ordinary gradients get no rounding
         shift = self.dt_bias.to(a.dtype) + F.relu(A_log - MOST_LOG_RATE)
         rate = A_log.clamp_max(MOST_LOG_RATE).exp()
         return -(rate * F.softplus(a + shift)).clamp_max(MOST_DECAY)
@@ -211,18 +211,18 @@ class DecayParameters(nn.Module):
             setattr(self, name, nn.Parameter(torch.empty(heads, dtype=dtype)))
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As in `nn.Module`, which also assigns parameters through it."""
+        """Register as in `nn.Module`, which also assigns parameters through this method."""
         super().register_parameter(name, param)
         if name in DECAY_PARAMETERS:
             self._mark()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of a copy or a pickle: tensors lose their marks there."""
+        """Restore a copy or a pickle, in which tensors have lost their marks."""
         super().__setstate__(state)
         self._mark()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """What `.to`, `.half`, `.cuda` and `to_empty` come to."""
+        """The common implementation of `.to`, `.half`, `.cuda` and `to_empty`."""
         own = [p for p in map(self._parameters.get, DECAY_PARAMETERS) if p is not None]
         kept = {id(x) for p in own for x in (p, p.grad) if x is not None}
 
@@ -235,7 +235,7 @@ class DecayParameters(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
-        """With `assign=True` a checkpoint's tensors become the parameters."""
+        """Load; with `assign=True` a checkpoint's tensors become the parameters."""
         for name in DECAY_PARAMETERS:
             stored = state_dict.get(prefix + name)
             if isinstance(stored, Tensor) and _is_narrow(stored):
@@ -255,9 +255,8 @@ def _is_narrow(x: Tensor) -> bool:
 def decayed_parameters(model: nn.Module) -> list[str]:
     """Names of the parameters that weight decay should apply to: matrices and convolution filters.
 
-    Not decayed: `DECAY_PARAMETERS`, norms, biases and embeddings; nor an output matrix that is tied to the
-    embeddings. Goes by names and modules, so that wrappers and loaders, which drop marks on tensors, do not
-    matter.
+    Not decayed: `DECAY_PARAMETERS`, norms, biases, embeddings, and an output matrix tied to the embeddings.
+    Decides by names and modules, because wrappers and loaders drop marks on tensors.
     """
     embeddings = {
         id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()

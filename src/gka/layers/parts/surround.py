@@ -1,7 +1,7 @@
-"""What stands around a recurrent mixer's memory, twice: as torch modules one by one, and as fused kernels.
+"""The computations around a recurrent mixer's memory, twice: as single torch modules and as fused kernels.
 
 Before it: projections of q, k and v -> convolution + SiLU -> heads, unit queries and keys; and the gates.
-Behind it: readout -> norm of each head, gated. Either surround does the same to the same cache.
+After it: readout -> gated norm of each head. Both surrounds update the same cache alike.
 """
 
 from dataclasses import dataclass
@@ -26,12 +26,13 @@ QKV = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class MixCall:
-    """One call of a mixer: its past and its circumstances.
+    """One call of a mixer: its past and its options.
 
     Attributes:
-        layer: the layer's share of the cache; None without a cache.
-        states: the cached states of the memory, none without a past.
-        stepwise: few tokens from a cache without gradient: token by token is cheaper than a chunk.
+        layer: the layer's part of the cache; None without a cache.
+        states: the cached states of the memory, empty without a past.
+        stepwise: whether the call runs token by token, which is cheaper than a chunk for few cached tokens
+            without gradient.
         cu_seqlens: bounds of packed sequences.
         cu_seqlens_cpu: their copy on the CPU.
         padding: places whose keys and log decays must be zero.
@@ -56,25 +57,25 @@ class MixCall:
 
     @property
     def in_place(self) -> bool:
-        """Whether the cached states may be updated where they are, and then need not be returned.
+        """Whether the cached states may be updated in place, and then need not be returned.
 
-        Tensors made in inference mode may not, outside it.
+        Inference-mode tensors may not be updated outside that mode.
         """
         if not (self.stepwise and self.states):
             return False
-        if torch.compiler.is_compiling():  # which does not know of inference mode
+        if torch.compiler.is_compiling():  # Dynamo does not know inference mode
             return True
         return torch.is_inference_mode_enabled() or not any(s.is_inference() for s in self.states)
 
 
 @dataclass(frozen=True)
 class Gates:
-    """What gates a mixer's memory [B,T,H], float32 or better; each None where the mixer has none.
+    """The gates of a mixer's memory [B,T,H], float32 or better; None for a gate that the mixer lacks.
 
     Attributes:
         g: log decay, zero at padding.
-        beta: weight of a token's key and value, or step on its error.
-        alpha: how much of the solution the readout takes.
+        beta: weight of a token's key and value (delta rule: step size).
+        alpha: share of the solution in the readout.
     """
 
     g: Tensor | None
@@ -83,10 +84,10 @@ class Gates:
 
 
 class Surround(Protocol):
-    """One way to compute what stands around the memory, with the modules of `mixer`, a `RecurrentMixer`."""
+    """An implementation of the computations around the memory of `mixer`, a `RecurrentMixer`."""
 
     def enter(self, mixer: Any, projected: QKV, x: Tensor, call: MixCall) -> tuple[QKV, Gates]:
-        """What the memory is given; updates the convolutions' states in `call.layer`.
+        """The memory's inputs; updates the convolutions' states in `call.layer`.
 
         Args:
             projected: q_proj x, k_proj x and v_proj x, [B,T,channels] each.
@@ -103,7 +104,7 @@ class Surround(Protocol):
 
 
 class PlainSurround:
-    """Torch modules one by one: on any device, in any dtype, differentiable any number of times."""
+    """Single torch modules: on any device, in any dtype, differentiable any number of times."""
 
     def enter(self, mixer: Any, projected: QKV, x: Tensor, call: MixCall) -> tuple[QKV, Gates]:
         convolved = (
@@ -133,7 +134,7 @@ class PlainSurround:
         return mixer.o_norm(o, gate.unflatten(-1, (-1, mixer.head_v_dim))).flatten(-2)
 
     def _convolve(self, mixer: Any, name: str, y: Tensor, call: MixCall) -> Tensor:
-        """One projection convolved, if it is, and the layer's cache updated."""
+        """Convolve a projection if the mixer does, and update the layer's cache."""
         convolution, layer = getattr(mixer, f"{name}_conv1d", None), call.layer
         if convolution is None:
             return y
@@ -146,13 +147,13 @@ class PlainSurround:
         return out
 
     def _expand(self, mixer: Any, name: str, y: Tensor) -> Tensor:
-        """Keys or values of few heads to those of all, where a map for it has been learned."""
+        """Expand key or value heads to all heads if the mixer has a learned map."""
         expansion = getattr(mixer, f"{name}_expand", None)
         return y if expansion is None else expansion(y)
 
 
 class FusedSurround:
-    """Fused kernels; `why_unfused` tells where they cannot run."""
+    """Fused kernels; `why_unfused` says why they cannot run."""
 
     def enter(self, mixer: Any, projected: QKV, x: Tensor, call: MixCall) -> tuple[QKV, Gates]:
         if call.stepwise and _can_step(mixer, call.layer):
@@ -188,7 +189,7 @@ class FusedSurround:
         return surround.gated_rms_norm(o, gate, mixer.o_norm.weight, mixer.o_norm.eps).flatten(-2)
 
     def _convolve(self, mixer: Any, projected: QKV, call: MixCall) -> QKV:
-        """All convolutions and the unit norm of q and k, [B,T,channels] each, and the cache updated."""
+        """Run all convolutions and the unit norms of q and k, [B,T,channels] each; updates the cache."""
         modules, layer = _convolutions(mixer), call.layer
         states = [
             None if layer is None or module is None else read_state(layer.conv_states, idx)
@@ -213,13 +214,13 @@ PLAIN, FUSED = PlainSurround(), FusedSurround()
 
 
 def why_unfused(mixer: Any, device: torch.device | str, dtype: torch.dtype) -> str | None:
-    """Why the mixer runs its modules one by one on projections of that dtype; None if kernels do.
+    """Why the mixer runs single torch modules on projections of that dtype; None if fused kernels run.
 
     Raises:
-        RuntimeError: the mixer's backend asks for kernels by name, and they cannot run.
-        ValueError: no backend has the mixer's `backend` as its name.
+        RuntimeError: the mixer's backend names kernels that cannot run.
+        ValueError: no backend has the name in the mixer's `backend`.
     """
-    # a library has kernels for the memory alone
+    # a library has kernels only for the memory
     name = "auto" if mixer.backend in EXTERNAL else mixer.backend
     device = torch.device(device)
     check_known(name)
@@ -238,7 +239,7 @@ def why_unfused(mixer: Any, device: torch.device | str, dtype: torch.dtype) -> s
 
 
 def _why_called(mixer: Any) -> str | None:
-    """Modules must be called themselves: someone replaced one or listens to it, or transforms the call."""
+    """Why modules must be called: one is replaced or has hooks, or the call is transformed; None if not."""
     if under_transform():
         return "inside a transform of torch.func or torch.vmap modules are called one by one."
     if hasattr(mixer, "k_expand") or hasattr(mixer, "v_expand"):
@@ -260,7 +261,7 @@ def _is_untouched(module: nn.Module) -> bool:
 
 def _can_step(mixer: Any, layer: Any) -> bool:
     """Whether the layer's cache holds the states of every convolution, to be updated in place."""
-    started = getattr(layer, "has_previous_state", None)  # transformers' layers keep zeros before
+    started = getattr(layer, "has_previous_state", None)  # transformers' layers start as zeros
     for idx, module in enumerate(_convolutions(mixer)):
         if module is None:
             continue
@@ -275,7 +276,7 @@ def _convolutions(mixer: Any) -> list[ShortConvolution | None]:
 
 
 def _gate_projections(mixer: Any, x: Tensor) -> dict[str, Tensor]:
-    """[B,T,H] of b_proj, alpha_proj and a_proj, of those that the mixer has."""
+    """Outputs [B,T,H] of those of b_proj, alpha_proj and a_proj that the mixer has."""
     named = ((name, getattr(mixer, f"{name}_proj", None)) for name in ("b", "alpha", "a"))
     return {name: projection(x) for name, projection in named if projection is not None}
 
@@ -285,7 +286,7 @@ def _decay(mixer: Any, gates: dict[str, Tensor]) -> tuple[Tensor | None, Tensor 
 
 
 def _split(mixer: Any, convolved: tuple[Tensor, ...]) -> QKV:
-    """[B,T,channels] of q, k and v into heads; queries as many as there are outputs."""
+    """Split q, k and v [B,T,channels] into heads; q gets one head per output head."""
     dims = (mixer.head_dim, mixer.head_dim, mixer.head_v_dim)
     q, k, v = (y.unflatten(-1, (-1, dim)) for y, dim in zip(convolved, dims, strict=True))
     group = mixer.num_expanded_heads // mixer.num_heads

@@ -1,4 +1,4 @@
-"""Solvers of the ridge systems (H_t + lambda_t I) x_t = q_t: one class per file, with parameters a and r.
+"""Solvers of the ridge systems (H_t + lambda_t I) x_t = q_t: one per file, each a class with fields a and r.
 
 `exact` is the oracle of the others.
 """
@@ -16,7 +16,7 @@ SolverName = Literal["chebyshev", "adaptive", "cg"]
 
 
 class Solver(Protocol):
-    """A solver with a = ridge_ratio and r = num_iter; `adaptive` if its steps differ by chunk and head."""
+    """A solver with a = ridge_ratio and r = num_iter; `adaptive`: whether steps differ by chunk and head."""
 
     adaptive: ClassVar[bool]
 

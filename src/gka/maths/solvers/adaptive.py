@@ -3,8 +3,9 @@
 With one unit vector v per chunk, N_t is the rank-one Nystroem part of H_t and phi_t F_t bounds the rest:
     u_t = H_t v,  theta_t = v^T u_t,  N_t = u_t u_t^T / theta_t <= H_t,
     R_t = H_t - N_t >= 0,  |R_t|_2 <= phi_t F_t,  P_t = lambda_t I + N_t <= A_t
-(proofs: docs/numerics.md). All quantities are relative to |H_[c]|, |k_j| and F_t, so that no size of H_t
-overflows or underflows. The eigenvalues of P_t^-1 A_t lie in [1, kappa] for all tokens of a chunk:
+(proofs: docs/numerics.md). All quantities are relative to |H_[c]|, |k_j| and F_t, so none overflows or
+underflows, whatever the size of H_t. For all tokens of a chunk the eigenvalues of P_t^-1 A_t lie in
+[1, kappa],
     kappa = 1 + phi/a <= (1 + a)/a,  phi = max_t phi_t,
     n = ceil((r + 1) acosh(1 + 2a)/acosh(1 + 2a/phi)) - 1 steps,
 or r plain steps (N_t = 0, phi = 1) where n > 5r/6. Chebyshev iteration on P_t^-1 A_t is the residual
@@ -25,7 +26,7 @@ from gka.maths.grouped import shared_matmul
 from gka.maths.ridge import Products, Relative, System
 from gka.maths.solvers.chebyshev import chebyshev_solve_, iterate_
 
-# Share of F_t added to theta_t. Where v misses H_t, u_t is only rounding, and N_t must vanish.
+# Share of F_t added to theta_t: if v is (nearly) orthogonal to H_t, u_t is rounding and N_t must vanish.
 THETA_FLOOR = 2.0**-10
 # A step with N_t costs about a sixth more than a plain one (CPU). Chunks that save less take plain steps.
 WORTHWHILE = (5, 6)
@@ -33,13 +34,13 @@ WORTHWHILE = (5, 6)
 
 @dataclass(frozen=True)
 class Slack:
-    """The certificate's allowance for rounding (docs/numerics.md).
+    """The certificate's allowances for rounding (docs/numerics.md).
 
     Attributes:
-        arithmetic: 8 K u, with u the unit roundoff of the working precision. It bounds the error of
+        arithmetic: 8 K u, u the unit roundoff of the working precision. Bounds the error of
             |R_t|_F^2 / F_t^2, a sum of four terms of size 1 from inner products of length K.
-        operands: 2 u, with u that of the dtype of H_[c] and the keys in the solve's products. It bounds
-            what their rounding adds to |R_t|_2 / F_t.
+        operands: 2 u of the dtype in which the solve's products hold H_[c] and the keys. Bounds what
+            that rounding adds to |R_t|_2 / F_t.
     """
 
     arithmetic: float
@@ -47,7 +48,7 @@ class Slack:
 
     @classmethod
     def of(cls, head_dim: int, work: torch.dtype, operands: torch.dtype) -> "Slack":
-        """The slack for K = head_dim."""
+        """The allowances for K = head_dim."""
         return cls(4.0 * head_dim * torch.finfo(work).eps, torch.finfo(operands).eps)
 
 
@@ -56,7 +57,7 @@ class Nystroem:
     """N_t = strength_t F_t w_t w_t^T, and its certificate.
 
     Attributes:
-        w: u_t / |u_t|, zero where u_t is, [M,H,C,K].
+        w: u_t / |u_t|, zero for u_t = 0, [M,H,C,K].
         strength: |N_t| / F_t [M,H,C].
         phi: upper bound of |H_t - N_t|_2 / F_t, at most 1; 0 where the history is empty, [M,H,C].
     """
@@ -73,7 +74,7 @@ def nystroem(system: System, operands: torch.dtype | None = None) -> Nystroem:
     """N_t and phi_t of every token of some chunks.
 
     Args:
-        operands: dtype of H_[c] and the keys in the solve's products; None for the working precision.
+        operands: dtype of H_[c] and the keys in the solve's products; None: the working precision.
     """
     relative, dtype = system.relative, system.h.dtype
     slack = Slack.of(system.h.shape[-1], dtype, operands or dtype)
@@ -151,7 +152,7 @@ def weights(phi: Tensor, ridge_ratio: float, num_iter: int) -> Tensor:
 
 @dataclass(frozen=True)
 class AdaptivePlan:
-    """The `chebyshev.Plan` of some chunks; a chunk no longer changes after its own n steps.
+    """The plan (see `chebyshev.Plan`) of some chunks; each stops after its own n steps.
 
     Attributes:
         step: 2/((kappa + 1) lambda_t) [M,H,C,1].
@@ -166,7 +167,7 @@ class AdaptivePlan:
 
     @classmethod
     def of(cls, part: Nystroem, fro: Tensor, ridge_ratio: float, num_iter: int) -> "AdaptivePlan":
-        """The plan of some chunks. A chunk with n = r takes plain steps: N_t = 0, kappa = (1 + a)/a."""
+        """The plan of chunks with this N_t. A chunk with n = r runs plain: N_t = 0, kappa = (1 + a)/a."""
         phi = part.phi.amax(-1).double()
         counts = steps(phi, ridge_ratio, num_iter)
         plain = counts == num_iter
@@ -203,15 +204,15 @@ class AdaptivePlan:
 
 
 class Units:
-    """The pairs (chunk, key head) as rows: plain ones first, the others by decreasing steps.
+    """The pairs (chunk, key head) as rows: the plain ones first, the others sorted by steps, most first.
 
     Attributes:
-        plain: number of rows with r plain steps in all their heads.
-        longest: steps of each other row, in decreasing order.
+        plain: number of rows that run r plain steps in all their heads.
+        longest: steps of each of the other rows, in descending order.
     """
 
     def __init__(self, counts: Tensor, key_heads: int, num_iter: int) -> None:
-        """counts: n of each chunk and head [M,H]. num_iter: r."""
+        """Sort by n [M,H], the steps of each chunk and head; r = num_iter."""
         self.key_heads, self.chunks = key_heads, counts.shape[0]
         grouped = counts.unflatten(1, (key_heads, -1)).flatten(0, 1)  # [U,H/Hk]
         plain = (grouped == num_iter).all(-1)
@@ -231,7 +232,7 @@ class Units:
         return out.unflatten(0, (self.chunks, self.key_heads)).flatten(1, 2)
 
     def spans(self) -> list[tuple[int, range]]:
-        """(number of rows that still iterate, their steps) from the first step to the last."""
+        """(number of active rows, range of steps) from the first step to the last."""
         ends = sorted({0, *self.longest})
         return [
             (sum(n > a for n in self.longest), range(a + 1, b + 1))
@@ -247,7 +248,7 @@ def _iterate(
     x: Tensor,
     spans: list[tuple[int, range]],
 ) -> None:
-    """x_0 -> x_n in place: each span of steps on the rows that still iterate."""
+    """x_0 -> x_n in place: each span of steps on the rows that are still active."""
     residual, d = q.clone(), x.clone()
     for rows, span in spans:
         iterate_(
@@ -258,7 +259,7 @@ def _iterate(
 
 @dataclass(frozen=True)
 class Adaptive:
-    """Per chunk and head the fewest steps with the error bound of num_iter plain steps; a = ridge_ratio."""
+    """The fewest steps per chunk and head with the error bound of num_iter plain ones; a = ridge_ratio."""
 
     adaptive: ClassVar[bool] = True
     ridge_ratio: float
@@ -284,7 +285,7 @@ class Adaptive:
         return units.put(x)
 
     def solve_state(self, h: Tensor, q: Tensor) -> Tensor:
-        """x [B,H,K] of a formed H [B,H,K,K]; a head that needs fewer steps stops changing."""
+        """x [B,H,K] of states H [B,H,K,K], chunks of one token; heads that need fewer steps stop early."""
         system = System.of_state(h)
         q = q.unsqueeze(-2).masked_fill(system.empty.unsqueeze(-1), 0.0)
         plan = AdaptivePlan.of(nystroem(system), system.fro, self.ridge_ratio, self.num_iter)

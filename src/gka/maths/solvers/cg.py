@@ -4,9 +4,9 @@ In A = A_t/F_t = H_t/F_t + a I, whose eigenvalues lie in [a, 1 + a], every row q
     s = |r|^2/(d.A d),  x += s d,  r -= s A d,  d <- r + (|r|^2/|r before|^2) d,  at first x = 0, r = d = q
 (Hestenes and Stiefel, 1952) until its residual r proves |x - x*|_A <= target |x*|_A (docs/numerics.md):
     |r|^2 / a <= target^2 x.(q + r),  target = 1/T_n(1 + 2a),  n = num_iter + 1.
-A proven row no longer changes, so it does not depend on other rows. A chunk stops when its slowest row is
-proven. Then r = q - A x is recomputed, and a row that fails with it continues from there. The map
-q_t -> x_t is not linear: its gradient is that of the exact solution, by a solve with the same certificate.
+A proven row stops, so no row depends on another; a chunk is done when its slowest row is proven. Then
+r = q - A x is computed directly, and rows that fail the test with it continue from there. The map q_t -> x_t
+is not linear: the gradient is that of the exact solution, by a solve with the same certificate.
 """
 
 import math
@@ -20,16 +20,16 @@ from torch.linalg import vecdot
 from gka.maths.ridge import Products, System, frobenius
 from gka.maths.solvers.chebyshev import chebyshev_error, chebyshev_solve_, convergence_rate
 
-# The updated residual must prove this share of the target; the rest allows for its drift.
+# Factor of the target that the updated residual must prove, which leaves room for its drift.
 MARGIN = 31 / 32
-# Finished chunks are removed once they are this share of all: the copy costs a fifth of a step.
+# Share of done chunks at which they are dropped from the arrays: the copy costs a fifth of a step.
 LEAVE = 0.25
-# q is scaled to this largest entry: H_t d then does not overflow, nor |r|^2 underflow.
+# Size to which q's largest entry is scaled, so that H_t d does not overflow and |r|^2 does not underflow.
 ENTRY = 2.0**-10
 
 
 def rounding_floor(ridge_ratio: float, dtype: torch.dtype) -> float:
-    """8 kappa eps: the smallest relative error that a residual in this precision can prove."""
+    """8 kappa eps: the smallest error that a residual in this precision can prove."""
     return 8.0 * (1.0 + ridge_ratio) / ridge_ratio * torch.finfo(dtype).eps
 
 
@@ -56,7 +56,7 @@ class Rows:
         q: right-hand sides, zero where the history is empty, of largest entry ENTRY.
         x, residual, d: the solution times F_t, r and d.
         size: |r|^2.
-        energy: x.(q + r), summed as the steps' s |r|^2, which differs only by rounding.
+        energy: x.(q + r); between restarts the sum of the steps' s |r|^2, equal but for rounding.
         done: rows that take no more steps.
     """
 
@@ -72,7 +72,7 @@ class Rows:
 
     @classmethod
     def start(cls, products: Products, ridge_ratio: float, fro: Tensor, q: Tensor) -> "Rows":
-        """The rows at x = 0. products: the map x -> H_t x."""
+        """Start at x = 0, for the map x -> H_t x and q."""
         size, nothing = vecdot(q, q), torch.zeros_like(q)
         weights = products.weights / fro.unsqueeze(-1)
         relative = Products(products.k, products.h, products.zeta / fro, weights)
@@ -93,11 +93,11 @@ class Rows:
         return self.products(x).add_(x, alpha=self.ridge_ratio)
 
     def proven(self, target: float) -> Tensor:
-        """|r|^2 / a <= target^2 x.(q + r); false where a number is not finite."""
+        """Whether |r|^2 / a <= target^2 x.(q + r); false if a number is not finite."""
         return self.size <= self.ridge_ratio * target**2 * self.energy
 
     def step_(self, target: float) -> None:
-        """One step of the rows that are not done. A row whose target is proven is done."""
+        """One step of the rows that are not done; marks those that prove it or are not finite."""
         a_d = self.apply(self.d)
         length = (self.size / vecdot(self.d, a_d)).masked_fill_(self.done, 0.0)
         self.energy = torch.addcmul(self.energy, length, self.size)
@@ -110,7 +110,7 @@ class Rows:
         self.d.mul_(keep).add_(self.residual)
 
     def restart_(self, target: float) -> Tensor:
-        """Set r = q - A x and d = r, and return where r proves the target. The other rows continue."""
+        """Set r = q - A x and d = r; returns the rows that prove the target. The others continue."""
         self.residual = self.q - self.apply(self.x)
         self.d, self.size = self.residual.clone(), vecdot(self.residual, self.residual)
         self.energy = vecdot(self.x, self.q) + vecdot(self.x, self.residual)
@@ -120,7 +120,7 @@ class Rows:
 
 
 def iterate_(rows: Rows, counts: Tensor, target: float, most: int) -> int:
-    """Take at most `most` steps until all rows are done; returns the number taken.
+    """Take at most `most` steps until all rows are done; returns the number of steps.
 
     Args:
         counts: int64 [U,G], increased by the steps of each chunk and head.
@@ -146,7 +146,7 @@ def iterate_(rows: Rows, counts: Tensor, target: float, most: int) -> int:
 
 @dataclass(frozen=True)
 class ConjugateGradients:
-    """As many steps as it takes to prove the error of num_iter Chebyshev steps; a = ridge_ratio."""
+    """Conjugate gradients until the error of num_iter Chebyshev steps is proven; a = ridge_ratio."""
 
     adaptive: ClassVar[bool] = True
     ridge_ratio: float
@@ -157,7 +157,7 @@ class ConjugateGradients:
         return self._solve_system(system, q)[0]
 
     def solve_state(self, h: Tensor, q: Tensor) -> Tensor:
-        """x [B,H,K] of formed states H [B,H,K,K], as chunks of one token."""
+        """x [B,H,K] of states H [B,H,K,K], chunks of one token."""
         fro, empty = frobenius(h)
         q = q.masked_fill(empty.unsqueeze(-1), 0.0).unsqueeze(-2)
         nothing = h.new_zeros(h.shape[0], 1, 1, h.shape[-1])
@@ -182,7 +182,7 @@ class ConjugateGradients:
         return x, counts
 
     def _solve(self, products: Products, fro: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        """(x [U,G,C,K], steps [U,G]) of right-hand sides that are zero where the history is empty."""
+        """(x [U,G,C,K], steps [U,G]) for right-hand sides q that are zero where the history is empty."""
         a, dtype = self.ridge_ratio, q.dtype
         target = chebyshev_error(a, self.num_iter)
         stop = max(MARGIN * target, torch.finfo(dtype).eps / 4.0)
@@ -202,7 +202,7 @@ class ConjugateGradients:
     def _finish(
         self, products: Products, fro: Tensor, q: Tensor, x: Tensor, counts: Tensor, proven: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Solve unproven rows (rounding, or numbers that are not finite) by num_iter Chebyshev steps."""
+        """Rows still unproven, for rounding or non-finite numbers, get num_iter Chebyshev steps."""
         if bool(proven.all()):
             return x, counts
         plain = chebyshev_solve_(products, q, fro, self.ridge_ratio, self.num_iter)

@@ -77,7 +77,7 @@ def chebyshev_solve(
 
 
 class Plan(Protocol):
-    """How the residual form chooses its updates d."""
+    """The rule by which the residual form computes its updates d."""
 
     def first(self, q: Tensor) -> Tensor:
         """d_0 = x_0, a new tensor [..., K]."""
@@ -117,15 +117,15 @@ def iterate_(
     x: Tensor,
     steps: range,
 ) -> None:
-    """The given steps of the residual form, its three arrays updated in place; not differentiable.
+    """Run steps of the residual form, updating its three arrays in place; not differentiable.
 
     Args:
         apply_h: the product with H_t of every row of its argument, [..., K] -> [..., K]. It may
             return a buffer of its own: it is read before the next call.
         lamb: lambda_t [..., 1].
         plan: the updates of each step.
-        residual, d, x: [..., K]; before step 1: q, plan.first(q) and a copy of plan.first(q).
-        steps: the steps' numbers, from 1.
+        residual, d, x: [..., K]; before step 1: q, plan.first(q), and a copy of the latter.
+        steps: numbers of the steps, from 1.
     """
     for i in steps:
         residual.sub_(apply_h(d)).addcmul_(lamb, d, value=-1.0)
@@ -160,10 +160,8 @@ class Chebyshev:
         return chebyshev_solve_(system.products, q, system.fro, self.ridge_ratio, self.num_iter)
 
     def solve_state(self, h: Tensor, q: Tensor) -> Tensor:
-        """x [B,H,K] of formed states H [B,H,K,K].
-
-        H is symmetric, and on a CPU a row times a matrix is several times as fast as H d.
-        """
+        """x [B,H,K] of states H [B,H,K,K]. H is symmetric, and on a CPU d^T H is several times as fast
+        as H d."""
         fro, empty = frobenius(h)
         q = q.masked_fill(empty.unsqueeze(-1), 0.0)
 
