@@ -1,7 +1,7 @@
-"""Saved models: opened from any known format, and written in any.
+"""Saved models: open and write any known format.
 
-`gka.models` knows its own format alone. `import gka` sees to it that this package follows `gka.models`
-(`gka.discovery`), so that `from_pretrained` reads the others as well.
+`gka.models` knows only its own format. After `import gka`, this package is imported with `gka.models`
+(`gka.discovery`), so that `from_pretrained` reads the other formats too.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from gka.models.configuration import READING, GKAConfig
 
 
 def _stand_in(model_type: str) -> type[GKAConfig]:
-    """A class that is only asked to read a dictionary; what it makes is a `GKAConfig`."""
+    """A class for a model type whose `from_dict` returns a `GKAConfig`."""
 
     def from_dict(cls: type[GKAConfig], config_dict: dict[str, Any], **options: Any) -> Any:
         return GKAConfig.from_dict(config_dict, **options)

@@ -1,4 +1,4 @@
-"""Formats of saved models: names and configuration in both directions, and whether weight files are whole."""
+"""Formats of saved models: names and configurations in both directions, and checks of weight files."""
 
 import json
 import re
@@ -15,9 +15,9 @@ from gka.models.configuration import GKAConfig
 
 Names = Mapping[str, str]
 FORMATS: dict[str, "Format"] = {}
-"""Every foreign format by name, in the order of their registration."""
+"""Every foreign format by name, in the order of registration."""
 _LAYER = "model.layers."
-# What a foreign configuration says that is not about the model's mathematics.
+# Keys of a foreign configuration that are copied, because they do not concern the model's mathematics.
 _CARRIED = ("dtype", "torch_dtype", "quantization_config", "_commit_hash", "_name_or_path")
 
 
@@ -26,16 +26,17 @@ class Format:
     """One foreign format. All names are prefixes of state-dict keys, ours first, theirs second.
 
     Attributes:
-        name: the format's, as `gka convert --to` takes it.
-        model_type: what its config.json says under this key.
-        fields: their configuration as fields of `GKAConfig`; raises `InputError` for what cannot be said.
+        name: the format's name in `gka convert --to`.
+        model_type: the value of this key in its config.json.
+        fields: converts their configuration to fields of `GKAConfig`; raises `InputError` for what those
+            cannot express.
         config: the inverse, a dictionary for config.json.
-        mixers: by mixer, their name of the module and the names within it that differ.
+        mixers: for each mixer, their name of the module and the names within it that differ.
         top: names outside the layers that differ.
-        block: names within a layer that differ, mixers apart.
-        unused: patterns of keys that their checkpoints may hold and nothing reads.
-        marks: keys of which its config.json has one or more, where the model type alone does not tell.
-        native: whether transformers has classes of its own for it.
+        block: names within a layer, but outside mixers, that differ.
+        unused: patterns of keys in their checkpoints that nothing reads.
+        marks: keys of config.json that identify the format if the model type does not; one is enough.
+        native: whether transformers has its own classes for it.
     """
 
     name: str
@@ -55,7 +56,7 @@ class Format:
         return config.get("model_type") == self.model_type and marked
 
     def prefixes(self, pattern: list[str]) -> list[tuple[str, str]]:
-        """Every pair (our prefix, theirs) that differs in a model of this pattern; the longer ones first."""
+        """Every pair (our prefix, theirs) that differs in a model of this pattern, longest first."""
         pairs = list(self.top.items())
         for layer, mixer in enumerate(pattern):
             at = f"{_LAYER}{layer}."
@@ -66,14 +67,14 @@ class Format:
         return sorted(pairs, key=lambda pair: -len(pair[0]))
 
     def key_mapping(self, pattern: list[str]) -> dict[str, str]:
-        """Their names to ours, as `from_pretrained(key_mapping=)` takes them: patterns and replacements."""
+        """Their names to ours for `from_pretrained(key_mapping=)`: patterns and replacements."""
         pairs = sorted(self.prefixes(pattern), key=lambda pair: -len(pair[1]))
         return {f"^{re.escape(theirs)}": ours for ours, theirs in pairs}
 
     def export(
         self, config: GKAConfig, state: Mapping[str, Tensor]
     ) -> Iterator[tuple[str, Tensor]]:
-        """Our state dict under their names, experts one by one, a tied head left out."""
+        """Our state dict under their names, with single experts and without a tied head."""
         pairs = self.prefixes(config.pattern)
         for name, tensor in state.items():
             if name == "lm_head.weight" and config.tie_word_embeddings:
@@ -86,7 +87,7 @@ class Format:
 
 
 def _each_expert(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """transformers stacks experts in memory and stores them apart."""
+    """Split stacked experts: transformers stacks them in memory and stores them singly."""
     stem, _, part = name.rpartition(".experts.")
     if part not in ("gate_up_proj", "down_proj"):
         yield name, tensor
@@ -94,7 +95,7 @@ def _each_expert(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     for index, expert in enumerate(tensor):
         at = f"{stem}.experts.{index}."
         if part == "down_proj":
-            yield at + "down_proj.weight", expert.clone()  # a file holds whole tensors, not views
+            yield at + "down_proj.weight", expert.clone()  # files cannot hold views
         else:
             gate, up = expert.chunk(2)
             yield at + "gate_proj.weight", gate.clone()
@@ -102,10 +103,10 @@ def _each_expert(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def register(*formats: Format) -> None:
-    """Let `from_pretrained` read these formats, and `save_as` and `gka convert` write them.
+    """Register formats for `from_pretrained`, `save_as` and `gka convert`.
 
     Raises:
-        ValueError: a name is taken.
+        ValueError: a name is already registered.
     """
     for format in formats:
         if FORMATS.setdefault(format.name, format) is not format:
@@ -113,15 +114,15 @@ def register(*formats: Format) -> None:
 
 
 def format_of(config: Mapping[str, Any]) -> Format | None:
-    """The format of a config.json, or None if it is ours, or nobody's that is known."""
+    """The format of a config.json; None if it is ours or unknown."""
     return next((format for format in FORMATS.values() if format.describes(config)), None)
 
 
 def translated(config: dict[str, Any]) -> dict[str, Any]:
-    """Fields of `GKAConfig` from a foreign config.json; ours, and those of no known format, as they are.
+    """Fields of `GKAConfig` from a foreign config.json; ours, or one of no known format, unchanged.
 
     Raises:
-        InputError: a foreign configuration that has no meaning here.
+        InputError: `GKAConfig` cannot express the foreign configuration.
     """
     format = format_of(config)
     if format is None:
@@ -131,7 +132,7 @@ def translated(config: dict[str, Any]) -> dict[str, Any]:
         return format.fields(config) | kept
     except InputError:
         raise
-    except Exception as error:  # transformers' own checks of its configurations among them
+    except Exception as error:  # includes transformers' checks of its configurations
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"config.json of a {format.name} model cannot be used: {reason}"
@@ -143,17 +144,17 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor is, and its shape."""
+    """A stored tensor's file and shape."""
 
     file: Path
     shape: tuple[int, ...]
 
 
 def inventory(folder: Path) -> dict[str, Stored]:
-    """The tensors of a folder by key; reads headers only.
+    """The tensors of a folder by key; reads only headers.
 
     Raises:
-        InputError: no safetensors, a file that the index names is missing or lacks a key, or is damaged.
+        InputError: there are no safetensors, or a file of the index is missing, damaged or lacks a key.
     """
     index = folder / INDEX
     if not index.is_file():
@@ -182,7 +183,7 @@ def _header(file: Path) -> dict[str, Stored]:
         with safe_open(file, framework="pt") as tensors:
             return {
                 key: Stored(file, tuple(tensors.get_slice(key).get_shape()))
-                for key in tensors.keys()  # noqa: SIM118  (it is no dictionary)
+                for key in tensors.keys()  # noqa: SIM118  (not a dictionary)
             }
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{file} is damaged or cut short: {error}") from error
@@ -191,15 +192,15 @@ def _header(file: Path) -> dict[str, Stored]:
 def check_stored(
     folder: Path, expected: Mapping[str, tuple[int, ...]], allowed: Iterable[str]
 ) -> None:
-    """Compare the files of a folder with what a model needs.
+    """Compare a folder's tensors with those that a model needs.
 
     Args:
-        folder: where they are.
-        expected: shapes by their keys.
-        allowed: patterns of further keys that do no harm.
+        folder: the folder.
+        expected: shapes by key.
+        allowed: patterns of further keys that are harmless.
 
     Raises:
-        InputError: a key is missing, or left over, or has another shape; it and its file are named.
+        InputError: a key is missing, left over or has another shape; the message names it and its file.
     """
     found = inventory(folder)
     missing = sorted(set(expected) - set(found))

@@ -1,6 +1,6 @@
-"""Saved models opened, of any format, whole or refused: by `from_pretrained` and for every command.
+"""Open saved models of any format, complete or not at all, for `from_pretrained` and every command.
 
-A foreign folder is checked in full first, then read by transformers' own loader.
+A foreign folder is first checked completely, then read by transformers' own loader.
 """
 
 import re
@@ -33,7 +33,7 @@ _TIED_HEAD = r"^lm_head\.weight$"
 
 
 def model_folder(folder: Path) -> Path:
-    """`folder`, or the `model/` in it where it is a run's.
+    """`folder`, or `model/` in it if it is the folder of a run.
 
     Raises:
         InputError: there is no config.json.
@@ -51,14 +51,14 @@ def load_model(
     """The causal language model in a folder, in evaluation mode.
 
     Args:
-        folder: of a run or of a saved model: this library's, of a format in `FORMATS`, or any that
-            transformers knows. What transformers has a class for stays of that class.
-        dtype: of the weights, one of `DTYPES`; "auto" as they are stored.
-        device: where to; None: "cuda" where there is one, else "cpu".
+        folder: folder of a run or of a saved model: this library's, of a format in `FORMATS`, or any that
+            transformers knows. If transformers has a class for it, the model has that class.
+        dtype: dtype of the weights, one of `DTYPES`; "auto" keeps the stored one.
+        device: None: "cuda" if available, else "cpu".
 
     Raises:
-        InputError: there is no model, or a file of it is damaged, or weights are missing, left over or of
-            other shapes.
+        InputError: there is no model, a file is damaged, or weights are missing, left over or of other
+            shapes.
     """
     folder = model_folder(folder)
     return _load(_class_for(folder), folder, dtype, device)
@@ -67,10 +67,10 @@ def load_model(
 def load_gka(
     folder: Path, *, dtype: str = "auto", device: torch.device | str | None = None
 ) -> GKAForCausalLM:
-    """As `load_model`, but always a `GKAForCausalLM`: models of transformers that it can express, too.
+    """`load_model`, always as a `GKAForCausalLM`, also for models of transformers that it can express.
 
     Raises:
-        InputError: as `load_model`, or the model is of a kind that `GKAForCausalLM` cannot express.
+        InputError: as in `load_model`, or `GKAForCausalLM` cannot express the model.
     """
     folder = model_folder(folder)
     config = stored_config(folder, {"local_files_only": True}) or {}
@@ -85,7 +85,7 @@ def load_gka(
 
 
 def load_tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer saved beside a model.
+    """The tokenizer saved with a model.
 
     Raises:
         InputError: there is none, or it cannot be read.
@@ -104,10 +104,10 @@ def load_tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
 def load_with_tokenizer(
     folder: Path, *, dtype: str = "auto", device: str | None = None
 ) -> tuple[GKAForCausalLM, PreTrainedTokenizerBase]:
-    """`load_gka`, and the tokenizer beside the model.
+    """`load_gka`, and the model's tokenizer.
 
     Raises:
-        InputError: as `load_gka` and `load_tokenizer_of`; or the tokenizer has more ids than the model.
+        InputError: as in `load_gka` and `load_tokenizer_of`, or the tokenizer has more ids than the model.
     """
     tokenizer = load_tokenizer_of(folder)
     model = load_gka(folder, dtype=dtype, device=device)
@@ -116,20 +116,20 @@ def load_with_tokenizer(
 
 
 def from_pretrained(name: Any, **options: Any) -> Any:
-    """transformers' `from_pretrained` for a folder or hub name as `load_model` reads it, whole or refused.
+    """`load_model` for a folder or hub name, with the options of transformers' `from_pretrained`.
 
     Args:
         name: folder of a saved model, or a name on the hub.
-        options: of transformers' `from_pretrained`, but `output_loading_info`.
+        options: options of transformers' `from_pretrained`, except `output_loading_info`.
 
     Raises:
-        InputError: as `load_model`.
+        InputError: as in `load_model`.
     """
     return _whole(_class_for(name, **options), name, **options)
 
 
 def config_of(name: Any, **options: Any) -> Any:
-    """The configuration of what `from_pretrained` would load; options as there.
+    """The configuration of the model that `from_pretrained` would load, with the same options.
 
     Raises:
         InputError: it cannot be read.
@@ -139,12 +139,12 @@ def config_of(name: Any, **options: Any) -> Any:
         return reader.from_pretrained(name, **without_code(options))
     except InputError:
         raise
-    except Exception as error:  # as of the models
+    except Exception as error:  # as for models
         raise InputError(f"model {name} cannot be loaded: {_reason(error)}") from error
 
 
 def _class_for(name: Any, **options: Any) -> Any:
-    """What reads a model: ours and hybrid formats `GKAForCausalLM`; transformers runs its own itself."""
+    """The class that reads a model: `GKAForCausalLM` for our and hybrid formats, else transformers'."""
     config = stored_config(name, options)
     if config is None:
         return AutoModelForCausalLM
@@ -164,20 +164,20 @@ def _load(kind: Any, folder: Path, dtype: str, device: torch.device | str | None
 
 
 def _check_amount(kind: Any, folder: Path) -> None:
-    """Refuse a config.json that describes far more than the weight files hold, before it is built."""
+    """Refuse a config.json that describes far more than the weight files hold, before the model is built."""
     stored = stored_config(folder, {"local_files_only": True}) or {}
     files = [path for end in ("safetensors", "bin") for path in folder.glob(f"*.{end}")]
     try:
         if kind is GKAForCausalLM:
             least = fewest_parameters(GKAConfig.from_dict(dict(stored)))
-        else:  # a vector in every layer, whatever model it is
+        else:  # every layer of any model has at least one vector
             least = int(stored["num_hidden_layers"]) * int(stored["hidden_size"])
     except InputError as error:
         raise InputError(f"model {folder}: {error}") from error
     except (KeyError, TypeError, ValueError, OverflowError):
-        return  # the model's own reader knows better what is wrong
+        return  # the model's own reader explains better what is wrong
     size = sum(path.stat().st_size for path in files)
-    if files and least > 4 * size:  # two bits a number are the fewest that are in use
+    if files and least > 4 * size:  # no format in use has fewer than two bits per number
         raise InputError(
             f"model {folder}: its config.json describes {least:.3g} numbers or more, but its weight files "
             f"have {size:,} bytes; one of them is damaged"
@@ -185,7 +185,7 @@ def _check_amount(kind: Any, folder: Path) -> None:
 
 
 def _whole(kind: Any, name: Any, **options: Any) -> Any:
-    """A model of class `kind` with every weight of its files in it and none made up."""
+    """A model of class `kind` with all weights from its files, none left over or initialised."""
     try:
         options = without_code(options) | {"output_loading_info": True}
         model, notes = kind.from_pretrained(name, **options)
@@ -208,12 +208,11 @@ def load_with(
         cls: the class to load.
         load: transformers' `from_pretrained`.
         name: folder or hub name.
-        args, options: as given to `from_pretrained`.
+        args, options: those of `from_pretrained`.
 
     Raises:
-        InputError: a foreign checkpoint whose configuration has no meaning here, or whose weights are
-            missing, left over, misshapen or damaged. Nothing is initialised in their place. Or a
-            configuration that asks for code from elsewhere.
+        InputError: `cls` cannot express a foreign checkpoint's configuration, its weights are missing, left
+            over, damaged or of other shapes, or a configuration requires code from elsewhere.
     """
     theirs = stored_config(name, options)
     refuse_code(f"model {name}", theirs or {})
@@ -228,17 +227,17 @@ def load_with(
     mapping = format.key_mapping(config.pattern)
     model, notes = load(name, *args, key_mapping=mapping, output_loading_info=True, **options)
     _check_notes(name, notes, _allowed(format, config), with_head=hasattr(model, "lm_head"))
-    # else transformers would save under their names, beside our configuration
+    # Otherwise transformers would save under their names with our configuration.
     model._weight_conversions = None
     return (model, notes) if wants_notes else model
 
 
 def stored_config(name: Any, options: dict[str, Any]) -> dict[str, Any] | None:
-    """The config.json at hand, untranslated; None where transformers should say what is wrong.
+    """The config.json, not translated; None if it is unreadable, which transformers then explains.
 
     Args:
         name: folder or hub name.
-        options: as given to `from_pretrained`.
+        options: those of `from_pretrained`.
     """
     if name is None or options.get("gguf_file") is not None:
         return None
@@ -251,7 +250,7 @@ def stored_config(name: Any, options: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _expected(format: Format, config: GKAConfig) -> dict[str, tuple[int, ...]]:
-    """Their keys and shapes, from a model without memory."""
+    """Keys and shapes in the format's names, from a model on the meta device."""
     with torch.device("meta"):
         state = GKAForCausalLM(config).state_dict()
     return {name: tuple(tensor.shape) for name, tensor in format.export(config, state)}
@@ -264,7 +263,7 @@ def _allowed(format: Format, config: GKAConfig) -> tuple[str, ...]:
 def _check_notes(
     name: Any, notes: dict[str, Any], allowed: tuple[str, ...], *, with_head: bool
 ) -> None:
-    """What the loader noticed must be nothing but harmless keys, which the notes then no longer hold.
+    """Check that the loader reported only harmless keys, and remove those from the notes.
 
     For hub names this is the only check.
     """
@@ -275,14 +274,14 @@ def _check_notes(
 
 
 def check_complete(name: Any, notes: dict[str, Any]) -> None:
-    """Refuse what a loader has read in part.
+    """Refuse a model that was not read completely.
 
     Args:
-        name: of the model, for the message.
+        name: the model's name, for the message.
         notes: the loading info of `from_pretrained`.
 
     Raises:
-        InputError: weights are missing, left over or of other shapes; the first three are named.
+        InputError: weights are missing, left over or of other shapes; the message names the first three.
     """
     for what, key in (
         ("missing", "missing_keys"),

@@ -1,4 +1,4 @@
-"""Our models written as folders: in a foreign format, whole or not at all, or for the Auto classes."""
+"""Write our models as folders: in a foreign format, complete or not at all, or for the Auto classes."""
 
 import json
 import os
@@ -67,20 +67,20 @@ def save_as(
     max_shard_size: str = "5GB",
     extra_files: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Write a model in a foreign format, or in ours ("gka"); bit for bit what it holds.
+    """Write a model in a foreign format or in ours ("gka"), bit for bit.
 
-    Decay rates that are kept in float32 are written in the model's dtype if that changes no value.
+    Float32 decay rates are written in the model's dtype if that changes no value.
 
     Args:
         model: the model.
-        folder: must not exist, or be empty; it appears when everything is written.
+        folder: must not exist, or be empty. It appears when everything is written.
         format: "gka", or a key of `gka.checkpoints.FORMATS`.
         max_shard_size: files are split above this size.
         extra_files: a folder whose other files (tokenizer, chat template) are copied.
 
     Raises:
         InputError: the format is unknown or cannot express the model, or the folder is in use.
-        StorageError: the folder cannot be written: the disk is full, say. Nothing of it is left.
+        StorageError: the folder cannot be written, for example because the disk is full. Nothing is left.
     """
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -104,7 +104,7 @@ def foreign_config(config: GKAConfig, format: str) -> dict[str, Any]:
     """The configuration in a foreign format.
 
     Raises:
-        InputError: the format cannot express it; says what.
+        InputError: the format cannot express it; the message says what.
     """
     known = FORMATS[format]
     strange = sorted(set(config.pattern) - set(known.mixers))
@@ -124,7 +124,7 @@ def foreign_config(config: GKAConfig, format: str) -> dict[str, Any]:
 
 
 def _meaning(config: GKAConfig) -> dict[str, Any]:
-    """All that a model's function depends on, each thing said in one way."""
+    """All values that determine a model's function, in a canonical form."""
     meaning = {name: getattr(config, name) for name in _MODEL_FIELDS}
     meaning["pattern"] = config.pattern
     for mixer in dict.fromkeys(config.pattern):
@@ -179,11 +179,11 @@ def write_auto_map(folder: Path | str) -> None:
     """Let `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` work without `import gka`.
 
     Writes `gka_auto.py`, a file of three class names, and names it under `auto_map` in config.json. The
-    package must still be installed where the folder is opened: the file imports it. After `import gka`
-    nothing of it is run.
+    package must still be installed where the folder is opened, because the file imports it. After
+    `import gka` the file is not run.
 
     Args:
-        folder: of a model saved in this library's format.
+        folder: folder of a model saved in this library's format.
 
     Raises:
         InputError: it holds no config.json of such a model.
@@ -204,6 +204,6 @@ def write_auto_map(folder: Path | str) -> None:
     module = _CODE_FILE.removesuffix(".py")
     named = {auto: f"{module}.{name}" for auto, name in _CLASSES.items()}
     config["auto_map"] = (config.get("auto_map") or {}) | named
-    # first: a config.json must not name a file that is not there
+    # First the code: a config.json must not name a missing file.
     write_text(folder / _CODE_FILE, _CODE)
     write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -1,7 +1,7 @@
 """Language models with any pattern of mixers, as Hugging Face classes.
 
-transformers' Auto classes know model_type "gka" since `import gka` (`gka.discovery`); importing this
-module, which they then do, registers the classes.
+After `import gka`, transformers' Auto classes know model_type "gka" (`gka.discovery`). They then import this
+module, which registers the classes.
 """
 
 import warnings
@@ -23,7 +23,7 @@ from gka.models.solver import set_solver, solver_settings
 AutoConfig.register(GKAConfig.model_type, GKAConfig, exist_ok=True)
 AutoModel.register(GKAConfig, GKAModel, exist_ok=True)
 AutoModelForCausalLM.register(GKAConfig, GKAForCausalLM, exist_ok=True)
-# by name too: pipelines and Trainer ask these tables what a class is for
+# Pipelines and Trainer look up the task of a class in these tables, by name.
 MODEL_MAPPING_NAMES[GKAConfig.model_type] = GKAModel.__name__
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[GKAConfig.model_type] = GKAForCausalLM.__name__
 
@@ -46,7 +46,7 @@ _MOVED = ("save_as", "write_auto_map")
 
 
 def __getattr__(name: str) -> Any:
-    """What has moved to `gka.checkpoints`, for one release."""
+    """Names that have moved to `gka.checkpoints`, for one release."""
     if name in ("adapters", "loading"):
         return import_module(f"gka.models.{name}")
     if name not in _MOVED:
@@ -54,5 +54,6 @@ def __getattr__(name: str) -> Any:
     warnings.warn(
         f"gka.models.{name} is gka.checkpoints.{name} now", DeprecationWarning, stacklevel=2
     )
-    globals()[name] = getattr(import_module("gka.checkpoints"), name)  # `from` asks twice
+    # Stored, because `from ... import` looks the name up twice.
+    globals()[name] = getattr(import_module("gka.checkpoints"), name)
     return globals()[name]

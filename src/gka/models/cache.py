@@ -1,4 +1,4 @@
-"""The cache of a decoder with recurrent layers, for transformers' `generate`, and its contents as tensors."""
+"""The cache of a decoder with recurrent layers for transformers' `generate`, and its contents as tensors."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -21,15 +21,15 @@ CACHE_NAME = (
     if "cache" in {field.name for field in fields(BaseModelOutputWithPast)}
     else "past_key_values"
 )
-"""What the installed transformers calls a cache, in its outputs and in what `generate` passes on:
-`past_key_values` until transformers 5.23, `cache` from 5.24 on. The models take it under either name."""
+"""The installed transformers' name of a cache in outputs and in `generate`: `past_key_values` until 5.23,
+`cache` from 5.24 on. The models take a cache under either name."""
 
 
 class GKACache(DynamicCache):
-    """transformers' `DynamicCache` with its native layers, which also counts tokens by itself.
+    """transformers' `DynamicCache` with its native layers, which also counts tokens.
 
-    A recurrent layer's state has a constant size and no length, so a `DynamicCache` without any attention
-    layer cannot say how many tokens it has seen, and `generate` asks. This one is told by the model.
+    `generate` needs the number of tokens seen. The state of a recurrent layer has no length, so a
+    `DynamicCache` without attention layers does not know it. Here the model counts them (`advance`).
 
     Args:
         config: the model's configuration; its `layer_types` choose the layers.
@@ -42,7 +42,7 @@ class GKACache(DynamicCache):
         self._recurs = any(isinstance(x, LinearAttentionCacheLayerMixin) for x in self.layers)
 
     def advance(self, tokens: int) -> None:
-        """Count `tokens` more; called by the model once a forward pass."""
+        """Count `tokens` more; the model calls this once per forward pass."""
         self._tokens += tokens
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -54,13 +54,13 @@ class GKACache(DynamicCache):
         super().reset()
         for layer in self.layers:
             if isinstance(layer, CacheLayerMixin):
-                # transformers 5.16 and 5.17 only zero the keys, and go on counting them as tokens
+                # transformers 5.16 and 5.17 only zero the keys and still count them.
                 layer.keys = layer.values = None
                 layer.is_initialized = False
         self._tokens = 0
 
     def activate_past_recording(self) -> None:
-        """Keep what a later `crop` needs; called by assisted generation.
+        """Keep data for a later `crop`; called by assisted generation.
 
         Raises:
             ValueError: a layer is recurrent.
@@ -69,7 +69,7 @@ class GKACache(DynamicCache):
         super().activate_past_recording()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens again, as many as `DynamicCache.crop` makes of `tokens_to_remove`.
+        """Forget the last tokens, as `DynamicCache.crop`.
 
         Raises:
             ValueError: a layer is recurrent.
@@ -90,8 +90,9 @@ class GKACache(DynamicCache):
 
     @contextmanager
     def observing(self, observers: dict[int, Callable[..., None]]) -> Iterator[None]:
-        """Call `observers[i](mixer, q, k, gates)` in the `with` block whenever recurrent layer i reads into
-        this cache, and no other: q [B,T,H,K], k [B,T,Hk,K] and `Gates` as its `mix` is given them.
+        """Call `observers[i](mixer, q, k, gates)` in the `with` block when recurrent layer i uses this cache.
+
+        The arguments are those of the mixer's `mix`: q [B,T,H,K], k [B,T,Hk,K] and `Gates`.
         """
         for index, observer in observers.items():
             setattr(self.layers[index], OBSERVER, observer)
@@ -110,13 +111,13 @@ class GKACache(DynamicCache):
         self._change_rows("batch_select_indices", indices, lambda x: x[indices.to(x.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times, next to each other."""
+        """Repeat each row `repeats` times, copies adjacent."""
         self._change_rows(
             "batch_repeat_interleave", repeats, lambda x: x.repeat_interleave(repeats, 0)
         )
 
     def _change_rows(self, method: str, given: Any, change: Callable[[Tensor], Tensor]) -> None:
-        """Rows of attention layers by their own method, those of recurrent states by `change`."""
+        """Change rows: of attention layers by their own method, of recurrent states by `change`."""
         layer: Any
         for layer in self.layers:
             if not isinstance(layer, LinearAttentionCacheLayerMixin):
@@ -128,16 +129,16 @@ class GKACache(DynamicCache):
 
     @property
     def is_linear(self) -> list[bool]:
-        """By layer, whether `generate` must take it that nobody knows how many tokens were seen: never.
+        """By layer, whether the number of tokens seen is unknown to `generate`: always False.
 
-        Of a cache of recurrent layers alone transformers 5.24 thinks so, and would feed the tokens that
-        the cache has seen a second time.
+        transformers 5.24 would assume True for a cache of recurrent layers alone, and feed the cached tokens
+        a second time.
         """
         return [False] * len(self.layers)
 
     @property
     def is_compileable(self) -> bool:
-        """False: `generate` compiles only caches of a size known beforehand."""
+        """False: `generate` compiles only caches of a fixed size."""
         return False
 
 
@@ -145,7 +146,7 @@ def one_cache(past_key_values: Any, cache: Any) -> Any:
     """The cache given under either name, or None.
 
     Raises:
-        ValueError: under both.
+        ValueError: it is given under both names.
     """
     if past_key_values is not None and cache is not None:
         raise ValueError(
@@ -157,9 +158,9 @@ def one_cache(past_key_values: Any, cache: Any) -> Any:
 def cache_tensors(cache: GKACache) -> dict[str, Tensor]:
     """The tensors of a cache, not copied, by name.
 
-    `layers.I.recurrent.N` [B,H,K,...] and `layers.I.conv.N` [B,channels,width] of recurrent layers,
-    `layers.I.keys` and `layers.I.values` [B,heads,T,head_dim] of attention layers (the window's last
-    positions for a sliding one). Layers that have seen nothing are left out.
+    Recurrent layers have `layers.I.recurrent.N` [B,H,K,...] and `layers.I.conv.N` [B,channels,width],
+    attention layers `layers.I.keys` and `layers.I.values` [B,heads,T,head_dim] (with a sliding window, the
+    window's positions). Empty layers are left out.
     """
     found: dict[str, Tensor | None] = {}
     layer: Any
@@ -174,7 +175,7 @@ def cache_tensors(cache: GKACache) -> dict[str, Tensor]:
 
 
 def state_shapes(model: Any, rows: int, tokens: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of all tensors, named as by `cache_tensors`, after `tokens` >= 1 positions of `rows` rows.
+    """The shapes of all tensors of `cache_tensors` after `tokens` >= 1 positions of `rows` rows.
 
     Args:
         model: a `GKAForCausalLM`.
@@ -204,20 +205,20 @@ def _attention_shapes(mixer: Any, tokens: int) -> dict[str, tuple[int, ...]]:
 
 
 def fill_cache(cache: GKACache, tensors: dict[str, Tensor], tokens: int) -> GKACache:
-    """Put tensors, named as by `cache_tensors`, into a new cache; they are taken over, not copied.
+    """Put tensors with the names of `cache_tensors` into a new cache, without a copy.
 
-    The cache updates recurrent states in place: pass clones of tensors that are to be kept.
+    The cache updates recurrent states in place: pass clones of tensors that must not change.
 
     Args:
-        cache: a `GKACache` that has seen nothing.
+        cache: an empty `GKACache`.
         tensors: all tensors of a cache of the same model.
-        tokens: positions that these have seen.
+        tokens: number of positions that they contain.
 
     Returns:
         `cache`.
 
     Raises:
-        ValueError: a layer has no tensors, or there are tensors of other layers.
+        ValueError: tensors of a layer are missing, or there are tensors of other layers.
     """
     left = dict(tensors)
     for index, layer in enumerate(cache.layers):
@@ -238,13 +239,13 @@ def fill_cache(cache: GKACache, tensors: dict[str, Tensor], tokens: int) -> GKAC
 
 
 def with_prefix(config: GKAConfig, past: Any) -> Any:
-    """A cache that holds keys and values for every layer, as peft's prefix tuning makes it, as a `GKACache`.
+    """A `GKACache` of peft's prefix, which is a cache with keys and values for every layer.
 
-    The prefix enters the attention layers; recurrent layers have no place for keys and values and begin
-    empty. Gradients reach the prefix. Any other cache, or None, is returned as it is.
+    Attention layers get the prefix. Recurrent layers have no keys and values and start empty. Gradients reach
+    the prefix. Any other cache, or None, is returned unchanged.
 
     Raises:
-        ValueError: the model has no attention layer, or the prefix was made for other heads.
+        ValueError: the model has no attention layer, or the prefix has other heads.
     """
     if not isinstance(past, DynamicCache) or isinstance(past, GKACache):
         return past
@@ -275,7 +276,7 @@ def with_prefix(config: GKAConfig, past: Any) -> Any:
 
 def _fill_attention(layer: Any, own: dict[str, Tensor], tokens: int) -> None:
     layer.update(own["keys"], own["values"])
-    if hasattr(layer, "cumulative_length"):  # a sliding window counts what it has dropped
+    if hasattr(layer, "cumulative_length"):  # a sliding window also counts dropped positions
         layer.cumulative_length = tokens
 
 

@@ -17,17 +17,17 @@ from gka.models.loss import linear_cross_entropy, mean_loss, next_token_targets
 
 
 class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
-    """Language model: `GKAModel` and a linear head, tied to the embedding if the configuration says so.
+    """Language model: `GKAModel` and a linear head, optionally tied to the embedding.
 
     Args:
         config: a `GKAConfig`.
     """
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
-    # The Trainer then passes num_items_in_batch, so that gradient accumulation averages over tokens.
+    # Makes the Trainer pass num_items_in_batch, so that gradient accumulation averages over tokens.
     accepts_loss_kwargs = True
-    # Read by `generate`: a recurrent state cannot be rolled back, as assisted decoding would need. Of a
-    # model without recurrent layers it is False.
+    # For `generate`: a recurrent state cannot be rolled back, which assisted decoding needs. False for a
+    # model without recurrent layers.
     _is_stateful = True
 
     def __init__(self, config: GKAConfig):
@@ -64,29 +64,28 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Logits of the next token, and the loss against `labels`.
 
-        The loss never needs the logits of all tokens at once (`gka.models.loss`), so in training mode they
-        are left out where labels are given; in evaluation mode they are returned as well.
+        The loss does not need the logits of all tokens at once (`gka.models.loss`). So in training mode with
+        labels they are not returned; in evaluation mode they are.
 
         Args:
             input_ids, attention_mask, position_ids, past_key_values, cache, inputs_embeds, cu_seqlens,
                 cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx, output_hidden_states,
                 output_attentions: as in `GKAModel.forward`.
-            labels: [B,T] the tokens themselves, -100 where nothing is to be predicted; position t is
-                compared with label t+1, and the last token of a document with nothing, however documents
-                are told apart.
+            labels: [B,T] the tokens themselves, -100 for positions that are not predicted. Position t
+                predicts label t+1; the last token of a document predicts nothing.
             use_cache: return a cache. None: `config.use_cache`, but never in training mode, with labels,
                 with packed sequences or under `torch.export`.
-            logits_to_keep: logits of the last so many tokens only (0: all), or of these positions. Does
-                not touch the loss.
-            num_items_in_batch: divide the summed loss by this, instead of by the number of targets.
-            return_logits: None: unless in training mode with labels.
+            logits_to_keep: number of last tokens whose logits are returned (0: all), or positions. Does not
+                affect the loss.
+            num_items_in_batch: divisor of the summed loss, instead of the number of targets.
+            return_logits: whether to return logits. None: yes, except in training mode with labels.
 
         Returns:
             `loss` (float32), `logits` [B,T',vocab_size] in the model's dtype, `past_key_values`
-            (`cache` since transformers 5.24), `hidden_states`; each None where it was not asked for.
+            (`cache` since transformers 5.24), `hidden_states`; each None if not requested.
 
         Raises:
-            ValueError: inputs contradict each other, or attention weights are asked for.
+            ValueError: inputs contradict each other, or attention weights are requested.
         """
         past = one_cache(past_key_values, cache)
         if use_cache is None and labels is not None and past is None:
@@ -129,7 +128,7 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
         documents: Documents,
         num_items_in_batch: Tensor | int | None,
     ) -> Tensor:
-        """Mean next-token loss. A head that adapters have changed is called as a module, all at once."""
+        """Mean next-token loss. A head that adapters have changed is called as a module, on all tokens."""
         if labels.shape != hidden.shape[:2]:
             raise ValueError(
                 f"labels must have the tokens' shape {tuple(hidden.shape[:2])}, got {tuple(labels.shape)}"
@@ -147,7 +146,7 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *others: Any, **named: Any
     ) -> None:
-        """transformers' choice, except that the dynamic cache is one that counts its tokens."""
+        """transformers' choice, with a `GKACache` as its dynamic cache."""
         given = one_cache(
             model_kwargs.pop("past_key_values", None), model_kwargs.pop("cache", None)
         )
@@ -162,12 +161,12 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
             if generation_config.is_assistant:
                 cache.activate_past_recording()
 
-    # generate reads the signature
+    # `generate` inspects the signature.
     @wraps(GenerationMixin.prepare_inputs_for_generation)  # pyright: ignore[reportAttributeAccessIssue]
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """transformers' inputs of a step, the cache under the name that every version of peft looks for.
+        """transformers' inputs of a step, with the cache under the name that every version of peft uses.
 
-        Where peft finds none, it puts its prompt in front of every new token.
+        Without a cache, peft would prepend its prompt to every new token.
         """
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # pyright: ignore
         if "cache" in inputs:
@@ -176,17 +175,17 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None, **_: Any) -> Tensor | None:
-        """The 0/1 mask itself: each mixer makes of it what it needs. Called by `generate`."""
+        """The 0/1 mask itself, from which each mixer builds its own. Called by `generate`."""
         return attention_mask
 
     def _valid_auto_compile_criteria(self, model_kwargs: Any, generation_config: Any) -> bool:
-        """False: `generate`'s mask grows by the token, and each length would compile anew."""
+        """False: `generate`'s mask grows with every token, and each length would compile again."""
         return False
 
 
 def _check_generation(config: GKAConfig, generation_config: Any, given: Any) -> None:
-    """Raise `ValueError` for caches that cannot hold or count what the layers keep, and for other options
-    that this model has no answer to."""
+    """Raise `ValueError` for caches that cannot hold or count the layers' states, and for other options that
+    the model does not support."""
     refuse_attentions(generation_config.output_attentions)
     kind = generation_config.cache_implementation
     if kind not in (None, "dynamic", "static"):
@@ -216,7 +215,7 @@ def _kept(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
 
 
 def _is_plain(head: nn.Module) -> bool:
-    """Whether head(x) is x @ head.weight.T and nothing else."""
+    """Whether head(x) is exactly x @ head.weight.T."""
     hooked = head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)
     return type(head) is nn.Linear and head.bias is None and not hooked
 
@@ -226,9 +225,9 @@ class ParameterCount:
     """One line of a model's parameter table.
 
     Attributes:
-        part: "embedding", "mixer: gka" (one line a kind of mixer), "mlp", "norms", "output head".
-        modules: how many modules of this part there are.
-        parameters: numbers in all of them together; those of a tied head are the embedding's.
+        part: "embedding", "mixer: gka" (one line per kind of mixer), "mlp", "norms", "output head".
+        modules: number of modules of this part.
+        parameters: numbers in all of them together; a tied head has those of the embedding.
     """
 
     part: str
@@ -237,10 +236,10 @@ class ParameterCount:
 
 
 def count_parameters(model: GKAModel | GKAForCausalLM) -> list[ParameterCount]:
-    """The parameters of a `GKAModel` or `GKAForCausalLM` by part; together they are all it has.
+    """All parameters of a `GKAModel` or `GKAForCausalLM` by part.
 
     Args:
-        model: the model; also on the meta device.
+        model: the model; it may be on the meta device.
     """
     body = model.model if isinstance(model, GKAForCausalLM) else model
     parts: list[tuple[str, Any]] = [("embedding", body.embed_tokens)]

@@ -1,6 +1,6 @@
 """GKAConfig: one configuration for a decoder of any pattern of mixers, and the checks of its values.
 
-Each error names the field and says what was expected.
+Each error names the field and the expected value.
 """
 
 import difflib
@@ -29,7 +29,7 @@ from gka.models.fields import (
 from gka.ops.backends import known_backends
 from gka.ops.checks import check_numbers
 
-# What transformers itself writes into a config.json, or hands over when it reads one.
+# Keys that transformers itself writes into a config.json, or passes when it reads one.
 _WRITTEN_BY_TRANSFORMERS = frozenset(
     str.split(
         "_attn_implementation _attn_implementation_internal _commit_hash _experts_implementation"
@@ -41,7 +41,7 @@ _WRITTEN_BY_TRANSFORMERS = frozenset(
 # transformers' and peft's names of head counts; properties here.
 _HEADS = ("num_attention_heads", "num_key_value_heads")
 _COUNTS = ("num_heads", "num_kv_heads", "attention_num_heads", "attention_num_kv_heads")
-# Read-only here because the pattern implies them; accepted in a file when they agree with it.
+# Read-only, because the pattern implies them; accepted in a file if they agree with it.
 _DERIVED = ("layer_types", "number_of_conv_states")
 
 
@@ -51,11 +51,11 @@ def _load_ours(cls: Any, load: Callable[..., Any], name: Any, *args: Any, **opti
 
 @dataclass
 class Reading:
-    """How a folder is read; `gka.checkpoints` puts its functions here, so that other formats are read too.
+    """How a folder is read. `gka.checkpoints` replaces the functions, so that other formats are read too.
 
     Attributes:
-        translate: fields of `GKAConfig` from the fields of a config.json.
-        load: (class, transformers' `from_pretrained` of it, its arguments) -> what it returns.
+        translate: returns the fields of `GKAConfig` for the fields of a config.json.
+        load: (class, transformers' `from_pretrained` of it, its arguments) -> the result of that.
     """
 
     translate: Callable[[dict[str, Any]], dict[str, Any]] = dict
@@ -69,21 +69,21 @@ class GKAConfig(GKAFields, PreTrainedConfig):
     """Configuration of `GKAModel` and `GKAForCausalLM`: a pre-norm decoder of any pattern of mixers.
 
     Pure Gated KalmaNet is the default; `GKAConfig(num_hidden_layers=30, attention_layers=[6, 14, 22, 29])`
-    is the hybrid of arXiv 2511.21016; `GKAConfig(mixers=["gka", "swa", "deltanet"])` is any other.
+    is the hybrid of arXiv 2511.21016; `GKAConfig(mixers=["gka", "swa", "deltanet"])` names every layer.
 
-    Args: the fields of `gka.models.fields.GKAFields`, each described there.
+    Args: the fields of `gka.models.fields.GKAFields`, described there.
 
     Raises:
-        InputError (a ValueError): a key is unknown (named, with the closest known one), a value is of the
+        InputError (a ValueError): a key is unknown (named, with the closest known one), a value has the
             wrong type or range, the pattern is incomplete, or head counts do not divide.
     """
 
-    # of each configuration; read by transformers' and trl's loaders
+    # Set on instances; transformers' and trl's loaders read it.
     auto_map: ClassVar[dict[str, str]]
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
 
     def __post_init__(self, **others: Any) -> None:
-        """Refuse unknown keys, fill in what follows from other fields, check the whole."""
+        """Refuse unknown keys, fill in defaults that depend on other fields, check all fields."""
         _refuse_unknown(others)
         _check_model_type(others.pop("model_type", self.model_type))
         check_types(self)
@@ -93,7 +93,7 @@ class GKAConfig(GKAFields, PreTrainedConfig):
             if key in others:
                 self._set_heads(key, others.pop(key))
         if self.head_dim is None:
-            check_types(self)  # of the counts just set
+            check_types(self)  # again, for the counts just set
             self.head_dim = default_head_dim(self.hidden_size, self.num_heads)
         others["auto_map"] = others.get("auto_map") or {}
         super().__post_init__(**others)
@@ -116,8 +116,8 @@ class GKAConfig(GKAFields, PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """The fields for a config.json.
 
-        Without those of `auto_map` that name a file in the folder the model came from, unless this class is
-        itself from there: what is saved elsewhere does not have it.
+        Entries of `auto_map` that name a file in the model's original folder are left out, because a copy
+        saved elsewhere lacks the file; they stay if this class itself comes from that folder.
         """
         values = super().to_dict()
         auto_map = values.pop("auto_map", None) or {}
@@ -127,9 +127,9 @@ class GKAConfig(GKAFields, PreTrainedConfig):
 
     @property
     def num_attention_heads(self) -> int:
-        """Query heads of the softmax layers, or of the recurrent ones where there are no others.
+        """Query heads of the softmax layers, or of the recurrent ones if there are no softmax layers.
 
-        Assigning sets `attention_num_heads` where softmax layers have a count of their own, else `num_heads`.
+        Assigning sets `attention_num_heads` if softmax layers have their own count, else `num_heads`.
         """
         return attention_heads(self)[0] if self._has_softmax() else self.num_heads
 
@@ -142,7 +142,7 @@ class GKAConfig(GKAFields, PreTrainedConfig):
     def num_key_value_heads(self) -> int:
         """Key and value heads of the layers that `num_attention_heads` counts.
 
-        Assigning sets `attention_num_kv_heads` where softmax layers have counts of their own, else
+        Assigning sets `attention_num_kv_heads` if softmax layers have their own counts, else
         `num_kv_heads`.
         """
         if self._has_softmax():
@@ -157,19 +157,19 @@ class GKAConfig(GKAFields, PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """What each layer keeps in a cache, in transformers' words; follows from the pattern."""
+        """The kind of cache of each layer, in transformers' terms; derived from the pattern."""
         return layer_types(self.pattern)
 
     @property
     def number_of_conv_states(self) -> int:
-        """States a recurrent layer may keep of either kind: convolutions of q, k and v."""
+        """Most states of one kind in a recurrent layer: the convolutions of q, k and v."""
         return 3
 
     def check(self) -> None:
-        """Check the fields as they are now; models do so too, as fields may be set after construction.
+        """Check the current fields. Models call it too, because fields may be set after construction.
 
         Raises:
-            InputError: as the class says.
+            InputError: see the class.
         """
         check_types(self)
         check_pattern(self)
@@ -179,10 +179,10 @@ class GKAConfig(GKAFields, PreTrainedConfig):
         return not set(self.pattern).isdisjoint(SOFTMAX_MIXERS)
 
     def _set_heads(self, key: str, value: Any) -> None:
-        """A head count under transformers' name; it may stand beside ours where the two agree.
+        """Set a head count under transformers' name. Ours may be given as well if the two agree.
 
         Raises:
-            InputError: they do not.
+            InputError: they do not agree.
         """
         before = {name: getattr(self, name) for name in _COUNTS}
         setattr(self, key, value)
@@ -208,7 +208,7 @@ class GKAConfig(GKAFields, PreTrainedConfig):
 
 
 def _refuse_unknown(others: dict[str, Any]) -> None:
-    """Raise for keys that neither this configuration nor transformers knows."""
+    """Raise `InputError` for keys that neither this configuration nor transformers knows."""
     unknown = sorted(set(others) - _WRITTEN_BY_TRANSFORMERS - {*_DERIVED, *_HEADS})
     if not unknown:
         return
@@ -228,7 +228,7 @@ def _check_model_type(model_type: str) -> None:
 
 
 _AT_LEAST_ZERO = ("num_iter", "initializer_range")
-# Far above every model there is: beyond these a file is damaged, or made to exhaust whoever opens it.
+# Far above every existing model. A file with more is damaged, or made to exhaust memory.
 MOST_SOLVER_STEPS = 10_000
 _MOST = {
     "num_hidden_layers": 10_000,
@@ -249,7 +249,7 @@ _WITHOUT_RANGE = ("pad_token_id", "bos_token_id", "eos_token_id", "attention_lay
 
 
 def check_types(config: GKAFields) -> None:
-    """Every field of this package has its declared type and, if a number, a sensible sign."""
+    """Check that every field of this package has its declared type and, if a number, a valid range."""
     for field in fields(GKAFields):
         value, allowed = getattr(config, field.name), get_args(field.type) or (field.type,)
         if not any(_is(value, kind) for kind in allowed):
@@ -264,7 +264,7 @@ def check_types(config: GKAFields) -> None:
 
 
 def check_sizes(config: GKAFields) -> None:
-    """Head counts divide, value heads have a whole size, and names that transformers resolves exist."""
+    """Check that head counts divide, value heads have an integer size, and transformers' names exist."""
     if config.hidden_act not in ACT2FN:
         raise InputError(f"hidden_act: transformers has no activation called {config.hidden_act!r}")
     if config.backend not in known_backends():
@@ -288,7 +288,7 @@ def check_sizes(config: GKAFields) -> None:
 
 
 def _check_tables(config: GKAFields) -> None:
-    """The numbers in `mixer_overrides` and `moe` have the ranges of fields."""
+    """Check the numbers in `mixer_overrides` and `moe` like fields."""
     for mixer, options in (config.mixer_overrides or {}).items():
         for name, value in options.items():
             if name not in _WITHOUT_RANGE:
@@ -319,7 +319,7 @@ def _check_softmax(config: GKAFields) -> None:
 
 
 def _is(value: Any, kind: Any) -> bool:
-    """Like isinstance, where a bool is no number, a whole number is a float, and list[...] is looked into."""
+    """Like isinstance, but a bool is no number, an int is a float, and items of list[...] are checked."""
     inner = get_args(kind)
     if inner:
         return isinstance(value, list | tuple) and all(_is(item, inner[0]) for item in value)
@@ -333,7 +333,7 @@ def _name(kind: Any) -> str:
 
 
 def check_range(name: str, value: Any, argument: str | None = None) -> None:
-    """Raise `InputError`, about `argument`, if a number is out of the range of the field `name`."""
+    """Raise `InputError` about `argument` if a number is out of the range of the field `name`."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     argument = argument or name

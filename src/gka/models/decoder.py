@@ -46,8 +46,8 @@ class GKADecoderLayer(GradientCheckpointingLayer):
         self.mlp = build_experts(config) if has_experts(config, layer_idx) else GKAMLP(config)
 
     def forward(self, hidden_states: Tensor, past: Cache | None, **context: Any) -> Tensor:
-        # Called `past` here: transformers takes a cache under its own names away from checkpointed layers,
-        # by version under different ones and not always.
+        # Named `past`, because transformers removes a cache under its own names from checkpointed layers;
+        # the names, and whether it does, depend on the version.
         mixed, _, _ = self.mixer(
             self.input_layernorm(hidden_states), past_key_values=past, **context
         )
@@ -56,7 +56,7 @@ class GKADecoderLayer(GradientCheckpointingLayer):
 
 
 class GKAPreTrainedModel(PreTrainedModel):
-    """What the models share: loading, initialisation, devices."""
+    """Common base of the models: loading, initialisation, devices."""
 
     config: GKAConfig
     config_class = GKAConfig
@@ -67,14 +67,14 @@ class GKAPreTrainedModel(PreTrainedModel):
         "past_key_values", "cache", "past", "cu_seqlens_cpu",
     ]  # fmt: skip
     _supports_sdpa = True
-    # The layers keep these in float32 themselves; transformers' loader has to know.
+    # The layers keep these in float32; transformers' loader must know.
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = list(DECAY_PARAMETERS)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **options: Any) -> Any:
-        """transformers' `from_pretrained`, for our folders and foreign ones that `gka.checkpoints` knows.
+        """transformers' `from_pretrained` for our folders and for foreign ones that `gka.checkpoints` knows.
 
-        A foreign checkpoint is complete or refused; see `gka.checkpoints.open.load_with`.
+        An incomplete foreign checkpoint is refused; see `gka.checkpoints.open.load_with`.
         """
         load = super().from_pretrained
         return READING.load(cls, load, pretrained_model_name_or_path, *args, **options)
@@ -89,7 +89,7 @@ class GKAPreTrainedModel(PreTrainedModel):
         ridge_ratio: float | None = None,
         solver: str | None = None,
     ) -> None:
-        """Change steps, ridge or solver of every GKA layer: `gka.models.set_solver` of this model."""
+        """Change steps, ridge or solver of every GKA layer, by `gka.models.set_solver`."""
         set_solver(self, num_iter=num_iter, ridge_ratio=ridge_ratio, solver=solver)
 
 
@@ -103,8 +103,8 @@ class GKAModel(GKAPreTrainedModel):
     def __init__(self, config: GKAConfig):
         config.check()
         super().__init__(config)
-        # Without padding_idx: padding reaches no other token, and a pad token that doubles as the
-        # end-of-text token must keep learning.
+        # No padding_idx: padding does not affect other tokens, and a pad token that is also the end-of-text
+        # token must be trained.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             GKADecoderLayer(config, layer) for layer in range(int(config.num_hidden_layers or 0))
@@ -138,30 +138,29 @@ class GKAModel(GKAPreTrainedModel):
 
         Args:
             input_ids: [B,T] token ids; or `inputs_embeds` [B,T,hidden_size] instead.
-            attention_mask: [B,T] of 0/1 in any dtype, 1 for tokens, padding at either end; with a cache it
-                covers the past as well, [B,T_past+T] (a model without attention layers needs the last T
-                only).
+            attention_mask: [B,T] of 0/1 in any dtype, 1 for tokens, padding at either end. With a cache it
+                covers the past as well, [B,T_past+T] (a model without attention layers needs only the last
+                T).
             position_ids: [B,T] or [1,T] rotary positions. None: counted from the mask, packing and cache.
-                Where a token's position is not above that of the token before it in its row, another
-                document begins, and documents do not see each other. To look for that, a GPU is read once
-                a call of more than one token (and torch.compile breaks its graph), unless one of the
-                following says where documents begin.
+                A position that is not above the previous token's in its row begins a new document, and
+                documents do not see each other. Checking this reads a GPU once per call of more than one
+                token (and torch.compile breaks its graph), unless an argument below says where documents
+                begin.
             past_key_values: a `GKACache`, or another transformers cache built from the configuration; or keys
-                and values for every layer, as peft's prefix tuning makes them (`cache.with_prefix`).
-            cache: the same argument under its name since transformers 5.24.
+                and values for every layer, from peft's prefix tuning (`cache.with_prefix`).
+            cache: past_key_values under its name since transformers 5.24.
             use_cache: return a cache. None: `config.use_cache`, but never in training mode, with packed
-                sequences or under `torch.export`; one that is given is returned unless this is False, and is
-                updated in any case.
-            cu_seqlens: [N+1] bounds of sequences packed into one row (B = 1), without a cache. On the CPU
-                they make nothing wait for a GPU; on a GPU they are read once a call.
+                sequences or under `torch.export`. A given cache is always updated, and returned unless this
+                is False.
+            cu_seqlens: [N+1] bounds of sequences packed into one row (B = 1), without a cache. Bounds on a
+                GPU are read once per call; with bounds on the CPU nothing waits.
             output_hidden_states: return the embeddings and every layer's output (the last after the norm).
                 None: `config.output_hidden_states`.
-            cu_seq_lens_q, cu_seq_lens_k: cu_seqlens under transformers' names; where both are given they
-                are equal.
+            cu_seq_lens_q, cu_seq_lens_k: cu_seqlens under transformers' names; equal if both are given.
             max_length_q, max_length_k: tokens of the longest document, or more; only with cu_seq_lens_q.
             seq_idx: [B,T] or [1,T], the same number throughout a document.
-            documents: what `gka.models.documents.find_documents` made of all these; then they are not read.
-            output_attentions: None or False, as trl's trainers and peft's wrappers pass it on.
+            documents: the result of `gka.models.documents.find_documents`, which replaces all of these.
+            output_attentions: None or False, which trl's trainers and peft's wrappers pass.
 
         Returns:
             `last_hidden_state` [B,T,hidden_size], `past_key_values` (`cache` since transformers 5.24),
@@ -169,7 +168,7 @@ class GKAModel(GKAPreTrainedModel):
 
         Raises:
             ValueError: inputs contradict each other, the mask holds other numbers than 0 and 1, or attention
-                weights are asked for; the message names them.
+                weights are requested; the message names them.
         """
         refuse_attentions(
             self.config.output_attentions if output_attentions is None else output_attentions
@@ -187,12 +186,12 @@ class GKAModel(GKAPreTrainedModel):
             documents = find_documents(tokens, packing, attention_mask, caching)
         returns_cache = use_cache is not False
         if use_cache is None:
-            exported = torch.compiler.is_exporting()  # an exported program returns tensors alone
+            exported = torch.compiler.is_exporting()  # an exported program returns only tensors
             wanted = self.config.use_cache and not self.training and not documents.packed
             use_cache = wanted and not exported
         self._check_recomputation(past, use_cache)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        # padding has become documents of its own where rows have several
+        # If rows have several documents, runs of padding are documents too.
         attention_mask = (
             None if documents.packed else _without_trivial(attention_mask, past, hidden_states)
         )
@@ -225,7 +224,7 @@ class GKAModel(GKAPreTrainedModel):
         )
 
     def _check_recomputation(self, past: Any, use_cache: bool) -> None:
-        """Raise `ValueError` where gradient checkpointing would run layers twice on one cache."""
+        """Raise `ValueError` if gradient checkpointing would run layers twice on one cache."""
         checkpointed = self.training and any(
             getattr(x, "gradient_checkpointing", False) for x in self.layers
         )
@@ -237,7 +236,7 @@ class GKAModel(GKAPreTrainedModel):
 
 
 def _check_inputs(config: GKAConfig, input_ids: Any, inputs_embeds: Any, cache: Any) -> None:
-    """Raise `ValueError` where the mixers would not notice a wrong call, or not say it well."""
+    """Raise `ValueError` for wrong calls that the mixers would not notice, or not explain well."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
     if input_ids is not None and input_ids.dim() != 2:
@@ -250,16 +249,15 @@ def _check_inputs(config: GKAConfig, input_ids: Any, inputs_embeds: Any, cache: 
 
 
 def refuse_attentions(output_attentions: Any) -> None:
-    """Raise `ValueError` where attention weights are asked for."""
+    """Raise `ValueError` if attention weights are requested."""
     if output_attentions:
         raise ValueError("output_attentions: this model forms no attention weights; leave it out")
 
 
 def _without_trivial(attention_mask: Any, cache: Any, tokens: Tensor) -> Any:
-    """None for a mask that covers all tokens and finds no padding among them.
+    """The mask, or None if it covers all tokens and has no padding.
 
-    One look here spares every layer the work of keeping padding away. Any other mask is left to the
-    mixers, which also say what is wrong with it.
+    One check here saves every layer the work for padding. Other masks are checked by the mixers.
     """
     if attention_mask is None:
         return None
@@ -276,11 +274,11 @@ def _without_trivial(attention_mask: Any, cache: Any, tokens: Tensor) -> Any:
 def init_module(module: nn.Module, *, std: float) -> None:
     """Initialise the module's own parameters, except those that a checkpoint has just filled.
 
-    Matrices, embeddings and experts are normal with deviation `std`, biases zero. Everything else (decay
-    rates, convolutions, norms) knows its own start and draws it in `reset_parameters`.
+    Matrices, embeddings and experts are normal with standard deviation `std`, biases zero. Everything else
+    (decay rates, convolutions, norms) has its own `reset_parameters`.
 
-    transformers calls this after construction and, when loading, for what a checkpoint lacks; by then the
-    values drawn in the constructor are gone, since models are constructed without memory.
+    transformers calls this after construction and, when loading, for parameters that a checkpoint lacks.
+    Values from the constructor are lost by then, because models are constructed without memory.
     """
     if isinstance(module, nn.Linear | nn.Embedding) and not isinstance(module, ZeroLinear):
         initialization.normal_(module.weight, mean=0.0, std=std)

@@ -1,8 +1,8 @@
-"""Where documents begin in a call's rows: the forms in which transformers' tools say it, made one.
+"""Where documents begin in a call's rows: one form for the several of transformers' tools.
 
-A collator that packs instead of padding says it with bounds (`cu_seq_lens_q`, `cu_seq_lens_k`), with a
-number for each document (`seq_idx`), or with `position_ids` that start again. The layers take bounds of one
-row, `cu_seqlens`: they are found here once, before the first layer.
+A collator that packs instead of padding marks documents by bounds (`cu_seq_lens_q`, `cu_seq_lens_k`), by a
+number per document (`seq_idx`), or by `position_ids` that start again. The layers take bounds in one row,
+`cu_seqlens`, which are computed here once, before the first layer.
 """
 
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ _BOUNDS = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k")
 
 @dataclass
 class Packing:
-    """What a call says of its documents, in any of the forms; None where it does not say it so.
+    """A call's arguments that mark documents; None for those not given.
 
     Attributes:
         cu_seqlens, cu_seq_lens_q, cu_seq_lens_k: [N+1] bounds in a single row.
         max_length_q, max_length_k: tokens of the longest document, or more.
         seq_idx: [B,T] or [1,T], the same number throughout a document.
-        position_ids: [B,T] or [1,T]; a position that is not above the one before it begins a document.
+        position_ids: [B,T] or [1,T]; a position that is not above the previous one begins a document.
     """
 
     cu_seqlens: Tensor | None = None
@@ -37,18 +37,18 @@ class Packing:
 
     @property
     def marked(self) -> bool:
-        """Whether anything says it token by token."""
+        """Whether documents are marked token by token."""
         return self.seq_idx is not None or self.position_ids is not None
 
 
-# Neither frozen nor a tuple: wrappers that move or cast arguments either copy it or leave it alone.
+# Neither frozen nor a tuple, so that wrappers that move or cast arguments can copy it or leave it unchanged.
 @dataclass
 class Documents:
     """The documents of a call [B,T]. Without bounds each row is one document, padded or not.
 
     Attributes:
         cu_seqlens: int64 [N+1], bounds in the row of all B*T tokens, on the tokens' device.
-        cu_seqlens_cpu: their copy on the CPU, where cu_seqlens is elsewhere.
+        cu_seqlens_cpu: their copy on the CPU, if cu_seqlens is on another device.
         shape: (B, T).
     """
 
@@ -62,13 +62,13 @@ class Documents:
         return self.cu_seqlens is not None
 
     def row(self, x: Tensor) -> Tensor:
-        """[B,T,...] or [1,T,...] -> [1,B*T,...] where there are bounds; else x."""
+        """[B,T,...] or [1,T,...] -> [1,B*T,...] if there are bounds, else x."""
         if not self.packed:
             return x
         return x.expand(*self.shape, *x.shape[2:]).reshape(1, -1, *x.shape[2:])
 
     def rows(self, x: Tensor) -> Tensor:
-        """[1,B*T,...] -> [B,T,...] where there are bounds; else x."""
+        """[1,B*T,...] -> [B,T,...] if there are bounds, else x."""
         return x if not self.packed else x.reshape(*self.shape, *x.shape[2:])
 
 
@@ -80,22 +80,22 @@ def find_documents(
 ) -> Documents:
     """The documents of a call.
 
-    Bounds are believed without a look at seq_idx and position_ids, and seq_idx without one at position_ids.
-    Bounds on the CPU make nothing wait; those on a GPU are read once a call, which all layers share. So are
-    seq_idx and position_ids, if there is more than one token a row.
+    Bounds take precedence over seq_idx, and seq_idx over position_ids. With bounds on the CPU nothing waits.
+    Bounds on a GPU are read once per call for all layers, and so are seq_idx and position_ids if rows have
+    more than one token.
 
     Args:
         tokens: input_ids [B,T] or embeddings [B,T,D].
-        packing: what the call says.
-        attention_mask: [B,>=T], 1 for tokens. Padding may stand between documents, not inside one.
+        packing: the call's arguments.
+        attention_mask: [B,>=T], 1 for tokens. Padding may be between documents, not inside one.
         caching: whether the call reads or starts a cache.
 
     Raises:
-        InputError: bounds that do not fit, contradict each other or come with padding; padding inside a
-            document; several documents in a row that is to be cached.
+        InputError: bounds do not fit, contradict each other or come with padding; there is padding inside a
+            document, or several documents in a row to be cached.
     """
     if tokens is None or tokens.dim() < 2:
-        return Documents()  # refused by the model, in its own words
+        return Documents()  # the model refuses the call
     name = _bounds_name(packing)
     if name is not None:
         documents = _from_bounds(name, packing, tokens, attention_mask)
@@ -112,7 +112,7 @@ def find_documents(
 
 
 def _bounds_name(packing: Packing) -> str | None:
-    """Under which name the bounds were given."""
+    """The argument that holds the bounds; None if there are none."""
     given = [name for name in _BOUNDS if getattr(packing, name) is not None]
     if not given:
         for name in ("max_length_q", "max_length_k"):
@@ -141,7 +141,7 @@ def _from_bounds(
     if bounds.is_meta:  # no values
         return Documents(bounds.long(), None, (1, tokens.shape[1]))
     on_cpu = bounds.cpu() if other is None or other is bounds else _agreed(bounds, other)
-    if not torch.compiler.is_compiling():  # where values cannot be looked at; the ops check them
+    if not torch.compiler.is_compiling():  # compiled code cannot read values; the ops check them
         _check_values(name, on_cpu, tokens.shape[1])
         _check_longest(packing, on_cpu)
     on_device = bounds if bounds.device == tokens.device else on_cpu
@@ -149,13 +149,13 @@ def _from_bounds(
 
 
 def _documents(bounds: Tensor, on_cpu: Tensor, tokens: Tensor, shape: tuple[int, int]) -> Documents:
-    """With bounds on the tokens' device, and their copy if that is not the CPU."""
+    """Documents with bounds on the tokens' device, and a CPU copy if that is not the CPU."""
     copy = None if tokens.device.type == "cpu" else on_cpu.long()
     return Documents(bounds.to(tokens.device, torch.long, non_blocking=True), copy, shape)
 
 
 def _may_pad(attention_mask: Tensor, length: int) -> bool:
-    """Whether a mask is other than ones at a row's tokens; compiled, where nothing is read, any mask is."""
+    """Whether a mask may hold padding. Compiled code does not read masks, so any mask may."""
     unread = torch.compiler.is_compiling() or attention_mask.is_meta
     return unread or attention_mask.shape != (1, length) or not token_mask(attention_mask).all()
 
@@ -171,7 +171,7 @@ def _check_form(name: str, bounds: object) -> None:
 
 
 def _agreed(bounds: Tensor, other: Tensor) -> Tensor:
-    """cu_seq_lens_q on the CPU, equal to cu_seq_lens_k; both are read at once."""
+    """cu_seq_lens_q on the CPU, checked to equal cu_seq_lens_k; both are read at once."""
     _check_form("cu_seq_lens_k", other)
     if bounds.shape != other.shape:
         equal, on_cpu = False, bounds
@@ -199,7 +199,7 @@ def _check_values(name: str, on_cpu: Tensor, length: int) -> None:
 
 
 def _check_longest(packing: Packing, on_cpu: Tensor) -> None:
-    """A longest document is at most as long as the caller says; numbers on a device are not read."""
+    """Check that no document is longer than the caller's maximum; numbers on a device are not read."""
     longest = int(on_cpu.diff().max())
     for name in ("max_length_q", "max_length_k"):
         limit = getattr(packing, name)
@@ -217,14 +217,14 @@ def _check_longest(packing: Packing, on_cpu: Tensor) -> None:
 def _from_marks(
     packing: Packing, tokens: Tensor, attention_mask: Tensor | None
 ) -> tuple[str, Documents]:
-    """The documents that seq_idx or else position_ids tell apart, and which of them it was."""
+    """(name, documents): those marked by seq_idx, or else by position_ids, and the argument's name."""
     batch, length = tokens.shape[:2]
     name = "position_ids" if packing.seq_idx is None else "seq_idx"
     marks: Tensor = getattr(packing, name)
     if marks.dim() != 2 or marks.shape[0] not in (1, batch) or marks.shape[1] != length:
         raise InputError(f"{name} must be [batch, {length}], got shape {tuple(marks.shape)}")
     if marks.is_meta or not _covers(attention_mask, batch, length):
-        return name, Documents()  # nothing to read; or refused by the mixers, in their own words
+        return name, Documents()  # nothing to read, or the mixers refuse the call
     marks = marks.expand(batch, length)
     if attention_mask is None:
         is_token = torch.ones_like(marks, dtype=torch.bool)
@@ -246,17 +246,17 @@ def _covers(attention_mask: Tensor | None, batch: int, length: int) -> bool:
 
 
 def _starts(name: str, marks: Tensor, is_token: Tensor) -> Tensor | None:
-    """bool [B,T] on the CPU, where a document or a run of padding begins; None if no row has two documents.
+    """Where a document or a run of padding begins, bool [B,T] on the CPU; None if no row has two documents.
 
     Args:
-        name: of the marks, "position_ids" or "seq_idx".
+        name: "position_ids" or "seq_idx", the name of the marks.
         marks: [B,T]. is_token: bool [B,T].
 
     Raises:
-        InputError: padding inside a document.
+        InputError: there is padding inside a document.
     """
     places = torch.arange(marks.shape[1], device=marks.device).expand_as(marks)
-    # the token before each place in its row, padding passed over; -1 for none
+    # The last token before each place in its row, padding skipped; -1 for none.
     last = places.masked_fill(~is_token, -1).cummax(1).values
     last = torch.nn.functional.pad(last[:, :-1], (1, 0), value=-1)
     before = marks.take_along_dim(last.clamp(min=0), 1)
@@ -264,7 +264,7 @@ def _starts(name: str, marks: Tensor, is_token: Tensor) -> Tensor | None:
     begins = is_token & ~goes_on
     cut = is_token & goes_on & (last != places - 1)
     again = begins & (last >= 0)
-    # one read of the device for all of it
+    # One read from the device for all four.
     again, cut, begins, is_token = torch.stack([again, cut, begins, is_token]).cpu()
     if not again.any():
         return None

@@ -1,4 +1,4 @@
-"""What a configuration says of a model: its fields, and each layer's mixer, rotary positions and experts."""
+"""The fields of a model's configuration, and the mixer, rotary positions and experts that they describe."""
 
 import difflib
 import math
@@ -27,35 +27,36 @@ class GKAFields:
         mixer: mixer of every layer, a key of `gka.layers.MIXERS`.
         mixers: the mixer of each layer in turn, instead of `mixer`.
         attention_layers: layers (counted from 0) that use "attention" instead of `mixer`.
-        head_dim: size of a head of the recurrent mixers. None: hidden_size / num_heads, rounded down, as in
-            recipes. A stored configuration has it written and keeps it.
-        num_heads, num_kv_heads, num_v_heads, expand_v: their head counts, and the size of values beside
-            head_dim, as in `gka.layers.GatedKalmaNet`.
-            Also known as num_attention_heads and num_key_value_heads (properties; see there for hybrids).
-        num_k_heads, kv_rank, kv_mix: of "gka" alone, as in `GatedKalmaNet`.
+        head_dim: size of a head of the recurrent mixers. None: hidden_size / num_heads, rounded down. A
+            stored configuration contains the value.
+        num_heads, num_kv_heads, num_v_heads, expand_v: head counts of the recurrent mixers, and value size
+            over head_dim, as in `gka.layers.GatedKalmaNet`. transformers' names num_attention_heads and
+            num_key_value_heads are properties (see there for hybrids).
+        num_k_heads, kv_rank, kv_mix: for "gka" only, as in `GatedKalmaNet`.
         use_beta_gate, use_alpha_connection, use_v_conv, use_forgetting_gate, use_forgetting_gate_kk,
             gla_rescale, ridge_ratio, num_iter, use_gate, conv_size, backend, solver: as in `GatedKalmaNet`;
-            the other recurrent mixers take those that they have. `backend` is of GKA's op: the delta rule's
-            mixers run in torch with "torch" and "reference", else as "auto"; `mixer_overrides` names others.
-        attention_num_heads, attention_num_kv_heads, attention_head_dim: of the softmax mixers. None: those
-            of the recurrent mixers (and with `attention_num_heads` alone, that many key-value heads).
-        sliding_window: tokens that "swa" attends to, the current one among them.
+            the other recurrent mixers use those that they have. `backend` selects that of GKA's op. The delta
+            rule's mixers then use "torch" for "torch" and "reference", else "auto"; `mixer_overrides` sets
+            others.
+        attention_num_heads, attention_num_kv_heads, attention_head_dim: sizes of the softmax mixers. None:
+            those of the recurrent mixers (and with `attention_num_heads` alone, that many key-value heads).
+        sliding_window: tokens that "swa" attends to, the current one included.
         rope_theta, qk_norm: rotary base, and query/key normalisation, of the softmax mixers.
         rope_options: scaling of their rotary positions: transformers' `rope_type` ("linear", "yarn" or
             "llama3") and its numbers. None: no scaling.
         attention_bias, attention_output_bias: biases of their maps to q, k, v, and of their output map.
-        mixer_overrides: by mixer, constructor options that differ from the fields above, such as
+        mixer_overrides: constructor options by mixer that differ from the fields above, such as
             `{"gated_deltanet": {"norm_eps": 1e-5}}`.
-        moe: mixture-of-experts MLPs (`gka.models.fields`): `num_experts`, `num_experts_per_tok`,
-            `moe_intermediate_size`, `norm_topk_prob`, and `layers`, those that have one. None: no experts.
+        moe: mixture-of-experts MLPs: `num_experts`, `num_experts_per_tok`, `moe_intermediate_size`,
+            `norm_topk_prob`, and `layers`, those with experts. None: no experts.
         hidden_act: activation of the MLP's gate.
         norm_eps: epsilon of every RMSNorm.
-        tie_word_embeddings: one matrix for the embedding and the output.
-        initializer_range: standard deviation of the linear and embedding weights at the start.
+        tie_word_embeddings: use one matrix for the embedding and the output.
+        initializer_range: standard deviation of initial linear and embedding weights.
         use_cache: return a cache from forward passes in evaluation mode.
         pad_token_id, bos_token_id, eos_token_id: special tokens, for `generate`.
-        max_position_embeddings: longest sequence the model is meant for. No table has this length;
-            transformers and trainers read it.
+        max_position_embeddings: longest sequence that the model is meant for. Only transformers and trainers
+            read it; no table has this length.
     """
 
     model_type: ClassVar[str] = "gka"
@@ -121,24 +122,24 @@ class GKAFields:
 SOFTMAX_MIXERS = ("attention", "swa")
 DELTA_MIXERS = ("deltanet", "gated_deltanet")
 _NOT_OVERRIDDEN = ("hidden_size", "layer_idx", "inv_freq", "rope_scale")
-# How transformers' caches call what a layer keeps; every other mixer keeps a recurrent state.
+# transformers' names of layer caches; every other mixer has a recurrent state.
 _LAYER_TYPES = {"attention": "full_attention", "swa": "sliding_attention"}
 
 
 def fewest_parameters(config: GKAFields) -> int:
-    """Numbers in the embedding and the dense MLPs: a model has more, but counting these takes no time."""
+    """Parameters of the embedding and the dense MLPs: a quickly computed lower bound of a model's."""
     layers, width = int(config.num_hidden_layers or 0), config.hidden_size
     dense = layers - len((config.moe or {}).get("layers", ()))
     return width * (config.vocab_size + 3 * dense * int(config.intermediate_size or 0))
 
 
 def layer_types(pattern: list[str]) -> list[str]:
-    """The names transformers' native caches choose their layers by."""
+    """The layer types by which transformers' caches choose their layers."""
     return [_LAYER_TYPES.get(name, "linear_attention") for name in pattern]
 
 
 def build_mixer(config: GKAFields, layer_idx: int) -> nn.Module:
-    """The mixer of layer `layer_idx`; it takes from `config` the arguments its constructor names."""
+    """The mixer of layer `layer_idx`, with the constructor arguments that `config` has for it."""
     name = config.pattern[layer_idx]
     values = mixer_values(config, name) | {"layer_idx": layer_idx}
     options = {key: values[key] for key in mixer_options(name) if key in values}
@@ -146,10 +147,10 @@ def build_mixer(config: GKAFields, layer_idx: int) -> nn.Module:
 
 
 def mixer_values(config: GKAFields, name: str) -> dict[str, Any]:
-    """Every configuration value a mixer may ask for, under its constructor's name for it."""
+    """All configuration values for a mixer, under its constructor's argument names."""
     values = dict(vars(config))
     if name in DELTA_MIXERS:
-        # GKA's kernels have no delta rule: its own choice is an override
+        # GKA's kernels have no delta rule; other backends of it are set by an override.
         values["backend"] = "torch" if config.backend in ("torch", "reference") else "auto"
     if name in SOFTMAX_MIXERS:
         heads, kv_heads, head_dim = attention_heads(config)
@@ -161,10 +162,10 @@ def mixer_values(config: GKAFields, name: str) -> dict[str, Any]:
 
 
 def attention_heads(config: GKAFields) -> tuple[int, int, int]:
-    """(heads, key-value heads, head size) of the softmax layers, defaults filled in.
+    """(heads, key-value heads, head size) of the softmax layers, with defaults.
 
-    Without `attention_num_heads` they are the recurrent layers' own; with it, key-value heads default to
-    as many as the heads.
+    Without `attention_num_heads` they are those of the recurrent layers. With it, key-value heads default to
+    the number of heads.
     """
     inherited = config.num_heads if config.num_kv_heads is None else config.num_kv_heads
     heads = config.attention_num_heads or config.num_heads
@@ -174,7 +175,7 @@ def attention_heads(config: GKAFields) -> tuple[int, int, int]:
 
 
 def check_pattern(config: GKAFields) -> None:
-    """Raise `InputError` if the layers' mixers are not stated once, completely and by known names."""
+    """Raise `InputError` unless every layer's mixer is given exactly once, by a known name."""
     if config.mixers is not None and config.attention_layers is not None:
         raise InputError(
             "mixers and attention_layers both say where attention goes: give one of the two"
@@ -226,13 +227,14 @@ def _check_attention_layers(config: GKAFields) -> None:
 
 
 ROPE_TYPES = ("linear", "yarn", "llama3")
-"""Scalings that do not depend on the length at hand, as `dynamic` and `longrope` do."""
+"""Supported scalings: those that do not depend on the current length, unlike `dynamic` and `longrope`."""
 
 
 def rotary_frequencies(config: GKAFields, head_dim: int) -> tuple[tuple[float, ...], float]:
-    """Angles a position [head_dim / 2], and the factor of rotated vectors, of `config.rope_options`."""
+    """Angles per position [head_dim / 2] and the factor of rotated vectors, from `config.rope_options`."""
     options = dict(config.rope_options or {})
-    with torch.device("cpu"):  # models are also constructed on the meta device, without numbers
+    # The values are needed even if the model is constructed on the meta device.
+    with torch.device("cpu"):
         return _frequencies(config, options, head_dim)
 
 
@@ -249,7 +251,7 @@ def _frequencies(
 
 
 def check_rope(config: GKAFields) -> None:
-    """Raise `InputError` if `rope_options` names no known scaling, or lacks its numbers."""
+    """Raise `InputError` if `rope_options` has no known scaling, or lacks its numbers."""
     if config.rope_options is None:
         return
     kind = config.rope_options.get("rope_type")
@@ -280,7 +282,7 @@ def has_experts(config: GKAFields, layer_idx: int) -> bool:
 
 
 def build_experts(config: GKAFields) -> nn.Module:
-    """The block: a router `gate` and `experts`, [B,T,hidden_size] to the same. No balancing loss is added."""
+    """A router `gate` and `experts`, [B,T,hidden_size] -> [B,T,hidden_size]. Adds no balancing loss."""
     from transformers import Qwen3MoeConfig, conversion_mapping
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
@@ -289,7 +291,7 @@ def build_experts(config: GKAFields) -> nn.Module:
     block = Qwen3MoeSparseMoeBlock(carrier)
     for part in (block.gate, block.experts):
         part.starts_normal = True  # pyright: ignore[reportArgumentType]
-    # on disk experts lie one by one, in memory stacked: transformers' loader knows how, by the model's type
+    # Experts are stored singly and stacked in memory; transformers' loader converts them by model type.
     stacking: Any = conversion_mapping.get_checkpoint_conversion_mapping("qwen3_moe")
     conversion_mapping.register_checkpoint_conversion_mapping(
         config.model_type, stacking, overwrite=True
@@ -298,7 +300,7 @@ def build_experts(config: GKAFields) -> nn.Module:
 
 
 def check_experts(config: GKAFields) -> None:
-    """Raise `InputError` if `moe` lacks a field, has one too many, or a value that does not fit."""
+    """Raise `InputError` if `moe` lacks a field, has an unknown one, or a wrong value."""
     moe = config.moe
     if moe is None:
         return

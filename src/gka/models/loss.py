@@ -1,15 +1,15 @@
 """Next-token cross-entropy that never holds the logits of all tokens at once.
 
 With N tokens and a vocabulary of size V, softmax cross-entropy after a linear head needs [N,V] logits,
-in float32 the largest tensor of a language model. Here they exist for `rows` tokens at a time:
+in float32 the largest tensor of a language model. Here they are computed for `rows` tokens at a time:
 
     loss = sum_n lse(W h_n) - (W h_n)_{y_n},   dloss/dlogits_n = softmax(W h_n) - onehot(y_n) = d_n,
     dloss/dh_n = W^T d_n,                      dloss/dW = sum_n d_n h_n^T,
 
-and the two gradients are formed in the forward pass while the logits of the chunk are at hand, so that
-nothing is computed twice: [N,D] and [V,D] are kept for the backward pass instead of [N,V].
+and both gradients are computed in the forward pass, from the same logits, so that nothing is computed
+twice. [N,D] and [V,D] are kept for the backward pass instead of [N,V].
 
-The loop has as many rounds as N asks for, so torch.compile and torch.export see it as one operator.
+The number of iterations depends on N, so torch.compile and torch.export see the loop as one operator.
 """
 
 from typing import Any
@@ -20,8 +20,8 @@ from torch import Tensor
 from gka.ops.dispatch import autocasts, check_derivable, no_autocast, operator
 
 IGNORE_INDEX = -100
-# Float32 logits held at a time. Large enough that the matrix products stay efficient, and on a GPU that
-# the sum of the weight's gradient is read and written few times.
+# Bytes of float32 logits at a time: enough for efficient matrix products and, on a GPU, for few reads and
+# writes of the sum of the weight's gradient.
 LOGITS_BYTES = {"cpu": 64 * 2**20}
 LOGITS_BYTES_ELSEWHERE = 256 * 2**20
 
@@ -30,13 +30,13 @@ def next_token_targets(labels: Tensor, cu_seqlens: Tensor | None = None) -> Tens
     """The label that each position predicts: the next one; none at the end of a (packed) sequence.
 
     Args:
-        labels: [B,T] integers, -100 where nothing is to be predicted.
-        cu_seqlens: [N+1] bounds of packed sequences (B = 1): a last token does not predict its neighbour.
+        labels: [B,T] integers, -100 for positions that are not predicted.
+        cu_seqlens: [N+1] bounds of packed sequences (B = 1), whose last tokens predict nothing.
 
     Returns:
         [B,T] of labels' dtype.
     """
-    # padded first: T - 1 columns would be a case of their own to a compiler where T is 2
+    # Pad first: a slice of T - 1 columns would be a separate case for a compiler at T = 2.
     targets = torch.nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
     if cu_seqlens is None:
         return targets
@@ -55,7 +55,7 @@ def mean_loss(total: Tensor, targets: Tensor, num_items_in_batch: Tensor | int |
 
 
 def rows_of(hidden: Tensor, weight: Tensor, logits_bytes: int | None) -> int:
-    """Tokens whose logits are held at a time, in `logits_bytes` (None: what suits the device)."""
+    """Tokens whose logits fit in `logits_bytes` (None: the device's default)."""
     if logits_bytes is None:
         logits_bytes = LOGITS_BYTES.get(hidden.device.type, LOGITS_BYTES_ELSEWHERE)
     itemsize = 8 if hidden.dtype == torch.float64 else 4
@@ -70,9 +70,9 @@ def linear_cross_entropy(
     Args:
         hidden: [N,D], any float dtype; under autocast the products run in autocast's dtype.
         weight: [V,D].
-        targets: [N] in 0..V-1, or -100 for tokens that do not count.
-        logits_bytes: how large the logits held at a time may be (a single token's are always held). None:
-            64 MiB on a CPU, 256 MiB elsewhere.
+        targets: [N] in 0..V-1, or -100 for tokens without a target.
+        logits_bytes: largest size of the logits at a time, at least those of one token. None: 64 MiB on a
+            CPU, 256 MiB elsewhere.
 
     Returns:
         Scalar in float32 (float64 for float64 inputs), differentiable once in hidden and weight.
@@ -111,7 +111,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 "linear_cross_entropy is differentiable once: its gradients are formed in the forward "
                 "pass and have no graph, so create_graph=True would lose a part of the next derivative"
             )
-        # Scaled in the accumulators' own precision: a rounded factor would bias all gradients alike.
+        # Scaled in the accumulators' precision: a rounded factor would bias all gradients equally.
         hidden, weight = (
             None if kept is None else (kept * grad.to(kept.dtype)).to(dtype)
             for kept, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
@@ -123,7 +123,7 @@ def _walk(
     hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, rows: int,
     for_hidden: bool, for_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Loss, and the gradients asked for, chunk of `rows` tokens by chunk; products in `dtype`."""
+    """Loss and requested gradients, in chunks of `rows` tokens; products in `dtype`."""
     if not torch.compiler.is_compiling():
         return _chunks(hidden, weight, targets, dtype, rows, for_hidden, for_weight)
     loss, *grads = walk_op(hidden, weight, targets, dtype, rows, for_hidden, for_weight)
@@ -143,7 +143,7 @@ def linear_cross_entropy_walk(
     for_hidden: bool,
     for_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`_walk` as an operator: a gradient that is not asked for is empty."""
+    """`_walk` as an operator; a gradient that is not requested is empty."""
     with torch.no_grad():
         found = _chunks(hidden, weight, targets, dtype, rows, for_hidden, for_weight)
     loss, *grads = found
@@ -182,7 +182,7 @@ def _chunks(
                 h @ weight.T, targets[part], counts, for_hidden or for_weight
             )
             loss = loss + of_loss
-            # tokens that do not count are left out here, where it costs no pass over the logits
+            # Tokens without a target are masked here, without another pass over the logits.
             if grad_hidden is not None:
                 grad_hidden[part] = (d @ weight).masked_fill_(~counts, 0)
             if grad_weight is not None:
@@ -198,22 +198,23 @@ def _product_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of everything that is summed."""
+    """Dtype of sums."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _cross_entropy_(
     logits: Tensor, targets: Tensor, counts: Tensor, gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """Summed loss of logits [n,V] over tokens that count [n,1]; with `gradient`, its derivative in each
-    row's logits, in their memory. Two passes over the logits.
+    """Summed loss of logits [n,V] over tokens with a target (counts [n,1]), in two passes over the logits.
+
+    With `gradient`, the logits are overwritten by the loss's derivative with respect to them.
     """
     index = targets.unsqueeze(-1).masked_fill(~counts, 0)
     log_p = logits.log_softmax(-1, dtype=_sum_dtype(logits.dtype))
     of_target = log_p.gather(-1, index)
     if gradient:
         torch.exp(log_p, out=logits)
-        # p - 1 before it is rounded
+        # p - 1 for the target, computed without cancellation
         logits.scatter_(-1, index, of_target.expm1().to(logits.dtype))
     return -of_target.masked_fill(~counts, 0).sum(), logits
 
@@ -222,7 +223,7 @@ def _accumulate_(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right, in total's dtype."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
-    elif total.device.type == "cuda":  # 16-bit factors, a float32 sum
+    elif total.device.type == "cuda":  # 16-bit factors, float32 sum
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
         total.add_(left @ right)

@@ -1,8 +1,8 @@
-"""Softmax attention layers of a model replaced by recurrent ones that begin from the attention's weights.
+"""Replace softmax attention layers of a model by recurrent ones that start from the attention's weights.
 
-An attention layer and a recurrent one share their maps to queries, keys and values and their output map;
-what only the attention has (rotary positions, norms of queries and keys, biases) has no counterpart and is
-dropped; what only the recurrent one has begins neutral:
+Both kinds of layer have maps to queries, keys and values and an output map, which are copied. Parts that
+only the attention has (rotary positions, norms of queries and keys, biases) are dropped. Parts that only
+the recurrent layer has start as follows:
 
     convolutions   identity: the current input's tap 1, the others 0 (their SiLU remains)
     beta           0.95 at every token ("gka"); always 0.5 where `b_proj` has no bias ("gated_deltanet")
@@ -30,23 +30,23 @@ from gka.models.configuration import GKAConfig
 from gka.models.fields import SOFTMAX_MIXERS, attention_heads, build_mixer, mixer_values
 
 REPLACEMENTS = ("gka", "gated_deltanet")
-"""Mixers that attention layers can become."""
+"""Mixers that can replace attention."""
 
-# Decided by the attention whose weights are taken over.
+# Determined by the attention whose weights are copied.
 _SIZES = ("head_dim", "num_heads", "num_kv_heads", "num_v_heads", "num_k_heads", "expand_v")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """What the gates of new mixers begin with, the same at every token.
+    """Initial values of a new mixer's gates, the same at every token.
 
     Attributes:
-        alpha: how much of the solution is mixed in, in (0, 1).
-        beta: how strongly keys and values are written, in (0, 1); where the gate has no bias it is 0.5.
+        alpha: share of the solution, in (0, 1).
+        beta: strength of writes, in (0, 1); a gate without a bias has 0.5.
         decay: -g > 0; the memory is halved in log(2) / decay tokens.
 
     Raises:
-        InputError: a number out of its range.
+        InputError: a number is out of range.
     """
 
     alpha: float = 0.05
@@ -68,23 +68,24 @@ def replace_attention(
     options: Mapping[str, Any] | None = None,
     start: Start | None = None,
 ) -> dict[int, SoftmaxAttention]:
-    """Put recurrent mixers, begun from the attention's weights, where the attention of `layers` was.
+    """Replace the attention of `layers` by recurrent mixers that start from its weights.
 
-    The model is changed in place, its configuration with it, and is whole: it can be saved and loaded.
+    Changes the model and its configuration in place; the result can be saved and loaded.
 
     Args:
         model: any model with softmax layers ("attention" or "swa").
-        layers: which of them, counted from 0.
+        layers: indices of the layers to replace, from 0.
         mixer: "gka" or "gated_deltanet".
-        options: of the new mixers, such as {"num_iter": 15}; head counts and sizes are the attention's.
-        start: of the gates. None: `Start()`, the numbers above.
+        options: options of the new mixers, such as {"num_iter": 15}; head counts and sizes are the
+            attention's.
+        start: initial values of the gates. None: `Start()`, the values above.
 
     Returns:
-        The attention modules taken out, by layer: with them the former model can still be computed.
+        The removed attention modules by layer, with which the former model can still be computed.
 
     Raises:
-        InputError: a layer that is none of the model's softmax layers, another mixer, an unknown option;
-            or the model has such recurrent layers already and they differ. The model is as it was then.
+        InputError: a layer is not a softmax layer of the model, the mixer or an option is unknown, or the
+            model already has such recurrent layers with other options. The model is then unchanged.
     """
     check_replacement(model.config, layers, mixer, options or {})
     config = _replaced_config(model.config, layers, mixer, options or {})
@@ -102,7 +103,7 @@ def replace_attention(
 def check_replacement(
     config: GKAConfig, layers: Sequence[int], mixer: str, options: Mapping[str, Any]
 ) -> None:
-    """Raise `InputError` for what `replace_attention` would refuse to do."""
+    """Raise `InputError` if `replace_attention` would."""
     if mixer not in REPLACEMENTS:
         raise InputError(f"mixer is {mixer!r}; expected {' or '.join(map(repr, REPLACEMENTS))}")
     pattern = config.pattern
@@ -137,9 +138,9 @@ def check_replacement(
 def _replaced_config(
     before: GKAConfig, layers: Sequence[int], mixer: str, options: Mapping[str, Any]
 ) -> GKAConfig:
-    """The configuration of the hybrid; sizes of the remaining softmax layers are written out.
+    """The configuration of the hybrid, with explicit sizes of the remaining softmax layers.
 
-    Where the model has recurrent layers already, the new ones' sizes are overrides for their mixer alone.
+    If the model already has recurrent layers, the sizes of the new ones are overrides for their mixer.
     """
     heads, kv_heads, head_dim = attention_heads(before)
     sizes = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
@@ -170,7 +171,7 @@ def _replaced_config(
 
 
 def _check_same(before: GKAConfig, after: GKAConfig, mixer: str) -> None:
-    """One mixer has one set of options in a model: those there already must be those wanted."""
+    """Refuse options that differ from those of the mixer's existing layers: a mixer has one set per model."""
     was, will = _options(before, mixer), _options(after, mixer)
     for name, value in was.items():
         if value != will[name]:
@@ -181,7 +182,7 @@ def _check_same(before: GKAConfig, after: GKAConfig, mixer: str) -> None:
 
 
 def _options(config: GKAConfig, mixer: str) -> dict[str, Any]:
-    """What a mixer is constructed with, head counts filled in."""
+    """The constructor options of a mixer, with head counts."""
     values, known = mixer_values(config, mixer), mixer_options(mixer)
     found: dict[str, Any] = {
         name: values.get(name) for name in known if name not in ("hidden_size", "layer_idx")
@@ -194,7 +195,7 @@ def _options(config: GKAConfig, mixer: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def _begun_from(attention: SoftmaxAttention, mixer: nn.Module, start: Start) -> nn.Module:
-    """The recurrent mixer with the attention's weights, neutral elsewhere, on its device in its dtype."""
+    """The recurrent mixer with the attention's weights and initial gates, on its device, in its dtype."""
     assert isinstance(mixer, RecurrentMixer)
     like = attention.q_proj.weight
     for name in ("q", "k", "v", "o"):
@@ -222,7 +223,7 @@ def output_gate(attention: SoftmaxAttention) -> Tensor:
 
 
 def _neutral_gates(mixer: RecurrentMixer, start: Start) -> None:
-    """The same at every token: maps are zero, biases say how much."""
+    """Set the gates to the same value at every token, by zero maps and biases."""
     for name, value in (("b_proj", start.beta), ("alpha_proj", start.alpha)):
         gate = getattr(mixer, name, None)
         if gate is not None:

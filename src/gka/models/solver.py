@@ -1,4 +1,4 @@
-"""The solve of a model's GKA layers, changed after training: steps, ridge and solver."""
+"""Change the solve of a model's GKA layers after training: steps, ridge and solver."""
 
 import threading
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from gka.ops.checks import check_numbers, check_solver
 
 _lock = threading.Lock()
 _blocks: WeakKeyDictionary[nn.Module, list[int]] = WeakKeyDictionary()
-"""For each GKA layer the threads that are inside `solver_settings`, a thread as often as it entered."""
+"""The threads inside `solver_settings` for each GKA layer, one entry per nested block."""
 
 
 class SolverSettings(TypedDict):
@@ -41,18 +41,18 @@ def set_solver(
     """Change how every GKA layer of `model`, and its configuration, solve (H + lambda I) x = q.
 
     A model was trained with one setting: fewer steps are faster and less exact, and another ridge is
-    another map. The setting is the model's, as its weights are: every session of it and every thread
-    computes with it from the next call on.
+    another map. The setting belongs to the model, like its weights: all its sessions and threads use it
+    from the next call on.
 
     Args:
         model: a `GKAModel` or `GKAForCausalLM`.
-        num_iter: Chebyshev steps >= 0. None: as before.
-        ridge_ratio: a > 0 in lambda_t = a |H_t|_F. None: as before.
-        solver: "chebyshev", "adaptive" or "cg". None: as before.
+        num_iter: Chebyshev steps >= 0. None: unchanged.
+        ridge_ratio: a > 0 in lambda_t = a |H_t|_F. None: unchanged.
+        solver: "chebyshev", "adaptive" or "cg". None: unchanged.
 
     Raises:
         InputError: a value is out of range, the model has no GKA layer, or another thread is inside
-            `solver_settings` of it; nothing has changed.
+            `solver_settings` for it. Nothing is changed then.
     """
     given = {"num_iter": num_iter, "ridge_ratio": ridge_ratio, "solver": solver}
     changes = {name: value for name, value in given.items() if value is not None}
@@ -80,13 +80,13 @@ def solver_settings(
     ridge_ratio: float | None = None,
     solver: str | None = None,
 ) -> Iterator[None]:
-    """`set_solver` for the length of a `with` block; what each layer had before comes back after it.
+    """`set_solver` for a `with` block, after which each layer's previous setting is restored.
 
-    It holds for every thread that uses the model meanwhile. Two threads cannot each have a setting of their
-    own: the second one is refused, and needs a model of its own.
+    It applies to every thread that uses the model meanwhile. A second thread with another setting is
+    refused, and needs its own model.
 
     Raises:
-        InputError: as `set_solver`.
+        InputError: as in `set_solver`.
     """
     layers, here = gka_layers(model), threading.get_ident()
     targets = (*layers, model.config)
@@ -108,7 +108,7 @@ def solver_settings(
 
 
 def _check_no_other_thread(layers: list[GatedKalmaNet]) -> None:
-    """Raise `InputError` where another thread would put its own settings back over a change made now."""
+    """Raise `InputError` if another thread's `solver_settings` would later undo a change made now."""
     here = threading.get_ident()
     if any(thread != here for layer in layers for thread in _blocks.get(layer, ())):
         raise InputError(

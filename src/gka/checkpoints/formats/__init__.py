@@ -1,4 +1,4 @@
-"""The foreign formats that the library knows, a table each, in the order in which messages list them."""
+"""The known foreign formats, one table each, in the order of messages."""
 
 from gka.checkpoints.format import register
 from gka.checkpoints.formats import fla, hybrid, plain

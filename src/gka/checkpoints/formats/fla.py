@@ -10,9 +10,9 @@ from gka.models.configuration import GKAConfig
 from gka.models.fields import attention_heads
 
 MARKS = frozenset({"attn_mode", "fuse_norm", "fuse_swiglu", "hidden_ratio", "fuse_cross_entropy"})
-"""Keys of FLA's configurations that ours does not have: both call a model type "gka"."""
+"""Keys that only FLA's configurations have: both libraries have a model type "gka"."""
 
-# names that both have, and FLA's defaults
+# Names that both have, with FLA's defaults.
 _COMMON = {
     "hidden_size": 2048, "use_gate": True, "conv_size": 4, "num_v_heads": None,
     "max_position_embeddings": 2048, "hidden_act": "swish", "norm_eps": 1e-6, "use_cache": True,
@@ -30,9 +30,9 @@ _OWN = {
         "expand_v": 2.0, "head_dim": 256, "num_heads": 6, "num_hidden_layers": 21,
     },
 }  # fmt: skip
-# what FLA can and this library cannot
+# Options that this library lacks, with the values that it supports.
 _FIXED = {"use_short_conv": True, "allow_neg_eigval": False, "attnres_block_size": None}
-# how FLA computes or trains, not what
+# Options of FLA's computation and training that do not change the model.
 _HARMLESS = {
     "attn_mode", "fuse_norm", "fuse_swiglu", "fuse_cross_entropy", "fuse_linear_cross_entropy", "use_l2warp",
     "architectures", "model_type", "transformers_version", "dtype", "torch_dtype", "_name_or_path",
@@ -61,7 +61,7 @@ def read(kind: str, theirs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mlp_width(theirs: dict[str, Any], fields: dict[str, Any]) -> int:
-    """FLA's: 2/3 hidden_ratio hidden_size, rounded up to a multiple of 256."""
+    """FLA's default: 2/3 hidden_ratio hidden_size, rounded up to a multiple of 256."""
     ratio = 4 if theirs.get("hidden_ratio") is None else theirs["hidden_ratio"]
     return -(-int(fields["hidden_size"] * ratio * 2 / 3) // 256) * 256
 
@@ -76,7 +76,7 @@ def _check_value_heads(fields: dict[str, Any]) -> None:
 
 
 def _read_attention(kind: str, attn: Any, fields: dict[str, Any]) -> dict[str, Any]:
-    """The pattern, and the options of its attention layers, which must be alike."""
+    """The pattern, and the options of its attention layers, which must be the same in all."""
     mixers = [kind] * fields["num_hidden_layers"]
     specs = [attn] if isinstance(attn, dict) else attn or []
     values: list[dict[str, Any]] = []
@@ -140,7 +140,7 @@ def _format(name: str, kind: str) -> Format:
     return Format(
         name=name,
         model_type=kind,
-        # ours has the model type "gka" as well
+        # Ours has the model type "gka" too.
         marks=MARKS if kind == GKAConfig.model_type else frozenset(),
         fields=partial(read, kind),
         config=partial(write, kind),

@@ -1,4 +1,4 @@
-"""The released hybrid models: a decoder of transformers with some attention layers replaced."""
+"""The released hybrid models: a transformers decoder with some attention layers replaced."""
 
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ _CLASSES = {
     "llama": "HybridLlamaForCausalLM",
     "qwen3_moe": "HybridQwen3MoeForCausalLM",
 }
-# our option of the layer, theirs, their default
+# Our option of the layer: (theirs, their default).
 _GKA = {
     "ridge_ratio": ("ridge_strength", 0.02),
     "num_iter": ("num_iter", 30),
@@ -32,7 +32,7 @@ _GKA = {
     "kv_mix": ("kv_learnable_residual", False),
 }
 _GKA_HEADS = ("num_q_heads", "num_k_heads", "num_v_heads", "head_dim")
-# bp_lambda: gradients reach lambda here; chunk_size: how long their kernels' chunks are
+# bp_lambda: here gradients reach lambda. chunk_size: that of their kernels.
 _GKA_FIXED = {"solver_type": "chebyshev", "bp_lambda": True}
 _GKA_KEYS = {key for key, _ in _GKA.values()} | {
     *_GKA_HEADS, *_GKA_FIXED, "hidden_size", "norm_eps", "chunk_size",
@@ -52,7 +52,7 @@ _GDN_KEYS = {
     "kv_learnable_residual",
     *_GKA_HEADS,
 } | {
-    "use_state_passing_sp",  # how their training spreads a sequence over devices
+    "use_state_passing_sp",  # their training's split of a sequence over devices
 }
 _EXPANSION = {
     f"{name}_expand.{ours}": theirs
@@ -147,7 +147,7 @@ def _read_gdn(theirs: dict[str, Any], fields: dict[str, Any]) -> None:
 
 
 def _heads(given: dict[str, Any], fields: dict[str, Any]) -> tuple[int, int, int, int]:
-    """Query, key and value heads and their size; the attention's where the table does not say."""
+    """Query, key and value heads and their size; the attention's if the table has none."""
     heads, kv_heads = fields["attention_num_heads"], fields["attention_num_kv_heads"]
     usual = (heads, kv_heads, kv_heads, fields["attention_head_dim"])
     q, k, v, head_dim = (
@@ -192,7 +192,7 @@ def write(family: str, config: GKAConfig) -> dict[str, Any]:
     if "gka" in config.pattern:
         values["gka_config"] = _write_gka(config)
     if "gated_deltanet" in config.pattern:
-        # its layers count heads without these two
+        # Its layers have no such counts.
         options = _options(config, "gated_deltanet") | {"num_k_heads": None, "num_v_heads": None}
         values["gdn_config"] = _GDN_FIXED | _counts(options) | {
             key: options[key] for key in (*_GDN, "norm_eps", "hidden_size")
@@ -243,7 +243,7 @@ def _format(family: str) -> Format:
             "gka": ("gka", _EXPANSION),
             "gated_deltanet": ("gdn", {"a_proj.": "gk_proj."}),
         },
-        # the layers hold the weights of a decay also where they do not use it
+        # The layers have the weights of a decay even if they do not use it.
         unused=(r"rotary_emb\.inv_freq$", r"\.(A_log|dt_bias|a_proj\.weight)$"),
     )
 

@@ -1,4 +1,4 @@
-"""Decoders of transformers itself: Qwen2, Qwen3, Qwen3-MoE, Llama, Mistral; every layer softmax attention."""
+"""transformers' own decoders, softmax attention in every layer: Qwen2, Qwen3, Qwen3-MoE, Llama, Mistral."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +11,7 @@ from gka.errors import InputError
 from gka.models.configuration import GKAConfig
 from gka.models.fields import attention_heads
 
-# our field, theirs
+# Our field: theirs.
 SHARED = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -35,12 +35,12 @@ _SLIDING = {"full_attention": "attention", "sliding_attention": "swa"}
 
 @dataclass(frozen=True)
 class Family:
-    """What distinguishes the attention of one model type of transformers.
+    """The attention of one model type of transformers.
 
     Attributes:
-        qk_norm: queries and keys are normalised.
-        qkv_bias, output_bias: of the attention's maps; None: as the configuration's `attention_bias` says.
-        windowed: layers may see a sliding window.
+        qk_norm: whether queries and keys are normalised.
+        qkv_bias, output_bias: whether the maps have biases; None: the configuration's `attention_bias`.
+        windowed: whether layers may have a sliding window.
     """
 
     qk_norm: bool = False
@@ -59,7 +59,7 @@ FAMILIES = {
 
 
 def read_base(theirs: dict[str, Any], family: str) -> tuple[dict[str, Any], Any]:
-    """Fields for everything but the pattern, and transformers' own configuration with its defaults."""
+    """Fields for everything except the pattern, and transformers' own configuration with its defaults."""
     base: Any = CONFIG_MAPPING[family].from_dict(theirs | {"model_type": family})
     if getattr(base, "mlp_bias", False):
         raise InputError("mlp_bias: MLPs with biases are not supported")
@@ -89,7 +89,7 @@ def read_base(theirs: dict[str, Any], family: str) -> tuple[dict[str, Any], Any]
 
 
 def write_base(config: GKAConfig, family: str) -> dict[str, Any]:
-    """Their configuration without a pattern, of transformers' own class; heads are the softmax layers'."""
+    """transformers' own configuration without a pattern; its heads are those of the softmax layers."""
     heads, kv_heads, head_dim = attention_heads(config)
     values = {theirs: getattr(config, ours) for ours, theirs in SHARED.items()}
     values |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
@@ -107,7 +107,7 @@ def write_base(config: GKAConfig, family: str) -> dict[str, Any]:
 
 
 def dtype_name(config: GKAConfig) -> str | None:
-    """The configuration's dtype as config.json has it."""
+    """The configuration's dtype as in config.json."""
     return None if config.dtype is None else str(config.dtype).removeprefix("torch.")
 
 
