@@ -46,7 +46,7 @@ class Recording:
     Args:
         launches: in order; arguments are one ctypes structure with `tensors` (`arguments.fill`), or
             tensors and numbers for a torch function.
-        call: the recorded call. Calls of its kind share its tables; its scratch is laid out anew.
+        call: the recorded call. Calls of its kind share its tables; each replay allocates its scratch.
         given: inputs, each a distinct object; None for an absent one.
         made: results.
 

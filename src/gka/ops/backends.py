@@ -303,7 +303,7 @@ def why_unavailable(
 ) -> str | None:
     """Why `name` cannot run inputs of this device, dtype and K, V = `dims` with this solver; None if it can.
 
-    mode="step" asks for the ops that update states in place.
+    mode="step" means the ops that update states in place.
 
     Raises:
         ValueError: no backend has that name.
@@ -322,7 +322,7 @@ def available_backends(
 ) -> list[str]:
     """Backends that can run such inputs with this solver, in the order of "auto".
 
-    mode="step" asks for the ops that update states in place.
+    mode="step" means the ops that update states in place.
     """
     return _available(Call(torch.device(device), dtype, solver, dims, chunk_size, mode))
 
@@ -337,7 +337,7 @@ def resolve_backend(name: str, call: Call) -> str:
 
     Raises:
         ValueError: no backend has that name.
-        RuntimeError: the backend asked for cannot run here; the message says why.
+        RuntimeError: the named backend cannot run here; the message says why.
     """
     check_known(name)
     c = call

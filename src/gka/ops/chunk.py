@@ -82,7 +82,7 @@ def chunk_gka(
 
     Raises:
         ValueError, TypeError: a shape, range or dtype is wrong; the message names the argument.
-        RuntimeError: the backend asked for cannot run these inputs.
+        RuntimeError: the named backend cannot run these inputs.
     """
     return run_call(
         "chunk", q, k, v, g, gk, alpha, beta, scale=scale, ridge_ratio=ridge_ratio,

@@ -33,7 +33,7 @@ def fused_recurrent_gka_(
     backend: str = "auto",
     solver: str = "chebyshev",
 ) -> Tensor:
-    """`fused_recurrent_gka` of up to 64 tokens a sequence, with the states updated in place in one launch.
+    """`fused_recurrent_gka` of up to 64 tokens per sequence, in one launch that updates the states in place.
 
     Not differentiable. The GPU backends do not wait for the device and may be captured in a CUDA graph;
     "torch", which alone has solver="cg", may wait. For speculative decoding, run the drafted tokens with
@@ -43,7 +43,7 @@ def fused_recurrent_gka_(
         q, k, v, g, gk, alpha, scale, ridge_ratio, num_iter, beta, solver: as in `fused_recurrent_gka`.
         state: (h_kk [P,H,K,K], h_kv [P,H,K,V]) of P sequences, float32 (float64 for float64 inputs), each
             state contiguous. h_kv may be bfloat16 where q is not float64: arithmetic is float32, and it
-            is rounded where it is stored, once a call. h_kk may be None with num_iter = 0.
+            is rounded when it is stored, once per call. h_kk may be None with num_iter = 0.
         state_indices: place of each sequence among the P, int32 or int64 [B]; each place at most once. Index
             -1 means no place: the output is zero. None: P = B, sequence b has place b.
         commit: whether the states are updated. False leaves them untouched.
@@ -58,7 +58,7 @@ def fused_recurrent_gka_(
             -1..P-1 or given twice raise on the CPU, and on a GPU with GKA_DEBUG=1, since reading them waits
             for the device. Without it a GPU treats indices outside as -1, and the states of a place given
             twice are undefined.
-        RuntimeError: the backend asked for cannot run these inputs, or a gradient is wanted.
+        RuntimeError: the named backend cannot run these inputs, or a gradient is needed.
     """
     checks.check_tensors(q=q, k=k, v=v)
     q, k, v = autocast(q, k, v)

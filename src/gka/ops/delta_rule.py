@@ -209,7 +209,7 @@ def chunk_gated_delta_rule(
 
     Raises:
         ValueError, TypeError: a shape, range or dtype is wrong; the message names the argument.
-        InputError (a ValueError): the library asked for cannot run these inputs; the message says why.
+        InputError (a ValueError): the named library cannot run these inputs; the message says why.
     """
     check_name(backend, BACKENDS)
     checks.check_scale(scale)

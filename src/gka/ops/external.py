@@ -314,7 +314,7 @@ def resolve_external(
         rest: the other tensors that may need a gradient.
 
     Raises:
-        InputError (a ValueError): the library asked for cannot run the call; the message says why.
+        InputError (a ValueError): the named library cannot run the call; the message says why.
     """
     if name != "auto" and name not in EXTERNAL:
         return None

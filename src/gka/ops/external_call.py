@@ -126,7 +126,7 @@ keep_signature(Once)
 # flash-qla's delta rule as the operators gka::flash_qla and gka::flash_qla_backward, for compiled graphs. The
 # forward operator also returns what the backward pass needs: the sums of log decays within chunks and the
 # inverses A of the chunks' triangular systems, [B,T,H,64]. Where the library splits a sequence to fill the
-# GPU, it splits it alike in both passes (`is_train`); what it caches for that is computed again.
+# GPU, it splits it alike in both passes (`is_train`); what it caches for that is recomputed.
 CHUNK = 64
 
 
