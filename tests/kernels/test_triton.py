@@ -141,6 +141,7 @@ def test_heads_too_wide_for_a_chip_are_refused(monkeypatch) -> None:
 )
 def test_other_gpus_are_refused(monkeypatch, capability, hip, reason) -> None:
     """Chips without bfloat16 products, and AMD's, which torch calls "cuda" too, are left to plain torch."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("gka.kernels.configs.capability_of", lambda device: capability)
     monkeypatch.setattr("torch.version.hip", hip)
     assert reason in (why_unavailable("triton", "cuda", torch.bfloat16) or "")
