@@ -1,7 +1,9 @@
 """A replayed pass launches what a pass that is not recorded launches, on the tensors of its own call."""
 
 import ctypes
+import gc
 import itertools
+import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -20,6 +22,7 @@ from gka.kernels.replay import Recorder
 from gka.maths.chunked import Settings, Tokens
 
 B, T, H, K = 2, 200, 4, 64
+INPUTS = Tokens._fields[:-2]
 CASES: dict[str, dict[str, Any]] = {
     "all": {},
     "two decays": {"gk": True},
@@ -143,7 +146,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def inputs(tokens: Tokens) -> dict[str, Tensor | None]:
-    return dict(zip(replay.INPUTS, prepared(tokens, float_gates=True).inputs, strict=True))
+    return dict(zip(INPUTS, prepared(tokens, float_gates=True).inputs, strict=True))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -163,7 +166,7 @@ def test_a_forward_pass_is_replayed_on_new_tensors(case: str, made: None) -> Non
 
         held.append((tokens, call))
         outs = lambda: dict(zip(("o", "x", "h", "u", "x_scale"), results, strict=True))  # noqa: E731
-        t = dict(zip(replay.INPUTS, call.t.inputs, strict=True))
+        t = dict(zip(INPUTS, call.t.inputs, strict=True))
         return directly(run, lambda: named(t | tables | outs()))
 
     def replayed():
@@ -174,7 +177,7 @@ def test_a_forward_pass_is_replayed_on_new_tensors(case: str, made: None) -> Non
         tables = dict(zip("slbm", recording.tables, strict=True))
         held.append((t, out))
         outs = {n: getattr(out, n) for n in ("o", "x", "h", "u", "x_scale")}
-        return named(dict(zip(replay.INPUTS, t.inputs, strict=True)) | tables | outs)
+        return named(dict(zip(INPUTS, t.inputs, strict=True)) | tables | outs)
 
     check(forward_pass.RECORDINGS, direct, replayed)
 
@@ -205,7 +208,7 @@ def test_a_backward_pass_is_replayed_on_new_tensors(
             results.extend(backward_pass._run(HOPPER, call, rest, execute))
 
         def names() -> dict[int, str]:
-            t = dict(zip(replay.INPUTS, call.t.inputs, strict=True))
+            t = dict(zip(INPUTS, call.t.inputs, strict=True))
             outs = dict(zip(InputGradients._fields, results, strict=True))
             tables = dict(zip("slbm", call.chunks.tables, strict=True))
             return named(t | dict(zip(after_names, rest, strict=True)) | outs | tables)
@@ -226,7 +229,7 @@ def test_a_backward_pass_is_replayed_on_new_tensors(
         held.append((t, rest, out, found))
         tables = dict(zip("slbm", recording.tables, strict=True))
         outs = dict(zip(InputGradients._fields, found[0], strict=True))
-        t = dict(zip(replay.INPUTS, t.inputs, strict=True))
+        t = dict(zip(INPUTS, t.inputs, strict=True))
         return named(t | dict(zip(after_names, rest, strict=True)) | outs | tables)
 
     check(backward_pass.RECORDINGS, direct, replayed)
@@ -283,3 +286,27 @@ def test_a_graph_keeps_what_it_reads(made: None, monkeypatch: Any) -> None:
     run()
     assert len(Kernel.launched) > before
     assert forward_pass.RECORDINGS.captured == set(forward_pass.RECORDINGS.held.values())
+
+
+def test_a_recording_holds_no_tensor_of_the_call_it_was_made_of(made: None) -> None:
+    """But its tables: inputs, gradients and scratch go, those that torch's functions were called on too."""
+    tokens, tied = tokens_of(CASES["shared heads"])
+    x, scale, do = (
+        torch.rand(B, T, H, K).half(),
+        torch.rand(B, T, H),
+        torch.rand(B, T, H, K).bfloat16(),
+    )
+    seen: list[weakref.ref] = []
+    add_up = backward_pass._add_up
+
+    def watched(_, grad: Tensor, part: Tensor, *rest: int) -> None:
+        seen.extend((weakref.ref(grad), weakref.ref(part)))
+        add_up(_, grad, part, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backward_pass, "_add_up", watched)
+        backward_pass.chunk_backward(HOPPER, tokens, x, scale, do, None, None, settings_of(tied))
+    assert backward_pass.RECORDINGS.held
+    gc.collect()
+    assert len(seen) == 4
+    assert all(ref() is None for ref in seen)

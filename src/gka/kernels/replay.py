@@ -25,7 +25,6 @@ KINDS = 256  # recordings kept at most; the oldest is dropped first
 ALIGNMENT = 256  # bytes, of each array in the scratch
 
 Slots = Sequence[Tensor | None]
-INPUTS = ("q", "k", "v", "g", "gk", "alpha", "beta", "h0", "u0")  # the fields of Tokens.inputs
 
 
 class Recorder:
@@ -102,9 +101,14 @@ class Recording:
             for x in launch.arguments
         ]
 
+        kernel, grid = (
+            launch.kernel,
+            launch.grid,
+        )  # not the launch, which holds the recorded tensors
+
         def call(_: ctypes.c_void_p, tensors: list[Tensor | None]) -> None:
             found = [_found(x, tensors) if isinstance(x, tuple) else x for x in wanted]
-            launch.kernel(launch.grid, *found)
+            kernel(grid, *found)
 
         return call
 
@@ -204,6 +208,4 @@ def kind_of(passes: Passes, t: Tokens, settings: Settings, *more: Hashable) -> H
 
 def apart(t: Tokens) -> Tokens:
     """The same memory as distinct tensor objects, for a caller may pass one tensor as q and k."""
-    return t._replace(
-        **{n: x.detach() for n, x in zip(INPUTS, t.inputs, strict=True) if x is not None}
-    )
+    return Tokens._make((*(None if x is None else x.detach() for x in t.inputs), *t.bounds))

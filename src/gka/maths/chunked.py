@@ -77,8 +77,13 @@ class Tokens(NamedTuple):
 
     @property
     def inputs(self) -> tuple[Tensor | None, ...]:
-        """Heads, gates and states, in the fields' order."""
-        return self.q, self.k, self.v, self.g, self.gk, self.alpha, self.beta, self.h0, self.u0
+        """Heads, gates and states: all but `bounds`."""
+        return self[:-2]
+
+    @property
+    def bounds(self) -> tuple[Tensor | None, Tensor | None]:
+        """cu_seqlens and its copy on the CPU."""
+        return self[-2:]
 
     @property
     def work_dtype(self) -> torch.dtype:

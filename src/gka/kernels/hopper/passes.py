@@ -96,8 +96,7 @@ class HopperPasses:
         def given() -> dict:
             return _common(call, h, u) | {"o": o, "x": x, "x_scale": x_scale, "steps": steps}
 
-        launches = _of_chunks(call, heads, "forward", given)
-        return [launch._replace(keeps=(x, x_scale, o)) for launch in launches]
+        return _of_chunks(call, heads, "forward", given)
 
     def adjoint(self, call: GpuCall, group: Group, back: BackwardArrays) -> list[Launch]:
         """Adjoints of readout and mix, and the adjoint solve: `adjoint.cu`."""
