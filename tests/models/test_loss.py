@@ -150,3 +150,22 @@ def test_mean_over_targets_or_over_the_callers_count():
     )
     assert mean_loss(total, targets, 10) == total / 10
     assert mean_loss(total, targets, torch.tensor(10)) == total / 10
+
+
+def test_what_is_not_finite_at_tokens_without_a_target_stays_there() -> None:
+    """Padding may hold anything: loss and gradients of the other tokens and of the head are as without it."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(6, 8), torch.randn(11, 8, requires_grad=True)
+    targets = torch.tensor([1, -100, 3, 4, -100, 0])
+    counts = targets != -100
+    hidden[~counts] = torch.tensor([[torch.nan], [torch.inf]]).expand(2, 8)
+    given = hidden.clone().requires_grad_()
+    loss = linear_cross_entropy(given, weight, targets)
+    few = hidden[counts].clone().requires_grad_()
+    expected = linear_cross_entropy(few, weight, targets[counts])
+    torch.testing.assert_close(loss, expected)
+    grads = torch.autograd.grad(loss, (given, weight))
+    few_grads = torch.autograd.grad(expected, (few, weight))
+    torch.testing.assert_close(grads[0][counts], few_grads[0])
+    assert not grads[0][~counts].any()
+    torch.testing.assert_close(grads[1], few_grads[1])

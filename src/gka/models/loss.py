@@ -176,17 +176,17 @@ def _chunks(
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
-            h = hidden[part].to(dtype)
             counts = (targets[part] != IGNORE_INDEX).unsqueeze(-1)
+            # Tokens without a target are masked here, without another pass over the logits.
+            h = hidden[part].to(dtype).masked_fill(~counts, 0)
             of_loss, d = _cross_entropy_(
                 h @ weight.T, targets[part], counts, for_hidden or for_weight
             )
             loss = loss + of_loss
-            # Tokens without a target are masked here, without another pass over the logits.
             if grad_hidden is not None:
                 grad_hidden[part] = (d @ weight).masked_fill_(~counts, 0)
             if grad_weight is not None:
-                _accumulate_(grad_weight, d.T, h.masked_fill(~counts, 0))
+                _accumulate_(grad_weight, d.T, h)
     return loss, grad_hidden, grad_weight
 
 
@@ -223,7 +223,7 @@ def _accumulate_(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right, in total's dtype."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
-    elif total.device.type == "cuda":  # 16-bit factors, float32 sum
+    elif total.device.type == "cuda" and torch.version.cuda:  # 16-bit factors, float32 sum
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
         total.add_(left @ right)
