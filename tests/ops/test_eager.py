@@ -1,5 +1,6 @@
 """Calls where autograd alone looks on take a short way, which changes nothing but the host's time."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -139,7 +140,11 @@ def test_what_looks_on_takes_the_operators() -> None:
     """Transforms, dispatch modes and tensors that are not on a GPU."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    q = inputs()["q"]
-    assert not is_eager(q)
+    on_gpu: Any = SimpleNamespace(device=torch.device("cuda"))
+    assert is_eager(on_gpu)
+    assert not is_eager(inputs()["q"])
     with FlopCounterMode(display=False):
-        assert torch._C._len_torch_dispatch_stack() > 0
+        assert not is_eager(on_gpu)
+    seen: list[bool] = []
+    torch.vmap(lambda x: (seen.append(is_eager(on_gpu)), x)[1])(torch.ones(2))
+    assert seen == [False]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gka.errors import InputError
-from gka.ops import available_external, chunk_simple_gla, last_backend, why_not_external
+from gka.ops import available_external, chunk_simple_gla, external, last_backend, why_not_external
 from gka.ops.delta_rule import chunk_gated_delta_rule
 from scripted_kernels import AMPERE, VERSIONS, draw, libraries
 from tolerances import RELATIVE, assert_close
@@ -330,3 +330,13 @@ def test_transforms_of_torch_func_stay_in_torch():
             torch.func.grad(
                 lambda q: call("delta_rule", inputs | {"q": q}, "fla")[0].float().sum()
             )(q)
+
+
+def test_a_gpu_that_is_not_there_has_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked about a GPU where a torch with CUDA sees none, the libraries say so and nothing is raised."""
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    external._why_not.cache_clear()
+    for name in external.EXTERNAL:
+        assert "need an NVIDIA GPU" in (why_not_external(name, "delta_rule", "cuda") or "")
+    external._why_not.cache_clear()

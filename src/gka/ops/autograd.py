@@ -19,10 +19,9 @@ _CU_SEQLENS, _NUM_TENSORS = 9, 11  # q .. cu_seqlens, cu_seqlens_cpu come first
 
 def pack(tokens: Tokens, settings: Settings) -> tuple[Any, ...]:
     """The operators' arguments: 11 tensors, then 7 numbers."""
-    t, s = tokens, settings
+    s = settings
     return (
-        t.q, t.k, t.v, t.g, t.gk, t.alpha, t.beta, t.h0, t.u0, t.cu_seqlens, t.cu_seqlens_cpu,
-        s.scale, s.ridge_ratio, s.num_iter, s.chunk_size, s.tied, s.with_h, s.solver,
+        *tokens, s.scale, s.ridge_ratio, s.num_iter, s.chunk_size, s.tied, s.with_h, s.solver,
     )  # fmt: skip
 
 

@@ -146,7 +146,8 @@ def kind_of(*arguments: object) -> tuple | None:
     q = arguments[0]
     if not isinstance(q, PLAIN) or not is_eager(q) or os.environ.get("GKA_DEBUG") == "1":
         return None
-    kinds: list[object] = [arguments[3] is arguments[4], torch.is_autocast_enabled("cuda")]
+    cast = torch.get_autocast_dtype("cuda") if autocasts("cuda") else None
+    kinds: list[object] = [arguments[3] is arguments[4], cast]
     for x in _flat(arguments):
         if type(x) in PLAIN:
             if x.is_nested:

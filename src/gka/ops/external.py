@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from gka.errors import InputError
+from gka.kernels.configs import capability_of
 from gka.ops.dispatch import under_transform
 
 Rule = Literal["gated_delta_rule", "delta_rule", "simple_gla"]
@@ -128,9 +129,9 @@ def loaded(module: str) -> ModuleType | str:
 
 def capability(device: torch.device) -> tuple[int, int] | None:
     """An NVIDIA GPU's compute capability; None for other devices."""
-    if device.type != "cuda" or torch.version.cuda is None:
+    if device.type != "cuda" or torch.version.cuda is None or not torch.cuda.is_available():
         return None
-    return torch.cuda.get_device_capability(device)
+    return capability_of(device)
 
 
 def _text(version: Version) -> str:
