@@ -158,3 +158,14 @@ def differentiate(
         named["h0"] = (named["h0"] + named["h0"].mT) / 2
     o, h, u = (x.detach() for x in results)
     return (o, h, u), named
+
+
+# what solvers that choose their steps are tried on, through every form of the ops
+SOLVER_PROBLEMS = {
+    "grouped, separate": make_problem(150, (4, 2, 1), (16, 8), decay="separate"),
+    "tied, no states": make_problem(65, (2, 1, 2), (8, 16), states=False, gates=""),
+    "packed": make_problem(0, (4, 1, 4), (8, 8), lengths=[0, 1, 63, 70]),
+    "no decay, batch": make_problem(70, (2, 2, 2), (8, 8), decay="absent", batch=2),
+    "of U only": make_problem(70, (3, 1, 1), (8, 8), decay="of U only"),
+    "one token": make_problem(1, (2, 1, 2), (8, 8)),
+}

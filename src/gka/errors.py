@@ -18,3 +18,8 @@ class StorageError(InputError, OSError):
 
 class RenamedWarning(FutureWarning):
     """An option or a key is given by a name of an earlier release; the new one is named."""
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of what an exception says; its type's name if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

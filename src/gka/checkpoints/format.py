@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gka.errors import InputError
+from gka.errors import InputError, reason_of
 from gka.models.configuration import GKAConfig
 
 Names = Mapping[str, str]
@@ -133,9 +133,8 @@ def translated(config: dict[str, Any]) -> dict[str, Any]:
     except InputError:
         raise
     except Exception as error:  # includes transformers' checks of its configurations
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"config.json of a {format.name} model cannot be used: {reason}"
+            f"config.json of a {format.name} model cannot be used: {reason_of(error)}"
         ) from error
 
 

@@ -19,7 +19,7 @@ from transformers import (
 
 from gka.checkpoints.format import FORMATS, Format, check_stored, format_of
 from gka.data.text import check_vocabulary
-from gka.errors import InputError
+from gka.errors import InputError, reason_of
 from gka.foreign_code import read_tokenizer, refuse_code, without_code
 from gka.models.causal_lm import GKAForCausalLM
 from gka.models.configuration import GKAConfig
@@ -98,7 +98,7 @@ def load_tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return read_tokenizer(folder, local_files_only=True)
     except Exception as error:  # parsers of three formats, each with its own exceptions
-        raise InputError(f"tokenizer of {folder} cannot be loaded: {_reason(error)}") from error
+        raise InputError(f"tokenizer of {folder} cannot be loaded: {reason_of(error)}") from error
 
 
 def load_with_tokenizer(
@@ -140,7 +140,7 @@ def config_of(name: Any, **options: Any) -> Any:
     except InputError:
         raise
     except Exception as error:  # as for models
-        raise InputError(f"model {name} cannot be loaded: {_reason(error)}") from error
+        raise InputError(f"model {name} cannot be loaded: {reason_of(error)}") from error
 
 
 def _class_for(name: Any, **options: Any) -> Any:
@@ -190,13 +190,9 @@ def _whole(kind: Any, name: Any, **options: Any) -> Any:
         options = without_code(options) | {"output_loading_info": True}
         model, notes = kind.from_pretrained(name, **options)
     except Exception as error:  # parsers of three formats, each with its own exceptions
-        raise InputError(f"model {name} cannot be loaded: {_reason(error)}") from error
+        raise InputError(f"model {name} cannot be loaded: {reason_of(error)}") from error
     check_complete(f"model {name}", notes)
     return model
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def load_with(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gka.errors import InputError
+from gka.errors import InputError, reason_of
 from gka.storage import sha256_of
 
 if TYPE_CHECKING:
@@ -208,9 +208,8 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     try:
         tokenizer = read_tokenizer(name)
     except Exception as error:  # the loaders raise whatever their parsers do
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"tokenizer {name!r} cannot be loaded ({reason}); give 'bytes', a folder with a saved "
+            f"tokenizer {name!r} cannot be loaded ({reason_of(error)}); give 'bytes', a folder with a saved "
             "tokenizer, or a name on the Hugging Face hub"
         ) from error
     if tokenizer.eos_token_id is None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerState
 
-from gka.errors import InputError
+from gka.errors import InputError, reason_of
 from gka.storage import read_json, sha256_of, write_json
 from gka.training.folder import is_main_process
 
@@ -127,10 +127,9 @@ def loading(checkpoint: str | Path | None) -> Iterator[None]:
             "them was run. Move it away and resume from the one before"
         ) from error
     except Exception as error:  # each reader has exceptions of its own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"{checkpoint} cannot be loaded: {reason}; it does not fit this run's settings, or was altered. "
-            "Move it away and resume from the one before"
+            f"{checkpoint} cannot be loaded: {reason_of(error)}; it does not fit this run's settings, or was "
+            "altered. Move it away and resume from the one before"
         ) from error
 
 
