@@ -123,8 +123,8 @@ def loading(checkpoint: str | Path | None) -> Iterator[None]:
         raise
     except UnpicklingError as error:
         raise InputError(
-            f"{checkpoint} cannot be loaded: a file of it holds objects that no checkpoint has; nothing of "
-            "them was run. Move it away and resume from the one before"
+            f"{checkpoint} cannot be loaded: one of its files holds objects that no checkpoint has; none of "
+            "their code was run. Move it away and resume from the one before"
         ) from error
     except Exception as error:  # each reader has exceptions of its own
         raise InputError(

@@ -19,7 +19,7 @@ STANDARD_LIBRARY_HELD_OUT = 0.002
 """`eval_fraction` if no text is given: a small share of the standard library suffices and is quick."""
 # Set from the tokenizer, so that model and data agree.
 FROM_TOKENIZER = ("vocab_size", "eos_token_id", "pad_token_id", "bos_token_id")
-_MATRICES = "For matrices; never for A_log, dt_bias, norms, biases and embeddings."
+_MATRICES = "Of matrices and convolutions; A_log, dt_bias, norms, biases and embeddings have none."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,15 +37,15 @@ class DataConfig(Table):
     tokenizer: str = setting(
         "bytes", "bytes, or a Hugging Face tokenizer's folder or name.", option=True
     )
-    sequence_length: int = setting(256, "Tokens in a block.", option=True, least=2)
+    sequence_length: int = setting(256, "Tokens per block.", option=True, least=2)
     # For the standard library `RunConfig.from_tables` takes `STANDARD_LIBRARY_HELD_OUT` instead.
     eval_fraction: float = setting(
         0.01, "Share of the tokens held out, by whole documents.", above=0, below=1
     )
     hash_sources: bool = setting(
         False,
-        "Read all text once before each run to see whether it has changed; else names, places, sizes, "
-        "inodes and times of modification and change tell.",
+        "Detect changed text by its checksum, for which all of it is read before each run; otherwise by "
+        "names, paths, sizes, inodes and times of modification and change.",
     )
 
     table: ClassVar[str] = "data"
@@ -62,10 +62,13 @@ class ModelSettings:
         "gka", "gka, attention, swa, gla, deltanet or gated_deltanet.", option=True
     )
     attention_layers: list[int] | None = setting(
-        None, "Layers, from 0, with attention instead, as in 1,3.", option=True, metavar="N,N"
+        None,
+        "Layers, counted from 0, with attention instead, as in 1,3.",
+        option=True,
+        metavar="N,N",
     )
     hidden_size: int = setting(128, "Width of the model.", option=True)
-    num_hidden_layers: int = setting(2, "Layers.", option=True)
+    num_hidden_layers: int = setting(2, "Number of layers.", option=True)
     num_heads: int = setting(4, "Heads of a layer, each hidden_size / num_heads wide.", option=True)
     tie_word_embeddings: bool = setting(True, "One matrix for the embedding and the output.")
 
@@ -81,12 +84,12 @@ class TrainingConfig(Table):
     """
 
     max_steps: int = setting(1300, "Optimizer steps.", option=True, by_table=True, least=1)
-    batch_size: int = setting(2, "Blocks in a forward pass, of each device.", option=True, least=1)
-    gradient_accumulation: int = setting(1, "Forward passes in a step.", least=1)
+    batch_size: int = setting(2, "Blocks per forward pass on each device.", option=True, least=1)
+    gradient_accumulation: int = setting(1, "Forward passes per optimizer step.", least=1)
     learning_rate: float = setting(
         4e-3, "Highest learning rate.", option=True, by_table=True, above=0
     )
-    warmup_steps: int = setting(50, "Steps until the rate is the highest.", least=0)
+    warmup_steps: int = setting(50, "Steps over which the learning rate rises.", least=0)
     weight_decay: float = setting(0.01, _MATRICES, least=0)
     max_grad_norm: float = setting(
         1.0, "Gradients are scaled down to this norm; 0 does not clip.", least=0
@@ -101,11 +104,11 @@ class TrainingConfig(Table):
     gradient_checkpointing: bool = setting(
         False, "Recompute layers in the backward pass to save memory."
     )
-    log_steps: int = setting(10, "Steps between two notes of the loss.", least=1)
+    log_steps: int = setting(10, "Steps between two logged losses.", least=1)
     eval_steps: int = setting(260, "Steps between two evaluations.", least=1)
     save_steps: int = setting(260, "Steps between two checkpoints.", least=1)
     # At least two, so that one is whole while the next is written.
-    keep_checkpoints: int = setting(2, "Checkpoints that are kept.", least=2)
+    keep_checkpoints: int = setting(2, "Newest checkpoints that are kept.", least=2)
     seed: int = setting(
         0, "Of initial weights and data order.", option=True, least=0, most=MOST_SEED
     )
@@ -196,7 +199,9 @@ def _recipes() -> dict[str, Path]:
 def _named_recipe(name: str, command: Command) -> Path:
     found = _recipes()
     if name in found and _is_for(found[name]) != command:
-        raise InputError(f"recipe {name!r} is one of gka {_is_for(found[name])}")
+        raise InputError(
+            f"recipe {name!r} is one of gka {_is_for(found[name])}; run it with that command"
+        )
     if name not in found:
         raise InputError(
             f"recipe {name!r} is unknown; known: {', '.join(recipe_names(command)) or 'none here'}; "

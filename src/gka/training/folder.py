@@ -183,8 +183,8 @@ def drawn(
         return draw(metrics)
     except (KeyError, TypeError, ValueError, AttributeError, LookupError) as error:
         raise InputError(
-            f"{output / METRICS} is no account of a complete run ({error!r}); move it away to run the end "
-            "again"
+            f"{output / METRICS} does not hold the metrics of a complete run ({error!r}); move it away and "
+            "resume, which writes it again"
         ) from None
 
 

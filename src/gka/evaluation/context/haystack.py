@@ -103,7 +103,7 @@ class Haystack:
                         return taken
                 skipped = 0.0
             if missing == before:
-                raise InputError("text: no line that could be read; give files with text in them")
+                raise InputError("text: no usable line; give files with more text")
         return taken
 
     def _cut(self, line: Line, tokens: int) -> Line:

@@ -216,7 +216,9 @@ def _run_cell(cell: Cell, subject: Subject, grader: Grader) -> dict[str, Any]:
         result = {n: mean(s[n] for s in samples) for n in ("match", "rank", "chance")}
     numbers = [x for x in result.values() if isinstance(x, float)]
     if not all(map(math.isfinite, numbers)):
-        raise InputError(f"model {subject.name} gives no finite numbers on {cell.task}")
+        raise InputError(
+            f"model {subject.name} has infinite or NaN scores on {cell.task}; check its weights and dtype"
+        )
     seconds = round(time.perf_counter() - began, 3)
     return {"result": result | {"seconds": seconds}, "samples": samples}
 

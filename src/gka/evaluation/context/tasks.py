@@ -287,8 +287,8 @@ def _line(haystack: Haystack, rng: Random, taken: Sequence[str]) -> tuple[str, s
             if not any(word in other or other in word for other in lower):
                 return match[1], match[2], line
     raise InputError(
-        "text: too few lines of 25 characters and more that end with different words, which the"
-        " task questions asks for; give more text or leave the task out"
+        "text: too few lines of 26 or more characters that end with different words, which the task"
+        " questions needs; give more text or leave the task out"
     )
 
 
@@ -316,8 +316,8 @@ TASKS: dict[str, Task] = {
     "needle-only": Task(needle_only, True, "one code in a text of codes alone"),
     "needle-values": Task(needle_values, False, "all four codes of a name"),
     "needle-queries": Task(needle_queries, False, "the codes of four names of eight"),
-    "variables": Task(variables, False, "all names a number was handed on to"),
-    "common-words": Task(common_words, False, "the words that come up ten times as often"),
+    "variables": Task(variables, False, "all names a number was passed to"),
+    "common-words": Task(common_words, False, "the common words among rare ones"),
     "frequent-words": Task(frequent_words, False, "the three most frequent words"),
     "questions": Task(questions, True, "the last word of a line that was read"),
     "facts-1": Task(facts.one_fact, False, "where a person is"),

@@ -35,7 +35,7 @@ class PrimingDataConfig(DataConfig):
             raise InputError("data.chat and data.text exclude each other; give one of them")
 
 
-_GATES = "What the gate {} of the new layers begins with."
+_GATES = "Initial value of the new layers' gate {}."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class ReplacementConfig(Table):
 
     teacher: str = setting(
         "",
-        "Folder of the model to begin from: ours, Qwen3, Qwen2.5, Llama, Mistral, or a hybrid with "
+        "Folder of the model to start from: this library's, Qwen3, Qwen2.5, Llama, Mistral, or a hybrid with "
         "attention layers.",
         option=True,
     )
@@ -57,15 +57,15 @@ class ReplacementConfig(Table):
     count: int = setting(
         0, "How many layers rank replaces.", option=True, shown="half of them", least=0
     )
-    rank_window: int = setting(64, "Tokens of that sliding window.", least=1)
+    rank_window: int = setting(64, "Tokens of rank's sliding window.", least=1)
     rank_blocks: int = setting(
-        64, "Held-out blocks that rank measures the loss on, at most.", least=1
+        64, "Held-out blocks on which rank measures the loss, at most.", least=1
     )
-    mixer: str = setting("gka", "What they become: gka or gated_deltanet.", option=True)
+    mixer: str = setting("gka", "The new layers' mixer: gka or gated_deltanet.", option=True)
     # Defaults of `gka.models.replacement.Start`.
     alpha: float = setting(0.05, _GATES.format("alpha"), above=0, below=1)
     beta: float = setting(0.95, _GATES.format("beta"), above=0, below=1)
-    decay: float = setting(1e-3, "Minus the log decay they begin with.", above=0)
+    decay: float = setting(1e-3, "Initial value of minus the new layers' log decay.", above=0)
 
     table: ClassVar[str] = "prime"
 
