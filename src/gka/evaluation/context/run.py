@@ -66,7 +66,7 @@ class Grid:
             raise InputError(f"seed is {self.seed}; expected a number from 0 to {2**64 - 1}")
 
     def cells(self) -> list["Cell"]:
-        """All cells, short lengths first."""
+        """All cells, in the order of `lengths`, then of `tasks` and `depths`."""
         return [
             Cell(task, length, depth, self.samples, self.seed)
             for length in self.lengths
