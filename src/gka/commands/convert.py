@@ -1,4 +1,4 @@
-"""`gka convert`: a checkpoint from one format into another."""
+"""`gka convert`: a checkpoint in another format."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""`gka recall`: the memory test, from options to files."""
+"""`gka recall`: recall of key-value pairs from untrained memories."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,10 +33,10 @@ def recall(
         "runs/recall"
     ),
 ) -> None:
-    """Write N correlated key-value pairs into untrained memories and read them back; in seconds.
+    """Write N correlated key-value pairs into untrained memories and read them back; takes seconds.
 
-    Compares linear attention, DeltaNet, Gated KalmaNet and exact ridge regression at equal head
-    size. Lists are numbers and commas. See also `gka mqar`, which trains.
+    Compares linear attention, DeltaNet, Gated KalmaNet and exact ridge regression at equal head size. Lists
+    are numbers separated by commas. See also `gka mqar`, which trains models.
     """
     ratios = numbers("--ridge-ratios", ridge_ratios, float)
     iterations = numbers("--num-iters", num_iters, int)
