@@ -54,7 +54,7 @@ def parser(
         found.set_defaults(device="cpu")
     else:
         add("--device", default=device, help=f"(default: {device}); cpu tries the command out")
-    add("--commit", help="what to name as the commit (default: asked of git)")
+    add("--commit", help="commit to report (default: from git)")
     return found
 
 

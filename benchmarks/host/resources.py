@@ -224,9 +224,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--arch", type=int, nargs="+", default=[90])
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
-    parser.add_argument("--shared", action="store_true", help="shared memory alone")
+    parser.add_argument("--shared", action="store_true", help="only shared memory")
     parser.add_argument(
-        "--around", action="store_true", help="what surrounds the op in a layer alone"
+        "--around", action="store_true", help="only the kernels around the op in a layer"
     )
     args = parser.parse_args(arguments)
     run = run_around if args.around else run_solvers

@@ -273,7 +273,7 @@ def search(args: argparse.Namespace, console: Console) -> list[Candidate]:
                 for c in trial.candidates:
                     if time.perf_counter() - begin > args.seconds:
                         console.print(
-                            f"{args.seconds:g} s are over; {trial.kernel} and what follows stay."
+                            f"{args.seconds:g} s are over; {trial.kernel} and later kernels stay unchanged."
                         )
                         return found
                     if watch is None:
@@ -311,7 +311,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dtypes", nargs="+", choices=AGAINST_FLOAT64, default=["bfloat16", "float32"]
     )
-    parser.add_argument("--seconds", type=float, default=600.0, help="when to stop")
+    parser.add_argument("--seconds", type=float, default=600.0, help="stop after this time")
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=10)
@@ -322,7 +322,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--compile-only", action="store_true", help="no GPU: registers, spills, shared memory"
     )
     parser.add_argument(
-        "--arch", type=int, choices=resources.SHARED_LIMITS, help="of --compile-only"
+        "--arch", type=int, choices=resources.SHARED_LIMITS, help="chip for --compile-only"
     )
     args = parser.parse_args(arguments)
     if args.compile_only != (args.arch is not None):

@@ -224,7 +224,7 @@ def test_states_that_move_are_not_recorded(
     held = layer.recurrent_states[0]
     with monkeypatch.context() as patch:
         patch.setattr(layer, "update_recurrent_state", replace)
-        with pytest.raises(RuntimeError, match="does not leave the states where they are"):
+        with pytest.raises(RuntimeError, match="moves the states to other memory"):
             next(steps)
     assert layer.recurrent_states[0] is held
     assert_same(recorded, plain)

@@ -18,7 +18,7 @@ Target = Annotated[
         "qwen3, qwen2, qwen3_moe, llama or mistral.",
     ),
 ]
-Output = Annotated[Path, output_folder("Folder to write; must not hold anything.")]
+Output = Annotated[Path, output_folder("Folder to write; must be missing or empty.")]
 ShardSize = Annotated[str, Option(help="Files are split above this size.")]
 
 

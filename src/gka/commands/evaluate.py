@@ -22,19 +22,19 @@ def evaluate(
     *,
     tasks: Annotated[
         str,
-        typer.Option(help="Names and commas, or all; they are listed above.", metavar="NAME,NAME"),
+        typer.Option(help="Names separated by commas (see above), or all.", metavar="NAME,NAME"),
     ] = "needle, needle-keys, variables, questions, facts-1, perplexity",
     lengths: Annotated[
         str, typer.Option(help="Tokens of the prompts, from 256 on.", metavar="N,N")
     ] = "4096",
     depths: Annotated[
         str,
-        typer.Option(help="Where what is asked for stands: 0 first, 1 last.", metavar="X,X"),
+        typer.Option(help="Places of what is asked for: 0 first, 1 last.", metavar="X,X"),
     ] = "0,0.25,0.5,0.75,1",
     samples: Annotated[int, typer.Option(help="Prompts for each task, length and depth.")] = 5,
-    seed: Annotated[int, typer.Option(help="Of all random choices.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of all random choices.")] = 0,
     text: opt.Text = None,
-    glob: Annotated[str, typer.Option(help='Which files of folders, such as "*.py".')] = "*",
+    glob: Annotated[str, typer.Option(help='Files to take from folders, as in "*.py".')] = "*",
     device: opt.Device = None,
     dtype: opt.Dtype = "auto",
     chunk: opt.Chunk = 2048,

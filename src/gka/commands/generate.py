@@ -21,14 +21,16 @@ def generate(
     prompt: opt.Prompt = None,
     prompt_file: opt.PromptFile = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 200,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Sample from so many likeliest; 0 from all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Sample from this much probability.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0: all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the most likely tokens with this sum.")
+    ] = 0.95,
+    seed: Annotated[int, typer.Option(help="Seed of the random numbers.")] = 0,
     state: Annotated[
         Path | None,
         typer.Option(
-            help="Go on from this file if it exists, and store the states in it afterwards."
+            help="Continue from this file if it exists, and store the states in it afterwards."
         ),
     ] = None,
     save_state: Annotated[

@@ -18,7 +18,7 @@ def inspect(
     prompt: opt.Prompt = None,
     prompt_file: opt.PromptFile = None,
     positions: Annotated[
-        int, typer.Option(help="Places of the text at which the states are looked at.")
+        int, typer.Option(help="Positions of the text at which the states are measured.")
     ] = 64,
     num_iter: opt.NumIter = None,
     ridge_ratio: opt.RidgeRatio = None,

@@ -41,9 +41,9 @@ def mqar(
     ] = None,
     learning_rates: Annotated[
         str | None,
-        _of_preset("Rates that every mixer is tried with, as in 0.005,0.01."),
+        _of_preset("Learning rates to try with every mixer, as in 0.005,0.01."),
     ] = None,
-    seeds: Annotated[int | None, _of_preset("How many seeds, from 0 on.")] = None,
+    seeds: Annotated[int | None, _of_preset("Number of seeds, from 0 on.")] = None,
     max_steps: Annotated[
         int | None,
         _of_preset("Optimizer steps of each training."),

@@ -39,15 +39,15 @@ def _of_model(help: str) -> Any:
 
 
 Model = Annotated[Path, typer.Argument(help="Folder of a run or of a saved model.")]
-Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help="Text.")]
+Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt.")]
 PromptFile = Annotated[
     Path | None,
-    typer.Option(help="A UTF-8 file with the text instead.", show_default="standard input"),
+    typer.Option(help="A UTF-8 file with the prompt.", show_default="standard input"),
 ]
 Chunk = Annotated[
     int, typer.Option(help="Tokens read at a time; fewer take less memory, same result.")
 ]
-NumIter = Annotated[int | None, _of_model("Solver steps; 0 leaves the ridge out.")]
+NumIter = Annotated[int | None, _of_model("Solver steps; 0: linear attention, no ridge.")]
 RidgeRatio = Annotated[float | None, _of_model("a in lambda = a |H|.")]
 Solver = Annotated[str | None, _of_model("chebyshev; adaptive or cg: fewer steps, same bound.")]
 Device = Annotated[
@@ -55,7 +55,7 @@ Device = Annotated[
 ]
 Dtype = Annotated[
     str,
-    typer.Option(help="Of the weights: auto (as they are stored), float32, bfloat16 or float16."),
+    typer.Option(help="Dtype of the weights: auto (as stored), float32, bfloat16 or float16."),
 ]
 Text = Annotated[
     list[str] | None,

@@ -28,7 +28,7 @@ def recall(
         str, typer.Option(help="a in lambda = a |H|, for GKA and exact ridge.", metavar="X,X")
     ] = "0.005,0.02,0.1",
     num_iters: Annotated[str, typer.Option(help="Chebyshev steps of GKA.", metavar="N,N")] = "5,30",
-    seeds: Annotated[int, typer.Option(help="How many draws of keys and values.")] = 8,
+    seeds: Annotated[int, typer.Option(help="Number of draws of keys and values.")] = 8,
     output: Annotated[Path, output_folder("Folder for recall.json and recall.png.")] = Path(
         "runs/recall"
     ),

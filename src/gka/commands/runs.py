@@ -30,7 +30,7 @@ Resume = Annotated[
     bool,
     typer.Option(
         "--resume",
-        help="Go on from the newest whole checkpoint of the run in the folder.",
+        help="Continue the run in the folder from its newest complete checkpoint.",
         rich_help_panel=RUN,
     ),
 ]
@@ -57,7 +57,7 @@ def any_setting(examples: str) -> Any:
 
 def named_recipe(names: Iterable[str], default: str | bool = False) -> Any:
     """The option `--recipe`."""
-    help = f"{', '.join(names)} or a .toml file; options win over it."
+    help = f"{', '.join(names)} or a .toml file; options override it."
     return typer.Option(help=help, rich_help_panel=RUN, show_default=default)
 
 

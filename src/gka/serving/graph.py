@@ -41,17 +41,13 @@ def why_not_graphed(model: GKAForCausalLM) -> str | None:
     """Why the decode steps of `model` cannot be a CUDA graph; None if they can."""
     device = model.device
     if device.type != "cuda":
-        return f"the model is on {device}, and CUDA graphs are of NVIDIA GPUs."
+        return f"the model is on {device}, and CUDA graphs need an NVIDIA GPU."
     if any(x.device != device for x in model.parameters()):
         return "the model's weights lie on several devices."
     if torch.is_autocast_enabled(device.type):
-        return (
-            "torch.autocast is on, whose copies of the weights do not last: cast the model instead."
-        )
+        return "torch.autocast is on, and its copies of the weights are temporary: cast the model instead."
     if os.environ.get("GKA_DEBUG") == "1":
-        return (
-            "GKA_DEBUG=1 reads values of every call, and a graph is not read while it is recorded."
-        )
+        return "GKA_DEBUG=1 checks values in every call, which a recorded step cannot do: unset it."
     return _why_not_layers(model) or _why_called(model)
 
 
@@ -66,7 +62,7 @@ def _why_not_layers(model: GKAForCausalLM) -> str | None:
                 "token: a graph needs states of constant size."
             )
         if has_experts(model.config, index):
-            return f"layer {index} has experts, and the host must know which ones a token takes."
+            return f"layer {index} has experts, and the host must read which ones a token takes."
         if isinstance(mixer, GatedKalmaNet):
             dims, dtype = (mixer.head_dim, mixer.head_v_dim), mixer.q_proj.weight.dtype
             call = (mixer.backend, mixer.solver, dims, dtype)
@@ -85,14 +81,16 @@ def _why_not_kernels(
     name = found[0] if backend == "auto" else backend
     if name in KERNELS:
         return why_unavailable(name, device, dtype, solver, dims, mode="step")
-    return f"its step would run by backend {name!r}, which is no kernel for states in place."
+    return (
+        f"its step would run on backend {name!r}, which has no kernel that updates states in place."
+    )
 
 
 def _why_called(model: nn.Module) -> str | None:
     """Why a replay would skip Python code that must run: hooks of a module, or a replaced `forward`."""
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-            return f"{name or 'the model'} has hooks or was replaced, and is called for their sake."
+            return f"{name or 'the model'} has hooks or was replaced, so every step must call it."
     return None
 
 
@@ -188,8 +186,8 @@ class _Step:
                 states.update(old)
         if moved:
             raise CaptureError(
-                "the decode step cannot be recorded as a CUDA graph: it does not leave the states where they "
-                "are. Open the session with cuda_graph=False to decode without."
+                "the decode step cannot be recorded as a CUDA graph: it moves the states to other memory. "
+                "Open the session with cuda_graph=False to decode without."
             )
         return recorded
 

@@ -67,9 +67,7 @@ def inspect_model(
         raise InputError(f"positions is {positions}; expected 1 or more")
     if "gka" not in model.config.pattern:
         mixers = ", ".join(sorted(set(model.config.pattern)))
-        raise InputError(
-            f"the model has no Gated KalmaNet layer, whose ridge could be looked at (its mixers: {mixers})"
-        )
+        raise InputError(f"the model has no Gated KalmaNet layer to inspect (its mixers: {mixers})")
     places = _places(ids.shape[1], positions)
     cache = GKACache(model.config)
     watches = {

@@ -43,7 +43,7 @@ def page(content: dict[str, Any]) -> str:
     name = str(content.get("model_folder", "model"))
     parts = [
         f"<h1>Memory of {html.escape(name)}</h1>",
-        f"<p>{content['tokens']:,} tokens, looked at in {len(content['positions'])} places. "
+        f"<p>{content['tokens']:,} tokens, measured at {len(content['positions'])} positions. "
         f"{len(layers)} of {len(content['layers'])} layers are Gated KalmaNet.</p>",
         f"<p class='note'>{_LEGEND}</p>",
     ]
@@ -101,8 +101,8 @@ def table(content: dict[str, Any]) -> Table:
     """A row for each layer; each cell has the minimum and maximum over heads (and positions)."""
     names = ("half-life", "remembered", "lambda", "condition", "steps", "error/bound")
     shown = Table(
-        title=f"{content['tokens']:,} tokens, {len(content['positions'])} places",
-        caption="least .. most over heads and places; half-life and remembered in tokens",
+        title=f"{content['tokens']:,} tokens, {len(content['positions'])} positions",
+        caption="minimum .. maximum over heads and positions; half-life, remembered in tokens",
         box=SIMPLE_HEAD,
         padding=0,  # so that it fits into 80 columns
     )

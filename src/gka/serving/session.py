@@ -82,7 +82,7 @@ class GenerationSession:
         if self.cuda_graph is False:
             return "the session was opened with cuda_graph=False."
         if self.tracks_decay:
-            return "track_decay=True adds up decays beside the model, at every step."
+            return "track_decay=True sums decays in Python at every step."
         return why_not_graphed(self.model)
 
     @property

@@ -92,7 +92,7 @@ def read_header(path: Path) -> dict[str, Any]:
 def _read(path: Path, mmap: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.is_file():
         raise InputError(
-            f"state {path} does not exist" if not path.exists() else f"state {path} is no file"
+            f"state {path} does not exist" if not path.exists() else f"state {path} is not a file"
         )
     try:
         metadata, tensors = _mapped(path) if mmap else _copied(path)
@@ -102,7 +102,7 @@ def _read(path: Path, mmap: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
     # KeyError, RuntimeError: safetensors has dtypes and shapes that torch lacks.
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(
-            f"state {path} is cut short or no state of a session: {_reason(error)}"
+            f"state {path} is cut short or not a session's state: {_reason(error)}"
         ) from None
     if not isinstance(header, dict):
         raise InputError(f"state {path} is a safetensors file, but not of a session")

@@ -213,8 +213,8 @@ def chooser(sampling: Sampling, device: torch.device) -> Callable[[Tensor], Tens
             return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
         except RuntimeError as error:  # CPUs check the probabilities
             raise InputError(
-                "the next token has no probabilities, its logits are not finite: the weights, or the states "
-                f"gone on from, are damaged ({str(error).splitlines()[0]})"
+                "the next token's logits are not finite: the weights or the session's states are damaged "
+                f"({str(error).splitlines()[0]})"
             ) from None
 
     return draw
