@@ -10,12 +10,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import normalize, scaled_dot_product_attention, silu
 
 from gka.layers import GatedKalmaNet
+from gka.maths.solvers import SolverName
 from gka.ops import chunk_gka, why_not_external
 from gka.ops.external import Rule
 
 NUM_ITER, CHUNK = 30, 64
 MEAN = 1.0  # mean of the Gaussians before SiLU, which gives keys a common direction
-SOLVERS = ("chebyshev", "adaptive")
+SOLVERS: tuple[SolverName, ...] = ("chebyshev", "adaptive")
+"""The solvers of the GPU kernels."""
 Call = Callable[[], object]
 
 

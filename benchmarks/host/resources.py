@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 from unittest.mock import patch
 
 import torch
 import triton
+from benchmarks.registry import SOLVERS
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend, get_ptxas
 from triton.runtime.jit import JITFunction
@@ -208,7 +208,7 @@ def compile_all(arch: int, dim: int, dtype: str, run: Callable[..., None]) -> li
 
 def run_solvers(dim: int, dtype: torch.dtype) -> None:
     """Launch both passes of the op with each solver."""
-    for solver in get_args(SolverName):
+    for solver in SOLVERS:
         plan.plan_of.cache_clear()  # a compiled kernel would be launched
         run_all(dim, dtype, solver)
 

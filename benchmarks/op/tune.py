@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -26,6 +26,7 @@ import triton
 from benchmarks.host import resources
 from benchmarks.op import tune_table
 from benchmarks.op.tune_table import Candidate, Options
+from benchmarks.registry import SOLVERS
 from benchmarks.stopwatch import Stopwatch
 from rich.console import Console
 from rich.progress import Progress
@@ -237,7 +238,7 @@ def trials(args: argparse.Namespace, dtype: str, dim: int) -> list[Trial]:
     """One trial per kernel, of its launches in both passes with both solvers."""
     device, kind = "cpu" if args.compile_only else "cuda", getattr(torch, dtype)
     found: list[Recorded] = []
-    for solver in get_args(SolverName):
+    for solver in SOLVERS:
         plan_of.cache_clear()
         if not args.compile_only:
             check_against_float64(dim, kind, solver)
