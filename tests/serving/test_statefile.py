@@ -128,7 +128,7 @@ def test_a_failed_save_keeps_the_old_file(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(InputError, match="cannot be written: No space left"):
+    with pytest.raises(InputError, match=rf"^state {path} cannot be written: No space left"):
         session.append([3]).save(path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["s"]
 

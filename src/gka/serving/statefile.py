@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from gka.errors import InputError
+from gka.errors import InputError, StorageError
 from gka.layers.recurrent_mixer import RecurrentMixer
 from gka.models import GKAConfig, GKAForCausalLM, state_shapes
 from gka.models.fields import GKAFields
@@ -32,7 +32,8 @@ def save_contents(path: Path, model: GKAForCausalLM, contents: Contents) -> None
     """Write `contents`; an existing file is replaced when the new one is complete.
 
     Raises:
-        InputError: the file cannot be written, or `load_contents` would refuse the states.
+        InputError: `load_contents` would refuse the states.
+        StorageError: the file cannot be written.
     """
     tensors = {name: x.detach().cpu().contiguous() for name, x in contents.named().items()}
     header = _identity(model) | {
@@ -47,7 +48,9 @@ def save_contents(path: Path, model: GKAForCausalLM, contents: Contents) -> None
     try:
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata={FORMAT: json.dumps(header)})
-    except (OSError, SafetensorError) as error:
+    except StorageError as error:
+        raise StorageError(f"state {error}") from None
+    except SafetensorError as error:
         raise InputError(f"state {path} cannot be written: {_reason(error)}") from None
 
 
