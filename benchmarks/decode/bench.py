@@ -75,6 +75,7 @@ class Bench(results.Run):
         kernels = self.check(source, part["checks"])
         for batch in self.options.batches:
             part["step"].append(self.step(source, kernels, batch))
+            self.note()
 
     def check(self, source: Source, checks: dict) -> list[DecodeKernel]:
         """Check every kernel's o, H and U against float64, worst of all layers; return those that pass."""
@@ -93,6 +94,7 @@ class Bench(results.Run):
             except Exception as error:
                 ok, told = False, reason(error)
             checks[kernel.name] = {"ok": ok, "errors": told}
+            self.note()
             self.say(f"{source.name}, {kernel.name}: {'' if ok else 'FAILED: '}{told}")
             if ok:
                 passed.append(kernel)
