@@ -211,7 +211,7 @@ def test_truncated_files_are_refused(
     GenerationSession(model).append(ids(1, 9)).save(path)
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content))])
-    refuses(model, ids, path, "cut short or no state", verify=verify)
+    refuses(model, ids, path, "cut short or not a session", verify=verify)
 
 
 def test_corrupted_files_are_refused(build: Build, ids: Ids, tmp_path: Path):
