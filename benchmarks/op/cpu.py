@@ -71,7 +71,7 @@ def print_peak(form: str, length: int) -> None:
 
 
 def measure(run: results.Run, repeats: int) -> list[dict]:
-    """One row per length: seconds of every repeat, MiB, and the ratio of each repeat."""
+    """One row per length: seconds of every repeat, MiB, the ratio of each repeat; written after each."""
     rows = []
     for length in LENGTHS:
         run.say(f"{length} tokens")
@@ -88,6 +88,7 @@ def measure(run: results.Run, repeats: int) -> list[dict]:
             fast, slow = ([[x] for x in times[form]] for form in forms)
             row["ratios"] = stopwatch.ratios(slow, fast)
         rows.append(row)
+        run.note(rows=rows)
     return rows
 
 
@@ -182,7 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
     run.found |= {"machine": machine(), "heads": HEADS, "dim": DIM}
     rows = measure(run, options.repeats)
     fitted = exponents(rows)
-    run.note(exponents=fitted, rows=rows, seconds=run.elapsed)
+    run.note(exponents=fitted, seconds=run.elapsed)
     title = f"forward + backward, H = {HEADS}, K = V = {DIM}, float32, 30 steps"
     print_table(HEAD, table(rows), title)
     print("\n".join(facts(rows, fitted)))
