@@ -4,16 +4,53 @@
 
 #include "fragments.cuh"
 
-// Largest entry to which the right-hand sides are scaled. Neither d, whose length is at most that of q / a, nor d^T k
-// then leaves float16's range, and the last d lies far above its smallest number.
-DEVICE float entry_of(float ridge_ratio) { return fminf(8.f, 400.f * ridge_ratio); }
+// Largest entry to which the right-hand sides are scaled: |d| stays below |q| / a and products of d with keys, over a,
+// below float16's limit, while the last d lies far above its smallest number.
+DEVICE float entry_of(float ridge_ratio) { return fminf(2.f, 100.f * ridge_ratio); }
 
-// x of A_t x_t = q_t in units of 1/F_t. On entry `r` holds q; `zeta`: factor of H16. A row is proven when
-// |r|^2 <= stop x.(q + r), where x.(q + r) is the sum of the steps' s |r|^2, and then stands still. Returns the
-// steps of the chunk's slowest row. The rounded d enters x, r and the row sums alike.
+// The same numbers, which the compiler cannot know to be the same: it would keep what it has computed from them.
+// zero: zero bits, known at run time alone.
+template <int N>
+DEVICE void forget(u32 (&a)[N], u32 zero) {
+#pragma unroll
+  for (int i = 0; i < N; i++) a[i] ^= zero;
+}
+
+// p_tj = (d_t . k_j) W_tj / (F_t lambda) for 16 keys, from `scores`; adds p_tj (d_t . k_j) to `along`.
+DEVICE void weigh_step(u32* p, const float* scores, uint4 w, float (&along)[4]) {
+#pragma unroll
+  for (int m = 0; m < 4; m++) {
+    float low = scores[2 * m], high = scores[2 * m + 1];
+    p[m] = times(pack(low, high), ((const u32*)&w)[m]);
+    along[m % 2] += low * low_half(p[m]);
+    along[2 + m % 2] += high * high_half(p[m]);
+  }
+}
+
+// x += s d for a part of the row: numbers 16 n to 16 n + 15 of the thread. The first of them are in registers.
+DEVICE void add_step(float (&x)[K / 2], float4* held, const u32 (&d)[K / 4], const float (&s)[2], int n, int thread) {
+#pragma unroll
+  for (int i = 4 * n; i < 4 * n + 4; i++) {  // four numbers
+    float low[2] = {low_half(d[2 * i]), low_half(d[2 * i + 1])};
+    float high[2] = {high_half(d[2 * i]), high_half(d[2 * i + 1])};
+    if (4 * i < K / 2 - HELD) {
+#pragma unroll
+      for (int b = 0; b < 2; b++) x[4 * i + 2 * b] += s[b] * low[b], x[4 * i + 2 * b + 1] += s[b] * high[b];
+    } else {
+      float4* to = held + (i - (K / 2 - HELD) / 4) * THREADS + thread;
+      float4 four = *to;
+      *to = {four.x + s[0] * low[0], four.y + s[0] * high[0], four.z + s[1] * low[1], four.w + s[1] * high[1]};
+    }
+  }
+}
+
+// x of A_t x_t = q_t in units of 1/F_t. On entry `r` holds q; `zeta`: factor of H16 in A_t / lambda_t; `weights` of
+// Shared: W / (F lambda). A row is proven when |r|^2 <= stop x.(q + r), where x.(q + r) is the sum of the steps'
+// s |r|^2, and then stands still. Returns the steps of the chunk's slowest row. The rounded d enters x, r and the row
+// sums alike. What needs no product runs between the issues of products, which block the warp.
 DEVICE int conjugate_gradients(float (&x)[K / 2], float (&r)[K / 2], float4* held, Shared& s, const Place& at,
                                const float (&zeta)[2], float lambda, float stop, int most) {
-  u32 d[K / 4], k = shared_address(s.k), h = shared_address(s.h);
+  u32 d[K / 4], k = shared_address(s.k), h = shared_address(s.h), zero = __float_as_uint(stop) & 0x80000000u;
   float size[2] = {0.f, 0.f}, energy[2] = {0.f, 0.f};
 #pragma unroll
   for (int i = 0; i < K / 2; i++) size[i / 2 % 2] += r[i] * r[i], x[i] = 0.f;
@@ -27,73 +64,60 @@ DEVICE int conjugate_gradients(float (&x)[K / 2], float (&r)[K / 2], float4* hel
 #pragma unroll 1
   while (__syncthreads_or(!done[0] || !done[1]) && steps < most) {
     steps++;
-    float scores[C / 2], a_d[K / 2], length[2], d_a_d[2] = {0.f, 0.f};
+    float scores[C / 2], a_d[K / 2], along[4] = {0.f, 0.f, 0.f, 0.f};  // A d / lambda
+    u32 p[C / 4];
     mma_begin();
     product<K, 1, true, C>(scores, d, k, false);
     mma_commit();
-    product<K, 1, true, K>(a_d, d, h, false);
+    product_part<0, 2, 1, true, K>(a_d, d, h, false);
     mma_commit();
     mma_wait<1>();
     hold(scores);
-    u32 p[C / 4];
+    product_while<2, K / 16, 1, true, K>(a_d, d, h, true, [&](int i) {
+      int n = i - 2;
+      if (n < C / 16) weigh_step(p + 4 * n, scores + 8 * n, s.weights[n * THREADS + at.thread], along);
+    });
+    mma_commit();
 #pragma unroll
-    for (int n = 0; n < C / 16; n++) {
-      uint4 w = s.weights[n * THREADS + at.thread];
-#pragma unroll
-      for (int m = 0; m < 4; m++) {
-        float low = scores[8 * n + 2 * m], high = scores[8 * n + 2 * m + 1];
-        u32 weighted = p[4 * n + m] = times(pack(low, high), ((const u32*)&w)[m]);
-        d_a_d[m % 2] += low * low_half(weighted);
-        d_a_d[m % 2] += high * high_half(weighted);
-      }
-    }
+    for (int n = K / 16 - 2; n < C / 16; n++)
+      weigh_step(p + 4 * n, scores + 8 * n, s.weights[n * THREADS + at.thread], along);
     mma_wait<0>();
     hold(a_d);
+    forget(d, zero);
 #pragma unroll
     for (int j = 0; j < K / 4; j++) {
       float low = low_half(d[j]), high = high_half(d[j]);
-      a_d[2 * j] = zeta[j % 2] * a_d[2 * j] + lambda * low;
-      a_d[2 * j + 1] = zeta[j % 2] * a_d[2 * j + 1] + lambda * high;
-      d_a_d[j % 2] += a_d[2 * j] * low;
-      d_a_d[j % 2] += a_d[2 * j + 1] * high;
+      a_d[2 * j] = zeta[j % 2] * a_d[2 * j] + low;
+      a_d[2 * j + 1] = zeta[j % 2] * a_d[2 * j + 1] + high;
+      along[j % 2] += a_d[2 * j] * low;
+      along[2 + j % 2] += a_d[2 * j + 1] * high;
     }
-    mma_begin();
-    product<C, 1, false, C>(a_d, p, k, true);
-    mma_commit();
+    float length[2];
 #pragma unroll
-    for (int j = 0; j < K / 4; j++) asm volatile("" : "+r"(d[j]));  // widen again: 64 numbers would be spilled
-#pragma unroll
-    for (int b = 0; b < 2; b++) {  // while that product runs
-      d_a_d[b] = quad_sum(d_a_d[b]);
-      length[b] = done[b] ? 0.f : __fdividef(size[b], d_a_d[b]);
+    for (int b = 0; b < 2; b++) {
+      float d_a_d = quad_sum(along[b] + along[2 + b]);
+      length[b] = done[b] ? 0.f : __fdividef(size[b], lambda * d_a_d);
       energy[b] += length[b] * size[b];
     }
-#pragma unroll
-    for (int j = 0; j < (K / 2 - HELD) / 2; j++) {
-      x[2 * j] += length[j % 2] * low_half(d[j]);
-      x[2 * j + 1] += length[j % 2] * high_half(d[j]);
-    }
-#pragma unroll
-    for (int i = 0; i < HELD / 4; i++) {
-      float4 four = held[i * THREADS + at.thread];
-      u32 first = d[(K / 2 - HELD) / 2 + 2 * i], second = d[(K / 2 - HELD) / 2 + 2 * i + 1];
-      four.x += length[0] * low_half(first), four.y += length[0] * high_half(first);
-      four.z += length[1] * low_half(second), four.w += length[1] * high_half(second);
-      held[i * THREADS + at.thread] = four;
-    }
+    forget(d, zero);
+    mma_begin();
+    product_while<0, C / 16, 1, false, C>(a_d, p, k, true, [&](int n) {
+      if (n < K / 32) add_step(x, held, d, length, n, at.thread);
+    });
+    mma_commit();
+    float now[4] = {0.f, 0.f, 0.f, 0.f}, by[2] = {lambda * length[0], lambda * length[1]};
     mma_wait<0>();
     hold(a_d);
-    float now[2] = {0.f, 0.f};
 #pragma unroll
     for (int i = 0; i < K / 2; i++) {
-      r[i] -= length[i / 2 % 2] * a_d[i];
-      now[i / 2 % 2] += r[i] * r[i];
+      r[i] -= by[i / 2 % 2] * a_d[i];
+      now[i % 4] += r[i] * r[i];
     }
     u32 keep[2];
 #pragma unroll
     for (int b = 0; b < 2; b++) {
       float before = size[b];
-      size[b] = quad_sum(now[b]);
+      size[b] = quad_sum(now[2 * b] + now[2 * b + 1]);
       done[b] = done[b] || !(size[b] > stop * energy[b]) || size[b] > 1e37f;  // NaN too
       keep[b] = both(done[b] ? 0.f : __fdividef(size[b], before));
     }

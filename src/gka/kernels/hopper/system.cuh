@@ -44,6 +44,9 @@ DEVICE System prepare(Shared& s, const Arguments& a, const Place& at, const Gate
 #pragma unroll
   for (int b = 0; b < 2; b++) {
     float unit = __fdividef(y.it.step, y.fro[b]);
+#if CG
+    unit = __fdividef(unit, y.lambda);
+#endif
     y.h_factor[b] = y.zeta[b] * of.h_scale * unit;
     y.w_factor[b] = fmaxf(unit * k_max * k_max, 1e-37f);  // keeps quotients by it finite
   }

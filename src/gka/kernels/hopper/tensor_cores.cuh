@@ -123,16 +123,27 @@ DEVICE void mma(float (&d)[64], u64 a, u64 b, int accumulate) {
       : "l"(a), "l"(b), "r"(accumulate), "n"(LEFT_TRANSPOSED), "n"(TRANSPOSED));
 }
 
+// Steps FIRST to LAST - 1 of the following product, 16 columns of a each; `work(k)` runs after step k is issued.
+template <int FIRST, int LAST, int SIGN, bool ALONG_ROWS, int ROWS, int N, class Work>
+DEVICE void product_while(float (&d)[N], const u32* a, u32 b, bool accumulate, Work work) {
+  u64 right = descriptor(b, ALONG_ROWS ? 16 : ROWS * 128, 1024);
+#pragma unroll
+  for (int k = FIRST; k < LAST; k++) {
+    u32 step = ALONG_ROWS ? (k >> 2) * ROWS * 128 + (k & 3) * 32 : k * 2048;
+    mma<SIGN, ALONG_ROWS ? 0 : 1>(d, a + 4 * k, advance(right, step), accumulate || k > 0);
+    work(k);
+  }
+}
+template <int FIRST, int LAST, int SIGN, bool ALONG_ROWS, int ROWS, int N>
+DEVICE void product_part(float (&d)[N], const u32* a, u32 b, bool accumulate) {
+  product_while<FIRST, LAST, SIGN, ALONG_ROWS, ROWS>(d, a, b, accumulate, [](int) {});
+}
+
 // d (+)= SIGN a B over K rows of B. a: fragments [64, K]. B: ROWS rows in shared memory, all columns. B's entry
 // (k, n) is at row n, column k if ALONG_ROWS (a transposed right factor), else at row k, column n.
 template <int K, int SIGN, bool ALONG_ROWS, int ROWS, int N>
 DEVICE void product(float (&d)[N], const u32* a, u32 b, bool accumulate) {
-  u64 right = descriptor(b, ALONG_ROWS ? 16 : ROWS * 128, 1024);
-#pragma unroll
-  for (int k = 0; k < K / 16; k++) {
-    u32 step = ALONG_ROWS ? (k >> 2) * ROWS * 128 + (k & 3) * 32 : k * 2048;
-    mma<SIGN, ALONG_ROWS ? 0 : 1>(d, a + 4 * k, advance(right, step), accumulate || k > 0);
-  }
+  product_part<0, K / 16, SIGN, ALONG_ROWS, ROWS>(d, a, b, accumulate);
 }
 
 // d (+)= A B over K columns of A, both in shared memory. A: [64 of A_ROWS, K] or, if LEFT_TRANSPOSED,
