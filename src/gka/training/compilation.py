@@ -80,8 +80,9 @@ def compiled(modules: Sequence[nn.Module], how: str) -> Iterator[None]:
         try:
             yield
         except _FAILURES as error:
+            inner = getattr(error, "inner_exception", error)  # a backend's own error
             raise InputError(
-                f"compile is {how!r}, and torch.compile failed: {reason_of(error)}. Train with --compile "
+                f"compile is {how!r}, and torch.compile failed: {reason_of(inner)}. Train with --compile "
                 "off, or set TORCH_LOGS=+dynamo,graph_breaks to see where"
             ) from error
         finally:
