@@ -3,8 +3,8 @@
 
 The first process begins with an empty cache (DIR/cache); later ones read what it left: graphs of
 torch.compile, Triton's kernels, and the machine code of the CUDA C++ kernels. Each compiles as `gka train`
-does (--how as its --compile), takes three steps, and tells their seconds, what was compiled or read, and which
-parts of the compiler took the longest. All of it is in DIR/first-step.json.
+does (--how as its --compile), takes three steps, and tells their seconds and what was compiled or read. Which
+parts of the compiler took the longest is in DIR/first-step.json.
 """
 
 import argparse
