@@ -1,4 +1,4 @@
-"""The training loop that every kind of run shares: the Trainer, its checkpoints, its interruptions."""
+"""The training loop of every run: the Trainer, its checkpoints, interruptions."""
 
 import contextlib
 import shutil
@@ -28,11 +28,11 @@ from gka.training.config import TrainingConfig
 
 
 class Interrupted(Exception):
-    """Training was asked to stop and did, with a checkpoint.
+    """Training stopped on a signal, after saving a checkpoint.
 
     Attributes:
         step: the step of the checkpoint.
-        signal: number of the signal that asked.
+        signal: number of the signal.
     """
 
     def __init__(self, step: int, signal: int) -> None:
@@ -53,23 +53,23 @@ def fit(
     settings: dict[str, Any] | None = None,
     beside: Sequence[nn.Module] = (),
 ) -> Trainer:
-    """Train `model` to the end; checkpoints lie in `folder`.
+    """Train `model` for `config.max_steps` steps and return the Trainer.
 
     Args:
-        model: what is trained, its loss in `forward`.
-        config: how.
-        folder: of the checkpoints.
-        blocks: to train on, and to evaluate on; both of one length, their `length`.
-        tokenizer: kept beside the checkpoints.
+        model: the module to train; its `forward` gives the loss.
+        config: table [training].
+        folder: folder of the checkpoints.
+        blocks: data sets for training and evaluation; `length` is a block's number of tokens.
+        tokenizer: saved in each checkpoint.
         console: where progress is shown.
-        resume: go on from the newest whole checkpoint in `folder` (from the start if there is none).
-        kind: what makes the Trainer. None: `DecoderTrainer`.
+        resume: continue from the newest whole checkpoint in `folder`, or from step 0 if there is none.
+        kind: builds the Trainer. None: `DecoderTrainer`.
         settings: further arguments of the Trainer.
-        beside: models that the loss calls as well, compiled where `model` is.
+        beside: further models that the loss calls; compiled if `model` is.
 
     Raises:
-        Interrupted: if asked to stop.
-        InputError: if the loss is no longer a number, or the model cannot be compiled.
+        Interrupted: a signal asked for a stop before the last step.
+        InputError: the loss is not finite, the checkpoint cannot be loaded, or torch.compile failed.
     """
     args = arguments(config, folder)
     last = _last_checkpoint(folder, console) if resume else None
@@ -94,7 +94,7 @@ def fit(
 
 
 def tokens_of_a_step(config: TrainingConfig, sequence_length: int, processes: int) -> int:
-    """Tokens that one optimizer step reads, of all processes together."""
+    """Tokens per optimizer step, summed over all processes."""
     return config.batch_size * config.gradient_accumulation * sequence_length * processes
 
 
@@ -108,9 +108,9 @@ def _last_checkpoint(folder: Path, console: Console) -> Path | None:
 
 
 def _is_at_the_end(trainer: Trainer, checkpoint: Path, max_steps: int) -> bool:
-    """Whether a checkpoint is that of the last step; if so, the trainer is put in its state.
+    """Whether a checkpoint is that of the last step; if so, load it into the trainer.
 
-    The Trainer would go on: in the midst of an epoch it takes a step before it asks whether it is done.
+    `Trainer.train` would take one step more: within an epoch it tests for the end only after a step.
     """
     state = checkpoints.state_of(checkpoint)
     if state.global_step < max_steps:
@@ -138,8 +138,9 @@ def _trainer(
 
 
 class SelectiveDecay:
-    """Put before a `transformers.Trainer` or a subclass: its weight decay then leaves out what should not
-    shrink (`gka.layers.decayed_parameters`). A plain Trainer chooses by names and decays `A_log`.
+    """Mixin, listed before a Trainer class: weight decay for `gka.layers.decayed_parameters` only.
+
+    A plain Trainer chooses parameters by name and decays `A_log`.
 
     Example:
         >>> class MyTrainer(SelectiveDecay, trl.SFTTrainer): ...
@@ -151,18 +152,18 @@ class SelectiveDecay:
 
 
 class DecoderTrainer(SelectiveDecay, Trainer):
-    """Trainer whose weight decay leaves out what should not shrink, and whose errors name the checkpoint.
+    """Trainer with `SelectiveDecay` whose errors name the checkpoint.
 
     Attributes:
-        compiles: the model is compiled for training. Then every training batch has one shape, as each shape
-            is a graph of its own: an epoch's last batch is left out if it is smaller. Evaluations run
+        compiles: whether the model is compiled. If so, all training batches have one shape, because each
+            shape compiles a graph: a smaller batch at the end of an epoch is left out. Evaluation runs
             uncompiled.
     """
 
     compiles: bool = False
 
     def get_train_dataloader(self) -> DataLoader:
-        """The Trainer's; with `compiles` of whole batches only, unless there is none."""
+        """The Trainer's loader. With `compiles` it leaves out a smaller last batch, unless it is the only one."""
         smallest = self.args.per_device_train_batch_size * self.args.world_size
         before = self.args.dataloader_drop_last
         if self.compiles and len(cast(Sized, self.train_dataset)) >= smallest:
@@ -179,7 +180,7 @@ class DecoderTrainer(SelectiveDecay, Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> Any:
-        """The Trainer's, uncompiled."""
+        """The Trainer's step of an evaluation, uncompiled."""
         with torch.compiler.set_stance("force_eager") if self.compiles else nullcontext():
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
@@ -191,9 +192,8 @@ class DecoderTrainer(SelectiveDecay, Trainer):
                 super()._save_checkpoint(model, trial)
         except StorageError:
             if not (folder / checkpoints.SEAL).exists():
-                shutil.rmtree(
-                    folder, ignore_errors=True
-                )  # a part of one; it takes the room that is missing
+                # a partial checkpoint takes up the space that is missing
+                shutil.rmtree(folder, ignore_errors=True)
             raise
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -210,7 +210,7 @@ class DecoderTrainer(SelectiveDecay, Trainer):
 
 
 def arguments(config: TrainingConfig, folder: Path) -> TrainingArguments:
-    """The Trainer's arguments for a run that keeps its checkpoints in `folder`."""
+    """The Trainer's arguments for a run with checkpoints in `folder`."""
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=config.max_steps,
@@ -225,7 +225,7 @@ def arguments(config: TrainingConfig, folder: Path) -> TrainingArguments:
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         ddp_find_unused_parameters=False,
-        # bfloat16 is as good on a CPU, but the Trainer has to hear that a CPU is meant.
+        # Without use_cpu the Trainer refuses bf16 on a CPU.
         use_cpu=not torch.cuda.is_available(),
         bf16=config.dtype == "bfloat16",
         logging_steps=config.log_steps,
@@ -236,19 +236,19 @@ def arguments(config: TrainingConfig, folder: Path) -> TrainingArguments:
         save_total_limit=config.keep_checkpoints,
         seed=config.seed,
         data_seed=config.seed,
-        # Nothing of the Trainer's own on the screen, and no NaN hidden in an average.
+        # Keep NaN in averages, so that `RefuseNaN` sees it; print nothing of the Trainer's own.
         logging_nan_inf_filter=False,
         disable_tqdm=True,
         log_level="error",
         report_to="none",
         prediction_loss_only=True,
-        remove_unused_columns=False,  # the data sets give what the models take
+        remove_unused_columns=False,  # data sets yield the models' arguments
         dataloader_pin_memory=torch.cuda.is_available(),
     )
 
 
 def recompute_layers(model: PreTrainedModel) -> None:
-    """Let the backward pass compute each layer again instead of keeping what is inside it."""
-    # Newer transformers renamed it, and warn of the old name.
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+    # Newer transformers have renamed the method and warn about the old name.
     name = "activation_checkpointing_enable"
     getattr(model, name, model.gradient_checkpointing_enable)()
