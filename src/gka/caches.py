@@ -1,4 +1,4 @@
-"""Where this library keeps what it can make again: packed corpora, compiled kernels and graphs."""
+"""Folders of what can be made again: packed corpora, compiled kernels and graphs."""
 
 import os
 from pathlib import Path

@@ -61,7 +61,7 @@ def test_a_compiled_run_is_the_run(
         ours, plain = (load_file(folder / name) for folder in (output, reference[0]))
         assert ours.keys() == plain.keys()
     assert re.search(r"compiling .* during the first step \(--compile off: ", metrics["shown"])
-    assert re.search(r"first step: [\d.]+ s; 1 graphs compiled, 0 read ", metrics["shown"])
+    assert re.search(r"first step: [\d.]+ s; 1 graph compiled, 0 read ", metrics["shown"])
 
 
 def test_a_resumed_compiled_run_ends_where_an_undisturbed_one_does(

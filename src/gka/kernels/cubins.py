@@ -1,8 +1,8 @@
 """Machine code of the CUDA C++ kernels on disk, so that a later process does not compile it again.
 
-A file is a format, its key, the SHA-256 of its content, and the content. The key is a hash of everything that
-the machine code depends on, so a file never becomes wrong, only unused. The folder is `compiled_folder()`
-/ "cubins"; the files that were used longest ago go when it grows beyond `LIMIT`.
+A file holds the format, its key, the SHA-256 of the machine code, and the machine code. The key is a hash of
+everything that the code depends on, so files never become stale, only unused. They lie in `compiled_folder()`
+/ "cubins". The least recently used are removed when all together exceed `LIMIT`.
 """
 
 import contextlib
@@ -21,23 +21,25 @@ from gka.storage import write_bytes
 FORMAT = b"gka cubin 1\n"
 SUFFIX = ".cubin"
 LIMIT = 256 * 2**20
-"""Bytes that all files together may have; those of one kind of inputs have about one MiB."""
+"""Most bytes of all files together."""
 COUNTS: Counter[str] = Counter()
-"""Kernels of this process that were "compiled", and those that were "read" from the folder."""
-_WRITING = threading.Lock()  # kernels are compiled in threads, and the umask belongs to the process
+"""Numbers of kernels that this process "compiled" and "read" from the folder."""
+_WRITING = (
+    threading.Lock()
+)  # kernels compile in threads; reading the umask changes it for all of them
 _warned: set[str] = set()
 
 
 def kept(parts: Iterable[str], make: Callable[[], bytes]) -> bytes:
-    """`make()`, or what it gave earlier, in another process perhaps, for the same parts.
+    """The result of `make()`, read from disk if an earlier call with the same parts kept it.
 
     Args:
-        parts: all that the result depends on; not asked for where nothing is kept.
-        make: compiles; its errors pass.
+        parts: everything that the result depends on; not evaluated if the cache is off.
+        make: compiles; its exceptions propagate.
 
     Warns:
-        RuntimeWarning: a file is damaged or not of this library, and was compiled anew; or the folder cannot
-            be written, so nothing is kept.
+        RuntimeWarning: a file is damaged or foreign, and its kernel is compiled again; or the folder cannot be
+            written, and nothing is kept.
     """
     folder = compiled_folder()
     if folder is None:
@@ -59,7 +61,7 @@ def _made(make: Callable[[], bytes]) -> bytes:
 
 
 def key_of(parts: Iterable[str]) -> bytes:
-    """SHA-256 of the parts and of where each ends."""
+    """SHA-256 of the parts, each preceded by its length."""
     digest = hashlib.sha256()
     for part in parts:
         text = part.encode()
@@ -68,7 +70,7 @@ def key_of(parts: Iterable[str]) -> bytes:
 
 
 def _read(path: Path, key: bytes) -> bytes | None:
-    """The content of a file that is whole and of that key; None if there is none."""
+    """The machine code in a whole file of that key; None if there is none."""
     try:
         stored = path.read_bytes()
     except FileNotFoundError:
@@ -82,7 +84,7 @@ def _read(path: Path, key: bytes) -> bytes | None:
     if not whole:
         _warn(f"{path} is damaged or no file of this library: its kernel is compiled again")
         return None
-    with contextlib.suppress(OSError):  # a folder that may only be read
+    with contextlib.suppress(OSError):  # the folder may be read-only
         os.utime(path)  # for `_trim`
     return content
 
@@ -101,8 +103,8 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _trim(folder: Path) -> None:
-    """Remove the files that were used longest ago while all together are larger than `LIMIT`."""
-    with contextlib.suppress(OSError):  # another process removes the same files
+    """Remove the least recently used files until all together have at most `LIMIT` bytes."""
+    with contextlib.suppress(OSError):  # another process may remove the same files
         files = [(p.stat(), p) for p in folder.glob(f"*{SUFFIX}")]
         total = sum(stat.st_size for stat, _ in files)
         for stat, path in sorted(files, key=lambda file: file[0].st_mtime):
@@ -113,7 +115,7 @@ def _trim(folder: Path) -> None:
 
 
 def _warn(text: str, once: str = "") -> None:
-    """Warn; of each `once` (else of each text) only the first time."""
+    """Warn, but only the first time for each `once`, or for each text if it is empty."""
     if (once or text) not in _warned:
         _warned.add(once or text)
         warnings.warn(text, RuntimeWarning, stacklevel=4)

@@ -1,8 +1,8 @@
-"""`torch.compile` in training: what is compiled, what later processes read, and what is said about it.
+"""`torch.compile` in training: which modules are compiled, where graphs are kept, and what a run says of it.
 
-"layers" compiles each decoder layer by itself. Layers of one kind share a graph, so the first step waits for
-one graph a kind of mixer. "model" compiles the model with its loss as one graph: fewer kernels, and a first
-step that grows with the number of layers. Modules are compiled in place: names in state dicts stay.
+"layers" compiles each decoder layer by itself. Layers of one kind share a graph, so the first step compiles
+one graph per kind of mixer. "model" compiles the model with its loss as one graph: fewer kernels, but a first
+step that grows with the number of layers. Modules are compiled in place, which keeps the names in state dicts.
 """
 
 import contextlib
@@ -26,17 +26,17 @@ from torch import nn
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from transformers import TrainerCallback
 
-import gka
 from gka.caches import compiled_folder
 from gka.errors import InputError, reason_of
 from gka.models.decoder import GKADecoderLayer
 
 AUTO, LAYERS, MODEL, OFF = "auto", "layers", "model", "off"
 GRAPHS = 64
-"""Graphs of one layer's code at most: kinds of mixers times shapes. More is an error, as it is a mistake."""
-OLDEST = (7, 0)  # capability of the first chip that torch.compile has kernels for
+"""Most graphs per function, kinds of mixers times shapes; torch would run others uncompiled in silence."""
+OLDEST = (7, 0)  # lowest compute capability that Triton supports
 _FAILURES = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit)
-_OPERATORS = ("ops/*.py", "models/loss.py")  # where they are declared
+_HOME = Path(__file__).parents[1]
+_OPERATORS = ("ops/*.py", "models/loss.py")  # files that define operators
 _INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
 
 
@@ -60,14 +60,15 @@ def why_uncompiled(device: torch.device) -> str | None:
 
 @contextmanager
 def compiled(modules: Sequence[nn.Module], how: str) -> Iterator[None]:
-    """Inside, the modules run compiled; afterwards they are as before.
+    """Compile the modules for the duration of the block.
 
     Args:
-        modules: models, or others with a method `blocks()` that names their parts.
+        modules: models with decoder layers, or modules whose method `blocks()` returns the parts to compile.
         how: "layers", "model" or "off".
 
     Raises:
-        InputError: torch.compile failed in the block, or a module is compiled already.
+        InputError: torch.compile failed in the block, a module is compiled already, or accelerate is set to
+            compile.
     """
     if how == OFF:
         yield
@@ -91,10 +92,10 @@ def compiled(modules: Sequence[nn.Module], how: str) -> Iterator[None]:
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """What "layers" compiles of a model: its decoder layers, also inside adapters, or its own `blocks()`.
+    """The modules that "layers" compiles: decoder layers, also inside adapters, or `model.blocks()`.
 
     Raises:
-        InputError: there is none.
+        InputError: the model has neither.
     """
     own = getattr(model, "blocks", None)
     if inspect.ismethod(own):
@@ -109,7 +110,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def _refuse_second(parts: Sequence[nn.Module]) -> None:
-    """Raise `InputError` where something else compiles too: transformers, accelerate, or the caller."""
+    """Raise `InputError` if transformers, accelerate or the caller compile the model as well."""
     asked = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if asked.lower() != "no":
         raise InputError(
@@ -125,13 +126,13 @@ def _refuse_second(parts: Sequence[nn.Module]) -> None:
 
 @contextmanager
 def _settings() -> Iterator[None]:
-    """torch's settings of a compiled run: nothing falls back in silence, and all graphs are kept on disk."""
+    """Set torch to raise instead of falling back, and to keep all graphs on disk."""
     with ExitStack() as stack:
         enter = stack.enter_context
         dynamo: Any = torch._dynamo.config
         enter(dynamo.patch(recompile_limit=GRAPHS, fail_on_recompile_limit_hit=True))
-        # Keeps graphs with autograd Functions, as the ops are. Their traced code is in the key; what our
-        # operators' results look like is not.
+        # Allow graphs with an autograd Function in the cache. Its traced code is part of the key; the fake
+        # implementations of our operators are not, so the tag covers them.
         allowed = "autograd_cache_allow_custom_autograd_functions"
         functorch: Any = torch._functorch.config
         if hasattr(functorch, allowed):
@@ -146,7 +147,10 @@ def _settings() -> Iterator[None]:
 @contextmanager
 def _kept_graphs() -> Iterator[None]:
     """Let torch keep graphs in `graphs_folder()`, unless the environment names another folder."""
-    before, own = os.environ.get(_INDUCTOR), default_cache_dir()  # torch writes its own there, too
+    before, own = (
+        os.environ.get(_INDUCTOR),
+        default_cache_dir(),
+    )  # torch sets the variable to its default
     folder = graphs_folder() if before in (None, own) else None
     if folder is None:
         yield
@@ -160,17 +164,17 @@ def _kept_graphs() -> Iterator[None]:
 
 @functools.cache
 def operators_checksum() -> str:
-    """SHA-256 over the files with this library's operators, which torch's keys see by name only."""
-    home, digest = Path(gka.__file__).parent, hashlib.sha256()
-    for path in sorted(path for pattern in _OPERATORS for path in home.glob(pattern)):
+    """SHA-256 of the files that define operators; torch's cache keys hold an operator's name only."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in _OPERATORS for path in _HOME.glob(pattern)):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
 def graphs_folder() -> Path | None:
-    """Where torch.compile keeps graphs and Triton kernels: inside `compiled_folder()`; None: torch's own.
+    """Folder of torch.compile's graphs and Triton kernels in `compiled_folder()`.
 
-    torch's own is a folder for temporary files, which does not outlive the machine.
+    None: leave it to torch, whose default is in the folder of temporary files and may not survive a restart.
     """
     folder = compiled_folder()
     if folder is None:
@@ -182,7 +186,7 @@ def graphs_folder() -> Path | None:
 
 
 class FirstStep(TrainerCallback):
-    """Says that the first step compiles, then how long it took and what it had from disk."""
+    """Announces compiling, then reports the first step's seconds and how many graphs came from disk."""
 
     def __init__(self, console: Console, how: str) -> None:
         self.console, self.how = console, how
@@ -204,14 +208,15 @@ class FirstStep(TrainerCallback):
             torch.cuda.synchronize()  # else the clock sees only that work was queued
         seconds, now = time.perf_counter() - self._began, graphs()
         made, read = (now[key] - self._before[key] for key in ("compiled", "read"))
-        self._say(f"first step: {seconds:.1f} s; {made} graphs compiled, {read} read from disk")
+        noun = "graph" if made == 1 else "graphs"
+        self._say(f"first step: {seconds:.1f} s; {made} {noun} compiled, {read} read from disk")
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)
 
 
 def graphs() -> dict[str, int]:
-    """Graphs of this process that were "compiled", and those "read" from disk, forward with backward."""
+    """Numbers of graphs that this process "compiled" and "read" from disk; forward and backward are one."""
     from torch._dynamo.utils import counters
 
     counted = counters["aot_autograd"]

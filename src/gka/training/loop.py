@@ -79,6 +79,8 @@ def fit(
     how = compilation.chosen(config.compile, args.device)
     if how != compilation.OFF:
         shown.append(compilation.FirstStep(console, how))
+    elif config.compile == compilation.AUTO and args.device.type == "cuda":
+        console.print(f"not compiled: {compilation.why_uncompiled(args.device)}", highlight=False)
     with callbacks.stop_on_signals() as stop, contextlib.closing(bar), lines(console, bar.line):
         trainer = _trainer(kind, [*_callbacks(stop), *shown], {
             "model": model, "args": args, "train_dataset": blocks[0], "eval_dataset": blocks[1],
@@ -163,7 +165,7 @@ class DecoderTrainer(SelectiveDecay, Trainer):
     compiles: bool = False
 
     def get_train_dataloader(self) -> DataLoader:
-        """The Trainer's loader. With `compiles` it leaves out a smaller last batch, unless it is the only one."""
+        """The Trainer's loader; with `compiles`, without a smaller last batch unless it is the only one."""
         smallest = self.args.per_device_train_batch_size * self.args.world_size
         before = self.args.dataloader_drop_last
         if self.compiles and len(cast(Sized, self.train_dataset)) >= smallest:

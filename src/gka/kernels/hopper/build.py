@@ -1,4 +1,4 @@
-"""The kernels' sources, their shared memory, and their machine code, compiled on first use.
+"""The kernels' sources, their shared memory, and their machine code, compiled on first use and kept on disk.
 
 A translation unit is `#define`s of its sizes and a `.cu` file; NVRTC gets the headers from memory.
 """
