@@ -146,7 +146,8 @@ def test_two_compilers_are_refused(
     monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND")
     layer = nn.Linear(2, 2)
     layer.compile()
-    for module in (layer, torch.compile(nn.Linear(2, 2), backend="eager")):
+    wrapped: Any = torch.compile(nn.Linear(2, 2), backend="eager")
+    for module in (layer, wrapped):
         with (
             pytest.raises(InputError, match="is compiled already"),
             compilation.compiled([module], "model"),

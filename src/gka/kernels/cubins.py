@@ -38,8 +38,8 @@ def kept(parts: Iterable[str], make: Callable[[], bytes]) -> bytes:
         make: compiles; its exceptions propagate.
 
     Warns:
-        RuntimeWarning: a file is damaged or foreign, and its kernel is compiled again; or the folder cannot be
-            written, and nothing is kept.
+        RuntimeWarning: a file is damaged or foreign, and its kernel is compiled again; or the folder cannot
+            be written, and nothing is kept.
     """
     folder = compiled_folder()
     if folder is None:

@@ -2,7 +2,7 @@
 
 "layers" compiles each decoder layer by itself. Layers of one kind share a graph, so the first step compiles
 one graph per kind of mixer. "model" compiles the model with its loss as one graph: fewer kernels, but a first
-step that grows with the number of layers. Modules are compiled in place, which keeps the names in state dicts.
+step that grows with the number of layers. Modules are compiled in place, so names in state dicts stay.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ import torch._functorch.config
 import torch.compiler.config
 from rich.console import Console
 from torch import nn
+from torch._dynamo import exc
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from transformers import TrainerCallback
 
@@ -34,7 +35,7 @@ AUTO, LAYERS, MODEL, OFF = "auto", "layers", "model", "off"
 GRAPHS = 64
 """Most graphs per function, kinds of mixers times shapes; torch would run others uncompiled in silence."""
 OLDEST = (7, 0)  # lowest compute capability that Triton supports
-_FAILURES = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit)
+_FAILURES = (exc.TorchDynamoException, exc.FailOnRecompileLimitHit)
 _HOME = Path(__file__).parents[1]
 _OPERATORS = ("ops/*.py", "models/loss.py")  # files that define operators
 _INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
