@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from gka.errors import InputError
+
 
 def cache_folder() -> Path:
     """$GKA_CACHE, else $XDG_CACHE_HOME/gka, else ~/.cache/gka."""
@@ -12,7 +14,14 @@ def cache_folder() -> Path:
 
 
 def compiled_folder() -> Path | None:
-    """Folder of compiled code inside `cache_folder()`; None if GKA_COMPILE_CACHE=0 turns it off."""
-    if os.environ.get("GKA_COMPILE_CACHE") == "0":
-        return None
-    return cache_folder() / "compiled"
+    """Folder of compiled code inside `cache_folder()`; None if GKA_COMPILE_CACHE is 0.
+
+    Raises:
+        InputError: GKA_COMPILE_CACHE is neither 0 nor 1.
+    """
+    wanted = os.environ.get("GKA_COMPILE_CACHE") or "1"
+    if wanted not in ("0", "1"):
+        raise InputError(
+            f"GKA_COMPILE_CACHE is {wanted!r}; expected 1 (keep compiled code on disk) or 0 (do not)"
+        )
+    return cache_folder() / "compiled" if wanted == "1" else None

@@ -55,6 +55,7 @@ def test_a_compiled_run_is_the_run(
     the checkpoints and the model; two lines say that it compiles and what that took."""
     output = tmp_path / "run"
     metrics = run_tiny(output, {"training": changes})
+    assert metrics["training"]["compiled"] == changes["compile"]
     close = 2e-2 if "dtype" in changes else 1e-5
     assert _losses(metrics) == pytest.approx(_losses(reference[1]), rel=close)
     for name in ("model/model.safetensors", "checkpoints/checkpoint-12/model.safetensors"):

@@ -52,7 +52,7 @@ def fit(
     kind: Callable[..., "DecoderTrainer"] | None = None,
     settings: dict[str, Any] | None = None,
     beside: Sequence[nn.Module] = (),
-) -> Trainer:
+) -> "DecoderTrainer":
     """Train `model` for `config.max_steps` steps and return the Trainer.
 
     Args:
@@ -86,8 +86,8 @@ def fit(
             "model": model, "args": args, "train_dataset": blocks[0], "eval_dataset": blocks[1],
             "processing_class": tokenizer, **(settings or {}),
         })  # fmt: skip
+        trainer.compiled = how
         if last is None or not _is_at_the_end(trainer, last, config.max_steps):
-            trainer.compiles = how != compilation.OFF
             with compilation.compiled((model, *beside), how):
                 trainer.train(resume_from_checkpoint=str(last) if last else None)
     if stop.signal is not None and trainer.state.global_step < config.max_steps:
@@ -157,18 +157,18 @@ class DecoderTrainer(SelectiveDecay, Trainer):
     """Trainer with `SelectiveDecay` whose errors name the checkpoint.
 
     Attributes:
-        compiles: whether the model is compiled. If so, all training batches have one shape, because each
-            shape compiles a graph: a smaller batch at the end of an epoch is left out. Evaluation runs
-            uncompiled.
+        compiled: what is compiled: "layers", "model" or "off". If anything is, all training batches have one
+            shape, because each shape compiles a graph: a smaller batch at the end of an epoch is left out.
+            Evaluation runs uncompiled.
     """
 
-    compiles: bool = False
+    compiled: str = compilation.OFF
 
     def get_train_dataloader(self) -> DataLoader:
-        """The Trainer's loader; with `compiles`, without a smaller last batch unless it is the only one."""
+        """The Trainer's loader; if compiled, without a smaller last batch unless it is the only one."""
         smallest = self.args.per_device_train_batch_size * self.args.world_size
         before = self.args.dataloader_drop_last
-        if self.compiles and len(cast(Sized, self.train_dataset)) >= smallest:
+        if self.compiled != compilation.OFF and len(cast(Sized, self.train_dataset)) >= smallest:
             self.args.dataloader_drop_last = True
         try:
             return super().get_train_dataloader()
@@ -183,7 +183,8 @@ class DecoderTrainer(SelectiveDecay, Trainer):
         ignore_keys: list[str] | None = None,
     ) -> Any:
         """The Trainer's step of an evaluation, uncompiled."""
-        with torch.compiler.set_stance("force_eager") if self.compiles else nullcontext():
+        compiled = self.compiled != compilation.OFF
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
