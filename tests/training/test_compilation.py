@@ -18,7 +18,6 @@ from torch import nn
 from gka.data import byte_tokenizer
 from gka.errors import InputError
 from gka.training import RunConfig, build_model, compilation
-from gka.training.priming.matching import Matching
 from gka.training.settings import merged
 
 Run = Callable[..., dict[str, Any]]
@@ -204,7 +203,7 @@ def test_both_stages_of_priming_compile(run_prime: Any, tmp_path: Path) -> None:
     """Losses of matching and recovery are those of the uncompiled stages, with the end of the model matched
     and a teacher beside it."""
     found = []
-    for how in ("off", "layers"):
+    for how in ("off", "layers", "model"):
         stage = {"compile": how, "max_steps": 2}
         changes = {"stage1": {**stage, "end_weight": 0.5}, "stage2": {**stage, "kl_weight": 0.5}}
         before = compilation.graphs()["compiled"]
@@ -212,15 +211,19 @@ def test_both_stages_of_priming_compile(run_prime: Any, tmp_path: Path) -> None:
         found.append(
             [row["loss"] for stage in stages.values() for row in stage["curves"]["training"]]
         )
-        assert (compilation.graphs()["compiled"] > before) == (how == "layers")
-    assert len(found[0]) == 4 and found[1] == pytest.approx(found[0], rel=1e-4)
+        assert (compilation.graphs()["compiled"] > before) == (how != "off")
+    assert len(found[0]) == 4
+    for losses in found[1:]:
+        assert losses == pytest.approx(found[0], rel=1e-4)
 
 
-def test_a_model_without_decoder_layers_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ "layers" of something else is refused; a module may name its own parts, as stage 1 of priming does."""
+def test_layers_are_found_inside_wrappers(tables: Tables) -> None:
+    """Those of a model inside another module, as adapters wrap it; a module without any is refused."""
+    model = build_model(RunConfig.from_tables(tables), byte_tokenizer())
+    wrapped = nn.ModuleDict({"base": nn.ModuleDict({"model": model})})
+    assert compilation.blocks_of(wrapped) == list(model.model.layers)
     with pytest.raises(InputError, match="Linear has no decoder layers; use 'model' or 'off'"):
         compilation.blocks_of(nn.Linear(2, 2))
-    assert callable(Matching.blocks)
 
 
 PROCESS = """
