@@ -1,7 +1,7 @@
 """`torch.compile` in training: which modules are compiled, where graphs are kept, and what a run says of it.
 
 "layers" compiles each decoder layer by itself. Layers of one kind share a graph, so the first step compiles
-one graph per kind of mixer. "model" compiles the model with its loss as one graph, whose first step grows with
+one graph per kind of mixer. "model" compiles the model with its loss as one graph; its first step grows with
 the number of layers. Modules are compiled in place, so names in state dicts stay.
 """
 

@@ -170,7 +170,9 @@ class HopperPasses:
         sequences = q.shape[0] if bounds is None else bounds.numel() - 1
         dims = (q.shape[3], v.shape[3])
         solver = settings.solver if settings.num_iter > 0 else "chebyshev"
-        kernel = build.step_kernel_of(q.device.index, dims, q.dtype, states.u.dtype, solver)
+        kernel = build.step_kernel_of(
+            q.device.index, dims, q.dtype, states.u.dtype, solver
+        )
         arguments = step_arguments(given, bounds, settings, states, commit, o, x)
         keeps = (*given.values(), bounds)
         return [Launch(kernel, (sequences * q.shape[2], 1), (arguments,), keeps)]
