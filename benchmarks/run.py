@@ -15,6 +15,10 @@ BENCHMARKS = {
         "benchmarks.model.training",
         "training steps of whole models, by mixer and size, on a GPU",
     ),
+    "first-step": (
+        "benchmarks.model.first_step",
+        "a compiled model's first step, with an empty and with a full cache",
+    ),
     "generation": ("benchmarks.model.generation", "tokens/s of a decoder, against attention"),
     "prefill": ("benchmarks.model.prefill", "reading and resuming a long prompt"),
     "host": ("benchmarks.host.launches", "the host's time to launch a call's kernels"),

@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+# Tests compile what they test, and leave nothing in the user's cache.
+os.environ.setdefault("GKA_COMPILE_CACHE", "0")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from gka.kernels import backward, driver, tables
-from gka.kernels.hopper import build, nvrtc
+from gka.kernels.hopper import build
 from gka.ops import backends, chunk_gka
 
 CALLS, WARM_UP = 200, 5
@@ -69,7 +69,7 @@ def launching_nothing(arch: int = 90) -> Iterator[None]:
             (tables, "_made", functools.cache(tables._made)),
             (tables, "SHORTEST_SEGMENT", 1),
             (backward, "CHUNK_HEADS", backward.CHUNK_HEADS // SHORTER),
-            (nvrtc, "compile_cubin", lambda *args: b""),
+            (build, "compile_cubin", lambda *args: b""),
             (torch.cuda, "get_device_properties", lambda device: _Processor),
             (torch.cuda, "is_current_stream_capturing", lambda: False),
             (driver, "current_stream", lambda: ctypes.c_void_p(0)),

@@ -73,15 +73,6 @@ def test_cache_is_reused_until_a_source_changes(
     assert len(list(cache.iterdir())) == 3
 
 
-def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """$GKA_CACHE wins over $XDG_CACHE_HOME."""
-    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    monkeypatch.delenv("GKA_CACHE", raising=False)
-    assert module.cache_folder() == Path("/x/gka")
-    monkeypatch.setenv("GKA_CACHE", "/own")
-    assert module.cache_folder() == Path("/own")
-
-
 def test_failure_leaves_nothing(documents: list[Document], tmp_path: Path) -> None:
     """When a document cannot be read, no folder that could be taken for a pack is left."""
     documents[-1].path.write_bytes(b"\xff")

@@ -6,6 +6,7 @@ may be laid out in any way. Results hold whatever was in memory.
 
 import ctypes
 import functools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
@@ -76,6 +77,8 @@ def hopper() -> Iterator[None]:
     with ExitStack() as stack:
         change = lambda owner, name, value: stack.enter_context(patch.object(owner, name, value))  # noqa: E731
         change(ctypes, "CDLL", Library)
+        # what is not compiled must not be kept
+        stack.enter_context(patch.dict(os.environ, GKA_COMPILE_CACHE="0"))
         change(JITFunction, "run", lambda *_, **__: compiled)
         for name, answer in _device_calls().items():
             change(torch.cuda, name, answer)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from gka.caches import cache_folder
 from gka.data.text import (
     Document,
     Encoder,
@@ -38,13 +39,6 @@ FORMAT = 1
 TOKENS, DESCRIPTION = "tokens.bin", "tokens.json"
 _KEY = "[0-9a-f]{32}"  # folder names of packed corpora
 _DAY = 86400.0
-
-
-def cache_folder() -> Path:
-    """The folder of packed corpora: $GKA_CACHE, else $XDG_CACHE_HOME/gka, else ~/.cache/gka."""
-    if own := os.environ.get("GKA_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gka"
 
 
 @dataclass(frozen=True)

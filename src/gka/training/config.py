@@ -11,6 +11,7 @@ from gka.errors import InputError
 from gka.training.settings import Table, Tables, build_tables, check_tables, require, setting
 
 DTYPES = ("float32", "bfloat16")
+COMPILE = ("auto", "layers", "model", "off")
 MOST_SEED = 2**32 - 1
 """Largest seed that every random number generator takes (NumPy's has 32 bits)."""
 Command = Literal["train", "prime"]
@@ -100,6 +101,13 @@ class TrainingConfig(Table):
         "Of the computation (autocast); weights are float32.",
         option=True,
         choices=DTYPES,
+    )
+    compile: str = setting(
+        "auto",
+        "torch.compile of the layers one by one, of the model as a whole (a longer first step), or off; "
+        "auto: layers on a GPU, off on a CPU.",
+        option=True,
+        choices=COMPILE,
     )
     gradient_checkpointing: bool = setting(
         False, "Recompute layers in the backward pass to save memory."

@@ -2,14 +2,15 @@
 
 import contextlib
 import shutil
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Sequence, Sized
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from rich.console import Console
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,7 +23,7 @@ from gka.console import lines
 from gka.errors import StorageError
 from gka.layers import decayed_parameters
 from gka.storage import storage_errors
-from gka.training import callbacks, checkpoints
+from gka.training import callbacks, checkpoints, compilation
 from gka.training.config import TrainingConfig
 
 
@@ -48,9 +49,10 @@ def fit(
     *,
     console: Console,
     resume: bool,
-    kind: Callable[..., Trainer] | None = None,
+    kind: Callable[..., "DecoderTrainer"] | None = None,
     settings: dict[str, Any] | None = None,
-) -> Trainer:
+    beside: Sequence[nn.Module] = (),
+) -> "DecoderTrainer":
     """Train `model` for `config.max_steps` steps and return the Trainer.
 
     Args:
@@ -63,23 +65,31 @@ def fit(
         resume: continue from the newest whole checkpoint in `folder`, or from step 0 if there is none.
         kind: builds the Trainer. None: `DecoderTrainer`.
         settings: further arguments of the Trainer.
+        beside: further models that the loss calls; compiled if `model` is.
 
     Raises:
         Interrupted: a signal asked for a stop before the last step.
-        InputError: the loss is not finite, or the checkpoint cannot be loaded.
+        InputError: the loss is not finite, the checkpoint cannot be loaded, or torch.compile failed.
     """
     args = arguments(config, folder)
     last = _last_checkpoint(folder, console) if resume else None
     tokens = tokens_of_a_step(config, getattr(blocks[0], "length", 0), args.world_size)
     bar = callbacks.ProgressBar(console, tokens)
-    beside = [callbacks.Estimate(console, len(cast(Sized, blocks[1]))), bar]
+    shown = [callbacks.Estimate(console, len(cast(Sized, blocks[1]))), bar]
+    how = compilation.chosen(config.compile, args.device)
+    if how != compilation.OFF:
+        shown.append(compilation.FirstStep(console, how))
+    elif config.compile == compilation.AUTO and args.device.type == "cuda":
+        console.print(f"not compiled: {compilation.why_uncompiled(args.device)}", highlight=False)
     with callbacks.stop_on_signals() as stop, contextlib.closing(bar), lines(console, bar.line):
-        trainer = _trainer(kind, [*_callbacks(stop), *beside], {
+        trainer = _trainer(kind, [*_callbacks(stop), *shown], {
             "model": model, "args": args, "train_dataset": blocks[0], "eval_dataset": blocks[1],
             "processing_class": tokenizer, **(settings or {}),
         })  # fmt: skip
+        trainer.compiled = how
         if last is None or not _is_at_the_end(trainer, last, config.max_steps):
-            trainer.train(resume_from_checkpoint=str(last) if last else None)
+            with compilation.compiled((model, *beside), how):
+                trainer.train(resume_from_checkpoint=str(last) if last else None)
     if stop.signal is not None and trainer.state.global_step < config.max_steps:
         raise Interrupted(trainer.state.global_step, stop.signal)
     return trainer
@@ -122,8 +132,8 @@ def _callbacks(stop: callbacks.Stop) -> list[Any]:
 
 
 def _trainer(
-    kind: Callable[..., Trainer] | None, beside: list[Any], settings: dict[str, Any]
-) -> Trainer:
+    kind: Callable[..., "DecoderTrainer"] | None, beside: list[Any], settings: dict[str, Any]
+) -> "DecoderTrainer":
     trainer = (kind or DecoderTrainer)(callbacks=beside, **settings)
     trainer.remove_callback(PrinterCallback)  # it prints every log as a dictionary
     return trainer
@@ -144,7 +154,38 @@ class SelectiveDecay:
 
 
 class DecoderTrainer(SelectiveDecay, Trainer):
-    """Trainer with `SelectiveDecay` whose errors name the checkpoint."""
+    """Trainer with `SelectiveDecay` whose errors name the checkpoint.
+
+    Attributes:
+        compiled: what is compiled: "layers", "model" or "off". If anything is, all training batches have one
+            shape, because each shape compiles a graph: a smaller batch at the end of an epoch is left out.
+            Evaluation runs uncompiled.
+    """
+
+    compiled: str = compilation.OFF
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The Trainer's loader; if compiled, without a smaller last batch unless it is the only one."""
+        smallest = self.args.per_device_train_batch_size * self.args.world_size
+        before = self.args.dataloader_drop_last
+        if self.compiled != compilation.OFF and len(cast(Sized, self.train_dataset)) >= smallest:
+            self.args.dataloader_drop_last = True
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.args.dataloader_drop_last = before
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> Any:
+        """The Trainer's step of an evaluation, uncompiled."""
+        compiled = self.compiled != compilation.OFF
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"

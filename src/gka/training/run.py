@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from gka.console import status
 from gka.data import (
@@ -29,7 +29,7 @@ from gka.models.fields import fewest_parameters
 from gka.storage import write_bytes, write_json
 from gka.training import folder as files
 from gka.training.config import DataConfig, RunConfig
-from gka.training.loop import Interrupted, fit, recompute_layers, tokens_of_a_step
+from gka.training.loop import DecoderTrainer, Interrupted, fit, recompute_layers, tokens_of_a_step
 
 __all__ = ["Interrupted", "build_model", "train"]
 
@@ -161,7 +161,7 @@ def pack_text(
 
 def _metrics(
     config: RunConfig,
-    trainer: Trainer,
+    trainer: DecoderTrainer,
     packed: PackedTokens,
     blocks: tuple[TokenBlocks, TokenBlocks],
 ) -> dict[str, Any]:
@@ -187,6 +187,7 @@ def _metrics(
         "training": {
             "steps": last["step"],
             "tokens": tokens,
+            "compiled": trainer.compiled,
             "seconds": last["seconds"],
             "tokens_per_second": tokens / last["seconds"],
             "loss": last["loss"],

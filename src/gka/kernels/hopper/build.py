@@ -1,14 +1,16 @@
-"""The kernels' sources, their shared memory, and their machine code, compiled on first use.
+"""The kernels' sources, their shared memory, and their machine code, compiled on first use and kept on disk.
 
 A translation unit is `#define`s of its sizes and a `.cu` file; NVRTC gets the headers from memory.
 """
 
 import functools
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
+from gka.kernels import cubins
 from gka.kernels.configs import NO_GPU, capability_of
 from gka.kernels.driver import Kernel
 from gka.kernels.hopper import nvrtc
@@ -29,6 +31,7 @@ SCANS = tuple(
     for direction in ("states", "back")
 )
 KERNELS = (*SOLVES, "gradients", *SCANS)
+ARCHITECTURE = "sm_90a"
 FOLDER = Path(__file__).parent
 
 
@@ -165,12 +168,24 @@ _COMPILERS = ThreadPoolExecutor(max_workers=8, thread_name_prefix="gka-compile")
 
 
 def compile_cubin(source: str, name: str) -> bytes:
-    """The machine code of one of this folder's translation units.
+    """The machine code of one of this folder's translation units, from disk where it was compiled before.
 
     Raises:
         CompilationError: NVRTC refused the source; the message has its log.
     """
-    return nvrtc.compile_cubin(source, name, "sm_90a", headers())
+    return cubins.kept(
+        _parts(source, name),
+        lambda: nvrtc.compile_cubin(source, name, ARCHITECTURE, headers()),
+    )
+
+
+def _parts(source: str, name: str) -> Iterator[str]:
+    """All that a kernel's machine code depends on."""
+    yield nvrtc.version()
+    yield from nvrtc.options_for(ARCHITECTURE)
+    yield from (name, source)
+    for header, text in headers().items():
+        yield from (header, text)
 
 
 @functools.cache
@@ -181,7 +196,9 @@ def _cubins(
     return {
         kernel: _COMPILERS.submit(
             compile_cubin,
-            source(kernel, key_dim, value_dim, bfloat16, solver if kernel in SOLVES else "chebyshev"),
+            source(
+                kernel, key_dim, value_dim, bfloat16, solver if kernel in SOLVES else "chebyshev"
+            ),
             name_of(kernel),
         )
         for kernel in KERNELS

@@ -8,6 +8,7 @@ import functools
 import glob
 import importlib.util
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -44,6 +45,21 @@ def why_missing() -> str | None:
     return None
 
 
+@functools.cache
+def version() -> str:
+    """Version of NVRTC, and the size of its library where its file is known: builds share a version."""
+    lib, numbers = _library(), (ctypes.c_int(), ctypes.c_int())
+    lib.nvrtcVersion(*map(ctypes.byref, numbers))
+    file = Path(lib._name)
+    size = f", {file.stat().st_size} bytes" if file.is_file() else ""
+    return f"NVRTC {numbers[0].value}.{numbers[1].value}{size}"
+
+
+def options_for(arch: str) -> tuple[str, ...]:
+    """NVRTC's options for a chip, such as "sm_90a"."""
+    return f"--gpu-architecture={arch}", "--std=c++17"
+
+
 def compile_cubin(
     source: str, name: str, arch: str, headers: Mapping[str, str] = MappingProxyType({})
 ) -> bytes:
@@ -74,7 +90,7 @@ def compile_with_notes(
     if made:
         raise CompilationError(f"NVRTC could not start on {name} (error {made}).")
     try:
-        flags = [f"--gpu-architecture={arch}", "--std=c++17", *options]
+        flags = [*options_for(arch), *options]
         given = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
         failed = lib.nvrtcCompileProgram(program, len(flags), given)
         log = _read(lib, program, "ProgramLog")

@@ -52,6 +52,14 @@ class Matching(nn.Module):
             {str(layer): hybrid.model.layers[layer].mixer for layer in attention}  # pyright: ignore[reportArgumentType]
         )
 
+    def blocks(self) -> list[nn.Module]:
+        """The modules that the errors call, for `gka.training.compilation`."""
+        body, attention = self._rest
+        layers: list[Any] = list(body.layers)
+        last = len(layers) if self.end_weight else max(attention) + 1
+        mixers = [layer.mixer for layer in layers[:last]]
+        return [*mixers, *attention.values(), *(layer.mlp for layer in layers[:last])]
+
     def forward(
         self, input_ids: Tensor, labels: Tensor | None = None, cu_seqlens: Tensor | None = None
     ) -> dict[str, Tensor]:

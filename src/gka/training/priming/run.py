@@ -220,7 +220,7 @@ def _matched(job: Job, teacher: GKAForCausalLM) -> GKAForCausalLM:
     if not stage.max_steps:
         return hybrid
     freeze_others(hybrid, attention)
-    trainer = _fit(job, STAGE1, matching, None)
+    trainer = _fit(job, STAGE1, matching)
     hybrid.requires_grad_(True)
     job.about["match"]["after"] = job.held.match(matching, device())
     _finish(job, STAGE1, stage, trainer, hybrid)
@@ -236,7 +236,7 @@ def _recovered(job: Job, hybrid: GKAForCausalLM) -> GKAForCausalLM:
     model: Any = with_adapters(hybrid, stage) if stage.lora_rank else hybrid
     if stage.gradient_checkpointing:
         recompute_layers(model)
-    trainer = _fit(job, STAGE2, model, partial(RecoveryTrainer, teacher, stage.kl_weight))
+    trainer = _fit(job, STAGE2, model, partial(RecoveryTrainer, teacher, stage.kl_weight), teacher)
     if stage.lora_rank:
         if files.is_main_process():
             files.save_model(model, job.tokenizer, job.output / STAGE2 / "adapter")
@@ -245,14 +245,14 @@ def _recovered(job: Job, hybrid: GKAForCausalLM) -> GKAForCausalLM:
     return model
 
 
-def _fit(job: Job, name: str, model: Any, kind: Any) -> Trainer:
+def _fit(job: Job, name: str, model: Any, kind: Any = None, teacher: Any = None) -> Trainer:
     stage = getattr(job.config, name)
     folder = job.output / name / files.CHECKPOINTS
     job.console.print(f"{name}: {stage.max_steps} steps", highlight=False)
     return fit(
         model, stage, folder, job.blocks, job.tokenizer, console=job.console,
         resume=job.resume and folder.is_dir(), kind=kind,
-        settings={"data_collator": job.held.collate},
+        settings={"data_collator": job.held.collate}, beside=[teacher.model] if teacher else [],
     )  # fmt: skip
 
 
