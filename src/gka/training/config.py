@@ -11,6 +11,8 @@ from gka.errors import InputError
 from gka.training.settings import Table, Tables, build_tables, check_tables, require, setting
 
 DTYPES = ("float32", "bfloat16")
+CHECKPOINTING = ("none", "full", "selective", "selective-products")
+"""Of activations; `gka.models.recomputation` has what each keeps."""
 MOST_SEED = 2**32 - 1
 """The largest seed that all generators of random numbers take."""
 Command = Literal["train", "prime"]
@@ -98,8 +100,11 @@ class TrainingConfig(Table):
         option=True,
         choices=DTYPES,
     )
-    gradient_checkpointing: bool = setting(
-        False, "Recompute layers in the backward pass to save memory."
+    gradient_checkpointing: str = setting(
+        "none",
+        "What the backward pass recomputes to save memory: full: whole layers; selective: all but the "
+        "sequence operators (solve, delta rule, attention); selective-products: nor matrix products.",
+        choices=CHECKPOINTING,
     )
     log_steps: int = setting(10, "Steps between two notes of the loss.", least=1)
     eval_steps: int = setting(260, "Steps between two evaluations.", least=1)

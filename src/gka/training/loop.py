@@ -21,6 +21,7 @@ from transformers import (
 from gka.console import lines
 from gka.errors import StorageError
 from gka.layers import decayed_parameters
+from gka.models.recomputation import checkpoint_arguments
 from gka.storage import storage_errors
 from gka.training import callbacks, checkpoints
 from gka.training.config import TrainingConfig
@@ -209,8 +210,11 @@ def arguments(config: TrainingConfig, folder: Path) -> TrainingArguments:
     )
 
 
-def recompute_layers(model: PreTrainedModel) -> None:
-    """Let the backward pass compute each layer again instead of keeping what is inside it."""
+def recompute_layers(model: PreTrainedModel, how: str) -> None:
+    """Let the backward pass recompute layers as the setting `gradient_checkpointing` says."""
+    arguments = checkpoint_arguments(how)
+    if arguments is None:
+        return
     # Newer transformers renamed it, and warn of the old name.
     name = "activation_checkpointing_enable"
-    getattr(model, name, model.gradient_checkpointing_enable)()
+    getattr(model, name, model.gradient_checkpointing_enable)(arguments)

@@ -20,7 +20,10 @@ MOST = 2**31 - 1
 Tables = dict[str, dict[str, Any]]
 _SAID = "setting"
 # Keys of an earlier release; they work and warn.
-_FORMER = {(table, "precision"): "dtype" for table in ("training", "stage1", "stage2")}
+_TRAINING = ("training", "stage1", "stage2")
+_FORMER = {(table, "precision"): "dtype" for table in _TRAINING}
+# Values of an earlier release, by the values of today; they work and warn.
+_FORMER_FLAGS = {(table, "gradient_checkpointing"): ("none", "full") for table in _TRAINING}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +154,7 @@ def require(condition: bool, key: str, value: Any, expected: str) -> None:
 
 
 def _renamed(table: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values under the names of today."""
+    """The values under the names of today, and flags that have become choices."""
     for key in values:
         if (table, key) in _FORMER:
             new = _FORMER[table, key]
@@ -160,7 +163,22 @@ def _renamed(table: str, values: Mapping[str, Any]) -> dict[str, Any]:
                 RenamedWarning,
                 stacklevel=2,
             )
-    return {_FORMER.get((table, key), key): value for key, value in values.items()}
+    named = {_FORMER.get((table, key), key): value for key, value in values.items()}
+    return {key: _former_flag(table, key, value) for key, value in named.items()}
+
+
+def _former_flag(table: str, key: str, value: Any) -> Any:
+    """The choice that a flag of an earlier release stands for; other values as they are."""
+    if (table, key) not in _FORMER_FLAGS or not isinstance(value, bool):
+        return value
+    choice = _FORMER_FLAGS[table, key][value]
+    warnings.warn(
+        f"{table}.{key} is {choice!r} now, in place of {str(value).lower()}, which goes with the next "
+        "release",
+        RenamedWarning,
+        stacklevel=2,
+    )
+    return choice
 
 
 def _typed_values(

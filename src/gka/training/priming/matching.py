@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gka.layers import SoftmaxAttention
 from gka.models import GKAForCausalLM
+from gka.models.recomputation import checkpoint_arguments
 
 
 class Matching(nn.Module):
@@ -30,7 +31,8 @@ class Matching(nn.Module):
         hybrid: the hybrid model; only the mixers of the replaced layers are trained.
         attention: the attention modules that were in their places, by layer.
         layer_weight, end_weight: of the two errors.
-        recompute: recompute the hybrid's layers in the backward pass, to save memory; concerns e_end.
+        recompute: what the backward pass recomputes of the hybrid's layers, as the setting
+            `gradient_checkpointing`; concerns e_end.
     """
 
     # The Trainer then divides by the number of forward passes of a step: the loss is a mean of them.
@@ -42,12 +44,13 @@ class Matching(nn.Module):
         attention: Mapping[int, SoftmaxAttention],
         layer_weight: float = 1.0,
         end_weight: float = 0.0,
-        recompute: bool = False,
+        recompute: str = "none",
     ) -> None:
         super().__init__()
         # In a tuple, so that they are no submodules: neither saved, nor counted, nor trained.
         self._rest = (hybrid.model, dict(attention))
-        self.layer_weight, self.end_weight, self.recompute = layer_weight, end_weight, recompute
+        self.layer_weight, self.end_weight = layer_weight, end_weight
+        self.checkpointing = checkpoint_arguments(recompute)
         self.mixers = nn.ModuleDict(
             {str(layer): hybrid.model.layers[layer].mixer for layer in attention}  # pyright: ignore[reportArgumentType]
         )
@@ -100,8 +103,8 @@ class Matching(nn.Module):
         first = min(attention)
         for number, layer in enumerate(body.layers):
             with torch.set_grad_enabled(torch.is_grad_enabled() and number >= first):
-                if self.recompute and number >= first:
-                    hidden = checkpoint(_run, layer, hidden, cu_seqlens, use_reentrant=False)  # pyright: ignore[reportAssignmentType]
+                if self.checkpointing is not None and number >= first:
+                    hidden = checkpoint(_run, layer, hidden, cu_seqlens, **self.checkpointing)  # pyright: ignore[reportAssignmentType]
                 else:
                     hidden = _run(layer, hidden, cu_seqlens)
         return relative_error(body.norm(hidden), expected)
