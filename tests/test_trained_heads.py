@@ -132,12 +132,13 @@ def test_layers_that_do_not_fit_are_refused(trained):
     """Models without GKA layers, or with shared key heads."""
     from gka.models import GKAConfig, GKAForCausalLM
 
-    fields: dict[str, Any] = {"vocab_size": 30, "hidden_size": 32, "num_heads": 2, "head_dim": 16}
-    for more, message in (
-        ({"mixers": ["attention"]}, "no GKA layer"),
-        ({"num_kv_heads": 1}, "share"),
-    ):
-        fields_ = {"num_hidden_layers": 1} | fields | more
-        model = GKAForCausalLM(GKAConfig(**fields_))
+    fields: dict[str, Any] = {
+        "vocab_size": 30, "hidden_size": 32, "num_heads": 2, "head_dim": 16, "num_hidden_layers": 1,
+    }  # fmt: skip
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"mixer": "attention"}, "no GKA layer"), ({"num_kv_heads": 1}, "share key heads"),
+    ]  # fmt: skip
+    for change, message in changes:
+        model = GKAForCausalLM(GKAConfig(**(fields | change)))
         with pytest.raises(InputError, match=message):
             trained.read(model, torch.ones(1, 5, dtype=torch.long))

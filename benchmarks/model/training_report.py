@@ -50,16 +50,16 @@ def share(tflops: float | None, peak: float | None) -> str:
 def rows(result: dict[str, Any]) -> Iterator[list[str]]:
     """One a cell that ran."""
     cells = measured(result)
-    for (size, mixer, *ways), cell in cells.items():
+    for (size, mixer, compiled, checkpoint), cell in cells.items():
         times, peak = cell["step_ms"], cell["made"]["peak_tflops"]
         median = statistics.median(times)
         ratios = []
         for peer in PEERS:
-            other = cells.get((size, peer, *ways))
+            other = cells.get((size, peer, compiled, checkpoint))
             ratios.append(f"{median / statistics.median(other['step_ms']):.2f}" if other else "")
         memory = "" if cell["peak_bytes"] is None else f"{cell['peak_bytes'] / 2**30:.1f}"
         yield [
-            size, mixer, cell["backend"] or "", ways[0], cell["checkpoint"],
+            size, mixer, cell["backend"] or "", compiled, cell["checkpoint"],
             f"{median:.1f} ({min(times):.1f}-{max(times):.1f})", f"{cell['tokens_per_s']:,.0f}",
             share(cell["tflops_6n"], peak), share(cell["tflops"], peak),
             f"{statistics.mean(cell['host_ms']):.1f}", f"{cell['device_ms']:.1f}",

@@ -181,20 +181,21 @@ def test_compiled_without_the_final_states():
 def test_selective_checkpointing_runs_flash_qla_once(bounds: list[int] | None):
     """Kept, it runs once and its gradients are those without checkpointing, and a second derivative is
     refused; sequences without tokens are left to be run again."""
-    contexts = partial(create_selective_checkpoint_contexts, [torch.ops.gka.flash_qla.default])
+    contexts: Any = partial(create_selective_checkpoint_contexts, [torch.ops.gka.flash_qla.default])
     options = {} if bounds is None else {"cu_seqlens": torch.tensor(bounds)}
     leaves = {n: y.requires_grad_() for n, y in draw().items()}
 
-    def outputs(**x: Any) -> torch.Tensor:
+    def outputs(*given: torch.Tensor) -> torch.Tensor:
+        x = dict(zip(leaves, given, strict=True))
         return call("gated_delta_rule", x, "flash_qla", **options)[0].float()
 
     with libraries():
-        expected = torch.autograd.grad(outputs(**leaves).sum(), list(leaves.values()))
-        module = external_call.loaded("flash_qla")
+        expected = torch.autograd.grad(outputs(*leaves.values()).sum(), list(leaves.values()))
+        module: Any = external_call.loaded("flash_qla")
         ran, run = [], module.chunk_gated_delta_rule_fwd
         module.chunk_gated_delta_rule_fwd = lambda **given: (ran.append(1), run(**given))[1]
         kept = [
-            checkpoint(outputs, **leaves, use_reentrant=False, context_fn=contexts).sum()
+            checkpoint(outputs, *leaves.values(), use_reentrant=False, context_fn=contexts).sum()
             for _ in range(2)
         ]
         found = torch.autograd.grad(kept[0], list(leaves.values()))
