@@ -28,8 +28,8 @@ def compiled(tmp_path_factory):
     """The kernel as a shared library, for q of a dtype, U stored in one, and a solver."""
     folder, made = tmp_path_factory.mktemp("threads"), {}
 
-    def build(dims: tuple[int, int], dtype: torch.dtype, u_dtype: torch.dtype, adaptive: bool):
-        key = (dims, dtype, u_dtype, adaptive)
+    def build(dims: tuple[int, int], dtype: torch.dtype, u_dtype: torch.dtype, solver: str):
+        key = (dims, dtype, u_dtype, solver)
         if key not in made:
             place, library = folder / str(len(made)), folder / f"{len(made)}.so"
             head = kernels.step_defines(*key)
@@ -76,6 +76,8 @@ CASES = {
     "no commit": ({"length": 2, "batch": 1}, F32, F32, "chebyshev", False),
     "adaptive": ({"length": 2, "batch": 1, "mean": 1.0}, F32, F32, "adaptive", True),
     "adaptive, an empty history": ({"length": 1, "empty": True}, F32, F32, "adaptive", True),
+    "conjugate gradients": ({"length": 2, "batch": 1}, F32, F32, "cg", True),
+    "conjugate gradients, an empty history": ({"length": 1, "empty": True}, F32, F32, "cg", True),
     "U of 16 bits, one token": ({"length": 1, "batch": 1}, BF16, BF16, "adaptive", True),
     "U of 16 bits, tokens": ({"length": 3, "batch": 1}, BF16, BF16, "adaptive", True),
     "U of 16 bits, no commit": ({"length": 1, "batch": 1}, BF16, BF16, "adaptive", False),
@@ -100,7 +102,7 @@ def test_blocks_run_by_threads_equal_the_torch_form(name: str, compiled) -> None
     tokens = Tokens(q, k, v, *gates, None, None, None)
     x_wanted = torch.zeros(t["q"].shape, dtype=F32)
     o_wanted = step_(tokens, settings, States(wanted.h, wanted.u, wanted.indices), commit, x_wanted)
-    library = compiled((64, 64), dtype, u_dtype, solver == "adaptive")
+    library = compiled((64, 64), dtype, u_dtype, solver)
     o, x = run(library, ours, settings, commit)
     assert_close(o, o_wanted, max(RELATIVE[F32], 0 if dtype == F32 else 2.0**-8), "o")
     assert_close(x, x_wanted, RELATIVE[F32], "x")

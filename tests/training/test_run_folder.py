@@ -238,7 +238,7 @@ def test_payloads_in_sealed_checkpoints_are_one_line(
     torch.save({"state": Payload(mark)}, checkpoint / name)
     seal(checkpoint)
     with pytest.raises(
-        InputError, match=r"checkpoint-8 cannot be loaded: .*nothing of them was run"
+        InputError, match=r"checkpoint-8 cannot be loaded: .*none of their code was run"
     ):
         run_tiny(output, resume=True)
     assert not mark.exists()
@@ -262,7 +262,9 @@ def test_metrics_that_lack_figures_are_refused(reference: Reference, tmp_path: P
     """The account of a complete run is shown whole or refused by its name."""
     from gka.training import run
 
-    with pytest.raises(InputError, match=r"metrics\.json is no account of a complete run"):
+    with pytest.raises(
+        InputError, match=r"metrics\.json does not hold the metrics of a complete run"
+    ):
         files.drawn(run.table, {"model": {}}, tmp_path)
     assert files.drawn(run.table, reference[1], tmp_path).row_count == 7
 

@@ -1,5 +1,5 @@
-"""What a memory holds: recall without training, and multi-query associative recall (MQAR).
+"""Evaluations: recall without training, associative recall (MQAR), long contexts, lm-evaluation-harness.
 
-`gka.evaluation.recall` and `.memories` are behind `gka recall`; `.mqar` (the task), `.mqar_cell`
-(one training), `.mqar_sweep` behind `gka mqar`.
+`gka recall` uses `recall` and `memories`; `gka mqar` uses `mqar` (the task), `mqar_cell` (one training)
+and `mqar_sweep`; `gka evaluate` uses `context`; `gka lm-eval` uses `harness` and `harness_model`.
 """

@@ -1,7 +1,7 @@
-"""lm-evaluation-harness with this library's models: its own command line, after registering `gka`.
+"""The command line of lm-evaluation-harness with the model `gka` registered.
 
-lm_eval finds models in a table of its own and has no entry points for others, so its command cannot know
-`--model gka` by itself; this one does, and `--model hf` then knows this library's models too:
+lm_eval has no entry points for models, so its own command does not know `--model gka`. This command does,
+and with it `--model hf` loads this library's models, too:
 
     gka lm-eval --model gka --model_args pretrained=runs/first --tasks ...
     python -m gka.evaluation.harness --model gka ...
@@ -15,7 +15,7 @@ from gka.errors import InputError
 
 
 def register() -> None:
-    """Make lm_eval know the model `gka`, and the Auto classes this library's models.
+    """Register the model `gka` with lm_eval, and this library's models with the Auto classes.
 
     Raises:
         InputError: lm_eval is not installed.
@@ -29,7 +29,7 @@ def register() -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """lm_eval's command with these arguments.
+    """Run lm_eval's command with these arguments.
 
     Raises:
         InputError: lm_eval is not installed.
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> None:
     from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
 
     before = sys.argv
-    sys.argv = ["gka lm-eval", *arguments]  # which is where that command reads them
+    sys.argv = ["gka lm-eval", *arguments]  # where that command reads them
     try:
         cli_evaluate()
     finally:

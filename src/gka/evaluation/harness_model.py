@@ -21,36 +21,36 @@ Request = tuple[
 
 
 class _Whole:
-    """In place of `AutoModelForCausalLM`: all formats that `gka.checkpoints.open` reads, whole or refused."""
+    """Replaces `AutoModelForCausalLM`: opens every format of `gka.checkpoints.open`, or refuses it."""
 
     from_pretrained = staticmethod(opening.from_pretrained)
 
 
 @register_model("gka")
 class GKAHarnessModel(HFLM):
-    """lm_eval's `hf` model, but for how likelihoods are measured.
+    """lm_eval's `hf` model with another computation of likelihoods.
 
-    - Texts are read in chunks with a cache, and logits made only where they are scored, so the memory does
-      not grow with length times vocabulary.
+    - Texts are read in chunks with a cache, and logits are formed from the first scored token on, one chunk
+      at a time: memory does not grow with length times vocabulary.
     - A model of this library without full attention has no longest length: nothing is cut off or windowed
-      unless `max_length` says so. Other models keep the length their configuration states.
+      unless `max_length` is given. Other models keep the length of their configuration.
     - With `batch_size` 1, continuations that share a context (multiple choice) share its reading.
 
     Args:
         pretrained: folder of a saved model or of a run of `gka train`, or a name on the Hugging Face hub.
-        tokenizer: folder of another tokenizer.
-        device: None for cuda where there is one.
-        dtype: of the weights; "auto" as saved.
-        batch_size: rows at a time, a number.
-        max_batch_size: taken as lm_eval passes it; `batch_size` is never chosen automatically.
+        tokenizer: folder or name of another tokenizer.
+        device: None: cuda if available.
+        dtype: of the weights; "auto": as saved.
+        batch_size: rows at a time, an integer.
+        max_batch_size: accepted because lm_eval passes it; `batch_size` is never chosen automatically.
         max_length: longest window in tokens.
-        chunk: tokens read at a time; decides memory and speed, not the result.
+        chunk: tokens read at a time; affects memory and speed, not the result.
         revision, subfolder, peft, add_bos_token, prefix_token_id: as in `hf`.
-        trust_remote_code: taken as lm_eval passes it; code that comes with a model is never run.
+        trust_remote_code: accepted because lm_eval passes it; code that comes with a model is never run.
 
     Raises:
-        InputError: an argument is out of range, or `trust_remote_code` is set; or a folder that exists holds
-            no model, or weights are missing or left over, or the tokenizer has more ids than the model.
+        InputError: an argument is out of range; `trust_remote_code` is set; an existing folder holds no
+            model; weights are missing or left over; or the tokenizer has more ids than the model.
     """
 
     AUTO_MODEL_CLASS = _Whole
@@ -103,7 +103,7 @@ class GKAHarnessModel(HFLM):
         self.reader = Reader(self.model, chunk)
 
     def _get_config(self, pretrained: str, **options: Any) -> None:
-        """As `hf`, for all formats that `gka.checkpoints.open` reads."""
+        """As in `hf`, for every format of `gka.checkpoints.open`."""
         self._config = opening.config_of(pretrained, **options)
 
     @property
@@ -120,7 +120,7 @@ class GKAHarnessModel(HFLM):
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
-        """(log p, whether greedy decoding writes it) of each continuation, in the order of `requests`."""
+        """(log p, whether greedy decoding gives it) of each continuation, in the order of `requests`."""
         rows = [self._window(context, text) for _, context, text in requests]
         found: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
         off = disable_tqdm or self.rank != 0
@@ -136,7 +136,7 @@ class GKAHarnessModel(HFLM):
         return found
 
     def _window(self, context: list[int], text: list[int]) -> tuple[list[int], list[int]]:
-        """Context and continuation with what is too long cut off on the left."""
+        """Context and continuation; a context that is too long is cut off on the left."""
         if len(text) > self.max_length:
             raise InputError(
                 f"a continuation has {len(text)} tokens, more than max_length = {self.max_length}"
@@ -157,9 +157,9 @@ class GKAHarnessModel(HFLM):
 
 
 def _groups(rows: Sequence[tuple[list[int], list[int]]], batch_size: int) -> list[list[int]]:
-    """Which rows are scored together, the longest first: so memory runs out at once or not at all.
+    """Groups of row indices to score together, longest first: memory runs out at once or not at all.
 
-    With a batch size of 1 all short continuations of one context, otherwise rows of about equal length.
+    With a batch size of 1: all short continuations of one context. Otherwise: rows of about equal length.
     """
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]) - len(rows[i][1]))
     if batch_size > 1:
@@ -167,6 +167,6 @@ def _groups(rows: Sequence[tuple[list[int], list[int]]], batch_size: int) -> lis
     groups: dict[tuple[Any, ...], list[int]] = {}
     for i in order:
         context, text = rows[i]
-        alone = len(text) > len(context)  # nothing is won, and its logits are wanted in chunks
+        alone = len(text) > len(context)  # sharing saves little; logits come in chunks
         groups.setdefault((i,) if alone else tuple(context), []).append(i)
     return list(groups.values())

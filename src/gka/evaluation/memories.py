@@ -1,7 +1,7 @@
 """Memories of one head: write N key-value pairs, then read with every written key.
 
-Each is the real op with all gates open (no decay, beta = alpha = scale = 1), used twice: once to
-write, keeping the final state, and once to read, with zero keys and values, which write nothing.
+Each but `exact_ridge` is a public op without decay, with alpha = scale = 1 and beta = 1 (DeltaNet: given).
+It is called twice: to write, keeping the final state, and to read, with zero keys and values.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,10 +26,9 @@ class Memory:
     Attributes:
         name: unique among the memories of a test.
         family: "linear attention", "deltanet", "gka" or "exact ridge".
-        recall: (k [B,N,K], v [B,N,V]) -> o [B,N,V], what each written key reads once all N pairs
-            are written.
-        ridge_ratio: a in lambda = a |H|_F, where the family has one.
-        num_iter: Chebyshev steps, where the family has them.
+        recall: (k [B,N,K], v [B,N,V]) -> o [B,N,V], the readout of each key after all N writes.
+        ridge_ratio: a in lambda = a |H|_F, if the family has a ridge.
+        num_iter: Chebyshev steps, if the family has them.
     """
 
     name: str
@@ -53,8 +52,7 @@ def linear_attention() -> Memory:
 def deltanet(beta: float) -> Memory:
     """One pass of the delta rule, S <- S + beta k (v - S^T k)^T.
 
-    beta = 1 stores the newest pair exactly at the cost of the older ones; a smaller step keeps
-    more of those.
+    beta = 1 stores the newest pair exactly; a smaller beta changes the older pairs less.
     """
 
     def op(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
@@ -71,7 +69,7 @@ def gated_kalmanet(ridge_ratio: float, num_iter: int) -> Memory:
 
 
 def exact_ridge(ridge_ratio: float) -> Memory:
-    """The same ridge regression solved by Cholesky in float64: what GKA's iteration aims at."""
+    """GKA's ridge regression solved by Cholesky in float64: the limit of its iteration."""
 
     def recall(k: Tensor, v: Tensor) -> Tensor:
         keys, values = k.double(), v.double()
@@ -84,8 +82,7 @@ def exact_ridge(ridge_ratio: float) -> Memory:
 
 
 def compared_memories(ridge_ratios: Sequence[float], num_iters: Sequence[int]) -> list[Memory]:
-    """Linear attention, DeltaNet at beta 1 and 1/2, GKA at every (ridge_ratio, num_iter), exact ridge
-    at every ratio.
+    """Linear attention, DeltaNet at beta 1 and 1/2, GKA at every (ridge_ratio, num_iter), exact ridges.
 
     Raises:
         InputError: a value is repeated or out of range; the message names it.
@@ -100,7 +97,7 @@ def compared_memories(ridge_ratios: Sequence[float], num_iters: Sequence[int]) -
 
 
 def _recall_of(op: Callable[..., Any]) -> Callable[[Tensor, Tensor], Tensor]:
-    """Write and read with an op of this library: op(q, k, v, scale=, ...) -> (o, state)."""
+    """The recall function of an op: op(q, k, v, scale=, ...) -> (o, state)."""
 
     def recall(k: Tensor, v: Tensor) -> Tensor:
         k, v = k.unsqueeze(2), v.unsqueeze(2)  # one head: [B,N,1,D]

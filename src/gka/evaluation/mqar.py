@@ -1,14 +1,14 @@
 """Multi-query associative recall (MQAR): the task, as Zoology defines it.
 
 Arora, Eyuboglu et al., "Zoology: Measuring and Improving Recall in Efficient Language Models",
-arXiv 2312.04927, section 4. A sequence first states key-value pairs and then asks for some of the
-keys again, at gaps drawn from a power law, as repeated bigrams in text are::
+arXiv 2312.04927, section 4. A sequence first states key-value pairs, then repeats each key once as a
+query. The gaps follow a power law, like those of repeated bigrams in text::
 
     vocab_size=12, num_kv_pairs=2, input_seq_len=16
     inputs   2   8   4   7 | 0   0   4   0   0   0   0   0   2   0   0   0
     labels   .   .   .   . | .   .   7   .   .   .   .   .   8   .   .   .        (. is -100)
 
-A label stands AT its query, not one token later: the model's output at the query is the answer.
+A label stands at its query, not one token later: the model's output at the query is the answer.
 """
 
 from dataclasses import dataclass
@@ -22,21 +22,21 @@ IGNORE = -100
 """The label of a position that is not a query; losses and accuracies skip it."""
 
 FILLER = 0
-"""The token of a position that is neither a pair nor a query."""
+"""The token of a position that belongs to no pair and is no query."""
 
 _ROWS_AT_A_TIME = 4096  # bounds the memory of drawing keys without replacement
 
 
 @dataclass(frozen=True)
 class MQARTask:
-    """One MQAR distribution; a value, so that two equal tasks draw equal examples from equal seeds.
+    """One distribution of MQAR examples; equal tasks draw equal examples from equal seeds.
 
     Attributes:
-        vocab_size: tokens in all. 0 is the filler, 1 .. vocab_size // 2 - 1 are keys, the rest values.
-        num_kv_pairs: pairs stated and asked for in each example; keys and values each differ.
-        input_seq_len: tokens an example has, even; 4 * num_kv_pairs at least.
-        power_a: exponent a of the gap law p(gap) ~ gap^(a-1), counted in slots of two tokens;
-            1 is uniform, near 0 most queries come early.
+        vocab_size: number of tokens: 0 is the filler, 1 .. vocab_size // 2 - 1 are keys, the rest values.
+        num_kv_pairs: pairs stated and queried in each example, with distinct keys and distinct values.
+        input_seq_len: tokens per example, even, at least 4 * num_kv_pairs.
+        power_a: a in the law p(gap) ~ gap^(a-1), gap in slots of two tokens. 1: uniform; near 0: most
+            queries come early.
         random_non_queries: replace the filler by random tokens of the whole vocabulary.
 
     Raises:
@@ -70,7 +70,7 @@ class MQARTask:
 
     @property
     def num_query_slots(self) -> int:
-        """Places of two tokens after the pairs, of which `num_kv_pairs` hold a query."""
+        """Slots of two tokens after the pairs; `num_kv_pairs` of them hold a query."""
         return (self.input_seq_len - 2 * self.num_kv_pairs) // 2
 
     def gap_probabilities(self) -> Tensor:
@@ -83,8 +83,8 @@ class MQARTask:
         """Draw examples; the same seed gives the same examples on every machine.
 
         Args:
-            num_examples: how many, 1 or more.
-            seed: of a generator of its own; the global random state is not touched.
+            num_examples: number of examples, 1 or more.
+            seed: of a separate generator; the global random state does not change.
 
         Returns:
             inputs and labels, both int64 [num_examples, input_seq_len].
@@ -122,5 +122,5 @@ class MQARTask:
 
 
 def _distinct(rows: int, choices: int, count: int, generator: torch.Generator) -> Tensor:
-    """`count` different numbers below `choices` in each row, in random order: int64 [rows, count]."""
+    """`count` distinct numbers below `choices` in each row, in random order: int64 [rows, count]."""
     return torch.rand(rows, choices, generator=generator).topk(count, dim=1).indices

@@ -1,4 +1,4 @@
-"""One cell of an MQAR sweep: train one small model on a mixture of tasks, measure it on each."""
+"""One cell of an MQAR sweep: train a small model on a mixture of tasks and measure it on each."""
 
 import math
 import time
@@ -19,28 +19,31 @@ if TYPE_CHECKING:
 Examples = tuple[Tensor, Tensor]
 """Inputs and labels, both int64 [examples, input_seq_len]."""
 
-# Streams of examples that never meet, whatever the cell's seed (below 1,000,000).
+# Differ from the seed of every training set: seeds of cells are below 1,000,000.
 _VALIDATION_SEED = 1_000_000
 _TEST_SEED = 2_000_000
 
-# Examples a model reads at once when it is only asked, not trained.
+# Examples per forward pass in a measurement.
 _READ_BATCH = 256
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How long and on how much a model is trained; the same for every mixer of a sweep.
+    """Length and data of a training, the same for every mixer of a sweep.
 
     Attributes:
         steps: optimizer steps at most.
-        batch_size: examples a step.
-        train_examples: size of a task's training set, walked through in shuffled epochs.
-        validation_examples, test_examples: sizes of a task's two sets that are only measured on.
-        weight_decay: AdamW's, on matrices and convolutions (never on vectors: norms, decay, biases).
+        batch_size: examples per step.
+        train_examples: size of a task's training set, read in shuffled epochs.
+        validation_examples, test_examples: sizes of a task's two held-out sets.
+        weight_decay: AdamW's, on matrices, embeddings and convolutions (not on norms, decay, biases).
         warmup: fraction of the steps over which the learning rate rises; then a cosine to zero.
-        max_grad_norm: clipping.
-        evaluate_every: steps between looks at the validation accuracy.
+        max_grad_norm: norm to which gradients are clipped.
+        evaluate_every: steps between measurements of the validation accuracy.
         stop_accuracy: training ends early once the validation accuracy on every task reaches this.
+
+    Raises:
+        InputError: a field is out of range; the message names it.
     """
 
     steps: int
@@ -67,16 +70,16 @@ class Budget:
 
 @dataclass(frozen=True)
 class Cell:
-    """Everything that determines one training run; two equal cells give one result.
+    """Everything that determines one training run; equal cells give equal results.
 
     Attributes:
-        mixer: a name of `gka.layers.MIXERS` for both layers, or "gla+attention" for one each.
-        width: hidden size of the model, which has two layers.
-        head_dim: size of keys and values; one head, so a recurrent memory is head_dim x head_dim.
-        tasks: what is asked; training batches come from each in turn.
+        mixer: a name of `gka.layers.MIXERS` for both layers, or one for each as in "gla+attention".
+        width: hidden size of the two-layer model.
+        head_dim: size of keys and values of its one head; a recurrent memory is head_dim x head_dim.
+        tasks: the tasks; training batches come from each in turn.
         learning_rate: AdamW's peak rate.
-        seed: of the weights, the training set and the order of its examples.
-        budget: training length.
+        seed: of the weights, the training sets and the order of their examples.
+        budget: length and data of the training.
     """
 
     mixer: str
@@ -88,7 +91,7 @@ class Cell:
     budget: Budget
 
     def describe(self) -> dict[str, Any]:
-        """The cell as JSON-ready data, equal for equal cells and different for different ones."""
+        """The cell as JSON-ready data: equal exactly for equal cells."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -106,12 +109,12 @@ def layer_mixers(mixer: str) -> list[str]:
 
 
 def build_model(cell: Cell) -> "GKAForCausalLM":
-    """The cell's two-layer model with fresh weights (drawn from torch's global generator).
+    """The cell's two-layer model with weights from torch's global generator.
 
-    One head, expand_v = 1, an MLP of twice the width, no tied embeddings.
-    Token embeddings start with unit entries and matrices at 1/sqrt(width), so that at the start the
-    residual stream carries the tokens and not what random mixers make of them; the 0.02 of large
-    language models keeps models of this width from learning for thousands of steps.
+    It has one head, expand_v = 1, an MLP of twice the width and untied embeddings. Entries of embeddings have
+    standard deviation 1 and those of matrices 1/sqrt(width), so that at first tokens dominate the residual
+    stream, not random mixers' outputs. With the 0.02 of large language models, models of this width take
+    thousands of steps before they learn.
     """
     from gka.models import GKAConfig, GKAForCausalLM
 
@@ -138,14 +141,13 @@ def train_cell(cell: Cell, device: str = "cpu") -> dict[str, Any]:
     """Train the cell's model and measure it.
 
     Args:
-        cell: what to train.
-        device: where ("cpu", "cuda", "cuda:1", ...).
+        cell: the model and its training.
+        device: "cpu", "cuda", "cuda:1", ...
 
     Returns:
-        JSON-ready dict: test_accuracy, validation_accuracy (fraction of queries answered right at the
-        end, one number per task), steps taken, diverged (the loss was no longer finite; accuracies
-        then count as 0), curve ([step, training loss, mean validation accuracy] rows), parameters,
-        seconds.
+        JSON-ready dict: test_accuracy and validation_accuracy (fraction of queries answered right at the
+        end, one number per task), steps taken, diverged (the loss became infinite or NaN; accuracies are
+        then 0), curve (rows of step, training loss, mean validation accuracy), parameters, seconds.
     """
     started = time.perf_counter()
     budget, tasks = cell.budget, cell.tasks
@@ -177,7 +179,7 @@ def train_cell(cell: Cell, device: str = "cpu") -> dict[str, Any]:
 def _train(
     model: "GKAForCausalLM", train: list[Examples], validation: list[Examples], cell: Cell
 ) -> list[tuple[int, float, float]]:
-    """The curve; its last row is where training ended, with a loss that is not finite if it diverged."""
+    """Train and return the curve; its last row is the last step, with a loss not finite after divergence."""
     budget = cell.budget
     optimizer = _optimizer(model, cell.learning_rate, budget.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -206,7 +208,7 @@ def query_loss(model: "GKAForCausalLM", inputs: Tensor, labels: Tensor) -> Tenso
 
 @torch.no_grad()
 def accuracy(model: "GKAForCausalLM", inputs: Tensor, labels: Tensor) -> float:
-    """Fraction of the queries whose most likely token is the label."""
+    """Fraction of the queries of int64 [B,T] inputs and labels whose most likely token is the label."""
     model.eval()
     right = total = 0
     batches = zip(inputs.split(_READ_BATCH), labels.split(_READ_BATCH), strict=True)
@@ -220,7 +222,7 @@ def accuracy(model: "GKAForCausalLM", inputs: Tensor, labels: Tensor) -> float:
 
 
 def _query_logits(model: "GKAForCausalLM", inputs: Tensor, labels: Tensor) -> Tensor:
-    """Logits [queries, vocab_size] at the labelled positions only: the rest is never projected."""
+    """Logits [queries, vocab_size]; no other positions are projected."""
     hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state
     return model.lm_head(hidden[labels != IGNORE])
 
@@ -235,7 +237,7 @@ def _optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> t
 
 
 def _learning_rate_factor(step: int, budget: Budget) -> float:
-    """Linear warm-up, then half a cosine down to zero at `budget.steps`."""
+    """Linear warm-up, then a cosine to zero at `budget.steps`."""
     rising = budget.warmup * budget.steps
     if step < rising:
         return (step + 1) / (rising + 1)
@@ -244,14 +246,14 @@ def _learning_rate_factor(step: int, budget: Budget) -> float:
 
 
 def _batches(num_tasks: int, budget: Budget, seed: int) -> Iterator[tuple[int, Tensor]]:
-    """(task, rows of its training set) of `budget.steps` batches, the tasks in turn."""
+    """(task, rows of its training set) of each of `budget.steps` batches, tasks in turn."""
     streams = [_rows(budget, seed + task) for task in range(num_tasks)]
     for step in range(budget.steps):
         yield step % num_tasks, next(streams[step % num_tasks])
 
 
 def _rows(budget: Budget, seed: int) -> Iterator[Tensor]:
-    """Whole batches without end, from a new permutation of the training set every epoch."""
+    """Endless full batches, from a new permutation of the training set in every epoch."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(budget.train_examples, generator=generator)

@@ -1,8 +1,7 @@
 """An MQAR sweep over mixers, sizes, tasks, learning rates and seeds: resumable, on several processes.
 
-The result file is the state of the sweep: it is rewritten, whole, after every finished cell, and
-cells found in it are not run again. Cells that the current sweep does not ask for stay in it.
-`PRESETS` are sweeps by name.
+The result file is rewritten atomically after every finished cell. Cells found in it are not run
+again; cells of other sweeps stay in it. `PRESETS` are sweeps by name.
 """
 
 import multiprocessing
@@ -25,17 +24,17 @@ from gka.storage import write_json
 
 @dataclass(frozen=True)
 class Sweep:
-    """What to compare: every mixer, at every size, on every mixture.
+    """The comparison of every mixer, at every size, on every mixture.
 
-    Each is given all the learning rates with the first seed; the rate with the best validation
+    Each is trained at every learning rate with the first seed; the rate with the best validation
     accuracy is then repeated with the other seeds.
 
     Attributes:
-        mixers: names of `gka.layers.MIXERS`, or two as in "gla+attention", one a layer.
+        mixers: names of `gka.layers.MIXERS`, or two as in "gla+attention", one per layer.
         sizes: (width, head_dim) of the models.
-        mixtures: the tasks a model is trained and tested on, with the budget it gets.
-        learning_rates: the grid every mixer is given.
-        seeds: the first for the choice of the rate, the others to repeat it; each below 1,000,000.
+        mixtures: the tasks that a model is trained and tested on, with its budget.
+        learning_rates: the grid of every mixer.
+        seeds: the first chooses the rate, the others repeat it; each below 1,000,000.
 
     Raises:
         InputError: something is empty, repeated or out of range; the message names it.
@@ -60,7 +59,7 @@ class Sweep:
         _check_mixers(self.mixers)
 
     def __len__(self) -> int:
-        """How many trainings the sweep has."""
+        """Number of trainings."""
         groups = len(self.mixers) * len(self.sizes) * len(self.mixtures)
         return groups * (len(self.learning_rates) + len(self.seeds) - 1)
 
@@ -74,7 +73,7 @@ class Sweep:
         ]
 
     def repeats(self, records: Mapping[str, dict[str, Any]]) -> list[Cell]:
-        """The other seeds, at the rate that `records` of the search show to be the best."""
+        """The other seeds at the best rate, according to the search's `records`."""
         searched = [records[key_of(cell.describe())] for cell in self.search()]
         best = {_group(record["cell"]): record for record in _best_records(searched)}
         return [
@@ -104,21 +103,21 @@ def run_sweep(
     device: str = "cpu",
     on_cell: Callable[[Cell, dict[str, Any]], None] = lambda cell, result: None,
 ) -> dict[str, Any]:
-    """Run the cells that `result_file` does not hold yet, and summarize all of the sweep's.
+    """Run the cells that `result_file` does not hold yet, and summarize those of the sweep.
 
     Args:
-        sweep: what to compare.
-        result_file: JSON, created where missing and rewritten atomically after each cell.
+        sweep: the comparison.
+        result_file: JSON, created if missing and rewritten atomically after each cell.
         processes: cells trained at the same time, each on one CPU thread.
-        device: where to train.
-        on_cell: called after each finished cell, and at once for those found finished.
+        device: device of the training.
+        on_cell: called after each finished cell, and first for those found in `result_file`.
 
     Returns:
         The content of the result file: "cells" (all finished ones), "summary" (see `summarize`),
         "environment".
 
     Raises:
-        InputError: `processes` < 1, or the result file is not one of ours.
+        InputError: `processes` < 1, or the result file is not that of a sweep.
         concurrent.futures.process.BrokenProcessPool: a process was killed; finished cells are kept.
     """
     if processes < 1:
@@ -150,7 +149,7 @@ def run_sweep(
 def _train_all(
     cells: list[Cell], processes: int, device: str
 ) -> Iterator[tuple[Cell, dict[str, Any]]]:
-    """Train the cells, yielding each as it finishes."""
+    """Train the cells; yields each with its result as it finishes."""
     if processes == 1 or len(cells) <= 1:
         for cell in cells:
             with one_thread():
@@ -166,7 +165,7 @@ def _train_all(
         for future in as_completed(running):
             yield running[future], future.result()
     except BaseException:
-        # Interrupted: end the cells under way now instead of waiting minutes for them.
+        # Interrupted: end running cells now instead of waiting minutes for them.
         for child in set(multiprocessing.active_children()) - before:
             child.terminate()
         raise
@@ -175,12 +174,12 @@ def _train_all(
 
 
 def summarize(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per (tasks, size, mixer): the best learning rate, and the test accuracies there over seeds.
+    """Per (tasks, size, mixer): the best learning rate, and its test accuracies over seeds.
 
-    The rate is chosen by the VALIDATION accuracy (mean over tasks) of the first seed among the records,
-    the accuracies reported are the TEST set's. `at_edge` tells that the best rate is the lowest or
-    highest of three or more tried while not every task is at 0.99: a wider grid might do better.
-    `curves` are those of `train_cell`, one a seed.
+    The validation accuracy (mean over tasks) of the first record's seed chooses the rate; the reported
+    accuracies are those of the test set. `at_edge`: the best rate is the lowest or highest of at least three
+    and a task's mean test accuracy is below 0.99, so a wider grid might do better. `curves` are those of
+    `train_cell`, one per seed.
     """
     first = records[0]["cell"]["seed"]
     best = _best_records([r for r in records if r["cell"]["seed"] == first])
@@ -193,7 +192,7 @@ def summarize(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _best_records(searched: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of every group, the record with the best mean validation accuracy."""
+    """The record with the best mean validation accuracy of every group."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for record in searched:
         groups.setdefault(_group(record["cell"]), []).append(record)
@@ -226,7 +225,7 @@ def _validation_mean(record: dict[str, Any]) -> float:
 
 
 def _group(cell: dict[str, Any]) -> str:
-    """What a comparison holds fixed: everything but the learning rate and the seed."""
+    """Key of a cell's group: everything but the learning rate and the seed."""
     return key_of({k: v for k, v in cell.items() if k not in ("learning_rate", "seed")})
 
 
@@ -240,12 +239,12 @@ def _spread(values: list[float]) -> dict[str, Any]:
     }
 
 
-# "gla+attention": convolutions for "attention", which has none of its own and does not learn in time.
+# "gla+attention": GLA's convolutions serve attention, which has none and alone does not learn in time.
 _COMPARED = ("gka", "gla", "deltanet", "gated_deltanet", "attention", "gla+attention")
 
 
 def _zoology_budget(batch_size: int, epochs: int) -> Budget:
-    """Zoology's: 100,000 examples, 3000 for the test, AdamW with weight decay 0.1, stop at 99%."""
+    """Zoology's: 100,000 training and 3000 test examples, weight decay 0.1, stop at accuracy 0.99."""
     epoch = 100_000 // batch_size
     return Budget(
         steps=epochs * epoch,
@@ -286,7 +285,7 @@ PRESETS: dict[str, Sweep] = {
         learning_rates=(1e-3, 3e-3, 1e-2),
         seeds=(0, 1, 2),
     ),
-    # The sizes, rates and batch sizes of figure 2 of the Zoology paper: one task a model, 64 epochs.
+    # Figure 2 of the Zoology paper but for width 512: its rates and batch sizes, 64 epochs, one task a model.
     "zoology": Sweep(
         mixers=_COMPARED,
         sizes=((64, 64), (128, 128), (256, 256)),

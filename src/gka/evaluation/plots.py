@@ -1,4 +1,4 @@
-"""Results as PNG files. Colours are Okabe and Ito's, told apart by the colour-blind too."""
+"""Plots of results as PNG files. Most colours are from Okabe and Ito's palette for the colour-blind."""
 
 import io
 from collections.abc import Sequence
@@ -35,8 +35,10 @@ _RECALL_STYLES: dict[str, tuple[str, str, str]] = {
 
 
 def plot_recall(content: dict[str, Any], path: Path) -> None:
-    """Two rows (error, right values) over N, one column per correlation, of a `run_recall` result: the few
-    memories of `main_memories`, named where their lines end."""
+    """Plot error and right values of a `run_recall` result over N, one column per correlation.
+
+    Shows the memories of `main_memories`, each named at the end of its line.
+    """
     settings, main = content["settings"], main_memories(content["memories"])
     correlations = settings["correlations"]
     figure = _new_figure(max(3.4 * len(correlations) + 2.2, 7.2), 6.4)
@@ -78,7 +80,7 @@ def _draw_memories(
     correlation: float,
     measure: str,
 ) -> list[tuple[float, str, str]]:
-    """Draw; where each line ends, its name and its colour."""
+    """Draw the lines; returns (last value, name, colour) of each."""
     ends = []
     for role, memory in main.items():
         rows = [
@@ -126,7 +128,7 @@ def _set_recall_axis(axes: "Axes", measure: str) -> None:
 
 
 def _name_lines(axes: "Axes", ends: list[tuple[float, str, str]]) -> None:
-    """Names right of the axes beside the ends of their lines, moved apart where they would overlap."""
+    """Write names right of the axes at the ends of their lines, moved apart if they would overlap."""
     low, high = (axes.transScale.transform((1, y))[1] for y in axes.get_ylim())
     gap, places = 0.085, []
     for value, name, color in sorted(ends):
@@ -145,12 +147,12 @@ def _name_lines(axes: "Axes", ends: list[tuple[float, str, str]]) -> None:
 
 
 def spread(places: Sequence[float], gap: float) -> list[float]:
-    """Ascending `places` in [0, 1] moved apart to at least `gap`, the sum of squared moves the least.
+    """Ascending `places` moved to distances of at least `gap` within [0, 1], with least squared moves.
 
-    Without room for that gap they are spaced evenly.
+    If [0, 1] has no room for that gap they are spaced evenly.
     """
     gap = min(gap, 1 / max(len(places) - 1, 1))
-    # places less i gaps may only ascend: neighbours that do not are pooled at their mean
+    # isotonic regression of places[i] - i gap: neighbours out of order are pooled at their mean
     pools: list[list[float]] = []
     for i, place in enumerate(places):
         pools.append([place - i * gap])
@@ -163,9 +165,11 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
 
 
 def plot_mqar(content: dict[str, Any], path: Path) -> None:
-    """Test accuracy of every mixer of a sweep: against the pairs, a panel per size, where models
-    were trained on several tasks; otherwise against the width, a panel per task. Of a sweep of one task
-    and one size: the accuracies side by side, and how they were learnt."""
+    """Plot the test accuracies of a sweep's mixers.
+
+    Models of several tasks: over the pairs, a panel per size. Models of one task: over the width, a panel per
+    task. A sweep of one task and one size: accuracies side by side, and validation accuracy over steps.
+    """
     if _asks_one_thing(content["summary"]):
         _save(_figure_of_one_task(content["summary"]), path)
         return
@@ -199,7 +203,7 @@ def _asks_one_thing(rows: Sequence[dict[str, Any]]) -> bool:
 
 
 def _figure_of_one_task(rows: Sequence[dict[str, Any]]) -> "Figure":
-    """Left every seed's test accuracy, the best mixer on top; right the validation accuracy on the way."""
+    """Left: every seed's test accuracy, best mixer on top. Right: validation accuracy over steps."""
     rows = sorted(rows, key=lambda row: row["test_accuracy"][0]["mean"])
     figure = _new_figure(9.6, 3.8)
     final, way = figure.subplots(1, 2, sharex=False, width_ratios=(1.15, 1))
@@ -267,8 +271,8 @@ def _new_figure(width: float, height: float) -> "Figure":
 
 
 def _save(figure: "Figure", path: Path) -> None:
-    """A PNG of at most 128 colours, which takes a third of the bytes and looks the same."""
-    from PIL import Image  # matplotlib brings it
+    """Write a PNG of at most 128 colours, which has a third of the bytes and looks the same."""
+    from PIL import Image  # a dependency of matplotlib
 
     drawn, content = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=90)

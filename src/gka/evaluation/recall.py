@@ -1,11 +1,11 @@
 """The memory test: recall error against the number of correlated pairs, in seconds, no training.
 
 Keys are unit vectors with expected cosine `correlation` between any two, values random unit
-vectors. All N pairs are written, then every key is asked for. Four numbers per memory and N:
+vectors. All N pairs are written, then every key is read. Four measures per memory and N:
 
-- error: |o - v| / |v| over all pairs (2-norms), with scale = 1, nothing adjusted;
-- rescaled_error: min over c of |c o - v| / |v|, one c for all pairs: what is left after the output
-  norm and projection of a layer, which make the overall size of o irrelevant;
+- error: |o - v| / |v|, Frobenius norms over all pairs, with scale = 1;
+- rescaled_error: min over c of |c o - v| / |v|, one c for all pairs. A layer's output norm and
+  projection make the overall size of o irrelevant, so this error remains in a layer;
 - cosine: mean cosine of o_i and v_i;
 - accuracy: fraction of pairs whose o_i is nearer in angle to v_i than to any other written value.
 """
@@ -29,13 +29,13 @@ MEASURES = ("error", "rescaled_error", "cosine", "accuracy")
 
 @dataclass(frozen=True)
 class RecallSettings:
-    """What is written, and how often.
+    """The pairs to write.
 
     Attributes:
-        head_dim: K = V, the size of keys and values.
-        pairs: numbers N of pairs, each a test of its own.
+        head_dim: K = V, the size of keys and values, 1 to 256.
+        pairs: numbers N of pairs, each a separate test.
         correlations: expected cosines between two keys, each in [0, 1).
-        seeds: independent draws of keys and values; medians and spreads are taken over them.
+        seeds: independent draws of keys and values, for medians and ranges.
 
     Raises:
         InputError: a field is out of range; the message names it.
@@ -58,7 +58,7 @@ class RecallSettings:
 
 
 def correlated_keys(num: int, dim: int, correlation: float, generator: torch.Generator) -> Tensor:
-    """Unit keys normalize(sqrt(rho) m + sqrt(1 - rho) z_i) [num, dim], m and z_i random directions.
+    """Unit keys normalize(sqrt(rho) m + sqrt(1 - rho) z_i), float32 [num, dim], m and z_i random directions.
 
     The expected cosine of two keys is about rho = `correlation`.
     """
@@ -68,14 +68,14 @@ def correlated_keys(num: int, dim: int, correlation: float, generator: torch.Gen
 
 
 def draw_pairs(num: int, dim: int, correlation: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of one seed, both float32 [num, dim] of unit rows."""
+    """Keys and values of one seed, both float32 [num, dim] with unit rows."""
     generator = torch.Generator().manual_seed(seed)
     keys = correlated_keys(num, dim, correlation, generator)
     return keys, normalize(torch.randn(num, dim, generator=generator), dim=-1)
 
 
 def measure(o: Tensor, v: Tensor) -> dict[str, list[float]]:
-    """The MEASURES of what was read, o, against what was written, v: both [B,N,V], a value per B."""
+    """The MEASURES of readouts o against written values v, both [B,N,V]: B values of each."""
     o, v = o.double(), v.double()
     size = torch.linalg.matrix_norm(v)
     best_scale = (o * v).sum((1, 2)) / o.square().sum((1, 2)).clamp_min(1e-300)
@@ -91,10 +91,10 @@ def measure(o: Tensor, v: Tensor) -> dict[str, list[float]]:
 
 
 def run_recall(settings: RecallSettings, memories: Sequence[Memory]) -> dict[str, Any]:
-    """Every memory on every (correlation, N), all seeds at once.
+    """Measure every memory at every (correlation, N), all seeds at once.
 
     Returns:
-        JSON-ready {"settings", "memories", "measurements"}; a measurement has memory, correlation,
+        JSON-ready {"settings", "memories", "measurements"}. A measurement has memory, correlation,
         pairs and, for each of MEASURES, the list of values over seeds.
     """
     measurements = []
@@ -114,11 +114,10 @@ def run_recall(settings: RecallSettings, memories: Sequence[Memory]) -> dict[str
 
 
 def main_memories(memories: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The few of a result's memories that a plot has room for and a summary names, by role.
+    """The memories of a result that plot and summary show, by role.
 
-    "linear attention", "DeltaNet" (the first given), "GKA" (the ridge ratio nearest to the default 0.02, with
-    the most steps), "smallest ridge" and "largest ridge" (of GKA, where they are others), "exact ridge" (at
-    GKA's ratio).
+    Roles: "linear attention", "DeltaNet" (the first), "GKA" (ridge ratio nearest to the default 0.02, most
+    steps), "smallest ridge" and "largest ridge" (GKA at other ratios), "exact ridge" (at GKA's ratio).
     """
     found: dict[str, dict[str, Any]] = {}
     for role, family in (("linear attention", "linear attention"), ("DeltaNet", "deltanet")):
@@ -141,10 +140,10 @@ def main_memories(memories: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any
 
 
 def what_was_learnt(content: dict[str, Any]) -> list[str]:
-    """A `run_recall` result in at most three sentences: who finds the right values where keys are most alike,
-    who where they are least (or with the most pairs), and how exact the answers are.
+    """A `run_recall` result in at most three sentences, with medians over seeds.
 
-    The number of pairs is that nearest to the head size; figures are medians over seeds.
+    They state which memories read the right values at the highest key cosine, which at the lowest (or with
+    the most pairs), and GKA's errors. Unless said, the number of pairs is the one nearest to the head size.
     """
     settings, main = content["settings"], main_memories(content["memories"])
     pairs, dim = settings["pairs"], settings["head_dim"]
@@ -164,7 +163,7 @@ def what_was_learnt(content: dict[str, Any]) -> list[str]:
 
 
 def _medians(content: dict[str, Any], correlation: float, num: int) -> dict[str, dict[str, float]]:
-    """By memory the MEASURES of one test."""
+    """Medians of the MEASURES of one test, by memory."""
     return {
         m["memory"]: {name: median(m[name]) for name in MEASURES}
         for m in content["measurements"]

@@ -1,4 +1,4 @@
-"""Results: where their numbers come from, and as rich tables."""
+"""Results: versions and machine, records of finished cells, rich tables."""
 
 import json
 import platform
@@ -18,7 +18,7 @@ from gka.storage import read_json
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine behind a measurement, JSON-ready."""
+    """Versions and machine of a measurement, JSON-ready."""
     return {
         "gated-kalmanet": version("gated-kalmanet"),
         "torch": torch.__version__,
@@ -28,27 +28,27 @@ def environment() -> dict[str, Any]:
 
 
 def check_entries(**lists: Collection[Any]) -> None:
-    """Raise `InputError` for a list of a grid that is empty or holds an entry twice."""
+    """Raise `InputError` if a list of a grid is empty or holds an entry twice."""
     for name, entries in lists.items():
         if not entries or len(set(entries)) != len(entries):
             raise InputError(f"{name} is {entries}; expected one or more different values")
 
 
 def key_of(cell: Any) -> str:
-    """What a cell's record is found by."""
+    """Key of a cell's record."""
     return json.dumps(cell, sort_keys=True)
 
 
 def load_records(result_file: Path, what: str, *parts: str) -> dict[str, dict[str, Any]]:
-    """Finished cells by key; none where the file does not exist.
+    """Records of finished cells by key; empty if the file does not exist.
 
     Args:
         result_file: JSON with "cells".
-        what: what they are cells of.
-        parts: what each has besides "cell" and "result".
+        what: the kind of evaluation, for the error message.
+        parts: keys of each record besides "cell" and "result".
 
     Raises:
-        InputError: the file exists and does not hold such cells.
+        InputError: the file exists and does not hold such records.
     """
     if not result_file.exists():
         return {}
@@ -65,8 +65,8 @@ def load_records(result_file: Path, what: str, *parts: str) -> dict[str, dict[st
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Run on one CPU thread, as operations on matrices this small are done before others wake up;
-    on a busy machine threads that wait for each other cost ten times the work."""
+    """Run the block on one CPU thread: small matrices are done before other threads wake up, and on a busy
+    machine threads that wait for each other take ten times as long."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -76,9 +76,9 @@ def one_thread() -> Iterator[None]:
 
 
 def recall_tables(content: dict[str, Any]) -> list[Table]:
-    """One table per correlation of a `run_recall` result: medians over seeds at a few N.
+    """One table per correlation of a `run_recall` result: medians over seeds.
 
-    The N shown are those nearest to half, one and two head dimensions; the file has all of them.
+    Columns are the N nearest to half, one and two head dimensions; the result file has all N.
     """
     settings = content["settings"]
     shown = sorted({_nearest(settings["pairs"], settings["head_dim"] * f) for f in (0.5, 1, 2)})
@@ -100,7 +100,7 @@ def recall_tables(content: dict[str, Any]) -> list[Table]:
 
 
 def recall_key(content: dict[str, Any]) -> str:
-    """How to read the tables."""
+    """Explanation of the tables."""
     seeds = len(content["settings"]["seeds"])
     return (
         "A cell: relative error |o - v| / |v|; what is left at the best common scale of all o;\n"
@@ -112,7 +112,7 @@ def recall_key(content: dict[str, Any]) -> str:
 
 
 def mqar_tables(content: dict[str, Any]) -> list[Table]:
-    """One table per (tasks, size) of a sweep: every mixer's test accuracies at its best rate."""
+    """One table per (tasks, size) of a sweep: every mixer's test accuracies at its best learning rate."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in content["summary"]:
         groups.setdefault(str((row["tasks"], row["width"], row["head_dim"])), []).append(row)

@@ -98,9 +98,9 @@ class Counted:
     def counting(self) -> Iterator[None]:
         iterate = cg.iterate_
 
-        def watched(rows: cg.Rows, counts: Tensor, target: float, most: int) -> int:
+        def watched(rows: cg.Rows, counts: Tensor, stop: float, most: int) -> int:
             self.counts[id(counts)] = counts
-            return iterate(rows, counts, target, most)
+            return iterate(rows, counts, stop, most)
 
         with patch.object(cg, "iterate_", watched):
             yield

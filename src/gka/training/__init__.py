@@ -1,4 +1,4 @@
-"""Training runs and what comes out of them. Heavy imports wait until `train` is called."""
+"""Training runs: configuration, loop, results. Names that need torch are imported at first use."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

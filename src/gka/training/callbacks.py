@@ -1,4 +1,4 @@
-"""What happens beside the training loop: seals, interruptions, time, progress, a check for NaN."""
+"""Trainer callbacks: seals of checkpoints, interruptions, time, progress, a check for NaN."""
 
 import math
 import signal
@@ -23,15 +23,17 @@ from gka.training.folder import is_main_process
 
 
 class Stop:
-    """A wish to stop, noted by a signal handler and granted at the end of a step."""
+    """A request to stop, recorded by a signal handler and met at the end of a step."""
 
     signal: int | None = None
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-    """SIGINT, SIGTERM and SIGHUP ask for a stop instead of ending the process, which is answered at once; the
-    second one ends it."""
+    """Turn SIGINT, SIGTERM and SIGHUP into requests to stop, each acknowledged at once with a message.
+
+    The same signal a second time has its former effect.
+    """
     stop, former, shown = Stop(), {}, terminals()
 
     def note(number: int, _frame: Any) -> None:
@@ -52,7 +54,7 @@ def stop_on_signals() -> Iterator[Stop]:
 
 
 class StopWhenAsked(TrainerCallback):
-    """Ends training after the step in which a stop was asked for, with a checkpoint."""
+    """Ends training after the step in which a stop was requested, with a checkpoint."""
 
     def __init__(self, stop: Stop) -> None:
         self.stop = stop
@@ -64,18 +66,18 @@ class StopWhenAsked(TrainerCallback):
 
 
 class SealCheckpoints(TrainerCallback):
-    """Seals each checkpoint, and notes the loss before it, so a resumed run notes the same losses."""
+    """Seals each checkpoint, and logs the loss at its step, so that a resumed run logs the same losses."""
 
     def on_step_end(self, args, state, control, **kwargs):
         if control.should_save:
             control.should_log = True
-            # A checkpoint that is about to be written over is not whole any more.
+            # A checkpoint that is about to be overwritten is no longer whole.
             self._folder(args, state).joinpath(SEAL).unlink(missing_ok=True)
         return control
 
     def on_save(self, args, state, control, **kwargs):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.barrier()  # every process has written its own generator state
+            torch.distributed.barrier()  # until every process has written its generator state
         if state.is_world_process_zero:
             folder = self._folder(args, state)
             with storage_errors(f"checkpoint {folder}"):
@@ -88,7 +90,7 @@ class SealCheckpoints(TrainerCallback):
 
 
 class Stopwatch(TrainerCallback):
-    """Adds "seconds" spent in training steps to each noted loss; goes on where a checkpoint ended."""
+    """Adds "seconds", the time spent in training steps, to each logged loss; a resumed run adds to it."""
 
     seconds = 0.0
 
@@ -100,7 +102,7 @@ class Stopwatch(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if args.device.type == "cuda" and control.should_log:
-            torch.cuda.synchronize()  # else the clock sees only that work was queued
+            torch.cuda.synchronize()  # else only the launches are timed
         self.seconds += time.perf_counter() - self._began
 
     def on_log(self, args, state, control, **kwargs):
@@ -109,7 +111,7 @@ class Stopwatch(TrainerCallback):
 
 
 class RefuseNaN(TrainerCallback):
-    """Ends a run whose loss is no longer a number, before a checkpoint is written of it."""
+    """Ends a run whose loss is not finite, before a checkpoint of it is written."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         for name in ("loss", "eval_loss"):
@@ -121,7 +123,7 @@ class RefuseNaN(TrainerCallback):
 
 
 class ProgressBar(TrainerCallback):
-    """One line that moves, and one that stays for each evaluation."""
+    """A progress line that moves, and a line that stays for each evaluation."""
 
     def __init__(self, console: Console, tokens_per_step: int) -> None:
         self.console, self.tokens_per_step = console, tokens_per_step
@@ -162,7 +164,7 @@ class ProgressBar(TrainerCallback):
             )
 
     def line(self) -> str:
-        """The same as text, for where no line can move; "" as long as there is nothing to say."""
+        """The progress as text, for outputs that are no terminal; "" before training and on other ranks."""
         state = self._state
         if state is None:
             return ""
@@ -178,19 +180,19 @@ class ProgressBar(TrainerCallback):
         )
 
     def close(self) -> None:
-        """Take the moving line away."""
+        """Remove the moving line."""
         self.progress.stop()
 
 
 class Estimate(TrainerCallback):
-    """Says after a few steps how long the run will take and how much memory, unless it is a short one.
+    """Prints, after a few steps, the expected time of the run and its memory; nothing if it is short.
 
-    The first step is not counted: it also compiles and allocates. A block of an evaluation counts as a third
-    of one in training, as it has no backward pass.
+    The first step is not timed: it also compiles and allocates. An evaluated block counts as a third of a
+    trained one, as it has no backward pass.
     """
 
-    SECONDS, STEPS = 2.0, 20  # whichever is first
-    SHORT = 10.0
+    SECONDS, STEPS = 2.0, 20  # timed: whichever comes first
+    SHORT = 10.0  # seconds; a shorter run has no estimate
 
     def __init__(self, console: Console, evaluated_blocks: int) -> None:
         self.console, self.evaluated_blocks = console, evaluated_blocks
@@ -202,7 +204,7 @@ class Estimate(TrainerCallback):
         if self._said:
             return
         if args.device.type == "cuda":
-            torch.cuda.synchronize()  # else the clock sees only that work was queued
+            torch.cuda.synchronize()  # else only the launches are timed
         steps, now = state.global_step - self._first, time.perf_counter()
         if steps == 0:
             self._began = now
@@ -227,7 +229,7 @@ class Estimate(TrainerCallback):
 
 
 def memory(device: torch.device) -> str:
-    """The most memory that this process has had so far, in words."""
+    """Peak memory of this process so far, in words."""
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_reserved(device) / 2**30:.1f} GiB of GPU memory"
     try:

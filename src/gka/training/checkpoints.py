@@ -1,4 +1,4 @@
-"""Whole checkpoints: sealed once everything in them is on disk, and verified before they are loaded."""
+"""Checkpoints: sealed once all their files are on disk, and verified before they are loaded."""
 
 import os
 import re
@@ -18,15 +18,15 @@ from gka.training.folder import is_main_process
 SEAL = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _ASIDE = re.compile(r"damaged-checkpoint-(\d+)(-\d+)?")
-# Without one of these the Trainer goes on in silence from something else than where it stopped.
+# If one of these is missing, the Trainer silently continues from another state.
 _NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
 _WEIGHTS = (".safetensors", ".bin")
 
 
 def seal(folder: Path) -> None:
-    """Note size and SHA-256 of every file of a checkpoint, after all of it has reached the disk.
+    """Write all files of a checkpoint through to disk, then record their sizes and SHA-256 in `SEAL`.
 
-    A checkpoint without this note was cut short while it was written.
+    A checkpoint without a seal was cut short while it was written.
     """
     files = {}
     for path in sorted(folder.iterdir()):
@@ -37,7 +37,7 @@ def seal(folder: Path) -> None:
 
 
 def fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None if it is as it was sealed."""
+    """The fault of a checkpoint in words, or None if it is as it was sealed."""
     if not (folder / SEAL).is_file():
         return "it was cut short while being written"
     try:
@@ -51,7 +51,7 @@ def fault(folder: Path) -> str | None:
 
 
 def _fault_of_seal(folder: Path, files: dict[str, Any]) -> str | None:
-    """What a seal does not name though it must, or names though it must not."""
+    """The fault of a seal's list of files: one missing in it, one not listed, or one outside the folder."""
     missing = [name for name in _NEEDED if name not in files]
     if not any(name.startswith("rng_state") for name in files):
         missing.append("rng_state.pth")
@@ -78,10 +78,10 @@ def _fault_of_file(path: Path, expected: dict[str, Any]) -> str | None:
 
 
 def clear_cut_short(folder: Path, step: int) -> None:
-    """Delete what was set aside unsealed, up to `step`, of which a whole checkpoint is there now.
+    """Delete unsealed checkpoints that were set aside, up to `step`, if the one of `step` is sealed.
 
-    A save that was killed left it, and the run has been there again. What had been sealed is kept: it was
-    whole once, and somebody may want to look at it. So is everything while no whole one has its place.
+    An interrupted save left them, and the run has reached their steps again. Sealed ones are kept for
+    inspection, as they were whole once.
     """
     if not (folder / f"checkpoint-{step}" / SEAL).is_file():
         return
@@ -97,7 +97,7 @@ def state_of(checkpoint: Path) -> TrainerState:
     """The Trainer's state in a checkpoint.
 
     Raises:
-        InputError: it is unreadable, or of another step than the checkpoint.
+        InputError: it is unreadable, or its step is not the checkpoint's.
     """
     with loading(checkpoint):
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
@@ -112,10 +112,10 @@ def state_of(checkpoint: Path) -> TrainerState:
 
 @contextmanager
 def loading(checkpoint: str | Path | None) -> Iterator[None]:
-    """Name the checkpoint in whatever goes wrong while it is loaded.
+    """Name the checkpoint in every error while it is loaded.
 
     Raises:
-        InputError: a file of it is unreadable, does not fit the run, or holds more than numbers.
+        InputError: a file of it is unreadable, does not fit the run, or holds objects of foreign classes.
     """
     try:
         yield
@@ -123,8 +123,8 @@ def loading(checkpoint: str | Path | None) -> Iterator[None]:
         raise
     except UnpicklingError as error:
         raise InputError(
-            f"{checkpoint} cannot be loaded: a file of it holds objects that no checkpoint has; nothing of "
-            "them was run. Move it away and resume from the one before"
+            f"{checkpoint} cannot be loaded: one of its files holds objects that no checkpoint has; none of "
+            "their code was run. Move it away and resume from the one before"
         ) from error
     except Exception as error:  # each reader has exceptions of its own
         raise InputError(
@@ -136,8 +136,8 @@ def loading(checkpoint: str | Path | None) -> Iterator[None]:
 def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
     """The newest whole checkpoint in `folder`; None if there is none.
 
-    Damaged ones that are newer are set aside as `damaged-checkpoint-N`, never loaded, and `say` is told which
-    and why; `clear_cut_short` deletes those that a later save has made superfluous.
+    Newer, damaged ones are not loaded: the main process renames them to `damaged-checkpoint-N` and says so
+    through `say`. After a later save `clear_cut_short` deletes the unsealed ones.
     """
     found = [(int(m[1]), path) for path in folder.glob("*") if (m := _NAME.fullmatch(path.name))]
     for _, path in sorted(found, reverse=True):

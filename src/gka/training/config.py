@@ -1,4 +1,4 @@
-"""What a training run is: three tables (data, model, training), read from TOML, checked by name."""
+"""Configuration of a training run: the tables data, model and training, and recipes in TOML."""
 
 import dataclasses
 import tomllib
@@ -14,19 +14,19 @@ DTYPES = ("float32", "bfloat16")
 CHECKPOINTING = ("none", "full", "selective", "selective-products")
 """Of activations; `gka.models.recomputation` has what each keeps."""
 MOST_SEED = 2**32 - 1
-"""The largest seed that all generators of random numbers take."""
+"""Largest seed that every random number generator takes (NumPy's has 32 bits)."""
 Command = Literal["train", "prime"]
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 STANDARD_LIBRARY_HELD_OUT = 0.002
-"""`eval_fraction` where no text is given: enough of the standard library, and quickly evaluated."""
-# Decided by the tokenizer, so that model and data cannot disagree.
+"""`eval_fraction` if no text is given: a small share of the standard library suffices and is quick."""
+# Set from the tokenizer, so that model and data agree.
 FROM_TOKENIZER = ("vocab_size", "eos_token_id", "pad_token_id", "bos_token_id")
-_MATRICES = "For matrices; never for A_log, dt_bias, norms, biases and embeddings."
+_MATRICES = "Of matrices and convolutions; A_log, dt_bias, norms, biases and embeddings have none."
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Table):
-    """What to train on."""
+    """Table [data]: the text, its tokenizer and the blocks cut from it."""
 
     text: tuple[str, ...] = setting(
         (),
@@ -39,15 +39,15 @@ class DataConfig(Table):
     tokenizer: str = setting(
         "bytes", "bytes, or a Hugging Face tokenizer's folder or name.", option=True
     )
-    sequence_length: int = setting(256, "Tokens in a block.", option=True, least=2)
-    # `RunConfig.from_tables` holds out less of the standard library, `STANDARD_LIBRARY_HELD_OUT`.
+    sequence_length: int = setting(256, "Tokens per block.", option=True, least=2)
+    # For the standard library `RunConfig.from_tables` takes `STANDARD_LIBRARY_HELD_OUT` instead.
     eval_fraction: float = setting(
         0.01, "Share of the tokens held out, by whole documents.", above=0, below=1
     )
     hash_sources: bool = setting(
         False,
-        "Read all text once before each run to see whether it has changed; else names, places, sizes, "
-        "inodes and times of modification and change tell.",
+        "Detect changed text by its checksum, for which all of it is read before each run; otherwise by "
+        "names, paths, sizes, inodes and times of modification and change.",
     )
 
     table: ClassVar[str] = "data"
@@ -55,19 +55,22 @@ class DataConfig(Table):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """Those fields of `gka.models.GKAConfig` that `gka train` has an option or another default for.
+    """Fields of `gka.models.GKAConfig` for which `gka train` has an option or a default of its own.
 
-    The defaults give a model that two processor cores train in minutes.
+    The defaults give a model that two CPU cores train in minutes.
     """
 
     mixer: str = setting(
         "gka", "gka, attention, swa, gla, deltanet or gated_deltanet.", option=True
     )
     attention_layers: list[int] | None = setting(
-        None, "Layers, from 0, with attention instead, as in 1,3.", option=True, metavar="N,N"
+        None,
+        "Layers, counted from 0, with attention instead, as in 1,3.",
+        option=True,
+        metavar="N,N",
     )
     hidden_size: int = setting(128, "Width of the model.", option=True)
-    num_hidden_layers: int = setting(2, "Layers.", option=True)
+    num_hidden_layers: int = setting(2, "Number of layers.", option=True)
     num_heads: int = setting(4, "Heads of a layer, each hidden_size / num_heads wide.", option=True)
     tie_word_embeddings: bool = setting(True, "One matrix for the embedding and the output.")
 
@@ -77,18 +80,18 @@ MODEL_DEFAULTS = {f.name: f.default for f in fields(ModelSettings) if f.default 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig(Table):
-    """How to train: AdamW, linear warm-up then cosine to zero, gradients clipped.
+    """Table [training]: AdamW, a linear warm-up, then a cosine to zero; gradients are clipped.
 
-    The defaults are those of the recipe cpu: some minutes on a laptop.
+    The defaults are those of recipes/cpu.toml: minutes on a laptop.
     """
 
     max_steps: int = setting(1300, "Optimizer steps.", option=True, by_table=True, least=1)
-    batch_size: int = setting(2, "Blocks in a forward pass, of each device.", option=True, least=1)
-    gradient_accumulation: int = setting(1, "Forward passes in a step.", least=1)
+    batch_size: int = setting(2, "Blocks per forward pass on each device.", option=True, least=1)
+    gradient_accumulation: int = setting(1, "Forward passes per optimizer step.", least=1)
     learning_rate: float = setting(
         4e-3, "Highest learning rate.", option=True, by_table=True, above=0
     )
-    warmup_steps: int = setting(50, "Steps until the rate is the highest.", least=0)
+    warmup_steps: int = setting(50, "Steps over which the learning rate rises.", least=0)
     weight_decay: float = setting(0.01, _MATRICES, least=0)
     max_grad_norm: float = setting(
         1.0, "Gradients are scaled down to this norm; 0 does not clip.", least=0
@@ -106,11 +109,11 @@ class TrainingConfig(Table):
         "sequence operators (solve, delta rule, attention); selective-products: nor matrix products.",
         choices=CHECKPOINTING,
     )
-    log_steps: int = setting(10, "Steps between two notes of the loss.", least=1)
+    log_steps: int = setting(10, "Steps between two logged losses.", least=1)
     eval_steps: int = setting(260, "Steps between two evaluations.", least=1)
     save_steps: int = setting(260, "Steps between two checkpoints.", least=1)
-    # One is whole while the next is written.
-    keep_checkpoints: int = setting(2, "Checkpoints that are kept.", least=2)
+    # At least two, so that one is whole while the next is written.
+    keep_checkpoints: int = setting(2, "Newest checkpoints that are kept.", least=2)
     seed: int = setting(
         0, "Of initial weights and data order.", option=True, least=0, most=MOST_SEED
     )
@@ -120,14 +123,14 @@ class TrainingConfig(Table):
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A complete run. `model` holds fields of `gka.models.GKAConfig`, which checks their names."""
+    """A complete training run. `model` holds fields of `gka.models.GKAConfig`, which checks them."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: Mapping[str, Any] = field(default_factory=lambda: dict(MODEL_DEFAULTS))
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def tables(self) -> Tables:
-        """The run as plain tables (what JSON and TOML hold); `from_tables` is the inverse."""
+        """The run as tables of JSON and TOML values; `from_tables` is the inverse."""
         data = dataclasses.asdict(self.data)
         data["text"] = list(self.data.text)
         return {
@@ -138,10 +141,10 @@ class RunConfig:
 
     @classmethod
     def from_tables(cls, tables: Mapping[str, Any]) -> "RunConfig":
-        """A run from tables, defaults where a key is absent.
+        """A run from tables; absent keys have their defaults.
 
         Raises:
-            InputError: naming the table and key that is unknown, of the wrong type or out of range.
+            InputError: a table or key is unknown, of the wrong type or out of range; the message names it.
         """
         check_tables(tables, ("data", "model", "training"))
         data = dict(tables.get("data", {}))
@@ -154,10 +157,10 @@ class RunConfig:
 
 
 def read_recipe(name: str, command: Command = "train") -> Tables:
-    """The tables of a recipe: a .toml file, or the name of one in ./recipes or in the package.
+    """The tables of a .toml file, or of the recipe called `name` in ./recipes or in the package.
 
     Raises:
-        InputError: if `command` has no such recipe (those it has are named) or it is not TOML.
+        InputError: there is no such file, no such recipe of `command`, or it is not valid TOML.
     """
     path = Path(name) if name.endswith(".toml") else _named_recipe(name, command)
     try:
@@ -169,13 +172,13 @@ def read_recipe(name: str, command: Command = "train") -> Tables:
 
 
 def _complete(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The [model] table with defaults for what is not given and does not follow from it."""
+    """The [model] table with defaults for absent keys that given keys do not determine."""
     for key in FROM_TOKENIZER:
         require(key not in given, f"model.{key}", given.get(key), "absent: the tokenizer sets it")
     if "mixers" in given and "mixer" in given:
         raise InputError("model.mixer and model.mixers both name mixers; give one of them")
     model = {**MODEL_DEFAULTS, **given}
-    if "mixers" in given:  # they name the mixer of every layer, and so how many there are
+    if "mixers" in given:  # one name per layer, which also gives the number of layers
         model = {
             k: v for k, v in model.items() if k in given or k not in ("mixer", "num_hidden_layers")
         }
@@ -188,12 +191,12 @@ def _complete(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def recipe_names(command: Command) -> list[str]:
-    """The recipes of a command that can be given by name: those in ./recipes and in the package."""
+    """Sorted names of a command's recipes in ./recipes and in the package."""
     return sorted(name for name, path in _recipes().items() if _is_for(path) == command)
 
 
 def _recipes() -> dict[str, Path]:
-    """Every recipe by name; one in ./recipes goes before one in the package."""
+    """Path of every recipe by name; ./recipes takes precedence over the package."""
     folders = [RECIPES, Path("recipes")]
     return {path.stem: path for folder in folders for path in folder.glob("*.toml")}
 
@@ -201,7 +204,9 @@ def _recipes() -> dict[str, Path]:
 def _named_recipe(name: str, command: Command) -> Path:
     found = _recipes()
     if name in found and _is_for(found[name]) != command:
-        raise InputError(f"recipe {name!r} is one of gka {_is_for(found[name])}")
+        raise InputError(
+            f"recipe {name!r} is one of gka {_is_for(found[name])}; run it with that command"
+        )
     if name not in found:
         raise InputError(
             f"recipe {name!r} is unknown; known: {', '.join(recipe_names(command)) or 'none here'}; "
@@ -211,9 +216,9 @@ def _named_recipe(name: str, command: Command) -> Path:
 
 
 def _is_for(recipe: Path) -> Command:
-    """The command that a recipe is for: those with a table [prime] prime."""
+    """The command of a recipe: "prime" if it has a table [prime], else "train"."""
     try:
         tables = tomllib.loads(recipe.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError):
-        return "train"  # what is wrong with it is said when it is read
+        return "train"  # `read_recipe` reports the fault
     return "prime" if "prime" in tables else "train"

@@ -1,10 +1,10 @@
-"""The folder of a run: what is where, and who may write there.
+"""The folder of a run: its files, and the checks before they are written.
 
-run.json           the settings, and the checksum of the tokens they gave
-checkpoints/       checkpoint-N, everything needed to go on from step N
+run.json           settings, and checksums of the settings and of the run's inputs
+checkpoints/       checkpoint-N, everything needed to continue from step N
 model/             the trained model and its tokenizer, for from_pretrained and `gka generate`
-metrics.json       figures, loss curves, versions, hardware; there once the run is complete
-loss.png           the curves
+metrics.json       metrics, loss curves, versions, hardware; exists once the run is complete
+loss.png           plot of the loss curves
 """
 
 import hashlib
@@ -32,14 +32,14 @@ RUN, CHECKPOINTS, MODEL, METRICS, PLOT = (
     "loss.png",
 )
 FORMAT = 1
-# Where sources lie may change; what they hold has checksums of its own.
+# Not in the settings' checksum: sources may move, as their content has its own checksums.
 _PLACES = {"data": ("text", "chat"), "prime": ("teacher",)}
-# Written by `gka prime` beside those: its two stages and its report.
+# Folders that `gka prime` adds: its two stages and its report.
 STAGES, REPORT = ("stage1", "stage2"), "report"
 
 
 class Settings(Protocol):
-    """What a run is, as tables and back: `RunConfig`, `PrimeConfig`."""
+    """Configuration of a run, to tables and back: `RunConfig`, `PrimeConfig`."""
 
     def tables(self) -> dict[str, dict[str, Any]]: ...
 
@@ -54,19 +54,19 @@ AnySettings = TypeVar("AnySettings", bound=Settings)
 def open_output(
     output: Path, console: "Console", *, resume: bool, overwrite: bool
 ) -> Iterator[dict[str, Any] | None]:
-    """Check where a run is to write, tell whether there is anything left to do, and keep others out.
+    """Check and lock the folder that a run is to write.
 
     Args:
         output: the run's folder.
-        console: told when there is not.
-        resume: go on with the run in it.
-        overwrite: it may be replaced.
+        console: told if the run to resume is complete.
+        resume: continue the run in `output`.
+        overwrite: allow a run in `output` to be replaced.
 
     Yields:
-        The metrics of a run that was to go on and is complete; None: there is a run to do.
+        The metrics if the run to resume is complete, else None.
 
     Raises:
-        InputError: `output` may not be used, or another process writes it; nothing has been changed.
+        InputError: `output` cannot be used, or another process writes it; nothing has been changed.
     """
     _check_output(output, resume, overwrite)
     if resume and (output / METRICS).exists():
@@ -74,18 +74,18 @@ def open_output(
         yield read_json(output / METRICS)
         return
     with only_writer(output) if is_main_process() else nullcontext():
-        _check_output(output, resume, overwrite)  # another run may have ended in between
+        _check_output(output, resume, overwrite)  # another run may have ended before the lock
         yield None
 
 
 def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
-    """A new run needs a new or empty folder, or leave to replace the run in it.
+    """Check that `output` is new or empty, or holds a run to resume or overwrite.
 
     Raises:
-        InputError: if `output` may not be used; nothing has been changed.
+        InputError: it is not; nothing has been changed.
     """
     if not is_main_process():
-        return  # the main process may have begun to write already
+        return  # the main process may already be writing
     if resume and overwrite:
         raise InputError("resume and overwrite exclude each other; give one of them")
     if resume:
@@ -103,7 +103,7 @@ def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
 
 
 def is_main_process() -> bool:
-    """Whether this process writes: the first of those that torchrun started, or the only one."""
+    """Whether this process writes files: rank 0 of those that torchrun started, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -111,7 +111,7 @@ def stored_tables(output: Path) -> dict[str, dict[str, Any]]:
     """The settings of the run in `output`.
 
     Raises:
-        InputError: if there is no run, or `run.json` is damaged.
+        InputError: there is no run, or `run.json` is damaged.
     """
     if not (output / RUN).is_file():
         raise InputError(f"output {output} holds no run to resume ({RUN} is missing)")
@@ -124,10 +124,10 @@ def stored_tables(output: Path) -> dict[str, dict[str, Any]]:
 def resumed_config(
     output: Path, given: Mapping[str, Mapping[str, Any]], kind: type[AnySettings]
 ) -> AnySettings:
-    """The stored settings of a run; what is given again must agree with them.
+    """The stored settings of a run; settings given again must agree with them.
 
     Raises:
-        InputError: naming the first setting that differs, or that the run is of another command.
+        InputError: a setting differs (the first is named), run.json was edited, or the command is another.
     """
     tables = stored_tables(output)
     if set(tables) != set(kind.from_tables({}).tables()):
@@ -148,7 +148,7 @@ def resumed_config(
 
 
 def _believed(output: Path, kind: type[AnySettings], tables: dict[str, Any]) -> AnySettings:
-    """The settings in run.json, each of its type and range, and as they were written."""
+    """The settings in run.json, checked for types, ranges and later edits."""
     try:
         config = kind.from_tables(tables)
     except InputError as error:
@@ -163,7 +163,7 @@ def _believed(output: Path, kind: type[AnySettings], tables: dict[str, Any]) -> 
 
 
 def _settings_checksum(tables: Mapping[str, Mapping[str, Any]]) -> str:
-    """SHA-256 of the settings, but for the places of what is read."""
+    """SHA-256 of the settings without the paths of sources."""
     kept = {
         table: {key: value for key, value in values.items() if key not in _PLACES.get(table, ())}
         for table, values in tables.items()
@@ -174,34 +174,34 @@ def _settings_checksum(tables: Mapping[str, Mapping[str, Any]]) -> str:
 def drawn(
     draw: Callable[[dict[str, Any]], "Table"], metrics: dict[str, Any], output: Path
 ) -> "Table":
-    """The table of a run's metrics.
+    """`draw(metrics)`, a table for a terminal.
 
     Raises:
-        InputError: they were read from a file that lacks some.
+        InputError: metrics.json, from which a complete run's metrics were read, lacks some of them.
     """
     try:
         return draw(metrics)
     except (KeyError, TypeError, ValueError, AttributeError, LookupError) as error:
         raise InputError(
-            f"{output / METRICS} is no account of a complete run ({error!r}); move it away to run the end "
-            "again"
+            f"{output / METRICS} does not hold the metrics of a complete run ({error!r}); move it away and "
+            "resume, which writes it again"
         ) from None
 
 
 def begin(
     config: Settings, output: Path, checksums: dict[str, str], *, resume: bool, overwrite: bool
 ) -> None:
-    """Note the run's settings, or check that what it was given is still what it began with.
+    """Write run.json, or check that the inputs of a resumed run have not changed.
 
     Args:
         config: the settings.
         output: the run's folder.
-        checksums: of what the run reads, by name: "tokens_sha256", ...
-        resume: check instead of noting.
-        overwrite: delete the run that is there.
+        checksums: of the run's inputs, by name: "tokens_sha256", ...
+        resume: check instead of writing.
+        overwrite: delete the run in `output` first.
 
     Raises:
-        InputError: a checksum differs from the one noted.
+        InputError: a checksum differs from the stored one.
     """
     if resume:
         stored = read_json(output / RUN)
@@ -223,7 +223,7 @@ def begin(
 
 
 def _remove_run(output: Path) -> None:
-    """Delete what a run writes, and nothing else that may lie beside it; its mark goes last."""
+    """Delete the files of a run and no others; run.json, which marks the folder as a run's, goes last."""
     for name in (CHECKPOINTS, MODEL, *STAGES, REPORT):
         if (output / name).exists():
             shutil.rmtree(output / name)
@@ -232,13 +232,13 @@ def _remove_run(output: Path) -> None:
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Save model and tokenizer beside `folder`, then put them there at once.
+    """Save model and tokenizer to a new folder beside `folder`, then rename it to `folder`.
 
     Raises:
-        StorageError: the disk is full, say; what was in `folder` is still there.
+        StorageError: they cannot be written, on a full disk for example; `folder` is unchanged.
     """
     fresh = folder.with_name(f".{folder.name}.new")
-    model.config.use_cache = True  # the Trainer turns it off; whoever loads the model wants it
+    model.config.use_cache = True  # the Trainer turns it off; generation needs it
     advice = "the checkpoints are kept: free space, then go on with --resume"
     with storage_errors(f"model {folder}", advice=advice):
         shutil.rmtree(fresh, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The training loop that every kind of run shares: the Trainer, its checkpoints, its interruptions."""
+"""The training loop of every run: the Trainer, its checkpoints, interruptions."""
 
 import contextlib
 import shutil
@@ -28,11 +28,11 @@ from gka.training.config import TrainingConfig
 
 
 class Interrupted(Exception):
-    """Training was asked to stop and did, with a checkpoint.
+    """Training stopped on a signal, after saving a checkpoint.
 
     Attributes:
         step: the step of the checkpoint.
-        signal: number of the signal that asked.
+        signal: number of the signal.
     """
 
     def __init__(self, step: int, signal: int) -> None:
@@ -52,22 +52,22 @@ def fit(
     kind: Callable[..., Trainer] | None = None,
     settings: dict[str, Any] | None = None,
 ) -> Trainer:
-    """Train `model` to the end; checkpoints lie in `folder`.
+    """Train `model` for `config.max_steps` steps and return the Trainer.
 
     Args:
-        model: what is trained, its loss in `forward`.
-        config: how.
-        folder: of the checkpoints.
-        blocks: to train on, and to evaluate on; both of one length, their `length`.
-        tokenizer: kept beside the checkpoints.
+        model: the module to train; its `forward` gives the loss.
+        config: table [training].
+        folder: folder of the checkpoints.
+        blocks: data sets for training and evaluation; `length` is a block's number of tokens.
+        tokenizer: saved in each checkpoint.
         console: where progress is shown.
-        resume: go on from the newest whole checkpoint in `folder` (from the start if there is none).
-        kind: what makes the Trainer. None: `DecoderTrainer`.
+        resume: continue from the newest whole checkpoint in `folder`, or from step 0 if there is none.
+        kind: builds the Trainer. None: `DecoderTrainer`.
         settings: further arguments of the Trainer.
 
     Raises:
-        Interrupted: if asked to stop.
-        InputError: if the loss is no longer a number.
+        Interrupted: a signal asked for a stop before the last step.
+        InputError: the loss is not finite, or the checkpoint cannot be loaded.
     """
     args = arguments(config, folder)
     last = _last_checkpoint(folder, console) if resume else None
@@ -87,7 +87,7 @@ def fit(
 
 
 def tokens_of_a_step(config: TrainingConfig, sequence_length: int, processes: int) -> int:
-    """Tokens that one optimizer step reads, of all processes together."""
+    """Tokens per optimizer step, summed over all processes."""
     return config.batch_size * config.gradient_accumulation * sequence_length * processes
 
 
@@ -101,9 +101,9 @@ def _last_checkpoint(folder: Path, console: Console) -> Path | None:
 
 
 def _is_at_the_end(trainer: Trainer, checkpoint: Path, max_steps: int) -> bool:
-    """Whether a checkpoint is that of the last step; if so, the trainer is put in its state.
+    """Whether a checkpoint is that of the last step; if so, load it into the trainer.
 
-    The Trainer would go on: in the midst of an epoch it takes a step before it asks whether it is done.
+    `Trainer.train` would take one step more: within an epoch it tests for the end only after a step.
     """
     state = checkpoints.state_of(checkpoint)
     if state.global_step < max_steps:
@@ -131,8 +131,9 @@ def _trainer(
 
 
 class SelectiveDecay:
-    """Put before a `transformers.Trainer` or a subclass: its weight decay then leaves out what should not
-    shrink (`gka.layers.decayed_parameters`). A plain Trainer chooses by names and decays `A_log`.
+    """Mixin, listed before a Trainer class: weight decay for `gka.layers.decayed_parameters` only.
+
+    A plain Trainer chooses parameters by name and decays `A_log`.
 
     Example:
         >>> class MyTrainer(SelectiveDecay, trl.SFTTrainer): ...
@@ -144,7 +145,7 @@ class SelectiveDecay:
 
 
 class DecoderTrainer(SelectiveDecay, Trainer):
-    """Trainer whose weight decay leaves out what should not shrink, and whose errors name the checkpoint."""
+    """Trainer with `SelectiveDecay` whose errors name the checkpoint."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
@@ -154,9 +155,8 @@ class DecoderTrainer(SelectiveDecay, Trainer):
                 super()._save_checkpoint(model, trial)
         except StorageError:
             if not (folder / checkpoints.SEAL).exists():
-                shutil.rmtree(
-                    folder, ignore_errors=True
-                )  # a part of one; it takes the room that is missing
+                # a partial checkpoint takes up the space that is missing
+                shutil.rmtree(folder, ignore_errors=True)
             raise
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -173,7 +173,7 @@ class DecoderTrainer(SelectiveDecay, Trainer):
 
 
 def arguments(config: TrainingConfig, folder: Path) -> TrainingArguments:
-    """The Trainer's arguments for a run that keeps its checkpoints in `folder`."""
+    """The Trainer's arguments for a run with checkpoints in `folder`."""
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=config.max_steps,
@@ -188,7 +188,7 @@ def arguments(config: TrainingConfig, folder: Path) -> TrainingArguments:
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         ddp_find_unused_parameters=False,
-        # bfloat16 is as good on a CPU, but the Trainer has to hear that a CPU is meant.
+        # Without use_cpu the Trainer refuses bf16 on a CPU.
         use_cpu=not torch.cuda.is_available(),
         bf16=config.dtype == "bfloat16",
         logging_steps=config.log_steps,
@@ -199,22 +199,22 @@ def arguments(config: TrainingConfig, folder: Path) -> TrainingArguments:
         save_total_limit=config.keep_checkpoints,
         seed=config.seed,
         data_seed=config.seed,
-        # Nothing of the Trainer's own on the screen, and no NaN hidden in an average.
+        # Keep NaN in averages, so that `RefuseNaN` sees it; print nothing of the Trainer's own.
         logging_nan_inf_filter=False,
         disable_tqdm=True,
         log_level="error",
         report_to="none",
         prediction_loss_only=True,
-        remove_unused_columns=False,  # the data sets give what the models take
+        remove_unused_columns=False,  # data sets yield the models' arguments
         dataloader_pin_memory=torch.cuda.is_available(),
     )
 
 
 def recompute_layers(model: PreTrainedModel, how: str) -> None:
-    """Let the backward pass recompute layers as the setting `gradient_checkpointing` says."""
+    """Recompute layers in the backward pass as the setting `gradient_checkpointing` says."""
     arguments = checkpoint_arguments(how)
     if arguments is None:
         return
-    # Newer transformers renamed it, and warn of the old name.
+    # Newer transformers have renamed the method and warn about the old name.
     name = "activation_checkpointing_enable"
     getattr(model, name, model.gradient_checkpointing_enable)(arguments)

@@ -1,4 +1,4 @@
-"""One training run, from text to a saved model and what there is to say about it."""
+"""One training run, from text to the saved model, its metrics and their plot."""
 
 import io
 import math
@@ -42,18 +42,18 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Train a model and leave everything about it in `output`; the metrics are returned.
+    """Train a model, write the run to `output` and return its metrics.
 
     Args:
         config: the run.
-        output: folder of the run; must be new or empty, unless `resume` or `overwrite`.
+        output: folder of the run, new or empty unless `resume` or `overwrite`.
         console: where progress is shown.
-        resume: go on from the newest whole checkpoint in `output` (from the start if there is none).
-        overwrite: delete the run that is in `output` first.
+        resume: continue from the newest whole checkpoint in `output`, or from step 0 if there is none.
+        overwrite: delete the run in `output` first.
 
     Raises:
-        InputError: if anything given cannot be used; nothing is deleted or overwritten then.
-        Interrupted: after SIGINT, SIGTERM or SIGHUP, when the checkpoint is written.
+        InputError: an argument cannot be used (nothing is deleted then), or the loss is not finite.
+        Interrupted: after SIGINT, SIGTERM or SIGHUP, once the checkpoint is written.
     """
     with files.open_output(output, console, resume=resume, overwrite=overwrite) as complete:
         if complete is not None:
@@ -64,7 +64,7 @@ def train(
 def _train(
     config: RunConfig, output: Path, console: Console, resume: bool, overwrite: bool
 ) -> dict[str, Any]:
-    """`train`, in a folder that is this process's alone."""
+    """`train`, after `output` was checked and locked."""
     tokenizer = load_tokenizer(config.data.tokenizer)
     packed = pack_text(config.data, tokenizer, console)
     blocks = token_blocks(packed, config.data.sequence_length, config.data.eval_fraction)
@@ -78,12 +78,12 @@ def _train(
     if trainer.is_world_process_zero():
         files.save_model(trainer.model, tokenizer, output / files.MODEL)
         plot_losses(metrics, output / files.PLOT)
-        write_json(output / files.METRICS, metrics)  # last: it says that the run is complete
+        write_json(output / files.METRICS, metrics)  # last: it marks the run as complete
     return metrics
 
 
 def _introduce(config: RunConfig, model: PreTrainedModel, output: Path, console: Console) -> None:
-    """Say what is going to be done, before it takes its time."""
+    """Print the model, the steps and the output folder before training begins."""
     training, tokens = config.training, config.data.sequence_length
     blocks = training.batch_size * training.gradient_accumulation
     console.print(
@@ -95,10 +95,10 @@ def _introduce(config: RunConfig, model: PreTrainedModel, output: Path, console:
 
 
 def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The untrained model of a run: its weights depend on the settings and the seed alone.
+    """The untrained model of a run; settings, vocabulary size and seed determine its weights.
 
     Raises:
-        InputError: if the [model] table does not describe a model.
+        InputError: the [model] table does not describe a model, or it is too large for the memory.
     """
     special = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.eos_token_id}
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -122,7 +122,7 @@ def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTra
 
 
 def _check_memory(parameters: int) -> None:
-    """Raise `InputError` if so many float32 numbers are more than this machine's memory."""
+    """Raise `InputError` if this number of float32 parameters exceeds the machine's memory."""
     if not hasattr(os, "sysconf"):
         return
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -136,10 +136,10 @@ def _check_memory(parameters: int) -> None:
 def pack_text(
     data: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console
 ) -> PackedTokens:
-    """The tokens of a run's text, packed if they are not yet; progress is shown.
+    """The packed tokens of a run's text, from the cache if it has them; shows progress.
 
     Raises:
-        InputError: if the text cannot be used.
+        InputError: the text cannot be used.
     """
     documents = find_documents(data.text, data.glob, hashed=data.hash_sources)
     what = "text" if data.text else "Python's standard library"
@@ -198,7 +198,7 @@ def _metrics(
 
 
 def mixers(config: Any) -> str:
-    """Such as "26 gka + 4 attention"."""
+    """The mixers of a model with their counts, such as "26 gka + 4 attention"."""
     names = list(config.pattern)
     return " + ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
 
@@ -207,7 +207,7 @@ LIBRARIES = ("torch", "transformers", "accelerate", "tokenizers", "numpy")
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, this library and those it computes with."""
+    """Versions of Python, this library and `LIBRARIES`."""
     names = {"gated-kalmanet": _version("gated-kalmanet"), "python": platform.python_version()}
     return names | {name: _version(name) for name in LIBRARIES}
 
@@ -220,18 +220,18 @@ def _version(name: str) -> str:
 
 
 def hardware() -> dict[str, Any]:
-    """The processor, its threads in use, and the accelerator if there is one."""
+    """The processor, torch's number of threads, and the GPUs' names."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"processor": _processor(), "threads": torch.get_num_threads(), "gpus": gpus}
 
 
 def bits_per_byte(loss: float, tokens: int, size: float) -> float:
-    """Mean loss in nats per token as bits per byte of text: comparable between tokenizers."""
+    """Bits per byte of text from a mean loss in nats per token: comparable between tokenizers."""
     return loss / math.log(2) * tokens / size
 
 
 def curves(history: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The Trainer's log as two lists of rows: losses in training, and on held-out documents."""
+    """The Trainer's log as two lists of rows: training losses and held-out losses."""
     noted = ("step", "loss", "learning_rate", "grad_norm", "seconds")
     return {
         "training": [{k: row[k] for k in noted if k in row} for row in history if "loss" in row],
@@ -242,7 +242,7 @@ def curves(history: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def plot_losses(metrics: dict[str, Any], path: Path) -> None:
-    """Draw both losses against the step, and write them to `path` as PNG."""
+    """Plot both losses against the step and write the plot to `path` as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -265,7 +265,7 @@ def plot_losses(metrics: dict[str, Any], path: Path) -> None:
 
 
 def table(metrics: dict[str, Any]) -> Table:
-    """The run's figures, for a terminal."""
+    """The run's metrics as a table for a terminal."""
     model, data, spent, final = (metrics[k] for k in ("model", "data", "training", "evaluation"))
     rows = {
         "model": f"{model['mixers']}, {model['parameters']:,} parameters",

@@ -1,7 +1,7 @@
-"""Settings: what a field of a configuration is for, which values it takes, and tables of such fields.
+"""Settings: meaning and allowed values of configuration fields, and tables of such fields.
 
-A field is declared once, as `name: type = setting(default, "What it is.")`. The command line, its
-help pages, recipes (TOML) and the texts of errors are made from that.
+A field is declared once, as `name: type = setting(default, "What it is.")`. Command-line options,
+help pages, TOML recipes and error messages derive from this declaration.
 """
 
 import dataclasses
@@ -16,30 +16,29 @@ from typing import Any, ClassVar
 from gka.errors import InputError, RenamedWarning
 
 MOST = 2**31 - 1
-"""The largest whole number that a setting takes, unless it says another."""
+"""Largest integer that a setting takes, unless its `most` is another."""
 Tables = dict[str, dict[str, Any]]
 _SAID = "setting"
-# Keys of an earlier release; they work and warn.
+# Keys and values of earlier releases still work, with a warning.
 _TRAINING = ("training", "stage1", "stage2")
 _FORMER = {(table, "precision"): "dtype" for table in _TRAINING}
-# Values of an earlier release, by the values of today; they work and warn.
 _FORMER_FLAGS = {(table, "gradient_checkpointing"): ("none", "full") for table in _TRAINING}
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What there is to say about a field.
+    """Declaration of a field.
 
     Attributes:
-        help: what it is, in a sentence or a few.
-        option: whether commands have an option for it; every setting can be given by `--set`.
-        by_table: whether each table that has the field has an option of its own, `--TABLE-FIELD`. Otherwise
-            one option sets the field in all of them.
-        metavar: what a help page shows for the value; if empty, the choices or the type.
-        shown: what a help page shows as the default; if empty, the default itself.
-        least, most: bounds that are allowed themselves.
-        above, below: bounds that are not.
-        choices: the only values allowed; any if empty.
+        help: the field's meaning, in one sentence or a few.
+        option: whether commands have an option for it; `--set` takes every setting.
+        by_table: whether each of several tables with the field has its own option, `--TABLE-FIELD`.
+            Otherwise one option sets the field in all of them.
+        metavar: placeholder of the value on help pages; empty: the choices or the type.
+        shown: the default as help pages show it; empty: the default itself.
+        least, most: inclusive bounds.
+        above, below: exclusive bounds.
+        choices: allowed values; empty: any.
     """
 
     help: str
@@ -55,7 +54,7 @@ class Setting:
     choices: tuple[str, ...] = ()
 
     def expected(self, value: Any) -> str | None:
-        """What `value` should have been; None if it is allowed."""
+        """The allowed values in words; None if `value` is one of them."""
         if self.choices and value not in self.choices:
             return " or ".join(map(repr, self.choices))
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -72,15 +71,15 @@ class Setting:
 
 
 def setting(default: Any, help: str, **more: Any) -> Any:
-    """A field of a dataclass with a default and what there is to say about it; `more`: of `Setting`."""
+    """A dataclass field with a default and a `Setting`; `more`: further attributes of the `Setting`."""
     return dataclasses.field(default=default, metadata={_SAID: Setting(help, **more)})
 
 
 class Table:
-    """What dataclasses of settings have in common: each field is checked when an instance is made."""
+    """Base of dataclasses of settings: every field of a new instance is checked."""
 
     table: ClassVar[str]
-    """The name of the table, in recipes and in errors."""
+    """Name of the table in recipes and error messages."""
 
     def __post_init__(self) -> None:
         for name, setting, _ in settings(type(self)):
@@ -95,7 +94,7 @@ class Table:
 def settings(kind: type) -> Iterator[tuple[str, Setting, Any]]:
     """Name, setting and type of each field of a dataclass.
 
-    A subclass that changes a default only keeps the setting of its base class.
+    A subclass that changes only a default keeps its base class's setting.
     """
     hints = typing.get_type_hints(kind)
     bases = [vars(base).get("__dataclass_fields__", {}) for base in kind.__mro__]
@@ -109,15 +108,15 @@ def build_tables(
     given: Mapping[str, Any],
     keys: Mapping[str, Iterable[str]] | None = None,
 ) -> dict[str, Any]:
-    """An instance of each class from the table of its name; fields that are absent have their defaults.
+    """An instance of each class from its table; absent fields have their defaults.
 
     Args:
-        kinds: classes by table.
-        given: the tables; others among them are left alone.
-        keys: of other tables, which an error may point to.
+        kinds: classes by table name.
+        given: the tables; those without a class are ignored.
+        keys: keys of other tables, which an error message may suggest.
 
     Raises:
-        InputError: naming the table or key that is unknown, of the wrong type or out of range.
+        InputError: a key is unknown, of the wrong type or out of range; the message names it.
     """
     own = {table: [name for name, *_ in settings(kind)] for table, kind in kinds.items()}
     every: dict[str, Iterable[str]] = {**own, **(keys or {})}
@@ -128,7 +127,7 @@ def build_tables(
 
 
 def check_tables(given: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Raise `InputError` for a table that is none of `names`, or is no table."""
+    """Raise `InputError` for a table whose name is not in `names`, or a value that is not a table."""
     for table, values in given.items():
         if table not in (known := list(names)):
             raise InputError(
@@ -138,7 +137,7 @@ def check_tables(given: Mapping[str, Any], names: Iterable[str]) -> None:
 
 
 def merged(*layers: Mapping[str, Mapping[str, Any]]) -> Tables:
-    """Tables laid over one another, key by key; later ones win. Former names become those of today."""
+    """Tables merged key by key; later layers win. Keys of earlier releases are renamed."""
     result: Tables = {}
     for layer in layers:
         for table, values in layer.items():
@@ -154,7 +153,7 @@ def require(condition: bool, key: str, value: Any, expected: str) -> None:
 
 
 def _renamed(table: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values under the names of today, and flags that have become choices."""
+    """The values under their current names; flags that have become choices as choices."""
     for key in values:
         if (table, key) in _FORMER:
             new = _FORMER[table, key]
@@ -168,7 +167,7 @@ def _renamed(table: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _former_flag(table: str, key: str, value: Any) -> Any:
-    """The choice that a flag of an earlier release stands for; other values as they are."""
+    """The choice that replaces a flag of an earlier release; other values unchanged."""
     if (table, key) not in _FORMER_FLAGS or not isinstance(value, bool):
         return value
     choice = _FORMER_FLAGS[table, key][value]
@@ -184,7 +183,7 @@ def _former_flag(table: str, key: str, value: Any) -> Any:
 def _typed_values(
     kind: type, table: str, values: Mapping[str, Any], keys: Mapping[str, Iterable[str]]
 ) -> dict[str, Any]:
-    """Each value of a table as the type of its field; `keys` are those of all tables."""
+    """Each value of a table in its field's type; `keys` of all tables serve for suggestions."""
     hints = {name: hint for name, _, hint in settings(kind)}
     for key in values:
         if key not in hints:
@@ -195,13 +194,13 @@ def _typed_values(
 
 
 def _closest(key: str, names: Iterable[str], elsewhere: Iterable[str] = ()) -> str:
-    """A question for the end of an error: the same key of another table, or the most similar of `names`."""
+    """A suggestion that ends an error message: the key in another table, or the most similar of `names`."""
     found = [*elsewhere, *difflib.get_close_matches(key, list(names), n=1)]
     return f". Did you mean {found[0]}?" if found else ""
 
 
 def _typed(key: str, value: Any, hint: Any) -> Any:
-    """`value` as `hint`: exact, but for an int where a float is meant and a list for a tuple."""
+    """`value` if it has the type `hint`; an int also becomes a float, a list of strings a tuple."""
     if isinstance(hint, types.GenericAlias):
         ok = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
         require(ok, key, value, "a list of strings")

@@ -1,10 +1,10 @@
-"""Use of a long context: tasks made from local text at exact lengths, any causal model, two scores.
+"""Use of a long context: tasks from local text at exact lengths, for any causal model, with two scores.
 
-haystack          local text as tokens, prompts of exactly so many tokens
+haystack          local text as tokens, prompts of an exact number of tokens
 tasks, facts      the tasks by name
-reader, scoring   a model reads in chunks; what its answers and predictions are worth
-run, show         grids of cells, kept in one file; tables and pictures
+reader, scoring   reading in chunks; scores of answers and predictions
+run, show         grids of cells in one result file; tables and pictures
 
-The kinds of task are those of RULER (arXiv 2404.06654) and BABILong (arXiv 2406.10149); texts and
-worlds are our own, so figures compare models with each other and not with those papers' tables.
+The kinds of task are those of RULER (arXiv 2404.06654) and BABILong (arXiv 2406.10149). Texts and
+worlds are our own: figures compare models with each other, not with those papers' tables.
 """

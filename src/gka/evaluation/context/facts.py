@@ -1,4 +1,4 @@
-"""Facts of small worlds, spread through a long text: who is where, and with what."""
+"""Facts of small worlds, spread through a long text: who is where, and who has what."""
 
 from dataclasses import dataclass, field
 from random import Random
@@ -22,12 +22,12 @@ class World:
     """People in places, with things; every change is a sentence.
 
     Attributes:
-        rng: chooses what happens.
-        people, places, things: who and what there is.
+        rng: source of randomness.
+        people, places, things: their names.
         where: place of each person who has moved.
-        holder: who has each thing that was picked up.
-        lying: place of each thing that was put down.
-        path: the places each thing has been at, in order.
+        holder: person who holds each thing, for things that are held.
+        lying: place of each thing that was put down and lies there.
+        path: places of each thing that was ever taken, in order.
         told: the sentences.
     """
 
@@ -43,13 +43,13 @@ class World:
 
     @classmethod
     def draw(cls, rng: Random, people: int, places: int, things: int) -> "World":
-        """An empty world of so many people, places and things."""
+        """A world with these numbers of people, places and things, without events."""
         return cls(
             rng, rng.sample(PEOPLE, people), rng.sample(PLACES, places), rng.sample(THINGS, things)
         )
 
     def move(self, person: str, place: str | None = None) -> None:
-        """The person goes to another place, taking along what they have."""
+        """The person goes to `place` (None: a random other one) with the things they hold."""
         place = place or self.rng.choice([p for p in self.places if p != self.where.get(person)])
         self.where[person] = place
         self.told.append(f"{person} went to the {place}.\n")
@@ -57,7 +57,7 @@ class World:
             self.path[thing].append(place)
 
     def take(self, person: str, thing: str) -> None:
-        """The person, who must have moved, picks the thing up where they are."""
+        """The person, who must have moved before, picks up the thing."""
         self.holder[thing] = person
         self.lying.pop(thing, None)
         self.told.append(f"{person} took the {thing}.\n")
@@ -66,17 +66,17 @@ class World:
             self.path[thing].append(place)
 
     def drop(self, thing: str) -> None:
-        """Whoever has the thing puts it down where they are."""
+        """The holder of the thing puts it down."""
         person = self.holder.pop(thing)
         self.lying[thing] = self.where[person]
         self.told.append(f"{person} put down the {thing}.\n")
 
     def held(self, person: str) -> list[str]:
-        """What the person has."""
+        """The things that the person holds."""
         return [thing for thing, holder in self.holder.items() if holder == person]
 
     def happen(self) -> None:
-        """Something: somebody moves, takes what lies about there or was never seen, or puts it down."""
+        """A random event: a person moves, takes a thing that lies there or was never taken, or drops one."""
         person = self.rng.choice(self.people)
         here = self.where.get(person)
         free = [t for t in self.things if t not in self.holder and self.lying.get(t, here) == here]
@@ -90,7 +90,7 @@ class World:
 
 
 def one_fact(setting: Setting) -> Draft:
-    """Where is a person? Four people move about; the last move of the one asked for decides."""
+    """Where is a person? Four people move; the last move of the person in question gives the answer."""
     world = World.draw(setting.rng, people=4, places=6, things=1)
     for person in world.people:
         world.move(person)
@@ -102,7 +102,7 @@ def one_fact(setting: Setting) -> Draft:
 
 
 def two_facts(setting: Setting) -> Draft:
-    """Where is a thing? Somebody took it and went on: two facts make the answer."""
+    """Where is a thing? A person took it and moved on: the answer takes two facts."""
     world = World.draw(setting.rng, people=3, places=6, things=2)
     carrier, thing = world.people[0], world.things[0]
     world.move(carrier)
@@ -117,7 +117,7 @@ def two_facts(setting: Setting) -> Draft:
 
 
 def three_facts(setting: Setting) -> Draft:
-    """Where was a thing before it came to a place? Who took it, where that one was, where they went."""
+    """Where was a thing before it came to a place? Three facts: who took it, and that person's moves."""
     world = World.draw(setting.rng, people=3, places=6, things=2)
     carrier, thing = world.people[0], world.things[0]
     first, second, third = world.places[:3]
@@ -138,7 +138,7 @@ def three_facts(setting: Setting) -> Draft:
 
 
 def counted_facts(setting: Setting) -> Draft:
-    """How many things does a person have? From nothing to three, after taking and putting down."""
+    """How many things does a person have? "nothing" to "three", after taking and putting down."""
     rng = setting.rng
     world = World.draw(rng, people=2, places=4, things=6)
     owner, other = world.people
@@ -172,7 +172,7 @@ def checked_facts(setting: Setting) -> Draft:
 
 
 def _without(world: World, thing: str, still: str | None = None) -> None:
-    """Something happens that changes neither who has the thing nor, with `still`, where that one is."""
+    """A random event that changes neither the thing's holder nor the place of the person `still`."""
     while True:
         told, state = len(world.told), (dict(world.where), dict(world.holder), dict(world.lying))
         paths = {name: list(places) for name, places in world.path.items()}
@@ -191,7 +191,7 @@ def _spread(
     answer: str,
     candidates: "list[str] | tuple[str, ...]",
 ) -> Draft:
-    """The world's sentences at random depths, in the order in which things happened."""
+    """The world's sentences at random depths, in the order of events."""
     depths = sorted(setting.rng.random() for _ in world.told)
     return Draft(
         HEAD,

@@ -1,4 +1,4 @@
-"""Local text as lines of tokens, and prompts of exactly so many tokens: a task's draft laid into it."""
+"""Local text as lines of tokens, and prompts of an exact number of tokens: a draft laid into that text."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -12,21 +12,21 @@ from transformers import PreTrainedTokenizerBase
 from gka.data.text import Document, corpus_fingerprint, read_pieces
 from gka.errors import InputError
 
-LONGEST_LINE = 400  # characters; what is longer is read as several lines
+LONGEST_LINE = 400  # characters; a longer line is read as several lines
 
 
 class Line(NamedTuple):
-    """A line of text with its line end, and its token ids."""
+    """A line of text, its line end included, and its token ids."""
 
     text: str
     ids: list[int]
 
 
 class Pieces:
-    """Texts to ids, piece by piece, so that prompts can be counted and put together in tokens.
+    """Encodes texts piece by piece, so that prompts can be measured and assembled in tokens.
 
     Attributes:
-        start: ids that the tokenizer puts before every text.
+        start: ids that the tokenizer puts before every text: its BOS token or none.
         newline: ids of a line end.
     """
 
@@ -39,9 +39,9 @@ class Pieces:
         self.newline = self.encode(["\n"])[0]
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text as it would be read behind a line end.
+        """Ids of each text as if it followed a line end.
 
-        Tokenizers that put a space before every text would otherwise do so before each piece.
+        Otherwise tokenizers that put a space before every text would put one before each piece.
         """
         if not texts:
             return []
@@ -66,11 +66,11 @@ class Pieces:
 
 
 class Haystack:
-    """Documents as lines without blank ones, read and tokenized when they are needed.
+    """Documents as their lines that are not blank, read and tokenized on demand.
 
     Args:
-        documents: of `gka.data.find_documents`.
-        pieces: turns lines into ids.
+        documents: those of `gka.data.find_documents`.
+        pieces: encodes lines.
     """
 
     def __init__(self, documents: Sequence[Document], pieces: Pieces) -> None:
@@ -79,13 +79,13 @@ class Haystack:
         self.lines = lru_cache(maxsize=256)(self._lines)
 
     def take(self, tokens: int, rng: Random, without: Sequence[str] = ()) -> list[Line]:
-        """Lines of exactly `tokens` tokens together, from a random place of the text on.
+        """Lines with exactly `tokens` tokens in total, from a random place in randomly ordered documents.
 
-        Lines with a string of `without` in them (in any case) are left out; the last line is cut;
-        what is shorter than `tokens` is read again from its beginning.
+        Lines that contain a string of `without` (in any case) are left out, and the last line is cut. A text
+        of fewer tokens is read repeatedly.
 
         Raises:
-            InputError: no document has a line that can be used.
+            InputError: no document has a usable line.
         """
         forbidden = re.compile("|".join(map(re.escape, without)) or r"(?!)", re.IGNORECASE)
         order = rng.sample(range(len(self.documents)), len(self.documents))
@@ -103,11 +103,11 @@ class Haystack:
                         return taken
                 skipped = 0.0
             if missing == before:
-                raise InputError("text: no line that could be read; give files with text in them")
+                raise InputError("text: no usable line; give files with more text")
         return taken
 
     def _cut(self, line: Line, tokens: int) -> Line:
-        """The line, or so much of its beginning that it has `tokens` tokens with its line end."""
+        """The line, or its beginning and line end with `tokens` tokens in total."""
         if len(line.ids) <= tokens:
             return line
         end = self.pieces.newline
@@ -139,16 +139,16 @@ def _split_lines(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Draft:
-    """What a task wants to be read, before it is laid into other text.
+    """The parts of a task's prompt, before they are laid into other text.
 
     Attributes:
-        head: lines that come first.
-        inserts: (depth, lines): where among the other text, 0 its beginning and 1 its end.
-        tail: the question, up to where the answer begins.
-        answers: all that has to be in the answer.
-        candidates: what the answers are told apart from when they are ranked, answers included.
-        body: the inserts are the text, other text only fills what is left over, and depths mean nothing.
-        hidden: further strings that the other text must not have in it.
+        head: first lines of the prompt.
+        inserts: (depth, lines); depth is the place in the other text, from 0 (beginning) to 1 (end).
+        tail: the question, up to the beginning of the answer.
+        answers: strings that the answer must contain.
+        candidates: strings that are ranked, answers included.
+        body: the inserts are the whole text: other text only fills up the length, and depths do not count.
+        hidden: further strings that must not occur in the other text.
     """
 
     head: str
@@ -162,15 +162,14 @@ class Draft:
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt and what is right.
+    """A prompt and its answers.
 
     Attributes:
-        ids: the prompt, of exactly the asked number of tokens.
-        bare: head and question alone: what a candidate's likelihood without the text is measured on.
+        ids: the prompt, with exactly the requested number of tokens.
+        bare: head and question alone, for a candidate's likelihood without the text.
         answers, candidates: see `Draft`.
-        depths: where the inserts came to stand, as parts of the other text before them; none where
-            there is no other text to speak of.
-        answer_tokens: tokens that all answers take.
+        depths: share of the other text that stands before each insert; empty with `Draft.body`.
+        answer_tokens: tokens of all answers in total.
     """
 
     ids: list[int] = field(repr=False)
@@ -183,13 +182,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a task may draw from.
+    """The inputs of a task.
 
     Attributes:
         rng: the only source of randomness.
         length: tokens of the prompt.
-        depth: where to put what is asked for, for tasks that put it in one place.
-        pieces, haystack: tokens, and other text.
+        depth: place of the line that is asked for, in tasks with `has_depth`.
+        pieces, haystack: encoder of texts, and other text.
     """
 
     rng: Random
@@ -199,12 +198,12 @@ class Setting:
     haystack: Haystack
 
     def tokens(self, *texts: str) -> int:
-        """Tokens of the texts, each encoded by itself."""
+        """Number of tokens of the texts, each encoded separately."""
         return sum(map(len, self.pieces.encode(texts)))
 
 
 def fill(draft: Draft, setting: Setting) -> Sample:
-    """Lay a draft into other text so that the whole has exactly `setting.length` tokens.
+    """Lay a draft into other text, with exactly `setting.length` tokens in total.
 
     Raises:
         InputError: the draft alone is longer; the message says how long it is.
@@ -237,11 +236,11 @@ def fill(draft: Draft, setting: Setting) -> Sample:
 def _laid(
     lines: list[Line], total: int, inserts: list[tuple[float, list[int]]]
 ) -> tuple[list[int], list[float]]:
-    """Ids of lines and inserts, each insert at the line end nearest to its depth, in their order."""
+    """Ids of lines and inserts, each insert at the line end nearest to its depth; and the actual depths."""
     ends = [0]
     for line in lines:
         ends.append(ends[-1] + len(line.ids))
-    # Behind the last line, which may be cut short, only if the end is asked for.
+    # The nearest line end may be the end of the text, where the last line may be cut short.
     places = [
         len(lines)
         if depth >= 1
@@ -262,11 +261,11 @@ def _laid(
 def as_many_as_fit(make: Callable[[int], str], budget: int, setting: Setting, least: int) -> int:
     """About the largest number n for which the text `make(n)` has no more than `budget` tokens.
 
-    `least` where even that takes more: what is made then is refused by `fill`, with its length.
+    `least` if even `make(least)` has more: `fill` then refuses the draft and states its length.
     """
     number = least
     size = setting.tokens(make(number))
-    for _ in range(6):  # texts grow about in proportion, so each guess is close to the next
+    for _ in range(6):  # lengths are about proportional to n, so guesses converge fast
         if size > budget or number * budget // size <= number:
             break
         number = number * budget // size

@@ -1,4 +1,4 @@
-"""Any causal language model that keeps a cache, reading a long prompt in chunks."""
+"""Reading of long prompts in chunks, with any causal language model that has a cache."""
 
 import copy
 import inspect
@@ -13,16 +13,16 @@ from transformers import PreTrainedModel
 from gka.errors import InputError
 from gka.models.cache import CACHE_NAME
 
-ROOM = 1 << 30  # bytes that copies of a cache may take at a time
+ROOM = 1 << 30  # largest size in bytes of a cache's copies at a time
 
 
 @dataclass(frozen=True)
 class State:
-    """What is left of a prompt that was read.
+    """The state after reading a prompt.
 
     Attributes:
-        cache: the model's.
-        logits: float32 [vocabulary], of the next token.
+        cache: the model's cache.
+        logits: logits of the next token, float32 [vocabulary].
     """
 
     cache: Any
@@ -30,11 +30,11 @@ class State:
 
 
 class Reader:
-    """Reads prompts, ranks continuations and writes greedily; one prompt at a time.
+    """Reads prompts, scores continuations and decodes greedily.
 
     Args:
         model: a causal language model of transformers.
-        chunk: tokens read in one forward pass; decides memory and speed, not the result.
+        chunk: tokens per forward pass; affects memory and speed, not the result.
 
     Raises:
         InputError: `chunk` is below 1.
@@ -48,23 +48,23 @@ class Reader:
 
     @torch.inference_mode()
     def read(self, ids: Sequence[int]) -> State:
-        """Read a prompt of one token or more."""
+        """The state after a prompt of one token or more."""
         cache, logits = None, torch.empty(0)
         for part in self._tensor([ids]).split(self.chunk, dim=1):
             logits, cache = self._forward(part, cache, last_only=True)
         return State(cache, logits[0, -1].float())
 
     def token_losses(self, ids: Sequence[int]) -> Tensor:
-        """-log p of every token but the first, given those before it, in nats: float32 [tokens - 1]."""
+        """-log p of every token but the first, given the tokens before it, in nats: float32 [tokens - 1]."""
         return self.losses([(ids[:1], ids[1:])])[0][0]
 
     @torch.inference_mode()
     def losses(
         self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]
     ) -> list[tuple[Tensor, Tensor]]:
-        """-log p of each token of continuations, and whether it is the likeliest, side by side.
+        """-log p in nats of each token of continuations, and whether it is the likeliest; rows in one batch.
 
-        Logits are made only where continuations are, and of one chunk at a time.
+        Logits are formed from the shortest context's end on, for one chunk at a time.
 
         Args:
             rows: (context, continuation) pairs, each of one token or more.
@@ -91,14 +91,14 @@ class Reader:
         return [(losses[i, a:b], likeliest[i, a:b]) for i, (a, b) in enumerate(spans)]
 
     def log_likelihoods(self, state: State, texts: Sequence[Sequence[int]]) -> list[float]:
-        """log p of each continuation, each of one token or more, after the prompt of `state`."""
+        """log p in nats of each continuation of one token or more, after the prompt of `state`."""
         return [value for value, _ in self.scores(state, texts)]
 
     @torch.inference_mode()
     def scores(self, state: State, texts: Sequence[Sequence[int]]) -> list[tuple[float, bool]]:
-        """log p of each continuation after the prompt of `state`, and whether `write` would write it.
+        """log p in nats of each continuation after the prompt of `state`, and whether it is the greedy one.
 
-        The state is left as it is.
+        `state` does not change.
         """
         first, likeliest = state.logits.log_softmax(-1), int(state.logits.argmax())
         found = [(float(first[text[0]]), text[0] == likeliest) for text in texts]
@@ -113,9 +113,9 @@ class Reader:
 
     @torch.inference_mode()
     def write(self, state: State, most: int, end: Sequence[int]) -> list[int]:
-        """The likeliest token again and again: up to `most`, or before the first of `end`.
+        """Greedy decoding of at most `most` tokens, up to and without the first token in `end`.
 
-        The state is used up: its cache goes on with what is written.
+        Consumes `state`: its cache is updated with the written tokens.
         """
         written: list[int] = []
         logits, cache = state.logits, state.cache
@@ -130,7 +130,7 @@ class Reader:
         return written
 
     def _rest_scores(self, state: State, texts: list[Sequence[int]]) -> list[tuple[float, bool]]:
-        """`scores` of the second and later tokens, side by side behind copies of a cache."""
+        """`scores` of the second and later tokens, in one batch after copies of the cache."""
         inputs, targets = self._rows([(text[:1], text[1:]) for text in texts])
         cache = copy.deepcopy(state.cache)
         cache.reorder_cache(torch.zeros(len(texts), dtype=torch.long, device=inputs.device))
@@ -140,9 +140,9 @@ class Reader:
         return list(zip((-losses.double().sum(1)).tolist(), greedy.tolist(), strict=True))
 
     def _rows(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[Tensor, Tensor]:
-        """What is read of (context, continuation) pairs, and what is to be predicted, -100 elsewhere.
+        """Inputs of (context, continuation) pairs, and targets, -100 outside the continuations.
 
-        Padding is on the right, where causality makes it harmless.
+        Padding is on the right, where causality keeps it without influence.
         """
         width = max(len(context) + len(text) for context, text in rows) - 1
         inputs = torch.zeros(len(rows), width, dtype=torch.long)
@@ -154,7 +154,7 @@ class Reader:
         return inputs.to(self.model.device), targets.to(self.model.device)
 
     def _chunk_with_logits(self, rows: int) -> int:
-        """Tokens at a time where all logits are needed: 256 MiB of them, or 64 tokens."""
+        """Tokens per forward pass with all logits: 256 MiB in float32, at least 64, at most `chunk`."""
         vocabulary = getattr(self.model.config, "vocab_size", None) or 1 << 16
         return min(self.chunk, max(64, (1 << 26) // (vocabulary * rows)))
 
@@ -162,10 +162,10 @@ class Reader:
         return torch.tensor([list(ids) for ids in rows], device=self.model.device)
 
     def _forward(self, ids: Tensor, cache: Any, last_only: bool) -> tuple[Tensor, Any]:
-        """Logits (of the last token, or of all) and cache after reading `ids` [B,T] behind `cache`.
+        """Logits (of the last token, or of all) and cache after reading `ids` [B,T] after `cache`.
 
         Raises:
-            InputError: the model keeps no cache that it takes back.
+            InputError: the model returns no cache.
         """
         options = {"logits_to_keep": 1} if last_only and self._keeps else {}
         output = self.model(input_ids=ids, use_cache=True, **{CACHE_NAME: cache}, **options)

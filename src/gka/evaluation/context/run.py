@@ -1,7 +1,7 @@
-"""A grid of models, tasks, lengths and depths: one cell at a time, kept in one file.
+"""A grid of models, tasks, lengths and depths: one cell at a time, in one result file.
 
-The result file is rewritten, whole, after every finished cell, and cells found in it are not run again.
-Cells that the current grid does not ask for stay in it.
+The result file is rewritten atomically after every finished cell. Cells found in it are not run again; cells
+of other grids stay in it.
 """
 
 import hashlib
@@ -30,15 +30,14 @@ SHORTEST = 256
 
 @dataclass(frozen=True)
 class Grid:
-    """What to ask.
+    """The cells to run for each model.
 
     Attributes:
         tasks: names of `gka.evaluation.context.tasks.NAMES`.
         lengths: tokens of the prompts, each 256 or more.
-        depths: where what is asked for stands, from 0 (beginning) to 1 (end); for tasks that put it in
-            one place.
-        samples: prompts a cell.
-        seed: of all random choices.
+        depths: places of the line that is asked for, 0 (beginning) to 1 (end); for tasks with `has_depth`.
+        samples: prompts per cell.
+        seed: of all random choices, from 0 to 2**64 - 1.
 
     Raises:
         InputError: something is empty, repeated or out of range; the message names it.
@@ -67,7 +66,7 @@ class Grid:
             raise InputError(f"seed is {self.seed}; expected a number from 0 to {2**64 - 1}")
 
     def cells(self) -> list["Cell"]:
-        """All cells, short lengths first."""
+        """All cells, in the order of `lengths`, then of `tasks` and `depths`."""
         return [
             Cell(task, length, depth, self.samples, self.seed)
             for length in self.lengths
@@ -89,11 +88,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Subject:
-    """One model that is asked.
+    """One model to evaluate.
 
     Attributes:
-        name: as the user gave it.
-        fingerprint: of the model's files.
+        name: `folder` as a string.
+        folder: folder of the model.
+        fingerprint: `model_fingerprint` of the folder.
         haystack: the text in the model's tokens.
     """
 
@@ -104,12 +104,12 @@ class Subject:
 
     @classmethod
     def open(cls, folder: Path, documents: Sequence[Document]) -> "Subject":
-        """Everything but the weights; raises `InputError` where a part is missing."""
+        """The model of a folder, without weights; raises `InputError` if a part is missing."""
         pieces = Pieces(load_tokenizer_of(folder))
         return cls(str(folder), folder, model_fingerprint(folder), Haystack(documents, pieces))
 
     def describe(self, cell: Cell, dtype: str) -> dict[str, Any]:
-        """A cell with all that its result depends on, JSON-ready."""
+        """A cell with everything that its result depends on, JSON-ready."""
         return asdict(cell) | {
             "model": self.name,
             "model_sha256": self.fingerprint,
@@ -121,7 +121,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Machine:
-    """How a model is run: `device`, `dtype` of its weights, tokens it reads at a time."""
+    """How a model runs: its `device`, `dtype` of its weights, `chunk` of tokens per forward pass."""
 
     device: str = "cpu"
     dtype: str = "auto"
@@ -138,18 +138,18 @@ def run_grid(
     """Run the cells that `result_file` does not hold yet.
 
     Args:
-        grid: what to ask.
-        subjects: the models, loaded one after another, each only if it has something left to do.
-        result_file: JSON, created where missing and rewritten atomically after each cell.
-        machine: how to run them.
-        on_cell: called with the record of each finished cell, and at once for those found finished.
+        grid: the cells.
+        subjects: the models, loaded one after another, each only if it has cells to run.
+        result_file: JSON, created if missing and rewritten atomically after each cell.
+        machine: device, dtype and chunk.
+        on_cell: called with each record in the grid's order, new or found in `result_file`.
 
     Returns:
         {"environment", "asked" (records of this grid), "cells" (all records)}; a record has "cell",
         "result" and "samples".
 
     Raises:
-        InputError: a prompt is too short for its task, or the result file is not one of ours.
+        InputError: a length is too short, the result file is not an evaluation's, or scores are not finite.
     """
     records = load_records(result_file, "an evaluation", "samples")
     check_lengths(grid, subjects)
@@ -176,10 +176,10 @@ def run_grid(
 
 
 def check_lengths(grid: Grid, subjects: Sequence[Subject]) -> None:
-    """Make the shortest prompts of every task, so that a length that is too short is known beforehand.
+    """Draw each task's prompts of the shortest length: a length that is too short fails before a model loads.
 
     Raises:
-        InputError: naming task and tokens that are needed.
+        InputError: a length is too short; the message names the task and the tokens it takes.
     """
     shortest = min(grid.lengths)
     for subject in subjects:
@@ -190,7 +190,7 @@ def check_lengths(grid: Grid, subjects: Sequence[Subject]) -> None:
 
 
 def model_fingerprint(folder: Path) -> str:
-    """SHA-256 over the names, sizes, times of modification and change, and inodes of a model's files."""
+    """SHA-256 over names, sizes, times of modification and change, and inodes of a model's files."""
     files = sorted(path for path in model_folder(folder).iterdir() if path.is_file())
     stats = [(f.name, f.stat()) for f in files]
     facts = [[n, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for n, s in stats]
@@ -204,7 +204,7 @@ def _grader(subject: Subject, machine: Machine) -> Grader:
 
 
 def _run_cell(cell: Cell, subject: Subject, grader: Grader) -> dict[str, Any]:
-    """Result and samples of a cell."""
+    """The result and the samples of a cell."""
     began = time.perf_counter()
     if cell.task == PERPLEXITY:
         windows = (window(cell.length, cell.seed, i, subject.haystack) for i in range(cell.samples))
@@ -216,7 +216,9 @@ def _run_cell(cell: Cell, subject: Subject, grader: Grader) -> dict[str, Any]:
         result = {n: mean(s[n] for s in samples) for n in ("match", "rank", "chance")}
     numbers = [x for x in result.values() if isinstance(x, float)]
     if not all(map(math.isfinite, numbers)):
-        raise InputError(f"model {subject.name} gives no finite numbers on {cell.task}")
+        raise InputError(
+            f"model {subject.name} has infinite or NaN scores on {cell.task}; check its weights and dtype"
+        )
     seconds = round(time.perf_counter() - began, 3)
     return {"result": result | {"seconds": seconds}, "samples": samples}
 

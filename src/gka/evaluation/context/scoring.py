@@ -1,11 +1,11 @@
-"""Two scores of a sample, each from 0 to 1.
+"""Two scores of a sample, each from 0 to 1, and bits per byte.
 
-match: the share of the answers that stand as whole words in the text the model writes (greedily, one
-    line), in any case; RULER counts the same, parts of words too. It needs a model that follows a question.
-rank: candidates are ranked by how much the long text adds to their likelihood,
-        log p(candidate | whole prompt) - log p(candidate | prompt without the text),
-    and of the k best, k the number of answers, the share that are answers counts. It needs no writing and
-    tells apart small models; guessing gives `chance`. Ties count as if broken at random.
+match: share of the answers that are whole words, in any case, of the line that the model writes greedily.
+    RULER also counts parts of words. The model must be able to answer a question.
+rank: candidates are ranked by the gain in likelihood from the long text,
+        log p(candidate | whole prompt) - log p(candidate | prompt without the text);
+    the score is the share of answers among the k best, k the number of answers. It needs no writing, so it
+    also tells small models apart. Guessing gives `chance`; ties count as if broken at random.
 """
 
 import math
@@ -21,17 +21,17 @@ from gka.evaluation.context.reader import Reader
 
 
 def match_score(written: str, answers: Sequence[str]) -> float:
-    """Share of `answers` that are in `written`, in any case, and not within a longer word."""
+    """Share of `answers` that occur in `written`, in any case, not inside a longer word."""
     found = (rf"(?<!\w){re.escape(answer)}(?!\w)" for answer in answers)
     return sum(bool(re.search(f, written, re.IGNORECASE)) for f in found) / len(answers)
 
 
 def rank_score(gains: Sequence[float], right: Sequence[bool]) -> float:
-    """Expected share of right ones among the k with the largest gains, k the number of right ones.
+    """Expected share of answers among the k candidates with the largest gains, k the number of answers.
 
     Args:
-        gains: of each candidate.
-        right: whether it is an answer.
+        gains: each candidate's gain.
+        right: whether each candidate is an answer.
     """
     wanted = sum(right)
     limit = sorted(gains, reverse=True)[wanted - 1]
@@ -42,18 +42,18 @@ def rank_score(gains: Sequence[float], right: Sequence[bool]) -> float:
 
 
 def chance(sample: Sample) -> float:
-    """What guessing among the candidates gets on average."""
+    """Mean `rank_score` of guessing among the candidates."""
     return len(sample.answers) / len(sample.candidates)
 
 
 @dataclass
 class Grader:
-    """Asks a model and scores what it says.
+    """Asks a model and scores its answer.
 
     Attributes:
         reader: the model.
-        pieces: its tokens.
-        end: ids that end an answer.
+        pieces: encoder with the model's tokenizer.
+        end: ids that end an answer: EOS, and the line end if it is one token.
     """
 
     reader: Reader
@@ -67,7 +67,7 @@ class Grader:
             self.end.add(self.pieces.newline[0])
 
     def grade(self, sample: Sample) -> dict[str, Any]:
-        """Both scores of a sample, JSON-ready, with what the model wrote."""
+        """Both scores of a sample and the line that the model wrote, JSON-ready."""
         texts = self.pieces.encode([f" {candidate}" for candidate in sample.candidates])
         state = self.reader.read(sample.ids)
         with_text = self.reader.log_likelihoods(state, texts)
@@ -89,7 +89,7 @@ class Grader:
 
 
 def bucket_edges(length: int) -> list[int]:
-    """Positions at which buckets begin, and the end: 1, 64, 128, 256 ... `length`."""
+    """First positions of the buckets, then the end: 1, 64, 128, 256, ..., `length`."""
     edges = [1]
     edge = 64
     while edge < length:
@@ -99,9 +99,9 @@ def bucket_edges(length: int) -> list[int]:
 
 
 def window(length: int, seed: int, index: int, haystack: Haystack) -> list[Line]:
-    """Lines of exactly `length` tokens together, with those that the tokenizer puts before a text.
+    """Lines with exactly `length` tokens in total, including those that the tokenizer puts before a text.
 
-    The same for every model with the same tokenizer.
+    Models with the same tokenizer have the same window.
     """
     text = length - len(haystack.pieces.start)
     return haystack.take(text, Random(f"perplexity {length} {seed} {index}"))
@@ -110,7 +110,7 @@ def window(length: int, seed: int, index: int, haystack: Haystack) -> list[Line]
 def window_bits(
     lines: Sequence[Line], reader: Reader, start: Sequence[int]
 ) -> dict[str, list[float]]:
-    """Bits and bytes of a window in each bucket; the first token is not predicted and not counted.
+    """Bits and bytes of a window in each bucket; the first token is not predicted, hence not counted.
 
     Args:
         lines: the window.
@@ -129,7 +129,7 @@ def window_bits(
 
 
 def bits_per_byte(samples: Sequence[dict[str, list[float]]], length: int) -> dict[str, Any]:
-    """Bits per byte over all windows, and bucket by bucket."""
+    """Bits per byte of all windows, and in each bucket."""
     bits, sizes = (
         [math.fsum(column) for column in zip(*(s[name] for s in samples), strict=True)]
         for name in ("bits", "bytes")
@@ -142,8 +142,8 @@ def bits_per_byte(samples: Sequence[dict[str, list[float]]], length: int) -> dic
 
 
 def _token_bytes(lines: Sequence[Line]) -> list[float]:
-    """Bytes of each token: a line's bytes, in equal parts.
+    """Bytes of each token: equal shares of its line's bytes.
 
-    A token of a byte-level vocabulary may be half a character, so nothing finer adds up.
+    A byte-level token may be part of a character, so its own text does not give its bytes.
     """
     return [len(line.text.encode()) / len(line.ids) for line in lines for _ in line.ids]

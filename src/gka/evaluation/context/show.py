@@ -1,4 +1,4 @@
-"""An evaluation as tables and as one picture a model."""
+"""An evaluation as tables, and as one picture per model."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ Record = dict[str, Any]
 
 
 def by_model(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """The records of each model, in their order."""
+    """The records by model, in their order."""
     found: dict[str, list[Record]] = {}
     for record in records:
         found.setdefault(record["cell"]["model"], []).append(record)
@@ -27,7 +27,7 @@ def by_model(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def tables(records: Sequence[Record]) -> list[Table]:
-    """One table a model: tasks against lengths, both scores, means over depths."""
+    """One table per model: both scores by task and length, means over depths."""
     return [_table(model, found) for model, found in by_model(records).items()]
 
 
@@ -55,7 +55,7 @@ def _table(model: str, records: list[Record]) -> Table:
 
 
 def plot(title: str, records: Sequence[Record], path: Path) -> None:
-    """Heat maps of one model: length against depth, task or position, a row of them for each score."""
+    """Heat maps of one model over length and depth, task or position; a row of them per score."""
     asked = [r for r in records if r["cell"]["task"] != PERPLEXITY]
     read = [r for r in records if r["cell"]["task"] == PERPLEXITY]
     deep = _values([r for r in asked if r["cell"]["depth"] is not None], "task")
@@ -81,7 +81,7 @@ def plot(title: str, records: Sequence[Record], path: Path) -> None:
 
 
 def _draw(axes: "Axes", records: list[Record], down: str, score: str) -> None:
-    """A heat map of a score: lengths to the right, `down` ("depth" or "task") downwards."""
+    """A heat map of a score: lengths on the x axis, `down` ("depth" or "task") on the y axis."""
     lengths, rows = _values(records, "length"), _values(records, down)
     found = {(r["cell"][down], r["cell"]["length"]): r["result"] for r in records}
     values = [[found[row, length][score] for length in lengths] for row in rows]
@@ -97,7 +97,7 @@ def _draw(axes: "Axes", records: list[Record], down: str, score: str) -> None:
 
 
 def _draw_positions(axes: "Axes", records: list[Record]) -> None:
-    """Bits per byte: lengths to the right, positions downwards."""
+    """A heat map of bits per byte: lengths on the x axis, positions on the y axis."""
     lengths = [r["cell"]["length"] for r in records]
     edges = sorted({e for r in records for e in r["result"]["edges"][:-1]})
     values = [[float("nan")] * len(lengths) for _ in edges]
@@ -124,7 +124,7 @@ def _label(
     bright: float,
     dark: bool = False,
 ) -> None:
-    """Names and numbers; numbers are white where the colour is dark, below `bright` (above with `dark`)."""
+    """Label axes and cells; numbers are white on dark colours: values below `bright` (`dark`: above)."""
     axes.set_xticks(range(len(lengths)), [_short(length) for length in lengths], fontsize="small")
     axes.set_yticks(range(len(names)), names, fontsize="small")
     for i, row in enumerate(values):
@@ -139,7 +139,7 @@ def _short(length: int) -> str:
 
 
 def _values(records: Sequence[Record], name: str) -> list[Any]:
-    """The different values of a cell's field, in their order."""
+    """The distinct values of a field of cells, in their order."""
     return list(dict.fromkeys(r["cell"][name] for r in records))
 
 

@@ -1,4 +1,4 @@
-"""The tasks by name: needles, variables, words to be counted, ends of lines, and facts of small worlds."""
+"""The tasks by name: needles, variables, words to count, ends of lines, and facts of small worlds."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -30,13 +30,13 @@ _SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "
 
 
 def numbers(rng: Random, count: int, digits: int = 7) -> list[str]:
-    """`count` different numbers of `digits` digits."""
+    """`count` distinct numbers of `digits` digits."""
     first = 10 ** (digits - 1)
     return [str(number) for number in rng.sample(range(first, 10 * first), count)]
 
 
 def names_of_things(rng: Random, count: int) -> list[str]:
-    """`count` different names such as "rusty falcon", of three words where two give too few."""
+    """`count` distinct names such as "rusty falcon"; of three words if two give too few names."""
     pairs = len(ADJECTIVES) * len(NOUNS)
     if count <= pairs // 4:
         chosen = rng.sample(range(pairs), count)
@@ -50,7 +50,7 @@ def names_of_things(rng: Random, count: int) -> list[str]:
 
 
 def invented_words(rng: Random, count: int) -> list[str]:
-    """`count` different words of six letters, consonants and vowels in turn, that mean nothing."""
+    """`count` distinct words of six letters, consonants and vowels in turn, without meaning."""
     number = len(_SYLLABLES)
     return [
         "".join(_SYLLABLES[code // number**place % number] for place in range(3))
@@ -59,7 +59,7 @@ def invented_words(rng: Random, count: int) -> list[str]:
 
 
 def variable_names(rng: Random, count: int) -> list[str]:
-    """`count` different names of five capital letters, such as those of variables."""
+    """`count` distinct variable names of five capital letters."""
     return [
         "".join(ascii_uppercase[code // 26**place % 26] for place in range(5))
         for code in rng.sample(range(26**5), count)
@@ -71,7 +71,7 @@ KEYS, VALUES, QUERIES, NUM_CANDIDATES = 4, 4, 4, 10
 
 
 def needle(setting: Setting) -> Draft:
-    """One code at the asked depth; the candidates besides it are nowhere in the text."""
+    """One code at `setting.depth`; the other candidates do not occur in the text."""
     (name,) = names_of_things(setting.rng, 1)
     codes = numbers(setting.rng, NUM_CANDIDATES)
     inserts = [(setting.depth, written(name, codes[0]))]
@@ -79,7 +79,7 @@ def needle(setting: Setting) -> Draft:
 
 
 def needle_keys(setting: Setting) -> Draft:
-    """Four names with a code each, one asked for, at the asked depth; the others are the candidates."""
+    """Four names with a code each; the one asked for is at `setting.depth`. Candidates: all four codes."""
     names = names_of_things(setting.rng, KEYS)
     codes = numbers(setting.rng, KEYS)
     others = [
@@ -90,11 +90,11 @@ def needle_keys(setting: Setting) -> Draft:
 
 
 def needle_only(setting: Setting) -> Draft:
-    """A text of nothing but codes, one asked for at the asked depth; nine others are candidates."""
+    """A text of codes only; one at `setting.depth` is asked for. Candidates: it and up to nine others."""
     budget = (
         setting.length - len(setting.pieces.start) - setting.tokens(CODES_HEAD, asked("x" * 24))
     )
-    pool = max(8, budget // 4)  # no line has fewer tokens than its seven digits give
+    pool = max(8, budget // 4)  # enough lines: each takes at least 4 tokens
     names, codes = names_of_things(setting.rng, pool), numbers(setting.rng, pool)
 
     def lines(count: int) -> str:
@@ -115,7 +115,7 @@ def needle_only(setting: Setting) -> Draft:
 
 
 def needle_values(setting: Setting) -> Draft:
-    """One name with four codes in four places, all asked for; another name's four are candidates too."""
+    """One name with four codes in four places, all asked for. Candidates: these and another name's four."""
     names = names_of_things(setting.rng, 2)
     codes = numbers(setting.rng, 2 * VALUES)
     owners = [names[i // VALUES] for i in range(2 * VALUES)]
@@ -125,7 +125,7 @@ def needle_values(setting: Setting) -> Draft:
 
 
 def needle_queries(setting: Setting) -> Draft:
-    """Eight names with a code each, four of them asked for in one question."""
+    """Eight names with a code each; one question asks for four of the codes."""
     names = names_of_things(setting.rng, 2 * QUERIES)
     codes = numbers(setting.rng, 2 * QUERIES)
     inserts = [(setting.rng.random(), written(*pair)) for pair in zip(names, codes, strict=True)]
@@ -140,7 +140,7 @@ def written(name: str, code: str) -> str:
 
 
 def asked(name: str) -> str:
-    """The question for a code, up to where the code begins."""
+    """The question for a code, up to the beginning of the code."""
     return f"\nQuestion: which code has the {name}?\nAnswer: the {name} has code"
 
 
@@ -148,7 +148,7 @@ HOPS = 4
 
 
 def variables(setting: Setting) -> Draft:
-    """A chain of five names along which a number is handed on, and a second chain with another number.
+    """A chain of five names along which a number is passed, and a second chain with another number.
 
     All names of the first chain are asked for; those of the second are the other candidates.
     """
@@ -159,7 +159,7 @@ def variables(setting: Setting) -> Draft:
     for chain, value in zip((names[: HOPS + 1], names[HOPS + 1 :]), values, strict=True):
         lines = [f"Set {chain[0]} to {value}.\n"]
         lines += [f"Set {b} to {a}.\n" for a, b in pairwise(chain)]
-        places = sorted(rng.random() for _ in lines)  # no name before what it holds
+        places = sorted(rng.random() for _ in lines)  # names in the order of the chain
         inserts += zip(places, lines, strict=True)
     return Draft(
         head="Remember what each name is set to.\n",
@@ -177,9 +177,9 @@ OFTEN, SELDOM, RATIO = 30, 3, 10
 
 
 def common_words(setting: Setting) -> Draft:
-    """Ten words that come up ten times as often as all others, 30 times against 3 where there is room.
+    """Common words against rare ones: ten words 30 times each, the others 3 times each.
 
-    In short texts there are three of them, and the others come up once.
+    Shorter texts have fewer repetitions, at least 4 against 1, and below 200 words three common words.
     """
 
     def counts(total: int) -> tuple[int, list[int]]:
@@ -193,7 +193,7 @@ def common_words(setting: Setting) -> Draft:
 
 
 def frequent_words(setting: Setting) -> Draft:
-    """The three most frequent of words whose frequency falls with the square of their rank."""
+    """The three most frequent words, where frequency falls with the square of the rank."""
 
     def counts(total: int) -> tuple[int, list[int]]:
         found, left = [], total
@@ -209,8 +209,7 @@ def frequent_words(setting: Setting) -> Draft:
 
 
 def _counted(setting: Setting, counts: Callable[[int], tuple[int, list[int]]]) -> Draft:
-    """A draft of as many words as there is room for; `counts(total)` says how many are the answer, and
-    how often each word comes up."""
+    """A draft with as many words as fit; `counts(total)`: number of answers, and repetitions of each word."""
     around = setting.tokens(COUNT_HEAD, COUNT_TAIL.format(10))
     budget = setting.length - len(setting.pieces.start) - around
     words = invented_words(setting.rng, max(40, min(budget, 250_000)))
@@ -236,7 +235,7 @@ def _counted(setting: Setting, counts: Callable[[int], tuple[int, list[int]]]) -
 
 
 def _mixed(words: list[str], counts: list[int], order: int) -> str:
-    """All words as often as `counts` says, in random order, eight a line."""
+    """Each word as often as `counts` says, in random order, eight words per line."""
     listed = [word for word, count in zip(words, counts, strict=False) for _ in range(count)]
     Random(order).shuffle(listed)
     rows = (listed[i : i + 8] for i in range(0, len(listed), 8))
@@ -250,10 +249,9 @@ _END = re.compile(r"^\s*(.{20,120}\w.*?)[ .(]+(\w*[A-Za-z]\w{3,24})\W{0,3}\n$")
 
 
 def questions(setting: Setting) -> Draft:
-    """A line of the text, at the asked depth among text from elsewhere; asked for is its last word.
+    """The last word of a line of the text, which is laid into other text at `setting.depth`.
 
-    The word is nowhere else in the prompt, so it can only be known from the line. The other candidates
-    are last words of other lines.
+    The word occurs nowhere else in the prompt. The other candidates are last words of other lines.
     """
     ours = re.findall(r"\w{4,}", LINES_HEAD + LINES_TAIL)
     start, word, line = _line(setting.haystack, setting.rng, ours)
@@ -271,7 +269,9 @@ def questions(setting: Setting) -> Draft:
 
 
 def _line(haystack: Haystack, rng: Random, taken: Sequence[str]) -> tuple[str, str, str]:
-    """Beginning, last word and whole of a random line whose last word is new and not in its beginning.
+    """Beginning, last word and whole of a random line whose last word is not in its beginning.
+
+    The last word neither contains nor is part of a word in `taken`.
 
     Raises:
         InputError: the text has no such lines.
@@ -287,8 +287,8 @@ def _line(haystack: Haystack, rng: Random, taken: Sequence[str]) -> tuple[str, s
             if not any(word in other or other in word for other in lower):
                 return match[1], match[2], line
     raise InputError(
-        "text: too few lines of 25 characters and more that end with different words, which the"
-        " task questions asks for; give more text or leave the task out"
+        "text: too few lines of 26 or more characters that end with different words, which the task"
+        " questions needs; give more text or leave the task out"
     )
 
 
@@ -300,9 +300,9 @@ class Task:
     """A kind of question.
 
     Attributes:
-        draw: makes a draft of a `Setting`.
-        has_depth: what is asked for stands in one place, which the depth grid moves.
-        about: one line for people.
+        draw: makes a draft from a `Setting`.
+        has_depth: the line that is asked for has one place, given by `Setting.depth`.
+        about: description in one line.
     """
 
     draw: Callable[[Setting], Draft]
@@ -316,8 +316,8 @@ TASKS: dict[str, Task] = {
     "needle-only": Task(needle_only, True, "one code in a text of codes alone"),
     "needle-values": Task(needle_values, False, "all four codes of a name"),
     "needle-queries": Task(needle_queries, False, "the codes of four names of eight"),
-    "variables": Task(variables, False, "all names a number was handed on to"),
-    "common-words": Task(common_words, False, "the words that come up ten times as often"),
+    "variables": Task(variables, False, "all names a number was passed to"),
+    "common-words": Task(common_words, False, "the common words among rare ones"),
     "frequent-words": Task(frequent_words, False, "the three most frequent words"),
     "questions": Task(questions, True, "the last word of a line that was read"),
     "facts-1": Task(facts.one_fact, False, "where a person is"),
@@ -332,10 +332,10 @@ NAMES = (*TASKS, PERPLEXITY)
 def draw_sample(
     task: str, length: int, depth: float, seed: int, index: int, haystack: Haystack
 ) -> Sample:
-    """Sample `index` of a cell: the same on every machine for the same text, tokenizer and numbers.
+    """Sample `index` of a cell: the same on every machine for equal text, tokenizer and arguments.
 
     Raises:
-        InputError: the length is too short for the task; the message says what it takes.
+        InputError: the length is too short for the task; the message says how many tokens it takes.
     """
     rng = Random(f"{task} {length} {depth:.6f} {seed} {index}")
     setting = Setting(rng, length, depth, haystack.pieces, haystack)

@@ -151,7 +151,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       rhs[4 * i] = alpha[0] * dz.x, rhs[4 * i + 1] = alpha[0] * dz.y;
       rhs[4 * i + 2] = alpha[1] * dz.z, rhs[4 * i + 3] = alpha[1] * dz.w;
     }
-    solve_chunk(y, rhs, s, system, at);
+    solve_chunk(y, rhs, s, system, a, at);
   }
   u32 rows[K / 4], x[K / 4];
   float largest[2], h_y[K / 2], x_dot_y[2] = {0.f, 0.f}, start[2] = {0.f, 0.f};

@@ -12,7 +12,7 @@ _POINTERS = (
     "u_ends", "h_ends", "u_end_scales", "u_wholes", "h_end_scales", "h_wholes", "k_maxima", "z_maxima",
     "v_maxima", "d_maxima", "dk", "dv", "dg", "dgk", "d_beta2",
 )  # fmt: skip
-_FLOATS = ("scale", "ridge_ratio", "empty_below")
+_FLOATS = ("scale", "ridge_ratio", "empty_below", "stop")
 _INTS = (
     "num_iter", "heads", "key_heads", "value_heads", "first_head", "group_heads", "first_chunk",
 )  # fmt: skip

@@ -13,6 +13,7 @@ from gka.kernels.configs import NO_GPU, capability_of
 from gka.kernels.driver import Kernel
 from gka.kernels.hopper import nvrtc
 from gka.maths.moments import reset_floor
+from gka.maths.solvers import SolverName
 from gka.maths.solvers.adaptive import THETA_FLOOR, WORTHWHILE
 
 DIMS = (64, 128)
@@ -92,38 +93,43 @@ def shared_numbers() -> str:
     return "\n".join(lines) + "\n"
 
 
-def defines(kernel: str, key_dim: int, value_dim: int, bfloat16: bool, adaptive: bool) -> str:
+def solver_defines(solver: SolverName) -> str:
+    """The `#define`s that choose the solver."""
+    return f"#define ADAPTIVE {int(solver == 'adaptive')}\n#define CG {int(solver == 'cg')}\n"
+
+
+def defines(kernel: str, key_dim: int, value_dim: int, bfloat16: bool, solver: SolverName) -> str:
     """The `#define`s before a chunk or scan kernel's file."""
     return shared_numbers() + (
-        f"#define BF16 {int(bfloat16)}\n#define ADAPTIVE {int(adaptive)}\n"
+        f"#define BF16 {int(bfloat16)}\n{solver_defines(solver)}"
         f"#define BLOCKS {BLOCKS[max(key_dim, value_dim)]}\n"
         f"#define BACKWARDS {int(kernel.endswith('_back'))}\n"
         f"constexpr int K = {key_dim}, V = {value_dim};\n"
     )
 
 
-def source(kernel: str, key_dim: int, value_dim: int, bfloat16: bool, adaptive: bool) -> str:
+def source(kernel: str, key_dim: int, value_dim: int, bfloat16: bool, solver: SolverName) -> str:
     """The translation unit of one of KERNELS."""
-    head = defines(kernel, key_dim, value_dim, bfloat16, adaptive)
+    head = defines(kernel, key_dim, value_dim, bfloat16, solver)
     return head + (FOLDER / file_of(kernel)).read_text()
 
 
 def step_defines(
-    dims: tuple[int, int], dtype: torch.dtype, u_dtype: torch.dtype, adaptive: bool
+    dims: tuple[int, int], dtype: torch.dtype, u_dtype: torch.dtype, solver: SolverName
 ) -> str:
     """The `#define`s before decode.cu for q of `dtype` and U stored as `u_dtype`."""
     return shared_numbers() + (
         f"#define BF16 {int(dtype == torch.bfloat16)}\n#define FORMAT {FORMATS[dtype]}\n"
-        f"#define U16 {int(u_dtype == torch.bfloat16)}\n#define ADAPTIVE {int(adaptive)}\n"
+        f"#define U16 {int(u_dtype == torch.bfloat16)}\n{solver_defines(solver)}"
         f"#define BLOCKS {DECODE_BLOCKS[dims]}\nconstexpr int K = {dims[0]}, V = {dims[1]};\n"
     )
 
 
 def step_source(
-    dims: tuple[int, int], dtype: torch.dtype, u_dtype: torch.dtype, adaptive: bool
+    dims: tuple[int, int], dtype: torch.dtype, u_dtype: torch.dtype, solver: SolverName
 ) -> str:
     """The translation unit of decode.cu."""
-    return step_defines(dims, dtype, u_dtype, adaptive) + (FOLDER / "decode.cu").read_text()
+    return step_defines(dims, dtype, u_dtype, solver) + (FOLDER / "decode.cu").read_text()
 
 
 def shared_bytes(kernel: str, key_dim: int, value_dim: int) -> int:
@@ -169,13 +175,15 @@ def compile_cubin(source: str, name: str) -> bytes:
 
 @functools.cache
 def _cubins(
-    key_dim: int, value_dim: int, bfloat16: bool, adaptive: bool
+    key_dim: int, value_dim: int, bfloat16: bool, solver: SolverName
 ) -> dict[str, Future[bytes]]:
     """All kernels for such inputs, compiled in parallel at the first request."""
     return {
         kernel: _COMPILERS.submit(
             compile_cubin,
-            source(kernel, key_dim, value_dim, bfloat16, adaptive and kernel in SOLVES),
+            source(
+                kernel, key_dim, value_dim, bfloat16, solver if kernel in SOLVES else "chebyshev"
+            ),
             name_of(kernel),
         )
         for kernel in KERNELS
@@ -184,18 +192,18 @@ def _cubins(
 
 @functools.cache
 def kernel_of(
-    device: int, kernel: str, key_dim: int, value_dim: int, bfloat16: bool, adaptive: bool
+    device: int, kernel: str, key_dim: int, value_dim: int, bfloat16: bool, solver: SolverName
 ) -> Kernel:
     """One of KERNELS, loaded on that device."""
-    cubin = _cubins(key_dim, value_dim, bfloat16, adaptive)[kernel].result()
+    cubin = _cubins(key_dim, value_dim, bfloat16, solver)[kernel].result()
     threads = threads_of(kernel, key_dim)
     return Kernel(cubin, name_of(kernel), threads, shared_bytes(kernel, key_dim, value_dim))
 
 
 @functools.cache
 def step_kernel_of(
-    device: int, dims: tuple[int, int], dtype: torch.dtype, u_dtype: torch.dtype, adaptive: bool
+    device: int, dims: tuple[int, int], dtype: torch.dtype, u_dtype: torch.dtype, solver: SolverName
 ) -> Kernel:
     """decode.cu's kernel, loaded on that device."""
-    cubin = compile_cubin(step_source(dims, dtype, u_dtype, adaptive), "gka_step")
+    cubin = compile_cubin(step_source(dims, dtype, u_dtype, solver), "gka_step")
     return Kernel(cubin, "gka_step", dims[0], step_shared_bytes(dims))

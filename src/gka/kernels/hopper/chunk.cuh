@@ -1,7 +1,7 @@
 // One chunk of one head: kernel arguments, tiles in shared memory, decays, write gates.
 //
 // A block is one warpgroup and works on C = 64 tokens of one of the H' heads of a group. K, V, BF16 (else float16
-// inputs) and ADAPTIVE are set when compiling. Names are those of docs/maths.md; *16 is a float16 copy, divided by a
+// inputs), ADAPTIVE and CG are set when compiling. Names are those of docs/maths.md; *16 is a float16 copy, divided by a
 // scale.
 #pragma once
 
@@ -41,7 +41,7 @@ struct Arguments {
   const float *v_maxima, *d_maxima;         // [M, H', V / 64]
   void *dk, *dv;                            // as k and v; [tokens, H', K or V] float32 if heads share
   float *dg, *dgk, *d_beta2;                // [tokens, H] or null
-  float scale, ridge_ratio, empty_below;
+  float scale, ridge_ratio, empty_below, stop;  // stop: of conjugate gradients, a target^2
   int num_iter, heads, key_heads, value_heads, first_head, group_heads, first_chunk;
 };
 
@@ -205,8 +205,13 @@ DEVICE void weights(float (&w)[C / 2], const float* decay, const float* beta2, c
     }
 }
 
+// Of the thread's K / 2 numbers of x, those that conjugate gradients keep in shared memory: registers hold r, d, A d.
+constexpr int HELD = CG && K == 128 ? K / 4 : 0;
+// Tiles of U whose memory the solve takes.
+constexpr int LATE = ADAPTIVE || HELD > 0 ? 1 : 0;
+
 // A block's shared memory. In the adjoint, U's tile holds dz during the solve. An adaptive solve keeps the vectors
-// w_t, by thread, where U's first columns will be or, in the adjoint, v was.
+// w_t, and conjugate gradients a part of x, by thread, where U's first columns will be or, in the adjoint, v was.
 struct Shared {
   unsigned char h[K * K * 2];
   unsigned char u[K * V * 2 > C * K * 4 ? K * V * 2 : C * K * 4];

@@ -21,7 +21,7 @@ struct StepArguments {
   void* o;                        // [B,T,H,V]
   float* x;                       // [B,T,H,K] or null
   long long h_stride, u_stride;   // from state to state of the pool
-  float scale, ridge_ratio, empty_below;
+  float scale, ridge_ratio, empty_below, stop;  // stop: of conjugate gradients, a target^2
   int num_iter, length, heads, key_heads, value_heads, pool, wide_indices, commit;
 };
 
@@ -235,6 +235,29 @@ DEVICE void tighten(Plan& plan, const float (&h)[4][C], float q, float fro, floa
 }
 #endif
 
+#if CG
+// x_t of (H + lambda) x = q by conjugate gradients, until |r|^2 <= stop x.(q + r) for H / F (gka/maths/solvers/cg.py).
+DEVICE float solve_state(const float (&h)[4][C], float q, float fro, const StepArguments& a, Shared& s, int thread) {
+  float inverse = __fdividef(1.f, fro), r = q, d = q, x = 0.f, energy = 0.f, size[1] = {q * q};
+  block_sums(size, s, 1, thread);
+  bool done = size[0] == 0.f;  // not for NaN, which one step spreads
+#pragma unroll 1
+  for (int i = 0; i < a.num_iter && !done; i++) {
+    s.vector[0][thread] = d;
+    __syncthreads();
+    float a_d = product(h, s.vector[0], thread) * inverse + a.ridge_ratio * d, d_a_d[1] = {d * a_d};
+    block_sums(d_a_d, s, 2, thread);
+    float length = __fdividef(size[0], d_a_d[0]), before = size[0];
+    energy += length * before;
+    x += length * d, r -= length * a_d;
+    size[0] = r * r;
+    block_sums(size, s, 3, thread);
+    done = !(size[0] > a.stop * energy) || size[0] > 1e37f;
+    d = r + __fdividef(size[0], before) * d;
+  }
+  return x * inverse;
+}
+#else
 // x_t of (H + lambda) x = q. w . r is updated by (A w) . d, which needs no barrier of its own.
 DEVICE float solve(Plan& plan, const float (&h)[4][C], float q, float lambda, Shared& s, int thread) {
   float r = q, d = plan.step * (r - plan.taken * plan.along), x = d, omega = 2.f;
@@ -270,6 +293,7 @@ DEVICE float solve_state(const float (&h)[4][C], float q, float fro, const StepA
 #endif
   return solve(plan, h, q, lambda, s, thread);
 }
+#endif
 
 // Starts copying this head's U to shared memory, in its stored dtype.
 DEVICE void fetch_u(Shared& s, const char* from, int bytes, int thread) {

@@ -19,7 +19,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       gates.load(a, at);
       k.load(a.k, a.key_heads, at.head / (a.heads / a.key_heads), at);
       copy_state<K, K>(shared_address(s.h), a.h_start + at.state * K * K, at.thread);
-      copy_state<K, V, ADAPTIVE>(shared_address(s.u), a.u_start + at.state * K * V, at.thread);
+      copy_state<K, V, LATE>(shared_address(s.u), a.u_start + at.state * K * V, at.thread);
       v.load(a.v, a.value_heads, value_head, at);
       load_raw<K>(q, a.q, a.heads, at.head, at);
       gates.store(s, at);
@@ -31,11 +31,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     system = prepare(s, a, at, gates, k_max, s.u);
     widen_raw<K>(rhs, q, at);
   }
-  solve_chunk(x, rhs, s, system, at);
-#if ADAPTIVE  // w_t took this memory until now
-  __syncthreads();
-  copy_state<K, V, 0, 1>(shared_address(s.u), a.u_start + at.state * K * V, at.thread);
-#endif
+  solve_chunk(x, rhs, s, system, a, at);
+  if constexpr (LATE > 0) {  // the solve took this memory until now
+    __syncthreads();
+    copy_state<K, V, 0, LATE>(shared_address(s.u), a.u_start + at.state * K * V, at.thread);
+  }
 
   // z = q + alpha (x - q)
   u32 z[K / 4];

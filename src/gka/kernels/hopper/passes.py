@@ -27,6 +27,7 @@ from gka.kernels.passes import Launch
 from gka.maths.chunked import Settings, Tokens
 from gka.maths.recurrent import States
 from gka.maths.ridge import empty_below
+from gka.maths.solvers.cg import limits
 
 EMPTY_BELOW = empty_below(torch.float32)
 
@@ -167,10 +168,9 @@ class HopperPasses:
         q, v = tokens.q, tokens.v
         bounds = None if bounds is None else bounds.long()
         sequences = q.shape[0] if bounds is None else bounds.numel() - 1
-        dims, adaptive = (q.shape[3], v.shape[3]), settings.adaptive
-        kernel = build.step_kernel_of(
-            q.device.index, dims, q.dtype, states.u.dtype, adaptive and settings.num_iter > 0
-        )
+        dims = (q.shape[3], v.shape[3])
+        solver = settings.solver if settings.num_iter > 0 else "chebyshev"
+        kernel = build.step_kernel_of(q.device.index, dims, q.dtype, states.u.dtype, solver)
         arguments = step_arguments(given, bounds, settings, states, commit, o, x)
         keeps = (*given.values(), bounds)
         return [Launch(kernel, (sequences * q.shape[2], 1), (arguments,), keeps)]
@@ -193,6 +193,13 @@ def _places(call: GpuCall) -> dict:
     }  # fmt: skip
 
 
+def _limits(settings: Settings, operands: torch.dtype) -> tuple[int, float]:
+    """num_iter and stop of a launch."""
+    if settings.solver == "cg" and settings.num_iter > 0:
+        return limits(settings.ridge_ratio, settings.num_iter, operands)
+    return settings.num_iter, 0.0
+
+
 def _common(call: GpuCall, h: Moments, u: Moments) -> dict:
     """The fields that forward.cu and adjoint.cu read."""
     t, s = call.t, call.settings
@@ -200,7 +207,7 @@ def _common(call: GpuCall, h: Moments, u: Moments) -> dict:
         "q": t.q, "k": t.k, "v": t.v, "g": t.g, "gk": call.gk, "alpha": t.alpha, "beta": t.beta,
         "h_start": h.start, "h_scales": h.scales, "h_norms": h.norms, "u_start": u.start,
         "u_scales": u.scales, "scale": s.scale, "ridge_ratio": s.ridge_ratio,
-        "empty_below": EMPTY_BELOW, "num_iter": s.num_iter,
+        "empty_below": EMPTY_BELOW, **dict(zip(("num_iter", "stop"), _limits(s, torch.float16))),
     }  # fmt: skip
 
 
@@ -210,7 +217,7 @@ def _launch(
     q = call.t.q
     found = build.kernel_of(
         q.device.index, kernel, call.K, call.V, q.dtype == torch.bfloat16,
-        call.adaptive,
+        call.settings.solver,
     )  # fmt: skip
     return Launch(found, blocks, (arguments,))
 
@@ -290,6 +297,7 @@ def step_arguments(
 
     q, k, v = given["q"], given["k"], given["v"]
     assert q is not None and k is not None and v is not None
+    num_iter, stop = _limits(settings, torch.float32)
     h, u, indices = states.h, states.u, states.indices
     pointers = (h, u, indices, bounds, o, x)
     return StepArguments(
@@ -300,7 +308,8 @@ def step_arguments(
         settings.scale,
         settings.ridge_ratio,
         EMPTY_BELOW,
-        settings.num_iter,
+        stop,
+        num_iter,
         q.shape[1],
         q.shape[2],
         k.shape[2],

@@ -5,6 +5,8 @@
 #include "ridge.cuh"
 #if ADAPTIVE
 #include "adaptive.cuh"
+#elif CG
+#include "cg.cuh"
 #endif
 
 // A chunk's systems, prepared for `solve`.
@@ -34,6 +36,9 @@ DEVICE System prepare(Shared& s, const Arguments& a, const Place& at, const Gate
 #if ADAPTIVE
   tighten(y.it, r, w, key_sum, y.fro, y.empty, s, a, at, of.h_scale, k_max);
 #endif
+#if CG
+  y.it.step = 1.f;
+#endif
   y.lambda = a.ridge_ratio * y.it.step;
   __syncthreads();  // every thread has read the squares that W / F overwrites
 #pragma unroll
@@ -53,20 +58,30 @@ DEVICE System prepare(Shared& s, const Arguments& a, const Place& at, const Gate
   return y;
 }
 
-// x_t = p(A_t) rhs_t, zero where the history is empty; overwrites rhs.
-DEVICE void solve_chunk(float (&x)[K / 2], float (&rhs)[K / 2], Shared& s, const System& y, const Place& at) {
+// x_t of A_t x_t = rhs_t, zero where the history is empty; overwrites rhs. With conjugate gradients, counts the steps.
+DEVICE void solve_chunk(float (&x)[K / 2], float (&rhs)[K / 2], Shared& s, System& y, const Arguments& a,
+                        const Place& at) {
   float largest[2], factor[2];
   row_maxima(largest, rhs);
+#if CG
+  float entry = entry_of(a.ridge_ratio);
+  largest[0] = __fdividef(largest[0], entry), largest[1] = __fdividef(largest[1], entry);
+#endif
 #pragma unroll
   for (int b = 0; b < 2; b++) factor[b] = y.empty[b] ? 0.f : __fdividef(1.f, largest[b]);
 #pragma unroll
   for (int i = 0; i < K / 2; i++) rhs[i] *= factor[i / 2 % 2];
+#if CG
+  y.it.steps =
+      conjugate_gradients(x, rhs, (float4*)y.it.vectors, s, at, y.h_factor, y.lambda, a.stop, a.num_iter);
+#else
 #if ADAPTIVE
   if (y.it.deflated)
     solve<true>(x, rhs, s, at, y.it, y.h_factor, y.lambda);
   else
 #endif
     solve<false>(x, rhs, s, at, y.it, y.h_factor, y.lambda);
+#endif
 #pragma unroll
   for (int b = 0; b < 2; b++) factor[b] = largest[b] * __fdividef(y.it.step, y.fro[b]);
 #pragma unroll

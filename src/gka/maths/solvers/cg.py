@@ -46,6 +46,15 @@ def most_steps(ridge_ratio: float, num_iter: int) -> int:
     return math.ceil((size + math.log(share)) / rate)
 
 
+def limits(ridge_ratio: float, num_iter: int, operands: torch.dtype) -> tuple[int, float]:
+    """(most steps, a s^2): a row stops at |r|^2 <= a s^2 x.(q + r), s just below the target.
+
+    s is at least a quarter of the operands' epsilon: rounding hides a smaller error.
+    """
+    share = max(MARGIN * chebyshev_error(ridge_ratio, num_iter), torch.finfo(operands).eps / 4.0)
+    return most_steps(ridge_ratio, num_iter), ridge_ratio * share**2
+
+
 @dataclass
 class Rows:
     """The iteration's arrays of U chunks: rows [U,G,C,K] and numbers [U,G,C], updated in place.
@@ -92,11 +101,11 @@ class Rows:
         """(A_t/F_t) x."""
         return self.products(x).add_(x, alpha=self.ridge_ratio)
 
-    def proven(self, target: float) -> Tensor:
-        """Whether |r|^2 / a <= target^2 x.(q + r); false if a number is not finite."""
-        return self.size <= self.ridge_ratio * target**2 * self.energy
+    def proven(self, stop: float) -> Tensor:
+        """Whether |r|^2 <= stop x.(q + r); false if a number is not finite."""
+        return self.size <= stop * self.energy
 
-    def step_(self, target: float) -> None:
+    def step_(self, stop: float) -> None:
         """One step of the rows that are not done; marks those that prove it or are not finite."""
         a_d = self.apply(self.d)
         length = (self.size / vecdot(self.d, a_d)).masked_fill_(self.done, 0.0)
@@ -105,7 +114,7 @@ class Rows:
         self.x.addcmul_(length, self.d)
         self.residual.addcmul_(length, a_d, value=-1.0)
         before, self.size = self.size, vecdot(self.residual, self.residual)
-        self.done |= self.proven(target) | ~self.size.isfinite()
+        self.done |= self.proven(stop) | ~self.size.isfinite()
         keep = (self.size / before).masked_fill_(self.done, 0.0).unsqueeze(-1)
         self.d.mul_(keep).add_(self.residual)
 
@@ -114,12 +123,12 @@ class Rows:
         self.residual = self.q - self.apply(self.x)
         self.d, self.size = self.residual.clone(), vecdot(self.residual, self.residual)
         self.energy = vecdot(self.x, self.q) + vecdot(self.x, self.residual)
-        proven = self.proven(target)
+        proven = self.proven(self.ridge_ratio * target**2)
         self.done = proven | ~self.size.isfinite()
         return proven
 
 
-def iterate_(rows: Rows, counts: Tensor, target: float, most: int) -> int:
+def iterate_(rows: Rows, counts: Tensor, stop: float, most: int) -> int:
     """Take at most `most` steps until all rows are done; returns the number of steps.
 
     Args:
@@ -137,7 +146,7 @@ def iterate_(rows: Rows, counts: Tensor, target: float, most: int) -> int:
                 rows.x[units] = part.x
             units, part, working = units[left], part.take(left), working[left]
         counts[units] += working
-        part.step_(target)
+        part.step_(stop)
         taken += 1
     if part is not rows:
         rows.x[units] = part.x
@@ -185,12 +194,11 @@ class ConjugateGradients:
         """(x [U,G,C,K], steps [U,G]) for right-hand sides q that are zero where the history is empty."""
         a, dtype = self.ridge_ratio, q.dtype
         target = chebyshev_error(a, self.num_iter)
-        stop = max(MARGIN * target, torch.finfo(dtype).eps / 4.0)
+        left, stop = limits(a, self.num_iter, dtype)
         unit = q.abs().amax(-1, keepdim=True)
         unit = unit.masked_fill(unit == 0.0, 1.0)
         rows = Rows.start(products, a, fro, (q / unit).mul_(ENTRY))
         counts = torch.zeros(q.shape[:2], dtype=torch.int64, device=q.device)
-        left = most_steps(a, self.num_iter)
         while True:
             left -= iterate_(rows, counts, stop, left)
             proven = rows.restart_(max(target, rounding_floor(a, dtype)))

@@ -1,4 +1,4 @@
-"""Priming: a pretrained Transformer becomes a hybrid, and is trained back."""
+"""Priming: a pretrained Transformer becomes a hybrid, which is trained to recover its quality."""
 
 from typing import TYPE_CHECKING, Any
 

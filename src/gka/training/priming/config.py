@@ -1,4 +1,4 @@
-"""What a priming run is: four tables (data, prime, stage1, stage2), and one of the new mixers' options."""
+"""Configuration of a priming run: the tables prime, mixer, data, stage1 and stage2."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ TABLES = ("prime", "mixer", "data", "stage1", "stage2")
 
 @dataclass(frozen=True, kw_only=True)
 class PrimingDataConfig(DataConfig):
-    """What to train on: text, as in `gka train`, or conversations."""
+    """Table [data]: text, as in `gka train`, or conversations."""
 
     tokenizer: str = setting(
         "", "bytes, or a tokenizer's folder or name.", option=True, shown="the teacher's own"
@@ -35,16 +35,16 @@ class PrimingDataConfig(DataConfig):
             raise InputError("data.chat and data.text exclude each other; give one of them")
 
 
-_GATES = "What the gate {} of the new layers begins with."
+_GATES = "Initial value of the new layers' gate {}."
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReplacementConfig(Table):
-    """What is replaced, and by what."""
+    """Table [prime]: the teacher, the layers to replace, and how the new mixers begin."""
 
     teacher: str = setting(
         "",
-        "Folder of the model to begin from: ours, Qwen3, Qwen2.5, Llama, Mistral, or a hybrid with "
+        "Folder of the model to start from: this library's, Qwen3, Qwen2.5, Llama, Mistral, or a hybrid with "
         "attention layers.",
         option=True,
     )
@@ -57,15 +57,15 @@ class ReplacementConfig(Table):
     count: int = setting(
         0, "How many layers rank replaces.", option=True, shown="half of them", least=0
     )
-    rank_window: int = setting(64, "Tokens of that sliding window.", least=1)
+    rank_window: int = setting(64, "Tokens of rank's sliding window.", least=1)
     rank_blocks: int = setting(
-        64, "Held-out blocks that rank measures the loss on, at most.", least=1
+        64, "Held-out blocks on which rank measures the loss, at most.", least=1
     )
-    mixer: str = setting("gka", "What they become: gka or gated_deltanet.", option=True)
-    # As in `gka.models.replacement.Start`.
+    mixer: str = setting("gka", "The new layers' mixer: gka or gated_deltanet.", option=True)
+    # Defaults of `gka.models.replacement.Start`.
     alpha: float = setting(0.05, _GATES.format("alpha"), above=0, below=1)
     beta: float = setting(0.95, _GATES.format("beta"), above=0, below=1)
-    decay: float = setting(1e-3, "Minus the log decay they begin with.", above=0)
+    decay: float = setting(1e-3, "Initial value of minus the new layers' log decay.", above=0)
 
     table: ClassVar[str] = "prime"
 
@@ -77,10 +77,10 @@ class ReplacementConfig(Table):
             raise InputError("prime.count goes with layers = 'rank'; leave it out")
 
     def listed(self) -> list[int]:
-        """The layers of a list.
+        """The indices in `layers`.
 
         Raises:
-            InputError: it is no list of numbers.
+            InputError: `layers` is not a list of integers.
         """
         try:
             return [int(number) for number in self.layers.split(",")]
@@ -93,7 +93,7 @@ class ReplacementConfig(Table):
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig(TrainingConfig):
-    """What both stages have in common; a pretrained model is larger than what `gka train` begins with."""
+    """Fields of both stages; their defaults suit a pretrained model, larger than that of `gka train`."""
 
     max_steps: int = setting(
         500, "Optimizer steps; 0 leaves the stage out.", option=True, by_table=True, least=0
@@ -105,7 +105,7 @@ class StageConfig(TrainingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class MatchingConfig(StageConfig):
-    """Stage 1: only the new mixers learn, to give the hidden states that the attention gave."""
+    """Table [stage1]: only the new mixers are trained, to reproduce the attention's output."""
 
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
@@ -131,7 +131,7 @@ class MatchingConfig(StageConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RecoveryConfig(StageConfig):
-    """Stage 2: the whole hybrid goes on learning the next token."""
+    """Table [stage2]: the whole hybrid, or adapters in it, is trained on the next token."""
 
     learning_rate: float = 3e-4
     weight_decay: float = 0.1
@@ -163,7 +163,7 @@ KINDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class PrimeConfig:
-    """A complete priming run; `mixer` holds options of the new mixers, which check their names."""
+    """A complete priming run; `mixer` holds options of the new mixers, checked against the teacher."""
 
     prime: ReplacementConfig = field(default_factory=ReplacementConfig)
     mixer: Mapping[str, Any] = field(default_factory=dict)
@@ -172,7 +172,7 @@ class PrimeConfig:
     stage2: RecoveryConfig = field(default_factory=RecoveryConfig)
 
     def tables(self) -> Tables:
-        """The run as plain tables (what JSON and TOML hold); `from_tables` is the inverse."""
+        """The run as tables of JSON and TOML values; `from_tables` is the inverse."""
         tables = {name: dict(self.mixer) for name in TABLES}
         for name in set(TABLES) - {"mixer"}:
             tables[name] = dataclasses.asdict(getattr(self, name))
@@ -182,10 +182,10 @@ class PrimeConfig:
 
     @classmethod
     def from_tables(cls, tables: Mapping[str, Any]) -> "PrimeConfig":
-        """A run from tables, defaults where a key is absent.
+        """A run from tables; absent keys have their defaults.
 
         Raises:
-            InputError: naming the table and key that is unknown, of the wrong type or out of range.
+            InputError: a table or key is unknown, of the wrong type or out of range; the message names it.
         """
         check_tables(tables, TABLES)
         return cls(mixer=dict(tables.get("mixer", {})), **build_tables(KINDS, tables))

@@ -1,4 +1,4 @@
-"""What a priming run begins with: tokenizer, blocks, how those held out are measured, layers to replace."""
+"""Inputs of a priming run: tokenizer, blocks, measurements on held-out blocks, layers to replace."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -31,13 +31,13 @@ Collate = Callable[[list[Any]], dict[str, Tensor]]
 
 
 class HeldOut:
-    """Held-out blocks, and how they are run.
+    """Held-out blocks and the measurements on them.
 
     Args:
-        blocks: the data set; with a `collate` of its own if it has one.
-        batch_size: blocks of a forward pass.
+        blocks: the data set; its `collate` is used if it has one.
+        batch_size: blocks per forward pass.
         dtype: "float32", or "bfloat16" for autocast.
-        bytes_per_target: bytes of text that a predicted token stands for, on average.
+        bytes_per_target: mean bytes of text per predicted token.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class HeldOut:
         self.collate: Collate = getattr(blocks, "collate", default_collate)
 
     def batches(self, device: torch.device, most: int | None = None) -> Iterator[dict[str, Tensor]]:
-        """The batches on `device`, of the first `most` blocks."""
+        """Batches of the first `most` blocks (None: all), on `device`."""
         count = len(self.blocks)  # type: ignore[arg-type]
         count = count if most is None else min(count, most)
         for start in range(0, count, self.batch_size):
@@ -56,12 +56,12 @@ class HeldOut:
             yield {name: value.to(device) for name, value in self.collate(items).items()}
 
     def autocast(self, device: torch.device) -> Any:
-        """The arithmetic of the training, as a context."""
+        """Context of the arithmetic that training uses."""
         return torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == "bfloat16")
 
     @torch.no_grad()
     def loss(self, model: Any, most: int | None = None) -> float:
-        """Mean loss of all predicted tokens, in nats."""
+        """Mean loss in nats over the predicted tokens of the first `most` blocks (None: all)."""
         total, targets = 0.0, 0
         device = next(model.parameters()).device
         with in_evaluation(model), self.autocast(device):
@@ -73,7 +73,7 @@ class HeldOut:
         return total / targets
 
     def figures(self, model: Any) -> dict[str, float]:
-        """`loss` (nats a token), `perplexity` (its exponential) and `bits_per_byte` of text."""
+        """`loss` (nats per token), `perplexity` (its exponential) and `bits_per_byte` of text."""
         loss = self.loss(model)
         return {
             "loss": loss,
@@ -83,7 +83,7 @@ class HeldOut:
 
     @torch.no_grad()
     def match(self, matching: Matching, device: torch.device) -> dict[str, float]:
-        """Each replaced layer's e_l (`gka.training.priming.matching`), mean over batches."""
+        """e_l (`gka.training.priming.matching`) of each replaced layer, a mean over batches."""
         with self.autocast(device):
             rows = [matching(**batch)["layers"] for batch in self.batches(device)]
         means: Sequence[float] = torch.stack(rows).double().mean(0).tolist()
@@ -92,7 +92,7 @@ class HeldOut:
 
 @contextmanager
 def in_evaluation(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode, and back."""
+    """Put `model` into evaluation mode for the block, then back into its former mode."""
     was = model.training
     model.eval()
     try:
@@ -102,7 +102,7 @@ def in_evaluation(model: torch.nn.Module) -> Iterator[None]:
 
 
 def share_recovered(teacher: float, initial: float, now: float) -> float | None:
-    """How much of the loss that replacing cost has come back: 0 nothing, 1 all; None if it cost none."""
+    """Recovered share of the loss that the replacement cost: 0 none, 1 all; None if it cost nothing."""
     gap = initial - teacher
     return (initial - now) / gap if gap > 0 else None
 
@@ -137,10 +137,10 @@ def _tokenizer_folder(teacher: str) -> Path:
 def open_blocks(
     config: PrimeConfig, tokenizer: PreTrainedTokenizerBase, console: Console
 ) -> tuple[Any, Any]:
-    """Blocks to train on, and held-out ones.
+    """Training blocks and held-out blocks.
 
     Raises:
-        InputError: as the readers of text and conversations, and if there is less than one block of either.
+        InputError: text or conversations cannot be used, or do not fill one block of each.
     """
     data = config.data
     if not data.chat:
@@ -155,7 +155,7 @@ def open_blocks(
 
 
 def held_out(config: PrimeConfig, blocks: Any) -> HeldOut:
-    """How the held-out blocks are measured: in the batches and dtype of stage 2."""
+    """The held-out blocks with the batch size and dtype of stage 2."""
     size, targets = (
         (blocks.bytes, blocks.targets)
         if config.data.chat
@@ -169,7 +169,7 @@ RANKING = "ranking.json"
 
 
 def attention_layers(model: GKAForCausalLM) -> list[int]:
-    """The softmax layers of a model.
+    """Indices of a model's softmax attention layers.
 
     Raises:
         InputError: it has none.
@@ -182,7 +182,7 @@ def attention_layers(model: GKAForCausalLM) -> list[int]:
 
 
 def check_layers(config: PrimeConfig, model: GKAForCausalLM) -> None:
-    """Raise `InputError` for layers, a mixer or options that cannot be used, before any work is done."""
+    """Raise `InputError` if the run's layers, mixer or mixer options do not fit the teacher."""
     prime, softmax = config.prime, attention_layers(model)
     if prime.count > len(softmax):
         raise InputError(
@@ -195,7 +195,7 @@ def check_layers(config: PrimeConfig, model: GKAForCausalLM) -> None:
 def chosen_layers(
     config: PrimeConfig, model: GKAForCausalLM, held: HeldOut, report: Path, console: Console
 ) -> list[int]:
-    """The layers to replace, in order; a ranking is kept in `report`, and read from there if it is there."""
+    """The layers to replace, ascending; a ranking is stored in `report` and read from there on resume."""
     softmax, prime = attention_layers(model), config.prime
     if prime.layers == EVERY_OTHER:
         return softmax[::2]
@@ -210,12 +210,12 @@ def chosen_layers(
 def rank(
     model: GKAForCausalLM, held: HeldOut, config: PrimeConfig, file: Path, console: Console
 ) -> dict[str, Any]:
-    """How much the held-out loss rises when one layer at a time sees a sliding window only.
+    """Rise of the held-out loss when one layer at a time sees only a sliding window.
 
-    Written to `file` after every layer; layers that are in it already are not measured again.
+    `file` is written after every layer; layers found in it are not measured again.
 
     Returns:
-        {"window", "blocks", "loss", "rise": {layer: nats a token}}.
+        {"window", "blocks", "loss", "rise": {layer: nats per token}}.
     """
     window, blocks = config.prime.rank_window, config.prime.rank_blocks
     found = read_json(file) if file.is_file() else {}
@@ -235,7 +235,7 @@ def rank(
 
 @contextmanager
 def windowed(attention: Any, window: int) -> Iterator[None]:
-    """An attention that sees its last `window` positions only, and then what it saw before."""
+    """Limit an attention to the last `window` positions, for the length of the block."""
     before = attention.window_size
     attention.window_size = window if before is None else min(window, before)
     try:

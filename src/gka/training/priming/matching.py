@@ -1,15 +1,15 @@
-"""Stage 1: the new mixers learn to give the hidden states that the attention gave.
+"""Stage 1: the new mixers learn to reproduce the attention's output.
 
-With x_l the normalised hidden states that the teacher's layer l sees, a_l its attention, m_l the new mixer,
+With x_l the teacher's normalised input of layer l, a_l its attention and m_l the new mixer, the error
 
-    e_l = |m_l(x_l) - a_l(x_l)|^2 / |a_l(x_l)|^2        (the hidden states after the mixer, before the MLP)
+    e_l = |m_l(x_l) - a_l(x_l)|^2 / |a_l(x_l)|^2        (mixer outputs, before the residual addition)
 
-is 1 for a mixer that gives nothing and 0 for one that gives the same. The layers do not depend on each other.
-At the end of the model, h and h' the last hidden states of the teacher and of the hybrid as a whole,
+is 1 for an output of zero and 0 for an equal one. Layers are independent, as each sees the teacher's input.
+With h and h' the last hidden states of the teacher and of the whole hybrid,
 
     e_end = |h' - h|^2 / |h|^2,        loss = layer_weight mean_l e_l + end_weight e_end.
 
-Teacher and hybrid are one model in memory: they differ in the mixers of these layers, of which both are kept.
+Teacher and hybrid are one model in memory; only the replaced layers have both mixers.
 """
 
 from collections.abc import Mapping
@@ -25,17 +25,17 @@ from gka.models.recomputation import checkpoint_arguments
 
 
 class Matching(nn.Module):
-    """The new mixers as a module to train; a checkpoint of it holds them and nothing else.
+    """The new mixers as a module to train; its checkpoints hold nothing else.
 
     Args:
         hybrid: the hybrid model; only the mixers of the replaced layers are trained.
-        attention: the attention modules that were in their places, by layer.
-        layer_weight, end_weight: of the two errors.
-        recompute: what the backward pass recomputes of the hybrid's layers, as the setting
-            `gradient_checkpointing`; concerns e_end.
+        attention: the replaced attention modules, by layer.
+        layer_weight, end_weight: weights of the two errors.
+        recompute: what the backward pass of e_end recomputes of the hybrid's layers; values as of the
+            setting `gradient_checkpointing`.
     """
 
-    # The Trainer then divides by the number of forward passes of a step: the loss is a mean of them.
+    # Makes the Trainer average the loss over the forward passes of a step.
     accepts_loss_kwargs = False
 
     def __init__(
@@ -47,7 +47,7 @@ class Matching(nn.Module):
         recompute: str = "none",
     ) -> None:
         super().__init__()
-        # In a tuple, so that they are no submodules: neither saved, nor counted, nor trained.
+        # A tuple keeps them from becoming submodules: they are not saved, counted or trained.
         self._rest = (hybrid.model, dict(attention))
         self.layer_weight, self.end_weight = layer_weight, end_weight
         self.checkpointing = checkpoint_arguments(recompute)
@@ -58,15 +58,15 @@ class Matching(nn.Module):
     def forward(
         self, input_ids: Tensor, labels: Tensor | None = None, cu_seqlens: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Both errors.
+        """The loss and the layers' errors, both in float32.
 
         Args:
             input_ids: [B,T].
-            labels: part of every block, and of no concern here: every token has hidden states.
+            labels: part of every block; unused, as the errors are over all tokens.
             cu_seqlens: bounds of packed sequences, [N+1], with B = 1.
 
         Returns:
-            `loss`, and `layers` [replaced layers], the e_l, detached.
+            `loss`, a scalar, and `layers` [replaced layers], the e_l, detached.
         """
         body, _ = self._rest
         with torch.no_grad():
@@ -79,7 +79,7 @@ class Matching(nn.Module):
         return {"loss": loss, "layers": errors.detach()}
 
     def _layers(self, hidden: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """e_l of every replaced layer, and the teacher's last hidden states if the end is matched too."""
+        """e_l of every replaced layer, and the teacher's last hidden states unless end_weight is 0."""
         body, attention = self._rest
         errors, last = [], max(attention)
         for number, layer in enumerate(body.layers):
@@ -98,7 +98,7 @@ class Matching(nn.Module):
             return torch.stack(errors), body.norm(hidden)
 
     def _end(self, hidden: Tensor, expected: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        """e_end; gradients flow through every layer, to the new mixers only."""
+        """e_end; gradients flow through all layers from the first replaced one on, to new mixers only."""
         body, attention = self._rest
         first = min(attention)
         for number, layer in enumerate(body.layers):
@@ -111,13 +111,13 @@ class Matching(nn.Module):
 
 
 def relative_error(given: Tensor, expected: Tensor) -> Tensor:
-    """|given - expected|^2 / |expected|^2 over everything, float32 or better."""
+    """|given - expected|^2 / |expected|^2 over all elements, in float32."""
     given, expected = given.float(), expected.float()
     return (given - expected).square().mean() / expected.square().mean().clamp_min(1e-12)
 
 
 def freeze_others(hybrid: GKAForCausalLM, attention: Mapping[int, SoftmaxAttention]) -> None:
-    """Let gradients reach the new mixers alone."""
+    """Freeze all parameters except the new mixers'."""
     hybrid.requires_grad_(False)
     for layer, old in attention.items():
         old.requires_grad_(False)

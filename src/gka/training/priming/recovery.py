@@ -1,4 +1,4 @@
-"""Stage 2: the whole hybrid, or adapters in it, learns the text, and the teacher's predictions beside it."""
+"""Stage 2: the whole hybrid, or adapters in it, learns from the text and from the teacher's predictions."""
 
 import importlib.util
 from typing import Any
@@ -20,13 +20,13 @@ PROJECTIONS = (
 
 
 class RecoveryTrainer(DecoderTrainer):
-    """Trainer whose training loss is that of the model + kl_weight KL(teacher's predictions | model's).
+    """Trainer with the training loss: the model's + kl_weight KL(teacher's predictions | model's).
 
-    Held-out losses are those of the model alone.
+    Held-out losses are the model's alone.
 
     Args:
-        teacher: frozen, on the same device; None without a divergence.
-        kl_weight: of the divergence, a mean over the predicted tokens.
+        teacher: frozen, on the same device. None: no divergence.
+        kl_weight: weight of the divergence, which is a mean over the predicted tokens.
         settings: the Trainer's arguments.
     """
 
@@ -70,7 +70,7 @@ class RecoveryTrainer(DecoderTrainer):
             )
         if num_items_in_batch is None:
             return total / predicted.sum()
-        # tokens were counted over all processes, whose gradients will be averaged
+        # num_items_in_batch counts the tokens of all processes, whose gradients will be averaged
         return total / num_items_in_batch * self.accelerator.num_processes
 
 
@@ -82,16 +82,16 @@ def divergence(
     *,
     logits_bytes: int | None = None,
 ) -> Tensor:
-    """Sum over tokens of KL(softmax(teacher_hidden teacher_weight^T) | softmax(hidden weight^T)).
+    """Float32 sum over tokens of KL(softmax(teacher_hidden teacher_weight^T) | softmax(hidden weight^T)).
 
-    The logits of a few tokens exist at a time, and once more in the backward pass.
+    Logits are formed for a few tokens at a time, and again in the backward pass.
 
     Args:
         hidden: [N,D].
         weight: [V,D].
         teacher_hidden: [N,D'].
         teacher_weight: [V,D'].
-        logits_bytes: how large the logits of either model held at a time may be: `linear_cross_entropy`.
+        logits_bytes: largest size of either model's logits at a time, as in `linear_cross_entropy`.
     """
     rows = rows_of(hidden, weight, logits_bytes)
     parts = [
@@ -108,7 +108,7 @@ def _divergence(hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight:
 
 
 def check_adapters(config: RecoveryConfig) -> None:
-    """Raise `InputError` if adapters are asked for and `peft` is not there."""
+    """Raise `InputError` if adapters are asked for and `peft` is not installed."""
     if config.lora_rank and importlib.util.find_spec("peft") is None:
         raise InputError(
             f"stage2.lora_rank is {config.lora_rank}, which needs the package peft: pip install peft"
@@ -116,7 +116,7 @@ def check_adapters(config: RecoveryConfig) -> None:
 
 
 def with_adapters(model: GKAForCausalLM, config: RecoveryConfig) -> Any:
-    """The model as a `peft.PeftModel` whose adapters alone learn: LoRA in every projection."""
+    """The model as a `peft.PeftModel` with LoRA adapters of `PROJECTIONS`, which alone are trained."""
     from peft import LoraConfig, get_peft_model  # pyright: ignore[reportMissingImports]
     from transformers import set_seed
 

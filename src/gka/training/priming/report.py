@@ -1,4 +1,4 @@
-"""What a priming run leaves to read: figures as JSON, tables as Markdown, a picture."""
+"""The report of a priming run: figures as JSON, tables as Markdown, a picture."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ TITLES = {
 
 
 def description(teacher: "GKAForCausalLM", layers: list[int], mixer: str) -> dict[str, Any]:
-    """What is replaced, and what of the teacher has no counterpart."""
+    """The replaced layers, and the parts of the attention that have no counterpart."""
     config = teacher.config
     dropped = ["rotary positions"]
     dropped += ["norms of queries and keys"] if config.qk_norm else []
@@ -30,7 +30,7 @@ def description(teacher: "GKAForCausalLM", layers: list[int], mixer: str) -> dic
 
 
 def stage(history: list[dict[str, Any]], tokens_of_a_step: int) -> dict[str, Any]:
-    """A stage's curves and what it took."""
+    """A stage's loss curves, tokens and seconds."""
     found = curves(history)
     last = found["training"][-1]
     tokens = last["step"] * tokens_of_a_step
@@ -44,7 +44,7 @@ def stage(history: list[dict[str, Any]], tokens_of_a_step: int) -> dict[str, Any
 
 
 def completed(about: dict[str, Any], hybrid: "GKAForCausalLM") -> dict[str, Any]:
-    """The account with the shares of the gap that came back, the model, versions and hardware."""
+    """The metrics: `about`, the recovered shares of the gap, the model, versions and hardware."""
     from gka.training.priming.inputs import share_recovered
     from gka.training.run import mixers
 
@@ -63,7 +63,7 @@ def completed(about: dict[str, Any], hybrid: "GKAForCausalLM") -> dict[str, Any]
 
 
 def write(metrics: dict[str, Any], folder: Path, *, picture: bool) -> None:
-    """All files of the report, each whole or absent."""
+    """Write all files of the report, each atomically."""
     write_json(folder / JSON, metrics)
     write_text(folder / MARKDOWN, markdown(metrics))
     if picture:
@@ -71,7 +71,7 @@ def write(metrics: dict[str, Any], folder: Path, *, picture: bool) -> None:
 
 
 def phase_rows(metrics: dict[str, Any]) -> list[list[str]]:
-    """Loss, perplexity, bits per byte, share of the gap recovered and further figures of every phase."""
+    """Loss, perplexity, bits per byte, recovered share of the gap and the probe's figures, by phase."""
     rows = []
     for name, phase in metrics["phases"].items():
         share = phase["recovered"]
@@ -132,7 +132,7 @@ def _table(titles: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def table(metrics: dict[str, Any]) -> "Table":
-    """The phases' figures, for a terminal."""
+    """The phases' figures as a table for a terminal."""
     from rich.table import Table
 
     result = Table(title=f"{metrics['model']['mixers']}", title_justify="left")
@@ -144,7 +144,7 @@ def table(metrics: dict[str, Any]) -> "Table":
 
 
 def draw(metrics: dict[str, Any], path: Path) -> None:
-    """Four panels: both stages' losses, each layer's error, each phase's bits per byte; as PNG."""
+    """Write a PNG with four panels: both stages' losses, layers' errors, phases' bits per byte."""
     import io
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg

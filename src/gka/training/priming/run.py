@@ -1,4 +1,4 @@
-"""One priming run, from a Transformer to a hybrid and what there is to say about it."""
+"""One priming run, from a Transformer to a trained hybrid and its report."""
 
 import hashlib
 import os
@@ -34,25 +34,25 @@ from gka.training.priming.matching import Matching, freeze_others
 from gka.training.priming.recovery import RecoveryTrainer, check_adapters, with_adapters
 
 Probe = Callable[[str, "GKAForCausalLM", "PreTrainedTokenizerBase"], dict[str, float]]
-"""Further figures of a phase's model, from (phase, model, tokenizer): kept in the report."""
+"""Function of (phase, model, tokenizer) that measures further figures for the report."""
 
 TEACHER, INITIAL, STAGE1, STAGE2 = "teacher", "initial", "stage1", "stage2"
 
 
 @dataclass
 class Job:
-    """A run with everything it was given, opened and checked.
+    """A run with its inputs, opened and checked.
 
     Attributes:
         config: the settings.
         output: the run's folder.
         console: where progress is shown.
-        resume: whether it goes on.
-        tokenizer: the teacher's, or the one asked for.
-        blocks: to train on, and held out.
-        held: how the latter are measured.
-        about: the account of the run so far, as in report/report.json.
-        probe: further measurements.
+        resume: whether a run in `output` is continued.
+        tokenizer: the one of the settings, else the teacher's.
+        blocks: training blocks and held-out blocks.
+        held: the measurements on the latter.
+        about: the metrics so far, as in report/report.json.
+        probe: measures further figures.
     """
 
     config: PrimeConfig
@@ -66,12 +66,12 @@ class Job:
     probe: Probe | None
 
     def note(self) -> None:
-        """Write the account as it is now."""
+        """Write `about` to report/report.json."""
         if files.is_main_process():
             write_json(self.output / files.REPORT / report.JSON, self.about)
 
     def measure(self, phase: str, model: GKAForCausalLM) -> None:
-        """The figures of a phase's model, unless they are known already."""
+        """Measure a phase's model, unless `about` has its figures."""
         known = self.about["phases"]
         if phase not in known:
             with status(self.console, f"measuring: {phase}"):
@@ -100,20 +100,20 @@ def prime(
     probe: Probe | None = None,
     picture: bool = True,
 ) -> dict[str, Any]:
-    """Turn a model with attention layers into a hybrid and train it back; the metrics are returned.
+    """Replace attention layers of a model, train the hybrid, write the run and return its metrics.
 
     Args:
         config: the run.
-        output: folder of the run; must be new or empty, unless `resume` or `overwrite`.
+        output: folder of the run, new or empty unless `resume` or `overwrite`.
         console: where progress is shown.
-        resume: go on where the run in `output` stopped.
-        overwrite: delete the run that is in `output` first.
-        probe: measures each phase's model further.
+        resume: continue the run in `output` where it stopped.
+        overwrite: delete the run in `output` first.
+        probe: measures further figures of each phase's model.
         picture: draw the report's picture (needs matplotlib).
 
     Raises:
-        InputError: if anything given cannot be used; nothing is deleted or overwritten then.
-        Interrupted: after SIGINT, SIGTERM or SIGHUP, when the checkpoint is written.
+        InputError: an argument cannot be used (nothing is deleted then), or a loss is not finite.
+        Interrupted: after SIGINT, SIGTERM or SIGHUP, once the checkpoint is written.
     """
     with files.open_output(output, console, resume=resume, overwrite=overwrite) as complete:
         if complete is not None:
@@ -124,7 +124,7 @@ def prime(
 
 
 def _primed(job: Job, teacher: GKAForCausalLM, *, overwrite: bool, picture: bool) -> dict[str, Any]:
-    """`prime`, in a folder that is this process's alone and with everything opened."""
+    """`prime`, after the folder was locked and the inputs were opened."""
     config, output, resume = job.config, job.output, job.resume
     checksums = {"tokens_sha256": _checksum(job), "teacher_sha256": teacher_checksum(config)}
     files.begin(config, output, checksums, resume=resume, overwrite=overwrite)
@@ -136,7 +136,7 @@ def _primed(job: Job, teacher: GKAForCausalLM, *, overwrite: bool, picture: bool
     if files.is_main_process():
         files.save_model(hybrid, job.tokenizer, output / files.MODEL)
         report.write(metrics, output / files.REPORT, picture=picture)
-        write_json(output / files.METRICS, metrics)  # last: it says that the run is complete
+        write_json(output / files.METRICS, metrics)  # last: it marks the run as complete
     return metrics
 
 
@@ -144,7 +144,7 @@ def load_teacher(name: str) -> GKAForCausalLM:
     """The model in a folder, of any format that `GKAForCausalLM` reads, in float32 on this process's device.
 
     Raises:
-        InputError: if there is none, or it is damaged or incomplete.
+        InputError: there is none, or it is damaged or incomplete.
     """
     try:
         return load_gka(Path(name), dtype="float32", device=device())
@@ -174,7 +174,7 @@ def _opened(
     teacher: GKAForCausalLM,
     probe: Probe | None,
 ) -> Job:
-    """Everything that can be found wrong is found here."""
+    """Open and check all inputs, before anything is written or deleted."""
     check_layers(config, teacher)
     check_adapters(config.stage2)
     tokenizer = open_tokenizer(config, teacher)
@@ -191,7 +191,7 @@ def _checksum(job: Job) -> str:
 
 
 def _about(job: Job) -> dict[str, Any]:
-    """The account to go on with, or a new one."""
+    """`about` of the resumed run, or a new one."""
     file = job.output / files.REPORT / report.JSON
     if job.resume and file.is_file():
         return read_json(file)
@@ -199,7 +199,7 @@ def _about(job: Job) -> dict[str, Any]:
 
 
 def _matched(job: Job, teacher: GKAForCausalLM) -> GKAForCausalLM:
-    """The hybrid after stage 1; the teacher is taken apart for it."""
+    """The hybrid after stage 1, made of the teacher in place."""
     stage, prime = job.config.stage1, job.config.prime
     if (job.output / STAGE1 / files.METRICS).is_file():
         return load_teacher(str(job.output / STAGE1 / files.MODEL))
@@ -263,7 +263,7 @@ def _finish(
     model: GKAForCausalLM,
     keep_model: bool = True,
 ) -> None:
-    """Note a stage's curves and the figures of its model, and keep that beside its checkpoints."""
+    """Record a stage's curves and its model's figures; with `keep_model` save the model, too."""
     tokens = tokens_of_a_step(stage, job.config.data.sequence_length, trainer.args.world_size)
     job.about["stages"][name] = report.stage(trainer.state.log_history, tokens)
     job.about["phases"].pop(name, None)
