@@ -85,7 +85,7 @@ def build(cell: Cell, size: ModelSize) -> Any:
         model = model.to(torch.bfloat16)
     arguments = checkpoint_arguments(cell.checkpoint)
     if arguments is not None:
-        name = "activation_checkpointing_enable"  # since transformers 5.24
+        name = "activation_checkpointing_enable"  # in newer transformers
         getattr(model, name, model.gradient_checkpointing_enable)(arguments)
     return model.train()
 

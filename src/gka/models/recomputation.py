@@ -68,7 +68,7 @@ def selective_checkpointing(*, products: bool = False) -> dict[str, Any]:
     """Arguments that make gradient checkpointing selective.
 
     They are torch.utils.checkpoint's, for `gradient_checkpointing_enable` (`activation_checkpointing_enable`
-    from transformers 5.24 on) and for the Trainer's `gradient_checkpointing_kwargs`. Gradients are those
+    in newer transformers) and for the Trainer's `gradient_checkpointing_kwargs`. Gradients are those
     without checkpointing. Eagerly every operator passes through Python twice; compiled graphs pay nothing.
 
     Args:
