@@ -10,12 +10,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import normalize, scaled_dot_product_attention, silu
 
 from gka.layers import GatedKalmaNet
-from gka.ops import chunk_gka, why_not_external
+from gka.maths.solvers import SolverName
+from gka.ops import chunk_gka, why_not_external, why_unavailable
 from gka.ops.external import Rule
 
 NUM_ITER, CHUNK = 30, 64
 MEAN = 1.0  # of what goes through SiLU, for keys with a common direction
-SOLVERS = ("chebyshev", "adaptive")
+SOLVERS: tuple[SolverName, ...] = ("chebyshev", "adaptive")
+OP_SOLVERS: tuple[SolverName, ...] = (*SOLVERS, "cg")
 Call = Callable[[], object]
 
 
@@ -89,6 +91,7 @@ class Contender:
         load: imports it, and gives output = call(inputs). Raises NotAvailable.
         flops: of the forward pass on a size, where the number of its steps is known.
         library: name and rule in `gka.ops.external`, which knows where it cannot run or is wrong.
+        solver: backend and solver of our op, whose backend knows where it cannot run.
     """
 
     name: str
@@ -96,12 +99,17 @@ class Contender:
     load: Callable[[], Callable[[Inputs], Tensor]]
     flops: Callable[[Size], float] | None = None
     library: tuple[str, Rule] | None = None
+    solver: tuple[str, SolverName] | None = None
 
     def why_not(self, size: Size, device: str, training: bool) -> str | None:
-        """What `gka.ops.why_not_external` says of it at a size; None of what is no library's."""
+        """What `gka.ops` says of it at a size; None of what is neither a library's nor ours."""
+        dims = (size.dim, size.dim)
+        if self.solver is not None:
+            backend, solver = self.solver
+            return why_unavailable(backend, device, torch.bfloat16, solver, dims)
         if self.library is None:
             return None
-        return why_not_external(*self.library, device, dims=(size.dim, size.dim), training=training)
+        return why_not_external(*self.library, device, dims=dims, training=training)
 
 
 def passes(
@@ -137,7 +145,7 @@ def forward_flops(size: Size) -> float:
     return float(size.batch * size.length * size.heads * (NUM_ITER * step_flops(d) + rest))
 
 
-def ours(solver: str, backend: str, num_iter: int = NUM_ITER) -> Contender:
+def ours(solver: SolverName, backend: str, num_iter: int = NUM_ITER) -> Contender:
     def load() -> Callable[[Inputs], Tensor]:
         def call(x: Inputs) -> Tensor:
             o, _ = chunk_gka(
@@ -149,7 +157,8 @@ def ours(solver: str, backend: str, num_iter: int = NUM_ITER) -> Contender:
         return call
 
     flops = forward_flops if solver == "chebyshev" else None
-    return Contender(f"chunk_gka, {solver}", ("q", "k", "v", "g", "alpha", "beta"), load, flops)
+    leaves = ("q", "k", "v", "g", "alpha", "beta")
+    return Contender(f"chunk_gka, {solver}", leaves, load, flops, solver=(backend, solver))
 
 
 def load_flash_qla() -> Callable[[Inputs], Tensor]:
