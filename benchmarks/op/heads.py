@@ -32,7 +32,7 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "tiny": {
-        "data": {"sequence_length": 64, "eval_fraction": 0.3},
+        "data": {"sequence_length": 64, "eval_fraction": 0.002},
         "model": {"hidden_size": 64, "num_hidden_layers": 2, "num_heads": 2, "num_iter": 8},
         "training": {
             "max_steps": 3, "batch_size": 2, "warmup_steps": 1, "eval_steps": 3, "save_steps": 3,
