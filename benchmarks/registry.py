@@ -1,4 +1,4 @@
-"""Who is measured: this library's op, layer, kernels of decoding and models, and their peers."""
+"""What is measured: this library's op, layers, decode kernels and models, and their peers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,9 +15,11 @@ from gka.ops import chunk_gka, why_not_external, why_unavailable
 from gka.ops.external import Rule
 
 NUM_ITER, CHUNK = 30, 64
-MEAN = 1.0  # of what goes through SiLU, for keys with a common direction
+MEAN = 1.0  # mean of the Gaussians before SiLU, which gives keys a common direction
 SOLVERS: tuple[SolverName, ...] = ("chebyshev", "adaptive")
+"""The solvers of all GPU kernels."""
 OP_SOLVERS: tuple[SolverName, ...] = (*SOLVERS, "cg")
+"""Solvers that the op is measured with, where its backend has them."""
 Call = Callable[[], object]
 
 
@@ -36,7 +38,10 @@ class Size:
 
 @dataclass(frozen=True)
 class Inputs:
-    """q, k, v [B,T,H,D] bfloat16; g, alpha, beta [B,T,H] float32; lamb [H,D] of MesaNet; do of the output."""
+    """q, k, v [B,T,H,D] and the output's gradient do bfloat16; g, alpha, beta [B,T,H] float32.
+
+    beta16 is beta in bfloat16, lamb [H,D] MesaNet's ridge.
+    """
 
     do: Tensor
     q: Tensor
@@ -50,7 +55,7 @@ class Inputs:
 
 
 def features(kind: str, *shape: int, device: str) -> Tensor:
-    """Unit vectors in bfloat16: of Gaussians, of their SiLU, or of the SiLU of Gaussians with a mean."""
+    """Unit vectors in bfloat16 of Gaussians, of their SiLU, or of the SiLU of Gaussians of mean MEAN."""
     x = torch.randn(*shape, device=device)
     if kind != "gaussian":
         x = silu(x + MEAN if kind == "silu-mean" else x)
@@ -58,7 +63,7 @@ def features(kind: str, *shape: int, device: str) -> Tensor:
 
 
 def make_inputs(size: Size, keys: str, device: str) -> Inputs:
-    """Random inputs as a layer makes them: log decays from -1e-3 to -1e-1, of a scale that is the head's."""
+    """Random inputs similar to a layer's: log decays from -1e-3 to -1e-1, with one scale per head."""
     torch.manual_seed(0)
     b, t, h, d = size.batch, size.length, size.heads, size.dim
     scale = 10.0 ** (-3 + 2 * torch.rand(h, device=device))
@@ -72,11 +77,11 @@ def make_inputs(size: Size, keys: str, device: str) -> Inputs:
 
 
 class NotAvailable(Exception):
-    """A contender that cannot run here, and why."""
+    """A contender cannot run here; the message says why."""
 
 
 def reason(error: Exception) -> str:
-    """An error in one line of a table."""
+    """An error as text in a table."""
     text = " ".join(str(error).split()).replace("|", "/")[:300]
     return text if isinstance(error, NotAvailable) else f"{type(error).__name__}: {text}"
 
@@ -86,10 +91,10 @@ class Contender:
     """One function to measure.
 
     Attributes:
-        name: as in tables and options.
-        leaves: names of the inputs it takes and that its backward pass differentiates.
-        load: imports it, and gives output = call(inputs). Raises NotAvailable.
-        flops: of the forward pass on a size, where the number of its steps is known.
+        name: name in tables and options.
+        leaves: names of its inputs, which the backward pass differentiates.
+        load: imports it and returns a function from inputs to the output. Raises NotAvailable.
+        flops: floating-point operations of the forward pass at a size; None if steps depend on the data.
         library: name and rule in `gka.ops.external`, which knows where it cannot run or is wrong.
         solver: backend and solver of our op, whose backend knows where it cannot run.
     """
@@ -102,7 +107,7 @@ class Contender:
     solver: tuple[str, SolverName] | None = None
 
     def why_not(self, size: Size, device: str, training: bool) -> str | None:
-        """What `gka.ops` says of it at a size; None of what is neither a library's nor ours."""
+        """The reason of `gka.ops` at a size; None for what is neither a library's nor ours."""
         dims = (size.dim, size.dim)
         if self.solver is not None:
             backend, solver = self.solver
@@ -115,7 +120,7 @@ class Contender:
 def passes(
     call: Callable[[Inputs], Tensor], inputs: Inputs, leaves: tuple[str, ...]
 ) -> dict[str, Call]:
-    """The two calls that are measured of a contender, by name."""
+    """A contender's two measured calls, by name."""
     tensors = [getattr(inputs, name) for name in leaves]
 
     def forward() -> None:
@@ -130,15 +135,15 @@ def passes(
 
 
 def step_flops(dim: int) -> int:
-    """Of one step of the solve for one token and head: H_[c] x, and the chunk's own keys, 2 K^2 + 4 C K."""
+    """Operations of one solver step per token and head: 2 K^2 for H_[c] x and 4 C K for the chunk's keys."""
     return 2 * dim**2 + 4 * CHUNK * dim
 
 
 def forward_flops(size: Size) -> float:
-    """Of `chunk_gka` with K = V and 30 steps, for all tokens and heads.
+    """Operations of `chunk_gka` with K = V and 30 steps, for all tokens and heads.
 
-    A token and head: 30 (2 K^2 + 4 C K) in the solve; 2 K^2 + 2 K V to add to H and U; 2 C K for the
-    scores of its keys and 2 K^2 for H_[c] k, both of F; 2 C K + 2 C V + 2 K V in the readout.
+    Per token and head: 30 (2 K^2 + 4 C K) for the solve; 2 K^2 + 2 K V for the update of H and U; 2 C K for
+    products of keys and 2 K^2 for H_[c] k, both for F; 2 C K + 2 C V + 2 K V for the readout.
     """
     d = size.dim
     rest = 8 * d**2 + 6 * CHUNK * d
@@ -197,7 +202,7 @@ def load_attention() -> Callable[[Inputs], Tensor]:
 
 
 BASELINES = ("flash_qla", "gated_delta_rule")
-"""The peers that ratios are to: at each size the first that was measured."""
+"""Denominators of ratios: at each size the first of these that was measured."""
 BASELINE_LAYER = "fla.layers.GatedDeltaNet"
 
 PEERS = {
@@ -221,7 +226,7 @@ PEERS = {
 PACKAGES = {
     "flash_qla": "flash_qla", "gated_delta_rule": "fla", "simple_gla": "fla", "mesa_net": "fla",
 }  # fmt: skip
-"""The peers whose kernels are compiled or tuned at a first call, and what they are imported from."""
+"""Peers whose kernels are compiled or tuned at a first call, with their packages."""
 
 
 @dataclass(frozen=True)
@@ -241,12 +246,12 @@ Build = Callable[[LayerSize], nn.Module]
 
 
 def hidden_states(size: LayerSize, device: str) -> Tensor:
-    """Gaussian [1,T,hidden], bfloat16."""
+    """Gaussian hidden states, bfloat16 [1,T,hidden]."""
     return torch.randn(1, size.length, size.hidden, device=device, dtype=torch.bfloat16)
 
 
 def layer_passes(layer: nn.Module, size: LayerSize, device: str) -> dict[str, Call]:
-    """The two calls that are measured of a layer, by name; gradients go to the input and all parameters."""
+    """A layer's two measured calls, by name; gradients are of the input and all parameters."""
     x, do = hidden_states(size, device).requires_grad_(), hidden_states(size, device)
     layer.train()
     wanted = [x, *layer.parameters()]
@@ -262,7 +267,7 @@ def layer_passes(layer: nn.Module, size: LayerSize, device: str) -> dict[str, Ca
 
 
 class PlainKalmaNet(GatedKalmaNet):
-    """The layer with torch's modules around the op, whatever could be fused."""
+    """The layer with torch's modules around the op, even if they could be fused."""
 
     def why_unfused(self, device: torch.device | str, dtype: torch.dtype) -> str | None:
         return "it is measured beside the fused kernels."
@@ -277,7 +282,7 @@ def our_layer(size: LayerSize, solver: str, backend: str, fused: bool = True) ->
 
 
 def peer_layer(size: LayerSize) -> nn.Module:
-    """FLA's Gated DeltaNet layer with values as wide as keys, as ours has them (its own default is twice)."""
+    """FLA's Gated DeltaNet layer with values as wide as keys, as in ours; its default is twice as wide."""
     from fla.layers import GatedDeltaNet  # pyright: ignore[reportMissingImports]
 
     return GatedDeltaNet(
@@ -286,7 +291,7 @@ def peer_layer(size: LayerSize) -> nn.Module:
 
 
 def layers(backend: str, peers: bool) -> dict[str, Build]:
-    """Builders by name."""
+    """Builders of layers by name."""
     found: dict[str, Build] = {}
     if peers:
         found[BASELINE_LAYER] = peer_layer
@@ -296,7 +301,7 @@ def layers(backend: str, peers: bool) -> dict[str, Build]:
 
 
 def profiled_layers(backend: str, peers: bool) -> dict[str, Build]:
-    """Builders by name: those of `layers`, and ours with torch's modules around the op."""
+    """Builders of `layers`, and of our layer with torch's modules around the op."""
     plain = f"GatedKalmaNet, {SOLVERS[0]}, torch's modules around the op"
     return layers(backend, peers) | {
         plain: lambda size: our_layer(size, SOLVERS[0], backend, fused=False)
@@ -313,7 +318,7 @@ STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class DecodeKernel:
-    """A kernel that takes single tokens, with one solve and one storage of U."""
+    """A decode kernel for single tokens, with one solver setting and one storage dtype of U."""
 
     backend: str
     solve: str
@@ -325,7 +330,7 @@ class DecodeKernel:
 
 
 def decode_kernels(cuda: bool) -> list[DecodeKernel]:
-    """All that there are on a device."""
+    """All decode kernels of a device."""
     backends = ("hopper", "triton") if cuda else ("torch",)
     return [
         DecodeKernel(backend, solve, stored)
@@ -342,7 +347,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def model(size: str, dtype: torch.dtype, device: str, mixers: list[str] | None) -> Any:
-    """A GKAForCausalLM with random weights."""
+    """A GKAForCausalLM with random weights, in evaluation mode."""
     from gka.models import GKAConfig, GKAForCausalLM
 
     torch.manual_seed(0)

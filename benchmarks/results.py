@@ -1,4 +1,4 @@
-"""A benchmark's run: the options that all share, what it is measured on, and what it has found so far."""
+"""A benchmark's run: options that all benchmarks share, the machine, and the results so far."""
 
 import argparse
 import datetime
@@ -13,17 +13,17 @@ from benchmarks.stopwatch import Stopwatch
 
 from gka.experiments.ledger import Ledger
 
-UNTOLD = ("--output", "--update", "--commit")  # where results go
+UNTOLD = ("--output", "--update", "--commit")  # left out of the reported command
 TRIAL = "CPU, for a trial of the command: these times mean nothing"
 
 
 class Run(Ledger):
-    """Options, clock, and the figures so far, which begin with what was run on what.
+    """Options, stopwatch and the figures so far, which begin with command, date, commit, versions and device.
 
     Args:
-        name: of the benchmark.
-        options: as `parse` gives them.
-        on_cpu: what a CPU is called in results.
+        name: the benchmark's name.
+        options: from `parse`.
+        on_cpu: name of a CPU in results.
     """
 
     def __init__(self, name: str, options: argparse.Namespace, on_cpu: str = TRIAL) -> None:
@@ -43,7 +43,7 @@ class Run(Ledger):
 def parser(
     name: str, description: str | None, device: str | None = "cuda"
 ) -> argparse.ArgumentParser:
-    """A command line with the options that benchmarks share; without --device where that is None."""
+    """A parser with the options that benchmarks share; without --device if `device` is None."""
     found = argparse.ArgumentParser(
         prog=f"python -m benchmarks.run {name}", description=description, allow_abbrev=False,
         formatter_class=argparse.RawTextHelpFormatter,
@@ -54,14 +54,14 @@ def parser(
         found.set_defaults(device="cpu")
     else:
         add("--device", default=device, help=f"(default: {device}); cpu tries the command out")
-    add("--commit", help="what to name as the commit (default: asked of git)")
+    add("--commit", help="commit to report (default: from git)")
     return found
 
 
 def parse(
     made: argparse.ArgumentParser, arguments: list[str] | None, folders: tuple[str, ...] = ()
 ) -> argparse.Namespace:
-    """The options, with the command that was typed; values of `folders` by their last part."""
+    """The options and the typed command, with only the last part of values of the options `folders`."""
     words = sys.argv[1:] if arguments is None else arguments
     options = made.parse_args(words)
     options.command = command(made.prog, words, folders)
@@ -69,7 +69,7 @@ def parse(
 
 
 def command(program: str, words: list[str], folders: tuple[str, ...] = ()) -> str:
-    """What was typed, without where things lie."""
+    """The typed command without paths of this machine."""
     kept, option = [program], ""
     for word in words:
         if word.startswith("--"):
@@ -80,13 +80,13 @@ def command(program: str, words: list[str], folders: tuple[str, ...] = ()) -> st
 
 
 def name_of(folder: Path) -> str:
-    """Of a model's folder, or of the run that it lies in; of a file its own."""
+    """Name of a model's folder (of its run's folder, if it is called "model"), or of a file."""
     folder = folder.resolve()
     return folder.parent.name if folder.name == "model" else folder.name
 
 
 def commit() -> str | None:
-    """Of the working tree, with a + if it was changed since; None outside a repository."""
+    """The commit of the working tree, with "+" if tracked files have changed; None outside a repository."""
     try:
         found, changed = (
             subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout
@@ -101,7 +101,7 @@ def commit() -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Of torch, CUDA, and what kernels of others are made with; None where it is not installed."""
+    """Versions of torch, CUDA and packages with kernels; None for one that is not installed."""
     found: dict[str, str | None] = {"torch": torch.__version__, "CUDA": torch.version.cuda}
     for name in ("triton", "flash-linear-attention", "flash-qla"):
         try:

@@ -1,4 +1,4 @@
-"""Measures how fast something is: `python -m benchmarks.run NAME [options]`; `NAME --help` lists them."""
+"""Measure speed: `python -m benchmarks.run NAME [options]`; `NAME --help` lists the options."""
 
 import sys
 from importlib import import_module
@@ -24,7 +24,7 @@ BENCHMARKS = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the benchmark that is named first, with the rest as its options."""
+    """Run the benchmark that the first argument names, with the others as its options."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
     if name not in BENCHMARKS:
         known = "\n".join(f"  {known:11} {what}" for known, (_, what) in BENCHMARKS.items())

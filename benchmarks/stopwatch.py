@@ -1,4 +1,4 @@
-"""Times of calls that are measured in turn, so that all of them see the same machine, and their memory."""
+"""Times of calls, interleaved so that all of them have the same conditions, and their memory."""
 
 import ctypes
 import gc
@@ -15,13 +15,13 @@ import torch
 Call = Callable[[], object]
 ROUNDS, WARM_UP = 5, 3
 CACHE_BYTES = 256 << 20  # several times the second-level cache
-HEAD_START = 20_000_000  # cycles, about 10 ms, that the device waits while the host launches
+HEAD_START = 20_000_000  # cycles, about 10 ms, for which the device waits while the host launches
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass
 class Times:
-    """Milliseconds of every repeat: on the device by round, and on the host until all is launched."""
+    """Milliseconds of every repeat: on the device, by round; and on the host, to launch the call."""
 
     device: list[list[float]] = field(default_factory=list)
     host: list[float] = field(default_factory=list)
@@ -35,7 +35,7 @@ class Times:
 
 
 class Stopwatch:
-    """Times on one device: CUDA events around each call, the cache emptied before it; on a CPU its clock."""
+    """Times on one device: on a GPU by CUDA events, with the cache emptied before each call."""
 
     def __init__(self, device: str) -> None:
         self.cuda = torch.device(device).type == "cuda"
@@ -47,7 +47,7 @@ class Stopwatch:
             torch.cuda.synchronize()
 
     def once(self, call: Call) -> float:
-        """Seconds of one call and all that it does."""
+        """Seconds of one call, with a wait for the device."""
         self.wait()
         begin = time.perf_counter()
         call()
@@ -55,10 +55,10 @@ class Stopwatch:
         return time.perf_counter() - begin
 
     def repeat(self, call: Call, repeats: int) -> tuple[list[float], list[float]]:
-        """Milliseconds on the device and on the host of calls that follow each other without waiting.
+        """Milliseconds of consecutive calls, on the device and on the host, without waiting between them.
 
-        The host gets a head start, as it has in a training loop of many layers: the device never
-        waits for it, and what it needs itself is told apart.
+        The host gets a head start, as in the training of many layers, so that the device never waits for it
+        and both times are separate.
         """
         if not self.cuda:
             return [1e3 * self.once(call) for _ in range(repeats)], []
@@ -78,7 +78,7 @@ class Stopwatch:
         return [start.elapsed_time(end) for start, end in events], host
 
     def interleaved(self, calls: dict[str, Call], seconds: float) -> dict[str, Times]:
-        """Every call, warm already, for about `seconds` each: in ROUNDS rounds, in turn within each."""
+        """Times of calls that are already warm, about `seconds` each, in ROUNDS rounds of all calls."""
         times = {name: Times() for name in calls}
         repeats = {}
         for name, call in calls.items():
@@ -92,7 +92,7 @@ class Stopwatch:
         return times
 
     def peak_bytes(self, call: Call) -> int | None:
-        """Bytes of device memory that the call takes at most, beyond what is held before it."""
+        """Peak bytes of device memory during the call, above those allocated before; None on a CPU."""
         if not self.cuda:
             return None
         self.wait()
@@ -104,7 +104,7 @@ class Stopwatch:
         return torch.cuda.max_memory_allocated() - before
 
     def kept_bytes(self, call: Call) -> int | None:
-        """Bytes of device memory that the call's result holds: itself, and what its backward pass needs."""
+        """Bytes of device memory that the call's result keeps, saved tensors included; None on a CPU."""
         if not self.cuda:
             return None
         self.wait()
@@ -112,22 +112,22 @@ class Stopwatch:
         result = call()
         self.wait()
         kept = torch.cuda.memory_allocated() - before
-        del result  # not earlier
+        del result  # only now: it keeps the memory that was measured
         return kept
 
 
 def ratios(times: Sequence[Sequence[float]], base: Sequence[Sequence[float]]) -> list[float]:
-    """Of the medians of each round, since those are neighbours in time."""
+    """Ratio of the medians of each round, whose calls ran at nearly the same time."""
     return [statistics.median(a) / statistics.median(b) for a, b in zip(times, base, strict=True)]
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:
-    """Median, least, most."""
+    """Median, minimum, maximum."""
     return statistics.median(values), min(values), max(values)
 
 
 def captured(call: Call, cuda: bool) -> Call:
-    """The call as a CUDA graph, after a first run of its own."""
+    """The call as a CUDA graph, recorded after one plain run; on a CPU the call itself."""
     if not cuda:
         return call
     side = torch.cuda.Stream()
@@ -142,21 +142,20 @@ def captured(call: Call, cuda: bool) -> Call:
 
 
 def replay(graph: torch.cuda.CUDAGraph, call: Call) -> None:
-    """Run `graph`. It reads and writes tensors that `call` alone keeps alive."""
+    """Run `graph`; the reference to `call` keeps alive the tensors that it reads and writes."""
     graph.replay()
 
 
 def peak_added(work: Call) -> float | None:
-    """MiB by which the resident size rises at its highest while `work` runs; None where it cannot be told.
+    """MiB by which the resident size rises at its peak while `work` runs; None if it cannot be measured.
 
-    Linux keeps the largest resident size a process has had (VmHWM), and sets it back to the present one when
-    "5" is written to /proc/self/clear_refs. Without that the figure would say little: importing torch alone
-    takes more at its height than many a measured pass. Elsewhere, and where a container forbids the reset,
-    nothing is measured. Memory that earlier work has freed is given back to the system first, as far as the
-    allocator does that, so that reusing it counts as well.
+    Linux keeps a process's peak resident size (VmHWM), and resets it to the present size when "5" is
+    written to /proc/self/clear_refs. The reset is needed because the import of torch alone can have a
+    higher peak than the work. Other systems, and containers that forbid the reset, give None. Before, freed
+    memory is returned to the system as far as the allocator allows, so that its reuse counts too.
     """
     gc.collect()
-    with suppress(OSError, AttributeError):  # the C library is not glibc
+    with suppress(OSError, AttributeError):  # only glibc has malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
     try:
         _RESET.write_text("5")

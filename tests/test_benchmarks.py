@@ -47,6 +47,23 @@ def rows_of(times):
     return [{"length": n, "seconds": {"chunk-wise": [t]}} for n, t in times.items()]
 
 
+def test_an_interrupted_run_leaves_what_is_finished(cpu, monkeypatch, tmp_path):
+    """cpu.json has the rows of all lengths that were finished when the command was stopped."""
+    shortest, stopped = cpu.LENGTHS[:2]
+
+    def memory(length: int, form: str) -> float:
+        if length == stopped:
+            raise KeyboardInterrupt
+        return 1.0
+
+    monkeypatch.setattr(cpu, "peak_memory", memory)
+    monkeypatch.setattr(cpu, "BOTH", ())
+    with pytest.raises(KeyboardInterrupt):
+        cpu.main(["--output", str(tmp_path), "--repeats", "1"])
+    (row,) = json.loads((tmp_path / "cpu.json").read_text())["rows"]
+    assert row["length"] == shortest
+
+
 def test_growth_is_the_exponent(cpu):
     """Times proportional to T^1.5 give 1.5."""
     assert cpu.growth(rows_of({n: n**1.5 for n in (64, 128, 512)})) == pytest.approx(1.5)

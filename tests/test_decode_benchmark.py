@@ -61,6 +61,23 @@ def test_a_wrong_kernel_is_not_timed(decode, tmp_path, monkeypatch):
     assert "not timed: torch, chebyshev 10, U float32" in (tmp_path / "decode.md").read_text()
 
 
+def test_an_interrupted_run_leaves_what_is_finished(decode, tmp_path, monkeypatch):
+    """decode.json has every check and batch size that was finished when the command was stopped."""
+    step = decode.Bench.step
+
+    def stopping(self, source, kernels, batch):
+        if batch == 2:
+            raise KeyboardInterrupt
+        return step(self, source, kernels, batch)
+
+    monkeypatch.setattr(decode.Bench, "step", stopping)
+    options = ["--output", str(tmp_path), "--device", "cpu", "--batches", "1", "2"]
+    with pytest.raises(KeyboardInterrupt):
+        decode.main([*options, "--seconds", "0.01"])
+    (source,) = json.loads((tmp_path / "decode.json").read_text())["sources"]
+    assert len(source["checks"]) == 6 and [part["batch"] for part in source["step"]] == [1]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A run's folder with a model of two GKA layers, the second with attention before it, and a text."""

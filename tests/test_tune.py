@@ -136,6 +136,13 @@ def test_a_candidate_with_other_results_is_left_out(tune, monkeypatch) -> None:
             assert torch.equal(x, torch.ones(4))
 
 
+def test_tuned_solvers_are_the_kernels_own(tune) -> None:
+    """Solvers that the Triton backend does not have are not launched, whatever torch offers beside them."""
+    from gka.ops import backends
+
+    assert backends._BACKENDS["triton"].solvers == tune.SOLVERS
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="interprets the kernels")
 def test_recorded_launches_can_be_had_again(tune) -> None:
     """Each launch of both passes with either solver, alone and in any order, makes the same bits again."""

@@ -1,21 +1,21 @@
-"""One token a sequence on states in place, in a CUDA graph: `python -m benchmarks.run decode --output DIR`.
+"""Decode steps of one token per sequence in a CUDA graph: `python -m benchmarks.run decode --output DIR`.
 
     python -m benchmarks.run decode --output DIR --model FOLDER   also on a trained model's states and keys
 
-Checks every kernel against the float64 torch form, then times it. Writes decode.json with all repeats,
+Checks every kernel against the torch backend in float64, then times it. Writes decode.json with all repeats,
 decode.md and decode.png.
 
-The graph holds one step for each of a few layers, every one with states of its own, so that they come
-from memory as in a model: a time is the graph's, the second-level cache emptied before it, over the
-layers. The yardstick is a graph that copies as many bytes as the states have: it reads and writes what a
-step must. Artificial states hold 512 tokens of unit SiLU keys with a mean under decays of exp(-1e-3) to
-exp(-1e-1) a token, by head. With --model they have that model's heads and layers, and beside them stand
-the states that its GKA layers have after --context tokens of a text that it was not trained on, each
-sequence from another place, and the queries, keys, values and alpha of the token that comes next.
+A graph has one step for each of several layers with separate states, which come from memory as in a model.
+The time of a step is the graph's time, after emptying the second-level cache, divided by the number of
+layers. The reference is a graph that copies as many bytes as the states have, since a step must read and
+write them. Artificial states are those after 512 tokens of unit SiLU keys with a mean, with decays of
+exp(-1e-3) to exp(-1e-1) by head. With --model they have that model's heads and layers, and the model's own
+states are measured too: each sequence reads --context tokens from another place of a held-out text.
+Queries, keys, values and alpha are then those of the next token.
 
-The steps that are timed write with a gate of 1e-3 and without decay, which costs the same and leaves the
-states, and with them the adaptive solver's work, as they are ("moved" in decode.json is by how much H has
-changed in the end, relatively); a model's own gates are in the checks alone.
+Timed steps have write gate 1e-3 and no decay. This costs the same and hardly changes the states, so the
+adaptive solver's work stays the same ("moved" in decode.json is the relative change of H at the end). Only
+the checks use the model's gates.
 """
 
 import argparse
@@ -38,14 +38,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BATCHES, HEADS, DIM, CONTEXT = (1, 16, 64, 256), 16, 128, 512
-TOLERANCE = 1e-2  # of o, bfloat16, in the relative 2-norm
+TOLERANCE = 1e-2  # relative 2-norm error of o (bfloat16), H and U
 
 
 class Bench(results.Run):
     """One run of `python -m benchmarks.run decode`."""
 
     def run(self) -> dict[str, Any]:
-        """Check and time every source."""
+        """Check and time every source; decode.json is rewritten after each check and batch size."""
         self.found["sources"] = []
         with torch.inference_mode():
             torch.manual_seed(0)
@@ -55,7 +55,7 @@ class Bench(results.Run):
         return self.found
 
     def sources(self) -> list[Source]:
-        """Artificial states, of a trained model's heads and layers where one is given, and that model's."""
+        """Artificial states; with --model in that model's shape, followed by the model's states."""
         if self.options.model is None:
             heads, dim = (HEADS, DIM) if self.watch.cuda else (2, 16)
             shape = Shape(heads, heads, heads, dim, dim)
@@ -66,7 +66,7 @@ class Bench(results.Run):
         return [Artificial(trained.shape, self.device, len(trained.read)), trained]
 
     def source(self, source: Source) -> None:
-        """Check what can run there, and time it at every batch size."""
+        """Check all kernels, and time those that pass at every batch size."""
         part = {
             "source": source.name, "shape": str(source.shape), "about": source.about, "checks": {},
             "step": [],
@@ -75,9 +75,10 @@ class Bench(results.Run):
         kernels = self.check(source, part["checks"])
         for batch in self.options.batches:
             part["step"].append(self.step(source, kernels, batch))
+            self.note()
 
     def check(self, source: Source, checks: dict) -> list[DecodeKernel]:
-        """Every kernel's o and states against float64, the worst of all layers; those that pass."""
+        """Check every kernel's o, H and U against float64, worst of all layers; return those that pass."""
         dims = (source.shape.key_dim, source.shape.value_dim)
         passed = []
         for kernel in registry.decode_kernels(self.watch.cuda):
@@ -93,13 +94,14 @@ class Bench(results.Run):
             except Exception as error:
                 ok, told = False, reason(error)
             checks[kernel.name] = {"ok": ok, "errors": told}
+            self.note()
             self.say(f"{source.name}, {kernel.name}: {'' if ok else 'FAILED: '}{told}")
             if ok:
                 passed.append(kernel)
         return passed
 
     def errors(self, source: Source, kernel: DecodeKernel) -> list[float]:
-        """Relative errors of o, H and U where layers take their token as it is."""
+        """Relative errors of o, H and U with the layers' unchanged tokens."""
         worst = [0.0, 0.0, 0.0]
         for layer in dict.fromkeys(source.layers(min(3, max(self.options.batches)))):
             h, u = layer.state
@@ -120,7 +122,7 @@ class Bench(results.Run):
             stored: [(h.clone(), u.to(dtype, copy=True)) for h, u in (x.state for x in layers)]
             for stored, dtype in STORED.items()
         }
-        # a step reads and writes its states
+        # A step reads and writes its states.
         widths = {stored: 2 * sum(x.nbytes for x in pool[0]) for stored, pool in pools.items()}
         times = self.watch.interleaved(self.graphs(layers, kernels, pools), self.options.seconds)
         rows = {}
@@ -144,7 +146,7 @@ class Bench(results.Run):
     def graphs(
         self, layers: list[Layer], kernels: list[DecodeKernel], pools: dict[str, list]
     ) -> dict[str, Call]:
-        """One step of all layers by every kernel, and a copy as wide as each storage of U."""
+        """Graphs of one step of all layers for every kernel, and of a copy for each storage dtype of U."""
         calls: dict[str, Call] = {}
         for stored, pool in pools.items():
             size = sum(x.nbytes for x in pool[0])
@@ -173,7 +175,7 @@ class Bench(results.Run):
 
 
 def summary(ms: list[list[float]], width: int) -> dict:
-    """Of a step's times by round: all of them, median and range, and the speed of `width` bytes."""
+    """A step's times by round, their median and range, and the speed at which it moves `width` bytes."""
     flat = sorted(x for part in ms for x in part)
     median = flat[len(flat) // 2]
     return {
@@ -183,7 +185,7 @@ def summary(ms: list[list[float]], width: int) -> dict:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Time of a step in us (lowest..highest), and its share of a copy's speed; a table for each source."""
+    """Time of a step in us (minimum..maximum) and GB/s; a table for each source."""
     head = (
         f"{result['card']}, one token a sequence.\n"
         f"`{result['command']}`, {result['date']}, commit {result['commit']}."
@@ -192,7 +194,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def table(part: dict[str, Any]) -> Iterator[str]:
-    """Of one source."""
+    """The lines of one source."""
     yield title(part)
     yield ""
     head = ["kernel, solve, storage of U"]
@@ -215,7 +217,7 @@ def table(part: dict[str, Any]) -> Iterator[str]:
 
 
 def title(part: dict[str, Any]) -> str:
-    """What a source is."""
+    """A source in words."""
     about = part["about"]
     if not about:
         counts = sorted({found["layers"] for found in part["step"]})
@@ -231,7 +233,7 @@ def title(part: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], figure: "Figure") -> None:
-    """Time of a step over the batch size, a row for each source."""
+    """Draw the time of a step over the batch size, a row for each source."""
     parts = result["sources"]
     figure.set_size_inches(11, 4.5 * len(parts))
     axes = figure.subplots(len(parts), 2, sharey=True, squeeze=False)
@@ -241,7 +243,7 @@ def draw(result: dict[str, Any], figure: "Figure") -> None:
 
 
 def draw_source(axes: Any, part: dict[str, Any]) -> None:
-    """A source's times, by how U is stored."""
+    """Draw a source's times, a panel for each storage dtype of U."""
     batches = [found["batch"] for found in part["step"]]
     for axis, stored in zip(axes, STORED, strict=True):
         for name in part["step"][0]["rows"]:

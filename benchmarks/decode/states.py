@@ -1,7 +1,4 @@
-"""What the steps of `benchmarks.decode` run on: states and next tokens of layers, artificial and trained.
-
-A trained model's are those after a text that it has not been trained on.
-"""
+"""Inputs of the decode benchmark: states and next tokens of layers, artificial or of a trained model."""
 
 import argparse
 import math
@@ -24,9 +21,9 @@ from gka.maths.solvers import Adaptive
 
 HISTORY = 512
 GRAPH_BYTES, MOST_LAYERS = 1 << 29, 24
-MOVING = 1e-3  # the write gate of the steps that are timed
-READ = 16  # sequences at a time
-HELD_OUT = 0.01  # of the standard library, as in training unless told otherwise
+MOVING = 1e-3  # write gate of the timed steps
+READ = 16  # sequences that a model reads at a time
+HELD_OUT = 0.01  # held-out fraction of the standard library, as by default in training
 TOKEN = ("q", "k", "v", "g", "gk", "alpha")
 
 
@@ -58,12 +55,12 @@ class Shape:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A layer's states and the token that comes next, for B sequences.
+    """A layer's states and next token, for B sequences.
 
     Attributes:
         state: H [B,H,K,K] and U [B,H,K,V], float32.
-        token: q, k, v [B,1,heads,D], g, gk, alpha and beta [B,1,H], as the op takes them.
-        settings: scale and ridge_ratio, as the op takes them.
+        token: the op's arguments q, k, v [B,1,heads,D], and g, gk, alpha, beta [B,1,H].
+        settings: the op's scale and ridge_ratio; empty for its defaults.
     """
 
     state: tuple[Tensor, Tensor]
@@ -76,20 +73,19 @@ class Layer:
         return Layer((h, u), token, self.settings).tied(self)
 
     def tied(self, other: "Layer") -> "Layer":
-        """With one tensor as g and gk if the other has it: so the op knows that one decay serves both."""
+        """The layer with one tensor for g and gk if `other` has one, so that the op sees tied decays."""
         one = self.token["g"] is not None and other.token["gk"] is other.token["g"]
         return replace(self, token=self.token | {"gk": self.token["g"]}) if one else self
 
     def still(self) -> dict[str, Tensor | None]:
-        """The token, written with a gate of MOVING and without decay: the work is the same, and the states
-        stay as they are."""
+        """The token with write gate MOVING and no decay: the same work, and the states hardly change."""
         like = self.state[0]
         zero = like.new_zeros(like.shape[0], 1, like.shape[1])
         decays = {name: zero for name in ("g", "gk") if self.token[name] is not None}
         return self.token | decays | {"beta": zero + MOVING}
 
     def steps(self, num_iter: int) -> Tensor:
-        """Steps that the adaptive solver takes at these states in the torch form, int64 [B,H]."""
+        """Steps of the torch backend's adaptive solver at these states, int64 [B,H]."""
         ridge_ratio = self.settings.get("ridge_ratio", 0.02)
         q = self.token["q"]
         assert q is not None
@@ -98,12 +94,12 @@ class Layer:
 
 
 class Source(Protocol):
-    """Layers to step.
+    """A source of layers.
 
     Attributes:
-        name: in results.
-        shape: of all its layers.
-        about: what results say of it.
+        name: name in results.
+        shape: shape of all layers.
+        about: facts for results.
     """
 
     name: str
@@ -111,7 +107,7 @@ class Source(Protocol):
     about: dict[str, Any]
 
     def layers(self, batch: int) -> list[Layer]:
-        """Those of the graph; one that is there twice is stepped twice, on a copy of its states each."""
+        """The layers of a graph; each entry gets its own copy of the states, also if a layer is repeated."""
         ...
 
 
@@ -120,12 +116,12 @@ def unit_keys(*shape: int, device: str) -> Tensor:
 
 
 class Artificial:
-    """HISTORY tokens of unit SiLU keys with a mean under decays of exp(-1e-3) to exp(-1e-1), by head.
+    """States after HISTORY unit SiLU keys with a mean, and decays of exp(-1e-3) to exp(-1e-1) by head.
 
     Args:
-        shape: of the layers.
-        device: of the tensors.
-        count: layers. None: of GRAPH_BYTES together, MOST_LAYERS at most.
+        shape: shape of the layers.
+        device: device of the tensors.
+        count: number of layers. None: as many as have GRAPH_BYTES of states, at most MOST_LAYERS.
     """
 
     name = "artificial"
@@ -135,14 +131,14 @@ class Artificial:
         self.about: dict[str, Any] = {}
 
     def layers(self, batch: int) -> list[Layer]:
-        """One layer with gates that decay and write, as often as the graph has it."""
+        """One layer with decay and write gates, repeated for all layers of the graph."""
         state = self.states(batch)
         size = sum(x.nbytes for x in state)
         count = self.count or max(1, min(MOST_LAYERS, math.ceil(GRAPH_BYTES / size)))
         return [Layer(state, self.token(batch))] * count
 
     def states(self, batch: int) -> tuple[Tensor, Tensor]:
-        """H and U."""
+        """H [B,H,K,K] and U [B,H,K,V], float32."""
         s, device = self.shape, self.device
         h, u = (
             torch.empty(batch, s.heads, s.key_dim, width, device=device)
@@ -167,13 +163,13 @@ class Artificial:
 
 
 class Trained:
-    """A model that has read `context` tokens from as many places of a text as there are sequences.
+    """A model that has read `context` tokens per sequence, from evenly spaced places of a text.
 
     Args:
         options: `model`, `text`, `context`, `device`, `batches`.
 
     Raises:
-        InputError: the model cannot be loaded or has no such states, or the text is too short.
+        InputError: the model cannot be loaded or has no GKA layer that solves, or the text is too short.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -201,12 +197,12 @@ class Trained:
         }  # fmt: skip
 
     def layers(self, batch: int) -> list[Layer]:
-        """The model's own, for the first sequences."""
+        """The model's layers, for the first `batch` sequences."""
         return [layer[:batch] for layer in self.read]
 
 
 def text_ids(tokenizer: Any, text: list[Path]) -> Tensor:
-    """Ids of the files and folders given, or of the held-out documents of the standard library."""
+    """Ids of the given files and folders, or of the held-out documents of the standard library."""
     from gka.data import find_documents, pack, split
 
     packed = pack(find_documents([str(path) for path in text]), tokenizer)
@@ -219,7 +215,7 @@ def places(ids: Tensor, count: int, length: int) -> tuple[Tensor, int]:
     """`count` sequences of `length` ids [count,length] from evenly spaced places, and their distance.
 
     Raises:
-        InputError: there are fewer places than sequences.
+        InputError: the text is too short.
     """
     apart = (len(ids) - length) // max(1, count - 1)
     if len(ids) < length or (apart < 1 and count > 1):
@@ -231,10 +227,10 @@ def places(ids: Tensor, count: int, length: int) -> tuple[Tensor, int]:
 
 
 def next_tokens(model: Any, rows: Tensor, count: int) -> list[Layer]:
-    """States and tokens of the `count` GKA layers where each reads the last id of the rows [B,T].
+    """States before the last id of the rows [B,T], and that id's token, for the `count` GKA layers.
 
     Raises:
-        InputError: a layer does not step on states in place.
+        InputError: a layer does not update its states in place, or layers differ in shape.
     """
     from gka.models import GKACache
     from gka.serving.tokens import prefill
@@ -259,7 +255,7 @@ def next_tokens(model: Any, rows: Tensor, count: int) -> list[Layer]:
 
 @contextmanager
 def watched() -> Iterator[list[Layer]]:
-    """What the layers give the op of decoding inside, call by call: its own inputs, the states copied."""
+    """List the arguments of the decode op in the block, call by call, with copies of the states."""
     seen: list[Layer] = []
     op = gated_kalmanet.fused_recurrent_gka_
 
@@ -275,7 +271,7 @@ def watched() -> Iterator[list[Layer]]:
 
 
 def joined(parts: list[Layer]) -> Layer:
-    """Sequences of several reads of one layer, one after the other."""
+    """Concatenate the sequences of several reads of one layer."""
     h, u = (torch.cat(states) for states in zip(*(part.state for part in parts), strict=True))
     token: dict[str, Tensor | None] = {}
     for name in parts[0].token:

@@ -1,9 +1,9 @@
-"""Time that the host needs to launch a call's kernels, with the launches themselves left out.
+"""Time that the host needs to launch a call's kernels, without the launches themselves.
 
-`python -m benchmarks.run host` needs no GPU: tensors lie on the CPU, kernels are compiled for a Hopper chip
-(once; Triton caches them) and launching does nothing. `--profile` tells where the time goes. Smaller
-than on a GPU's host by what the driver and torch's CUDA allocator take. What torch itself computes on the
-CPU is kept small by shorter sequences, cut into as many segments and groups of heads as the long ones.
+`python -m benchmarks.run host` needs no GPU: tensors are on the CPU, Triton's kernels are compiled for
+Hopper (and cached) and launches do nothing. `--profile` shows where the time goes. On a GPU's host, the
+driver and torch's CUDA allocator take additional time. Sequences are SHORTER times shorter, to keep torch's
+own work on the CPU small, but have as many segments and groups of heads.
 """
 
 import argparse
@@ -29,17 +29,17 @@ from gka.kernels.hopper import build, nvrtc
 from gka.ops import backends, chunk_gka
 
 CALLS, WARM_UP = 200, 5
-SHORTER = 16  # times
+SHORTER = 16  # factor by which sequences are shorter
 
 
 class _Processor:
-    """What the launcher asks of a device's properties."""
+    """Device properties that the launcher reads."""
 
     multi_processor_count = 132
 
 
 class _Kernel(driver.Kernel):
-    """A kernel of CUDA C++ up to its launch."""
+    """A CUDA C++ kernel whose launch does nothing."""
 
     def __init__(self, cubin: bytes, name: str, threads: int, shared: int) -> None:
         pass
@@ -58,14 +58,14 @@ def _load_nothing(kernel: CompiledKernel) -> None:
 
 @contextmanager
 def launching_nothing(arch: int = 90) -> Iterator[None]:
-    """Inside, the backends "triton" and "hopper" take tensors on the CPU and do all but launch."""
+    """In the block, the backends "triton" and "hopper" accept CPU tensors and do everything but launch."""
     registered = dict(backends._BACKENDS)
     with ExitStack() as stack:
         stack.enter_context(as_if_on(arch))
         for target, name, stub in (
             (CompiledKernel, "_init_handles", _load_nothing),
             (build, "Kernel", _Kernel),
-            # as on a GPU, where the tables of sequences of one length are kept
+            # Cached as on a GPU, where the tables of sequences of one length are kept.
             (tables, "_made", functools.cache(tables._made)),
             (tables, "SHORTEST_SEGMENT", 1),
             (backward, "CHUNK_HEADS", backward.CHUNK_HEADS // SHORTER),
@@ -84,7 +84,7 @@ def launching_nothing(arch: int = 90) -> Iterator[None]:
 
 
 def layer_inputs(length: int, heads: int, dim: int) -> dict[str, Any]:
-    """bfloat16 heads and float32 gates, as the layer makes them; values do not matter."""
+    """bfloat16 q, k, v and float32 gates, as in a layer; values do not matter."""
     shape = (1, length, heads, dim)
     made = {n: torch.zeros(shape, dtype=torch.bfloat16) for n in "qkv"}
     made |= {n: torch.zeros(shape[:3]) for n in ("g", "alpha", "beta")}
@@ -92,7 +92,7 @@ def layer_inputs(length: int, heads: int, dim: int) -> dict[str, Any]:
 
 
 def passes(backend: str, solver: str, length: int, heads: int, dim: int) -> dict[str, Callable]:
-    """A forward pass without gradients; one with; and a backward pass of that."""
+    """A forward pass without gradients, a forward pass with them, and its backward pass."""
     inputs = layer_inputs(length, heads, dim)
     gradient = torch.zeros(1, length, heads, dim, dtype=torch.bfloat16)
 
@@ -112,7 +112,7 @@ def passes(backend: str, solver: str, length: int, heads: int, dim: int) -> dict
 
 
 def microseconds(call: Callable) -> list[float]:
-    """Of every call, after some to warm up."""
+    """Microseconds of each of CALLS calls, after WARM_UP others."""
     for _ in range(WARM_UP):
         call()
     times = []
@@ -124,7 +124,7 @@ def microseconds(call: Callable) -> list[float]:
 
 
 def profile(call: Callable) -> None:
-    """Prints where the host's time goes."""
+    """Print where the host's time goes."""
     with cProfile.Profile() as found:
         for _ in range(CALLS):
             call()

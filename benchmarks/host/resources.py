@@ -1,9 +1,9 @@
-"""Registers, spills and shared memory of every kernel, compiled here for chips that need not be here.
+"""Registers, spills and shared memory of every kernel, compiled without a GPU.
 
 `python -m benchmarks.run resources --arch 90 --dims 64 128 --dtypes bfloat16` prints one table. The
-launcher runs as on the chip, but its kernels are compiled and not launched. `--shared` stops before
-the assembler, which takes most of the time, and tells shared memory alone; it needs a TRITON_CACHE_DIR
-of its own, for what it leaves there cannot run.
+launcher runs as on the chip, but kernels are compiled and not launched. `--shared` prints only shared
+memory and leaves out the assembler, which takes most of the time; it needs a separate TRITON_CACHE_DIR,
+because the cached kernels cannot run.
 """
 
 import argparse
@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 from unittest.mock import patch
 
 import torch
 import triton
+from benchmarks.registry import SOLVERS
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend, get_ptxas
 from triton.runtime.jit import JITFunction
@@ -34,13 +34,13 @@ from gka.maths.chunked import Settings, Tokens
 from gka.maths.solvers import SolverName
 
 SHARED_LIMITS = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
-REGISTERS = 65536  # of a multiprocessor
-SHARED_OF_PROCESSOR = {80: 164, 86: 100, 89: 100, 90: 228}  # KB
+REGISTERS = 65536  # per multiprocessor
+SHARED_OF_PROCESSOR = {80: 164, 86: 100, 89: 100, 90: 228}  # KiB of shared memory
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What one compiled kernel takes; blocks is how many fit on a multiprocessor."""
+    """Resources of one compiled kernel; `blocks` is the number that fit on a multiprocessor."""
 
     name: str
     warps: int
@@ -51,7 +51,7 @@ class Usage:
 
 
 class _Chip:
-    """A driver that knows its target and nothing else."""
+    """A Triton driver that has only a compilation target."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -68,7 +68,7 @@ class _Chip:
 
 @contextmanager
 def as_if_on(arch: int) -> Iterator[None]:
-    """Inside, Triton compiles for sm_<arch>, in the configurations of that chip."""
+    """In the block, Triton compiles for sm_<arch>, with that chip's launch configurations."""
     triton.runtime.driver.set_active(_Chip(arch))  # pyright: ignore[reportArgumentType]
     with patch.object(configs, "capability_of", lambda device: divmod(arch, 10)):
         yield
@@ -76,7 +76,7 @@ def as_if_on(arch: int) -> Iterator[None]:
 
 @contextmanager
 def compiling_only(arch: int) -> Iterator[list]:
-    """Inside, launches compile for sm_<arch> and are listed as (name, compiled kernel)."""
+    """In the block, launches only compile for sm_<arch>; yields a list of (name, compiled kernel)."""
     compiled, original = [], JITFunction.run
 
     def run(self, *args, grid, warmup, **kwargs):
@@ -84,7 +84,7 @@ def compiling_only(arch: int) -> Iterator[list]:
         compiled.append((self.__name__, kernel))
         return kernel
 
-    plan.plan_of.cache_clear()  # nothing has been compiled before
+    plan.plan_of.cache_clear()  # so that all kernels are compiled again
     surround._launchers.clear()
     try:
         with as_if_on(arch), patch.object(JITFunction, "run", run):
@@ -95,7 +95,7 @@ def compiling_only(arch: int) -> Iterator[list]:
 
 
 def problem(dim: int, dtype: torch.dtype, heads: int = 16, length: int = 2048) -> Tokens:
-    """Tokens of that size with every gate; only shapes and dtypes matter."""
+    """Tokens of the given size with every gate; only shapes and dtypes matter."""
     q, k, v = (torch.empty(1, length, heads, dim, dtype=dtype) for _ in range(3))
     gates = [torch.empty(1, length, heads) for _ in range(3)]
     g, alpha, beta = gates
@@ -103,7 +103,7 @@ def problem(dim: int, dtype: torch.dtype, heads: int = 16, length: int = 2048) -
 
 
 def run_all(dim: int, dtype: torch.dtype, solver: SolverName = "chebyshev") -> None:
-    """Every kernel of a forward and a backward pass."""
+    """Launch every kernel of a forward and a backward pass."""
     tokens = problem(dim, dtype)
     settings = Settings(1.0, 0.02, 30, 64, tied=True, with_h=False, solver=solver)
     out = forward.chunk_forward(TRITON, tokens, settings)
@@ -113,7 +113,7 @@ def run_all(dim: int, dtype: torch.dtype, solver: SolverName = "chebyshev") -> N
 
 
 def run_around(dim: int, dtype: torch.dtype, heads: int = 16, length: int = 2048) -> None:
-    """Every kernel around the op in a layer: from a past, packed, and a step in decoding."""
+    """Launch every kernel around the op in a layer: with a past, packed, and in decoding."""
     channels, lengths = heads * dim, torch.zeros(1, dtype=torch.int64)
 
     def three(*shape: int, dtype: torch.dtype = dtype) -> surround.Three:
@@ -151,7 +151,7 @@ def usage(name: str, kernel, arch: int) -> Usage:
 
 
 def usage_of_cubin(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack (nearly all of it spills) a thread, as cuobjdump tells."""
+    """Registers and bytes of stack (nearly all spills) per thread, from cuobjdump."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -163,7 +163,7 @@ def usage_of_cubin(cubin: bytes) -> tuple[int, int]:
 
 
 def hopper_usages(dim: int, dtype: str) -> Iterator[Usage]:
-    """The CUDA C++ kernels for heads of that width, as NVRTC compiles them; none where they do not apply."""
+    """The CUDA C++ kernels for heads of `dim`, compiled by NVRTC; empty without NVRTC or such kernels."""
     if dim not in build.DIMS or dtype == "float32" or nvrtc.why_missing() is not None:
         return
     for kernel in ("forward", "adjoint", *build.SCANS):
@@ -179,7 +179,7 @@ def hopper_usages(dim: int, dtype: str) -> Iterator[Usage]:
 
 
 def _blocks(registers: int, shared: int, warps: int, arch: int) -> int:
-    """How many fit on a multiprocessor."""
+    """Number of blocks that fit on a multiprocessor."""
     return min(
         REGISTERS // (registers * 32 * warps),
         (SHARED_OF_PROCESSOR[arch] * 1024) // (shared + 1024),
@@ -188,7 +188,7 @@ def _blocks(registers: int, shared: int, warps: int, arch: int) -> int:
 
 
 def _assemble(ptx: str, arch: int) -> tuple[int, int]:
-    """Registers a thread and bytes spilled (stores), as ptxas tells."""
+    """Registers per thread and bytes of spill stores, from ptxas."""
     target = re.findall(r"\.target (sm_\w+)", ptx)[0]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
@@ -200,21 +200,21 @@ def _assemble(ptx: str, arch: int) -> tuple[int, int]:
 
 
 def compile_all(arch: int, dim: int, dtype: str, run: Callable[..., None]) -> list:
-    """(name, compiled kernel) of all that `run` launches."""
+    """(name, compiled kernel) of all kernels that `run` launches."""
     with compiling_only(arch) as compiled:
         run(dim, getattr(torch, dtype))
     return compiled
 
 
 def run_solvers(dim: int, dtype: torch.dtype) -> None:
-    """Both passes of the op with either solver."""
-    for solver in get_args(SolverName):
-        plan.plan_of.cache_clear()  # what is compiled would be launched
+    """Launch both passes of the op with each solver."""
+    for solver in SOLVERS:
+        plan.plan_of.cache_clear()  # a compiled kernel would be launched
         run_all(dim, dtype, solver)
 
 
 def shared_table(arch: int, dim: int, dtype: str, run: Callable) -> None:
-    """One line a kernel: its shared memory and what the chip allows."""
+    """Print each kernel's shared memory and the chip's limit, in bytes."""
     for name, kernel in compile_all(arch, dim, dtype, run):
         print(arch, dim, dtype, name, kernel.metadata.shared, SHARED_LIMITS[arch], flush=True)
 
@@ -224,9 +224,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--arch", type=int, nargs="+", default=[90])
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
-    parser.add_argument("--shared", action="store_true", help="shared memory alone")
+    parser.add_argument("--shared", action="store_true", help="only shared memory")
     parser.add_argument(
-        "--around", action="store_true", help="what surrounds the op in a layer alone"
+        "--around", action="store_true", help="only the kernels around the op in a layer"
     )
     args = parser.parse_args(arguments)
     run = run_around if args.around else run_solvers

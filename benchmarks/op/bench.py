@@ -1,12 +1,11 @@
 """The op and the layer against their peers on this GPU: `python -m benchmarks.run op --output DIR`.
 
-Every function that is compared runs in this process, in turn. Writes op.json with all repeats, op.md,
-op.png, and with --profile, once all is timed, the kernels of one training step of the op and of the layers
-in profile.txt.
+All compared functions run in this process, interleaved. Writes op.json with all repeats, op.md and op.png.
+With --profile, the kernels of one training step of the op and of the layers then go to profile.txt.
 
-Times are CUDA events around one call that follows others without waiting, the second-level cache emptied
-before it. Forward runs without gradients; forward + backward is torch.autograd.grad with a fixed random
-gradient of the output. Peak memory is that of forward + backward with the function's own inputs and the
+Times are from CUDA events around one call, without waiting for earlier calls, after emptying the second-level
+cache. Forward runs without gradients; forward + backward is torch.autograd.grad with a fixed random
+gradient of the output. Peak memory is that of forward + backward, with the function's inputs and the
 gradient of its output.
 """
 
@@ -32,12 +31,12 @@ from gka.storage import read_json
 SHAPES = ((1, 8192, 16), (4, 8192, 8), (8, 2048, 16), (1, 131072, 16))
 LAYER = LayerSize(hidden=2048, heads=16, dim=128, length=8192)
 TUNING_SHARE = (
-    0.5  # of the time limit, for compiling the peers' kernels before anything is measured
+    0.5  # fraction of the time limit for compiling the peers' kernels, before any measurement
 )
 
 
 def run(bench: Comparison) -> dict[str, Any]:
-    """Measure all, the slowest to compile last."""
+    """Measure everything; mesa_net last, because its kernels take longest to compile."""
     options = bench.options
     ours = [registry.ours(solver, bench.backend) for solver in registry.OP_SOLVERS]
     peers = [registry.PEERS[name] for name in options.peers]
@@ -47,7 +46,7 @@ def run(bench: Comparison) -> dict[str, Any]:
         bench.group(size, [*ours, *early])
     if options.layer:
         bench.layers()
-    if len(early) < len(peers):  # its first call is the slowest, so it must not delay the others
+    if len(early) < len(peers):
         base = [peer for peer in early if peer.name in registry.BASELINES]
         for size in options.sizes:
             bench.group(size, [*base, registry.PEERS["mesa_net"]], repeated=True)
@@ -59,9 +58,9 @@ def run(bench: Comparison) -> dict[str, Any]:
 
 
 def compile_peers(bench: Comparison, pairs: list[tuple[int, int]]) -> None:
-    """Compile the peers' kernels in processes of their own, one for each peer, heads and head dim.
+    """Compile the peers' kernels in parallel processes, one per peer, number of heads and head dim.
 
-    Only what they compile is kept, on disk: they choose their configurations in this process, alone.
+    They keep only compiled kernels, on disk. This process tunes launch configurations later, alone.
     """
     there = {x for x in registry.PACKAGES.values() if importlib.util.find_spec(x) is not None}
     names = [name for name in bench.options.peers if registry.PACKAGES.get(name) in there]
@@ -88,7 +87,7 @@ def compile_peers(bench: Comparison, pairs: list[tuple[int, int]]) -> None:
 
 
 def compile_peer(name: str, heads: int, dim: int) -> None:
-    """The body of the processes of `compile_peers`."""
+    """Compile one peer's kernels; runs in the processes of `compile_peers`."""
     if name == "layer":
         size = LayerSize(LAYER.hidden, heads, dim, 1024)
         layer = registry.peer_layer(size).to("cuda", torch.bfloat16)
@@ -103,7 +102,7 @@ def compile_peer(name: str, heads: int, dim: int) -> None:
 
 
 def shapes(text: str) -> list[tuple[int, int, int]]:
-    """BxTxH,BxTxH,..."""
+    """Parse "BxTxH,BxTxH,..."."""
     found = []
     for part in text.split(","):
         numbers = part.split("x")
@@ -122,7 +121,7 @@ def layer_size(text: str) -> LayerSize:
 
 
 def peers(text: str) -> list[str]:
-    """Names, or none."""
+    """Parse names of peers, or "none"."""
     names = [] if text == "none" else text.split(",")
     for name in names:
         if name not in registry.PEERS:
@@ -139,15 +138,15 @@ def dims(text: str) -> list[int]:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line, with what follows from it."""
+    """The parsed command line, with defaults that depend on other options."""
     parser = results.parser("op", __doc__)
     add = parser.add_argument
     add("--seconds", type=float, default=0.3, help="time to spend on one measurement (0.3)")
     add("--sizes", type=shapes, help="BxTxH,... (default: the four of docs/performance.md)")
     add("--dims", type=dims, help="K = V (128,64)")
     add("--quick", action="store_true", help="two sizes, D = 128, no layer, no mesa_net")
-    add("--limit-seconds", type=float, help="no function is begun later (240; --quick: 75)")
-    add("--peers", type=peers, help=f"of {','.join(registry.PEERS)}, or none (all)")
+    add("--limit-seconds", type=float, help="start no function after this time (240; --quick: 75)")
+    add("--peers", type=peers, help=f"some of {','.join(registry.PEERS)}, or none (all)")
     add("--backend", choices=[b for b in known_backends() if b != "reference"], default="auto")
     add("--keys", choices=["silu-mean", "silu", "gaussian", TRAINED], default="silu-mean",
         help="trained: q, k, v and gates of --model's layers, at their K = V alone")  # fmt: skip
@@ -169,7 +168,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def defaults(options: argparse.Namespace) -> argparse.Namespace:
-    """What was not given, and the sizes as a list."""
+    """Fill in options that were not given, and make the list of sizes."""
     quick = options.quick
     if options.peers is None:
         options.peers = [name for name in registry.PEERS if not quick or name != "mesa_net"]

@@ -1,7 +1,7 @@
-"""Contenders in one process, in turn: first calls and memory of each, then times of all.
+"""Compare contenders in one process: first calls and memory of each, then interleaved times of all.
 
-Each group of functions of one size is warmed up (first calls compile and tune: their seconds are reported),
-then run in rounds, in turn within each; a ratio is that of medians within a round.
+Each group of functions of one size is warmed up (first calls compile and tune; their seconds are reported),
+then run in rounds of all functions. Ratios are of medians within a round.
 """
 
 import argparse
@@ -48,11 +48,11 @@ class Comparison(Run):
 
     @property
     def left(self) -> float:
-        """Seconds of the time limit."""
+        """Seconds until the time limit."""
         return self.options.limit_seconds - self.elapsed
 
     def card(self) -> Any:
-        """The device's name, and what it reaches in a matrix product and a copy."""
+        """The device's name, and its measured speed of a matrix product and of a copy."""
         if not self.watch.cuda:
             return {"name": super().card()}
         n, side = 8192, 1 << 30
@@ -68,7 +68,7 @@ class Comparison(Run):
         }  # fmt: skip
 
     def group(self, size: Size, contenders: list[Contender], repeated: bool = False) -> None:
-        """Measure some contenders in turn at one size."""
+        """Measure some contenders at one size, interleaved."""
         entries: dict[str, dict] = {}
         group = {
             "size": str(size), "shape": vars(size), "repeated": repeated, "contenders": entries,
@@ -92,7 +92,7 @@ class Comparison(Run):
     def attempt(
         self, contender: Contender, size: Size, inputs: Inputs, entries: dict[str, dict]
     ) -> dict[str, Call]:
-        """First calls and memory of one contender; nothing where it fails, which its entry then says."""
+        """Make the first calls of one contender and fill its entry; returns no calls if it fails."""
         device = self.options.device
         leaves = [getattr(inputs, name) for name in contender.leaves]
         own = sum(x.nbytes for x in [*leaves, inputs.do])
@@ -117,7 +117,7 @@ class Comparison(Run):
         return found
 
     def layers(self) -> None:
-        """Times of all layers, in turn."""
+        """Measure all layers, interleaved."""
         size = self.options.layer_size
         entries: dict[str, dict] = {}
         self.found["layer"] = {"size": str(size), "contenders": entries}
@@ -133,9 +133,9 @@ class Comparison(Run):
     def first_layer(
         self, what: str, build: Build
     ) -> tuple[nn.Module | None, dict[str, Call], dict]:
-        """A layer, its calls after a first run of each, and their entry, as of `first`.
+        """A layer, its calls and their entry, as from `first`.
 
-        Memory counts the weights, the input and the gradient of the output too.
+        Memory includes the weights, the input and the gradient of the output.
         """
         size = self.options.layer_size
         built: list[nn.Module] = []
@@ -154,9 +154,9 @@ class Comparison(Run):
         return (built[0] if built else None), found, entry
 
     def first(self, what: str, make: Make, own: Callable[[], int]) -> tuple[dict[str, Call], dict]:
-        """The calls that `make` gives, after a first run of each, and an entry: their seconds and memory.
+        """The calls of `make` after a first run of each, and an entry with its seconds and memory.
 
-        `own` bytes were there before and count as memory of the calls.
+        `own` are bytes allocated before, which are added to the memory.
         """
         if self.left <= 0:
             limit = self.options.limit_seconds
@@ -175,7 +175,7 @@ class Comparison(Run):
         return found, {"status": "ok", "first_call_s": seconds, "peak_bytes": peak}
 
     def measure(self, what: str, calls: dict, entries: dict[str, dict]) -> None:
-        """Times of calls by (name, pass) into the entries of their names."""
+        """Time calls, which are named (name, pass), into the entries of their names."""
         try:
             times = self.watch.interleaved(calls, self.options.seconds)
         except Exception as error:
@@ -189,6 +189,6 @@ class Comparison(Run):
         self.note()
 
     def free(self) -> None:
-        """Give back memory that nothing holds."""
+        """Release cached memory of the device."""
         if self.watch.cuda:
             torch.cuda.empty_cache()

@@ -1,8 +1,8 @@
 """The chunk-wise form against the token-by-token reference on this CPU: `python -m benchmarks.run cpu`.
 
-Time of forward + backward by length, their ratio measured in one process with the two interleaved,
-and peak memory (Linux only, see `benchmarks.stopwatch.peak_added`), each in a fresh process. Writes cpu.json
-and cpu.png, prints a table.
+Measures time and peak memory of forward + backward by length. Both forms are timed interleaved in one
+process. Memory is measured in a fresh process each (only on Linux, see `benchmarks.stopwatch.peak_added`).
+Writes cpu.json, cpu.md and cpu.png, and prints a table.
 """
 
 import argparse
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 HEADS, DIM = 2, 64
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
-BOTH = (256, 512, 2048)  # lengths at which the reference is run too, which is slow
-LONG = 1024  # from here on what each call costs whatever its length is small beside the rest
+BOTH = (256, 512, 2048)  # lengths at which the slow reference runs too
+LONG = 1024  # from this length on, the constant cost of a call is small
 BACKENDS = {"chunk-wise": "torch", "token by token": "reference"}
 HEAD = (
     "T", "chunk-wise s (min-max)", "us a token", "MiB", "token by token s", "MiB", "ratio (min-max)",
@@ -54,9 +54,9 @@ def forward_backward(leaves: list[Tensor], form: str) -> float:
 
 
 def peak_memory(length: int, form: str) -> float | None:
-    """MiB that forward + backward adds to the resident size of a fresh process at its highest.
+    """MiB by which forward + backward raises the peak resident size of a fresh process.
 
-    None where the system does not tell.
+    None if the system does not report it.
     """
     command = [sys.executable, "-m", "benchmarks.run", "cpu", "--peak", form, str(length)]
     child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -64,14 +64,14 @@ def peak_memory(length: int, form: str) -> float | None:
 
 
 def print_peak(form: str, length: int) -> None:
-    """The body of `peak_memory`'s process."""
-    forward_backward(inputs(64), form)  # what is loaded on first use does not count
+    """Measure and print the peak; runs in `peak_memory`'s process."""
+    forward_backward(inputs(64), form)  # so that memory of a first use does not count
     leaves = inputs(length)
     print(json.dumps(stopwatch.peak_added(lambda: forward_backward(leaves, form))))
 
 
 def measure(run: results.Run, repeats: int) -> list[dict]:
-    """One row for each length: seconds of every repeat, MiB, ratio of medians."""
+    """One row per length: seconds of every repeat, MiB, the ratio of each repeat; written after each."""
     rows = []
     for length in LENGTHS:
         run.say(f"{length} tokens")
@@ -84,15 +84,16 @@ def measure(run: results.Run, repeats: int) -> list[dict]:
                 times[form].append(forward_backward(leaves, form))
         row: dict = {"length": length, "seconds": times}
         row["mebibytes"] = {form: peak_memory(length, form) for form in forms}
-        if len(forms) > 1:  # of each repeat, its two passes being neighbours in time
+        if len(forms) > 1:  # per repeat, since its two passes run at nearly the same time
             fast, slow = ([[x] for x in times[form]] for form in forms)
             row["ratios"] = stopwatch.ratios(slow, fast)
         rows.append(row)
+        run.note(rows=rows)
     return rows
 
 
 def growth(rows: list[dict], least: int = 0) -> float:
-    """Exponent p of time ~ T^p over the lengths from `least` on, least squares in logs."""
+    """Exponent p of time ~ T^p over lengths from `least` on, by least squares of logarithms."""
     rows = [row for row in rows if row["length"] >= least]
     x = torch.tensor([row["length"] for row in rows]).double().log()
     times = [statistics.median(row["seconds"]["chunk-wise"]) for row in rows]
@@ -102,12 +103,12 @@ def growth(rows: list[dict], least: int = 0) -> float:
 
 
 def exponents(rows: list[dict]) -> dict[str, float]:
-    """`growth` over all lengths and over the long ones, by the length each starts at."""
+    """`growth` over all lengths and over the long ones; keys are the first lengths."""
     return {str(least): growth(rows, least) for least in (rows[0]["length"], LONG)}
 
 
 def table(rows: list[dict]) -> list[list[str]]:
-    """A row for each length, below HEAD."""
+    """A row for each length, with the columns of HEAD."""
     lines = []
     for row in rows:
         fast, slow = (row["seconds"].get(form) for form in BACKENDS)
@@ -122,7 +123,7 @@ def table(rows: list[dict]) -> list[list[str]]:
 
 
 def facts(rows: list[dict], fitted: dict[str, float]) -> list[str]:
-    """What the table shows in a line, and what it lacks."""
+    """Lines below the table: the growth of time, and whether memory is missing."""
     powers = ", ".join(f"T^{power:.2f} from T = {least}" for least, power in fitted.items())
     lines = [f"chunk-wise time grows as {powers} on; T^1 is linear"]
     if None in (found for row in rows for found in row["mebibytes"].values()):
@@ -135,7 +136,7 @@ def _mib(memory: float | None) -> str:
 
 
 def draw(rows: list[dict], figure: "Figure") -> None:
-    """Seconds and memory of both forms over the length."""
+    """Draw seconds and memory of both forms over the length."""
     figure.set_size_inches(9, 3.6)
     axes = figure.subplots(1, 2)
     for form, color, marker in zip(BACKENDS, ("#0072B2", "#D55E00"), "os", strict=True):
@@ -160,7 +161,7 @@ def draw(rows: list[dict], figure: "Figure") -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What the times are of."""
+    """The machine on which times are measured."""
     return {
         "processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
         "threads": torch.get_num_threads(), "torch": torch.__version__,
@@ -182,7 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
     run.found |= {"machine": machine(), "heads": HEADS, "dim": DIM}
     rows = measure(run, options.repeats)
     fitted = exponents(rows)
-    run.note(exponents=fitted, rows=rows, seconds=run.elapsed)
+    run.note(exponents=fitted, seconds=run.elapsed)
     title = f"forward + backward, H = {HEADS}, K = V = {DIM}, float32, 30 steps"
     print_table(HEAD, table(rows), title)
     print("\n".join(facts(rows, fitted)))

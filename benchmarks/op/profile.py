@@ -1,6 +1,6 @@
 """The profile of `python -m benchmarks.run op`: kernels of one training step of the op and of the layers.
 
-profile.txt and op.json are written after each part; a part that fails leaves its reason in its place.
+profile.txt and op.json are written after each part; a part that fails is replaced by the reason.
 """
 
 from collections.abc import Callable
@@ -16,9 +16,9 @@ from torch.profiler import ProfilerActivity
 
 from gka.storage import write_text
 
-FEW = 10  # steps that the loop's speed is measured from
+FEW = 10  # solver steps of the shorter pass from which the loop's speed is measured
 WARM_UP, CALLS = 3, 5
-REGIONS = ("gka.", "ProfilerStep")  # which contain kernels that are listed themselves
+REGIONS = ("gka.", "ProfilerStep")  # regions, whose kernels are listed separately
 MEMORY = {
     "kept_bytes": "kept for the backward pass, output included",
     "peak_bytes": "peak, inputs, gradients and a layer's weights included",
@@ -27,7 +27,7 @@ MEMORY = {
 
 @dataclass(frozen=True)
 class Kernel:
-    """Of one call: microseconds of all launches together, and their number. On a CPU, operators."""
+    """One kernel (on a CPU, operator) in one call: microseconds of all its launches, and their number."""
 
     name: str
     us: float
@@ -35,7 +35,7 @@ class Kernel:
 
 
 def kernels(call: Call, watch: Stopwatch) -> list[Kernel]:
-    """Mean of CALLS calls after WARM_UP others, the longest first; copies and fills count as kernels."""
+    """Kernels of a call, copies and fills included, longest first: means of CALLS calls after WARM_UP."""
     for _ in range(WARM_UP):
         watch.once(call)
     activities = [ProfilerActivity.CUDA] if watch.cuda else [ProfilerActivity.CPU]
@@ -52,12 +52,12 @@ def kernels(call: Call, watch: Stopwatch) -> list[Kernel]:
 
 
 def total(found: list[Kernel]) -> tuple[float, float]:
-    """Milliseconds and launches of all."""
+    """Milliseconds and launches of all kernels."""
     return sum(kernel.us for kernel in found) / 1e3, sum(kernel.launches for kernel in found)
 
 
 def table(found: list[Kernel]) -> str:
-    """A line a kernel, and their sum; all of one call."""
+    """One line per kernel, and their sum, for one call."""
     ms, launches = total(found)
     lines = [f"{'us':>10} {'calls':>6} {'share':>6}  name"]
     for kernel in found:
@@ -67,10 +67,10 @@ def table(found: list[Kernel]) -> str:
 
 
 def solve(found: list[Kernel]) -> Kernel:
-    """The forward pass's kernel that holds the solve's loop.
+    """The forward pass's kernel that contains the solver's loop.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such kernel.
     """
     for kernel in found:
         if "gka_forward" in kernel.name or "solve_kernel" in kernel.name:
@@ -81,12 +81,13 @@ def solve(found: list[Kernel]) -> Kernel:
 def loop_speed(
     few: list[Kernel], many: list[Kernel], flops: float, steps: int, peak: float | None
 ) -> str:
-    """What the solve's loop alone reaches, from the same pass with few steps and with many.
+    """Speed of the solver's loop, as text, from the same pass with few and with many steps.
 
     Args:
-        flops: of one step of all.
-        steps: how many more the second takes.
-        peak: TFLOP/s of the card, if known.
+        few, many: the kernels of both passes.
+        flops: operations of one step for all tokens and heads.
+        steps: number of additional steps of `many`.
+        peak: TFLOP/s of the card, or None.
     """
     us = (solve(many).us - solve(few).us) / steps
     tera = flops / us / 1e6
@@ -95,7 +96,7 @@ def loop_speed(
 
 
 def profile(bench: Comparison) -> None:
-    """The op at the first size, then the layers if they were measured."""
+    """Profile the op at the first size, then the layers if they were measured."""
     size, peers = bench.options.sizes[0], "gated_delta_rule" in bench.options.peers
     op = registry.ours("chebyshev", bench.backend)
     texts = [part(bench, "op_profile", f"{size}", op.name, partial(of_op, bench, op))]
@@ -108,7 +109,7 @@ def profile(bench: Comparison) -> None:
 
 
 def part(bench: Comparison, key: str, size: str, name: str, work: Callable[[dict], None]) -> str:
-    """The entry that `work` fills into the result's group `key`, and its text."""
+    """Let `work` fill an entry of the result's group `key`; returns the entry's text."""
     group = bench.found.setdefault(key, {"size": f"kernels of {size}", "contenders": {}})
     entry = group["contenders"][name] = {}
     try:
@@ -126,7 +127,7 @@ def save(bench: Comparison, texts: list[str]) -> None:
 
 
 def of_op(bench: Comparison, op: Contender, entry: dict) -> None:
-    """Fill the entry of the op at the first size."""
+    """Fill the op's entry at the first size."""
     size = bench.options.sizes[0]
     inputs = bench.inputs(size)
     held = [inputs.do, *(getattr(inputs, name) for name in op.leaves)]
@@ -153,7 +154,7 @@ def forward_kernels(bench: Comparison, inputs: Inputs, num_iter: int) -> list[Ke
 
 
 def of_layer(bench: Comparison, name: str, build: Build, entry: dict) -> None:
-    """Fill the entry of a layer."""
+    """Fill a layer's entry."""
     size = bench.options.layer_size
     layer, found, begun = bench.first_layer(f"kernels of {name}, {size}", build)
     entry |= begun
@@ -165,13 +166,13 @@ def of_layer(bench: Comparison, name: str, build: Build, entry: dict) -> None:
 
 
 def sums(found: list[Kernel]) -> dict:
-    """What an entry holds of kernels."""
+    """The fields of an entry that describe kernels."""
     ms, launches = total(found)
     return {"kernels_ms": ms, "launches": launches, "kernels": [asdict(k) for k in found]}
 
 
 def text_of(entry: dict) -> str:
-    """An entry in profile.txt."""
+    """An entry as text for profile.txt."""
     if entry["status"] != "ok":
         return f"{entry['status']}: {entry['message']}\n"
     lines = [table([Kernel(**k) for k in entry["kernels"]])]

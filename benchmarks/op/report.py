@@ -1,4 +1,4 @@
-"""What a GPU benchmark found, as a table in the terminal, Markdown and a plot: from its JSON alone."""
+"""Report of the op benchmark from its JSON: a table in the terminal, Markdown and a plot."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +24,7 @@ PASSES = ("forward", "forward+backward")
 
 
 def ratio(times: dict | None, base: dict | None) -> str:
-    """Of the medians of each round, since those are neighbours in time: their median and range."""
+    """Median and range of the ratios of each round's medians."""
     if not times or not base:
         return ""
     median, least, most = stopwatch.spread(stopwatch.ratios(times["ms"], base["ms"]))
@@ -32,7 +32,7 @@ def ratio(times: dict | None, base: dict | None) -> str:
 
 
 def span(times: dict | None) -> str:
-    """Median and range; a star where the host needs longer to launch than the device to run."""
+    """Median and range; a star if the host needs longer to launch than the device to run."""
     if not times:
         return ""
     star = "*" if (times["host_ms"] or 0.0) > times["median"] else ""
@@ -40,7 +40,7 @@ def span(times: dict | None) -> str:
 
 
 def cells(name: str, entry: dict, base: dict, peak: float | None) -> list[str]:
-    """A table's row without its size."""
+    """A row of the table without the size."""
     row = [name]
     for which in PASSES:
         row += [span(entry.get(which)), ratio(entry.get(which), base.get(which))]
@@ -53,7 +53,7 @@ def cells(name: str, entry: dict, base: dict, peak: float | None) -> list[str]:
 
 
 def rows(result: dict) -> Iterator[list[str]]:
-    """Of what was measured, a size after the other; the baseline's first measurement only."""
+    """Rows of the table by size, with only the first measurement of the baseline."""
     peak = result["card"].get("matmul_tflops")
     for size in dict.fromkeys(group["size"] for group in result["groups"]):
         for group in result["groups"]:
@@ -64,13 +64,13 @@ def rows(result: dict) -> Iterator[list[str]]:
 
 
 def baseline(group: dict) -> str:
-    """The peer that a group's ratios are to: the first that was measured in it."""
+    """The denominator of a group's ratios: the first of BASELINES that was measured in it."""
     found = [x for x in BASELINES if group["contenders"].get(x, {}).get("status") == "ok"]
     return found[0] if found else BASELINES[-1]
 
 
 def shown(group: dict) -> dict[str, dict]:
-    """What was measured in a group, without the baseline where the group only repeats it."""
+    """Entries that were measured in a group, without the baseline if the group only repeats it."""
     return {
         name: entry
         for name, entry in group["contenders"].items()
@@ -79,7 +79,7 @@ def shown(group: dict) -> dict[str, dict]:
 
 
 def missing(result: dict) -> list[str]:
-    """What was not measured, and why: a line for each reason and function."""
+    """Lines about functions that were not measured, one per function and reason."""
     found: dict[tuple[str, str], list[str]] = {}
     others = [result[name] for name in ("layer", "op_profile", "layer_profile") if name in result]
     for group in [*result["groups"], *others]:
@@ -91,7 +91,7 @@ def missing(result: dict) -> list[str]:
 
 
 def wrong(result: dict) -> list[str]:
-    """What was timed although its gradient is known to be wrong on this chip, and why it is."""
+    """Lines about functions that were timed although their gradients are known to be wrong on this chip."""
     found: dict[tuple[str, str], list[str]] = {}
     for group in result["groups"]:
         for name, entry in shown(group).items():
@@ -116,7 +116,7 @@ def layer_rows(result: dict) -> Iterator[list[str]]:
 
 
 def profile_rows(result: dict) -> Iterator[list[str]]:
-    """Kernels and memory of one training step of each layer that was profiled."""
+    """Kernels and memory of one training step of each profiled layer."""
     for name, entry in shown(result.get("layer_profile", {"contenders": {}})).items():
         held = [entry.get(key) for key in ("kept_bytes", "peak_bytes")]
         memory = ["" if x is None else f"{x / 2**20:.0f}" for x in held]
@@ -124,7 +124,7 @@ def profile_rows(result: dict) -> Iterator[list[str]]:
 
 
 def growth(result: dict) -> Iterator[str]:
-    """Time of a long sequence over that of as many tokens in short ones, for every contender and head dim."""
+    """Time of a long sequence relative to as many tokens in sequences of 8192, by contender and head dim."""
     whole: dict[tuple, dict] = {
         (g["shape"]["heads"], g["shape"]["dim"], g["shape"]["length"]): g["contenders"]
         for g in result["groups"]
@@ -147,7 +147,7 @@ def growth(result: dict) -> Iterator[str]:
 
 
 def facts(result: dict) -> list[str]:
-    """What the numbers were measured on and with."""
+    """Hardware, versions and settings of the measurements."""
     card, versions = result["card"], result["versions"]
     used = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     measured = ""
@@ -175,7 +175,7 @@ def facts(result: dict) -> list[str]:
 
 
 def markdown(result: dict) -> str:
-    """For docs/performance.md, with its command."""
+    """The results in Markdown with their command, for docs/performance.md."""
     parts = [*facts(result), f"`{result['command']}`", markdown_table(HEAD, list(rows(result)))]
     found = list(layer_rows(result))
     if found:
@@ -195,10 +195,10 @@ def markdown(result: dict) -> str:
 
 
 def update(page: Path, result: dict) -> None:
-    """Put the results between the page's markers.
+    """Write the results between the page's markers.
 
     Raises:
-        ValueError: the page lacks them.
+        ValueError: the page has no markers.
     """
     text = page.read_text()
     if BEGIN not in text or END not in text:
@@ -209,14 +209,14 @@ def update(page: Path, result: dict) -> None:
 
 
 def write(result: dict, folder: Path) -> None:
-    """To the terminal, op.md and op.png."""
+    """Write the results to the terminal, op.md and op.png."""
     print_table(HEAD, [*rows(result), *layer_rows(result)])
     print("\n".join([*facts(result), *growth(result), *missing(result), *wrong(result)]))
     report(folder / "op", markdown(result), lambda figure: draw(result, figure))
 
 
 def draw(result: dict, figure: "Figure") -> None:
-    """Forward and forward + backward of every contender and size."""
+    """Draw the times of forward and forward + backward of every contender and size."""
     sizes = list(dict.fromkeys(group["size"] for group in result["groups"]))
     names = list(dict.fromkeys(n for g in result["groups"] for n in g["contenders"]))
     figure.set_size_inches(11, 0.6 + 0.75 * max(2, len(sizes)))

@@ -1,13 +1,13 @@
-"""Measures the Triton kernels' launch configurations on this GPU and stores the fastest.
+"""Measure the Triton kernels' launch configurations on this GPU and store the fastest.
 
 `python -m benchmarks.run tune --seconds 300` runs both passes with both solvers, records every launch, and
-launches each kernel alone again in every candidate: warps, and for scans pipeline stages and caps on
-registers. A candidate is left out, with its reason, if it does not compile, spills too much,
-outgrows shared memory or gives other results than the stored configuration, which is first compared with
-float64. Blocks keep their widths: 32 columns make triton 3.6 read past its shared memory.
+launches each kernel alone with every candidate: numbers of warps, and for scans pipeline stages and register
+limits. A candidate is rejected, with a reason, if it does not compile, spills too much, needs too much shared
+memory or gives other results than the stored configuration, which is first compared with float64. Block
+widths are fixed: 32 columns make triton 3.6 read past its shared memory.
 
-The chip's table (src/gka/kernels/chips) changes where a candidate is 2 % faster; `--dry-run` leaves it.
-`--compile-only --arch 90` needs no GPU: it lists what each candidate takes, and chooses nothing.
+A candidate that is 2 % faster replaces the entry in the chip's table (src/gka/kernels/chips), but not with
+`--dry-run`. `--compile-only --arch 90` needs no GPU: it only lists the resources of candidates.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -26,6 +26,7 @@ import triton
 from benchmarks.host import resources
 from benchmarks.op import tune_table
 from benchmarks.op.tune_table import Candidate, Options
+from benchmarks.registry import SOLVERS
 from benchmarks.stopwatch import Stopwatch
 from rich.console import Console
 from rich.progress import Progress
@@ -46,7 +47,7 @@ SCANS = (
     "moments",
     "reverse_u",
     "reverse_h",
-)  # loops over chunks: loads to pipeline, registers to cap
+)  # loops over chunks, for which pipeline stages and register limits matter
 WARPS, STAGES, CAPS = (4, 8), (1, 2, 3), (None, 168)
 AGAINST_FLOAT64 = {"float32": 2e-5, "float16": 5e-3, "bfloat16": 3e-2}
 HEAD = (
@@ -57,7 +58,7 @@ AGAINST_STORED = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 8e-3}
 
 @dataclass(frozen=True)
 class Recorded:
-    """One launch of a kernel, to be had again: `before` are its tensors' values, `after` what it made."""
+    """A recorded launch of a kernel, with its tensors' values before and after it."""
 
     name: str
     kernel: Any
@@ -77,7 +78,7 @@ class Recorded:
 
 
 def candidates(kernel: str, exact: bool) -> list[Options]:
-    """Every configuration to try; float32 operands leave no room for a second stage's tiles."""
+    """Configurations to try; float32 operands have one stage, since shared memory has no room for two."""
     stages = STAGES if kernel in SCANS and not exact else (1,)
     caps = CAPS if kernel in SCANS else (None,)
     return [
@@ -88,7 +89,7 @@ def candidates(kernel: str, exact: bool) -> list[Options]:
 
 @contextmanager
 def recording(run: bool) -> Iterator[list[Recorded]]:
-    """Inside, launches are listed; `run`: also made, with their tensors' values before and after."""
+    """In the block, list launches; with `run`, also make them and keep their tensors before and after."""
     found: list[Recorded] = []
     named = Plan.launcher
 
@@ -108,14 +109,14 @@ def recording(run: bool) -> Iterator[list[Recorded]]:
     def zeros(self: GpuCall, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(
             shape, device=self.t.q.device, dtype=dtype
-        )  # what is compared is all defined
+        )  # so that everything that is compared is defined
 
     with patch.object(Plan, "launcher", launcher), patch.object(GpuCall, "empty", zeros):
         yield found
 
 
 def tokens_of(dim: int, dtype: torch.dtype, heads: int, length: int, device: str) -> Tokens:
-    """One sequence as a layer makes it, values too: keys that lean one way, slow decays."""
+    """One sequence with values similar to a layer's: keys with a common direction, slow decays."""
     torch.manual_seed(0)
     shape = (1, length, heads, dim)
     q, k = (torch.nn.functional.silu(torch.randn(shape) + 0.5) for _ in range(2))
@@ -130,7 +131,7 @@ def settings_of(solver: SolverName) -> Settings:
 
 
 def passes(tokens: Tokens, solver: SolverName) -> dict[str, Tensor]:
-    """o and the gradients for the gradient v of o."""
+    """o, and the gradients of q, k, v if v is the gradient of o."""
     settings = settings_of(solver)
     out = forward.chunk_forward(TRITON, tokens, settings)
     grads = backward.chunk_backward(
@@ -140,14 +141,14 @@ def passes(tokens: Tokens, solver: SolverName) -> dict[str, Tensor]:
 
 
 def error(x: Tensor, y: Tensor) -> float:
-    """|x - y| / |y|, infinite where anything is not."""
+    """|x - y| / |y|; infinite if that is NaN."""
     norm = y.double().norm().item()
     found = (x.double() - y.double()).norm().item() / (norm or 1.0)
     return found if found == found else float("inf")
 
 
 def check_against_float64(dim: int, dtype: torch.dtype, solver: SolverName) -> None:
-    """Raises RuntimeError where the stored configurations give wrong results."""
+    """Raise RuntimeError if the stored configurations give wrong results."""
     tokens = tokens_of(dim, dtype, 2, 200, "cuda")
     found = passes(tokens, solver)
     wide = {n: x.double() for n, x in vars(tokens).items() if isinstance(x, Tensor)}
@@ -182,7 +183,7 @@ class Trial:
         ]
 
     def launchers(self, options: Options) -> list[Launcher]:
-        """One for each launch, with those options in place of the stored ones."""
+        """Launchers of all recorded launches, with these options instead of the stored ones."""
         names = ("num_warps", "num_stages", "maxnreg")
         sizes = [{n: x for n, x in one.options.items() if n not in names} for one in self.launches]
         return [
@@ -190,7 +191,7 @@ class Trial:
         ]
 
     def compiled(self, c: Candidate, arch: int) -> Candidate:
-        """What it takes on a chip that need not be here: the most of all its launches."""
+        """The candidate with its resources on a chip, the maximum over its launches; needs no GPU."""
         used = []
         for one, made in zip(self.launches, self.launchers(c.options), strict=True):
             made(one.grid, *one.args)
@@ -199,7 +200,7 @@ class Trial:
         return self._judged(c, [(u.registers, u.spills, u.shared) for u in used])
 
     def measured(self, c: Candidate, watch: Stopwatch, repeats: int) -> Candidate:
-        """Checked against the stored configuration's results and timed."""
+        """The candidate, compared with the stored configuration's results and timed."""
         used, total = [], 0.0
         for one, made in zip(self.launches, self.launchers(c.options), strict=True):
             one.restore()
@@ -226,7 +227,7 @@ class Trial:
 
 
 def tried(call: Callable[[], Candidate], c: Candidate) -> Candidate:
-    """Its result, or the reason that Triton gives for refusing it."""
+    """The result of `call`, or the candidate with Triton's reason for refusing it."""
     try:
         return call()
     except (triton.TritonError, triton.OutOfResources, RuntimeError) as refusal:
@@ -234,10 +235,10 @@ def tried(call: Callable[[], Candidate], c: Candidate) -> Candidate:
 
 
 def trials(args: argparse.Namespace, dtype: str, dim: int) -> list[Trial]:
-    """Every kernel's launches in both passes with both solvers, recorded, as trials."""
+    """One trial per kernel, of its launches in both passes with both solvers."""
     device, kind = "cpu" if args.compile_only else "cuda", getattr(torch, dtype)
     found: list[Recorded] = []
-    for solver in get_args(SolverName):
+    for solver in SOLVERS:
         plan_of.cache_clear()
         if not args.compile_only:
             check_against_float64(dim, kind, solver)
@@ -251,14 +252,14 @@ def trials(args: argparse.Namespace, dtype: str, dim: int) -> list[Trial]:
 
 
 def shared_limit(arch: int) -> int:
-    """Bytes a block can have on that chip."""
+    """Bytes of shared memory that a block can have: on this GPU if there is one, else on the chip."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).shared_memory_per_block_optin
     return resources.SHARED_LIMITS[arch]
 
 
 def search(args: argparse.Namespace, console: Console) -> list[Candidate]:
-    """All candidates, in turn, until the time is up."""
+    """Try all candidates until the time is up."""
     begin, found = time.perf_counter(), []
     watch = None if args.compile_only else Stopwatch("cuda")
     with Progress(console=console, transient=True) as progress:
@@ -273,7 +274,7 @@ def search(args: argparse.Namespace, console: Console) -> list[Candidate]:
                 for c in trial.candidates:
                     if time.perf_counter() - begin > args.seconds:
                         console.print(
-                            f"{args.seconds:g} s are over; {trial.kernel} and what follows stay."
+                            f"{args.seconds:g} s are over; {trial.kernel} and later kernels stay unchanged."
                         )
                         return found
                     if watch is None:
@@ -287,7 +288,7 @@ def search(args: argparse.Namespace, console: Console) -> list[Candidate]:
 
 
 def report(found: list[Candidate]) -> None:
-    """One line a candidate; the chosen ones marked."""
+    """Print one line per candidate, with stored and chosen ones marked."""
     best, rows = set(map(id, tune_table.chosen(found).values())), []
     for c in found:
         mark = "stored" * c.stored + (", chosen" if id(c) in best else "")
@@ -311,7 +312,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dtypes", nargs="+", choices=AGAINST_FLOAT64, default=["bfloat16", "float32"]
     )
-    parser.add_argument("--seconds", type=float, default=600.0, help="when to stop")
+    parser.add_argument("--seconds", type=float, default=600.0, help="stop after this time")
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=10)
@@ -322,7 +323,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--compile-only", action="store_true", help="no GPU: registers, spills, shared memory"
     )
     parser.add_argument(
-        "--arch", type=int, choices=resources.SHARED_LIMITS, help="of --compile-only"
+        "--arch", type=int, choices=resources.SHARED_LIMITS, help="chip for --compile-only"
     )
     args = parser.parse_args(arguments)
     if args.compile_only != (args.arch is not None):
@@ -333,7 +334,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def made_on(args: argparse.Namespace) -> dict[str, Any]:
-    """Where and how the figures were measured."""
+    """Hardware, versions and sizes of the measurements."""
     chip = f"sm_{args.arch}, compiled only" if args.compile_only else torch.cuda.get_device_name()
     return {
         "gpu": chip, "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""The stored launch configurations of a chip, changed by what was measured on it."""
+"""A chip's stored launch configurations, updated by measurements."""
 
 import json
 from dataclasses import dataclass
@@ -6,18 +6,21 @@ from dataclasses import dataclass
 from gka.kernels import configs
 
 Options = dict[str, int]
-WORTHWHILE = 0.98  # of the time of the stored configuration: below it another takes its place
+WORTHWHILE = (
+    0.98  # a candidate that takes less than this fraction of the stored one's time replaces it
+)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One configuration tried.
+    """A configuration to try.
 
     Attributes:
-        registers, spills: a thread's, in numbers and bytes; shared: bytes a block.
-        ms: median time of the kernel's launches in a forward and a backward pass; None if not timed.
-        reason: why it cannot be taken; None if it can.
-        stored: it is the one in the table.
+        registers, spills: registers and bytes of spills per thread.
+        shared: bytes of shared memory per block.
+        ms: sum of the median times of the kernel's recorded launches; None if not timed.
+        reason: why it is rejected; None if it is not.
+        stored: whether it is the one in the table.
     """
 
     kernel: str
@@ -33,7 +36,7 @@ class Candidate:
 
 
 def chosen(found: list[Candidate]) -> dict[tuple[str, str, str], Candidate]:
-    """The fastest of each (kernel, operands, width) where it beats the stored one by 2 %."""
+    """For each (kernel, operands, width) the fastest if it is 2 % faster than the stored one, else that."""
     best: dict[tuple[str, str, str], Candidate] = {}
     for c in found:
         if c.stored and c.ms is not None and c.reason is None:
@@ -50,7 +53,7 @@ def chosen(found: list[Candidate]) -> dict[tuple[str, str, str], Candidate]:
 
 
 def dumps(table: dict) -> str:
-    """JSON, an entry a line."""
+    """JSON with one entry per line."""
 
     def nested(value: dict, indent: str, depth: int) -> str:
         if depth == 0:
@@ -66,7 +69,7 @@ def dumps(table: dict) -> str:
 
 
 def updated(capability: tuple[int, int], found: list[Candidate], measured: dict) -> dict:
-    """The chip's table with what was measured in it; from the nearest chip's where it has none."""
+    """The chip's table, updated by measurements; starts from the nearest chip's if there is none."""
     table = json.loads(configs.table_file(capability).read_text())
     name = f"sm_{capability[0]}{capability[1]}"
     if table["chip"] != name:

@@ -1,8 +1,7 @@
 """Gated KalmaNet (arXiv 2511.21016): sequence layers whose memory is a ridge regression over the past.
 
-The public names are loaded when they are first used: `import gka` costs nothing, the layer and the
-ops need torch only, and the models need transformers. Its Auto classes know the models, whichever of the
-two is imported first.
+Public names load at first use, so `import gka` is cheap. The layer and the ops need only torch; the models
+need transformers, whose Auto classes know them whichever of the two packages is imported first.
 """
 
 from importlib import import_module

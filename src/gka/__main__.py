@@ -1,4 +1,4 @@
-"""`python -m gka`: the command `gka`."""
+"""Run the command `gka` as `python -m gka`."""
 
 from gka.commands.main import main
 

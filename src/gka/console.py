@@ -1,5 +1,4 @@
-"""What all commands share: a console that shows text as it is, lines that show that work goes on, threads
-that wait without spinning, and the signals that ask for a stop."""
+"""Shared by all commands: a console without markup, progress lines, threads that do not spin, and signals."""
 
 import contextlib
 import os
@@ -16,17 +15,17 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 LINE_SECONDS = 10.0
-"""Between two lines that show that work goes on, where no terminal shows a moving one."""
+"""Seconds between two progress lines if the output is no terminal."""
 _OUTPUTS = (1, 2)
 _SPINNING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 _SPINS = "1000"
 
 
 def text_console(**options: Any) -> "Console":
-    """A rich console that takes no text for markup: `[brackets]` in a path or a name are brackets.
+    """A rich console that prints text as it is, `[brackets]` of a path or a name included.
 
     Args:
-        options: of `rich.console.Console`.
+        options: options of `rich.console.Console`.
     """
     from rich.console import Console
 
@@ -34,11 +33,11 @@ def text_console(**options: Any) -> "Console":
 
 
 def wait_without_spinning() -> None:
-    """Let torch's threads sleep soon after they have nothing to do; has no effect once torch is loaded.
+    """Let idle threads of torch sleep soon; has no effect once torch is loaded.
 
-    GNU OpenMP, which torch's wheels for Linux bring, lets a thread that waits for the others spin for
-    milliseconds. On a busy machine it spins on the core that the awaited thread needs: a training step then
-    takes ten times its time and more. A wait policy given in the environment is kept.
+    With GNU OpenMP, which torch's Linux wheels contain, a thread that waits for others spins for
+    milliseconds. On a busy machine it occupies the core that the awaited thread needs, and a training step
+    then takes more than ten times as long. A wait policy of the environment is kept.
     """
     if "torch" not in sys.modules and not any(name in os.environ for name in _SPINNING):
         os.environ["GOMP_SPINCOUNT"] = _SPINS
@@ -48,12 +47,12 @@ def wait_without_spinning() -> None:
 def lines(
     console: "Console", say: Callable[[], str], seconds: float | None = None
 ) -> Iterator[None]:
-    """Print `say()` now and then while the block runs, unless a terminal shows a moving line.
+    """Print `say()` at intervals while the block runs, if the output is no terminal.
 
     Args:
-        console: printed to; nothing if it is a terminal, or quiet.
-        say: what there is to say now, called in another thread; "" says nothing.
-        seconds: between two lines (`LINE_SECONDS`).
+        console: where to print; nothing is printed if it is a terminal or quiet.
+        say: returns the line, called in another thread; "" prints nothing.
+        seconds: interval (None: `LINE_SECONDS`).
     """
     if console.is_terminal or console.quiet:
         yield
@@ -61,7 +60,7 @@ def lines(
     over = threading.Event()
 
     def tell() -> None:
-        with contextlib.suppress(OSError):  # a reader that left; the command itself will notice
+        with contextlib.suppress(OSError):  # the command itself reports a closed pipe
             while not over.wait(LINE_SECONDS if seconds is None else seconds):
                 if line := say():
                     console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -77,7 +76,7 @@ def lines(
 
 @contextmanager
 def status(console: "Console", text: str) -> Iterator[Callable[[str], None]]:
-    """Show what is being done, moving on a terminal, else as `lines`; yields what changes the text."""
+    """Show `text`, animated on a terminal, else by `lines`; yields a function that changes it."""
     said = text
 
     def change(new: str) -> None:
@@ -90,7 +89,7 @@ def status(console: "Console", text: str) -> Iterator[Callable[[str], None]]:
 
 
 def counted(what: str, progress: "Progress") -> Callable[[], str]:
-    """A bar as text, for `lines`: how many of `what` are done, and since when."""
+    """A progress bar as text for `lines`: how many of `what` are done, and the time taken."""
 
     def say() -> str:
         task = progress.tasks[0]
@@ -100,7 +99,7 @@ def counted(what: str, progress: "Progress") -> Callable[[], str]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: "40 s", "12 min", "3.5 h", "2.1 days"."""
+    """Seconds as text: "40 s", "12 min", "3.5 h", "2.1 days"."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     if seconds < 6000:
@@ -109,7 +108,7 @@ def duration(seconds: float) -> str:
 
 
 def stop_signals() -> tuple[int, ...]:
-    """SIGINT, SIGTERM, and SIGHUP (the terminal was closed) unless nohup has it ignored."""
+    """SIGINT, SIGTERM, and SIGHUP (the terminal was closed) unless it is ignored, as under nohup."""
     found = [signal.SIGINT, signal.SIGTERM]
     hangup = getattr(signal, "SIGHUP", None)
     if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:
@@ -119,18 +118,18 @@ def stop_signals() -> tuple[int, ...]:
 
 @contextmanager
 def answered(numbers: Collection[int], answer: str, grace: float = 2.0) -> Iterator[None]:
-    """Write `answer` to standard errors as soon as one of some signals arrives; end the process at a second.
+    """Write `answer` to standard error at the first of some signals; end the process after a second signal.
 
-    Python runs a signal's handler only once a call into torch returns, which may be a long step: here the
-    system tells a thread. It leaves the second signal to its handler for a while, then exits in its place.
+    Python runs a signal's handler only when the running call into torch returns, which may take long. So a
+    thread is woken at once. After a second signal it gives the block `grace` seconds to end, then exits.
 
     Args:
         numbers: signals that have Python handlers.
-        answer: one line.
+        answer: one line; "" for none.
         grace: seconds that the block has to end after the second signal.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # no handler of this thread's own could be answered
+        yield  # Python handles signals only in the main thread
         return
     heard, told = socket.socketpair()
     told.setblocking(False)
@@ -143,13 +142,13 @@ def answered(numbers: Collection[int], answer: str, grace: float = 2.0) -> Itera
         yield
     finally:
         signal.set_wakeup_fd(former)
-        told.close()  # which ends the watcher
+        told.close()  # ends the watcher
         watcher.join()
         heard.close()
 
 
 def _answer(heard: socket.socket, numbers: frozenset[int], answer: str, grace: float) -> None:
-    """Read numbers of signals until the other end is closed."""
+    """Read signal numbers until the other end is closed."""
     asked = False
     while found := heard.recv(1):
         if found[0] not in numbers:
@@ -165,25 +164,25 @@ def _answer(heard: socket.socket, numbers: frozenset[int], answer: str, grace: f
                 pass
             return
         if terminals():
-            _write("\x1b[?25h")  # a moving line hides the cursor
+            _write("\x1b[?25h")  # show the cursor, which an animated line hides
         os._exit(128 + found[0])
 
 
 def _write(text: str) -> None:
-    with contextlib.suppress(OSError):  # a terminal that is gone
+    with contextlib.suppress(OSError):  # the terminal may be closed
         os.write(2, text.encode())
 
 
 def terminals() -> tuple[int, ...]:
-    """Which of standard output and errors are a terminal."""
+    """Those of standard output (1) and standard error (2) that are terminals."""
     return tuple(number for number in _OUTPUTS if os.isatty(number))
 
 
 def leave_lost(before: tuple[int, ...]) -> None:
-    """Send to nowhere what would go to terminals that are closed, where every write is an error.
+    """Discard output to terminals that have been closed, because every write to them fails.
 
     Args:
-        before: `terminals()` when they were still there.
+        before: `terminals()` from before they were closed.
     """
     for number in before:
         if not os.isatty(number):
@@ -191,7 +190,7 @@ def leave_lost(before: tuple[int, ...]) -> None:
 
 
 def to_nowhere(number: int) -> None:
-    """Let an open file of this process, by its number, swallow what is written to it."""
+    """Discard what this process writes to the open file of this number."""
     with contextlib.suppress(OSError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, number)

@@ -1,10 +1,9 @@
-"""How transformers and peft learn of these models when they are imported, before or after `import gka`.
+"""Register our models with transformers and peft, whether these are imported before or after `import gka`.
 
-`import gka` loads neither. It notes the model types where transformers looks them up, so that its Auto
-classes open our folders; transformers then imports `transformers.models.<type>` for a type's classes, and
-finds `gka.models` there. peft learns which maps adapters change where no `target_modules` are given.
-`gka.models` knows its own format alone: `gka.checkpoints`, which adds the others, is imported after it, and
-found under the former names of its modules too.
+`import gka` loads neither. It adds the model types to transformers' table, so that Auto classes open our
+folders: transformers imports `transformers.models.<type>` for a type's classes, and gets `gka.models`. peft
+gets the default `target_modules` of adapters. `gka.models` knows only its own format, so `gka.checkpoints`,
+which adds the others, is imported after it. Former names of modules lead to the present ones.
 """
 
 import sys
@@ -16,12 +15,12 @@ from types import MappingProxyType, ModuleType
 from typing import Any
 
 MODEL_TYPES = ("gka", "hybrid_qwen3", "hybrid_qwen2", "hybrid_llama", "hybrid_qwen3_moe")
-"""What config.json calls our models and the released hybrids."""
+"""Values of `model_type` in config.json: our models and the released hybrids."""
 
 _CONFIGURATIONS = "transformers.models.auto.configuration_auto"
 _ADAPTERS = "peft.utils.constants"
 _ALIASES = {f"transformers.models.{name}" for name in MODEL_TYPES}
-# Former modules, for one release: (today's, names that changed too, what a warning says).
+# Former modules, kept for one release: (present module, renamed names, text of the warning).
 _FORMER = {
     "gka.models.adapters": (
         "gka.checkpoints",
@@ -35,7 +34,7 @@ _FORMER = {
 
 
 def announce() -> None:
-    """Tell those that are loaded, and the others as soon as they are."""
+    """Register with the packages that are loaded now, and with the others when they are imported."""
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
     for name, tell in _TELL.items():
@@ -50,7 +49,7 @@ def _tell_transformers(module: ModuleType) -> None:
 
 
 def _tell_peft(module: ModuleType) -> None:
-    """Our maps have a Llama's names, so each method's default is what it is for a Llama."""
+    """Give each adapter method its Llama default, because our projections have Llama's names."""
     for name, table in vars(module).items():
         if name.endswith("_MODULES_MAPPING") and "llama" in table:
             table.setdefault("gka", table["llama"])
@@ -68,13 +67,13 @@ _TELL: dict[str, Callable[[ModuleType], None]] = {
 
 
 class _Finder:
-    """Finds the modules that are to be told of us, and the aliases; all else is left to the others."""
+    """Finds aliases and the modules in `_TELL`; leaves all others to the next finder."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname in _ALIASES:
-            # a type that transformers has itself is its own
+            # A type that transformers itself has comes first.
             known = PathFinder.find_spec(fullname, path)
             return known or ModuleSpec(fullname, _Alias("gka.models"))  # pyright: ignore[reportArgumentType]
         if fullname in _FORMER:
@@ -90,7 +89,7 @@ class _Finder:
 
 
 class _Then:
-    """A module's own loader, and what is to be done once the module has run."""
+    """A module's own loader, followed by a function of the loaded module."""
 
     def __init__(self, loader: Any, then: Callable[[ModuleType], None]):
         self.loader, self.then = loader, then
@@ -107,7 +106,7 @@ class _Then:
 
 
 class _Alias:
-    """A module under another name than its `home`; loaded when a name of it is asked for."""
+    """A second name of module `home`, which is loaded when one of its names is looked up."""
 
     def __init__(self, home: str, renamed: Mapping[str, str] = MappingProxyType({})) -> None:
         self.home, self.renamed = home, renamed

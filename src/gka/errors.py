@@ -1,25 +1,22 @@
-"""The exceptions that are meant for people rather than for a traceback."""
+"""Exceptions whose message is written for the user."""
 
 
 class InputError(ValueError):
-    """Something given by the user cannot be used.
+    """The user's input cannot be used.
 
-    Its message names the argument or file, says what was wrong and what was expected. Commands print it
-    on one line and exit with status 2; in Python it is an ordinary `ValueError`.
+    The message names the argument or file, what was wrong and what was expected. Commands print it without a
+    traceback and exit with status 2; in Python it is an ordinary `ValueError`.
     """
 
 
 class StorageError(InputError, OSError):
-    """A file or folder cannot be written: the disk is full or read-only, or permission is missing.
-
-    An `OSError` too, for callers that handle those.
-    """
+    """A file or folder cannot be written: the disk is full or read-only, or permission is missing."""
 
 
 class RenamedWarning(FutureWarning):
-    """An option or a key is given by a name of an earlier release; the new one is named."""
+    """An option or a key has the name of an earlier release; the message gives the new one."""
 
 
 def reason_of(error: Exception) -> str:
-    """The first line of what an exception says; its type's name if it says nothing."""
+    """The first line of an exception's message, or the name of its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

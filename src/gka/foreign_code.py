@@ -1,8 +1,8 @@
-"""Nothing that lies in a folder is run: the one way in which transformers is asked to read one.
+"""Reading a model's folder with transformers without running code that comes with it.
 
-A model's folder may name Python files of its own (`auto_map`, `custom_generate`), or kernels to be fetched
-(`attn_implementation`). Left to itself transformers asks on standard input whether to run them, and takes the
-"y" of `yes |` for an answer.
+A folder may name its own Python files (`auto_map`, `custom_generate`), or kernels to be downloaded
+(`attn_implementation`). By default transformers asks on standard input whether to run the files, and
+accepts the "y" of `yes |`.
 """
 
 import json
@@ -23,10 +23,10 @@ _KERNELS += (
 
 
 def without_code(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of any `from_pretrained`, with which it runs nothing of a folder's.
+    """Options of any `from_pretrained` with `trust_remote_code=False`.
 
     Raises:
-        InputError: `trust_remote_code` is asked for.
+        InputError: the options set `trust_remote_code`.
     """
     if options.get("trust_remote_code"):
         raise InputError(
@@ -37,12 +37,12 @@ def without_code(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_tokenizer(name: Any, **options: Any) -> Any:
-    """`AutoTokenizer.from_pretrained`, without code of the folder's; options and errors are its own."""
+    """`AutoTokenizer.from_pretrained` without the folder's code; options and errors are the same."""
     return AutoTokenizer.from_pretrained(name, **without_code(options))
 
 
 def refuse_code(what: str, config: Mapping[str, Any]) -> None:
-    """Raise `InputError` if a config.json asks for kernels from elsewhere (a hub name, with a slash)."""
+    """Raise `InputError` if a config.json asks for kernels of the hub: a name with a slash."""
     for key in _KERNELS:
         values = config.get(key)
         for value in values.values() if isinstance(values, dict) else [values]:
@@ -54,11 +54,11 @@ def refuse_code(what: str, config: Mapping[str, Any]) -> None:
 
 
 def refuse_adapter_code(folder: Path) -> None:
-    """Raise `InputError` if the adapter in a folder has peft import a module that its configuration names."""
+    """Raise `InputError` if an adapter's configuration names a module that peft would import."""
     try:
         content = json.loads((folder / "adapter_config.json").read_bytes())
     except (OSError, ValueError):
-        return  # peft says what is wrong
+        return  # peft reports the error
     if isinstance(content, dict) and content.get("megatron_config") is not None:
         raise InputError(
             f"adapter {folder}: megatron_config in its adapter_config.json makes peft import "

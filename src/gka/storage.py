@@ -1,7 +1,6 @@
-"""What is written to disk: files that are whole or absent, one writer for a folder, drafts that do not stay.
+"""Writing to disk: files that are complete or absent, one writer per folder, drafts that are cleaned up.
 
-Errors name the file. A lock is `flock` on an open file: the system releases it when its owner ends, however
-it ends.
+Errors name the file. A lock is `flock` on an open file, which the system releases when the owner ends.
 """
 
 import contextlib
@@ -30,29 +29,30 @@ except ImportError:  # Windows
 LOCK = ".gka.lock"
 DRAFT = ".draft"
 QUIET = 60.0
-"""Seconds without a change before an unlocked draft counts as left over."""
+"""Seconds without a change after which an unlocked draft counts as abandoned."""
 
 _BUSY = (errno.EAGAIN, errno.EACCES)
-_RANDOM = "[a-z0-9_]{8}"  # of tempfile's names
-_held: set[int] = set()  # handles of locks; a forked child must not keep its parent's alive
+_RANDOM = "[a-z0-9_]{8}"  # the random part of tempfile's names
+# Handles of locks; a forked child closes them, so that locks end with the parent.
+_held: set[int] = set()
 
 
 @contextmanager
 def only_writer(folder: Path, name: str = "output") -> Iterator[None]:
-    """Be the only command that writes `folder` (made if it is missing) for the length of the block.
+    """Lock `folder` in the block, so that no other command writes to it. Creates it if it is missing.
 
-    A folder that was made here and is still empty afterwards is removed again.
+    A folder that was created here and is still empty afterwards is removed.
 
     Args:
-        folder: what is written.
-        name: how messages call it.
+        folder: the folder.
+        name: the folder's role, for messages.
 
     Raises:
-        InputError: another process writes it; its id and host are named.
-        StorageError: the folder or the lock in it cannot be made.
+        InputError: it is a file, or another process writes to it; the message names process and host.
+        StorageError: the folder or its lock cannot be created.
 
     Warns:
-        RuntimeWarning: the system or the file system has no locks, so nothing guards the folder.
+        RuntimeWarning: the system or the file system has no locks, so the folder is not protected.
     """
     what = f"{name} {folder}"
     if folder.exists() and not folder.is_dir():
@@ -65,13 +65,13 @@ def only_writer(folder: Path, name: str = "output") -> Iterator[None]:
             yield
     finally:
         if made:
-            with contextlib.suppress(OSError):  # it holds something, or is gone
+            with contextlib.suppress(OSError):  # it is not empty, or was removed
                 folder.rmdir()
 
 
 @contextmanager
 def only_maker(folder: Path, name: str = "output") -> Iterator[None]:
-    """As `only_writer`, for a folder that appears at once when it is complete: the lock lies beside it."""
+    """As `only_writer` for a folder that appears only when complete; the lock file lies beside it."""
     what = f"{name} {folder}"
     with storage_errors(what, "made"):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -80,15 +80,15 @@ def only_maker(folder: Path, name: str = "output") -> Iterator[None]:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether nothing lies in a folder but a lock."""
+    """Whether a folder contains nothing but a lock."""
     return all(path.name == LOCK for path in folder.iterdir())
 
 
 @contextmanager
 def draft_folder(target: Path) -> Iterator[Path]:
-    """An empty folder beside `target`, to be filled and renamed; removed unless it was.
+    """An empty folder beside `target`, to be filled and renamed; removed at the end if it was not renamed.
 
-    Drafts of `target` that ended processes left behind are removed first.
+    Abandoned drafts of `target` are removed first.
     """
     clear_drafts(target.parent, re.escape(target.name))
     draft = tempfile.mkdtemp(prefix=f".{target.name}.", suffix=DRAFT, dir=target.parent)
@@ -104,9 +104,9 @@ def draft_folder(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def draft_file(target: Path) -> Iterator[Path]:
-    """An empty file beside `target`, to be written and renamed; removed unless it was.
+    """An empty file beside `target`, to be written and renamed; removed at the end if it was not renamed.
 
-    Drafts of `target` that ended processes left behind are removed first.
+    Abandoned drafts of `target` are removed first.
     """
     clear_drafts(target.parent, re.escape(target.name))
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=DRAFT, dir=target.parent)
@@ -120,16 +120,16 @@ def draft_file(target: Path) -> Iterator[Path]:
 
 
 def clear_drafts(folder: Path, names: str, suffix: str = DRAFT, quiet: float = QUIET) -> None:
-    """Remove drafts in `folder` whose writers have ended: this user's, unlocked, and unchanged for a while.
+    """Remove abandoned drafts in `folder`: owned by this user, unlocked, and unchanged for `quiet` seconds.
 
     Args:
-        folder: where they lie.
-        names: a regular expression for the names of what they were to become.
-        suffix: how a draft's name ends.
-        quiet: seconds since the last change that are long enough.
+        folder: the folder.
+        names: a regular expression for the names of the drafts' targets.
+        suffix: the end of a draft's name.
+        quiet: seconds since the last change.
     """
     pattern = re.compile(rf"\.(?:{names})\.{_RANDOM}{re.escape(suffix)}")
-    with contextlib.suppress(OSError):  # an unreadable folder is the caller's to report
+    with contextlib.suppress(OSError):  # the caller reports an unreadable folder
         for entry in list(os.scandir(folder)):
             if pattern.fullmatch(entry.name):
                 with contextlib.suppress(OSError):
@@ -138,15 +138,15 @@ def clear_drafts(folder: Path, names: str, suffix: str = DRAFT, quiet: float = Q
 
 @contextmanager
 def storage_errors(what: object, verb: str = "written", advice: str = "") -> Iterator[None]:
-    """Turn the errors of a disk (full, read-only, no permission) in the block into one that names `what`.
+    """Turn a disk error (full, read-only, no permission) in the block into one that names `what`.
 
     Args:
         what: the file or folder.
-        verb: what cannot be done with it.
-        advice: the end of the message: what to do.
+        verb: completes "cannot be ...".
+        advice: what to do, the end of the message.
 
     Raises:
-        StorageError: such an error; any other passes as it is.
+        StorageError: a disk error; other errors pass unchanged.
     """
     try:
         yield
@@ -161,13 +161,13 @@ def storage_errors(what: object, verb: str = "written", advice: str = "") -> Ite
 
 
 def _disk_reason(error: Exception) -> str | None:
-    """Why a disk refused; None for an error of another kind."""
+    """The reason of a disk error; None for an error of another kind."""
     text = str(error)
     if isinstance(error, OSError):
         return error.strerror or text
     if type(error).__name__ == "SafetensorError" and (found := re.search(r"os error (\d+)", text)):
         return os.strerror(int(found[1]))
-    # torch.save tells neither file nor reason
+    # torch.save gives neither the file nor the reason.
     if isinstance(error, RuntimeError) and re.search(
         "inline_container|StreamWriter|iostream", text
     ):
@@ -184,14 +184,14 @@ def _locked(file: Path, what: str) -> Iterator[None]:
             _sign(handle)
         yield
     finally:
-        with contextlib.suppress(OSError):  # still held: nobody else's is removed
+        with contextlib.suppress(OSError):  # before the lock is released, so this is our own file
             file.unlink(missing_ok=True)
         _close(handle)
 
 
 def _acquired(file: Path, what: str) -> int:
-    """A handle of `file` that is locked, or a warning that it is not."""
-    # a link planted under this name must not be written through
+    """A locked handle of `file`; without locks, a handle and a warning."""
+    # Do not write through a symbolic link that somebody placed under this name.
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
     while True:
         handle = os.open(file, flags, 0o666)
@@ -221,7 +221,7 @@ def _acquired(file: Path, what: str) -> int:
 
 
 def _try_lock(handle: int) -> bool | None:
-    """Whether the lock was free and now is ours; None where there are no locks."""
+    """Whether the lock was free and is now ours; None if there are no locks."""
     if fcntl is None:
         return None
     try:
@@ -232,7 +232,7 @@ def _try_lock(handle: int) -> bool | None:
 
 
 def _sign(handle: int) -> None:
-    """Say in the lock's file who holds it."""
+    """Write the owner into the lock's file."""
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     facts = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
     os.ftruncate(handle, 0)
@@ -249,7 +249,7 @@ def _owner(handle: int) -> str:
 
 
 def _clear(draft: Path, quiet: float) -> None:
-    """Remove one draft, if it is certain that nobody writes it."""
+    """Remove one draft if it is abandoned (see `clear_drafts`)."""
     facts = draft.lstat()
     if draft.is_symlink() or facts.st_uid != os.geteuid():
         return
@@ -282,12 +282,12 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` to write to; it takes its place when the block ends well.
+    """A temporary file beside `path`, which replaces `path` when the block ends without an error.
 
-    A crash leaves the old file or the new one, never a part; after an error the old one stays.
+    A crash leaves the complete old or new file; an error leaves the old one.
 
     Raises:
-        StorageError: `path` cannot be written: the disk is full or read-only, say.
+        StorageError: `path` cannot be written, for example because the disk is full.
     """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -295,24 +295,24 @@ def replacing(path: Path) -> Iterator[Path]:
             yield draft
             with open(draft, "rb+") as file:
                 os.fsync(file.fileno())
-            # drafts are private; what people share should follow their umask
+            # tempfile makes private files; the result gets the user's default permissions.
             os.chmod(draft, 0o666 & ~umask())
             os.replace(draft, path)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` to `path` so that a crash leaves the old file or the new one, never a part."""
+    """Write `content` to `path`; a crash leaves the complete old or new file."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` in UTF-8, whole or not at all; line ends stay as they are."""
+    """Write `text` to `path` in UTF-8 as `write_bytes`; line ends are kept."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, whole or not at all; NaN is refused, as JSON has none."""
+    """Write `value` as indented JSON as `write_bytes`; NaN raises `ValueError`, because JSON has none."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
@@ -320,7 +320,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`.
 
     Raises:
-        InputError: if the file is missing, not JSON (cut short, say) or not an object.
+        InputError: the file is missing, no valid JSON or not an object.
     """
     try:
         value = json.loads(path.read_bytes())
@@ -334,13 +334,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def sha256_of(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's content."""
+    """SHA-256 of a file's content in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def umask() -> int:
-    """The permissions that new files do not get."""
+    """The process's umask: permission bits that new files do not get."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

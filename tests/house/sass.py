@@ -34,8 +34,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import gka
+from gka.storage import write_text
 
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+LIST = "kernels.txt"
 INSTRUCTION = re.compile(r"^\s*(?:/\*[0-9a-f]{4,}\*/.*|/\* 0x[0-9a-f]{16} \*/)\s*$")
 HEADS, LENGTH = 16, 2048
 HOPPER_DIMS = [(64, 64), (64, 128), (128, 64), (128, 128)]
@@ -287,7 +289,13 @@ def record(wanted: str) -> Recorder:
 
 
 def write(folder: Path, wanted: str) -> None:
+    """Record and compile; kernels.txt comes last, so that a folder with it is finished."""
+    (folder / LIST).unlink(missing_ok=True)
     recorder, library = record(wanted), nvrtc()
+    if not recorder.case:
+        sys.exit(
+            f"--only {wanted}: no call has this in its name, as in 'op 64x64 bfloat16 hopper'."
+        )
     with ThreadPoolExecutor(2) as pool:
         cubins = pool.map(lambda program: compiled(program, library), recorder.programs)
         kernels = [
@@ -304,13 +312,24 @@ def write(folder: Path, wanted: str) -> None:
         lines.setdefault(
             (compiler, name, key), f"{key} {compiler} {name} | {case} | {resources(cubin)}"
         )
-    (folder / "kernels.txt").write_text("\n".join(lines.values()) + "\n")
-    print(f"{len(lines)} kernels in {folder / 'kernels.txt'}")
+    write_text(folder / LIST, "\n".join(lines.values()) + "\n")
+    print(f"{len(lines)} kernels in {folder / LIST}")
+
+
+def kernels_of(folder: Path) -> list[str]:
+    """The lines of a finished folder's kernels.txt; exits with a message if there is none."""
+    file = folder / LIST
+    if not file.is_file():
+        sys.exit(
+            f"{folder}: expected a finished folder of --output, but it has no {LIST} (still being written, "
+            "or interrupted); write it again with --output"
+        )
+    return file.read_text().splitlines()
 
 
 def compare(before: Path, after: Path) -> bool:
     """Print what is in one only; whether there is nothing."""
-    texts = [(folder / "kernels.txt").read_text().splitlines() for folder in (before, after)]
+    texts = [kernels_of(folder) for folder in (before, after)]
     hashes = [Counter(line.split()[0] for line in text) for text in texts]
     same = True
     for folder, text, other in zip((before, after), texts, reversed(hashes), strict=True):

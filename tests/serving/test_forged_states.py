@@ -156,12 +156,12 @@ def test_forged_states_are_refused(model: GKAForCausalLM, stored: Path, case: st
 def test_headers_that_are_none_are_refused(model: GKAForCausalLM, stored: Path, text: str):
     """A header that is no JSON object, or cannot be read at all, is told as such."""
     save_file(load_file(stored), stored, metadata={statefile.FORMAT: text})
-    refuses(model, stored, "not of a session|no state of a session")
+    refuses(model, stored, "not of a session|not a session's state")
 
 
 def test_a_folder_is_refused(model: GKAForCausalLM, tmp_path: Path):
     """A folder in the place of the file is told from a file that is not there."""
-    refuses(model, tmp_path, "is no file")
+    refuses(model, tmp_path, "is not a file")
 
 
 def damage(content: bytes, draw: random.Random) -> bytes:

@@ -224,7 +224,7 @@ def test_states_that_move_are_not_recorded(
     held = layer.recurrent_states[0]
     with monkeypatch.context() as patch:
         patch.setattr(layer, "update_recurrent_state", replace)
-        with pytest.raises(RuntimeError, match="does not leave the states where they are"):
+        with pytest.raises(RuntimeError, match="moves the states to other memory"):
             next(steps)
     assert layer.recurrent_states[0] is held
     assert_same(recorded, plain)
@@ -233,8 +233,8 @@ def test_states_that_move_are_not_recorded(
 REASONS: list[tuple[dict[str, Any], str]] = [
     ({"mixers": ["gla", "attention"]}, "layer 1 is a SoftmaxAttention, whose keys and values grow"),
     ({"mixers": ["swa", "gka"]}, "layer 0 is a SlidingWindowAttention, whose keys"),
-    ({"mixers": ["gla", "gka"], "backend": "torch"}, "layer 1: its step would run by backend 'torch'"),
-    ({"mixers": ["gla", "gka"]}, "layer 1: its step would run by backend 'torch'"),
+    ({"mixers": ["gla", "gka"], "backend": "torch"}, "layer 1: its step would run on backend 'torch'"),
+    ({"mixers": ["gla", "gka"]}, "layer 1: its step would run on backend 'torch'"),
     (
         {
             "mixers": ["gla", "gla"],

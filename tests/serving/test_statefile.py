@@ -128,7 +128,7 @@ def test_a_failed_save_keeps_the_old_file(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(InputError, match="cannot be written: No space left"):
+    with pytest.raises(InputError, match=rf"^state {path} cannot be written: No space left"):
         session.append([3]).save(path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["s"]
 
@@ -211,7 +211,7 @@ def test_truncated_files_are_refused(
     GenerationSession(model).append(ids(1, 9)).save(path)
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content))])
-    refuses(model, ids, path, "cut short or no state", verify=verify)
+    refuses(model, ids, path, "cut short or not a session", verify=verify)
 
 
 def test_corrupted_files_are_refused(build: Build, ids: Ids, tmp_path: Path):

@@ -1,4 +1,4 @@
-"""`gka convert`: a checkpoint from one format into another."""
+"""`gka convert`: a checkpoint in another format."""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +18,7 @@ Target = Annotated[
         "qwen3, qwen2, qwen3_moe, llama or mistral.",
     ),
 ]
-Output = Annotated[Path, output_folder("Folder to write; must not hold anything.")]
+Output = Annotated[Path, output_folder("Folder to write; must be missing or empty.")]
 ShardSize = Annotated[str, Option(help="Files are split above this size.")]
 
 

@@ -1,4 +1,4 @@
-"""`gka evaluate`, long-context tasks on saved models, and `gka lm-eval`, lm-evaluation-harness with them."""
+"""`gka evaluate`: long-context tasks on saved models; `gka lm-eval`: lm-evaluation-harness with them."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,19 +22,19 @@ def evaluate(
     *,
     tasks: Annotated[
         str,
-        typer.Option(help="Names and commas, or all; they are listed above.", metavar="NAME,NAME"),
+        typer.Option(help="Names separated by commas (see above), or all.", metavar="NAME,NAME"),
     ] = "needle, needle-keys, variables, questions, facts-1, perplexity",
     lengths: Annotated[
         str, typer.Option(help="Tokens of the prompts, from 256 on.", metavar="N,N")
     ] = "4096",
     depths: Annotated[
         str,
-        typer.Option(help="Where what is asked for stands: 0 first, 1 last.", metavar="X,X"),
+        typer.Option(help="Places of what is asked for: 0 first, 1 last.", metavar="X,X"),
     ] = "0,0.25,0.5,0.75,1",
     samples: Annotated[int, typer.Option(help="Prompts for each task, length and depth.")] = 5,
-    seed: Annotated[int, typer.Option(help="Of all random choices.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of all random choices.")] = 0,
     text: opt.Text = None,
-    glob: Annotated[str, typer.Option(help='Which files of folders, such as "*.py".')] = "*",
+    glob: Annotated[str, typer.Option(help='Files to take from folders, as in "*.py".')] = "*",
     device: opt.Device = None,
     dtype: opt.Dtype = "auto",
     chunk: opt.Chunk = 2048,
@@ -42,10 +42,10 @@ def evaluate(
         "runs/evaluate"
     ),
 ) -> None:
-    """Ask causal language models about long texts made of local text: needles, facts, words, perplexity.
+    """Evaluate causal language models on long prompts made of local text: needles, facts, words, perplexity.
 
-    Any Hugging Face causal model's folder can be given beside those of this library. Finished cells are
-    kept in OUTPUT/evaluate.json: run the same command again to go on after an interruption.
+    MODELS can be folders of any Hugging Face causal language models. Finished cells are kept in
+    OUTPUT/evaluate.json: repeat the same command to continue after an interruption.
 
     Tasks: needle, needle-keys, needle-only, needle-values, needle-queries, variables, common-words,
     frequent-words, questions, facts-1 to facts-5, perplexity.
@@ -83,7 +83,7 @@ def _run(grid: "Grid", subjects: "list[Subject]", folder: Path, machine: "Machin
 
 
 def _draw(console: "Console", records: list[dict[str, Any]], folder: Path) -> None:
-    """A picture for each model, named after its folder."""
+    """Draw one plot per model, named after its folder."""
     from gka.evaluation.context.show import by_model, plot
 
     names: list[str] = []
@@ -98,7 +98,7 @@ def _draw(console: "Console", records: list[dict[str, Any]], folder: Path) -> No
 
 
 def _told(record: dict[str, Any]) -> str:
-    """A finished cell on one line."""
+    """A finished cell as one line."""
     cell, result = record["cell"], record["result"]
     where = "" if cell["depth"] is None else f" at {cell['depth']:g}"
     if "bits_per_byte" in result:
@@ -111,7 +111,7 @@ def _told(record: dict[str, Any]) -> str:
 def lm_eval(context: typer.Context) -> None:
     """Run lm-evaluation-harness with this library's models: `--model gka --model_args pretrained=DIR`.
 
-    All arguments are lm_eval's own, and so is --help.
+    All arguments, --help included, are lm_eval's.
     """
     from gka.evaluation.harness import main
 

@@ -1,4 +1,4 @@
-"""`gka generate`: a prompt completed by a saved model."""
+"""`gka generate`: complete a prompt with a saved model."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,14 +21,16 @@ def generate(
     prompt: opt.Prompt = None,
     prompt_file: opt.PromptFile = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 200,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Sample from so many likeliest; 0 from all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Sample from this much probability.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0: all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the most likely tokens with this sum.")
+    ] = 0.95,
+    seed: Annotated[int, typer.Option(help="Seed of the random numbers.")] = 0,
     state: Annotated[
         Path | None,
         typer.Option(
-            help="Go on from this file if it exists, and store the states in it afterwards."
+            help="Continue from this file if it exists, and store the states in it afterwards."
         ),
     ] = None,
     save_state: Annotated[
@@ -44,11 +46,10 @@ def generate(
     dtype: opt.Dtype = "auto",
     chunk: opt.Chunk = 4096,
 ) -> None:
-    """Complete a prompt with a trained model; the text appears as it is made.
+    """Complete a prompt with a trained model; the text is printed token by token.
 
-    The text of --prompt is shown before it; that of a file or of standard input, which may be a book, is not.
-    With --state a text goes on from run to run: only what is new is read. An interrupted run leaves the
-    stored states as they were.
+    A prompt from --prompt is printed before it; one from a file or standard input is not. With --state, a
+    text continues from run to run, and only new text is read. An interrupted run changes no stored state.
     """
     from gka.checkpoints.open import load_with_tokenizer
     from gka.serving.tokens import Sampling
@@ -78,10 +79,10 @@ def generate(
 def open_session(
     model: "GKAForCausalLM", state: Path | None, *, must_exist: bool, prefill_chunk: int
 ) -> "GenerationSession":
-    """A session of `model` that goes on from the file `state`, or begins if there is none.
+    """A session of `model` that continues from the file `state`, or a new one if there is no such file.
 
     Raises:
-        InputError: `state` cannot be used, does not exist though it must, or holds several texts.
+        InputError: `state` cannot be used, is missing though `must_exist`, or holds several texts.
     """
     from gka.serving.session import GenerationSession
 
@@ -100,16 +101,16 @@ def complete(
     prompt: str,
     sampling: "Sampling",
 ) -> None:
-    """Read the prompt and print what follows while it is made.
+    """Read the prompt and print its continuation token by token.
 
     Args:
-        session: what was read so far. Nothing, and an empty prompt: a document begins.
-        tokenizer: the model's.
-        prompt: text that comes next.
+        session: the past. If it and the prompt are empty, the end-of-text token begins a document.
+        tokenizer: the model's tokenizer.
+        prompt: the text to read.
         sampling: how tokens are chosen.
 
     Raises:
-        InputError: the session's past ends without known logits and there is no prompt.
+        InputError: there is no prompt, and the session has no logits to continue from.
     """
     from transformers import TextStreamer
 

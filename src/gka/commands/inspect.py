@@ -1,4 +1,4 @@
-"""`gka inspect`: what a saved model's memory does with a text, as a page, figures and a table."""
+"""`gka inspect`: measurements of a saved model's memory on a text, as a page, figures and a table."""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +18,7 @@ def inspect(
     prompt: opt.Prompt = None,
     prompt_file: opt.PromptFile = None,
     positions: Annotated[
-        int, typer.Option(help="Places of the text at which the states are looked at.")
+        int, typer.Option(help="Positions of the text at which the states are measured.")
     ] = 64,
     num_iter: opt.NumIter = None,
     ridge_ratio: opt.RidgeRatio = None,
@@ -30,10 +30,9 @@ def inspect(
         Path, opt.output_folder("Folder for inspection.html and inspection.json.")
     ] = Path("inspection"),
 ) -> None:
-    """Show what a model's memory does with a text: decay, ridge, solver error, by layer and head.
+    """Measure a model's memory on a text: decay, ridge, solver error, for each layer and head.
 
-    The model needs a GKA layer. Writes a page that any browser opens and the figures as JSON, and prints
-    a table.
+    The model needs a GKA layer. Writes an HTML page and a JSON file of the figures, and prints a table.
     """
     from gka.checkpoints.open import load_with_tokenizer
     from gka.serving import inspection, inspection_page

@@ -1,4 +1,4 @@
-"""The command `gka`: its commands, and errors as exit codes."""
+"""The command `gka`: its subcommands, and exit statuses of errors."""
 
 import contextlib
 import sys
@@ -37,14 +37,14 @@ def _common(version: Version = False) -> None:
 
 
 def _paragraphs(command: Callable[..., None]) -> str:
-    """Its docstring, each paragraph one line, which a help page breaks to its own width."""
+    """The command's docstring with each paragraph on one line, which the help page wraps to its width."""
     paragraphs = (getdoc(command) or "").split("\n\n")
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
 for command in (train, prime, generate, inspect, convert, recall, mqar, evaluate):
     app.command(help=_paragraphs(command), cls=Command)(with_version(command))
-# its arguments, --help too, are the harness's own
+# All arguments, --help included, are passed to the harness.
 app.command(
     "lm-eval",
     context_settings={
@@ -56,9 +56,10 @@ app.command(
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run a command (of `sys.argv` unless given) and exit: 0, 2 for unusable input, 128 + signal.
+    """Run a command (from `sys.argv` if `arguments` is None) and exit.
 
-    Errors of the disk (full, read-only, no permission) are unusable input, wherever they occur.
+    Statuses: 0; 1 if the reader of a pipe has gone; 2 for unusable input and for errors of the disk (full,
+    read-only, no permission), wherever they occur; 128 + the signal's number if one stopped the command.
     """
     wait_without_spinning()
     try:
@@ -66,29 +67,29 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             with _names_said():
                 app(args=arguments)
         finally:
-            sys.stdout.flush()  # a full disk behind it shows here rather than at the very end
+            sys.stdout.flush()  # so that a full disk raises here and not when the interpreter exits
     except InputError as error:
         _refuse(str(error))
-    except BrokenPipeError:  # a reader that leaves
+    except BrokenPipeError:  # the reader of a pipe has gone
         to_nowhere(1)
         sys.exit(1)
     except OSError as error:
         if error.filename is None:
-            to_nowhere(1)  # what is left would fail again
+            to_nowhere(1)  # flushing the rest would fail again
         _refuse(f"{error.filename or 'the output'} cannot be used: {error.strerror or error}")
     sys.exit(0)
 
 
 def _refuse(message: str) -> NoReturn:
-    """Say on one line what is wrong, and exit with 2."""
-    with contextlib.suppress(OSError):  # a terminal that is gone
+    """Print an error on one line and exit with status 2."""
+    with contextlib.suppress(OSError):  # the terminal may be closed
         print(f"gka: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(2)
 
 
 @contextlib.contextmanager
 def _names_said() -> Iterator[None]:
-    """Say which option or key has another name now as an error is said, without a place in the code."""
+    """Print a `RenamedWarning` as errors are printed, without a source line."""
 
     def say(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
         if issubclass(category, RenamedWarning):

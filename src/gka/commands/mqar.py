@@ -1,4 +1,4 @@
-"""`gka mqar`: a sweep of trainings, from options to files."""
+"""`gka mqar`: a sweep of trainings on associative recall."""
 
 import os
 from pathlib import Path
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def _of_preset(help: str) -> Any:
-    """An option that changes the preset."""
+    """An option that overrides the preset."""
     return typer.Option(help=help, show_default="the preset's")
 
 
@@ -41,9 +41,9 @@ def mqar(
     ] = None,
     learning_rates: Annotated[
         str | None,
-        _of_preset("Rates that every mixer is tried with, as in 0.005,0.01."),
+        _of_preset("Learning rates to try with every mixer, as in 0.005,0.01."),
     ] = None,
-    seeds: Annotated[int | None, _of_preset("How many seeds, from 0 on.")] = None,
+    seeds: Annotated[int | None, _of_preset("Number of seeds, from 0 on.")] = None,
     max_steps: Annotated[
         int | None,
         _of_preset("Optimizer steps of each training."),
@@ -61,9 +61,8 @@ def mqar(
 ) -> None:
     """Train two-layer models on multi-query associative recall (MQAR) and compare mixers.
 
-    Every mixer is trained at every size with every learning rate; the best rate is repeated with
-    further seeds. Finished trainings are kept in OUTPUT/mqar.json: run the same command again to go
-    on after an interruption.
+    Every mixer is trained at every size with every learning rate; the best rate is repeated with further
+    seeds. Finished trainings are kept in OUTPUT/mqar.json: repeat the command to continue a stopped run.
     """
     changes: dict[str, Any] = {
         "mixers": None if mixers is None else opt.names(mixers),
@@ -102,7 +101,7 @@ def _run(sweep: "Sweep", folder: Path, processes: int, device: str) -> None:
 
 
 def _sweep(preset: str, changes: dict[str, Any], max_steps: int | None) -> "Sweep":
-    """The preset with what the options change."""
+    """The preset, changed by the options."""
     from dataclasses import replace
 
     from gka.evaluation.mqar_sweep import PRESETS

@@ -1,4 +1,4 @@
-"""What several commands have: options, each under one name, what is read from their text, and progress."""
+"""Shared by several commands: options, parsing of their values, and progress."""
 
 import functools
 import inspect
@@ -23,31 +23,31 @@ if TYPE_CHECKING:
 
 Number = TypeVar("Number", int, float)
 INTERRUPTED = 128
-"""Exit status of a command that a signal stopped, plus the signal's number: the shell's convention."""
+"""Exit status of a command that a signal stopped, minus the signal's number, as in shells."""
 MOST = 1_000_000
-"""Seeds, steps and processes at most: beyond it a number is a slip."""
+"""Limit of options that are counts; a larger number is taken for a mistake."""
 
 
 def output_folder(help: str, **more: Any) -> Any:
-    """The option `-o`, `--output` of a command that writes into a folder."""
+    """The option `-o`, `--output` of a command that writes a folder."""
     return typer.Option("--output", "-o", help=help, **more)
 
 
 def _of_model(help: str) -> Any:
-    """An option that changes a setting of the model."""
+    """An option that overrides a setting of the model."""
     return typer.Option(help=help, show_default="the model's own")
 
 
 Model = Annotated[Path, typer.Argument(help="Folder of a run or of a saved model.")]
-Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help="Text.")]
+Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt.")]
 PromptFile = Annotated[
     Path | None,
-    typer.Option(help="A UTF-8 file with the text instead.", show_default="standard input"),
+    typer.Option(help="A UTF-8 file with the prompt.", show_default="standard input"),
 ]
 Chunk = Annotated[
     int, typer.Option(help="Tokens read at a time; fewer take less memory, same result.")
 ]
-NumIter = Annotated[int | None, _of_model("Solver steps; 0 leaves the ridge out.")]
+NumIter = Annotated[int | None, _of_model("Solver steps; 0: linear attention, no ridge.")]
 RidgeRatio = Annotated[float | None, _of_model("a in lambda = a |H|.")]
 Solver = Annotated[str | None, _of_model("chebyshev; adaptive or cg: fewer steps, same bound.")]
 Device = Annotated[
@@ -55,7 +55,7 @@ Device = Annotated[
 ]
 Dtype = Annotated[
     str,
-    typer.Option(help="Of the weights: auto (as they are stored), float32, bfloat16 or float16."),
+    typer.Option(help="Dtype of the weights: auto (as stored), float32, bfloat16 or float16."),
 ]
 Text = Annotated[
     list[str] | None,
@@ -67,7 +67,7 @@ Text = Annotated[
 ]
 
 
-# Names of an earlier release, by command; they work and warn.
+# Option names of an earlier release, by command. They work, with a warning.
 _FORMER = {
     "train": {
         "--precision": "--dtype",
@@ -87,13 +87,13 @@ _FORMER = {
 
 
 class Command(TyperCommand):
-    """A command that also knows its options by their former names."""
+    """A command that also accepts the former names of its options."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, list(self._renamed(args)))
 
     def _renamed(self, args: list[str]) -> Iterator[str]:
-        """The arguments with the names of today; what is the value of an option is left alone."""
+        """The arguments with present names; values of options are left unchanged."""
         former = _FORMER.get(self.name or "", {})
         flags = {name for p in self.params if getattr(p, "is_flag", False) for name in p.opts}
         value = False
@@ -111,7 +111,7 @@ class Command(TyperCommand):
 
 
 def _show_version(wanted: bool) -> None:
-    """Print the version and end, if that is what was asked for."""
+    """Print the version and exit, if `wanted`."""
     if wanted:
         print(f"gated-kalmanet {gka.__version__}")
         raise typer.Exit
@@ -146,7 +146,7 @@ def numbers(option: str, text: str, kind: Callable[[str], Number]) -> tuple[Numb
     """Numbers of a text such as "1,3".
 
     Raises:
-        InputError: naming the option.
+        InputError: a part is no number; the message names the option.
     """
     try:
         return tuple(kind(number) for number in text.split(","))
@@ -161,7 +161,7 @@ def names(text: str) -> tuple[str, ...]:
 
 
 def at_least_one(option: str, number: int) -> int:
-    """`number`, if it is one of 1 to `MOST`; an `InputError` otherwise."""
+    """`number`; raises `InputError` unless it is in 1..`MOST`."""
     if number < 1:
         raise InputError(f"{option} is {number}; expected 1 or more")
     if number > MOST:
@@ -170,16 +170,16 @@ def at_least_one(option: str, number: int) -> int:
 
 
 def read_prompt(text: str | None, file: Path | None) -> str:
-    """The prompt from an argument, a UTF-8 file, or else standard input.
+    """The prompt: an argument, the text of a UTF-8 file, or else standard input.
 
     Raises:
-        InputError: if both are given, the file cannot be read, or the text is not UTF-8.
+        InputError: both are given, the file cannot be read, or the text is not UTF-8.
     """
     if text is not None and file is not None:
         raise InputError("prompt and prompt_file exclude each other; give one of them")
     if text is not None:
         try:
-            # Bytes of an argument that are not UTF-8 arrive as lone surrogates.
+            # Python decodes an argument's bytes that are not UTF-8 to lone surrogates.
             text.encode()
         except UnicodeEncodeError as error:
             raise InputError(f"prompt is not valid UTF-8 (at character {error.start})") from None
@@ -197,10 +197,10 @@ def read_prompt(text: str | None, file: Path | None) -> str:
 
 
 def usable_device(device: str | None) -> str:
-    """The device that was asked for, or else a GPU if there is one.
+    """The given device; for None, "cuda" if torch has a GPU, else "cpu".
 
     Raises:
-        InputError: torch cannot use it here.
+        InputError: torch cannot use the device.
     """
     import torch
 
@@ -214,7 +214,7 @@ def usable_device(device: str | None) -> str:
 
 
 def known_dtype(dtype: str) -> str:
-    """`dtype`, if weights can be loaded in it; an `InputError` otherwise."""
+    """`dtype`; raises `InputError` unless weights can be loaded in it."""
     from gka.checkpoints.open import DTYPES
 
     if dtype not in DTYPES:
@@ -223,7 +223,7 @@ def known_dtype(dtype: str) -> str:
 
 
 def silence_libraries() -> None:
-    """Keep transformers' own bars and warnings out of the commands' output."""
+    """Turn off transformers' progress bars and warnings; print what the output's encoding lacks as "?"."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -232,13 +232,13 @@ def silence_libraries() -> None:
 
 
 def tell(console: "Console", folder: Path, **places: str) -> None:
-    """Print where in `folder` the results are, each under what it is."""
+    """Print the paths of results in `folder`, each after its keyword, as in "figures: runs/a/b.json"."""
     for what, name in places.items():
         console.print(f"{what + ':':8} {folder / name}", highlight=False, soft_wrap=True)
 
 
 class _Stopped(KeyboardInterrupt):
-    """Ctrl-C, SIGTERM or SIGHUP; `signal` is which."""
+    """SIGINT, SIGTERM or SIGHUP, with its number in `signal`."""
 
     def __init__(self, number: int):
         super().__init__()
@@ -249,16 +249,16 @@ class _Stopped(KeyboardInterrupt):
 def counting(
     console: "Console", what: str, total: int, kept: Path
 ) -> Iterator[Callable[[str], None]]:
-    """A bar over pieces of work whose results are kept in a file; a signal ends the command.
+    """Show progress over pieces of work whose results are kept in a file; exit the command at a signal.
 
     Args:
-        console: where it is shown.
-        what: the pieces, such as "cells".
-        total: how many there are.
-        kept: the file.
+        console: where to show it.
+        what: name of the pieces, such as "cells".
+        total: number of pieces.
+        kept: the file of results, for the message at a signal.
 
     Yields:
-        What prints a line about a piece that is done, and counts it.
+        A function that prints a line about a finished piece and counts it.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeElapsedColumn as Elapsed
@@ -282,7 +282,7 @@ def counting(
 
 @contextmanager
 def _stopping_by_signal() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP raise `_Stopped`, so that trainings in other processes are ended too."""
+    """Raise `_Stopped` at SIGINT, SIGTERM and SIGHUP, so that the command's other processes end too."""
     shown = terminals()
 
     def stop(number: int, _frame: Any) -> None:

@@ -1,4 +1,4 @@
-"""`gka prime`: a priming run from its settings, resumed or new."""
+"""`gka prime`: a new or resumed priming run."""
 
 import os
 from pathlib import Path
@@ -41,11 +41,11 @@ def prime(
     resume: runs.Resume = False,
     overwrite: runs.Overwrite = False,
 ) -> None:
-    """Turn a pretrained Transformer into a hybrid with recurrent layers, and train it back.
+    """Convert a pretrained Transformer into a hybrid with recurrent layers, and train it.
 
-    Attention layers become GKA or Gated DeltaNet layers that begin from the attention's weights. Stage 1
-    trains these alone, to give the hidden states that the attention gave; stage 2 trains everything on the
-    text or conversations. Ctrl-C saves a checkpoint and stops; --resume goes on to exactly the same result.
+    Attention layers become GKA or Gated DeltaNet layers, initialised from the attention's weights. Stage 1
+    trains only these layers, to match the attention layers' hidden states. Stage 2 trains all weights on
+    the text or conversations. Ctrl-C saves a checkpoint and stops; --resume continues to the same result.
     """
     base = read_recipe(recipe, "prime") if recipe else {}
     given = merged(base, given, runs.assigned(settings or []))
@@ -71,7 +71,7 @@ def prime(
 
 
 def _with_tokens(given: Tables, tokens: dict[str, int | None]) -> Tables:
-    """The tables with steps for each stage whose tokens were given."""
+    """The tables with `max_steps` of each stage for which a number of tokens was given."""
     for stage, count in tokens.items():
         if count is None:
             continue

@@ -1,4 +1,4 @@
-"""`gka recall`: the memory test, from options to files."""
+"""`gka recall`: recall of key-value pairs from untrained memories."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,15 +28,15 @@ def recall(
         str, typer.Option(help="a in lambda = a |H|, for GKA and exact ridge.", metavar="X,X")
     ] = "0.005,0.02,0.1",
     num_iters: Annotated[str, typer.Option(help="Chebyshev steps of GKA.", metavar="N,N")] = "5,30",
-    seeds: Annotated[int, typer.Option(help="How many draws of keys and values.")] = 8,
+    seeds: Annotated[int, typer.Option(help="Number of draws of keys and values.")] = 8,
     output: Annotated[Path, output_folder("Folder for recall.json and recall.png.")] = Path(
         "runs/recall"
     ),
 ) -> None:
-    """Write N correlated key-value pairs into untrained memories and read them back; in seconds.
+    """Write N correlated key-value pairs into untrained memories and read them back; takes seconds.
 
-    Compares linear attention, DeltaNet, Gated KalmaNet and exact ridge regression at equal head
-    size. Lists are numbers and commas. See also `gka mqar`, which trains.
+    Compares linear attention, DeltaNet, Gated KalmaNet and exact ridge regression at equal head size. Lists
+    are numbers separated by commas. See also `gka mqar`, which trains models.
     """
     ratios = numbers("--ridge-ratios", ridge_ratios, float)
     iterations = numbers("--num-iters", num_iters, int)

@@ -1,4 +1,4 @@
-"""What commands that make a run share: options from its configuration, what was given, going on, stopping."""
+"""Shared by commands that train: options from the run's configuration, resuming and stopping."""
 
 import contextlib
 import functools
@@ -30,7 +30,7 @@ Resume = Annotated[
     bool,
     typer.Option(
         "--resume",
-        help="Go on from the newest whole checkpoint of the run in the folder.",
+        help="Continue the run in the folder from its newest complete checkpoint.",
         rich_help_panel=RUN,
     ),
 ]
@@ -41,7 +41,7 @@ Overwrite = Annotated[
 
 
 def run_folder(default: str) -> Any:
-    """The option `--output` of a command that makes a run."""
+    """The option `--output` of a command that trains."""
     return output_folder("Folder of the run.", rich_help_panel=RUN, show_default=default)
 
 
@@ -57,13 +57,13 @@ def any_setting(examples: str) -> Any:
 
 def named_recipe(names: Iterable[str], default: str | bool = False) -> Any:
     """The option `--recipe`."""
-    help = f"{', '.join(names)} or a .toml file; options win over it."
+    help = f"{', '.join(names)} or a .toml file; options override it."
     return typer.Option(help=help, rich_help_panel=RUN, show_default=default)
 
 
 @dataclass(frozen=True)
 class _Option:
-    """An option `name` that sets the field `key` of `tables`."""
+    """An option `name` that sets the field `key` of each of `tables`."""
 
     name: str
     key: str
@@ -73,7 +73,7 @@ class _Option:
     default: Any
 
     def parameter(self, argument: str) -> inspect.Parameter:
-        """What typer makes the option from, or the argument if this is the one called so."""
+        """The parameter from which typer makes the option, or the argument if `name` is `argument`."""
         kind, default = self._shown()
         often = kind == list[str] | None and self.name != argument
         said = {
@@ -91,7 +91,7 @@ class _Option:
         return inspect.Parameter(self.name, place, default=default, annotation=annotated)
 
     def _shown(self) -> tuple[Any, Any]:
-        """Type and default on the command line, where a list of numbers is a text as in 1,3."""
+        """Type and default on the command line, where a list of numbers is text such as 1,3."""
         if self.type == tuple[str, ...]:
             return list[str] | None, None
         if self.type == list[int] | None:
@@ -102,7 +102,7 @@ class _Option:
         return self.type, int(self.default) if whole else self.default  # 0 rather than 0.0
 
     def value(self, given: Any) -> Any:
-        """The setting from what was given."""
+        """The setting's value, from the option's value."""
         if self.type == list[int] | None:
             return list(numbers(self.key, given, int))
         return given
@@ -111,13 +111,13 @@ class _Option:
 def with_settings(
     kinds: Mapping[str, type], *, argument: str
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command an option for every setting that is declared as one.
+    """Give a command an option for every setting that is declared as an option.
 
-    The command's first parameter is then the tables of what was given: neither defaults, nor more.
+    The command's first argument becomes the tables of values on the command line, without defaults.
 
     Args:
         kinds: dataclasses of settings, by table.
-        argument: the setting that is given by position.
+        argument: the setting that is a positional argument.
     """
     options = list(_options(kinds))
 
@@ -142,7 +142,7 @@ def with_settings(
 
 
 def _options(kinds: Mapping[str, type]) -> Iterator[_Option]:
-    """The options of the tables in turn; those that set several tables stand where the last of them does."""
+    """The options in the order of the tables; one that sets several tables comes with the last of them."""
     found: dict[str, _Option] = {}
     tables = Counter(f.name for kind in kinds.values() for f in fields(kind))
     for table, kind in kinds.items():
@@ -157,7 +157,7 @@ def _options(kinds: Mapping[str, type]) -> Iterator[_Option]:
 
 
 def _given(context: typer.Context, options: list[_Option], values: dict[str, Any]) -> Tables:
-    """The tables of the options that the command line has."""
+    """The tables of the options that the command line gives."""
     tables: Tables = {}
     for option in options:
         source = context.get_parameter_source(option.name)
@@ -169,7 +169,7 @@ def _given(context: typer.Context, options: list[_Option], values: dict[str, Any
 
 
 def assigned(assignments: Iterable[str]) -> Tables:
-    """Tables from "table.key=value"; a value is read as TOML, or as text where it is not TOML."""
+    """Tables from "table.key=value"; a value that is not TOML is taken as text."""
     tables: Tables = {}
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
@@ -186,7 +186,7 @@ def assigned(assignments: Iterable[str]) -> Tables:
 
 
 def console() -> "Console":
-    """The console of a training run: of several processes one speaks, and transformers is silent."""
+    """The console of a training run; only the main process prints, and transformers is silent."""
     from gka.training.folder import is_main_process
 
     silence_libraries()
@@ -194,9 +194,9 @@ def console() -> "Console":
 
 
 def resumes(folder: Path, console: "Console", resume: bool, *, may_start: bool) -> bool:
-    """Whether a run goes on; with `resume` and none in the folder it starts if it `may_start`.
+    """Whether to resume: `resume`, but False if the folder has no run and a new one `may_start`.
 
-    So a whole command can be repeated until its run is complete, by make or by a job queue.
+    So make or a job queue can repeat one command until its run is complete.
     """
     from gka.training.folder import RUN
 
@@ -208,7 +208,7 @@ def resumes(folder: Path, console: "Console", resume: bool, *, may_start: bool) 
 
 @contextlib.contextmanager
 def stopped(command: str, folder: Path, console: "Console", steps: str) -> Iterator[None]:
-    """Say how to go on with a training that a signal stops in the block, and exit; `steps` is of how many."""
+    """Exit and print how to resume if a signal stops the training in the block; `steps` is as in "of 100"."""
     from gka.training.loop import Interrupted
 
     try:

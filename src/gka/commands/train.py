@@ -1,4 +1,4 @@
-"""`gka train`: a run from its settings, resumed or new."""
+"""`gka train`: a new or resumed training run."""
 
 from pathlib import Path
 from typing import Annotated
@@ -34,9 +34,9 @@ def train(
     resume: runs.Resume = False,
     overwrite: runs.Overwrite = False,
 ) -> None:
-    """Train a language model: text to tokens to a model, with checkpoints, figures and a plot.
+    """Train a language model on text, with checkpoints, figures and a plot.
 
-    Ctrl-C saves a checkpoint and stops; --resume goes on from there to exactly the same result.
+    Ctrl-C saves a checkpoint and stops; --resume continues to exactly the same result.
     """
     base = read_recipe(recipe) if recipe else {}
     given = merged(base, given, runs.assigned(settings or []))

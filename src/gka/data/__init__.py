@@ -1,4 +1,4 @@
-"""From text to blocks of tokens: corpus -> tokenizer -> packed tokens -> blocks."""
+"""Text to blocks of tokens: corpus -> tokenizer -> packed tokens -> blocks."""
 
 from gka.data.packed import (
     PackedTokens,

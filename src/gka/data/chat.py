@@ -1,7 +1,7 @@
-"""Conversations as packed blocks of tokens, with the loss on the assistant's turns alone.
+"""Conversations as packed blocks of tokens, with the loss on the assistant's turns only.
 
-A file holds one conversation a line: {"messages": [{"role": "user", "content": "..."}, ...]}. It is written
-out by the tokenizer's own chat template. Whole conversations share a block and do not see each other.
+A file has one conversation per line: {"messages": [{"role": "user", "content": "..."}, ...]}. The tokenizer's
+chat template renders it. Whole conversations share a block and do not see each other.
 """
 
 import hashlib
@@ -30,8 +30,8 @@ class Conversation:
 
     Attributes:
         ids: int32 [tokens].
-        learned: bool [tokens], whether a token is the assistant's.
-        bytes: of the assistant's turns.
+        learned: bool [tokens], True for the assistant's tokens.
+        bytes: UTF-8 bytes of the assistant's turns.
     """
 
     ids: np.ndarray
@@ -40,15 +40,16 @@ class Conversation:
 
 
 class ChatBlocks(Dataset):
-    """Blocks of `length` tokens, each of whole conversations and, at its end, padding.
+    """Blocks of `length` tokens: whole conversations, then padding.
 
-    Each item is {"input_ids", "labels", "bounds"}: int64 [length], [length] and [conversations + 1 or 2];
-    labels are the ids of the assistant's tokens and -100 elsewhere, bounds those of the conversations.
-    Longer conversations are cut to `length`. `collate` makes one packed row of several blocks.
+    Each item is {"input_ids", "labels", "bounds"}, all int64. `input_ids` and `labels` are [length]; labels
+    are the ids of the assistant's tokens and -100 elsewhere. `bounds` starts with 0 and has the end of each
+    conversation, and of the padding if there is any. Longer conversations are cut to `length`. `collate`
+    packs several blocks into one row.
 
     Args:
-        conversations: what `read_chat` gives.
-        length: tokens in a block.
+        conversations: from `read_chat`.
+        length: tokens per block.
         pad: id of the padding.
     """
 
@@ -71,7 +72,7 @@ class ChatBlocks(Dataset):
             end = start + min(len(one.ids), self.length)
             ids[start:end] = one.ids[: end - start]
             labels[start:end] = np.where(one.learned, one.ids, IGNORED)[: end - start]
-            labels[start] = IGNORED  # nothing comes before it that could predict it
+            labels[start] = IGNORED  # no token of this conversation comes before it
             bounds.append(end)
         if bounds[-1] < self.length:
             bounds.append(self.length)
@@ -82,7 +83,7 @@ class ChatBlocks(Dataset):
 
     @staticmethod
     def collate(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """One row of all blocks, packed: `input_ids` and `labels` [1,T], `cu_seqlens` [N+1]."""
+        """Pack all blocks into one row: `input_ids` and `labels` [1,T], `cu_seqlens` [N+1], all int64."""
         row = {name: torch.cat([i[name] for i in items])[None] for name in ("input_ids", "labels")}
         length = len(items[0]["input_ids"])
         bounds = [item["bounds"][1:] + number * length for number, item in enumerate(items)]
@@ -90,12 +91,12 @@ class ChatBlocks(Dataset):
 
     @property
     def targets(self) -> int:
-        """Tokens that are predicted."""
+        """Number of tokens with a label."""
         return sum(int(c.learned[1 : self.length].sum()) for c in self.conversations)
 
     @property
     def checksum(self) -> str:
-        """SHA-256 of all ids and of which are learned."""
+        """SHA-256 of all `ids` and `learned`."""
         digest = hashlib.sha256()
         for one in self.conversations:
             digest.update(one.ids.tobytes() + one.learned.tobytes())
@@ -105,12 +106,12 @@ class ChatBlocks(Dataset):
 def chat_blocks(
     files: Sequence[str], tokenizer: "PreTrainedTokenizerBase", length: int, eval_fraction: float
 ) -> tuple[ChatBlocks, ChatBlocks]:
-    """Training and held-out blocks of the conversations of `files`, held out by whole conversations.
+    """Training and held-out blocks of the conversations of `files`; whole conversations are held out.
 
-    The choice follows a hash of the conversations' tokens: it is the same on every machine.
+    A hash of the conversations' tokens chooses them, so the choice is the same on every machine.
 
     Raises:
-        InputError: as `read_chat`; or too few conversations to hold one out.
+        InputError: as `read_chat`, or fewer than two usable conversations.
     """
     found = read_chat(files, tokenizer, length)
     order = sorted(range(len(found)), key=lambda i: hashlib.sha256(found[i].ids.tobytes()).digest())
@@ -129,11 +130,11 @@ def chat_blocks(
 def read_chat(
     files: Sequence[str], tokenizer: "PreTrainedTokenizerBase", length: int
 ) -> list[Conversation]:
-    """The conversations of .jsonl files as tokens; those without a learned token in `length` are left out.
+    """The conversations of .jsonl files as tokens, if they have a label in the first `length` tokens.
 
     Raises:
-        InputError: the tokenizer has no chat template or one that does not tell turns apart, or a line is
-            no conversation; file and line are named.
+        InputError: the tokenizer is slow or has no chat template, the template does not separate turns, a
+            file cannot be read, a line is no conversation (file and line are named) or none is usable.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise InputError(
@@ -155,7 +156,7 @@ def read_chat(
 
 
 def _lines(name: str) -> Iterator[tuple[str, list[dict[str, str]]]]:
-    """(where, messages) of every line that is not empty."""
+    """(place for messages of errors, conversation) of every line that is not empty."""
     try:
         lines = Path(name).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -198,9 +199,9 @@ def _encode(
 def _spans(
     tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]], place: str
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation written out, and where in it the assistant's turns are, end marks included.
+    """The rendered conversation, and the character ranges of the assistant's turns, end markers included.
 
-    A turn begins where the template's prompt for it ends, and ends where the conversation up to it does.
+    A turn begins after the template's generation prompt and ends where the conversation up to it ends.
     """
 
     def written(count: int, prompt: bool) -> str:
@@ -214,7 +215,7 @@ def _spans(
         text = written(len(messages), False)
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         parts = [(written(i, True) if i else "", written(i + 1, False)) for i in turns]
-    except Exception as error:  # templates raise whatever they like
+    except Exception as error:  # a template can raise any exception
         raise InputError(f"chat {place}: the chat template refuses it: {error}") from error
     for before, upto in parts:
         if not (text.startswith(upto) and upto.startswith(before)):
@@ -226,7 +227,7 @@ def _spans(
 
 
 def _packs(sizes: list[int], length: int) -> list[list[int]]:
-    """Which conversations share a block: the longest first, each to the block with the most room."""
+    """Conversations of each block: longest first, each into the block with the most room."""
     packs: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (-room left, block)
     for number in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):

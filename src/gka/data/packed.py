@@ -1,10 +1,9 @@
-"""Packed tokens: one flat file of ids that is mapped into memory, a JSON file that describes it,
-and blocks of them to train on and to evaluate on.
+"""Packed tokens: a memory-mapped file of ids, a JSON file that describes it, and blocks of tokens.
 
-    tokens.bin    ids of all documents, uint16 or uint32, each document followed by the end-of-text id
-    tokens.json   format, type, counts, checksum, fingerprints, and the documents with their boundaries
+    tokens.bin    ids of all documents, uint16 or uint32, with the end-of-text id after each document
+    tokens.json   format, dtype, byte order, counts, checksum, tokenizer; tokens and bytes of each document
 
-Both live in a folder that appears at once, when it is complete.
+Their folder appears only when both are complete.
 """
 
 import hashlib
@@ -37,12 +36,12 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 TOKENS, DESCRIPTION = "tokens.bin", "tokens.json"
-_KEY = "[0-9a-f]{32}"  # names of packed corpora
+_KEY = "[0-9a-f]{32}"  # folder names of packed corpora
 _DAY = 86400.0
 
 
 def cache_folder() -> Path:
-    """Where packed corpora are kept: $GKA_CACHE, else $XDG_CACHE_HOME/gka, else ~/.cache/gka."""
+    """The folder of packed corpora: $GKA_CACHE, else $XDG_CACHE_HOME/gka, else ~/.cache/gka."""
     if own := os.environ.get("GKA_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gka"
@@ -53,9 +52,9 @@ class PackedTokens:
     """A corpus as ids, opened read-only.
 
     Attributes:
-        folder: where `tokens.bin` and `tokens.json` are.
+        folder: the folder of `tokens.bin` and `tokens.json`.
         description: the content of `tokens.json`.
-        tokens: the ids, [tokens], mapped into memory.
+        tokens: the ids [tokens], uint16 or uint32, mapped into memory.
     """
 
     folder: Path
@@ -64,18 +63,18 @@ class PackedTokens:
 
     @cached_property
     def boundaries(self) -> np.ndarray:
-        """Where documents begin and end, int64 [documents + 1]; document i is [b_i, b_{i+1})."""
+        """Boundaries b of documents, int64 [documents + 1]; document i is [b_i, b_{i+1})."""
         counts = [document["tokens"] for document in self.description["documents"]]
         return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
     @cached_property
     def bytes(self) -> np.ndarray:
-        """Bytes of text of each document, int64 [documents]."""
+        """UTF-8 bytes of each document, int64 [documents]."""
         return np.asarray([d["bytes"] for d in self.description["documents"]], np.int64)
 
     @property
     def checksum(self) -> str:
-        """SHA-256 of the ids: the same corpus and tokenizer give the same on every machine."""
+        """SHA-256 of the ids; depends on the corpus, the tokenizer and the byte order."""
         return self.description["sha256"]
 
     @classmethod
@@ -83,7 +82,7 @@ class PackedTokens:
         """Open and verify a packed corpus.
 
         Raises:
-            InputError: if a file is missing or damaged, or was packed with another tokenizer.
+            InputError: a file is missing or damaged, or was packed with another tokenizer.
         """
         description = read_json(folder / DESCRIPTION)
         _check_description(folder, description, tokenizer)
@@ -99,17 +98,17 @@ def pack(
     cache: Path | None = None,
     on_document: Callable[[Document], None] | None = None,
 ) -> PackedTokens:
-    """The documents as packed tokens, from `cache` where sources and tokenizer have not changed.
+    """The documents as packed tokens; read from `cache` if sources and tokenizer have not changed.
 
     Args:
-        documents: what `find_documents` gives.
+        documents: from `find_documents`.
         tokenizer: any Hugging Face tokenizer with an end-of-text token.
         cache: folder for packed corpora; `cache_folder()` if None.
         on_document: called after each document that is tokenised (for a progress bar).
 
     Raises:
-        InputError: if a document is not UTF-8, or the cached copy is damaged.
-        StorageError: if the cache cannot be written.
+        InputError: a document is not UTF-8, cannot be read or has changed, or the cached copy is damaged.
+        StorageError: the cache cannot be written.
     """
     source = corpus_fingerprint(documents)
     key = hashlib.sha256(f"{FORMAT} {source} {fingerprint(tokenizer)}".encode()).hexdigest()[:32]
@@ -126,7 +125,7 @@ def pack(
 
 
 def _clear_left_overs(cache: Path) -> None:
-    """Remove what killed processes have left of corpora; the names without ending are of older releases."""
+    """Remove abandoned drafts of corpora; older releases gave them names without a suffix."""
     clear_drafts(cache, _KEY)
     clear_drafts(cache, _KEY, suffix="", quiet=_DAY)
 
@@ -137,7 +136,7 @@ def _write(
     tokenizer: "PreTrainedTokenizerBase",
     on_document: Callable[[Document], None] | None,
 ) -> None:
-    """Tokenise into `folder` piece by piece, so that memory does not grow with the corpus."""
+    """Tokenise into `folder` piece by piece, so that memory use does not grow with the corpus."""
     encode, digest, table = Encoder(tokenizer), hashlib.sha256(), []
     with (folder / TOKENS).open("wb") as file:
         for document in documents:
@@ -167,7 +166,7 @@ def _write(
 
 
 def _pieces(document: Document, encode: Encoder):
-    """(ids, bytes of text) of each piece of a document, its end-of-text id last."""
+    """(ids, UTF-8 bytes) of each piece of a document; the end-of-text id is the last piece."""
     for text in read_pieces(document.path):
         yield encode(text), len(text.encode())
     yield np.asarray([encode.end], encode.dtype), 0
@@ -178,7 +177,7 @@ def _publish(fresh: Path, folder: Path) -> None:
     try:
         fresh.rename(folder)
     except OSError:
-        # Another process packed the same corpus first; its copy is as good.
+        # Another process may have packed the same corpus first; its copy is used.
         if not folder.is_dir():
             raise
 
@@ -210,8 +209,8 @@ class Split:
 
     Attributes:
         packed: the corpus.
-        ranges: token ranges [start, stop) in the order in which they are read, int64 [ranges, 2].
-        bytes: bytes of text in them.
+        ranges: token ranges [start, stop) in reading order, int64 [ranges, 2].
+        bytes: UTF-8 bytes of their text.
     """
 
     packed: PackedTokens
@@ -225,12 +224,12 @@ class Split:
 
 
 def split(packed: PackedTokens, eval_fraction: float) -> tuple[Split, Split]:
-    """Train and evaluation parts of a corpus, by whole documents.
+    """Split a corpus into training and evaluation parts, by whole documents.
 
-    Documents are held out in the order of a hash of their names until about `eval_fraction` of the
-    tokens is reached: the choice is the same on every machine. A document too long for that is passed
-    over; if all are, the shortest is held out. Of a corpus of one document the last part is held out,
-    its bytes counted in proportion.
+    Documents are held out in the order of a hash of their names until about `eval_fraction` of the tokens is
+    reached, so the choice is the same on every machine. A document that is too long for that is skipped; if
+    all are, the shortest is held out. If there is only one document, its end is held out, and bytes are
+    counted in proportion to tokens.
     """
     counts = np.diff(packed.boundaries)
     if len(counts) == 1:
@@ -257,9 +256,9 @@ def _held_out(packed: PackedTokens, eval_fraction: float) -> list[int]:
 
 
 class TokenBlocks(Dataset):
-    """Blocks of `length` tokens of a split, one after another; what does not fill a block is left.
+    """Consecutive blocks of `length` tokens of a split; a last part that does not fill a block is dropped.
 
-    Each item is {"input_ids", "labels"}, int64 [length], the same ids: models shift labels themselves.
+    Each item is {"input_ids", "labels"}, int64 [length]. Both are the same ids, because models shift labels.
     """
 
     def __init__(self, part: Split, length: int) -> None:
@@ -276,7 +275,7 @@ class TokenBlocks(Dataset):
         return {"input_ids": ids, "labels": ids}
 
     def _read(self, start: int) -> np.ndarray:
-        """`length` tokens from position `start` of the ranges laid end to end."""
+        """`length` tokens from position `start` of the concatenated ranges."""
         pieces, missing = [], self.length
         row = int(np.searchsorted(self._ends, start, side="right"))
         while missing:
@@ -292,10 +291,10 @@ class TokenBlocks(Dataset):
 def token_blocks(
     packed: PackedTokens, length: int, eval_fraction: float
 ) -> tuple[TokenBlocks, TokenBlocks]:
-    """Training and evaluation blocks.
+    """Training and evaluation blocks of `length` tokens.
 
     Raises:
-        InputError: if either part is shorter than one block.
+        InputError: one of the parts is shorter than a block.
     """
     parts = split(packed, eval_fraction)
     for name, part in zip(("training", "evaluation"), parts, strict=True):

@@ -1,4 +1,4 @@
-"""Texts and their tokens: which documents a corpus is made of, and tokenizers."""
+"""Documents of a corpus, and tokenizers."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from gka.storage import sha256_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-# Tests are a third of the library and repeat themselves; the rest is generated tables or old grammars.
+# Tests are a third of the library and repetitive; lib2to3 is generated tables and old grammars.
 LIBRARY_WITHOUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3"}
 PIECE = 1 << 20
 
@@ -26,13 +26,14 @@ class Document:
     """One text file.
 
     Attributes:
-        name: its path within the corpus, the same on every machine.
-        path: where it is.
-        size: in bytes.
-        modified, changed: when its content was, and when its content or its entry in the file system was, in
-            nanoseconds. Whoever sets the first back cannot set the second.
-        inode: its number in the file system, another one if a file was moved to its place.
-        sha256: of its content, where that was asked for.
+        name: path within the corpus, the same on every machine.
+        path: path on this machine.
+        size: bytes.
+        modified: time of the last change of the content (mtime), in nanoseconds.
+        changed: time of the last change of the content or of the inode (ctime), in nanoseconds. Programs
+            can set `modified` but not `changed`.
+        inode: inode number, which differs if another file was moved to this path.
+        sha256: SHA-256 of the content, or None.
     """
 
     name: str
@@ -45,14 +46,13 @@ class Document:
 
 
 def find_documents(text: Sequence[str], glob: str = "*", *, hashed: bool = False) -> list[Document]:
-    """Documents of the files and folders in `text`, sorted by name; the standard library if empty.
+    """Documents of the files and folders in `text`, sorted by name; the standard library if `text` is empty.
 
-    Folders are searched to any depth for files that match `glob`; hidden files and empty files are
-    left out, and a file that is reached twice is one document. With `hashed` all of them are read, for
-    their checksums.
+    Folders are searched to any depth for files that match `glob`. Hidden and empty files are left out, and a
+    file that is found twice is one document. `hashed` reads all files and sets `sha256`.
 
     Raises:
-        InputError: if a path does not exist, or nothing (that is not empty) was found.
+        InputError: a path does not exist, all files are empty, or none was found.
     """
     found = _found(text, glob)
     return [replace(d, sha256=_sha256(d.path)) for d in found] if hashed else found
@@ -66,10 +66,10 @@ def _found(text: Sequence[str], glob: str) -> list[Document]:
 
 
 def standard_library() -> list[Document]:
-    """Python sources of the running interpreter's standard library, its tests left out.
+    """Python sources of the running interpreter's standard library, without its tests.
 
     Raises:
-        InputError: if the interpreter carries no sources.
+        InputError: the interpreter has no sources.
     """
     root = Path(sysconfig.get_path("stdlib"))
     paths = (p for p in root.rglob("*.py") if LIBRARY_WITHOUT.isdisjoint(p.relative_to(root).parts))
@@ -80,10 +80,9 @@ def standard_library() -> list[Document]:
 
 
 def corpus_fingerprint(documents: Sequence[Document]) -> str:
-    """SHA-256 of what tells that a source has changed.
+    """SHA-256 that differs if a source has changed.
 
-    That is names, places, sizes, times of modification and change, and inodes; of hashed documents names and
-    checksums, wherever they lie.
+    It covers names and checksums of hashed documents; of others names, paths, sizes, both times and inodes.
     """
     facts = [
         [d.name, d.sha256]
@@ -95,19 +94,19 @@ def corpus_fingerprint(documents: Sequence[Document]) -> str:
 
 
 def check_unchanged(document: Document) -> None:
-    """Raise `InputError` if a document is no longer the file that was found."""
+    """Raise `InputError` if a document's file was changed or replaced."""
     now = _document(document.path, Path(document.name))
     if now != replace(document, sha256=None):
         raise InputError(f"text {document.path} was changed while it was read; start again")
 
 
 def read_pieces(path: Path) -> Iterator[str]:
-    """The text of a UTF-8 file in pieces of about a million characters that end with a line.
+    """The text of a UTF-8 file in pieces of about a million characters, each of whole lines.
 
-    Line ends are kept as they are, so the pieces' bytes are the file's (but for a byte-order mark).
+    Line ends are kept, so the pieces have the file's bytes, except for a byte-order mark.
 
     Raises:
-        InputError: naming file and byte, where the text is not UTF-8.
+        InputError: the file cannot be read, or is not UTF-8; the message names the first wrong byte.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -146,13 +145,13 @@ def _checked(documents: list[Document], what: str) -> list[Document]:
     kept = [d for d in documents if d.size]
     if not kept:
         raise InputError(f"{what}: {'only empty files' if documents else 'no files'} found")
-    # A file reached twice, as itself and through its folder, must not be trained and evaluated on.
+    # A file that is found twice, by its name and in its folder, must not be both trained and evaluated on.
     once = {d.path.resolve(): d for d in reversed(kept)}
     return sorted(once.values(), key=lambda d: (d.name, str(d.path)))
 
 
 def _wrong_encoding(path: Path) -> str:
-    """Say where `path` stops being UTF-8; read again, since a text reader forgets its position."""
+    """A message with the first byte that is not UTF-8; reads again, as a text reader has no byte offset."""
     before = 0
     with path.open("rb") as file:
         for line in file:
@@ -173,10 +172,10 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def byte_tokenizer() -> "PreTrainedTokenizerFast":
-    """A tokenizer whose id b is the byte b of UTF-8, and whose id 256 ends a document.
+    """A tokenizer whose ids 0 to 255 are the bytes of UTF-8; id 256 ends a document.
 
-    It is a byte-level BPE without merges, hence a plain `tokenizer.json`: a saved model's folder loads
-    with `AutoTokenizer` anywhere, without this library and without a network.
+    It is a byte-level BPE without merges, so `AutoTokenizer` loads it from a saved model's folder without
+    this library or a network.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -189,17 +188,17 @@ def byte_tokenizer() -> "PreTrainedTokenizerFast":
         tokenizer_object=core,
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
-        # Text that happens to spell the end marker is text, not the marker.
+        # Text that spells the end-of-text token must not become that token.
         split_special_tokens=True,
         clean_up_tokenization_spaces=False,
     )
 
 
 def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
-    """The tokenizer called `name`: "bytes", a folder, or a name on the Hugging Face hub.
+    """Load a tokenizer: "bytes", a folder, or a name on the Hugging Face hub.
 
     Raises:
-        InputError: if it cannot be loaded, or has no end-of-text token to part documents with.
+        InputError: it cannot be loaded, or has no end-of-text token to separate documents.
     """
     if name == BYTES:
         return byte_tokenizer()
@@ -207,7 +206,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
 
     try:
         tokenizer = read_tokenizer(name)
-    except Exception as error:  # the loaders raise whatever their parsers do
+    except Exception as error:  # loaders pass on any exception of their parsers
         raise InputError(
             f"tokenizer {name!r} cannot be loaded ({reason_of(error)}); give 'bytes', a folder with a saved "
             "tokenizer, or a name on the Hugging Face hub"
@@ -220,7 +219,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
 
 
 def fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """SHA-256 of all that decides which ids a text becomes; equal before and after saving."""
+    """SHA-256 of all settings that determine the ids of a text; saving and loading does not change it."""
     core = getattr(tokenizer, "backend_tokenizer", None)
     body = core.to_str() if core is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     special = json.dumps(
@@ -230,12 +229,12 @@ def fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def vocabulary_size(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """How many ids a model needs: one more than the largest, which a count misses where ids have gaps."""
+    """Embeddings that a model needs: the largest id plus one, since ids can have gaps."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", model: Any, name: str) -> None:
-    """Raise `InputError` if the tokenizer has ids for which the model called `name` has no embedding."""
+    """Raise `InputError` if the tokenizer has ids without an embedding in the model, whose name is `name`."""
     ids, known = vocabulary_size(tokenizer), model.get_input_embeddings().num_embeddings
     if ids > known:
         raise InputError(
@@ -244,7 +243,7 @@ def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", model: Any, name: str
 
 
 class Encoder:
-    """Text to ids, without special tokens; about 100 times faster where the ids are the bytes."""
+    """Text to ids without special tokens; does not call the tokenizer if ids are bytes."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self.tokenizer = tokenizer
@@ -253,10 +252,10 @@ class Encoder:
         self._is_bytes = fingerprint(tokenizer) == fingerprint(byte_tokenizer())
 
     def __call__(self, text: str) -> np.ndarray:
-        """Ids of `text`, of shape [tokens] and type `self.dtype`."""
+        """Ids of `text` [tokens], dtype `self.dtype`."""
         if self._is_bytes:
             return np.frombuffer(text.encode(), np.uint8).astype(self.dtype)
-        # A corpus is longer than any model: no warning about the tokenizer's nominal length.
+        # verbose=False: no warning that the text is longer than the tokenizer's maximal length.
         ids = self.tokenizer(
             text, add_special_tokens=False, return_attention_mask=False, verbose=False
         )["input_ids"]
@@ -264,7 +263,7 @@ class Encoder:
 
 
 def _printable_bytes() -> list[str]:
-    """The character that stands for each byte in byte-level vocabularies (the GPT-2 convention)."""
+    """The character for each byte in byte-level vocabularies, as in GPT-2."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     spare = iter(range(256, 512))
     return [chr(byte if byte in printable else next(spare)) for byte in range(256)]

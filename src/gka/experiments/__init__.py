@@ -1,6 +1,6 @@
-"""Whole experiments: what a model or a method is worth, not how fast it is.
+"""Experiments about the quality of models and methods, not their speed.
 
-Each is a module that runs as `python -m gka.experiments.NAME`: `chain` (a Transformer primed into hybrids
-with equal budgets), `combining` (what is lost where documents are read apart), `numerics` (the tables of
-docs/numerics.md). They keep what they found in a `gka.experiments.ledger.Ledger`.
+Run one as `python -m gka.experiments.NAME`: `chain` (a Transformer primed into hybrids with equal budgets),
+`combining` (the loss of combining separately read documents), `numerics` (the tables of docs/numerics.md) or
+`conjugate` (conjugate gradients against the other solvers). Results go to a `gka.experiments.ledger.Ledger`.
 """

@@ -1,13 +1,13 @@
-"""A Transformer pretrained, primed into hybrids of two kinds with equal budgets, and measured on the way.
+"""Pretrain a Transformer, prime it into two kinds of hybrids with equal budgets, and measure every phase.
 
     python -m gka.experiments.chain --output results          on a GPU, about 5 minutes
     python -m gka.experiments.chain --tiny --output results   on a CPU, less than a minute
 
-Text is the source of Python's standard library, byte by byte. Steps follow from the time that a step takes:
-the budgets below are seconds. chain.json in the output folder is written anew whenever a figure is known.
-Models and checkpoints go to a temporary folder; --work FOLDER keeps them, the trained hybrids as
-FOLDER/gka/model and FOLDER/gated_deltanet/model, for `from_pretrained`. Needs what `gka train` needs; the
-picture needs matplotlib, and `--draw results` makes it later, from chain.json alone.
+The text is the source of Python's standard library, as bytes. Budgets are in seconds, and the time of a step
+gives the number of steps. chain.json in the output folder is rewritten after each result. Models and
+checkpoints go to a temporary folder; --work FOLDER keeps them, with the trained hybrids in FOLDER/gka/model
+and FOLDER/gated_deltanet/model for `from_pretrained`. It needs the packages of `gka train`. The plot needs
+matplotlib; `--draw results` draws it later from chain.json.
 """
 
 import argparse
@@ -34,16 +34,16 @@ NEEDED = ("transformers", "accelerate", "rich", "safetensors", "tokenizers")
 
 @dataclass(frozen=True)
 class Scale:
-    """What is run, and for how long.
+    """Sizes and budgets.
 
     Attributes:
-        model: of the Transformer, fields of GKAConfig.
-        sequence_length, batch_size: tokens and blocks of a step.
-        precision: of the training.
-        pretraining, stage: seconds in steps.
-        contexts, samples: of the needle test.
-        eval_fraction: of the text held out.
-        limit: seconds of everything; stages are shortened to keep it.
+        model: fields of the Transformer's GKAConfig.
+        sequence_length, batch_size: tokens per sequence, and sequences per step.
+        precision: dtype of the training.
+        pretraining, stage: seconds of training steps in pretraining, and in each stage.
+        contexts, samples: context lengths of the needle test, and texts for each.
+        eval_fraction: fraction of the text that is held out.
+        limit: seconds of the whole run; stages are shortened to keep it.
     """
 
     model: dict[str, Any]
@@ -70,10 +70,10 @@ TINY = Scale(
 
 
 class Chain(Ledger):
-    """A run of everything.
+    """A run of the whole chain.
 
     Args:
-        scale: what is run.
+        scale: sizes and budgets.
         output: folder of chain.json, chain.md and chain.png.
         work: folder of models and checkpoints.
     """
@@ -84,7 +84,7 @@ class Chain(Ledger):
         self.found = {"hybrids": {}}
 
     def note(self, **figures: Any) -> None:
-        """Add figures and the time so far, and write all."""
+        """Add figures and the elapsed time, and write the JSON."""
         super().note(**figures, seconds=self.elapsed)
 
     @property
@@ -96,7 +96,7 @@ class Chain(Ledger):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=on)
 
     def run(self) -> None:
-        """Everything, in order."""
+        """Run all phases in order."""
         from gka.training.run import hardware, versions
 
         scale = self.scale
@@ -109,7 +109,7 @@ class Chain(Ledger):
         self.note(complete=True)
 
     def pretrain(self) -> None:
-        """The Transformer, trained for about `scale.pretraining` seconds."""
+        """Train the Transformer for about `scale.pretraining` seconds."""
         from gka.data import byte_tokenizer
         from gka.training import RunConfig, build_model, train
 
@@ -132,7 +132,7 @@ class Chain(Ledger):
         self.say(f"teacher: {metrics['evaluation']['bits_per_byte']:.4f} bits per byte")
 
     def stage_steps(self) -> dict[str, int]:
-        """Steps of both stages: the same for all mixers, those that the slower of them can do."""
+        """Steps of both stages, the same for all mixers; the slower mixer determines them."""
         from gka.models.replacement import replace_attention
         from gka.training.priming.matching import Matching, freeze_others
         from gka.training.priming.run import load_teacher
@@ -153,20 +153,20 @@ class Chain(Ledger):
                 f"{mixer}: {1e3 * alone:.0f} ms a step of stage 1, {1e3 * whole:.0f} of stage 2"
             )
         left = self.scale.limit - self.elapsed
-        # a tenth for evaluations, checkpoints and starts
+        # Keep a tenth for evaluations, checkpoints and start-up.
         each = min(self.scale.stage, 0.9 * left / (2 * len(MIXERS) + 1))
         steps = {name: max(5, int(each / seconds)) for name, seconds in slowest.items()}
         self.note(seconds_a_step=timed, steps=steps)
         return steps
 
     def prime(self, mixer: str, steps: dict[str, int]) -> None:
-        """One hybrid through both stages; chain.json gets each phase's figures."""
+        """Prime one hybrid through both stages; chain.json gets each phase's figures."""
         from gka.training.priming import PrimeConfig, prime
 
         folder, teacher = self.work / mixer, str(self.work / "teacher")
         config = PrimeConfig.from_tables(
             {
-                # gates that began better in small trials on a CPU (docs/log); alpha is GKA's alone
+                # These initial gates did better in small trials on a CPU (docs/log); alpha is only GKA's.
                 "prime": {"teacher": teacher, "mixer": mixer, "alpha": 0.5, "decay": 0.01},
                 "data": self.data(),
                 "stage1": self.training(steps["stage1"], 1e-3) | {"weight_decay": 0.0},
@@ -189,7 +189,7 @@ class Chain(Ledger):
         self.note()
 
     def go_on(self, steps: int) -> None:
-        """The control: the Transformer itself, trained as the hybrids are in stage 2."""
+        """Train the control: the Transformer itself, with stage 2 of the hybrids."""
         from gka.data import byte_tokenizer, find_documents, pack, token_blocks
         from gka.training import TrainingConfig
         from gka.training.loop import fit
@@ -209,7 +209,7 @@ class Chain(Ledger):
         self.say(f"teacher trained on: {self.found['control']['bits_per_byte']:.4f} bits per byte")
 
     def needles(self, model: Any) -> dict[str, float]:
-        """Shares of planted values copied, by character and whole, at each length."""
+        """Fractions of planted characters and of whole values that are copied, for each context length."""
         from gka.data import byte_tokenizer, find_documents, pack, split
 
         tokenizer = byte_tokenizer()
@@ -238,7 +238,7 @@ class Chain(Ledger):
         return torch.randint(0, 256, shape, device=self.device)
 
     def time_step(self, loss: Callable[[], torch.Tensor], model: torch.nn.Module) -> float:
-        """Seconds of a training step, median of six after three; kernels are compiled meanwhile."""
+        """Seconds of a training step: the median of six, after three in which kernels are compiled."""
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer, times = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0), []
         for _ in range(9):
@@ -256,7 +256,7 @@ class Chain(Ledger):
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line, with the scale that it gives."""
+    """The parsed command line, with `scale`."""
     parser = argparse.ArgumentParser(
         prog="python -m gka.experiments.chain", description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,

@@ -1,4 +1,4 @@
-"""What a chain run measures beside the loss, copied values, and what it found as a table and a picture."""
+"""The needle test of the chain, and its results as a table and a plot."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -20,15 +20,15 @@ DIGITS = 8
 
 @dataclass(frozen=True)
 class NeedleTest:
-    """Texts with a value to copy, for a tokenizer whose ids are bytes: what a memory keeps, in one pass.
+    """Texts with a value to copy from the context, for a tokenizer whose ids are bytes.
 
-    A line such as  KEY_mfqa = '83917264'  is planted somewhere in held-out text, which ends with
-    assert KEY_mfqa == '  and the value. Characters of the value are counted that a model thinks likeliest,
-    given those before, and values that it would have written whole.
+    A line such as  KEY_mfqa = '83917264'  is planted in held-out text, which ends with  assert KEY_mfqa ==
+    '  and the value. One forward pass tells which characters of the value are the most likely ones given the
+    previous characters, and for which values all are.
 
     Attributes:
-        rows: token ids [samples, context].
-        places: where each value begins: the same in every row, counted from the end.
+        rows: token ids int64 [samples, context].
+        places: characters of the value, which ends each row.
     """
 
     rows: torch.Tensor
@@ -38,7 +38,7 @@ class NeedleTest:
     def drawn(
         cls, filler: Sequence[int], context: int, samples: int, encode: Callable[[str], list[int]]
     ) -> "NeedleTest":
-        """`samples` texts of `context` tokens from `filler`, planted at all depths in turn."""
+        """`samples` texts of `context` tokens from `filler`, with needles at evenly spaced depths."""
         source, rows = random.Random(context), []
         for number in range(samples):
             key = "".join(source.choices("bcdfghjklmnpqrstvwxz", k=4))
@@ -54,7 +54,7 @@ class NeedleTest:
 
     @torch.no_grad()
     def run(self, model: Any, batch_size: int, autocast: Callable[[], Any]) -> tuple[float, float]:
-        """Share of the values' characters that are copied, and of the values that are copied whole."""
+        """Fraction of the values' characters that are copied, and of values that are copied completely."""
         device = next(model.parameters()).device
         right = []
         for rows in self.rows.to(device).split(batch_size):
@@ -66,7 +66,7 @@ class NeedleTest:
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """One row a phase of each hybrid; the teacher once."""
+    """A table with one row per phase of each hybrid, and the teacher once."""
     probes = sorted(
         {
             name
@@ -116,7 +116,7 @@ def _figures(figures: dict[str, Any], probes: list[str]) -> list[str]:
 
 
 def draw(found: dict[str, Any], figure: "Figure") -> None:
-    """Bits per byte and values copied by phase; losses of both stages."""
+    """Draw bits per byte and copied values by phase, and the losses of both stages."""
     figure.set_size_inches(11, 7.2)
     grid = figure.subplots(2, 2)
     for mixer, hybrid in found["hybrids"].items():
@@ -138,7 +138,7 @@ def draw(found: dict[str, Any], figure: "Figure") -> None:
 
 
 def _draw_teacher(grid: Any, found: dict[str, Any]) -> None:
-    """The teacher's figures as lines, and what every panel is."""
+    """Draw the teacher's figures as lines, and the titles and legends of all panels."""
     teacher = next(iter(found["hybrids"].values()))["phases"]["teacher"]
     grid[0][0].axhline(teacher["bits_per_byte"], color="black", lw=1, label="teacher")
     for line, value in zip(("-", "--", ":"), _copied(teacher).values(), strict=False):
@@ -166,7 +166,7 @@ def _draw_teacher(grid: Any, found: dict[str, Any]) -> None:
 
 
 def _copied(figures: dict[str, Any]) -> dict[str, float]:
-    """By context, the shares of characters copied."""
+    """Fractions of copied characters by context length."""
     pairs = {k: v for k, v in figures["probe"].items() if k.startswith("copied")}
     return {key.partition(", ")[2]: value for key, value in pairs.items()}
 

@@ -1,8 +1,8 @@
-"""What is lost where documents are read apart: `python -m gka.experiments.combining`.
+"""The loss of combining separately read pieces of a text: `python -m gka.experiments.combining`.
 
-MODEL is the folder of a run, such as `gka train --recipe cpu` makes. Pieces of the run's held-out text
-(or of --file) are read in turn and apart, and the apart states combined in three ways; then the same
-continuation is scored. Loss in bits per token: against nothing read, the last piece alone, and all in turn.
+MODEL is the folder of a run, as of `gka train --recipe cpu`. Pieces of --file are read in turn, and
+separately with the states combined in three ways; then the same continuation is scored, in bits per token.
+Compared are also reading nothing and reading only the last piece.
 """
 
 import argparse
@@ -24,9 +24,9 @@ WAYS = ("nothing", "last piece alone", "sequence", "sum", "mean", "read in turn"
 
 @torch.no_grad()
 def bits(session: GenerationSession, continuation: Tensor, bridge: Tensor) -> float:
-    """Bits per token of `continuation` [1,T] after the session's past and a bridge of a few tokens.
+    """Bits per token of `continuation` [1,T] after the session's states and `bridge` [1,S].
 
-    The bridge gives a combined session its first logits, and the same to all ways.
+    The bridge is needed because a combined session has no logits; all ways get the same.
     """
     model: GKAForCausalLM = session.model
     cache = session._contents.cache if session.num_tokens else GKACache(model.config)
@@ -38,7 +38,7 @@ def bits(session: GenerationSession, continuation: Tensor, bridge: Tensor) -> fl
 
 
 def one(model: GKAForCausalLM, text: Tensor, pieces: int, length: int) -> dict[str, float]:
-    """Bits per token of every way on one stretch of text [1, (pieces + 1) * length]."""
+    """Bits per token of every way, on one text [1, (pieces + 1) * length]."""
     *parts, rest = text.split(length, 1)
     bridge, continuation = rest[:, :4], rest[:, 4:]
 
@@ -56,7 +56,7 @@ def one(model: GKAForCausalLM, text: Tensor, pieces: int, length: int) -> dict[s
 
 
 def cell(samples: list[dict[str, float]], way: str) -> str:
-    """Mean, mean excess over reading in turn, and the excess's standard error."""
+    """The mean, the mean excess over reading in turn, and the standard error of the excess."""
     over = [x[way] - x["read in turn"] for x in samples]
     mean, error = (
         statistics.mean(x[way] for x in samples),

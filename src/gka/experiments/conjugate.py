@@ -1,8 +1,8 @@
-"""Conjugate gradients beside the other solvers: `python -m gka.experiments.conjugate [name ...]`.
+"""Conjugate gradients against the other solvers: `python -m gka.experiments.conjugate [name ...]`.
 
-`steps`: how many solver="cg" takes by keys and decay, and its error. `gradients`: weight gradients of several
-layers of Gated KalmaNet against those of the exact solve. Both depend on the seed alone; --device cuda runs
-them on a GPU, each solver on the backend that "auto" takes there. `cost`: processor time on the CPU.
+`steps`: steps and errors of solver="cg" for several keys and decays. `gradients`: weight gradients of several
+Gated KalmaNet layers against those of the exact solve. Both depend only on the seed; --device cuda runs
+them on a GPU, where each solver uses the backend of "auto". `cost`: processor time on the CPU.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from gka.ops import chunk_gka, last_backend, solver_steps
 
 KINDS = ("Gaussian", "SiLU", "SiLU, mean 1", "SiLU of power law")
 DECAYS = (-1e-4, -2e-3, -5e-3, -2e-2, -1e-1, -5e-1, -1.2)
-EXACT = 120  # steps at a = 0.02: 2 R^121 < 1e-14
+EXACT = 120  # Chebyshev steps that count as exact: 2 R^121 < 1e-14 at a = 0.02
 SOLVERS = {
     "exact": ("chebyshev", EXACT),
     "chebyshev": ("chebyshev", 30),
@@ -37,7 +37,7 @@ SOLVERS = {
 
 @dataclass
 class Sizes:
-    """What is measured: `length` tokens, heads of `dim`, `layers` layers of `heads` heads."""
+    """Sizes: `length` tokens, and `layers` layers of `heads` heads of dimension `dim`."""
 
     device: str
     length: int
@@ -47,7 +47,7 @@ class Sizes:
 
 
 def steps(sizes: Sizes) -> Table:
-    """Steps of a chunk of 64 that certify the error of 30 Chebyshev steps, float32, and the error then."""
+    """Steps of chunks of 64 for the error bound of 30 Chebyshev steps, float32, and errors with them."""
     rows = []
     for kind, decay in itertools.product(KINDS, DECAYS):
         torch.manual_seed(SEED)
@@ -65,7 +65,7 @@ def steps(sizes: Sizes) -> Table:
 
 
 class Layers(nn.Module):
-    """x + W_o GKA(q, k, v) a layer, of RMS-normed x, q and k of unit norm after a SiLU, alpha = 0.5."""
+    """Layers x + W_o GKA(q, k, v) of RMS-normed x, with SiLU and unit norm for q and k, and alpha = 0.5."""
 
     def __init__(self, sizes: Sizes, decay: float) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class Layers(nn.Module):
 
 @dataclass
 class Counted:
-    """Steps of each solve of a run, [U,G] each."""
+    """Steps of each solve, [U,G] each."""
 
     counts: dict[int, Tensor] = field(default_factory=dict)
 
@@ -106,20 +106,20 @@ class Counted:
             yield
 
     def shown(self) -> str:
-        """Mean and largest."""
+        """Mean and maximum as text."""
         found = torch.cat([n.flatten() for n in self.counts.values()]).double()
         return f"{found.mean():.1f}, {int(found.max())}"
 
 
 def weight_gradients(model: Layers, x: Tensor, do: Tensor, solve: Callable) -> list[Tensor]:
-    """Of sum(output * do), each projection apart: q, k, v, o of each layer."""
+    """Gradients of sum(output * do) for each projection: q, k, v, o of each layer."""
     y = model(x, solve)
     found = torch.autograd.grad((y * do).sum(), list(model.parameters()))
     return [part for grad in found for part in grad.chunk(4)]
 
 
 def gradients(sizes: Sizes) -> Table:
-    """Worst relative error of a weight's gradient, and of all, against the exact solve in float64."""
+    """Relative errors of weight gradients against the exact solve in float64: largest (all together)."""
     rows = []
     for dtype, decay in itertools.product(
         (torch.float64, torch.float32, torch.bfloat16), (-2e-3, -5e-2, -0.7)
@@ -146,7 +146,7 @@ def gradients(sizes: Sizes) -> Table:
 
 
 def cost(sizes: Sizes) -> Table:
-    """Processor time of `chunk_gka` over that of 30 Chebyshev steps, median and range of 5 repeats."""
+    """Processor time of `chunk_gka` relative to 30 Chebyshev steps, median and range of 5 repeats."""
     rows = []
     shape = (1, sizes.length, sizes.heads, sizes.dim)
     for kind, decay in itertools.product(("SiLU", "SiLU, mean 1"), (-1e-3, -1e-2, -1e-1, -1.0)):
@@ -169,7 +169,7 @@ def cost(sizes: Sizes) -> Table:
 
 
 def _times(solver: str, leaves: tuple[Tensor, ...], g: Tensor) -> tuple[float, float]:
-    """Seconds of a forward pass, and of it with the backward pass."""
+    """Seconds of processor time of a forward pass, and of forward and backward pass."""
     q, k, v = leaves
     begin = time.process_time()
     o, _ = chunk_gka(q, k, v, g, g, solver=solver, backend="torch")

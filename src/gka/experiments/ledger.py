@@ -1,7 +1,7 @@
-"""What an experiment leaves in its folder: figures as JSON, a table as Markdown, a picture.
+"""An experiment's results in a folder: figures as JSON, a table as Markdown, a plot.
 
-The JSON is written anew whenever a figure is known, so that a run that is cut off leaves what it found. Needs
-torch only: without rich, tables are plain text, and without matplotlib there is no picture.
+The JSON is rewritten after each result, so that an interrupted run leaves its results. This needs only torch:
+without rich, tables are plain text, and without matplotlib there is no plot.
 """
 
 import atexit
@@ -32,9 +32,9 @@ class Ledger:
     """Figures of one run.
 
     Attributes:
-        folder: of the files, this process's alone until it ends.
-        name: of the files, before their endings.
-        found: what NAME.json holds.
+        folder: the folder of the files, which this process locks until it ends.
+        name: file name without suffix.
+        found: content of NAME.json.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -48,19 +48,19 @@ class Ledger:
         return time.perf_counter() - self.began
 
     def say(self, text: str) -> None:
-        """Print a line with the time."""
+        """Print a line with the elapsed time."""
         print(f"[{self.elapsed:6.1f} s] {text}", flush=True)
 
     def note(self, **figures: Any) -> None:
-        """Add figures, and write all."""
+        """Add figures, and write the JSON."""
         self.found |= figures
         write_json(self.folder / f"{self.name}.json", self.found)
 
     def begin(self, settings: Mapping[str, Any], resume: bool) -> None:
-        """Begin with these settings, or with the figures of an earlier run that had the same.
+        """Begin with these settings; `resume` keeps the figures of an earlier run with the same settings.
 
         Raises:
-            InputError: the earlier run had others.
+            InputError: the earlier run had other settings, or its file is damaged.
         """
         path = self.folder / f"{self.name}.json"
         self.found = read_json(path) if resume and path.exists() else {"settings": dict(settings)}
@@ -68,7 +68,7 @@ class Ledger:
             raise InputError(f"{path} has figures of other settings; give another --output")
 
     def cell(self, key: str, measure: Callable[[], Any]) -> Any:
-        """A figure that is measured unless it is known."""
+        """The figure `key`, measured and written unless it is known."""
         cells = self.found.setdefault("cells", {})
         if key not in cells:
             cells[key] = measure()
@@ -76,12 +76,12 @@ class Ledger:
         return cells[key]
 
     def report(self, page: str, draw: Draw | None = None) -> None:
-        """Write NAME.md and NAME.png, and say where."""
+        """Write NAME.md and, with matplotlib, NAME.png, and print where."""
         report(self.folder / self.name, page, draw)
 
 
 def report(base: Path, page: str, draw: Draw | None = None) -> None:
-    """Write `base`.md and, where matplotlib is, `base`.png, and say where."""
+    """Write `base`.md and, with matplotlib, `base`.png, and print where."""
     files = [base.with_name(f"{base.name}{ending}") for ending in (".md", ".png")]
     write_text(files[0], page)
     if draw is not None and not picture(files[1], draw):
@@ -90,10 +90,10 @@ def report(base: Path, page: str, draw: Draw | None = None) -> None:
 
 
 def own(folder: Path) -> None:
-    """Make `folder` if it is missing, and keep other processes out of it.
+    """Create `folder` if it is missing, and lock it until the process ends.
 
     Raises:
-        SystemExit: another process writes it, or it cannot be made.
+        SystemExit: another process writes it, or it cannot be created.
     """
     if folder.resolve() not in _owned:
         with refusing():
@@ -103,7 +103,7 @@ def own(folder: Path) -> None:
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """End the command in one line where its input cannot be used."""
+    """Turn an `InputError` into an exit with a one-line message."""
     try:
         yield
     except InputError as error:
@@ -117,7 +117,7 @@ def markdown_table(head: Row, rows: Sequence[Row]) -> str:
 
 
 def print_table(head: Row, rows: Sequence[Row], title: str | None = None) -> None:
-    """To the terminal, with rich if it is there."""
+    """Print a table, with rich if it is installed."""
     lines = [[str(cell) for cell in line] for line in (head, *rows)]
     if importlib.util.find_spec("rich"):
         from rich.table import Table
@@ -136,7 +136,7 @@ def print_table(head: Row, rows: Sequence[Row], title: str | None = None) -> Non
 
 
 def picture(path: Path, draw: Draw, dpi: int = 110) -> bool:
-    """What `draw` draws, as PNG; False without matplotlib."""
+    """Write the plot of `draw` as PNG; returns False without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         return False
     from matplotlib.backends.backend_agg import FigureCanvasAgg

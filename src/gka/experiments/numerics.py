@@ -1,6 +1,6 @@
 """The tables of docs/numerics.md: `python -m gka.experiments.numerics [name ...]`, minutes on one core.
 
-Every table compares against float64, is printed as Markdown and depends on the seed alone.
+Every table but `cost` depends only on the seed. Errors are against float64. Output is Markdown.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def table(head: list[str], rows: list[list]) -> Table:
 
 
 def unit_keys(kind: str, *shape: int) -> Tensor:
-    """Keys of unit norm: Gaussian; SiLU of Gaussian; or all close to one common direction."""
+    """Float64 keys of unit norm: Gaussian, SiLU of Gaussian, or "aligned" (close to one direction)."""
     k = torch.randn(*shape, dtype=torch.float64)
     if kind == "SiLU":
         k = silu(k)
@@ -51,7 +51,7 @@ def unit_keys(kind: str, *shape: int) -> Tensor:
 
 
 def tokens(length: int, heads: int, dim: int, kind: str = "SiLU") -> Inputs:
-    """Float64 q, k, v, g, alpha, beta of one sequence, as a layer would make them."""
+    """Float64 q, k, v, g, alpha, beta of one sequence, similar to a layer's."""
     torch.manual_seed(SEED)
     q, k = (unit_keys(kind, 1, length, heads, dim) for _ in range(2))
     v = torch.randn(1, length, heads, dim, dtype=torch.float64)
@@ -61,7 +61,7 @@ def tokens(length: int, heads: int, dim: int, kind: str = "SiLU") -> Inputs:
 
 
 def bound() -> Table:
-    """Table 1: 2 R^(r+1)."""
+    """Table 1: the bound 2 R^(r+1)."""
     ratios = (0.005, 0.01, 0.02, 0.05, 0.1, 0.5)
     rows = [
         [r, *(f"{chebyshev_bound(a, r):.1e}" for a in ratios)]
@@ -71,7 +71,7 @@ def bound() -> Table:
 
 
 def iterate_form(apply_a: Callable, q: Tensor, fro: Tensor, ratio: float, steps: int) -> Tensor:
-    """The three-term recursion in x of algorithm 1: the same polynomial as `chebyshev_solve`."""
+    """The three-term recursion in x (algorithm 1), the same polynomial as `chebyshev_solve`."""
     step = 2.0 / ((1.0 + 2.0 * ratio) * fro.unsqueeze(-1))
     before, x = torch.zeros_like(q), step * q
     for omega in chebyshev_weights(ratio, steps):
@@ -81,8 +81,7 @@ def iterate_form(apply_a: Callable, q: Tensor, fro: Tensor, ratio: float, steps:
 
 
 def rounding(kind: str, ratio: float, steps: int, operand: torch.dtype) -> list[float]:
-    """Errors of both forms in float32, the product's argument rounded to `operand` first, and the
-    truncation error of the polynomial itself."""
+    """Errors of both forms in float32 with vectors rounded to `operand` in products; truncation error."""
     torch.manual_seed(SEED)
     k, q = unit_keys(kind, 64, 512, 128), unit_keys("Gaussian", 64, 128)
     h = k.transpose(-1, -2) @ k
@@ -108,7 +107,7 @@ def rounding(kind: str, ratio: float, steps: int, operand: torch.dtype) -> list[
 
 
 def forms() -> Table:
-    """Table 2: rounding of the two forms, against the same polynomial in float64."""
+    """Table 2: rounding errors of the two forms against the same polynomial in float64."""
     rows = []
     for operand in (torch.float32, torch.float16, torch.bfloat16):
         for kind in ("Gaussian", "SiLU", "aligned"):
@@ -124,7 +123,7 @@ def gradients(o: Tensor, do: Tensor, inputs: Inputs) -> list[Tensor]:
 
 
 def oracle(inputs: Inputs, do: Tensor) -> list[Tensor]:
-    """Float64 output and gradients of the exact map."""
+    """Output and gradients of the exact map in float64."""
     leaves = [x.detach().double().requires_grad_() for x in inputs]
     q, k, v, g, alpha, beta = leaves
     o, _ = reference_gka(q, k, v, g, g, alpha, beta, scale=q.shape[-1] ** -0.5, solver="exact")
@@ -150,7 +149,7 @@ def dtypes() -> Table:
 
 
 def convention() -> Table:
-    """Table 4: this gradient and autograd through the iteration, against the exact gradient."""
+    """Table 4: the library's gradient, and autograd through the iteration, against the exact gradient."""
     rows = []
     for kind in ("Gaussian", "SiLU", "aligned"):
         inputs = [x.requires_grad_() for x in tokens(64, 2, 16, kind)]
@@ -171,7 +170,7 @@ def convention() -> Table:
 
 
 def decay_gradient() -> Table:
-    """Table 5: dg in float32 from rectangle sums and from running differences of q.dq - k.dk."""
+    """Table 5: dg in float32 from rectangle sums, and from running sums of q.dq - k.dk."""
     rows = []
     for decay in (-0.001, -0.01, -0.1, -1.0, -5.0):
         data = tokens(4096, 2, 32)
@@ -191,7 +190,7 @@ def decay_gradient() -> Table:
 
 
 def failures() -> Table:
-    """Table 6: distance of x_r from the exact solution where the steps are too few for the ridge."""
+    """Table 6: error of x_r against the exact solution (and its bound) if the ridge needs more steps."""
     rows = []
     for ratio in (0.0001, 0.001, 0.005, 0.02):
         torch.manual_seed(SEED)
@@ -210,7 +209,7 @@ def failures() -> Table:
 
 
 def family(kind: str, length: int, dim: int) -> Tensor:
-    """Unit keys [1,T,1,K] of a family of data."""
+    """Keys of unit norm, float32 [1,T,1,K], of a family of data."""
     k = torch.randn(1, length, 1, dim, dtype=torch.float64)
     if kind == "SiLU":
         k = silu(k)
@@ -228,7 +227,7 @@ def family(kind: str, length: int, dim: int) -> Tensor:
 
 
 def solve_errors(k: Tensor, q: Tensor, gk: Tensor, solver: str) -> tuple[float, float]:
-    """Largest A-norm error of x over tokens and its relative 2-norm error, float32 against exact."""
+    """Relative errors of x in float32: the largest of a token in the A-norm, and of all in the 2-norm."""
     settings = Settings(1.0, 0.02, 30, 64, False, True, check_solver(solver))
     chunks = Chunks(Tokens(q, k, k, None, gk, None, None, None, None, None), settings)
     largest, error, size = 0.0, 0.0, 0.0
@@ -250,7 +249,7 @@ def solve_errors(k: Tensor, q: Tensor, gk: Tensor, solver: str) -> tuple[float, 
 
 
 def steps() -> Table:
-    """Table 7: steps of solver="adaptive" for the error bound of 30, and errors of both solvers."""
+    """Table 7: steps of solver="adaptive" for the error bound of 30 steps, and errors of both solvers."""
     rows = []
     kinds = (
         "Gaussian",
@@ -276,9 +275,9 @@ def steps() -> Table:
 
 
 def vectors() -> Table:
-    """Table 9: mean steps of solver="adaptive" by v: the torch form's, and that of the Hopper kernels.
+    """Table 9: mean steps of solver="adaptive" with v of S (torch) and along the mean key (Hopper).
 
-    Of keys as they are, and of keys each with a random sign.
+    Then the same for keys with random signs.
     """
     rows = []
     kinds = ("Gaussian", "SiLU", "SiLU, mean 1", "SiLU of power law")
@@ -296,12 +295,12 @@ def vectors() -> Table:
 
 
 def mean_key(relative: Relative) -> Tensor:
-    """v [M,H,K] along the sum of a chunk's unit keys."""
+    """v [M,H,K], the unit vector along the sum of a chunk's keys."""
     return normalize(relative.k.sum(2), dim=-1).expand(*relative.h.shape[:2], -1)
 
 
 def cost() -> Table:
-    """Table 8: processor time of solver="adaptive" over "chebyshev", median and range of 5 repeats."""
+    """Table 8: processor time of solver="adaptive" relative to "chebyshev", median and range of 5 repeats."""
     rows = []
     for kind, decay in itertools.product(("SiLU", "SiLU, mean 1"), (-1e-3, -1e-2, -1e-1)):
         torch.manual_seed(SEED)
@@ -334,7 +333,7 @@ TABLES: dict[str, Callable[[], Table]] = {
 
 
 def shown(name: str, found: Table) -> str:
-    """A table below what it is."""
+    """A table with its title."""
     title = (TABLES[name].__doc__ or name).strip()
     return f"{title}\n\n{markdown_table(found['head'], found['rows'])}\n"
 

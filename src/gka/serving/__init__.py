@@ -1,6 +1,6 @@
-"""Using a trained model: sessions whose memory is kept, stored, copied and combined; a look inside.
+"""Using a trained model: sessions that are stored, copied and combined, and inspection of the memory.
 
-The names are loaded when they are first used, so that `gka --help` need not load transformers.
+Names load at first use, so that `gka --help` does not load transformers.
 """
 
 from importlib import import_module

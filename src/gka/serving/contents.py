@@ -1,5 +1,4 @@
-"""What a session knows: the model's states after some tokens and what is needed to go on from them;
-and several sessions that have read their texts apart, as one."""
+"""Contents of a session: the model's states and all else that continuing needs; and their combination."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,11 +17,10 @@ from gka.models import GKACache, GKAForCausalLM, cache_tensors, fill_cache
 
 
 class DecayTotals:
-    """How much a text fades what came before it: sums of the log decays g_t over the tokens that
-    are read into a cache while it is watched.
+    """Sums of the log decays g_t over the tokens that are read into a cache while `watching` it.
 
     Attributes:
-        totals: by layer index, float64 [B,H]; layers without a decay are not in it.
+        totals: layer index to float64 [B,H]; layers without decay are absent.
     """
 
     def __init__(self, totals: dict[int, Tensor] | None = None):
@@ -30,7 +28,7 @@ class DecayTotals:
 
     @contextmanager
     def watching(self, cache: GKACache) -> Iterator[None]:
-        """Add up what is read into `cache` in the `with` block, whatever else its model reads meanwhile."""
+        """Add the decays of tokens read into `cache`, and no other cache, in the `with` block."""
         layers = range(len(cache.layers))
         with cache.observing(dict.fromkeys(layers, self._add)):
             yield
@@ -55,9 +53,9 @@ class Contents:
     Attributes:
         cache: the states of all layers.
         tokens: positions read, padding included.
-        logits: [B,V] after the last position; None where they are not known.
-        mask: [B,tokens], False at padding; None without padding, or where no layer would ask.
-        decay: total log decays; None where they are not tracked.
+        logits: [B,vocab_size] after the last position; None if unknown.
+        mask: bool [B,tokens], False at padding; None without padding or without an attention layer.
+        decay: total log decays; None if they are not tracked.
     """
 
     cache: GKACache
@@ -68,12 +66,12 @@ class Contents:
 
     @classmethod
     def empty(cls, model: GKAForCausalLM, track_decay: bool) -> "Contents":
-        """Of a session that has read nothing."""
+        """The contents of a session that has read nothing."""
         return cls(GKACache(model.config), decay=DecayTotals() if track_decay else None)
 
     @property
     def batch_size(self) -> int | None:
-        """Rows; None before the first token."""
+        """Number of rows B; None before the first token."""
         held = next(iter(cache_tensors(self.cache).values()), None)
         return None if held is None else held.shape[0]
 
@@ -105,7 +103,7 @@ class Contents:
     def of_named(
         cls, model: GKAForCausalLM, tensors: dict[str, Tensor], tokens: int, tracked: bool
     ) -> "Contents":
-        """The inverse of `named`; the tensors, which fit the model, are taken over, not copied."""
+        """The inverse of `named`. The tensors must fit the model and are not copied."""
         tensors = dict(tensors)
         logits, mask = tensors.pop("logits", None), tensors.pop("mask", None)
         names = [name for name in tensors if name.startswith("log_decay.")]
@@ -120,11 +118,7 @@ Named = list[dict[str, Tensor]]
 
 @torch.no_grad()
 def combined(model: GKAForCausalLM, parts: Sequence[Contents], how: str) -> Contents:
-    """The contents of several sessions as one; see `GenerationSession.combine`.
-
-    Raises:
-        InputError: as there.
-    """
+    """Combine the contents of several sessions; arguments and errors as in `GenerationSession.combine`."""
     _check(parts, how)
     named = [cache_tensors(part.cache) for part in parts]
     tensors: dict[str, Tensor] = {}
@@ -165,7 +159,7 @@ def _of_layer(tensors: dict[str, Tensor], index: int) -> dict[str, Tensor]:
 
 
 def _recurrent(mixer: Any, own: Named, parts: Sequence[Contents], how: str) -> dict[str, Tensor]:
-    """Moments combined, convolutions of the last part."""
+    """Combine the moments by `how`; take the convolutions of the last part."""
     merged = {name: x.clone() for name, x in own[-1].items() if name.startswith("conv.")}
     for name in (name for name in own[0] if name.startswith("recurrent.")):
         fades = not (
@@ -182,7 +176,7 @@ def _recurrent(mixer: Any, own: Named, parts: Sequence[Contents], how: str) -> d
 
 
 def _attention(mixer: Any, own: Named, parts: Sequence[Contents]) -> dict[str, Tensor]:
-    """Keys turned on by the tokens before their part; of a window, no more than it keeps."""
+    """Concatenate keys, rotated to their new positions, and values; keep what a sliding window needs."""
     keys, values = [own[0]["keys"]], [own[0]["values"]]
     offset = _lengths(parts[0])
     for tensors, part in zip(own[1:], parts[1:], strict=True):
@@ -199,7 +193,7 @@ def _attention(mixer: Any, own: Named, parts: Sequence[Contents]) -> dict[str, T
 
 
 def _lengths(part: Contents) -> Tensor:
-    """Tokens of each row, padding not counted [B]."""
+    """Tokens of each row without padding [B]."""
     if part.mask is not None:
         return part.mask.sum(1)
     return torch.full((part.batch_size or 0,), part.tokens)
@@ -216,7 +210,7 @@ def _mask(parts: Sequence[Contents]) -> Tensor | None:
 
 
 def _decay(parts: Sequence[Contents]) -> DecayTotals | None:
-    """Totals over all parts; None where the first did not track its own."""
+    """Totals over all parts; None if the first part did not track them."""
     decays = [part.decay for part in parts]
     if decays[0] is None:
         return None

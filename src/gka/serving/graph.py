@@ -1,8 +1,7 @@
-"""Decode steps as a CUDA graph: launched whole, where Python would launch kernel after kernel.
+"""Decode steps as a CUDA graph: one launch per step instead of one per kernel.
 
-At one token a sequence a model of recurrent layers keeps the device busy for a small part of the time that
-its host needs to launch the work. Its states have a constant size and are updated where they lie, so all
-launches of one step can be recorded once and repeated.
+At one token per sequence, the kernels of recurrent layers take much less time than the host needs to launch
+them. Their states have a constant size and are updated in place, so a step can be recorded once and replayed.
 """
 
 import functools
@@ -23,13 +22,13 @@ from gka.ops import available_backends, why_unavailable
 from gka.serving.tokens import prefill
 
 KERNELS = ("hopper", "triton")
-# what of a mixer a recorded step has as constants, and users may set (`set_solver`)
+# Settings of a mixer that a recording fixes and that users can change (`set_solver`).
 _CONSTANTS = ("backend", "solver", "num_iter", "ridge_ratio", "scale")
-_recording = threading.Lock()  # the stream of a device takes one recording at a time
+_recording = threading.Lock()  # a stream takes one recording at a time
 
 
 class CaptureError(RuntimeError):
-    """A step could not be recorded; the states are as they were."""
+    """A step could not be recorded; the states are unchanged."""
 
 
 def check_choice(cuda_graph: bool | None) -> None:
@@ -42,17 +41,13 @@ def why_not_graphed(model: GKAForCausalLM) -> str | None:
     """Why the decode steps of `model` cannot be a CUDA graph; None if they can."""
     device = model.device
     if device.type != "cuda":
-        return f"the model is on {device}, and CUDA graphs are of NVIDIA GPUs."
+        return f"the model is on {device}, and CUDA graphs need an NVIDIA GPU."
     if any(x.device != device for x in model.parameters()):
         return "the model's weights lie on several devices."
     if torch.is_autocast_enabled(device.type):
-        return (
-            "torch.autocast is on, whose copies of the weights do not last: cast the model instead."
-        )
+        return "torch.autocast is on, and its copies of the weights are temporary: cast the model instead."
     if os.environ.get("GKA_DEBUG") == "1":
-        return (
-            "GKA_DEBUG=1 reads values of every call, and a graph is not read while it is recorded."
-        )
+        return "GKA_DEBUG=1 checks values in every call, which a recorded step cannot do: unset it."
     return _why_not_layers(model) or _why_called(model)
 
 
@@ -67,7 +62,7 @@ def _why_not_layers(model: GKAForCausalLM) -> str | None:
                 "token: a graph needs states of constant size."
             )
         if has_experts(model.config, index):
-            return f"layer {index} has experts, and the host must know which ones a token takes."
+            return f"layer {index} has experts, and the host must read which ones a token takes."
         if isinstance(mixer, GatedKalmaNet):
             dims, dtype = (mixer.head_dim, mixer.head_v_dim), mixer.q_proj.weight.dtype
             call = (mixer.backend, mixer.solver, dims, dtype)
@@ -81,57 +76,58 @@ def _why_not_layers(model: GKAForCausalLM) -> str | None:
 def _why_not_kernels(
     backend: str, solver: Any, dims: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> str | None:
-    """The plain forms of a step may wait for the device; the kernels never do."""
+    """Why a layer's step is not run by kernels, in words, or None. Other forms may wait for the device."""
     found = available_backends(device, dtype, solver, dims, mode="step")
     name = found[0] if backend == "auto" else backend
     if name in KERNELS:
         return why_unavailable(name, device, dtype, solver, dims, mode="step")
-    return f"its step would run by backend {name!r}, which is no kernel for states in place."
+    return (
+        f"its step would run on backend {name!r}, which has no kernel that updates states in place."
+    )
 
 
 def _why_called(model: nn.Module) -> str | None:
-    """Modules must be called at every step where someone listens to one or replaced it."""
+    """Why a replay would skip Python code that must run: hooks of a module, or a replaced `forward`."""
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-            return f"{name or 'the model'} has hooks or was replaced, and is called for their sake."
+            return f"{name or 'the model'} has hooks or was replaced, so every step must call it."
     return None
 
 
 def _current(device: torch.device) -> int:
-    """The stream that steps are launched on."""
+    """Handle of the current stream, which launches the steps."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 @functools.cache
 def _side_stream(device: torch.device, current: int) -> torch.cuda.Stream:
-    """Steps are tried out and recorded here, so that what a library keeps for a stream is there before.
+    """The stream of first runs and recordings, so that data that libraries keep for a stream exists before.
 
-    One for each stream that steps are launched on: recordings that may run at the same time then share
-    nothing, such as cuBLAS' scratch.
+    There is one per current stream: graphs that run at the same time must not share cuBLAS' workspace.
     """
     return torch.cuda.Stream(device)
 
 
 def run_aside(call: Callable[[], Tensor], device: torch.device) -> Tensor:
-    """`call` on the stream that recordings use, in order with the current one."""
+    """Run `call` on the recording stream, ordered with the current stream."""
     side, current = _side_stream(device, _current(device)), torch.cuda.current_stream(device)
     with _recording:
         side.wait_stream(current)
         with torch.cuda.stream(side):
             result = call()
         current.wait_stream(side)
-    return result.clone()  # in memory of the current stream
+    return result.clone()  # memory that belongs to the current stream
 
 
 def record(call: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
-    """The launches of `call`, not run: what runs them, and where they leave the result.
+    """Record the launches of `call` without running them: (function that runs them, their result).
 
     Raises:
-        CaptureError: `call` does what cannot be recorded, such as waiting for the device.
+        CaptureError: `call` does something that cannot be recorded, such as waiting for the device.
     """
     graph, side = torch.cuda.CUDAGraph(), _side_stream(device, _current(device))
     try:
-        # `stream` is left however the recording ends; other threads may use the device meanwhile
+        # `stream` is restored even if the recording fails; other threads may use the device meanwhile.
         with (
             _recording,
             torch.cuda.stream(side),
@@ -139,7 +135,7 @@ def record(call: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[
         ):
             result = call()
     except RuntimeError as error:
-        # what went wrong; `error` itself may only say that the recording is void
+        # The cause: `error` itself may only say that the recording is invalid.
         first = error.__context__ or error
         reason = (str(first).strip() or type(first).__name__).splitlines()[0]
         raise CaptureError(
@@ -150,7 +146,7 @@ def record(call: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[
 
 
 def _held(cache: GKACache) -> list[dict[int, Tensor | None]]:
-    """Where a cache of recurrent layers holds its states."""
+    """The dictionaries of states of a cache of recurrent layers."""
     layers: list[Any] = list(cache.layers)
     return [held for layer in layers for held in (layer.conv_states, layer.recurrent_states)]
 
@@ -160,24 +156,23 @@ def _places(held: list[dict[int, Tensor | None]]) -> list[int | None]:
 
 
 class _Step:
-    """A recorded step on the states of one cache, with its own inputs.
+    """A recorded step on the states of one cache, with its own input tensors.
 
-    It stays true as long as everything it reads lies where it lay, on the stream it was made for: `holds`
-    tells.
+    It is valid while `holds`: all that it reads has the same addresses, settings and stream.
     """
 
     def __init__(self, model: GKAForCausalLM, cache: GKACache, tokens: Tensor, mask: Tensor | None):
         self.cache, self.device = cache, model.device
         self.weights = [*model.parameters(), *model.buffers()]
         self.mixers = [x for x in model.modules() if isinstance(x, RecurrentMixer)]
-        with torch.inference_mode(False):  # or it could not be written to outside
+        with torch.inference_mode(False):  # so that they can be written outside inference mode
             self.tokens = tokens.clone()
             self.mask = None if mask is None else mask.clone()
         self.seen = self._seen()
         self.replay, self.logits = self._record(model)
 
     def _record(self, model: GKAForCausalLM) -> tuple[Callable[[], None], Tensor]:
-        """Nothing is read: what the host did meanwhile, counting tokens, is undone."""
+        """Record a step; undo what the host changed meanwhile, such as the number of tokens."""
         cache, tokens = self.cache, self.cache.get_seq_length()
         before = [dict(states) for states in _held(cache)]
         try:
@@ -191,8 +186,8 @@ class _Step:
                 states.update(old)
         if moved:
             raise CaptureError(
-                "the decode step cannot be recorded as a CUDA graph: it does not leave the states where they "
-                "are. Open the session with cuda_graph=False to decode without."
+                "the decode step cannot be recorded as a CUDA graph: it moves the states to other memory. "
+                "Open the session with cuda_graph=False to decode without."
             )
         return recorded
 
@@ -202,13 +197,13 @@ class _Step:
         return [*places, *(getattr(x, name, None) for x in self.mixers for name in _CONSTANTS)]
 
     def holds(self, cache: GKACache, tokens: Tensor) -> bool:
-        """Whether a replay does what a call on `cache` would."""
+        """Whether a replay is equivalent to a call on `cache`."""
         return (
             cache is self.cache and tokens.shape == self.tokens.shape and self._seen() == self.seen
         )
 
     def run(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        """Logits [B,V] of one step, which the next step leaves alone."""
+        """Run one step; the logits [B,vocab_size] are a copy, which the next step does not overwrite."""
         self.tokens.copy_(tokens)
         if self.mask is not None and mask is not None:
             self.mask.copy_(mask)
@@ -218,26 +213,25 @@ class _Step:
 
 
 class GraphedSteps:
-    """The decode steps of one session: the first is run as it is, the second recorded, the rest repeated.
+    """Decode steps of one session: the first runs plainly, the second is recorded, others are replayed.
 
-    So nothing is read twice, and whatever is compiled or allocated at first use is there before the
-    recording. A step with a mask (some rows have ended) is a recording of its own. What changes its
-    place, states or weights, is recorded anew.
+    So no token is read twice, and compilation and allocation of a first use precede the recording. Steps
+    with a mask (some rows have ended) have their own recording. Moved states or weights need a new one.
 
     Args:
-        model: `why_not_graphed(model)` is None.
+        model: a model for which `why_not_graphed` is None.
     """
 
     def __init__(self, model: GKAForCausalLM):
         self.model = model
-        self._steps: dict[bool, _Step | None] = {}  # None: ready to be recorded
+        self._steps: dict[bool, _Step | None] = {}  # with a mask or not; None: to be recorded next
 
     def forget(self) -> None:
-        """Give back the recordings and their memory."""
+        """Release the recordings and their memory."""
         self._steps.clear()
 
     def check_weights(self) -> None:
-        """Forget recordings of parameters that were exchanged for others."""
+        """Forget the recordings if a parameter or buffer was replaced by another tensor."""
         now = [*self.model.parameters(), *self.model.buffers()]
         for step in self._steps.values():
             if step is not None and [*map(id, step.weights)] != [*map(id, now)]:
@@ -245,10 +239,10 @@ class GraphedSteps:
                 return
 
     def run(self, tokens: Tensor, mask: Tensor | None, cache: GKACache) -> Tensor:
-        """Read one token a row, [B,1] with mask [B,1] or None, into `cache`, which is not empty.
+        """Read one token per row, [B,1] with mask [B,1] or None, into `cache`, which is not empty.
 
         Returns:
-            Logits after it [B,V].
+            The logits after it [B,vocab_size].
 
         Raises:
             CaptureError: the step cannot be recorded; nothing was read.

@@ -1,7 +1,7 @@
-"""What the memory of each GKA layer does with a text: decay, ridge, conditioning, solver error.
+"""Measurements of each GKA layer's memory on a text: decay, ridge, condition number, solver error.
 
-The model reads the text as it always does, in pieces; beside it H_t is formed in float64 from the
-layer's own keys and gates, and looked at in some places of the text.
+The model reads the text as usual, in pieces. H_t is also formed in float64 from the layer's keys and gates,
+and measured at some positions of the text.
 """
 
 import math
@@ -25,7 +25,7 @@ from gka.ops.checks import check_solver
 from gka.serving.tokens import PREFILL_CHUNK, check_model, prefill
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-_KEPT_DECAYS = 4096  # tokens, evenly spaced, from which the quantiles are taken
+_KEPT_DECAYS = 4096  # at most so many evenly spaced tokens enter the quantiles
 CURVES = ("fro", "lambda", "condition", "steps", "error", "residual", "memory")
 
 
@@ -37,27 +37,26 @@ def inspect_model(
     positions: int = 64,
     chunk: int = PREFILL_CHUNK,
 ) -> dict[str, Any]:
-    """Read one text and describe what each layer's memory does with it.
+    """Read one text and measure each layer's memory.
 
     Args:
-        model: a model with a GKA layer among its mixers.
+        model: a model with at least one GKA layer.
         tokens: ids of one text [T] or [1,T].
-        positions: how many evenly spaced places are looked at, the last token among them.
+        positions: number of evenly spaced positions to measure; the last token is one of them.
         chunk: tokens read at a time.
 
     Returns:
-        JSON-ready: `tokens`, `positions` (places looked at, from 0), and `layers`. A GKA layer has its
-        `ridge_ratio`, `num_iter`, `solver`, `condition_bound` (1+a)/a, `error_bound`; by head
-        `decay_quantiles` (of gamma at QUANTILES), `half_life` in tokens (null without decay), `alpha`,
-        `beta` (means; 1 where there is no gate), `final_norm_h`, `final_norm_u`; and by place and head
-        `curves`: `fro` |H_t|, `lambda`, `condition` of H_t + lambda_t I, `steps` taken, `error`
-        |x - x*|_A / |x*|_A and `residual` |A x - q| / |q| of the solve against the exact one in float64
-        (null where num_iter = 0 or the history is empty), `memory` sum_j prod gamma, the tokens remembered.
-        Other layers have their `mixer` alone.
+        A dictionary for JSON: `tokens`, `positions` (from 0) and `layers`, each with its index `layer` and
+        `mixer`. GKA layers also have `ridge_ratio`, `num_iter`, `solver`, `condition_bound` (1+a)/a,
+        `error_bound` (null if num_iter = 0), `heads` and `curves`. `heads` has for each head
+        `decay_quantiles` (of gamma at QUANTILES), `half_life` in tokens (null without decay), means of
+        `alpha` and `beta` (1 without the gate), `final_norm_h`, `final_norm_u`. `curves` has by position
+        and head `fro` |H_t|, `lambda`, `condition` of A = H_t + lambda_t I, `steps` taken, `error`
+        |x - x*|_A / |x*|_A against the exact solution x* in float64, `residual` |A x - q| / |q| (both null
+        if num_iter = 0 or nothing was written), and `memory` sum_j prod gamma, the tokens remembered.
 
     Raises:
-        InputError: another model, one without a GKA layer, no tokens, several texts, or `positions` or
-            `chunk` not positive.
+        InputError: a model without GKA layers, no tokens, several texts, positions < 1 or chunk < 1.
     """
     check_model(model)
     ids = torch.as_tensor(tokens, device=model.device)
@@ -68,9 +67,7 @@ def inspect_model(
         raise InputError(f"positions is {positions}; expected 1 or more")
     if "gka" not in model.config.pattern:
         mixers = ", ".join(sorted(set(model.config.pattern)))
-        raise InputError(
-            f"the model has no Gated KalmaNet layer, whose ridge could be looked at (its mixers: {mixers})"
-        )
+        raise InputError(f"the model has no Gated KalmaNet layer to inspect (its mixers: {mixers})")
     places = _places(ids.shape[1], positions)
     cache = GKACache(model.config)
     watches = {
@@ -91,12 +88,12 @@ def inspect_model(
 
 
 def _places(length: int, wanted: int) -> list[int]:
-    """At most `wanted` places of a text, evenly spaced, the last one among them."""
+    """At most `wanted` evenly spaced positions of a text, the last token included."""
     return sorted({math.ceil((i + 1) * length / wanted) - 1 for i in range(wanted)})
 
 
 class _Watch:
-    """One layer while it reads: its H_t in float64 [1,H,K,K], and what was seen at the places."""
+    """Measurements of one layer while it reads; `h` is H_t in float64 [1,H,K,K]."""
 
     def __init__(self, mixer: GatedKalmaNet, places: list[int], length: int):
         self.mixer = mixer
@@ -112,7 +109,7 @@ class _Watch:
         self.curves: dict[str, list[Any]] = {name: [] for name in CURVES}
 
     def look(self, mixer: GatedKalmaNet, q: Tensor, k: Tensor, seen: Gates) -> None:
-        """Take in a piece of the text: q [1,T,H,K], k [1,T,Hk,K], gates [1,T,H]."""
+        """Process a piece of the text: q [1,T,H,K], k [1,T,Hk,K], gates [1,T,H]."""
         length = q.shape[1]
         heads = self.h.shape[1]
         taken = self._steps(q, k, seen)
@@ -137,9 +134,9 @@ class _Watch:
         self.read += length
 
     def _steps(self, q: Tensor, k: Tensor, seen: Gates) -> Tensor:
-        """Steps of the piece's tokens [1,T,H] on the backend that runs it: by chunks, or token by token.
+        """Solver steps of the piece's tokens [1,T,H] on the backend that runs it.
 
-        Of single tokens the torch form's count: kernels that decode do not tell theirs.
+        Pieces of at most DECODE_TOKENS get the torch backend's, as decode kernels do not return theirs.
         """
         mixer, length, heads = self.mixer, k.shape[1], self.h.shape[1]
         if mixer.num_iter == 0 or not SOLVERS[check_solver(mixer.solver)].adaptive:
@@ -154,7 +151,7 @@ class _Watch:
         )  # fmt: skip
 
     def _advance(self, k: Tensor, g: Tensor) -> None:
-        """H and the sum of decays over some tokens; k carries the write gate."""
+        """Advance `h` and `memory` over some tokens; k includes the write gate."""
         if k.shape[1] == 0:
             return
         total = g.cumsum(1)
@@ -164,7 +161,7 @@ class _Watch:
         self.memory = whole * self.memory + to_end.sum(1)
 
     def _measure(self, q: Tensor, taken: Tensor) -> None:
-        """At a token with query q [1,H,K], whose solve takes `taken` [H] steps."""
+        """Measure at a token with query q [1,H,K], whose solve takes `taken` [H] steps."""
         a, steps = self.mixer.ridge_ratio, self.mixer.num_iter
         h, fro = self.h, self.h.square().sum((-2, -1)).sqrt()
         lamb = a * fro
@@ -188,7 +185,7 @@ class _Watch:
         self.curves["residual"].append(_plain(residual[0]))
 
     def result(self, states: dict[int, Tensor]) -> dict[str, Any]:
-        """The layer's part of the answer, given its final states."""
+        """The layer's entry of the result, given its final states."""
         mixer = self.mixer
         gamma = torch.cat(self.gammas)
         quantiles = torch.quantile(gamma, gamma.new_tensor(QUANTILES), dim=0)

@@ -1,6 +1,6 @@
-"""An inspection for people: a table, and one HTML page that needs no network, script or other file.
+"""Display of an inspection: a table, and one HTML page without network access, scripts or other files.
 
-Figures are SVG. Heads are told apart by colours that the colour-blind see too.
+Figures are SVG. The colours of heads can be distinguished by colour-blind readers.
 """
 
 import base64
@@ -38,12 +38,12 @@ error. Curves have one colour a head, that of the head in the first panel.
 
 
 def page(content: dict[str, Any]) -> str:
-    """The HTML text of an `inspect_model` result, which may also name its `model_folder`."""
+    """The HTML page of an `inspect_model` result, which may also have `model_folder`."""
     layers = gka_layers(content)
     name = str(content.get("model_folder", "model"))
     parts = [
         f"<h1>Memory of {html.escape(name)}</h1>",
-        f"<p>{content['tokens']:,} tokens, looked at in {len(content['positions'])} places. "
+        f"<p>{content['tokens']:,} tokens, measured at {len(content['positions'])} positions. "
         f"{len(layers)} of {len(content['layers'])} layers are Gated KalmaNet.</p>",
         f"<p class='note'>{_LEGEND}</p>",
     ]
@@ -65,7 +65,7 @@ def page(content: dict[str, Any]) -> str:
 
 
 def _image(drawing: str, name: str) -> str:
-    """Each figure as its own image, so that the names inside one do not meet those of another."""
+    """Embed a figure as a separate image, so that ids inside the SVGs do not collide."""
     encoded = base64.b64encode(drawing.encode()).decode()
     return f"<img alt='{html.escape(name)}' src='data:image/svg+xml;base64,{encoded}'>"
 
@@ -91,20 +91,20 @@ def _table(layer: dict[str, Any]) -> str:
 
 
 def number(value: float | None) -> str:
-    """Three digits; a dash for what does not exist."""
+    """A number in three digits; a dash for None."""
     if value is None:
         return "–"
     return "∞" if value == math.inf else f"{value:.3g}"
 
 
 def table(content: dict[str, Any]) -> Table:
-    """A row for each layer, each figure the least and the most over its heads (and places)."""
+    """A row for each layer; each cell has the minimum and maximum over heads (and positions)."""
     names = ("half-life", "remembered", "lambda", "condition", "steps", "error/bound")
     shown = Table(
-        title=f"{content['tokens']:,} tokens, {len(content['positions'])} places",
-        caption="least .. most over heads and places; half-life and remembered in tokens",
+        title=f"{content['tokens']:,} tokens, {len(content['positions'])} positions",
+        caption="minimum .. maximum over heads and positions; half-life, remembered in tokens",
         box=SIMPLE_HEAD,
-        padding=0,  # all of it within 80 columns
+        padding=0,  # so that it fits into 80 columns
     )
     shown.add_column("layer", no_wrap=True)
     for name in names:
@@ -133,7 +133,7 @@ def _span(values: list[float | None]) -> str:
     return low if low == high else f"{low} ..\n{high}"
 
 
-# Okabe and Ito's; with more heads a continuous scale takes over
+# Colours of Okabe and Ito; more heads than colours use a continuous scale.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
 _PANELS = (
     ("memory", "tokens remembered", True),
@@ -146,7 +146,7 @@ _LIMITS = {"condition": "condition_bound", "error": "error_bound", "steps": "num
 
 
 def overview(content: dict[str, Any]) -> "Figure":
-    """Layers by heads: half-life, |H|, |U| at the end, and the largest solve error over its bound."""
+    """Maps of layers by heads: half-life, final |H| and |U|, and the largest solve error over its bound."""
     layers = gka_layers(content)
     rows = [layer["layer"] for layer in layers]
     maps = (
@@ -165,7 +165,7 @@ def overview(content: dict[str, Any]) -> "Figure":
 
 
 def layer_figure(layer: dict[str, Any], positions: list[int]) -> "Figure":
-    """One layer: memory length of each head, and what changes along the text."""
+    """Panels of one layer: memory length of each head, and curves along the text."""
     figure = _figure(13, 5.6)
     axes = figure.subplots(2, 3).flat
     _draw_memory_length(axes[0], layer)
@@ -186,7 +186,7 @@ def layer_figure(layer: dict[str, Any], positions: list[int]) -> "Figure":
 
 
 def svg(figure: "Figure") -> str:
-    """The figure as an SVG document; text stays text, in the reader's own font."""
+    """The figure as an SVG document, with text in the reader's font."""
     import matplotlib
 
     drawn = io.StringIO()
@@ -196,12 +196,12 @@ def svg(figure: "Figure") -> str:
 
 
 def gka_layers(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """The layers with something to show."""
+    """The layers that were measured."""
     return [layer for layer in content["layers"] if "heads" in layer]
 
 
 def worst_errors(layer: dict[str, Any]) -> list[float | None]:
-    """Each head's largest solve error; None where nothing was solved."""
+    """Each head's largest solve error; None if nothing was solved."""
     by_head = zip(*layer["curves"]["error"], strict=True)
     return [max((e for e in errors if e is not None), default=None) for errors in by_head]
 
@@ -212,7 +212,7 @@ def _worst_over_bound(layer: dict[str, Any]) -> list[float | None]:
 
 
 def memory_length(gamma: float | None) -> float | None:
-    """1/(1 - gamma) tokens, the sum of all powers of a decay; infinity for gamma = 1, None for None."""
+    """1/(1 - gamma), the sum of all powers of a decay, in tokens; infinity for gamma = 1, None for None."""
     if gamma is None:
         return None
     return math.inf if gamma >= 1 else 1 / (1 - gamma)
@@ -240,13 +240,13 @@ def _heat(axes: "Axes", values: list[list[float | None]], rows: list[int], is_lo
 
 
 def _every(names: Sequence[int], most: int) -> tuple[list[int], list[str]]:
-    """Places and labels of at most so many ticks, evenly spaced."""
+    """Places and labels of at most `most` evenly spaced ticks."""
     places = [*range(0, len(names), -(-len(names) // most))]
     return places, [str(names[place]) for place in places]
 
 
 def round_range(values: list[float]) -> tuple[float, float]:
-    """The nearest of 1, 2, 5, 10, 20 ... that have positive `values` between them: 0.3, 7 to 0.2, 10."""
+    """Round positive `values` outwards to 1, 2, 5, 10, 20 ...: from 0.3 and 7 to 0.2 and 10."""
     low, high = (min(values), max(values)) if values else (1.0, 1.0)
     steps = (1, 2, 5, 10)
     down, up = 10.0 ** math.floor(math.log10(low)), 10.0 ** math.floor(math.log10(high))
@@ -256,7 +256,7 @@ def round_range(values: list[float]) -> tuple[float, float]:
 
 
 def _log_ticks(axis: "Axis", low: float, high: float) -> None:
-    """Few and short labels: 0.0002, not 2 x 10^-4, which runs into what stands beside it."""
+    """Set few and short labels: 0.0002, because 2 x 10^-4 would overlap its neighbours."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     subs = (1.0, 2.0, 5.0) if high / low < 50 else (1.0,)
@@ -266,12 +266,12 @@ def _log_ticks(axis: "Axis", low: float, high: float) -> None:
 
 
 def tick_text(value: float) -> str:
-    """A round number in a few characters."""
+    """A round number as short text."""
     return f"{value:g}".replace("e-0", "e-").replace("e+0", "e")
 
 
 def _draw_memory_length(axes: "Axes", layer: dict[str, Any]) -> None:
-    """5, 25, 50, 75, 95 % of 1/(1 - gamma) over the tokens, by head, on a log axis."""
+    """Draw each head's 5, 25, 50, 75 and 95 % quantiles of 1/(1 - gamma) over tokens, on a log axis."""
     colors = _head_colors(len(layer["heads"]))
     lengths = [[memory_length(q) for q in head["decay_quantiles"]] for head in layer["heads"]]
     known = [x for row in lengths for x in row if x is not None and math.isfinite(x)]
@@ -306,7 +306,7 @@ def _draw_curves(
     is_log: bool,
     bound: float | None,
 ) -> None:
-    """One line a head; a log axis has room for a line at `bound`."""
+    """Draw one line per head; a log axis includes `bound`."""
     from matplotlib.ticker import MaxNLocator
 
     for head, color in enumerate(colors):
@@ -338,7 +338,5 @@ def _figure(width: float, height: float) -> "Figure":
 
     figure = Figure(figsize=(width, height), layout="constrained")
     engine: Any = figure.get_layout_engine()
-    engine.set(
-        w_pad=0.12, h_pad=0.08
-    )  # the reader's own font may be wider than the one measured here
+    engine.set(w_pad=0.12, h_pad=0.08)  # the reader's font may be wider than the one measured here
     return figure

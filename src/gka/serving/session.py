@@ -1,4 +1,4 @@
-"""A conversation with a model whose memory has a constant size: kept, copied, stored, combined."""
+"""A text that a model reads and continues, with states that can be copied, stored and combined."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
@@ -28,24 +28,24 @@ from gka.serving.tokens import (
 
 
 class GenerationSession:
-    """A model and its states across turns.
+    """A model and its states over several turns.
 
-    Every token that was appended or yielded is in the states, so a session can be left, copied or
-    stored at any time. A batch has one text a row; its rows are padded on the left where they differ.
+    The states contain every token that was appended or yielded, so a session can be interrupted, copied or
+    stored between any two tokens. A batch has one text per row; shorter rows are padded on the left.
 
-    Sessions of one model share its weights and its solver settings (`set_solver`), and nothing that reading
-    changes: each may run in a thread of its own. One session serves one thread at a time.
+    Sessions of one model share only its weights and solver settings (`set_solver`), so each can run in its
+    own thread. One session serves one thread at a time.
 
     Args:
-        model: a `GKAForCausalLM`; used as it is, not copied, and not trained.
-        prefill_chunk: tokens of each row that are read at a time; bounds memory, changes no result.
+        model: a `GKAForCausalLM`, which is neither copied nor trained.
+        prefill_chunk: tokens of each row read at a time; limits memory and does not change the result.
         track_decay: keep each layer's total log decay, which `combine` needs for `how="sequence"`.
-        cuda_graph: whether `generate` repeats a recorded step, which spares the host the launches; the
-            tokens are the same. None: where it can (`why_not_graphed`). True: always, or an error.
+        cuda_graph: whether `generate` replays a recorded step as a CUDA graph, which saves the host the
+            launches and gives the same tokens. None: if possible (`why_not_graphed`). True: or an error.
 
     Raises:
-        InputError: `model` is no GKA language model, `prefill_chunk` is not positive, or steps cannot be
-            recorded though `cuda_graph` is True.
+        InputError: `model` is not a GKA language model, `prefill_chunk` is not positive, `cuda_graph` is not
+            True, False or None, or it is True and steps cannot be recorded.
 
     Example:
         >>> session = GenerationSession(model).append(prompt)
@@ -78,21 +78,21 @@ class GenerationSession:
 
     @property
     def why_not_graphed(self) -> str | None:
-        """Why the steps of `generate` are launched one by one; None where they are a CUDA graph."""
+        """Why the kernels of `generate` are launched one by one; None if steps are a CUDA graph."""
         if self.cuda_graph is False:
             return "the session was opened with cuda_graph=False."
         if self.tracks_decay:
-            return "track_decay=True adds up decays beside the model, at every step."
+            return "track_decay=True sums decays in Python at every step."
         return why_not_graphed(self.model)
 
     @property
     def num_tokens(self) -> int:
-        """Positions read so far, each row's padding included."""
+        """Positions read so far, padding included."""
         return self._contents.tokens
 
     @property
     def batch_size(self) -> int | None:
-        """Rows; None before the first token."""
+        """Number of rows B; None before the first token."""
         return self._contents.batch_size
 
     @property
@@ -102,15 +102,15 @@ class GenerationSession:
 
     @property
     def tracks_decay(self) -> bool:
-        """Whether total log decays are kept."""
+        """Whether total log decays are tracked."""
         return self._contents.decay is not None
 
     @property
     def log_decay(self) -> dict[int, Tensor]:
-        """Total log decay since the start of every layer that decays: layer index to float64 [B,H].
+        """Total log decay of every layer with decay: layer index to float64 [B,H].
 
         Raises:
-            InputError: the session does not track it.
+            InputError: the session was opened without `track_decay`.
         """
         if self._contents.decay is None:
             raise InputError("log_decay is not tracked: open the session with track_decay=True")
@@ -120,14 +120,15 @@ class GenerationSession:
         """Read tokens.
 
         Args:
-            tokens: [B,T] ids, or those of one row [T]; the batch of the first call is that of all.
+            tokens: ids [B,T], or [T] for one row; B must be the same in all calls.
             attention_mask: [B,T], 1 for tokens and 0 for padding, which must be on the left.
 
         Returns:
             The session itself.
 
         Raises:
-            InputError: a shape, id or mask that does not fit; the session is as it was.
+            InputError: a shape, id or mask does not fit, and the session is unchanged; or the session is in
+                use or was interrupted before.
         """
         ids = token_ids(tokens, self.model, self.batch_size)
         self._feed(ids, left_padding(attention_mask, ids))
@@ -143,23 +144,23 @@ class GenerationSession:
         seed: int | None = None,
         eos_token_id: int | Sequence[int] | None = None,
     ) -> Iterator[Tensor]:
-        """Yield the next tokens one by one, until all rows have met an end-of-text token.
+        """Yield the next tokens one by one, until all rows have an end-of-text token.
 
         Args:
             max_new_tokens: at most this many.
-            temperature: divides the logits; 0 takes the likeliest token.
-            top_k: sample from this many likeliest tokens; 0 from all.
-            top_p: sample from the likeliest tokens that together have this probability.
-            seed: of the random numbers; None goes on with torch's own.
-            eos_token_id: what ends a text. None: the configuration's, if it has one; [] for nothing.
+            temperature: divides the logits; 0 takes the most likely token.
+            top_k: sample from this many most likely tokens; 0 means all.
+            top_p: sample from the most likely tokens that together have this probability.
+            seed: seed of the random numbers; None uses torch's global generator.
+            eos_token_id: ids that end a text. None: the configuration's; []: none.
 
         Yields:
-            [B] int64 on the model's device. Rows that have ended yield padding, which is not read.
+            [B] int64 on the model's device. Rows that have ended yield padding, which is masked.
 
         Raises:
-            InputError: an option is out of range, no token was read before, or the steps can no longer be
-                a CUDA graph though `cuda_graph` is True; at the call.
-            RuntimeError: a step could not be recorded as a CUDA graph; the session is whole.
+            InputError: at the call: an option is out of range, no logits are known (nothing was read, or
+                after `combine`), or `cuda_graph` is True and steps can no longer be recorded.
+            RuntimeError: a step could not be recorded as a CUDA graph; the session can still be used.
         """
         sampling = Sampling(
             max_new_tokens=max_new_tokens,
@@ -179,7 +180,7 @@ class GenerationSession:
         return self._stream(chooser(sampling, self.model.device), max_new_tokens, ends, graphed)
 
     def fork(self, repeats: int = 1) -> "GenerationSession":
-        """An independent session with the same model and past, each row `repeats` times.
+        """An independent session with the same model and states, each row `repeats` times.
 
         Raises:
             InputError: `repeats` is not positive.
@@ -191,10 +192,10 @@ class GenerationSession:
             return self._with(self._contents.copy(repeats))
 
     def save(self, path: str | Path) -> None:
-        """Store the session; a file that is there is replaced once the new one is whole.
+        """Store the session; an existing file is replaced when the new one is complete.
 
         Raises:
-            InputError: the file cannot be written, or the states are no numbers; a file that is there stays.
+            InputError: the file cannot be written or the states are not finite; an existing file is kept.
         """
         with self._turn.use():
             self._check_whole()
@@ -203,22 +204,21 @@ class GenerationSession:
     def load(
         self, path: str | Path, *, verify: bool = True, mmap: bool = False
     ) -> "GenerationSession":
-        """Take up a stored session in place of this one's past.
+        """Replace this session's states by stored ones.
 
         Args:
-            path: what `save` wrote, with this model.
-            verify: compare the checksum, and refuse numbers that are not finite.
-            mmap: use the tensors where they lie in the file, mapped into memory, instead of a copy. The file
-                must then stay as it is while the session lives: what is written into it changes the states,
-                unnoticed, and where it is cut short the process ends by SIGBUS. A file that is replaced
-                as `save` does it (`os.replace`) is no harm.
+            path: a file that `save` wrote with this model.
+            verify: compare the checksum, and refuse values that are not finite.
+            mmap: map the tensors into memory instead of copying them. The file must then not be changed
+                during the session's life: writes into it change the states unnoticed, and a read beyond a
+                new end kills the process with SIGBUS. Replacing it as `save` does (`os.replace`) is harmless.
 
         Returns:
             The session itself.
 
         Raises:
-            InputError: the file is absent, cut short, damaged or of another model, or holds what no
-                session of this model would; the session is as it was.
+            InputError: the file is missing, cut short, damaged, of another model or does not fit this
+                model; the session is unchanged.
         """
         with self._turn.use():
             self._contents = statefile.load_contents(
@@ -232,20 +232,20 @@ class GenerationSession:
     def combine(
         sessions: Sequence["GenerationSession"], how: str = "sequence"
     ) -> "GenerationSession":
-        """One session that knows what several have read, each from the start, without reading again.
+        """Combine the states of several sessions into a new session, without reading the texts again.
 
-        Recurrent states are combined as `how` says; convolutions go on from the last session; keys and
-        values of attention layers stand one after the other, turned to the positions they then have.
-        The next token's logits are not known: append something before generating.
+        Recurrent states are combined by `how`. Convolutions continue from the last session. Keys and values
+        of attention layers are concatenated, with keys rotated to their new positions. The next token's
+        logits are unknown, so append something before generating.
 
         Args:
-            sessions: of one model and batch size, in their order.
-            how: "sequence", each state faded by the decay of those after it, as if read in turn
-                (sessions opened with track_decay=True); "sum", the plain sum; "mean", the mean.
+            sessions: sessions of one model and batch size, in order.
+            how: "sequence" decays each state by the total decay of the later sessions, as if read one after
+                the other (sessions after the first need track_decay=True); "sum"; or "mean".
 
         Raises:
-            InputError: fewer than two sessions, models, batches or layers that cannot be combined, or
-                decays that were not tracked.
+            InputError: fewer than two sessions, different models or batch sizes, layers that cannot be
+                combined, decays that were not tracked, or `how` is unknown.
         """
         sessions = list(sessions)
         if len(sessions) < 2 or any(x.model is not sessions[0].model for x in sessions):
@@ -266,7 +266,7 @@ class GenerationSession:
         return session
 
     def _graphed(self) -> bool:
-        """Whether steps are to be a CUDA graph; raises `InputError` where they must be and cannot."""
+        """Whether steps are to be a CUDA graph; raises `InputError` if they must be but cannot."""
         reason = self.why_not_graphed
         if reason is None:
             self._graphs.check_weights()
@@ -295,13 +295,13 @@ class GenerationSession:
             self._feed(tokens[:, None], ~done[:, None] if ended else None, graphed)
             if ends:
                 done = done | torch.isin(tokens, stop)
-                ended = int(done.sum())  # the one wait for the device a token
+                ended = int(done.sum())  # the only wait for the device per token
             yield tokens
             if ended == len(done):
                 return
 
     def _feed(self, tokens: Tensor, mask: Tensor | None, graphed: bool = False) -> None:
-        """Read [B,T] tokens; mask [B,T] is None without padding. `graphed`: T = 1, as a CUDA graph."""
+        """Read tokens [B,T] with mask [B,T], None without padding; `graphed` (T = 1): as a CUDA graph."""
         with self._turn.use():
             self._check_whole()
             self._feed_alone(tokens, mask, graphed)
@@ -316,7 +316,7 @@ class GenerationSession:
             covering = torch.cat(
                 [one if x is None else x for x, one in zip(parts, ones, strict=True)], 1
             )
-        # what is interrupted half-way, by an error or Ctrl-C, has changed some layers and not others
+        # An error or Ctrl-C in the middle leaves some layers changed and others not.
         self._whole = False
         logits = self._read(tokens, covering, graphed)
         if mask is not None and contents.logits is not None:

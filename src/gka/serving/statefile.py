@@ -1,4 +1,4 @@
-"""A session's states in a file: safetensors, with a header that says whose they are, and a checksum."""
+"""A session's states in a safetensors file, with a header that identifies the model, and a checksum."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from gka.errors import InputError
+from gka.errors import InputError, StorageError
 from gka.layers.recurrent_mixer import RecurrentMixer
 from gka.models import GKAConfig, GKAForCausalLM, state_shapes
 from gka.models.fields import GKAFields
@@ -19,20 +19,21 @@ from gka.serving.contents import Contents
 from gka.storage import replacing
 
 FORMAT, VERSION = "gka-session", 1
-# What may differ between the model that wrote a state and the one that goes on from it.
+# Fields in which the model that wrote a state and the model that reads it may differ.
 _FREE = {"backend", "num_iter", "ridge_ratio", "solver", "initializer_range", "use_cache"}
 _FREE |= {"max_position_embeddings", "tie_word_embeddings", "mixer", "attention_layers"}
 _FREE |= {"pad_token_id", "bos_token_id", "eos_token_id"}
-_MOST = 2**40  # tokens and rows; beyond, products of sizes leave the range of 64 bits
+_MOST = 2**40  # limit of tokens and of rows: products of larger sizes overflow 64 bits
 _HALF = {torch.bfloat16, torch.float16}
-_SAMPLES = 64  # numbers of each parameter that the weights' fingerprint looks at
+_SAMPLES = 64  # about so many values of each parameter enter the fingerprint of the weights
 
 
 def save_contents(path: Path, model: GKAForCausalLM, contents: Contents) -> None:
-    """Write `contents`; an existing file is replaced once the new one is whole.
+    """Write `contents`; an existing file is replaced when the new one is complete.
 
     Raises:
-        InputError: the file cannot be written, or the states could not be loaded again.
+        InputError: `load_contents` would refuse the states.
+        StorageError: the file cannot be written.
     """
     tensors = {name: x.detach().cpu().contiguous() for name, x in contents.named().items()}
     header = _identity(model) | {
@@ -47,7 +48,9 @@ def save_contents(path: Path, model: GKAForCausalLM, contents: Contents) -> None
     try:
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata={FORMAT: json.dumps(header)})
-    except (OSError, SafetensorError) as error:
+    except StorageError as error:
+        raise StorageError(f"state {error}") from None
+    except SafetensorError as error:
         raise InputError(f"state {path} cannot be written: {_reason(error)}") from None
 
 
@@ -58,14 +61,14 @@ def load_contents(
 
     Args:
         path: the file.
-        model: as it was.
-        verify: compare the checksum, and refuse what is not finite.
-        mmap: on a CPU use tensors where they lie in the mapped file (copies are made of what is written
-            to). Whoever changes the file in place then changes the states.
+        model: the model that wrote it, or an equal one.
+        verify: compare the checksum, and refuse values that are not finite.
+        mmap: on a CPU, map the tensors into memory; pages that are written to are copied. In-place changes
+            of the file change the states.
 
     Raises:
-        InputError: no such file, cut short, damaged, no session, or one of another model; the message
-            says which, and what differs.
+        InputError: the file is missing, cut short, damaged, not a session's or of another model; the
+            message says what differs.
     """
     header, tensors = _read(path, mmap)
     _check_identity(path, header, _identity(model))
@@ -81,10 +84,10 @@ def load_contents(
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """What a state file says of itself: tokens, batch_size, model, dtype, weights, sha256.
+    """The header of a state file: version, tokens, batch_size, tracks_decay, model, dtype, weights, sha256.
 
     Raises:
-        InputError: no such file, or no session in it.
+        InputError: the file is missing, or is not a session's.
     """
     return _read(path, mmap=True)[0]
 
@@ -92,17 +95,17 @@ def read_header(path: Path) -> dict[str, Any]:
 def _read(path: Path, mmap: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.is_file():
         raise InputError(
-            f"state {path} does not exist" if not path.exists() else f"state {path} is no file"
+            f"state {path} does not exist" if not path.exists() else f"state {path} is not a file"
         )
     try:
         metadata, tensors = _mapped(path) if mmap else _copied(path)
         header = json.loads(metadata.get(FORMAT, "null"))
     except OSError as error:
         raise InputError(f"state {path} cannot be read: {_reason(error)}") from None
-    # safetensors' own dtypes and shapes may be none of torch's: KeyError, RuntimeError
+    # KeyError, RuntimeError: safetensors has dtypes and shapes that torch lacks.
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(
-            f"state {path} is cut short or no state of a session: {_reason(error)}"
+            f"state {path} is cut short or not a session's state: {_reason(error)}"
         ) from None
     if not isinstance(header, dict):
         raise InputError(f"state {path} is a safetensors file, but not of a session")
@@ -120,7 +123,7 @@ def _mapped(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def _copied(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Nothing that happens to the file afterwards is seen; what is checked is what is used."""
+    """Read the whole file once, so that later changes of the file have no effect."""
     content = path.read_bytes()
     tensors = load(content)
     size = int.from_bytes(content[:8], "little")
@@ -128,7 +131,7 @@ def _copied(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def _reason(error: Exception) -> str:
-    """An error as part of a line."""
+    """An error as part of a one-line message."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(str(text).split())[:200]
 
@@ -143,13 +146,13 @@ def _identity(model: GKAForCausalLM) -> dict[str, Any]:
 
 
 def _layout(config: GKAConfig) -> dict[str, Any]:
-    """The fields that decide what the states mean, the pattern written out."""
+    """The configuration's fields that determine the meaning of the states, with the pattern of mixers."""
     own = [field.name for field in fields(GKAFields) if field.name not in _FREE]
     return {name: getattr(config, name) for name in own} | {"mixers": config.pattern}
 
 
 def _check_identity(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Raise `InputError` where the file is of another model."""
+    """Raise `InputError` if the file is of another model."""
     theirs, ours = found.get("model"), expected["model"]
     theirs = theirs if isinstance(theirs, dict) else {}
     differing = [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]
@@ -172,20 +175,20 @@ def _check_identity(path: Path, found: dict[str, Any], expected: dict[str, Any])
 
 @torch.no_grad()
 def fingerprint(model: GKAForCausalLM) -> str:
-    """SHA-256 over some numbers of every parameter: tells trainings apart at no cost worth mentioning."""
+    """SHA-256 over some values of every parameter: cheap, and different for differently trained weights."""
     digest = hashlib.sha256()
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
         flat = parameter.detach().flatten()
         by_dtype.setdefault(flat.dtype, []).append(flat[:: max(1, len(flat) // _SAMPLES)])
-    for parts in by_dtype.values():  # one transfer from the device a dtype
+    for parts in by_dtype.values():  # one transfer from the device per dtype
         digest.update(_bytes(torch.cat(parts).cpu()))
     return digest.hexdigest()
 
 
 def _checksum(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over the header, but for the checksum itself, and all tensors."""
+    """SHA-256 over the header, without the checksum itself, and all tensors."""
     plain = {name: value for name, value in header.items() if name != "sha256"}
     digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
     for name, x in sorted(tensors.items()):
@@ -195,19 +198,19 @@ def _checksum(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
 
 
 def _bytes(x: Tensor) -> Any:
-    """A tensor on the CPU as a buffer, not copied."""
+    """The bytes of a tensor on the CPU, as a buffer."""
     return x.contiguous().flatten().view(torch.uint8).numpy()
 
 
 def why_not(
     model: GKAForCausalLM, header: dict[str, Any], tensors: dict[str, Tensor]
 ) -> str | None:
-    """Why they cannot be the states of `model`; None if they can. No number is looked at.
+    """Why tensors cannot be the states of `model`, by names, shapes and dtypes; None if they can.
 
     Args:
-        model: whose states they are said to be.
-        header: with `tokens`, `batch_size` (0 before the first token) and `tracks_decay`.
-        tensors: named as by `Contents.named`.
+        model: the model.
+        header: has `tokens`, `batch_size` (0 before the first token) and `tracks_decay`.
+        tensors: tensors with the names of `Contents.named`.
     """
     for name in ("tokens", "batch_size"):
         count = header.get(name)
@@ -236,7 +239,7 @@ def why_not(
 
 
 def why_not_finite(tensors: dict[str, Tensor]) -> str | None:
-    """Which tensor holds NaN or infinity; None if none does."""
+    """Says which tensor has NaN or infinity; None if none has."""
     for name, x in tensors.items():
         if not bool(x.isfinite().all()):
             return f"{name} holds numbers that are not finite"
@@ -246,7 +249,7 @@ def why_not_finite(tensors: dict[str, Tensor]) -> str | None:
 def _shapes(
     model: GKAForCausalLM, rows: int, tokens: int, tracked: bool
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-    """The shapes of what must be there, and of what may."""
+    """The shapes of required tensors, and of optional ones."""
     if tokens == 0:
         return {}, {}
     needed, optional = (
@@ -263,7 +266,7 @@ def _shapes(
 
 
 def _dtypes(name: str, dtype: torch.dtype) -> set[torch.dtype]:
-    """Recurrent states are float32 or better; the others have the model's dtype, or autocast's."""
+    """The dtypes that a tensor may have; convolutions, keys and logits can have autocast's dtype."""
     if name == "mask":
         return {torch.bool}
     if name.startswith("log_decay."):

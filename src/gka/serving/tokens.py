@@ -1,7 +1,4 @@
-"""Tokens in and out: a prompt read in pieces, which bound the memory, and how the next token is chosen.
-
-What is given is checked before anything is read.
-"""
+"""Reading a prompt in pieces, which limits memory; checks of the input; and the choice of the next token."""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +21,7 @@ from gka.models.cache import CACHE_NAME
 
 Ids = Tensor | Sequence[int] | Sequence[Sequence[int]]
 PREFILL_CHUNK = 4096
-"""Tokens of each row that go through the model at a time unless told otherwise."""
+"""Default number of tokens of each row that go through the model at a time."""
 
 
 @torch.no_grad()
@@ -36,17 +33,16 @@ def prefill(
     attention_mask: Tensor | None = None,
     chunk: int = PREFILL_CHUNK,
 ) -> Tensor:
-    """Read `tokens` into `cache`, in pieces of `chunk`; the result does not depend on the pieces.
+    """Read `tokens` into `cache`, in pieces of `chunk`, which does not change the result.
 
-    Activations are held for one piece, and logits for the last position alone. An attention layer still
-    keeps keys and values of all tokens, and with more than one piece it forms a mask of
-    [chunk, tokens so far] bytes.
+    Memory holds the activations of one piece and the logits of the last position. An attention layer also
+    keeps keys and values of all tokens, and for several pieces a mask of [chunk, tokens so far] bytes.
 
     Args:
         model: the model; parameters get no gradient.
-        tokens: [B,T], T >= 1.
-        cache: what came before; a new `GKACache(model.config)` if nothing did. Updated in place.
-        attention_mask: [B, past + T] of 0 and 1 (the last T columns, if no layer is attention), as in
+        tokens: ids [B,T], T >= 1.
+        cache: the past, updated in place; a new `GKACache(model.config)` at the beginning.
+        attention_mask: [B, past + T] of 0 and 1, or its last T columns if no layer is attention, as in
             `GKAModel.forward`. None: no padding.
         chunk: tokens of each row at a time.
 
@@ -54,7 +50,7 @@ def prefill(
         The logits after the last position [B,vocab_size], in the model's dtype.
 
     Raises:
-        InputError: no tokens, or `chunk` is not positive.
+        InputError: there are no tokens, or `chunk` is not positive.
     """
     check_chunk(chunk)
     length = tokens.shape[1]
@@ -90,10 +86,10 @@ def check_chunk(chunk: int) -> None:
 
 
 def token_ids(tokens: Ids, model: GKAForCausalLM, rows: int | None) -> Tensor:
-    """`tokens` as int64 [B,T] on the model's device; `rows`: what B must be, None: any.
+    """`tokens` as int64 [B,T] on the model's device; B must be `rows` unless that is None.
 
     Raises:
-        InputError: a shape, dtype or id that does not fit.
+        InputError: a shape, dtype or id does not fit.
     """
     try:
         ids = torch.as_tensor(tokens, device=model.device)
@@ -118,10 +114,10 @@ def token_ids(tokens: Ids, model: GKAForCausalLM, rows: int | None) -> Tensor:
 
 
 def left_padding(attention_mask: Tensor | None, ids: Tensor) -> Tensor | None:
-    """The mask of ids [B,T] as booleans beside them; None where there is no padding.
+    """The mask of ids as bool [B,T] on their device; None without padding.
 
     Raises:
-        InputError: another shape or dtype, or padding that is not on the left.
+        InputError: shape or dtype do not fit, or the last column has padding.
     """
     if attention_mask is None:
         return None
@@ -140,20 +136,20 @@ def left_padding(attention_mask: Tensor | None, ids: Tensor) -> Tensor | None:
 
 
 class OneAtATime:
-    """Lets one user into a session at a time; a second one is refused, not made to wait."""
+    """Admits one thread into a session at a time; a second one gets an error and does not wait."""
 
     def __init__(self):
         self._lock = threading.Lock()
 
-    def __reduce__(self) -> Any:  # a copied session is in use by nobody
+    def __reduce__(self) -> Any:  # a copy of a session is not in use
         return OneAtATime, ()
 
     @contextmanager
     def use(self) -> Iterator[None]:
-        """Hold the session in the `with` block.
+        """Use the session in the `with` block.
 
         Raises:
-            InputError: somebody else does.
+            InputError: another thread uses it.
         """
         if not self._lock.acquire(blocking=False):
             raise InputError(
@@ -167,14 +163,14 @@ class OneAtATime:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen.
+    """How the next token is chosen; a value out of range raises `InputError`.
 
     Attributes:
         max_new_tokens: at most this many tokens are added.
-        temperature: divides the logits; 0 takes the likeliest token (greedy).
-        top_k: sample from this many likeliest tokens; 0 from all.
-        top_p: sample from the likeliest tokens that together have this probability.
-        seed: of the random numbers; None goes on with torch's own.
+        temperature: divides the logits; 0 takes the most likely token (greedy).
+        top_k: sample from this many most likely tokens; 0 means all.
+        top_p: sample from the most likely tokens that together have this probability.
+        seed: seed of the random numbers; None uses torch's global generator.
     """
 
     max_new_tokens: int = 200
@@ -188,7 +184,7 @@ class Sampling:
             raise InputError(f"max_new_tokens is {self.max_new_tokens}; expected 1 or more")
         if not self.temperature >= 0:
             raise InputError(f"temperature is {self.temperature}; expected 0 (greedy) or more")
-        if 0 < self.temperature < 1e-30:  # logits divided by it leave float32
+        if 0 < self.temperature < 1e-30:  # divided logits would overflow float32
             raise InputError(
                 f"temperature is {self.temperature}; expected 0 (greedy), or 1e-30 or more"
             )
@@ -201,7 +197,7 @@ class Sampling:
 
 
 def chooser(sampling: Sampling, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """The function from logits [B,V] to next tokens [B], int64; it holds the random numbers' state."""
+    """A function from logits [B,vocab_size] to next tokens int64 [B]; it holds the generator's state."""
     if sampling.temperature == 0:
         return lambda logits: logits.argmax(-1)
     process = _processors(sampling)
@@ -210,22 +206,22 @@ def chooser(sampling: Sampling, device: torch.device) -> Callable[[Tensor], Tens
         generator = torch.Generator(device).manual_seed(sampling.seed)
 
     def draw(logits: Tensor) -> Tensor:
-        # these processors look at the logits alone, whatever tokens came before
+        # These processors use only the logits, not the previous tokens.
         nothing = torch.empty(logits.shape[0], 0, dtype=torch.long, device=logits.device)
         probabilities = process(nothing, logits.float()).softmax(-1)
         try:
             return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
-        except RuntimeError as error:  # on a CPU it looks
+        except RuntimeError as error:  # CPUs check the probabilities
             raise InputError(
-                "the next token has no probabilities, its logits are not finite: the weights, or the states "
-                f"gone on from, are damaged ({str(error).splitlines()[0]})"
+                "the next token's logits are not finite: the weights or the session's states are damaged "
+                f"({str(error).splitlines()[0]})"
             ) from None
 
     return draw
 
 
 def _processors(sampling: Sampling) -> Any:
-    """transformers' own, in the order that `generate` applies them in."""
+    """transformers' processors, in the order of its `generate`."""
     processors = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])
     if sampling.top_k:
         processors.append(TopKLogitsWarper(sampling.top_k))
