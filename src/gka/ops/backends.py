@@ -193,7 +193,7 @@ def _on_gpu(
     step_refusal: Callable[[Call], str | None],
     solvers: tuple[SolverName, ...],
 ) -> Backend:
-    """A GPU backend with these solvers in its kernels; the modules that import triton are loaded on first use."""
+    """A GPU backend with these solvers; the modules that import triton are loaded on first use."""
 
     def forward(tokens: Tokens, settings: Settings) -> Forward:
         from gka.kernels.forward import chunk_forward

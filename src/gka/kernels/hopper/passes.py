@@ -170,9 +170,7 @@ class HopperPasses:
         sequences = q.shape[0] if bounds is None else bounds.numel() - 1
         dims = (q.shape[3], v.shape[3])
         solver = settings.solver if settings.num_iter > 0 else "chebyshev"
-        kernel = build.step_kernel_of(
-            q.device.index, dims, q.dtype, states.u.dtype, solver
-        )
+        kernel = build.step_kernel_of(q.device.index, dims, q.dtype, states.u.dtype, solver)
         arguments = step_arguments(given, bounds, settings, states, commit, o, x)
         keeps = (*given.values(), bounds)
         return [Launch(kernel, (sequences * q.shape[2], 1), (arguments,), keeps)]
@@ -205,11 +203,12 @@ def _limits(settings: Settings, operands: torch.dtype) -> tuple[int, float]:
 def _common(call: GpuCall, h: Moments, u: Moments) -> dict:
     """The fields that forward.cu and adjoint.cu read."""
     t, s = call.t, call.settings
+    num_iter, stop = _limits(s, torch.float16)
     return _places(call) | {
         "q": t.q, "k": t.k, "v": t.v, "g": t.g, "gk": call.gk, "alpha": t.alpha, "beta": t.beta,
         "h_start": h.start, "h_scales": h.scales, "h_norms": h.norms, "u_start": u.start,
         "u_scales": u.scales, "scale": s.scale, "ridge_ratio": s.ridge_ratio,
-        "empty_below": EMPTY_BELOW, **dict(zip(("num_iter", "stop"), _limits(s, torch.float16))),
+        "empty_below": EMPTY_BELOW, "num_iter": num_iter, "stop": stop,
     }  # fmt: skip
 
 
