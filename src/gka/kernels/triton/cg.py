@@ -58,10 +58,10 @@ def conjugate_gradients(
         d32 = d.to(tl.float32)
         # an address that depends on the step: the compiler must not hoist the tiles, which would not fit
         again = h_ptr + steps // 1073741824
+        scores = (tl.dot(d, kt, input_precision=PREC) * weight.to(tl.float32)).to(OP)
         a_d = tl.zeros(rhs.shape, tl.float32)
         a_d = add_product(a_d, d, hn, again, K, TILED, False, PREC) * h_coef[:, None]
-        scores = tl.dot(d, kt, input_precision=PREC) * weight.to(tl.float32)
-        a_d = tl.dot(scores.to(OP), kn, a_d, input_precision=PREC)
+        a_d = tl.dot(scores, kn, a_d, input_precision=PREC)
         a_d += (ridge_ratio / unit) * d32
         d_a_d = unit * tl.sum(d32 * a_d, 1)
         length = tl.where(working, size, 0.0) / tl.where(working, d_a_d, 1.0)
