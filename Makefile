@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 RUNS ?= runs
 JOBS ?= 2
 
-.PHONY: help install run test test-transformers wheel-test dist lint types imports check test-gpu bench-gpu bench-model tune-gpu bench-decode bench-generation bench-prefill bench clean
+.PHONY: help install run test test-transformers wheel-test dist lint types imports check test-gpu bench-gpu train-heads bench-model tune-gpu bench-decode bench-generation bench-prefill bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -78,6 +78,9 @@ test-gpu: ## the kernels' tests on this machine's GPU, and those of recorded dec
 
 bench-gpu: ## the op and the layer against their peers on this machine's GPU: BENCH="--quick"
 	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.run op --output $(RUNS)/bench-gpu $(BENCH)
+
+train-heads: ## the model whose heads BENCH="--keys trained" reads, on this machine's GPU: minutes, once
+	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.run heads --output $(RUNS)/bench-heads $(HEADS)
 
 bench-model: ## training steps of whole models, by mixer and size, on this machine's GPU: MODEL="--sizes 395m --budget 500"
 	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.run model --output $(RUNS)/bench-model $(MODEL)

@@ -1,4 +1,4 @@
-"""What is measured: this library's op, layers, decode kernels and models, and their peers."""
+"""What is measured: this library's op, layers and models, and their peers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch.nn.functional import normalize, scaled_dot_product_attention, silu
 
 from gka.layers import GatedKalmaNet
 from gka.maths.solvers import SolverName
-from gka.ops import chunk_gka, why_not_external
+from gka.ops import chunk_gka, why_not_external, why_unavailable
 from gka.ops.external import Rule
 
 NUM_ITER, CHUNK = 30, 64
@@ -94,6 +94,7 @@ class Contender:
         load: imports it and returns a function from inputs to the output. Raises NotAvailable.
         flops: floating-point operations of the forward pass at a size; None if steps depend on the data.
         library: name and rule in `gka.ops.external`, which knows where it cannot run or is wrong.
+        solver: backend and solver of our op, whose backend knows where it cannot run.
     """
 
     name: str
@@ -101,12 +102,17 @@ class Contender:
     load: Callable[[], Callable[[Inputs], Tensor]]
     flops: Callable[[Size], float] | None = None
     library: tuple[str, Rule] | None = None
+    solver: tuple[str, SolverName] | None = None
 
     def why_not(self, size: Size, device: str, training: bool) -> str | None:
-        """The reason of `gka.ops.why_not_external` at a size; None for what is not a library's."""
+        """The reason of `gka.ops` at a size; None for what is neither a library's nor ours."""
+        dims = (size.dim, size.dim)
+        if self.solver is not None:
+            backend, solver = self.solver
+            return why_unavailable(backend, device, torch.bfloat16, solver, dims)
         if self.library is None:
             return None
-        return why_not_external(*self.library, device, dims=(size.dim, size.dim), training=training)
+        return why_not_external(*self.library, device, dims=dims, training=training)
 
 
 def passes(
@@ -142,7 +148,7 @@ def forward_flops(size: Size) -> float:
     return float(size.batch * size.length * size.heads * (NUM_ITER * step_flops(d) + rest))
 
 
-def ours(solver: str, backend: str, num_iter: int = NUM_ITER) -> Contender:
+def ours(solver: SolverName, backend: str, num_iter: int = NUM_ITER) -> Contender:
     def load() -> Callable[[Inputs], Tensor]:
         def call(x: Inputs) -> Tensor:
             o, _ = chunk_gka(
@@ -154,7 +160,8 @@ def ours(solver: str, backend: str, num_iter: int = NUM_ITER) -> Contender:
         return call
 
     flops = forward_flops if solver == "chebyshev" else None
-    return Contender(f"chunk_gka, {solver}", ("q", "k", "v", "g", "alpha", "beta"), load, flops)
+    leaves = ("q", "k", "v", "g", "alpha", "beta")
+    return Contender(f"chunk_gka, {solver}", leaves, load, flops, solver=(backend, solver))
 
 
 def load_flash_qla() -> Callable[[Inputs], Tensor]:
@@ -297,36 +304,6 @@ def profiled_layers(backend: str, peers: bool) -> dict[str, Build]:
     return layers(backend, peers) | {
         plain: lambda size: our_layer(size, SOLVERS[0], backend, fused=False)
     }
-
-
-SOLVES: dict[str, dict[str, Any]] = {
-    "chebyshev 10": {"solver": "chebyshev", "num_iter": 10},
-    "chebyshev 30": {"solver": "chebyshev", "num_iter": 30},
-    "adaptive 30": {"solver": "adaptive", "num_iter": 30},
-}
-STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class DecodeKernel:
-    """A decode kernel for single tokens, with one solver setting and one storage dtype of U."""
-
-    backend: str
-    solve: str
-    stored: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.backend}, {self.solve}, U {self.stored}"
-
-
-def decode_kernels(cuda: bool) -> list[DecodeKernel]:
-    """All decode kernels of a device."""
-    backends = ("hopper", "triton") if cuda else ("torch",)
-    return [
-        DecodeKernel(backend, solve, stored)
-        for backend in backends for solve in SOLVES for stored in STORED
-    ]  # fmt: skip
 
 
 MODELS: dict[str, dict[str, Any]] = {

@@ -5,6 +5,7 @@ from importlib import import_module
 
 BENCHMARKS = {
     "op": ("benchmarks.op.bench", "the op and the layer against their peers on a GPU"),
+    "heads": ("benchmarks.op.heads", "trains the model whose heads `op --keys trained` reads"),
     "cpu": ("benchmarks.op.cpu", "the chunk-wise form against token by token on this CPU"),
     "tune": (
         "benchmarks.op.tune",

@@ -110,7 +110,7 @@ def test_a_trained_model_beside_artificial_states(decode, folder, tmp_path, monk
         for backend in ("torch", "hopper")
         for solve in ("chebyshev 10", "adaptive 30")
     ]
-    monkeypatch.setattr(decode.registry, "decode_kernels", lambda cuda: few)
+    monkeypatch.setattr(decode, "decode_kernels", lambda cuda: few)
     text = ["--model", str(folder), "--text", str(folder / "text.txt"), "--context", "128"]
     command = [
         "--output",

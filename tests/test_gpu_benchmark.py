@@ -163,6 +163,20 @@ def test_a_failure_is_recorded_and_the_rest_goes_on(run, gpu, monkeypatch, tmp_p
     assert "- simple_gla failed: OSError: no such kernel (1 x 96 x 2, D = 16; 2 x 32" in text
 
 
+def test_solvers_that_the_backend_lacks_are_not_run(run, gpu, monkeypatch):
+    """Conjugate gradients are measured where the backend has them, and listed with its reason elsewhere."""
+    small = ["--device", "cpu", "--sizes", "1x32x1", "--dims", "16", "--seconds", "0.01"]
+    options = [*small, "--peers", "none", "--no-layer"]
+    (group,) = run(*options)["groups"]
+    assert group["contenders"]["chunk_gka, cg"]["status"] == "ok"
+    monkeypatch.setattr(
+        gpu.registry, "why_unavailable", lambda *call: "no cg." if "cg" in call else None
+    )
+    (group,) = run(*options)["groups"]
+    refused = {"status": "not run", "message": "no cg."}
+    assert group["contenders"]["chunk_gka, cg"] == refused
+
+
 def test_the_time_limit(run):
     """Nothing is begun after the limit, and what was not run says so."""
     result = run(*SMALL, "--no-layer", "--limit-seconds", "0")

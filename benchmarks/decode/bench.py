@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from benchmarks import registry, results
+from benchmarks import results
+from benchmarks.decode.kernels import SOLVES, STORED, DecodeKernel, decode_kernels
 from benchmarks.decode.states import Artificial, Layer, Shape, Source, Trained
-from benchmarks.registry import SOLVES, STORED, DecodeKernel, NotAvailable, reason
+from benchmarks.registry import NotAvailable, reason
 from benchmarks.stopwatch import Call, captured
 from torch import Tensor
 
@@ -81,7 +82,7 @@ class Bench(results.Run):
         """Check every kernel's o, H and U against float64, worst of all layers; return those that pass."""
         dims = (source.shape.key_dim, source.shape.value_dim)
         passed = []
-        for kernel in registry.decode_kernels(self.watch.cuda):
+        for kernel in decode_kernels(self.watch.cuda):
             refusal = why_unavailable(
                 kernel.backend, self.device, torch.bfloat16, dims=dims, mode="step"
             )

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 from unittest.mock import patch
 
 import torch
@@ -167,12 +168,12 @@ def hopper_usages(dim: int, dtype: str) -> Iterator[Usage]:
     if dim not in build.DIMS or dtype == "float32" or nvrtc.why_missing() is not None:
         return
     for kernel in ("forward", "adjoint", *build.SCANS):
-        for adaptive in (False, True) if kernel in ("forward", "adjoint") else (False,):
-            source = build.source(kernel, dim, dim, dtype == "bfloat16", adaptive)
+        for solver in get_args(SolverName) if kernel in build.SOLVES else ("chebyshev",):
+            source = build.source(kernel, dim, dim, dtype == "bfloat16", solver)
             registers, stack = usage_of_cubin(build.compile_cubin(source, kernel))
             warps = build.threads_of(kernel, dim) // 32
             shared = build.shared_bytes(kernel, dim, dim)
-            name = f"hopper {kernel}{' adaptive' if adaptive else ''}"
+            name = f"hopper {kernel}{'' if solver == 'chebyshev' else f' {solver}'}"
             yield Usage(
                 name, warps, registers, stack, shared, _blocks(registers, shared, warps, 90)
             )

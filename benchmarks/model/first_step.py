@@ -36,7 +36,7 @@ ELSEWHERE = ("TORCHINDUCTOR_CACHE_DIR", "GKA_COMPILE_CACHE", "TORCHINDUCTOR_FORC
 
 def measure(size: str, mixer: str, how: str, device: str) -> dict[str, Any]:
     """Seconds of the first steps of this process, and what they compiled and read."""
-    cell = Cell(size, mixer, False, SIZES[size].checkpoint, STEPS, 0, device)
+    cell = Cell(size, mixer, "off", "none", STEPS, 0, device)
     began, watch = time.perf_counter(), Stopwatch(device)
     model = step.build(cell, SIZES[size])
     take = step.make_step(cell, SIZES[size], model)

@@ -16,18 +16,28 @@ from typing import Any
 import torch
 from benchmarks import results
 from benchmarks.model import fla_mixers
+from benchmarks.model.kernel_groups import grouped
 from benchmarks.model.sizes import MIXERS, SIZES, ModelSize, model_flops, peak_tflops
 from benchmarks.op.profile import kernels, total
 from benchmarks.registry import NotAvailable, reason
 from benchmarks.stopwatch import Stopwatch
 from torch import Tensor
 
-from gka.ops import available_external, last_backend, why_not_external
+from gka.models.recomputation import checkpoint_arguments
+from gka.ops import (
+    available_backends,
+    available_external,
+    last_backend,
+    why_not_external,
+    why_unavailable,
+)
+from gka.ops.backends import known_backends
 from gka.ops.external import EXTERNAL, Rule
 
 BATCHES = 4  # of tokens, read in turn
 SHOWN = 12  # kernels that a cell lists
 DELTA_RULES: dict[str, Rule] = {"deltanet": "delta_rule", "gated_deltanet": "gated_delta_rule"}
+COMPILES = ("off", "layers", "model", "cuda-graphs")
 Step = Callable[[], Tensor]
 
 
@@ -37,14 +47,15 @@ class Cell:
 
     Attributes:
         size: a key of SIZES. mixer: a key of MIXERS, or of `fla_mixers.LAYERS`.
-        compiled: by torch.compile, the whole model with its loss.
-        checkpoint: every layer is recomputed in the backward pass.
+        compiled: of COMPILES: nothing; each decoder layer by itself; the model with its loss as one graph;
+            or that in CUDA graphs (mode="reduce-overhead").
+        checkpoint: as `gka train`'s `gradient_checkpointing`.
     """
 
     size: str
     mixer: str
-    compiled: bool
-    checkpoint: bool
+    compiled: str
+    checkpoint: str
     steps: int
     warm_up: int
     device: str
@@ -59,7 +70,7 @@ def build(cell: Cell, size: ModelSize) -> Any:
     from gka.models import GKAConfig, GKAForCausalLM
 
     foreign = cell.mixer in fla_mixers.LAYERS
-    if torch.device(cell.device).type == "cuda" and cell.mixer in DELTA_RULES:
+    if torch.device(cell.device).type == "cuda" and not foreign:
         refuse_plain_torch(cell, size)
     config = GKAConfig(
         vocab_size=size.vocabulary, hidden_size=size.hidden, num_hidden_layers=size.layers,
@@ -72,21 +83,45 @@ def build(cell: Cell, size: ModelSize) -> Any:
             fla_mixers.replace_mixers(model, cell.mixer, size)
     if size.precision == "bfloat16":
         model = model.to(torch.bfloat16)
-    if cell.checkpoint:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    arguments = checkpoint_arguments(cell.checkpoint)
+    if arguments is not None:
+        name = "activation_checkpointing_enable"  # in newer transformers
+        getattr(model, name, model.gradient_checkpointing_enable)(arguments)
     return model.train()
 
 
 def refuse_plain_torch(cell: Cell, size: ModelSize) -> None:
-    """A baseline is measured on kernels or not at all.
+    """A mixer is measured on kernels or not at all.
 
     Raises:
-        NotAvailable: no installed library has kernels for it, with the reasons.
+        NotAvailable: no backend, or for a delta rule no installed library, has kernels for it; with the
+            reasons.
     """
-    rule, dims = DELTA_RULES[cell.mixer], (size.dim, size.dim)
-    if not available_external(rule, cell.device, dims=dims):
+    config, dims = MIXERS[cell.mixer], (size.dim, size.dim)
+    if cell.mixer in DELTA_RULES:
+        rule = DELTA_RULES[cell.mixer]
+        found = available_external(rule, cell.device, dims=dims)
         reasons = (f"{x}: {why_not_external(x, rule, cell.device, dims=dims)}" for x in EXTERNAL)
+    elif config["mixer"] in ("gka", "gla"):
+        call = (cell.device, torch.bfloat16, config.get("solver", "chebyshev"), dims)
+        kernels = [x for x in known_backends() if x not in ("auto", "torch", "reference")]
+        found = [x for x in available_backends(*call) if x in kernels]
+        reasons = (f"{x}: {why_unavailable(x, *call)}" for x in kernels)
+    else:
+        return
+    if not found:
         raise NotAvailable(f"only plain torch could run it here. {' '.join(reasons)}")
+
+
+def compiled(cell: Cell, model: Any) -> Any:
+    """The model as the cell compiles it; `layers` changes it in place."""
+    if cell.compiled == "layers":
+        for layer in model.model.layers:
+            layer.compile(dynamic=False)
+    if cell.compiled in ("off", "layers"):
+        return model
+    mode = "reduce-overhead" if cell.compiled == "cuda-graphs" else None
+    return torch.compile(model, dynamic=False, mode=mode)
 
 
 def make_step(cell: Cell, size: ModelSize, model: Any) -> Step:
@@ -95,7 +130,7 @@ def make_step(cell: Cell, size: ModelSize, model: Any) -> Step:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=cuda)
     shape = (BATCHES, size.batch, size.length)
     tokens = torch.randint(size.vocabulary, shape, device=cell.device)
-    run = torch.compile(model, dynamic=False) if cell.compiled else model
+    run = compiled(cell, model)
     taken = 0
 
     def precision() -> AbstractContextManager:
@@ -107,6 +142,8 @@ def make_step(cell: Cell, size: ModelSize, model: Any) -> Step:
         nonlocal taken
         ids = tokens[taken % BATCHES]
         taken += 1
+        if cell.compiled == "cuda-graphs":
+            torch.compiler.cudagraph_mark_step_begin()
         with precision():
             loss = run(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
@@ -182,7 +219,8 @@ def _measure(cell: Cell, size: ModelSize) -> dict[str, Any]:
         "status": "ok", "parameters": parameters, "tokens": size.tokens, "backend": ran,
         "first_step_s": first, "step_ms": device, "host_ms": host,
         "device_ms": total(listed)[0], "launches": total(listed)[1],
-        "kernels": [vars(kernel) for kernel in listed[:SHOWN]], "peak_bytes": peak,
+        "kernels": [vars(kernel) for kernel in listed[:SHOWN]], "groups": grouped(listed),
+        "peak_bytes": peak,
         "loss": loss, "checkpoint": cell.checkpoint,
         **utilisation(cell, size, body, statistics.median(device)), "made": made(watch),
     }  # fmt: skip

@@ -1,17 +1,19 @@
 """Training steps of whole models, by mixer and size: `python -m benchmarks.run model --output DIR`.
 
-Every cell (size, mixer, compiled or not) runs in a process of its own, alone on the device, one after the
-other. model.json is written after each; started again with the same --output, cells that are there are not
-measured again. Then model.md, a table, and model.png.
+Every cell (size, mixer, way of compiling, way of checkpointing) runs in a process of its own, alone on the
+device, one after the other. model.json is written after each; started again with the same --output, cells
+that are there are not measured again. Then model.md, a table, and model.png.
 
 Step times are between CUDA events of queued steps, host times until the call of a step returns while earlier
 ones still run, device time the sum of a step's kernels by torch.profiler. MFU is (model FLOPs of a step) /
 (its median time) / (the card's dense bfloat16 peak by its data sheet); once with 6 N a token, N without the
 embedding, once with the mixer's own products too (formulas: benchmarks/model/sizes.py). What checkpointing
-recomputes is not counted.
+recomputes is not counted. Where memory does not suffice, --checkpoint auto tries again with selective, then
+with full checkpointing. --profile shows the kernels of a step by group, those of known cells too.
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -25,24 +27,27 @@ from benchmarks import results
 from benchmarks.model import step, training_report
 from benchmarks.model.fla_mixers import LAYERS
 from benchmarks.model.sizes import DEFAULT_MIXERS, MIXERS, SIZES
-from benchmarks.model.step import Cell
+from benchmarks.model.step import COMPILES, Cell
 
 from gka.experiments.ledger import Ledger, refusing
 from gka.storage import read_json, write_json
+from gka.training.config import CHECKPOINTING
+
+AUTO, TRIED = "auto", ("none", "selective", "full")
 
 
 def key(cell: Cell) -> str:
     """A cell's name in the ledger."""
-    return f"{cell.size}/{cell.mixer}/{'compiled' if cell.compiled else 'eager'}"
+    return f"{cell.size}/{cell.mixer}/{cell.compiled}/{cell.checkpoint}"
 
 
 def cells(options: argparse.Namespace) -> list[Cell]:
-    """All that were asked for, small sizes first."""
+    """All that were asked for, one size after the other."""
     o = options
+    asked = itertools.product(o.sizes, o.compile, o.checkpoint, o.mixers)
     return [
-        Cell(size, mixer, o.compile, SIZES[size].checkpoint, o.steps, o.warm_up, str(o.device))
-        for size in map(str, o.sizes)
-        for mixer in map(str, o.mixers)
+        Cell(size, mixer, compiled, checkpoint, o.steps, o.warm_up, str(o.device))
+        for size, compiled, checkpoint, mixer in asked
     ]
 
 
@@ -66,12 +71,16 @@ def in_process(cell: Cell, folder: Path, limit: float) -> dict[str, Any]:
 
 
 def measure(cell: Cell, folder: Path, limit: float) -> dict[str, Any]:
-    """A cell's figures; where memory does not suffice, with every layer recomputed."""
-    found = in_process(cell, folder, limit)
-    if found["status"] == "oom" and not cell.checkpoint:
-        again = replace(cell, checkpoint=True)
-        found = in_process(again, folder, limit) | {"without_checkpoint": "oom"}
-    return found
+    """A cell's figures; with "auto", of the least checkpointing that fits into memory."""
+    if cell.checkpoint != AUTO:
+        return in_process(cell, folder, limit)
+    found, failed = {}, []
+    for checkpoint in TRIED:
+        found = in_process(replace(cell, checkpoint=checkpoint), folder, limit)
+        if found["status"] != "oom":
+            break
+        failed.append(checkpoint)
+    return found | {"out_of_memory": failed}
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -129,14 +138,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help=f"of {','.join(everything)} (default: {','.join(DEFAULT_MIXERS)})")  # fmt: skip
     add("--steps", type=positive, default=20, help="that are timed (20)")
     add("--warm-up", type=positive, default=5, help="steps before them, after the first (5)")
-    compiled = "by torch.compile; --no-compile measures eager cells beside those that are known"
-    add("--compile", action=argparse.BooleanOptionalAction, default=True, help=compiled)
+    add("--compile", type=names(COMPILES), default=["layers"],
+        help=f"of {','.join(COMPILES)} (layers); other cells stay in the table")  # fmt: skip
+    ways = (AUTO, *CHECKPOINTING)
+    add("--checkpoint", type=names(ways), default=[AUTO], help=f"of {','.join(ways)} (auto)")
+    add("--profile", action="store_true", help="print the kernels of a step, by group")
     add("--budget", type=float, help="seconds after which no further cell is begun")
     add("--cell-seconds", type=float, default=900.0, help="when a cell's process is ended (900)")
     add("--cell", type=json.loads, help=argparse.SUPPRESS)
     options = results.parse(parser, arguments)
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("there is no GPU that torch can use; --device cpu --sizes tiny tries it out.")
+    if "cuda-graphs" in options.compile and not options.device.startswith("cuda"):
+        parser.error(f"--compile cuda-graphs needs a GPU; got --device {options.device}")
     return options
 
 
@@ -150,3 +164,5 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     found = run(options)
     training_report.write(found, options.output)
+    if options.profile:
+        training_report.write_profile(found, options.output)

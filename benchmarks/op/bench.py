@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from benchmarks import registry, results
 from benchmarks.op import profile, report
-from benchmarks.op.compare import Comparison
+from benchmarks.op.compare import TRAINED, Comparison
 from benchmarks.registry import LayerSize, Size
 
 from gka.experiments.ledger import own
@@ -148,7 +148,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--limit-seconds", type=float, help="start no function after this time (240; --quick: 75)")
     add("--peers", type=peers, help=f"some of {','.join(registry.PEERS)}, or none (all)")
     add("--backend", choices=[b for b in known_backends() if b != "reference"], default="auto")
-    add("--keys", choices=["silu-mean", "silu", "gaussian"], default="silu-mean")
+    add("--keys", choices=["silu-mean", "silu", "gaussian", TRAINED], default="silu-mean",
+        help="trained: q, k, v and gates of --model's layers, at their K = V alone")  # fmt: skip
+    run = Path("runs") / "bench-heads" / "run"
+    add("--model", type=Path, default=run, help=f"a finished run of `gka train` ({run})")
     add("--layer", action=argparse.BooleanOptionalAction, help="the layers too")
     add("--layer-size", help=argparse.SUPPRESS, default=LAYER, type=layer_size)
     add("--profile", action="store_true", help="the kernels of one training step, at the end")
@@ -156,9 +159,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     stored = "report a stored run, measure nothing"
     add("--from", dest="stored", type=Path, metavar="JSON", help=stored)
     add("--compile", nargs=3, metavar=("PEER", "H", "D"), help=argparse.SUPPRESS)
-    options = results.parse(parser, arguments)
+    options = results.parse(parser, arguments, folders=("--model",))
     if options.device == "cuda" and not options.stored and not torch.cuda.is_available():
         parser.error("there is no GPU that torch can use.")
+    if options.keys != TRAINED and options.model != run:
+        parser.error("--model is what --keys trained reads; give both")
     return defaults(options)
 
 
@@ -172,7 +177,7 @@ def defaults(options: argparse.Namespace) -> argparse.Namespace:
     if options.layer is None:
         options.layer = not quick
     found = options.sizes or (SHAPES[:2] if quick else SHAPES)
-    widths = options.dims or ([128] if quick else [128, 64])
+    widths = options.dims or ([128] if quick or options.keys == TRAINED else [128, 64])
     options.sizes = [Size(b, t, h, dim) for dim in widths for b, t, h in found]
     return options
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from benchmarks import registry
+from benchmarks.op.trained import TrainedHeads
 from benchmarks.registry import Build, Contender, Inputs, NotAvailable, Size, reason
 from benchmarks.results import Run
 from benchmarks.stopwatch import Call
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from gka.ops import backends
 
 Make = Callable[[], dict[str, Call]]
+TRAINED = "trained"
 
 
 class Comparison(Run):
@@ -28,6 +30,21 @@ class Comparison(Run):
         asked = backends.Call(torch.device(options.device), torch.bfloat16)
         self.backend = backends.resolve_backend(options.backend, asked)
         self.found |= {"backend": self.backend, "keys": options.keys, "groups": []}
+        self.trained = None
+        if options.keys == TRAINED:
+            self.trained = TrainedHeads(options.model, self.device)
+            self.found["trained"] = self.trained.about
+            self.say(self.trained.told())
+
+    def inputs(self, size: Size) -> Inputs:
+        """Random ones, or a trained model's.
+
+        Raises:
+            NotAvailable: the model has no such heads.
+        """
+        if self.trained is not None:
+            return self.trained.inputs(size)
+        return registry.make_inputs(size, self.options.keys, self.device)
 
     @property
     def left(self) -> float:
@@ -59,15 +76,16 @@ class Comparison(Run):
         self.found["groups"].append(group)
         inputs = calls = None
         try:
-            inputs = registry.make_inputs(size, self.options.keys, self.device)
+            inputs = self.inputs(size)
             calls = {}
             for contender in contenders:
                 found = self.attempt(contender, size, inputs, entries)
                 calls |= {(contender.name, which): call for which, call in found.items()}
             self.measure(str(size), calls, entries)
         except Exception as error:
+            status = "not run" if isinstance(error, NotAvailable) else "failed"
             for contender in contenders:
-                entries.setdefault(contender.name, {"status": "failed", "message": reason(error)})
+                entries.setdefault(contender.name, {"status": status, "message": reason(error)})
         del inputs, calls
         self.free()
 

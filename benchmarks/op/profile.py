@@ -129,7 +129,7 @@ def save(bench: Comparison, texts: list[str]) -> None:
 def of_op(bench: Comparison, op: Contender, entry: dict) -> None:
     """Fill the op's entry at the first size."""
     size = bench.options.sizes[0]
-    inputs = registry.make_inputs(size, bench.options.keys, bench.device)
+    inputs = bench.inputs(size)
     held = [inputs.do, *(getattr(inputs, name) for name in op.leaves)]
     found, begun = bench.first(
         f"kernels of {op.name}, {size}",

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks import stopwatch
+from benchmarks.op.trained import head_of_histogram
 from benchmarks.registry import BASELINE_LAYER, BASELINES
 
 from gka.experiments.ledger import markdown_table, print_table, report
@@ -155,12 +156,22 @@ def facts(result: dict) -> list[str]:
             f" Measured in the same process: {card['matmul_tflops']:.0f} TFLOP/s in an 8192 x 8192 x 8192 "
             f"bfloat16 product of random matrices, {card['copy_tbps']:.2f} TB/s read and written by a copy."
         )
-    return [
+    lines = [
         f"{card['name']}; {used}; commit {result['commit'] or 'unknown'}; {result['date']}.{measured}",
         f'backend="{result["backend"]}", bfloat16, 30 steps, keys: {result["keys"]}. '
         f"Ratios are to {' or else '.join(BASELINES)} (layers: {BASELINE_LAYER}), in the same rounds. "
         "A star: the host needs longer to launch the kernels than the device to run them.",
     ]
+    if "trained" in result:
+        model = result["trained"]
+        parts = zip(head_of_histogram(), model["histogram"], strict=True)
+        told = ", ".join(f"{name}: {count}" for name, count in parts if count)
+        lines.append(
+            f"Inputs: a trained model of {model['parameters'] / 1e6:.1f} M parameters, {model['layers']} "
+            f"layers x {model['heads']} heads of {model['dim']}, on held-out text. Heads by tokens that they "
+            f"remember: {told}."
+        )
+    return lines
 
 
 def markdown(result: dict) -> str:

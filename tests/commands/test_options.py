@@ -163,6 +163,17 @@ def test_former_keys_of_recipes_work_and_warn() -> None:
         PrimeConfig.from_tables(runs.assigned(["stage2.precision=bfloat16"]))
 
 
+@pytest.mark.parametrize(("flag", "choice"), [("true", "full"), ("false", "none")])
+def test_former_flags_work_and_warn(flag: str, choice: str) -> None:
+    """`gradient_checkpointing` of an earlier recipe or run was a flag."""
+    recipe = tomllib.loads(f"[training]\ngradient_checkpointing = {flag}\n")
+    with pytest.warns(RenamedWarning, match=f"is '{choice}' now, in place of {flag}"):
+        assert RunConfig.from_tables(recipe).training.gradient_checkpointing == choice
+    with pytest.warns(RenamedWarning):
+        given = PrimeConfig.from_tables(runs.assigned([f"stage1.gradient_checkpointing={flag}"]))
+    assert given.stage1.gradient_checkpointing == choice
+
+
 @pytest.mark.parametrize(
     ("assignment", "closest"),
     [

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gka.layers import MIXERS, build_mixer
 from gka.layers.recurrent_mixer import RecurrentMixer
+from gka.ops import autograd
 from gka.ops.convolution import convolve_heads, step_heads_and_gates
 from gka.ops.surround import gated_rms_norm, layer_gates, why_unfused
 from tolerances import RELATIVE, assert_close
@@ -383,16 +384,25 @@ def test_compiles_whole(monkeypatch) -> None:
         assert_close(value, expected[key], EXACT, key)
 
 
-def test_checkpointing_gives_the_same_gradients(monkeypatch) -> None:
-    """Activation checkpointing recomputes the same, bit for bit."""
-    from torch.utils.checkpoint import checkpoint
+@pytest.mark.parametrize("selective", [False, True])
+def test_checkpointing_gives_the_same_gradients(monkeypatch, selective: bool) -> None:
+    """Activation checkpointing recomputes the same, bit for bit; where it keeps the op's results, the op does
+    not run again."""
+    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+    ran, run = [], autograd._forward
+    monkeypatch.setattr(autograd, "_forward", lambda *call: (ran.append(1), run(*call))[1])
     layer, x = fused_mixer("gka", monkeypatch), inputs().to(DEVICE).float()
     expected = outcome(layer, x)
-    layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    kept = [torch.ops.gka.forward.default] if selective else []
+    contexts = partial(create_selective_checkpoint_contexts, kept)
+    layer.forward = partial(
+        checkpoint, layer.forward, use_reentrant=False, **({"context_fn": contexts} if kept else {})
+    )
     actual = outcome(layer, x)
     for key, value in expected.items():
         assert torch.equal(actual[key], value), key
+    assert len(ran) == (2 if selective else 3)
 
 
 def test_a_second_derivative_is_refused_with_what_to_do(monkeypatch) -> None:

@@ -11,6 +11,7 @@ import torch
 from gka.kernels.hopper import build, nvrtc
 from gka.kernels.hopper.arguments import StepArguments
 from gka.kernels.hopper.build import SOLVES
+from gka.maths.solvers import SOLVERS
 
 pytest.importorskip("triton", reason="its cuobjdump reads what a kernel takes")
 pytestmark = pytest.mark.skipif(
@@ -22,13 +23,13 @@ REGISTERS = 65536
 STACK = (
     320  # bytes a thread: spilled registers, none in a loop; the most is 304 (adjoint, adaptive)
 )
-# every kernel at both widths, both solvers, both 16-bit dtypes, and mixed dims: about 30 s on a core
+# every kernel at both widths, all solvers, both 16-bit dtypes, and mixed dims: about 40 s on a core
 CASES = [
-    *((kernel, dims, adaptive, True) for kernel in SOLVES for dims in ((64, 64), (128, 128))
-      for adaptive in (False, True)),
-    *((kernel, dims, False, True) for kernel in ("gradients", *build.SCANS)
+    *((kernel, dims, solver, True) for kernel in SOLVES for dims in ((64, 64), (128, 128))
+      for solver in SOLVERS),
+    *((kernel, dims, "chebyshev", True) for kernel in ("gradients", *build.SCANS)
       for dims in ((64, 64), (128, 128))),
-    *((kernel, dims, False, False) for kernel in (*SOLVES, "gradients", *build.SCANS)
+    *((kernel, dims, "chebyshev", False) for kernel in (*SOLVES, "gradients", *build.SCANS)
       for dims in ((64, 128), (128, 64))),
 ]  # fmt: skip
 
@@ -42,8 +43,8 @@ def serialised(log: str) -> list[str]:
 
 
 def name_of(case: tuple) -> str:
-    kernel, (key_dim, value_dim), adaptive, bfloat16 = case
-    return f"{kernel}-{key_dim}-{value_dim}{'-adaptive' * adaptive}{'' if bfloat16 else '-float16'}"
+    kernel, (key_dim, value_dim), solver, bfloat16 = case
+    return f"{kernel}-{key_dim}-{value_dim}-{solver}{'' if bfloat16 else '-float16'}"
 
 
 @pytest.fixture
@@ -56,8 +57,8 @@ def resources(monkeypatch):
 def test_blocks_that_should_be_resident_fit(case: tuple, resources) -> None:
     """Registers and shared memory leave room for BLOCKS blocks of a chunk's kernels, two of the scans', next
     to nothing is spilled, and the assembler leaves warp-group products asynchronous."""
-    kernel, dims, adaptive, bfloat16 = case
-    source = build.source(kernel, dims[0], dims[1], bfloat16, adaptive)
+    kernel, dims, solver, bfloat16 = case
+    source = build.source(kernel, dims[0], dims[1], bfloat16, solver)
     cubin, log = nvrtc.compile_with_notes(source, kernel, "sm_90a", build.headers(), *VERBOSE)
     assert not serialised(log), serialised(log)
     registers, stack = resources.usage_of_cubin(cubin)
@@ -71,7 +72,7 @@ def test_blocks_that_should_be_resident_fit(case: tuple, resources) -> None:
 def test_a_product_that_is_not_waited_for_is_noticed() -> None:
     """The assembler does tell, in the log that the test above reads: here of a wait taken out."""
     source, wait = (
-        build.source("forward", 64, 64, True, False),
+        build.source("forward", 64, 64, True, "chebyshev"),
         "mma_wait<0>();\n    hold(residual);",
     )
     assert any(wait in text for text in build.headers().values())
@@ -83,7 +84,8 @@ def test_a_product_that_is_not_waited_for_is_noticed() -> None:
 @pytest.mark.parametrize("name", build.headers())
 def test_headers_include_what_they_use(name: str) -> None:
     """Each compiles by itself."""
-    head = build.defines("scan_states", 64, 128, True, True)
+    solver = {"adaptive.cuh": "adaptive", "cg.cuh": "cg"}.get(name, "chebyshev")
+    head = build.defines("scan_states", 64, 128, True, solver)
     source = f'{head}#include "{name}"\nextern "C" __global__ void nothing() {{}}\n'
     build.compile_cubin(source, "nothing")
 
@@ -94,7 +96,7 @@ def test_shared_memory_asked_for_holds_the_structure(kernel: str, dims: tuple[in
     """What the kernel keeps there, with 1023 bytes to align it, is within `shared_bytes`, with the adaptive
     solver too; all but combine.cu, which keeps nothing."""
     limit = build.shared_bytes(kernel, *dims)
-    source = build.source(kernel, *dims, True, kernel in SOLVES)
+    source = build.source(kernel, *dims, True, "adaptive" if kernel in SOLVES else "chebyshev")
     kept = "Tiles" if kernel == "gradients" else "Shared"
     source += f'\nstatic_assert(sizeof({kept}) + 1023 <= {limit}, "shared_bytes is too small");\n'
     build.compile_cubin(source, kernel)
@@ -111,8 +113,8 @@ def test_blocks_of_the_token_kernel_fit(dims: tuple[int, int], resources) -> Non
     """The kernel that takes single tokens keeps H in registers but for some words, BLOCKS blocks a
     multiprocessor, and its structures are as Python lays them out."""
     size, shared = ctypes.sizeof(StepArguments), build.step_shared_bytes(dims)
-    for adaptive in (False, True):
-        source = build.step_source(dims, torch.bfloat16, torch.bfloat16, adaptive)
+    for solver in SOLVERS:
+        source = build.step_source(dims, torch.bfloat16, torch.bfloat16, solver)
         source += (
             f"\nstatic_assert(sizeof(StepArguments) == {size} && sizeof(Shared) <= {shared});\n"
         )

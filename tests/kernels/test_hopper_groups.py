@@ -64,7 +64,7 @@ def launches(monkeypatch, t: Tokens, solver: str, seen=lambda: None) -> list[tup
 
 
 @pytest.mark.parametrize("key_heads", [6, 3])
-@pytest.mark.parametrize("solver", ["chebyshev", "adaptive"])
+@pytest.mark.parametrize("solver", ["chebyshev", "adaptive", "cg"])
 def test_every_group_of_heads_runs_every_kernel(monkeypatch, key_heads, solver) -> None:
     """Groups cover each head once, in blocks of chunks x heads, and share one set of addresses."""
     made = launches(monkeypatch, tokens(key_heads), solver)

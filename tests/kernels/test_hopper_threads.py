@@ -94,7 +94,9 @@ def test_blocks_run_by_threads_equal_the_torch_form(name: str, compiled) -> None
     if empty:
         pool.h.zero_()
         pool.tokens["k"].zero_()
-    settings = Settings(0.3, 0.02, 12, 64, pool.tied, True, solver)
+    # rounding steers conjugate gradients: two runs agree where both have converged
+    num_iter = 60 if solver == "cg" else 12
+    settings = Settings(0.3, 0.02, num_iter, 64, pool.tied, True, solver)
     wanted, ours = pool.fresh(), pool.fresh()
     t = wanted.tokens
     gates = (t.get("g"), None if pool.tied else t.get("gk"), t.get("alpha"), t.get("beta"))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from gka.ops import chunk, chunk_gka, dispatch, fused_recurrent_gka
 from gka.ops.autograd import GKAEager
@@ -143,8 +143,10 @@ def test_what_looks_on_takes_the_operators() -> None:
     on_gpu: Any = SimpleNamespace(device=torch.device("cuda"))
     assert is_eager(on_gpu)
     assert not is_eager(inputs()["q"])
-    with FlopCounterMode(display=False):
-        assert not is_eager(on_gpu)
+    selective = create_selective_checkpoint_contexts([torch.ops.gka.forward.default])
+    for mode in (FlopCounterMode(display=False), *selective):
+        with mode:
+            assert not is_eager(on_gpu)
     seen: list[bool] = []
     torch.vmap(lambda x: (seen.append(is_eager(on_gpu)), x)[1])(torch.ones(2))
     assert seen == [False]

@@ -1,14 +1,23 @@
 """Kernels of installed libraries: which may run a call and why not, and that they are asked rightly."""
 
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from gka.errors import InputError
-from gka.ops import available_external, chunk_simple_gla, external, last_backend, why_not_external
+from gka.ops import (
+    available_external,
+    chunk_simple_gla,
+    external,
+    external_call,
+    last_backend,
+    why_not_external,
+)
 from gka.ops.delta_rule import chunk_gated_delta_rule
 from scripted_kernels import AMPERE, VERSIONS, draw, libraries
 from tolerances import RELATIVE, assert_close
@@ -165,6 +174,35 @@ def test_compiled_without_the_final_states():
             assert final is None
             grads.append(torch.autograd.grad(o.float().sum(), list(x.values())))
     for mine, theirs in zip(*grads, strict=True):
+        assert_close(mine, theirs, TOLERANCE)
+
+
+@pytest.mark.parametrize("bounds", [None, [0, 66, 70], [0, 66, 66, 70]])
+def test_selective_checkpointing_runs_flash_qla_once(bounds: list[int] | None):
+    """Kept, it runs once and its gradients are those without checkpointing, and a second derivative is
+    refused; sequences without tokens are left to be run again."""
+    contexts: Any = partial(create_selective_checkpoint_contexts, [torch.ops.gka.flash_qla.default])
+    options = {} if bounds is None else {"cu_seqlens": torch.tensor(bounds)}
+    leaves = {n: y.requires_grad_() for n, y in draw().items()}
+
+    def outputs(*given: torch.Tensor) -> torch.Tensor:
+        x = dict(zip(leaves, given, strict=True))
+        return call("gated_delta_rule", x, "flash_qla", **options)[0].float()
+
+    with libraries():
+        expected = torch.autograd.grad(outputs(*leaves.values()).sum(), list(leaves.values()))
+        module: Any = external_call.loaded("flash_qla")
+        ran, run = [], module.chunk_gated_delta_rule_fwd
+        module.chunk_gated_delta_rule_fwd = lambda **given: (ran.append(1), run(**given))[1]
+        kept = [
+            checkpoint(outputs, *leaves.values(), use_reentrant=False, context_fn=contexts).sum()
+            for _ in range(2)
+        ]
+        found = torch.autograd.grad(kept[0], list(leaves.values()))
+        assert len(ran) == (0 if bounds == [0, 66, 66, 70] else 2)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(kept[1], leaves["q"], create_graph=True)
+    for mine, theirs in zip(found, expected, strict=True):
         assert_close(mine, theirs, TOLERANCE)
 
 

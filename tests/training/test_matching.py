@@ -46,8 +46,8 @@ def test_layer_errors_are_those_of_two_models() -> None:
             assert error.item() == pytest.approx(ratio.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_end_error_is_that_of_two_models(recompute: bool) -> None:
+@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+def test_end_error_is_that_of_two_models(recompute: str) -> None:
     """e_end compares the last hidden states of teacher and hybrid; its gradient is the hybrid's own."""
     teacher, hybrid = tiny(), tiny()
     attention = replace_attention(hybrid, [1, 2], "gka", {"num_iter": 4})

@@ -18,6 +18,7 @@ from gka.models.cache import GKACache, cache_tensors, fill_cache, state_shapes
 from gka.models.causal_lm import GKAForCausalLM, ParameterCount, count_parameters
 from gka.models.configuration import GKAConfig
 from gka.models.decoder import GKAModel, GKAPreTrainedModel
+from gka.models.recomputation import selective_checkpointing
 from gka.models.solver import set_solver, solver_settings
 
 AutoConfig.register(GKAConfig.model_type, GKAConfig, exist_ok=True)
@@ -38,6 +39,7 @@ __all__ = [
     "state_shapes",
     "set_solver",
     "solver_settings",
+    "selective_checkpointing",
     "ParameterCount",
     "count_parameters",
 ]

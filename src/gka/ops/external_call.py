@@ -6,7 +6,7 @@ graph at flash-linear-attention's functions, which their authors exclude from co
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -33,9 +33,26 @@ def run_external(
         ValueError: cu_seqlens does not rise from 0 to T.
     """
     whole = _whole(given)
-    if name == "flash_qla" and torch.compiler.is_compiling() and whole.q.numel() > 0:
-        return compiled_flash_qla(whole, cu_seqlens_cpu)
+    if name == "flash_qla" and whole.q.numel() > 0 and _observed(whole, cu_seqlens_cpu):
+        return flash_qla_operator(whole, cu_seqlens_cpu)
     return _uncompiled(name, rule, whole, cu_seqlens_cpu)
+
+
+def _observed(x: Given, copy: Tensor | None) -> bool:
+    """Whether the call must be one operator: to a compiler, or to a dispatch mode.
+
+    Selective checkpointing is such a mode, and keeps results of operators. The operator takes no empty
+    sequences.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return False
+    known = x.cu_seqlens if copy is None else copy
+    if known is None:
+        return True
+    checks.check_bounds(known, x.q.shape[1])
+    return filled(known) is None
 
 
 def _whole(x: Given) -> Given:
@@ -113,24 +130,29 @@ class Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: State) -> tuple[State, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the kernels of installed libraries have no second derivative. "
-                'Use backend="torch" for it.'
-            )
+            refuse_second()
         return grads
+
+
+def refuse_second() -> NoReturn:
+    """Raise the error of a second derivative."""
+    raise RuntimeError(
+        'the kernels of installed libraries have no second derivative. Use backend="torch" for it.'
+    )
 
 
 keep_signature(Once)
 
 
-# flash-qla's delta rule as the operators gka::flash_qla and gka::flash_qla_backward, for compiled graphs. The
-# forward operator also returns what the backward pass needs: the sums of log decays within chunks and the
-# inverses A of the chunks' triangular systems, [B,T,H,64]. Where the library splits a sequence to fill the
-# GPU, it splits it alike in both passes (`is_train`); what it caches for that is recomputed.
+# flash-qla's delta rule as the operators gka::flash_qla and gka::flash_qla_backward, for compiled graphs and
+# selective checkpointing. The forward operator also returns what the backward pass needs: the sums of log
+# decays within chunks and the inverses A of the chunks' triangular systems, [B,T,H,64].
+# Where the library splits a sequence to fill the GPU, it splits it alike in both passes (`is_train`); what it
+# caches for that is recomputed.
 CHUNK = 64
 
 
-def compiled_flash_qla(x: Given, cu_seqlens_cpu: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def flash_qla_operator(x: Given, cu_seqlens_cpu: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The call as an operator; when the graph runs, it refuses bounds that do not rise from 0 to T."""
     g = torch.zeros_like(x.q[..., 0], dtype=torch.float32) if x.g is None else x.g
     beta = torch.ones_like(g) if x.beta is None else x.beta
@@ -241,6 +263,8 @@ def _keep(ctx, inputs, output) -> None:
 
 
 def _derive(ctx, do, dstate, *_):
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        refuse_second()
     *tensors, state, cu_seqlens = ctx.saved_tensors
     dstate = dstate.contiguous() if ctx.final else None
     found = backward_op(*tensors, state, cu_seqlens, do.contiguous(), dstate, ctx.scale)

@@ -12,6 +12,8 @@ from gka.training.settings import Table, Tables, build_tables, check_tables, req
 
 DTYPES = ("float32", "bfloat16")
 COMPILE = ("auto", "layers", "model", "off")
+CHECKPOINTING = ("none", "full", "selective", "selective-products")
+"""Of activations; `gka.models.recomputation` has what each keeps."""
 MOST_SEED = 2**32 - 1
 """Largest seed that every random number generator takes (NumPy's has 32 bits)."""
 Command = Literal["train", "prime"]
@@ -109,8 +111,11 @@ class TrainingConfig(Table):
         option=True,
         choices=COMPILE,
     )
-    gradient_checkpointing: bool = setting(
-        False, "Recompute layers in the backward pass to save memory."
+    gradient_checkpointing: str = setting(
+        "none",
+        "What the backward pass recomputes to save memory: full: whole layers; selective: all but the "
+        "sequence operators (solve, delta rule, attention); selective-products: nor matrix products.",
+        choices=CHECKPOINTING,
     )
     log_steps: int = setting(10, "Steps between two logged losses.", least=1)
     eval_steps: int = setting(260, "Steps between two evaluations.", least=1)

@@ -22,6 +22,7 @@ from transformers import (
 from gka.console import lines
 from gka.errors import StorageError
 from gka.layers import decayed_parameters
+from gka.models.recomputation import checkpoint_arguments
 from gka.storage import storage_errors
 from gka.training import callbacks, checkpoints, compilation
 from gka.training.config import TrainingConfig
@@ -250,8 +251,11 @@ def arguments(config: TrainingConfig, folder: Path) -> TrainingArguments:
     )
 
 
-def recompute_layers(model: PreTrainedModel) -> None:
-    """Recompute each layer in the backward pass instead of keeping its activations."""
+def recompute_layers(model: PreTrainedModel, how: str) -> None:
+    """Recompute layers in the backward pass as the setting `gradient_checkpointing` says."""
+    arguments = checkpoint_arguments(how)
+    if arguments is None:
+        return
     # Newer transformers have renamed the method and warn about the old name.
     name = "activation_checkpointing_enable"
-    getattr(model, name, model.gradient_checkpointing_enable)()
+    getattr(model, name, model.gradient_checkpointing_enable)(arguments)

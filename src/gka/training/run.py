@@ -117,8 +117,7 @@ def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTra
         model = GKAForCausalLM(settings)
     except (TypeError, ValueError, MemoryError) as error:
         raise InputError(f"[model]: {error}") from error
-    if config.training.gradient_checkpointing:
-        recompute_layers(model)
+    recompute_layers(model, config.training.gradient_checkpointing)
     return model
 
 

@@ -19,8 +19,10 @@ MOST = 2**31 - 1
 """Largest integer that a setting takes, unless its `most` is another."""
 Tables = dict[str, dict[str, Any]]
 _SAID = "setting"
-# Keys of earlier releases still work, with a warning.
-_FORMER = {(table, "precision"): "dtype" for table in ("training", "stage1", "stage2")}
+# Keys and values of earlier releases still work, with a warning.
+_TRAINING = ("training", "stage1", "stage2")
+_FORMER = {(table, "precision"): "dtype" for table in _TRAINING}
+_FORMER_FLAGS = {(table, "gradient_checkpointing"): ("none", "full") for table in _TRAINING}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +153,7 @@ def require(condition: bool, key: str, value: Any, expected: str) -> None:
 
 
 def _renamed(table: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values under their current names."""
+    """The values under their current names; flags that have become choices as choices."""
     for key in values:
         if (table, key) in _FORMER:
             new = _FORMER[table, key]
@@ -160,7 +162,22 @@ def _renamed(table: str, values: Mapping[str, Any]) -> dict[str, Any]:
                 RenamedWarning,
                 stacklevel=2,
             )
-    return {_FORMER.get((table, key), key): value for key, value in values.items()}
+    named = {_FORMER.get((table, key), key): value for key, value in values.items()}
+    return {key: _former_flag(table, key, value) for key, value in named.items()}
+
+
+def _former_flag(table: str, key: str, value: Any) -> Any:
+    """The choice that replaces a flag of an earlier release; other values unchanged."""
+    if (table, key) not in _FORMER_FLAGS or not isinstance(value, bool):
+        return value
+    choice = _FORMER_FLAGS[table, key][value]
+    warnings.warn(
+        f"{table}.{key} is {choice!r} now, in place of {str(value).lower()}, which goes with the next "
+        "release",
+        RenamedWarning,
+        stacklevel=2,
+    )
+    return choice
 
 
 def _typed_values(

@@ -51,9 +51,7 @@ def limits(ridge_ratio: float, num_iter: int, operands: torch.dtype) -> tuple[in
 
     s is at least a quarter of the operands' epsilon: rounding hides a smaller error.
     """
-    share = max(
-        MARGIN * chebyshev_error(ridge_ratio, num_iter), torch.finfo(operands).eps / 4.0
-    )
+    share = max(MARGIN * chebyshev_error(ridge_ratio, num_iter), torch.finfo(operands).eps / 4.0)
     return most_steps(ridge_ratio, num_iter), ridge_ratio * share**2
 
 

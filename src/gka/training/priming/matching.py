@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gka.layers import SoftmaxAttention
 from gka.models import GKAForCausalLM
+from gka.models.recomputation import checkpoint_arguments
 
 
 class Matching(nn.Module):
@@ -30,7 +31,8 @@ class Matching(nn.Module):
         hybrid: the hybrid model; only the mixers of the replaced layers are trained.
         attention: the replaced attention modules, by layer.
         layer_weight, end_weight: weights of the two errors.
-        recompute: recompute the hybrid's layers in the backward pass of e_end, to save memory.
+        recompute: what the backward pass of e_end recomputes of the hybrid's layers; values as of the
+            setting `gradient_checkpointing`.
     """
 
     # Makes the Trainer average the loss over the forward passes of a step.
@@ -42,12 +44,13 @@ class Matching(nn.Module):
         attention: Mapping[int, SoftmaxAttention],
         layer_weight: float = 1.0,
         end_weight: float = 0.0,
-        recompute: bool = False,
+        recompute: str = "none",
     ) -> None:
         super().__init__()
         # A tuple keeps them from becoming submodules: they are not saved, counted or trained.
         self._rest = (hybrid.model, dict(attention))
-        self.layer_weight, self.end_weight, self.recompute = layer_weight, end_weight, recompute
+        self.layer_weight, self.end_weight = layer_weight, end_weight
+        self.checkpointing = checkpoint_arguments(recompute)
         self.mixers = nn.ModuleDict(
             {str(layer): hybrid.model.layers[layer].mixer for layer in attention}  # pyright: ignore[reportArgumentType]
         )
@@ -108,8 +111,8 @@ class Matching(nn.Module):
         first = min(attention)
         for number, layer in enumerate(body.layers):
             with torch.set_grad_enabled(torch.is_grad_enabled() and number >= first):
-                if self.recompute and number >= first:
-                    hidden = checkpoint(_run, layer, hidden, cu_seqlens, use_reentrant=False)  # pyright: ignore[reportAssignmentType]
+                if self.checkpointing is not None and number >= first:
+                    hidden = checkpoint(_run, layer, hidden, cu_seqlens, **self.checkpointing)  # pyright: ignore[reportAssignmentType]
                 else:
                     hidden = _run(layer, hidden, cu_seqlens)
         return relative_error(body.norm(hidden), expected)

@@ -234,8 +234,7 @@ def _recovered(job: Job, hybrid: GKAForCausalLM) -> GKAForCausalLM:
     if stage.kl_weight:
         teacher = load_teacher(job.config.prime.teacher).requires_grad_(False)
     model: Any = with_adapters(hybrid, stage) if stage.lora_rank else hybrid
-    if stage.gradient_checkpointing:
-        recompute_layers(model)
+    recompute_layers(model, stage.gradient_checkpointing)
     trainer = _fit(job, STAGE2, model, partial(RecoveryTrainer, teacher, stage.kl_weight), teacher)
     if stage.lora_rank:
         if files.is_main_process():
