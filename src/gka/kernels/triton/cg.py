@@ -34,6 +34,13 @@ def goes_on(size, energy, stop):
 
 
 @triton.jit
+def weighted_scores(d, kt, weight, PREC: tl.constexpr):
+    """(d_t . k_j) W_tj in the operands' dtype, which is W's."""
+    scores = tl.dot(d, kt, input_precision=PREC) * weight.to(tl.float32)
+    return scores.to(weight.dtype)
+
+
+@triton.jit
 def conjugate_gradients(
     rhs, kn, hn, h_ptr, h_coef, weight, ridge_ratio, unit, stop, most, K: tl.constexpr,
     TILED: tl.constexpr, OP: tl.constexpr, PREC: tl.constexpr,
@@ -58,9 +65,13 @@ def conjugate_gradients(
         d32 = d.to(tl.float32)
         # an address that depends on the step: the compiler must not hoist the tiles, which would not fit
         again = h_ptr + steps // 1073741824
-        scores = (tl.dot(d, kt, input_precision=PREC) * weight.to(tl.float32)).to(OP)
         a_d = tl.zeros(rhs.shape, tl.float32)
-        a_d = add_product(a_d, d, hn, again, K, TILED, False, PREC) * h_coef[:, None]
+        if TILED:  # scores beside the quarters of H outgrow a small chip's shared memory
+            a_d = add_product(a_d, d, hn, again, K, TILED, False, PREC) * h_coef[:, None]
+            scores = weighted_scores(d, kt, weight, PREC)
+        else:  # a_d beside the sums of scores takes more registers
+            scores = weighted_scores(d, kt, weight, PREC)
+            a_d = add_product(a_d, d, hn, again, K, TILED, False, PREC) * h_coef[:, None]
         a_d = tl.dot(scores, kn, a_d, input_precision=PREC)
         a_d += (ridge_ratio / unit) * d32
         d_a_d = unit * tl.sum(d32 * a_d, 1)
@@ -86,7 +97,7 @@ def solve_state(h, q, fro, ridge_ratio, stop, most):
     inverse = 1.0 / fro
     r = q / largest
     d = r
-    x = r * 0.0
+    x = tl.zeros_like(r)
     size = tl.sum(r * r, 0)
     energy = 0.0
     working = (size != 0.0).to(tl.int32)  # NaN too
