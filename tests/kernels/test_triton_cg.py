@@ -198,3 +198,17 @@ def test_groups_of_heads_add_up(monkeypatch) -> None:
     """Where the derivative works on 2 of 8 heads at a time, pairs of them sharing a key head."""
     monkeypatch.setattr("gka.kernels.backward.CHUNK_HEADS", 4)
     check(problem(heads=(8, 4, 8)), F32, 60, "groups")
+
+
+def test_a_ridge_below_the_roundoff_ends() -> None:
+    """A system that float16 products cannot tell from a singular one takes some steps for each of its
+    dimensions, far from the limit, and stays finite."""
+    ratio, inputs = 1e-9, problem(length=32)
+    x = {n: x.to(DEVICE, F16 if n in "qkv" else F32) for n, x in inputs.items()}
+    steps = solver_steps(
+        x["k"], x["g"], ratio, initial_state=x["h0"], beta=x["beta"], solver="cg", q=x["q"],
+        chunk_size=16, backend="triton",
+    )  # fmt: skip
+    assert 0 < steps.max() < 60 < most_steps(ratio, 30)
+    found = results(inputs, "triton", F16, DEVICE, ridge_ratio=ratio, solver="cg")
+    assert all(bool(x.isfinite().all()) for x in found.values())

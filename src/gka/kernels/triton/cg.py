@@ -75,6 +75,7 @@ def conjugate_gradients(
         a_d = tl.dot(scores, kn, a_d, input_precision=PREC)
         a_d += (ridge_ratio / unit) * d32
         d_a_d = unit * tl.sum(d32 * a_d, 1)
+        working = working & ~(d_a_d <= 0.0)  # where rounding has left no direction; NaN goes on
         length = tl.where(working, size, 0.0) / tl.where(working, d_a_d, 1.0)
         energy += length * size
         x += length[:, None] * d32
