@@ -560,3 +560,32 @@ def test_a_step_with_gradient_leaves_the_cache_to_autograd(cache, monkeypatch) -
         first.square().sum() + second.square().sum(), list(layer.parameters())
     )
     assert all(torch.isfinite(grad).all() for grad in grads)
+
+
+def test_gates_are_one_product_unless_a_module_must_be_called(monkeypatch) -> None:
+    """b_proj, alpha_proj and a_proj are one product; with a hook, or replaced, each is called."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Narrow(TorchDispatchMode):
+        """Counts products with as few columns as gates."""
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+                found.append(out.shape[-1])
+            return out
+
+    found: list[int] = []
+    layer, x = fused_mixer("gka", monkeypatch, num_kv_heads=4), inputs().to(DEVICE).float()
+    with Narrow():
+        expected = layer(x)[0]
+    assert found.count(12) == 1 and 4 not in found
+    called: list[str] = []
+    hook = layer.b_proj.register_forward_hook(lambda *_: called.append("b_proj"))
+    found.clear()
+    with Narrow():
+        assert_close(layer(x)[0], expected, EXACT)
+    assert called == ["b_proj"] and found.count(4) == 3 and 12 not in found
+    hook.remove()
+    layer.alpha_proj = torch.nn.Sequential(layer.alpha_proj, torch.nn.Identity())
+    assert_close(layer(x)[0], expected, EXACT)

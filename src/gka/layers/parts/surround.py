@@ -159,7 +159,7 @@ class FusedSurround:
         if call.stepwise and _can_step(mixer, call.layer):
             return self.step(mixer, projected, x, call)
         heads = _split(mixer, self._convolve(mixer, projected, call))
-        gates = _gate_projections(mixer, x)
+        gates = _gates_in_one_product(mixer, x)
         beta, alpha, g = surround.layer_gates(
             gates.get("b"), gates.get("alpha"), gates.get("a"), *_decay(mixer, gates),
             eps=mixer.beta_eps, lengths=call.lengths,
@@ -251,12 +251,12 @@ def _why_called(mixer: Any) -> str | None:
     return None
 
 
-def _is_untouched(module: nn.Module) -> bool:
+def _is_untouched(module: nn.Module, kinds: tuple[type, ...] = OURS) -> bool:
     hooks = (
         module._forward_hooks, module._forward_pre_hooks,
         module._backward_hooks, module._backward_pre_hooks,
     )  # fmt: skip
-    return type(module) in OURS and not any(hooks) and "forward" not in vars(module)
+    return type(module) in kinds and not any(hooks) and "forward" not in vars(module)
 
 
 def _can_step(mixer: Any, layer: Any) -> bool:
@@ -275,10 +275,37 @@ def _convolutions(mixer: Any) -> list[ShortConvolution | None]:
     return [getattr(mixer, f"{name}_conv1d", None) for name in "qkv"]
 
 
+def _gate_modules(mixer: Any) -> dict[str, Any]:
+    named = ((name, getattr(mixer, f"{name}_proj", None)) for name in ("b", "alpha", "a"))
+    return {name: projection for name, projection in named if projection is not None}
+
+
 def _gate_projections(mixer: Any, x: Tensor) -> dict[str, Tensor]:
     """Outputs [B,T,H] of those of b_proj, alpha_proj and a_proj that the mixer has."""
-    named = ((name, getattr(mixer, f"{name}_proj", None)) for name in ("b", "alpha", "a"))
-    return {name: projection(x) for name, projection in named if projection is not None}
+    return {name: projection(x) for name, projection in _gate_modules(mixer).items()}
+
+
+def _gates_in_one_product(mixer: Any, x: Tensor) -> dict[str, Tensor]:
+    """`_gate_projections` as one product, unless modules are replaced, have hooks or unusual weights.
+
+    A product with H columns takes as long as reading x, and its gradient of x has to be added to the others'.
+    """
+    modules = _gate_modules(mixer)
+    plain = all(
+        _is_untouched(module, (nn.Linear,)) and type(module.weight) in (Tensor, nn.Parameter)
+        for module in modules.values()
+    )
+    if len(modules) < 2 or not plain:
+        return _gate_projections(mixer, x)
+    weight = torch.cat([module.weight for module in modules.values()])
+    biases: Any = [module.bias for module in modules.values()]
+    sizes = [module.weight.shape[0] for module in modules.values()]
+    bias = None
+    if any(part is not None for part in biases):
+        parts = zip(biases, sizes, strict=True)
+        bias = torch.cat([weight.new_zeros(n) if part is None else part for part, n in parts])
+    products = nn.functional.linear(x, weight, bias).split(sizes, dim=-1)
+    return dict(zip(modules, products, strict=True))
 
 
 def _decay(mixer: Any, gates: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
