@@ -117,9 +117,9 @@ def run_all(dim: int, dtype: torch.dtype, solver: SolverName = "chebyshev") -> N
 def run_step(dim: int, dtype: torch.dtype, solver: SolverName) -> None:
     """Launch the kernel that takes single tokens."""
     tokens = problem(dim, dtype, length=1)
-    states = (torch.empty(1, 16, dim, dim) for _ in range(2))
+    h, u = (torch.empty(1, 16, dim, dim) for _ in range(2))
     settings = Settings(1.0, 0.02, 30, 64, tied=True, with_h=True, solver=solver)
-    decode.step(TRITON, tokens, settings, States(*states, None))
+    decode.step(TRITON, tokens, settings, States(h, u))
 
 
 def run_around(dim: int, dtype: torch.dtype, heads: int = 16, length: int = 2048) -> None:

@@ -153,7 +153,7 @@ def test_nonfinite_numbers_end_and_are_not_hidden(name: str, value: float) -> No
     initial = (given.pop("h0"), given.pop("u0"))
 
     def output(**changed: Tensor) -> Tensor:
-        t = given | changed
+        t: dict[str, Any] = given | changed
         o, _ = chunk_gka(
             **t, gk=t["g"], initial_state=initial, solver="cg", backend="triton", chunk_size=16
         )
