@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from gka.maths.chunked import Settings, Tokens
+from gka.maths.solvers import SolverName
 from gka.maths.solvers.cg import most_steps
 from gka.maths.solvers.chebyshev import chebyshev_error
 from gka.ops import chunk_gka, solver_steps
@@ -13,6 +15,9 @@ from interpreted import DEVICE, problem, results
 from tolerances import RELATIVE, assert_close
 
 pytest.importorskip("triton", reason="the kernels need the package triton")
+from gka.kernels.call import GpuCall
+from gka.kernels.triton.passes import TRITON
+
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 RATIO = 0.02
 EXACT: dict[str, Any] = {"num_iter": 120}  # Chebyshev steps: in float64 the exact solution
@@ -230,3 +235,17 @@ def test_a_ridge_below_the_roundoff_ends() -> None:
     assert 0 < steps.max() < 60 < most_steps(ratio, 30)
     found = results(inputs, "triton", F16, DEVICE, ridge_ratio=ratio, solver="cg")
     assert all(bool(x.isfinite().all()) for x in found.values())
+
+
+def test_kernels_compiled_for_plain_steps_are_not_taken() -> None:
+    """A call whose limit is 39 steps and one of 39 plain steps have kernels of their own."""
+    q = torch.randn(1, 16, 1, 16, device=DEVICE)
+    tokens = Tokens(q, q, q, None, None, None, None, None, None, None)
+
+    def signature(solver: SolverName, num_iter: int) -> tuple:
+        settings = Settings(1.0, RATIO, num_iter, 16, True, False, solver)
+        return GpuCall(TRITON, tokens, settings).signature
+
+    assert most_steps(RATIO, 30) == 39
+    assert signature("cg", 30) != signature("chebyshev", 39)
+    assert signature("cg", 30) == signature("cg", 30) != signature("cg", 40)

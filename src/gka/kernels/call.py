@@ -98,8 +98,8 @@ class GpuCall:
         solves: whether there is a solve. adaptive: whether its steps differ by chunk and head.
         most_steps, stop: of `limits`.
         groups: the groups of heads that are processed together.
-        signature: what compiled kernels depend on besides the sizes: which arguments exist, their dtypes,
-            and the integers among them.
+        signature: what compiled kernels depend on besides the sizes: which arguments exist (`stop` among
+            them), their dtypes, and the integers among them.
         kept: objects that a backend keeps for this call.
     """
 
@@ -117,6 +117,7 @@ class GpuCall:
         optional = (t.g, self.gk, t.alpha, t.beta, t.h0, t.u0)
         self.signature: tuple = (
             self.most_steps,
+            self.stop is None,
             *(None if x is None else x.dtype for x in optional),
         )
         self.kept: dict[Any, Any] = {}
