@@ -15,7 +15,7 @@ import gka.kernels.backward as backward_pass
 import gka.kernels.forward as forward_pass
 from gka.kernels import driver, replay
 from gka.kernels.arrays import InputGradients
-from gka.kernels.call import GpuCall, prepared
+from gka.kernels.call import GpuCall, packed_chunks, prepared
 from gka.kernels.hopper import build
 from gka.kernels.hopper.passes import HOPPER
 from gka.kernels.replay import Recorder
@@ -32,6 +32,8 @@ CASES: dict[str, dict[str, Any]] = {
     "keys are queries": {"same": True},
     "shared heads": {"key_heads": 2, "value_heads": 1},
     "shared heads, groups": {"key_heads": 2, "value_heads": 2, "chunk_heads": 16},
+    # other bounds each time, with as many chunks
+    "packed": {"packed": itertools.cycle([[0, 64, 64, 300, 400], [0, 60, 60, 300, 400]])},
 }
 
 
@@ -40,14 +42,16 @@ def tokens_of(options: dict[str, Any]) -> tuple[Tokens, bool]:
 
     def gate(name: str, there: bool = True) -> Tensor | None:
         dtype = options.get("gates", torch.float32)
-        return torch.rand(B, T, H).to(dtype) if options.get(name, there) else None
+        return torch.rand(*rows, H).to(dtype) if options.get(name, there) else None
 
-    q, v = (torch.rand(B, T, H, K).bfloat16() for _ in range(2))
-    k = q if options.get("same") else torch.rand(B, T, options.get("key_heads", H), K).bfloat16()
+    bounds = torch.tensor(next(options["packed"])) if "packed" in options else None
+    rows, n = ((B, T), B) if bounds is None else ((1, B * T), len(bounds) - 1)
+    q, v = (torch.rand(*rows, H, K).bfloat16() for _ in range(2))
+    k = q if options.get("same") else torch.rand(*rows, options.get("key_heads", H), K).bfloat16()
     v = v[:, :, : options.get("value_heads", H)].contiguous()
-    h0, u0 = (torch.rand(B, H, K, K) if options.get("states", True) else None for _ in range(2))
+    h0, u0 = (torch.rand(n, H, K, K) if options.get("states", True) else None for _ in range(2))
     gk = gate("gk", there=False)
-    given = Tokens(q, k, v, gate("g"), gk, gate("alpha"), gate("beta"), h0, u0, None)
+    given = Tokens(q, k, v, gate("g"), gk, gate("alpha"), gate("beta"), h0, u0, bounds)
     return given, given.g is not None and gk is None
 
 
@@ -145,6 +149,13 @@ def made(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "RECORDINGS", replay.Recordings())
 
 
+def tables_of(t: Tokens, tied: bool, recording: replay.Recording) -> dict[str, Tensor]:
+    """The tables that a replay reads: its call's own if sequences are packed."""
+    packed = packed_chunks(HOPPER, t, settings_of(tied))
+    assert (packed is None) == (len(recording.tables) > 0)
+    return dict(zip("slbm", recording.tables if packed is None else packed.tables, strict=True))
+
+
 def inputs(tokens: Tokens) -> dict[str, Tensor | None]:
     return dict(zip(INPUTS, prepared(tokens, float_gates=True).inputs, strict=True))
 
@@ -174,7 +185,7 @@ def test_a_forward_pass_is_replayed_on_new_tensors(case: str, made: None) -> Non
         t = prepared(tokens, True)
         out = forward_pass.chunk_forward(HOPPER, t, settings_of(tied))
         (recording,) = forward_pass.RECORDINGS.held.values()
-        tables = dict(zip("slbm", recording.tables, strict=True))
+        tables = tables_of(t, tied, recording)
         held.append((t, out))
         outs = {n: getattr(out, n) for n in ("o", "x", "h", "u", "x_scale")}
         return named(dict(zip(INPUTS, t.inputs, strict=True)) | tables | outs)
@@ -193,14 +204,20 @@ def test_a_backward_pass_is_replayed_on_new_tensors(
     after_names = ("x", "x_scale", "do", "dh", "du")
     held: list[Any] = []
 
-    def after() -> tuple[Tensor, ...]:
-        x = torch.rand(B, T, H, K).half()
-        ends = [torch.rand(B, H, K, K) for _ in range(2)]
-        return x, torch.rand(B, T, H), torch.rand(B, T, H, K).bfloat16(), *ends
+    def after(t: Tokens) -> tuple[Tensor, ...]:
+        n = B if t.cu_seqlens is None else len(t.cu_seqlens) - 1
+        ends = [torch.rand(n, H, K, K) for _ in range(2)]
+        rows = t.q.shape[:3]
+        return (
+            torch.rand(t.q.shape).half(),
+            torch.rand(rows),
+            torch.rand(t.q.shape).bfloat16(),
+            *ends,
+        )
 
     def direct():
         tokens, tied = tokens_of(options)
-        call, rest = GpuCall(HOPPER, prepared(tokens, True), settings_of(tied)), after()
+        call, rest = GpuCall(HOPPER, prepared(tokens, True), settings_of(tied)), after(tokens)
         results: list[Any] = []
         held.append((tokens, call, rest))
 
@@ -217,7 +234,7 @@ def test_a_backward_pass_is_replayed_on_new_tensors(
 
     def replayed():
         tokens, tied = tokens_of(options)
-        t, rest, found = prepared(tokens, True), after(), []
+        t, rest, found = prepared(tokens, True), after(tokens), []
         collect = backward_pass._collect
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
@@ -227,7 +244,7 @@ def test_a_backward_pass_is_replayed_on_new_tensors(
             out = backward_pass.chunk_backward(HOPPER, t, x, x_scale, do, dh, du, settings_of(tied))
         (recording,) = backward_pass.RECORDINGS.held.values()
         held.append((t, rest, out, found))
-        tables = dict(zip("slbm", recording.tables, strict=True))
+        tables = tables_of(t, tied, recording)
         outs = dict(zip(InputGradients._fields, found[0], strict=True))
         t = dict(zip(INPUTS, t.inputs, strict=True))
         return named(t | dict(zip(after_names, rest, strict=True)) | outs | tables)
@@ -266,8 +283,8 @@ def test_a_call_of_another_kind_is_recorded_by_itself(made: None, monkeypatch: A
     tokens, tied = tokens_of(CASES["bare"])
     cut = {n: getattr(tokens, n)[:, :100].contiguous() for n in "qkv"}
     shorter = tokens._replace(**cut)
-    assert replay.kind_of(HOPPER, tokens, settings_of(tied)) != replay.kind_of(
-        HOPPER, shorter, settings_of(tied)
+    assert replay.kind_of(HOPPER, tokens, settings_of(tied), None) != replay.kind_of(
+        HOPPER, shorter, settings_of(tied), None
     )
 
 
@@ -310,3 +327,22 @@ def test_a_recording_holds_no_tensor_of_the_call_it_was_made_of(made: None) -> N
     gc.collect()
     assert len(seen) == 4
     assert all(ref() is None for ref in seen)
+
+
+def test_packed_calls_share_their_tables(made: None) -> None:
+    """A model's layers have the same bounds: tables are made once for all of them. Too many groups of heads
+    for one go are not recorded."""
+    options = {"packed": itertools.repeat([0, 10, 250, 400])}
+    (first, tied), (second, _) = tokens_of(options), tokens_of(options)
+    settings = settings_of(tied)
+    tables = packed_chunks(HOPPER, first, settings)
+    assert tables is not None and packed_chunks(HOPPER, second, settings) is tables
+    other, _ = tokens_of({"packed": itertools.repeat([0, 11, 250, 400])})
+    assert packed_chunks(HOPPER, other, settings) is not tables
+    x, scale = torch.rand(first.q.shape).half(), torch.rand(first.q.shape[:3])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backward_pass, "CHUNK_HEADS", 2 * tables.num_chunks)
+        backward_pass.chunk_backward(HOPPER, first, x, scale, first.q, None, None, settings)
+        assert not backward_pass.RECORDINGS.held
+    backward_pass.chunk_backward(HOPPER, first, x, scale, first.q, None, None, settings)
+    assert len(backward_pass.RECORDINGS.held) == 1

@@ -134,8 +134,9 @@ def test_a_token_does_not_depend_on_other_queries(other: float) -> None:
     given["q"][:, 9] = given["k"][:, 9]  # solved in fewer steps than others
 
     def output(q: Tensor) -> tuple[Tensor, int]:
+        changed: dict[str, Any] = given | {"q": q}
         o, _ = chunk_gka(
-            **given | {"q": q}, initial_state=initial, solver="cg", backend="triton", chunk_size=16
+            **changed, initial_state=initial, solver="cg", backend="triton", chunk_size=16
         )
         steps = solver_steps(
             given["k"], initial_state=initial[0], solver="cg", q=q, chunk_size=16, backend="triton"
@@ -209,7 +210,7 @@ def test_the_size_of_queries_does_not_matter(size: float) -> None:
     initial = (given.pop("h0"), given.pop("u0"))
 
     def output(factor: float) -> Tensor:
-        scaled = given | {"q": given["q"] * factor}
+        scaled: dict[str, Any] = given | {"q": given["q"] * factor}
         return chunk_gka(
             **scaled, initial_state=initial, solver="cg", backend="triton", chunk_size=16
         )[0]

@@ -14,9 +14,9 @@ from gka.kernels.arrays import (
     InputGradients,
     Solutions,
 )
-from gka.kernels.call import GpuCall, aligned, op_dtype, prepared
+from gka.kernels.call import GpuCall, aligned, op_dtype, packed_chunks, prepared
 from gka.kernels.passes import Executor, Launch, Passes, execute
-from gka.kernels.replay import Ran, Recordings, apart, kind_of
+from gka.kernels.replay import Ran, Recordings, apart, kind_of, with_tables
 from gka.maths.adjoint import Gradients
 from gka.maths.chunked import Settings, Tokens
 
@@ -43,18 +43,21 @@ def chunk_backward(
         x = (x / x_scale.clamp_min(1e-37)[..., None]).to(op_dtype(t.q.dtype))
     after = tuple(aligned(y) for y in (x, x_scale, do, dh_final, du_final))
     missing = (dh_final is None, du_final is None)
-    kind = kind_of(passes, t, settings, do.dtype, missing, CHUNK_HEADS)
+    chunks = packed_chunks(passes, t, settings)
+    kind = kind_of(passes, t, settings, chunks, do.dtype, missing, CHUNK_HEADS)
+    if chunks is not None and chunks.num_chunks * t.q.shape[2] > CHUNK_HEADS:
+        kind = None  # groups of heads cut packed sequences anew
     if kind is None:
-        return _collect(
-            tokens, settings, _run(passes, GpuCall(passes, t, settings), after, execute)
-        )
+        call = GpuCall(passes, t, settings, chunks)
+        return _collect(tokens, settings, _run(passes, call, after, execute))
 
     def record(execute: Executor) -> Ran:
-        call = GpuCall(passes, apart(t), settings)
+        call = GpuCall(passes, apart(t), settings, chunks)
         mine = tuple(None if y is None else y.detach() for y in after)
-        return Ran(call, (*call.t.inputs, *mine), _run(passes, call, mine, execute))
+        given = with_tables((*call.t.inputs, *mine), chunks)
+        return Ran(call, given, _run(passes, call, mine, execute))
 
-    made = RECORDINGS.run(kind, (*t.inputs, *after), record)
+    made = RECORDINGS.run(kind, with_tables((*t.inputs, *after), chunks), record)
     return _collect(tokens, settings, InputGradients(*made))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gka.kernels import configs
 from gka.kernels.arrays import Boundary, Heads, Maxima, Moments, Solutions
-from gka.kernels.tables import chunking
+from gka.kernels.tables import Chunking, chunking
 from gka.maths.chunked import Settings, Tokens
 from gka.maths.solvers import cg
 
@@ -98,12 +98,15 @@ class GpuCall:
         solves: whether there is a solve. adaptive: whether its steps differ by chunk and head.
         most_steps, stop: of `limits`.
         groups: the groups of heads that are processed together.
+        chunks: the tables; those of all heads may be given.
         signature: what compiled kernels depend on besides the sizes: which arguments exist (`stop` among
             them), their dtypes, and the integers among them.
         kept: objects that a backend keeps for this call.
     """
 
-    def __init__(self, needs: Needs, tokens: Tokens, settings: Settings) -> None:
+    def __init__(
+        self, needs: Needs, tokens: Tokens, settings: Settings, chunks: Chunking | None = None
+    ) -> None:
         self.needs, self.settings = needs, settings
         self.solves, self.adaptive = settings.num_iter > 0, settings.adaptive
         t = self.t = prepared(tokens, needs.float_gates)
@@ -122,11 +125,11 @@ class GpuCall:
         )
         self.kept: dict[Any, Any] = {}
         self._scratch: dict[str, Tensor] = {}
-        self._cut(self.H)
+        self._cut(self.H, chunks)
 
-    def _cut(self, heads: int) -> None:
+    def _cut(self, heads: int, chunks: Chunking | None = None) -> None:
         programs = heads * self.needs.scan_programs(self.sizes)
-        self.chunks = chunking(self.t, self.sizes.chunk_size, programs)
+        self.chunks = chunks or chunking(self.t, self.sizes.chunk_size, programs)
         self.M, self.N = self.chunks.num_chunks, self.chunks.num_sequences
 
     def split_heads(self, chunk_heads: int) -> None:
@@ -215,6 +218,14 @@ class GpuCall:
 
 # cached: equal calls share one object, with its tiles already computed
 _sizes_of = lru_cache(maxsize=64)(Sizes)
+
+
+def packed_chunks(needs: Needs, t: Tokens, settings: Settings) -> Chunking | None:
+    """The tables of packed sequences for all heads at once; None for sequences of one length."""
+    if t.cu_seqlens is None:
+        return None
+    sizes = _sizes(t, settings.chunk_size)
+    return chunking(t, sizes.chunk_size, sizes.heads[0] * needs.scan_programs(sizes))
 
 
 def _sizes(t: Tokens, chunk_size: int) -> Sizes:

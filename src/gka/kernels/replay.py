@@ -19,6 +19,7 @@ from torch import Tensor
 from gka.kernels import driver
 from gka.kernels.call import GpuCall
 from gka.kernels.passes import Executor, Launch, Passes, execute
+from gka.kernels.tables import Chunking
 from gka.maths.chunked import Settings, Tokens
 
 KINDS = 256  # recordings kept at most; the oldest is dropped first
@@ -45,7 +46,8 @@ class Recording:
     Args:
         launches: in order; arguments are one ctypes structure with `tensors` (`arguments.fill`), or
             tensors and numbers for a torch function.
-        call: the recorded call. Calls of its kind share its tables; each replay allocates its scratch.
+        call: the recorded call. Calls of its kind share its tables, unless sequences are packed; each replay
+            allocates its scratch.
         given: inputs, each a distinct object; None for an absent one.
         made: results.
 
@@ -56,7 +58,7 @@ class Recording:
     def __init__(
         self, launches: Sequence[Launch], call: GpuCall, given: Slots, made: Slots
     ) -> None:
-        self.tables = tables = call.chunks.tables
+        self.tables = tables = () if call.t.cu_seqlens is not None else call.chunks.tables
         self.made = [None if x is None else (x.shape, x.dtype) for x in made]
         slots = (*given, *tables, *made)
         self.place: dict[int, tuple[int, int]] = {
@@ -195,15 +197,35 @@ class Recordings:
         return ran.made
 
 
-def kind_of(passes: Passes, t: Tokens, settings: Settings, *more: Hashable) -> Hashable | None:
+def kind_of(
+    passes: Passes, t: Tokens, settings: Settings, chunks: Chunking | None, *more: Hashable
+) -> Hashable | None:
     """What a call's launches depend on besides addresses; None if they cannot be replayed.
 
-    Packed sequences cannot: every call has tables of its own.
+    Args:
+        chunks: the tables of packed sequences, which are inputs then; None for sequences of one length.
     """
-    if not passes.replays or t.cu_seqlens is not None or t.q.numel() == 0:
+    if not passes.replays or t.q.numel() == 0:
         return None
     there = tuple(x is None for x in t.inputs[3:])
-    return passes, settings, t.q.shape, t.k.shape, t.v.shape, t.q.dtype, t.q.device, there, *more
+    cut = None if chunks is None else chunks.sizes
+    return (
+        passes,
+        settings,
+        t.q.shape,
+        t.k.shape,
+        t.v.shape,
+        t.q.dtype,
+        t.q.device,
+        there,
+        cut,
+        *more,
+    )
+
+
+def with_tables(inputs: Slots, chunks: Chunking | None) -> Slots:
+    """The inputs of a call, tables of packed sequences among them."""
+    return inputs if chunks is None else (*inputs, *chunks.tables)
 
 
 def apart(t: Tokens) -> Tokens:

@@ -39,6 +39,12 @@ class Chunking:
     def tables(self) -> tuple[Tensor, ...]:
         return self.start, self.length, self.bounds, self.segments
 
+    @property
+    def sizes(self) -> tuple[int, int, int, bool, bool]:
+        """What launches depend on besides the tables' addresses."""
+        counts = (self.num_chunks, self.num_sequences, self.num_segments)
+        return *counts, self.segmented, self.whole
+
     @cached_property
     def num_chunks(self) -> int:
         return len(self.start)
@@ -70,7 +76,7 @@ def chunking(tokens: Tokens, size: int, programs_per_segment: int) -> Chunking:
     if tokens.cu_seqlens is not None:
         bounds = getattr(tokens, "cu_seqlens_cpu", None)
         bounds = tokens.cu_seqlens.cpu() if bounds is None else bounds
-        return _of_packed(bounds.long(), size, programs_per_segment, device)
+        return _shared(bounds.long(), size, programs_per_segment, device)
     stretch = segment_length(batch * -(-length // size), programs_per_segment)
     return _of_batch(batch, length, size, stretch, device)
 
@@ -87,9 +93,7 @@ def _of_batch(batch: int, length: int, size: int, stretch: int, device: torch.de
             return _made(batch, length, size, stretch, device)
         # on another thread: this one may allocate from the memory pool of a CUDA graph it warms up
         held = _ELSEWHERE.submit(_ready, batch, length, size, stretch, device).result()
-        while len(_HELD) >= KEPT:
-            _HELD.pop(next(iter(_HELD)))
-        _HELD[kind] = held
+        _keep(kind, held)
     if capturing:
         _CAPTURED[kind] = held
     return held
@@ -126,6 +130,35 @@ def _made(batch: int, length: int, size: int, stretch: int, device: torch.device
         segmented=pieces > 1,
         whole=length % size == 0,
     )
+
+
+def _keep(kind: tuple, made: Chunking) -> None:
+    while len(_HELD) >= KEPT:
+        _HELD.pop(next(iter(_HELD)), None)
+    _HELD[kind] = made
+
+
+def _shared(bounds: Tensor, size: int, programs_per_segment: int, device: torch.device) -> Chunking:
+    """`_of_packed`, made once for calls of equal bounds on a stream: a model's layers, in both passes."""
+    given = (bounds, size, programs_per_segment, device)
+    on_gpu = device.type == "cuda"
+    if on_gpu and torch.cuda.is_current_stream_capturing():
+        return _of_packed(*given)
+    stream = torch.cuda.current_stream(device) if on_gpu else None
+    kind = (bounds.numpy().tobytes(), *given[1:], stream)
+    held = _HELD.get(kind)
+    if held is None:
+        # on another thread, as in `_of_batch`
+        held = (
+            _of_packed(*given) if stream is None else _ELSEWHERE.submit(_on, stream, given).result()
+        )
+        _keep(kind, held)
+    return held
+
+
+def _on(stream: torch.cuda.Stream, given: tuple) -> Chunking:
+    with torch.cuda.stream(stream):
+        return _of_packed(*given)
 
 
 def _of_packed(
