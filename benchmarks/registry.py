@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,8 @@ from gka.ops.external import Rule
 
 NUM_ITER, CHUNK = 30, 64
 MEAN = 1.0  # mean of the Gaussians before SiLU, which gives keys a common direction
-SOLVERS: tuple[SolverName, ...] = ("chebyshev", "adaptive")
-"""The solvers of all GPU kernels."""
-OP_SOLVERS: tuple[SolverName, ...] = (*SOLVERS, "cg")
-"""Solvers that the op is measured with, where its backend has them."""
+SOLVERS: tuple[SolverName, ...] = get_args(SolverName)
+"""The solvers of the GPU kernels."""
 Call = Callable[[], object]
 
 

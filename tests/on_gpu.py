@@ -17,10 +17,9 @@ HEADS = ("q", "k", "v")
 BACKENDS = ("triton", "hopper")
 # every backend with every solver that it has
 SETTINGS = [
-    {"backend": "triton"},
-    {"backend": "triton", "solver": "adaptive"},
-    {"backend": "hopper"},
-    {"backend": "hopper", "solver": "adaptive"},
+    {"backend": backend, **solver}
+    for backend in BACKENDS
+    for solver in ({}, {"solver": "adaptive"}, {"solver": "cg"})
 ]
 
 

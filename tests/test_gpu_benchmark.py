@@ -60,13 +60,14 @@ def test_what_is_written(run, tmp_path, capsys):
 
 
 def test_what_is_profiled(run, gpu, tmp_path):
-    """Kernels of one training step of the op, of both solvers' layers and of a layer whose modules stay
+    """Kernels of one training step of the op, of each solver's layer and of a layer whose modules stay
     torch's, after the timings: by kernel and in all, in profile.txt, op.json and a table."""
     result = run(*SMALL, "--peers", "none", "--layer-size", "32x2x16x64", "--profile")
     assert list(result)[-3:-1] == ["op_profile", "layer_profile"]
     layers = result["layer_profile"]["contenders"]
     plain = "GatedKalmaNet, chebyshev, torch's modules around the op"
-    assert list(layers) == ["GatedKalmaNet, chebyshev", "GatedKalmaNet, adaptive", plain]
+    ours = [f"GatedKalmaNet, {solver}" for solver in ("chebyshev", "adaptive", "cg")]
+    assert list(layers) == [*ours, plain]
     text, page = ((tmp_path / name).read_text() for name in ("profile.txt", "op.md"))
     for name, entry in (layers | result["op_profile"]["contenders"]).items():
         assert f"one forward + backward of {name}, " in text

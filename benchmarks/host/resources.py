@@ -26,12 +26,13 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend, get_ptxas
 from triton.runtime.jit import JITFunction
 
-from gka.kernels import backward, configs, forward
+from gka.kernels import backward, configs, decode, forward
 from gka.kernels.hopper import build, nvrtc
 from gka.kernels.surround import launch as surround
 from gka.kernels.triton import plan
 from gka.kernels.triton.passes import TRITON
 from gka.maths.chunked import Settings, Tokens
+from gka.maths.recurrent import States
 from gka.maths.solvers import SolverName
 
 SHARED_LIMITS = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
@@ -111,6 +112,14 @@ def run_all(dim: int, dtype: torch.dtype, solver: SolverName = "chebyshev") -> N
     backward.chunk_backward(
         TRITON, tokens, out.x, out.x_scale, torch.empty_like(tokens.v), None, None, settings
     )
+
+
+def run_step(dim: int, dtype: torch.dtype, solver: SolverName) -> None:
+    """Launch the kernel that takes single tokens."""
+    tokens = problem(dim, dtype, length=1)
+    h, u = (torch.empty(1, 16, dim, dim) for _ in range(2))
+    settings = Settings(1.0, 0.02, 30, 64, tied=True, with_h=True, solver=solver)
+    decode.step(TRITON, tokens, settings, States(h, u))
 
 
 def run_around(dim: int, dtype: torch.dtype, heads: int = 16, length: int = 2048) -> None:
@@ -208,10 +217,11 @@ def compile_all(arch: int, dim: int, dtype: str, run: Callable[..., None]) -> li
 
 
 def run_solvers(dim: int, dtype: torch.dtype) -> None:
-    """Launch both passes of the op with each solver."""
+    """Launch both passes of the op and a decoding step with each solver."""
     for solver in SOLVERS:
         plan.plan_of.cache_clear()  # a compiled kernel would be launched
         run_all(dim, dtype, solver)
+        run_step(dim, dtype, solver)
 
 
 def shared_table(arch: int, dim: int, dtype: str, run: Callable) -> None:

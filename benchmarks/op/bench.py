@@ -38,7 +38,7 @@ TUNING_SHARE = (
 def run(bench: Comparison) -> dict[str, Any]:
     """Measure everything; mesa_net last, because its kernels take longest to compile."""
     options = bench.options
-    ours = [registry.ours(solver, bench.backend) for solver in registry.OP_SOLVERS]
+    ours = [registry.ours(solver, bench.backend) for solver in registry.SOLVERS]
     peers = [registry.PEERS[name] for name in options.peers]
     early = [peer for peer in peers if peer.name != "mesa_net"]
     compile_peers(bench, [*{(size.heads, size.dim): None for size in options.sizes}])

@@ -1,6 +1,6 @@
 """Measure the Triton kernels' launch configurations on this GPU and store the fastest.
 
-`python -m benchmarks.run tune --seconds 300` runs both passes with both solvers, records every launch, and
+`python -m benchmarks.run tune --seconds 300` runs both passes with every solver, records every launch, and
 launches each kernel alone with every candidate: numbers of warps, and for scans pipeline stages and register
 limits. A candidate is rejected, with a reason, if it does not compile, spills too much, needs too much shared
 memory or gives other results than the stored configuration, which is first compared with float64. Block
@@ -43,11 +43,8 @@ from gka.maths.chunked import Settings, Tokens
 from gka.maths.solvers import SolverName
 from gka.storage import write_json, write_text
 
-SCANS = (
-    "moments",
-    "reverse_u",
-    "reverse_h",
-)  # loops over chunks, for which pipeline stages and register limits matter
+# loops over chunks, for which pipeline stages and register limits matter
+SCANS = ("moments", "reverse_u", "reverse_h")
 WARPS, STAGES, CAPS = (4, 8), (1, 2, 3), (None, 168)
 AGAINST_FLOAT64 = {"float32": 2e-5, "float16": 5e-3, "bfloat16": 3e-2}
 HEAD = (
@@ -67,6 +64,7 @@ class Recorded:
     args: tuple
     before: tuple[Tensor, ...] = ()
     after: tuple[Tensor, ...] = ()
+    slack: float = 0.0  # further difference of valid results, whose steps rounding decides
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -155,7 +153,7 @@ def check_against_float64(dim: int, dtype: torch.dtype, solver: SolverName) -> N
     exact, settings = tokens._replace(**wide), settings_of("chebyshev")
     out = chunked.chunk_forward(exact, settings)
     grads = adjoint.chunk_backward(exact, out.x, exact.v, None, None, settings)
-    limit = max(AGAINST_FLOAT64[str(dtype)[6:]], 1e-3 if solver == "adaptive" else 0.0)
+    limit = max(AGAINST_FLOAT64[str(dtype)[6:]], 0.0 if solver == "chebyshev" else 1e-3)
     for name, value in {"o": out.o, "q": grads.q, "k": grads.k, "v": grads.v}.items():
         if not error(found[name], value) <= limit:
             raise RuntimeError(
@@ -205,8 +203,9 @@ class Trial:
         for one, made in zip(self.launches, self.launchers(c.options), strict=True):
             one.restore()
             made(one.grid, *one.args)
+            allowed = AGAINST_STORED[self.dtype] + one.slack
             for x, value in zip(one.tensors, one.after, strict=True):
-                if x.is_floating_point() and not error(x, value) <= AGAINST_STORED[self.dtype]:
+                if x.is_floating_point() and not error(x, value) <= allowed:
                     return replace(c, reason=f"wrong by {error(x, value):.1e}")
             kernel: Any = made.compiled
             used.append((kernel.n_regs, 4 * kernel.n_spills, kernel.metadata.shared))
@@ -235,7 +234,7 @@ def tried(call: Callable[[], Candidate], c: Candidate) -> Candidate:
 
 
 def trials(args: argparse.Namespace, dtype: str, dim: int) -> list[Trial]:
-    """One trial per kernel, of its launches in both passes with both solvers."""
+    """One trial per kernel, of its launches in both passes with every solver."""
     device, kind = "cpu" if args.compile_only else "cuda", getattr(torch, dtype)
     found: list[Recorded] = []
     for solver in SOLVERS:
@@ -245,7 +244,8 @@ def trials(args: argparse.Namespace, dtype: str, dim: int) -> list[Trial]:
         with recording(run=not args.compile_only) as launches:
             passes(tokens_of(dim, kind, args.heads, args.length, device), solver)
         names = args.kernels if solver == "chebyshev" else {"solve", "certify"} & set(args.kernels)
-        found += [one for one in launches if one.name in names]
+        slack = 1e-3 if solver == "cg" else 0.0  # twice the error bound at 30 steps, and some room
+        found += [replace(one, slack=slack) for one in launches if one.name in names]
     limits = (args.spill_limit, shared_limit(args.arch))
     order = dict.fromkeys(one.name for one in found)
     return [Trial([x for x in found if x.name == name], dtype, dim, limits) for name in order]

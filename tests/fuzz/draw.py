@@ -222,7 +222,7 @@ def _settings(rng: random.Random, call: Call, triton: bool) -> dict[str, Any]:
         ridge_ratio = rng.choice((0.02,) * 6 + (0.005, 0.05, 0.3, 2.0))
         num_iter = rng.choice((0, 1, 2, 5, 12, 30, 30, 30, 30, 60, 120))
         drawn = rng.random()
-        solver = "adaptive" if drawn < 0.2 else "cg" if drawn < 0.35 and not triton else "chebyshev"
+        solver = "adaptive" if drawn < 0.2 else "cg" if drawn < 0.35 else "chebyshev"
         if (
             solver != "chebyshev"
         ):  # steps of its own, within num_iter's error bound: let it be small

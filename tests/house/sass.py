@@ -45,7 +45,7 @@ TRITON_CASES = [
     ((64, 64), torch.bfloat16), ((128, 128), torch.bfloat16), ((256, 256), torch.bfloat16),
     ((64, 64), torch.float32), ((100, 100), torch.float32),
 ]  # fmt: skip
-SOLVERS = ("chebyshev", "adaptive")
+SOLVERS = ("chebyshev", "adaptive", "cg")
 
 
 @dataclass(frozen=True)

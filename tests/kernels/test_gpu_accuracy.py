@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from gka.ops import solver_steps
 from on_gpu import (
@@ -21,8 +22,8 @@ from on_gpu import (
     skip_unless_available,
     upstream,
 )
-from problems import chunkwise, make_problem
-from tolerances import RELATIVE, relative_error
+from problems import Problem, chunkwise, make_problem
+from tolerances import RELATIVE, assert_close, relative_error
 
 pytestmark = pytest.mark.gpu
 
@@ -118,25 +119,73 @@ ADAPTIVE: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("solver", ["adaptive", "cg"])
 @pytest.mark.parametrize("name", ADAPTIVE)
-def test_every_result_of_the_adaptive_solver_is_that_of_float64(name: str, backend: str) -> None:
-    """With keys for which chunks take fewer steps each result is within its dtype's tolerance of float64."""
+def test_every_result_of_fewer_steps_is_that_of_float64(
+    name: str, solver: str, backend: str
+) -> None:
+    """Keys for which chunks take fewer steps: each result is within its dtype's tolerance of the same map's
+    in float64, or with conjugate gradients, whose map is not linear, of the exact solution's."""
     case = dict(ADAPTIVE[name])
     dtype, num_iter = case.pop("dtype"), case.pop("num_iter", 30)
     problem = leaning(gpu_problem(500, dtype, **case))
     skip_unless_available(problem, backend)
-    decay = problem.g if problem.tied else problem.gk
-    steps = solver_steps(
-        problem.k, decay, num_iter=num_iter, initial_state=problem.h0, beta=problem.beta,
-        cu_seqlens=problem.cu_seqlens, num_heads=problem.q.shape[2], value_dim=problem.v.shape[3],
-        backend=backend,
-    )  # fmt: skip
+    options: dict[str, Any] = {"num_iter": num_iter, "solver": solver}
+    steps = steps_of(problem, backend=backend, **options)
     assert steps.shape == problem.q.shape[:3] and (steps <= num_iter).all()
-    assert (steps < num_iter).any()  # as the kernels themselves count them
-    options = {"num_iter": num_iter, "solver": "adaptive"}
-    expected = float64(problem, **options)
+    assert (steps < num_iter).any()
     found = run(problem, backend=backend, **options)
+    expected = float64(problem, **(options if solver == "adaptive" else {"num_iter": 120}))
     assert_all_close(found, expected, RELATIVE[dtype], name)
+
+
+def steps_of(problem: Problem, solver: str, **options: Any) -> Tensor:
+    """Steps of each token's chunk as the backend itself counts them."""
+    p = problem
+    return solver_steps(
+        p.k, p.g if p.tied else p.gk, initial_state=p.h0, beta=p.beta, cu_seqlens=p.cu_seqlens,
+        num_heads=p.q.shape[2], value_dim=p.v.shape[3], solver=solver,
+        q=p.q if solver == "cg" else None, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("decay", [0.0, -0.02, -0.5, -5.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_conjugate_gradients_take_the_steps_of_the_torch_form(backend: str, decay: float) -> None:
+    """bfloat16, K = V = 128: at any decay float16 operands cost a chunk at most eight steps. Their rounding
+    fills the spectrum of an H that is made of few keys."""
+    problem = like_a_layer(500, 4, 128, BF16)
+    assert problem.g is not None
+    problem = replace(problem, g=torch.full_like(problem.g, decay))
+    skip_unless_available(problem, backend)
+    found = steps_of(problem, "cg", backend=backend)
+    wanted = steps_of(problem.map(lambda x: x.float()), "cg", backend="torch")
+    assert (found - wanted).abs().max() <= 8
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_conjugate_gradients_with_a_tiny_ridge_end_and_are_finite(backend: str) -> None:
+    """W over lambda would leave float16's range: the unit of A d has a least value."""
+    problem = gpu_problem(200, BF16, dims=(128, 128))
+    found = run(problem, backend=backend, solver="cg", ridge_ratio=1e-6, num_iter=60)
+    assert all(x.isfinite().all() for x in found.values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_query_that_is_no_number_stays_in_its_row(backend: str) -> None:
+    """With conjugate gradients a NaN in q ends as NaN in its own output. No other chunk changes by a bit, and
+    no other token of its chunk by more than rounding."""
+    problem = gpu_problem(300, BF16, dims=(128, 128))
+    skip_unless_available(problem, backend)
+    bad = problem.q.clone()
+    bad[0, 100, 1, 5] = torch.nan
+    o = chunkwise(problem, backend=backend, solver="cg")[0]
+    found = chunkwise(replace(problem, q=bad), backend=backend, solver="cg")[0]
+    assert found[0, 100, 1].isnan().all()
+    found[0, 100, 1] = o[0, 100, 1]
+    assert_close(found[0, 64:128, 1], o[0, 64:128, 1], 1e-3)
+    found[0, 64:128, 1] = o[0, 64:128, 1]
+    assert torch.equal(found, o)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

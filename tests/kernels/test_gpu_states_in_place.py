@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 
 DEVICE, F32, BF16, F16 = "cuda", torch.float32, torch.bfloat16, torch.float16
 BACKENDS = ("triton", "hopper")
-SOLVERS = ("chebyshev", "adaptive")
+SOLVERS = ("chebyshev", "adaptive", "cg")
 WIDE: dict[str, Any] = {"dims": (128, 128), "heads": (4, 2, 4)}
 
 
@@ -71,6 +71,30 @@ def test_adaptive_equals_the_torch_form(backend: str, mean: float) -> None:
     pool = make_pool(2, mean=mean, **WIDE)
     o = pool.to(DEVICE, F32).step(backend=backend, solver="adaptive")
     assert_close(o.cpu(), pool.to("cpu", F32).step(solver="adaptive"), RELATIVE[F32])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dims", [(64, 64), (64, 128), (128, 128)], ids=str)
+@pytest.mark.parametrize("mean", [0.0, 2.0])
+def test_conjugate_gradients_find_the_exact_solution(
+    backend: str, dims: tuple[int, int], mean: float
+) -> None:
+    """With the bound of 60 steps output and states are those of the exact solution, in float32."""
+    skip_unless_available(backend, dims)
+    pool = make_pool(5, dims=dims, heads=(4, 2, 1), places=[3, -1, 0, 1], mean=mean)
+    ours, exact = rounded(pool, F32)
+    wanted = expected(exact, num_iter=120)
+    o = ours.step(backend=backend, solver="cg", num_iter=60)
+    for name, actual, value in zip("ohu", (o, ours.h, ours.u), wanted, strict=True):
+        assert_close(actual.cpu(), value, RELATIVE[F32], name)
+
+
+@pytest.mark.parametrize("dims", [(7, 33), (256, 256)], ids=str)
+def test_conjugate_gradients_at_other_widths(dims: tuple[int, int]) -> None:
+    """The Triton kernel takes them at every width."""
+    ours, exact = rounded(make_pool(2, dims=dims), F32)
+    o = ours.step(backend="triton", solver="cg", num_iter=60)
+    assert_close(o.cpu(), expected(exact, num_iter=120)[0], RELATIVE[F32])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

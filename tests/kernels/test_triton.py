@@ -83,7 +83,7 @@ def test_float16_operands_keep_the_accuracy_of_their_inputs() -> None:
         assert_close(actual[key].cpu(), value, 2e-2, key)
 
 
-@pytest.mark.parametrize("solver", ["chebyshev", "adaptive"])
+@pytest.mark.parametrize("solver", ["chebyshev", "adaptive", "cg"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_keys_of_any_size_beside_each_other(dtype: torch.dtype, solver: str) -> None:
     """A key of norm 1e3 that has faded leaves later keys of norm 0.1 as they are: W k^2 / F of the small
@@ -103,7 +103,7 @@ def test_keys_of_any_size_beside_each_other(dtype: torch.dtype, solver: str) -> 
     assert_close(actual["o"][:, 9:].cpu(), expected["o"][:, 9:], tolerance, "o of the small keys")
 
 
-@pytest.mark.parametrize("solver", ["chebyshev", "adaptive"])
+@pytest.mark.parametrize("solver", ["chebyshev", "adaptive", "cg"])
 @pytest.mark.parametrize("faded", [-24.0, -28.0, -31.0])
 def test_a_faded_h_under_a_full_u(faded: float, solver: str) -> None:
     """With F_t near the empty history's threshold p_t/F_t ~ F_t^-3 is beyond float32, gradients are not."""

@@ -109,7 +109,7 @@ def test_steps_ask_for_queries_where_they_matter():
         ({"solver": "chebyshev"}, "solver must be adaptive or cg"),
         ({"solver": "cg", "q": k, "num_heads": 4}, "num_heads must be q's 2 heads; got 4"),
         ({"solver": "cg", "q": k[0]}, "q must have 4 dimensions"),
-        ({"solver": "cg", "q": k, "backend": "hopper"}, "it has no solver='cg'"),
+        ({"solver": "cg", "q": k, "backend": "reference"}, "it has no solver='cg'"),
     ]
     for options, message in wrong:
         with pytest.raises((ValueError, RuntimeError), match=message):
@@ -198,18 +198,22 @@ def test_states_in_place():
     assert torch.equal(found, o) and torch.equal(state[0], h) and torch.equal(state[1], u)
 
 
-@pytest.mark.parametrize("backend", ["triton", "hopper", "reference"])
-def test_backends_without_it_refuse_it(backend):
-    """They say what they have; "auto" takes torch, and says so."""
+def test_every_backend_but_the_reference_has_it():
+    """The reference says what it has; the others run it wherever they run plain steps, and "auto" takes the
+    same of them."""
     p = silu_problem(3)
-    assert "it has no solver='cg', only chebyshev" in (why_unavailable(backend, solver="cg") or "")
-    with pytest.raises(RuntimeError, match="it has no solver='cg', only chebyshev"):
-        chunk_gka(p.q, p.k, p.v, solver="cg", backend=backend)
-    for mode in ("chunk", "step"):
-        for device in ("cpu", "cuda"):
-            assert available_backends(device, solver="cg", mode=mode) == ["torch"]
+    told = "it has no solver='cg', only chebyshev"
+    assert told in (why_unavailable("reference", solver="cg") or "")
+    with pytest.raises(RuntimeError, match=told):
+        chunk_gka(p.q, p.k, p.v, solver="cg", backend="reference")
+    for device in ("cpu", "cuda"):
+        plain = available_backends(device, torch.bfloat16)
+        found = available_backends(device, torch.bfloat16, "cg")
+        assert found == [name for name in plain if name != "reference"]
+        steps = available_backends(device, torch.bfloat16, mode="step")
+        assert available_backends(device, torch.bfloat16, "cg", mode="step") == steps
     chunk_gka(p.q, p.k, p.v, solver="cg")
-    assert last_backend() == "torch"
+    assert last_backend() == available_backends(solver="cg")[0]
 
 
 def test_layer_passes_its_solver_on():

@@ -12,11 +12,19 @@ from gka.kernels import configs
 from gka.kernels.arrays import Boundary, Heads, Maxima, Moments, Solutions
 from gka.kernels.tables import Chunking, chunking
 from gka.maths.chunked import Settings, Tokens
+from gka.maths.solvers import cg
 
 
 def op_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of matrix products' operands for inputs of `dtype`."""
     return torch.float32 if dtype == torch.float32 else torch.float16
+
+
+def limits(settings: Settings, operands: torch.dtype) -> tuple[int, float | None]:
+    """The largest number of steps, and with conjugate gradients their `stop` for products of that dtype."""
+    if settings.solver != "cg" or settings.num_iter == 0:
+        return settings.num_iter, None
+    return cg.limits(settings.ridge_ratio, settings.num_iter, operands)
 
 
 @dataclass(frozen=True)
@@ -88,10 +96,11 @@ class GpuCall:
     Attributes:
         t: the tokens, contiguous and aligned; gates in float32 if the backend needs it.
         solves: whether there is a solve. adaptive: whether its steps differ by chunk and head.
+        most_steps, stop: of `limits`.
         groups: the groups of heads that are processed together.
         chunks: the tables; those of all heads may be given.
-        signature: what compiled kernels depend on besides the sizes: which arguments exist, their dtypes,
-            and the integers among them.
+        signature: what compiled kernels depend on besides the sizes: which arguments exist (`stop` among
+            them), their dtypes, and the integers among them.
         kept: objects that a backend keeps for this call.
     """
 
@@ -107,9 +116,11 @@ class GpuCall:
         self.NK, self.NV = sizes.blocks
         self.gk = t.g if settings.tied else t.gk
         self.groups = [Heads(0, self.H)]
+        self.most_steps, self.stop = limits(settings, sizes.op_dtype)
         optional = (t.g, self.gk, t.alpha, t.beta, t.h0, t.u0)
         self.signature: tuple = (
-            settings.num_iter,
+            self.most_steps,
+            self.stop is None,
             *(None if x is None else x.dtype for x in optional),
         )
         self.kept: dict[Any, Any] = {}

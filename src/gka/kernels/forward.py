@@ -40,7 +40,7 @@ def _run(passes: Passes, call: GpuCall, execute: Executor) -> tuple[Any, ...]:
 
 
 def chunk_steps(passes: Passes, tokens: Tokens, settings: Settings) -> Tensor:
-    """Steps that solver="adaptive" takes in each token's chunk, int64 [B,T,H], as in `chunk_forward`."""
+    """Steps that "adaptive" or "cg" takes in each token's chunk, int64 [B,T,H], as in `chunk_forward`."""
     call = GpuCall(passes, tokens, settings)
     (heads,) = call.groups
     h, u = call.moments(heads, with_h=True, final=False)

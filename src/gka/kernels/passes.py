@@ -65,7 +65,7 @@ class Passes(Needs, Protocol):
     def count_steps(
         self, call: GpuCall, heads: Heads, h: Moments, u: Moments, steps: Tensor
     ) -> list[Launch]:
-        """Write to `steps`, int32 [M,H], those that solver="adaptive" takes in each chunk and head."""
+        """Write to `steps`, int32 [M,H], those of "adaptive" or "cg" in each chunk and head."""
         ...
 
     def adjoint(self, call: GpuCall, group: Group, back: BackwardArrays) -> list[Launch]:

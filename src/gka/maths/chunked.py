@@ -181,7 +181,7 @@ class Forward:
 
 
 def token_steps(tokens: Tokens, settings: Settings) -> Tensor:
-    """Steps that solver="adaptive" takes in each token's chunk, int64 [B,T,H]."""
+    """Steps that "adaptive" or "cg" takes in each token's chunk, int64 [B,T,H]."""
     chunks = Chunks(tokens, settings)
     steps = torch.empty_like(chunks.decay_h.zeta, dtype=torch.int64)
     for rows in chunks.blocks():

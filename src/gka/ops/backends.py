@@ -191,9 +191,8 @@ def _on_gpu(
     decode_passes: Callable[[Settings], "Passes"],
     refusal: Callable[[Call], str | None],
     step_refusal: Callable[[Call], str | None],
-    solvers: tuple[SolverName, ...],
 ) -> Backend:
-    """A GPU backend with these solvers; the modules that import triton are loaded on first use."""
+    """A GPU backend, which has every solver; the modules that import triton are loaded on first use."""
 
     def forward(tokens: Tokens, settings: Settings) -> Forward:
         from gka.kernels.forward import chunk_forward
@@ -238,18 +237,14 @@ def _on_gpu(
         refusal=refusal,
         automatic=lambda device: device.type == "cuda",  # interpreted kernels only by name
         scaled_dtype=lambda dtype: torch.float32 if dtype == torch.float32 else torch.float16,
-        solvers=solvers,
+        solvers=get_args(SolverName),
         stepper=Stepper(step, advance, step_refusal),
         steps=steps,
     )
 
 
-TRITON = _on_gpu(
-    "triton", _triton, _triton, _triton_refusal, _triton_step_refusal, ("chebyshev", "adaptive")
-)
-HOPPER = _on_gpu(
-    "hopper", _hopper, _hopper_decode, _hopper_refusal, _hopper_step_refusal, get_args(SolverName)
-)
+TRITON = _on_gpu("triton", _triton, _triton, _triton_refusal, _triton_step_refusal)
+HOPPER = _on_gpu("hopper", _hopper, _hopper_decode, _hopper_refusal, _hopper_step_refusal)
 
 _ran = threading.local()
 

@@ -72,8 +72,7 @@ def chunk_gka(
             solver="adaptive" the result only within the error bound of num_iter steps).
         solver: "chebyshev" takes num_iter steps; "adaptive" takes, per chunk and head, the fewest
             whose proven error bound is that of num_iter steps; "cg" takes conjugate-gradient steps
-            until each token's residual proves that bound (backend "torch" alone). docs/numerics.md
-            has the proofs.
+            until each token's residual proves that bound. docs/numerics.md has the proofs.
         cu_seqlens_cpu: a copy of cu_seqlens on the CPU, with which the call need not wait for the device
             to read the lengths. It must hold the same values (GKA_DEBUG=1 checks that).
 

@@ -36,7 +36,7 @@ def fused_recurrent_gka_(
     """`fused_recurrent_gka` of up to 64 tokens per sequence, in one launch that updates the states in place.
 
     Not differentiable. The GPU backends do not wait for the device and may be captured in a CUDA graph;
-    "torch", which alone has solver="cg", may wait. For speculative decoding, run the drafted tokens with
+    "torch" may wait. For speculative decoding, run the drafted tokens with
     commit=False and commit the accepted ones by `advance_states_`.
 
     Args:

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -14,8 +15,8 @@ from gka.kernels import cubins
 from gka.kernels.configs import NO_GPU, capability_of
 from gka.kernels.driver import Kernel
 from gka.kernels.hopper import nvrtc
+from gka.maths.chunked import Settings
 from gka.maths.moments import reset_floor
-from gka.maths.solvers import SolverName
 from gka.maths.solvers.adaptive import THETA_FLOOR, WORTHWHILE
 
 DIMS = (64, 128)
@@ -33,6 +34,8 @@ SCANS = tuple(
 KERNELS = (*SOLVES, "gradients", *SCANS)
 ARCHITECTURE = "sm_90a"
 FOLDER = Path(__file__).parent
+Solve = Literal["chebyshev", "adaptive", "cg", "cg, small ridge"]
+LEAST_UNIT = 2.0**-10  # of A d in conjugate gradients, in units of F_t
 
 
 def why_not_here(device: torch.device) -> str | None:
@@ -90,18 +93,31 @@ def shared_numbers() -> str:
         "RESET": reset_floor(torch.float32),
         "THETA_FLOOR": THETA_FLOOR,
         "FLOAT32_EPS": torch.finfo(torch.float32).eps,
+        "LEAST_UNIT": LEAST_UNIT,
     }
     lines = [f"#define {name} ({x.hex()}f)" for name, x in floats.items()]
     lines += [f"#define WORTHWHILE {WORTHWHILE[0]}", f"#define WORTHWHILE_OF {WORTHWHILE[1]}"]
     return "\n".join(lines) + "\n"
 
 
-def solver_defines(solver: SolverName) -> str:
+def solve_of(settings: Settings) -> Solve:
+    """The variant of the solve for these settings."""
+    if settings.solver == "cg" and settings.ridge_ratio < LEAST_UNIT:
+        return "cg, small ridge"
+    return settings.solver
+
+
+def solver_defines(solver: Solve) -> str:
     """The `#define`s that choose the solver."""
-    return f"#define ADAPTIVE {int(solver == 'adaptive')}\n#define CG {int(solver == 'cg')}\n"
+    flags = {
+        "ADAPTIVE": solver == "adaptive",
+        "CG": solver.startswith("cg"),
+        "SMALL_RIDGE": solver == "cg, small ridge",
+    }
+    return "".join(f"#define {name} {int(flag)}\n" for name, flag in flags.items())
 
 
-def defines(kernel: str, key_dim: int, value_dim: int, bfloat16: bool, solver: SolverName) -> str:
+def defines(kernel: str, key_dim: int, value_dim: int, bfloat16: bool, solver: Solve) -> str:
     """The `#define`s before a chunk or scan kernel's file."""
     return shared_numbers() + (
         f"#define BF16 {int(bfloat16)}\n{solver_defines(solver)}"
@@ -111,14 +127,14 @@ def defines(kernel: str, key_dim: int, value_dim: int, bfloat16: bool, solver: S
     )
 
 
-def source(kernel: str, key_dim: int, value_dim: int, bfloat16: bool, solver: SolverName) -> str:
+def source(kernel: str, key_dim: int, value_dim: int, bfloat16: bool, solver: Solve) -> str:
     """The translation unit of one of KERNELS."""
     head = defines(kernel, key_dim, value_dim, bfloat16, solver)
     return head + (FOLDER / file_of(kernel)).read_text()
 
 
 def step_defines(
-    dims: tuple[int, int], dtype: torch.dtype, u_dtype: torch.dtype, solver: SolverName
+    dims: tuple[int, int], dtype: torch.dtype, u_dtype: torch.dtype, solver: Solve
 ) -> str:
     """The `#define`s before decode.cu for q of `dtype` and U stored as `u_dtype`."""
     return shared_numbers() + (
@@ -129,7 +145,7 @@ def step_defines(
 
 
 def step_source(
-    dims: tuple[int, int], dtype: torch.dtype, u_dtype: torch.dtype, solver: SolverName
+    dims: tuple[int, int], dtype: torch.dtype, u_dtype: torch.dtype, solver: Solve
 ) -> str:
     """The translation unit of decode.cu."""
     return step_defines(dims, dtype, u_dtype, solver) + (FOLDER / "decode.cu").read_text()
@@ -190,7 +206,7 @@ def _parts(source: str, name: str) -> Iterator[str]:
 
 @functools.cache
 def _cubins(
-    key_dim: int, value_dim: int, bfloat16: bool, solver: SolverName
+    key_dim: int, value_dim: int, bfloat16: bool, solver: Solve
 ) -> dict[str, Future[bytes]]:
     """All kernels for such inputs, compiled in parallel at the first request."""
     return {
@@ -207,7 +223,7 @@ def _cubins(
 
 @functools.cache
 def kernel_of(
-    device: int, kernel: str, key_dim: int, value_dim: int, bfloat16: bool, solver: SolverName
+    device: int, kernel: str, key_dim: int, value_dim: int, bfloat16: bool, solver: Solve
 ) -> Kernel:
     """One of KERNELS, loaded on that device."""
     cubin = _cubins(key_dim, value_dim, bfloat16, solver)[kernel].result()
@@ -217,7 +233,7 @@ def kernel_of(
 
 @functools.cache
 def step_kernel_of(
-    device: int, dims: tuple[int, int], dtype: torch.dtype, u_dtype: torch.dtype, solver: SolverName
+    device: int, dims: tuple[int, int], dtype: torch.dtype, u_dtype: torch.dtype, solver: Solve
 ) -> Kernel:
     """decode.cu's kernel, loaded on that device."""
     cubin = compile_cubin(step_source(dims, dtype, u_dtype, solver), "gka_step")

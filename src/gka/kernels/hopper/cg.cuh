@@ -4,9 +4,12 @@
 
 #include "fragments.cuh"
 
+// Unit of A d: lambda_t, unless (SMALL_RIDGE) that is too small for W over it in float16.
+DEVICE float unit_of(float ridge_ratio) { return SMALL_RIDGE ? LEAST_UNIT : ridge_ratio; }
+
 // Largest entry to which the right-hand sides are scaled: |d| stays below |q| / a and products of d with keys, over a,
 // below float16's limit, while the last d lies far above its smallest number.
-DEVICE float entry_of(float ridge_ratio) { return fminf(2.f, 100.f * ridge_ratio); }
+DEVICE float entry_of(float ridge_ratio) { return fminf(2.f, 100.f * unit_of(ridge_ratio)); }
 
 // The same numbers, which the compiler cannot know to be the same: it would keep what it has computed from them.
 // zero: zero bits, known at run time alone.
@@ -16,7 +19,7 @@ DEVICE void forget(u32 (&a)[N], u32 zero) {
   for (int i = 0; i < N; i++) a[i] ^= zero;
 }
 
-// p_tj = (d_t . k_j) W_tj / (F_t lambda) for 16 keys, from `scores`; adds p_tj (d_t . k_j) to `along`.
+// p_tj = (d_t . k_j) W_tj / (F_t unit) for 16 keys, from `scores`; adds p_tj (d_t . k_j) to `along`.
 DEVICE void weigh_step(u32* p, const float* scores, uint4 w, float (&along)[4]) {
 #pragma unroll
   for (int m = 0; m < 4; m++) {
@@ -44,12 +47,12 @@ DEVICE void add_step(float (&x)[K / 2], float4* held, const u32 (&d)[K / 4], con
   }
 }
 
-// x of A_t x_t = q_t in units of 1/F_t. On entry `r` holds q; `zeta`: factor of H16 in A_t / lambda_t; `weights` of
-// Shared: W / (F lambda). A row is proven when |r|^2 <= stop x.(q + r), where x.(q + r) is the sum of the steps'
+// x of A_t x_t = q_t in units of 1/F_t. On entry `r` holds q; `zeta`: factor of H16 in A_t / unit; `weights` of Shared:
+// W / (F unit); `own`: lambda_t / unit, not read unless SMALL_RIDGE: it is one. A row is proven when |r|^2 <= stop x.(q + r), where x.(q + r) is the sum of the steps'
 // s |r|^2, and then stands still. Returns the steps of the chunk's slowest row. The rounded d enters x, r and the row
 // sums alike. What needs no product runs between the issues of products, which block the warp.
 DEVICE int conjugate_gradients(float (&x)[K / 2], float (&r)[K / 2], float4* held, Shared& s, const Place& at,
-                               const float (&zeta)[2], float lambda, float stop, int most) {
+                               const float (&zeta)[2], float unit, float own, float stop, int most) {
   u32 d[K / 4], k = shared_address(s.k), h = shared_address(s.h), zero = __float_as_uint(stop) & 0x80000000u;
   float size[2] = {0.f, 0.f}, energy[2] = {0.f, 0.f};
 #pragma unroll
@@ -64,7 +67,7 @@ DEVICE int conjugate_gradients(float (&x)[K / 2], float (&r)[K / 2], float4* hel
 #pragma unroll 1
   while (__syncthreads_or(!done[0] || !done[1]) && steps < most) {
     steps++;
-    float scores[C / 2], a_d[K / 2], along[4] = {0.f, 0.f, 0.f, 0.f};  // A d / lambda
+    float scores[C / 2], a_d[K / 2], along[4] = {0.f, 0.f, 0.f, 0.f};  // A d / unit
     u32 p[C / 4];
     mma_begin();
     product<K, 1, true, C>(scores, d, k, false);
@@ -87,8 +90,8 @@ DEVICE int conjugate_gradients(float (&x)[K / 2], float (&r)[K / 2], float4* hel
 #pragma unroll
     for (int j = 0; j < K / 4; j++) {
       float low = low_half(d[j]), high = high_half(d[j]);
-      a_d[2 * j] = zeta[j % 2] * a_d[2 * j] + low;
-      a_d[2 * j + 1] = zeta[j % 2] * a_d[2 * j + 1] + high;
+      a_d[2 * j] = zeta[j % 2] * a_d[2 * j] + (SMALL_RIDGE ? own * low : low);
+      a_d[2 * j + 1] = zeta[j % 2] * a_d[2 * j + 1] + (SMALL_RIDGE ? own * high : high);
       along[j % 2] += a_d[2 * j] * low;
       along[2 + j % 2] += a_d[2 * j + 1] * high;
     }
@@ -96,7 +99,8 @@ DEVICE int conjugate_gradients(float (&x)[K / 2], float (&r)[K / 2], float4* hel
 #pragma unroll
     for (int b = 0; b < 2; b++) {
       float d_a_d = quad_sum(along[b] + along[2 + b]);
-      length[b] = done[b] ? 0.f : __fdividef(size[b], lambda * d_a_d);
+      done[b] = done[b] || d_a_d <= 0.f;  // rounding leaves no direction; not NaN
+      length[b] = done[b] ? 0.f : __fdividef(size[b], unit * d_a_d);
       energy[b] += length[b] * size[b];
     }
     forget(d, zero);
@@ -105,7 +109,7 @@ DEVICE int conjugate_gradients(float (&x)[K / 2], float (&r)[K / 2], float4* hel
       if (n < K / 32) add_step(x, held, d, length, n, at.thread);
     });
     mma_commit();
-    float now[4] = {0.f, 0.f, 0.f, 0.f}, by[2] = {lambda * length[0], lambda * length[1]};
+    float now[4] = {0.f, 0.f, 0.f, 0.f}, by[2] = {unit * length[0], unit * length[1]};
     mma_wait<0>();
     hold(a_d);
 #pragma unroll

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gka.kernels.arrays import BackwardArrays, Ends, Group, Heads, Maxima, Moments, Solutions
-from gka.kernels.call import GpuCall, Sizes
+from gka.kernels.call import GpuCall, Sizes, limits
 from gka.kernels.decode import inputs_of
 from gka.kernels.hopper import build
 from gka.kernels.hopper.arguments import (
@@ -27,7 +27,6 @@ from gka.kernels.passes import Launch
 from gka.maths.chunked import Settings, Tokens
 from gka.maths.recurrent import States
 from gka.maths.ridge import empty_below
-from gka.maths.solvers.cg import limits
 
 EMPTY_BELOW = empty_below(torch.float32)
 
@@ -90,7 +89,7 @@ class HopperPasses:
     def count_steps(
         self, call: GpuCall, heads: Heads, h: Moments, u: Moments, steps: Tensor
     ) -> list[Launch]:
-        """Steps that solver="adaptive" takes in each chunk and head, counted by `forward.cu`."""
+        """Steps that "adaptive" or "cg" takes in each chunk and head, counted by `forward.cu`."""
         x, x_scale = call.solutions()
         o = call.empty(*call.t.q.shape[:3], call.V, dtype=call.t.q.dtype)
 
@@ -193,22 +192,14 @@ def _places(call: GpuCall) -> dict:
     }  # fmt: skip
 
 
-def _limits(settings: Settings, operands: torch.dtype) -> tuple[int, float]:
-    """num_iter and stop of a launch."""
-    if settings.solver == "cg" and settings.num_iter > 0:
-        return limits(settings.ridge_ratio, settings.num_iter, operands)
-    return settings.num_iter, 0.0
-
-
 def _common(call: GpuCall, h: Moments, u: Moments) -> dict:
     """The fields that forward.cu and adjoint.cu read."""
     t, s = call.t, call.settings
-    num_iter, stop = _limits(s, torch.float16)
     return _places(call) | {
         "q": t.q, "k": t.k, "v": t.v, "g": t.g, "gk": call.gk, "alpha": t.alpha, "beta": t.beta,
         "h_start": h.start, "h_scales": h.scales, "h_norms": h.norms, "u_start": u.start,
         "u_scales": u.scales, "scale": s.scale, "ridge_ratio": s.ridge_ratio,
-        "empty_below": EMPTY_BELOW, "num_iter": num_iter, "stop": stop,
+        "empty_below": EMPTY_BELOW, "num_iter": call.most_steps, "stop": call.stop or 0.0,
     }  # fmt: skip
 
 
@@ -218,7 +209,7 @@ def _launch(
     q = call.t.q
     found = build.kernel_of(
         q.device.index, kernel, call.K, call.V, q.dtype == torch.bfloat16,
-        call.settings.solver,
+        build.solve_of(call.settings),
     )  # fmt: skip
     return Launch(found, blocks, (arguments,))
 
@@ -298,7 +289,7 @@ def step_arguments(
 
     q, k, v = given["q"], given["k"], given["v"]
     assert q is not None and k is not None and v is not None
-    num_iter, stop = _limits(settings, torch.float32)
+    num_iter, stop = limits(settings, torch.float32)
     h, u, indices = states.h, states.u, states.indices
     pointers = (h, u, indices, bounds, o, x)
     return StepArguments(
@@ -309,7 +300,7 @@ def step_arguments(
         settings.scale,
         settings.ridge_ratio,
         EMPTY_BELOW,
-        stop,
+        stop or 0.0,
         num_iter,
         q.shape[1],
         q.shape[2],

@@ -45,7 +45,7 @@ DEVICE System prepare(Shared& s, const Arguments& a, const Place& at, const Gate
   for (int b = 0; b < 2; b++) {
     float unit = __fdividef(y.it.step, y.fro[b]);
 #if CG
-    unit = __fdividef(unit, y.lambda);
+    unit = __fdividef(unit, unit_of(a.ridge_ratio));
 #endif
     y.h_factor[b] = y.zeta[b] * of.h_scale * unit;
     y.w_factor[b] = fmaxf(unit * k_max * k_max, 1e-37f);  // keeps quotients by it finite
@@ -75,8 +75,9 @@ DEVICE void solve_chunk(float (&x)[K / 2], float (&rhs)[K / 2], Shared& s, Syste
 #pragma unroll
   for (int i = 0; i < K / 2; i++) rhs[i] *= factor[i / 2 % 2];
 #if CG
-  y.it.steps =
-      conjugate_gradients(x, rhs, (float4*)y.it.vectors, s, at, y.h_factor, y.lambda, a.stop, a.num_iter);
+  float unit = unit_of(a.ridge_ratio), own = __fdividef(a.ridge_ratio, unit);
+  float4* held = (float4*)y.it.vectors;
+  y.it.steps = conjugate_gradients(x, rhs, held, s, at, y.h_factor, unit, own, a.stop, a.num_iter);
 #else
 #if ADAPTIVE
   if (y.it.deflated)

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gka.kernels.triton.certify import THETA_FLOOR, WORTHWHILE, WORTHWHILE_OF
+from gka.kernels.triton.cg import solve_state
 
 EPS: tl.constexpr = tl.constexpr(2.0**-23)  # of float32
 # Warps that hold H in registers, by its padded width: the fewest that do not spill it. 256 columns always
@@ -165,6 +166,7 @@ def step_kernel(
     ridge_ratio,
     num_iter,
     empty_below,
+    stop,  # of conjugate gradients, of which num_iter is the largest number of steps; else None
     length,
     pool,
     H,
@@ -216,7 +218,10 @@ def step_kernel(
                 empty = square < empty_below * empty_below
                 fro = tl.sqrt(tl.where(empty, 1.0, square))
                 right = tl.where(empty, 0.0, z)
-                solution = solve(h, right, fro, ridge_ratio, num_iter, K, BK, ADAPTIVE)
+                if stop is not None:
+                    solution = solve_state(h, right, fro, ridge_ratio, stop, num_iter)
+                else:
+                    solution = solve(h, right, fro, ridge_ratio, num_iter, K, BK, ADAPTIVE)
                 solution = tl.where(empty, 0.0, solution)
                 if x is not None:
                     tl.store(x + row * K + rows, solution, mask=rows < K)

@@ -19,7 +19,7 @@ from gka.kernels.arrays import (
     Moments,
     Solutions,
 )
-from gka.kernels.call import GpuCall, Sizes
+from gka.kernels.call import GpuCall, Sizes, limits
 from gka.kernels.decode import inputs_of
 from gka.kernels.passes import Launch
 from gka.kernels.triton import decode
@@ -51,7 +51,7 @@ class TritonPasses:
         return sum(sizes.blocks)
 
     def segments_by_group(self, settings: Settings) -> bool:
-        """Not with the adaptive solver: other segments change H's last bits, and so perhaps its steps."""
+        """Not where steps differ by chunk: other segments change H's last bits, and so perhaps its steps."""
         return not settings.adaptive
 
     def ends(
@@ -109,7 +109,9 @@ class TritonPasses:
     def count_steps(
         self, call: GpuCall, heads: Heads, h: Moments, u: Moments, steps: Tensor
     ) -> list[Launch]:
-        """Steps that solver="adaptive" takes in each chunk and head, into int32 [M,H]."""
+        """Steps that "adaptive" or "cg" takes in each chunk and head, into int32 [M,H]."""
+        if call.settings.solver == "cg":
+            return _solve(call, heads, (call.t.q, None), h, call.solutions(), steps=steps)
         return [_certify(call, heads, h, _certificate(call, heads)._replace(steps=steps))]
 
     def adjoint(self, call: GpuCall, group: Group, back: BackwardArrays) -> list[Launch]:
@@ -125,7 +127,7 @@ class TritonPasses:
             extra = (
                 *back.solutions, grads.dq, a.w_t, _fro(call, heads), a.start_h, a.key_weight, a.start_weight,
             )  # fmt: skip
-            launches += _solve(call, heads, dx, group.h, dx, *extra)
+            launches += _solve(call, heads, dx, group.h, dx, extra)
         return launches
 
     def scan_back(self, call: GpuCall, group: Group, back: BackwardArrays) -> list[Launch]:
@@ -189,17 +191,17 @@ class TritonPasses:
         shape = (sequences, heads, dim, value_dim)
         work = states.u.new_empty(shape, dtype=torch.float32) if apart else None
         h, block = states.h, decode.width(dim)
+        num_iter, stop = limits(settings, torch.float32)
         args = (
             *given.values(), h, states.u, work, states.indices, bounds, o, x,
             tuple(decode.strides(y) for y in given.values()), 0 if h is None else h.stride(0),
-            states.u.stride(0), settings.scale, settings.ridge_ratio, settings.num_iter,
-            EMPTY_BELOW, length, states.u.shape[0], heads, tokens.k.shape[2],
-            tokens.v.shape[2],
+            states.u.stride(0), settings.scale, settings.ridge_ratio, num_iter, EMPTY_BELOW, stop, length,
+            states.u.shape[0], heads, tokens.k.shape[2], tokens.v.shape[2],
         )  # fmt: skip
         options = {
             "K": dim, "V": value_dim, "BK": block, "BV": min(decode.COLUMNS, decode.width(value_dim)),
             "COMMIT": commit, "SOLVE": settings.num_iter > 0,
-            "ADAPTIVE": settings.adaptive, **decode.HELD[block],
+            "ADAPTIVE": settings.solver == "adaptive", **decode.HELD[block],
         }  # fmt: skip
         return [Launch(Jitted(decode.step_kernel, options), (sequences * heads,), args)]
 
@@ -268,21 +270,34 @@ def _solve(
     rhs: tuple[Tensor, Tensor | None],
     h: Moments,
     out: tuple[Tensor | None, Tensor | None],
-    *adjoint: Tensor | None,
+    adjoint: tuple[Tensor | None, ...] = (),
+    steps: Tensor | None = None,
 ) -> list[Launch]:
-    """Solve A x = rhs into `out`, both with their scales; `adjoint`: the backward pass's other arrays."""
-    t, adaptive = call.t, call.adaptive
-    extra = adjoint or (None,) * 8
-    certificate = _certificate(call, heads) if adaptive else (None,) * 4
-    launches = [_certify(call, heads, h, certificate)] if adaptive else []
+    """Solve A x = rhs into `out`, both with their scales.
+
+    Args:
+        adjoint: the backward pass's other arrays.
+        steps: int32 [M,G] for the steps of conjugate gradients; None: scratch.
+    """
+    t, solver = call.t, call.settings.solver
+    launches, parts, found = [], ("all",), (None,) * 4
+    if solver == "adaptive":
+        found, parts = _certificate(call, heads), ("plain", "deflated")
+        launches.append(_certify(call, heads, h, found))
+    elif solver == "cg":
+        found = (None, None, None, _steps(call, heads) if steps is None else steps)
     args = (
-        *rhs, t.k, call.gk, t.beta, *h.stored, h.norms, *out, *extra, *certificate, *call.tables,
-        *_system(call),
+        *rhs, t.k, call.gk, t.beta, *h.stored, h.norms, *out, *(adjoint or (None,) * 8), *found,
+        *call.tables, *_system(call), call.stop,
     )  # fmt: skip
-    for part in ("plain", "deflated") if adaptive else ("all",):
+    for part in parts:
         options = {"ADJOINT": bool(adjoint), "PART": part}
         launches.append(_of_chunks(call, solve_kernel, "solve", heads, args, **options))
     return launches
+
+
+def _steps(call: GpuCall, heads: Heads) -> Tensor:
+    return call.scratch("steps", call.M, heads.count, dtype=torch.int32)
 
 
 def _fro(call: GpuCall, heads: Heads) -> Tensor:
@@ -291,8 +306,7 @@ def _fro(call: GpuCall, heads: Heads) -> Tensor:
 
 
 def _system(call: GpuCall) -> tuple[float, int, float]:
-    s = call.settings
-    return s.ridge_ratio, s.num_iter, EMPTY_BELOW
+    return call.settings.ridge_ratio, call.most_steps, EMPTY_BELOW
 
 
 def _certificate(call: GpuCall, heads: Heads) -> Certificate:
@@ -301,7 +315,7 @@ def _certificate(call: GpuCall, heads: Heads) -> Certificate:
         w=call.scratch("w", *shape, call.K, dtype=call.sizes.op_dtype),
         tau=call.scratch("tau", *shape),
         phi=call.scratch("phi", *chunks),
-        steps=call.scratch("steps", *chunks, dtype=torch.int32),
+        steps=_steps(call, heads),
     )
 
 

@@ -1,8 +1,9 @@
-"""Ridge and solve of one chunk of one head: F_t, the Chebyshev loop on the tensor cores, x_t."""
+"""Ridge and solve of one chunk of one head: F_t, the iteration on the tensor cores, x_t."""
 
 import triton
 import triton.language as tl
 
+from gka.kernels.triton.cg import conjugate_gradients, unit_and_entry
 from gka.kernels.triton.common import (
     add_product,
     cumulative_decays,
@@ -111,12 +112,13 @@ def solve_kernel(
     nystroem,  # [tokens, G, K] OP: w_t
     tau,  # [tokens, G] float32
     phi,  # [M, G] float32
-    steps,  # [M, G] int32
+    steps,  # [M, G] int32; with conjugate gradients written here, else None
     chunk_start,
     chunk_len,
     ridge_ratio,
     num_iter,
     empty_below,
+    stop,  # of conjugate gradients, of which num_iter is the largest number of steps; else None
     base,  # first head of the G heads
     G,
     H,
@@ -132,7 +134,7 @@ def solve_kernel(
     OP: tl.constexpr,
     PREC: tl.constexpr,
 ):
-    """x_t = p_r(A_t) rhs_t for one chunk of one head: ridge and solve.
+    """x_t of A_t x_t = rhs_t for one chunk of one head: ridge and solve.
 
     The adaptive solver launches it twice: for the chunks that run plain, and for those with N_t.
     """
@@ -162,40 +164,37 @@ def solve_kernel(
     )  # fmt: skip
     empty = fro2 < empty_below * empty_below
     f = tl.sqrt(tl.where(empty, 1.0, fro2))
-    top = tl.load(phi + mh) if PART == "deflated" else 1.0  # (kappa - 1) a
-    rho = 1.0 / (top + 2.0 * ridge_ratio)
-    unit = 2.0 * rho / f  # 2/(L + mu), and 2/((kappa + 1) lambda) with N_t
     if ADJOINT:
         right = load_scaled(rhs, rhs_scale, row, G, j, K, rk, valid)
     else:
         right = load_rows(rhs, row, H, h, K, rk, valid)
     largest = tl.max(tl.abs(right), 1)
     largest = tl.where(largest > 0.0, largest, 1.0)
-    w_ptr, taken = None, None
-    if PART == "deflated":
-        w_ptr = nystroem + (row * G + j) * K
-        taken = load_gate(tau, row, G, j, valid, 0.0)
-        num_iter = count
-    solution = chebyshev(
-        tl.where(empty[:, None], 0.0, right / largest[:, None]),
-        kn,
-        hn,
-        h_ptr,
-        zeta * h_scale * unit,
-        weight * unit[:, None],
-        2.0 * ridge_ratio * rho,
-        rho * rho * top * top,
-        num_iter,
-        w_ptr,
-        taken,
-        G,
-        valid,
-        K,
-        TILED,
-        OP,
-        PREC,
-    )
-    solution *= (unit * largest)[:, None]
+    right = tl.where(empty[:, None], 0.0, right / largest[:, None])
+    if stop is not None:
+        unit, entry = unit_and_entry(ridge_ratio)
+        per_unit = 1.0 / (f * unit)
+        solution, count = conjugate_gradients(
+            right * entry, kn, hn, h_ptr, zeta * h_scale * per_unit, weight * per_unit[:, None],
+            ridge_ratio, unit, stop, num_iter, K, TILED, OP, PREC,
+        )  # fmt: skip
+        tl.store(steps + mh, count)
+        solution *= (largest / (f * entry))[:, None]
+    else:
+        top = tl.load(phi + mh) if PART == "deflated" else 1.0  # (kappa - 1) a
+        rho = 1.0 / (top + 2.0 * ridge_ratio)
+        unit = 2.0 * rho / f  # 2/(L + mu), and 2/((kappa + 1) lambda) with N_t
+        w_ptr, taken = None, None
+        if PART == "deflated":
+            w_ptr = nystroem + (row * G + j) * K
+            taken = load_gate(tau, row, G, j, valid, 0.0)
+            num_iter = count
+        solution = chebyshev(
+            right, kn, hn, h_ptr, zeta * h_scale * unit, weight * unit[:, None],
+            2.0 * ridge_ratio * rho, rho * rho * top * top, num_iter, w_ptr, taken, G, valid,
+            K, TILED, OP, PREC,
+        )  # fmt: skip
+        solution *= (unit * largest)[:, None]
     if ADJOINT:
         store_scaled(x, x_scale, solution, row, G, j, K, rk, valid)
         raw = load_raw(forward_x, row, H, h, K, rk, valid)
