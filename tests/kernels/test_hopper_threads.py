@@ -28,7 +28,9 @@ def compiled(tmp_path_factory):
     """The kernel as a shared library, for q of a dtype, U stored in one, and a solver."""
     folder, made = tmp_path_factory.mktemp("threads"), {}
 
-    def build(dims: tuple[int, int], dtype: torch.dtype, u_dtype: torch.dtype, solver: str):
+    def build(
+        dims: tuple[int, int], dtype: torch.dtype, u_dtype: torch.dtype, solver: kernels.Solve
+    ):
         key = (dims, dtype, u_dtype, solver)
         if key not in made:
             place, library = folder / str(len(made)), folder / f"{len(made)}.so"

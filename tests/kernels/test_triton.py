@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gka.ops import chunk_gka, why_unavailable
+from gka.ops import chunk_gka, fused_recurrent_gka, why_unavailable
 from interpreted import DEVICE, problem, results
 from tolerances import assert_close
 
@@ -146,3 +146,19 @@ def test_other_gpus_are_refused(monkeypatch, capability, hip, reason) -> None:
     monkeypatch.setattr("torch.version.hip", hip)
     assert reason in (why_unavailable("triton", "cuda", torch.bfloat16) or "")
     assert why_unavailable("torch", "cuda", torch.bfloat16) is None
+
+
+@pytest.mark.parametrize("op", [chunk_gka, fused_recurrent_gka])
+@pytest.mark.parametrize("given", [True, False], ids=["alpha", "no alpha"])
+def test_a_solution_much_smaller_than_its_query_keeps_its_digits(op, given: bool) -> None:
+    """Few large keys: the mix has no difference of x and q, whose rounding would be all of U^T z."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 6, 1, 8, generator=generator).double() for _ in range(3))
+    k, alpha = 100.0 * k, torch.ones(1, 6, 1).double() if given else None
+
+    def run(dtype: torch.dtype, device: str, backend: str) -> torch.Tensor:
+        inputs = [None if x is None else x.to(device, dtype) for x in (q, k, v, None, None, alpha)]
+        return op(*inputs, backend=backend)[0].cpu()
+
+    expected = run(torch.float64, "cpu", "torch")
+    assert_close(run(torch.float32, DEVICE, "triton"), expected, 2e-5)

@@ -1,6 +1,7 @@
 """chunk_gka against the token-by-token reference: results and every gradient."""
 
 import itertools
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -188,3 +189,19 @@ def test_scale_and_ridge_ratio():
     assert_close(o, expected, 1e-12)
     for name, grad in grads.items():
         assert_close(grad, expected_grads[name], 1e-9, f"d{name}")
+
+
+@pytest.mark.parametrize("op", [chunk_gka, fused_recurrent_gka])
+def test_a_solution_much_smaller_than_its_query_keeps_its_digits(op) -> None:
+    """Few large keys: x is 1e-4 of q, and U^T z is small only if z is accurate. alpha = 1 is x itself."""
+    small = make_problem(6, dims=(8, 8), gates="a", states=False)
+    assert small.alpha is not None
+    large = replace(small, k=300.0 * small.k, alpha=torch.ones_like(small.alpha))
+
+    def run(problem: Problem) -> torch.Tensor:
+        p = problem
+        return op(p.q, p.k, p.v, p.g, p.g, p.alpha, backend="torch")[0]
+
+    expected, found = run(large), run(large.map(lambda x: x.float()))
+    assert_close(found, expected, RELATIVE[torch.float32])
+    assert torch.equal(found, run(replace(large.map(lambda x: x.float()), alpha=None)))

@@ -6,8 +6,14 @@ from gka.maths.grouped import shared_matmul
 
 
 def mix(q: Tensor, x: Tensor, alpha: Tensor | None) -> Tensor:
-    """z = q + alpha (x - q) with alpha [...] and q, x [..., K]; x where alpha is None (alpha = 1)."""
-    return x if alpha is None else q + alpha.unsqueeze(-1) * (x - q)
+    """z = q + alpha (x - q) with alpha [...] and q, x [..., K]; x where alpha is None (alpha = 1).
+
+    As (1 - alpha) q + alpha x, whose terms do not cancel: x is much smaller than q where keys are large.
+    """
+    if alpha is None:
+        return x
+    alpha = alpha.unsqueeze(-1)
+    return (1.0 - alpha) * q + alpha * x
 
 
 def readout(z: Tensor, k: Tensor, v: Tensor, u: Tensor, zeta: Tensor, weights: Tensor) -> Tensor:

@@ -50,8 +50,8 @@ DEVICE void readout_adjoint(float (&dz)[K / 2], u32 (&d_o)[V / 4], const float (
       int i = 4 * j + 2 * b;
       dz[i] *= from_past, dz[i + 1] *= from_past;
       float2 of_q = widen(q[2 * j + b]);
-      float low = of_q.x + alpha[b] * (low_half(x[2 * j + b]) * x_scale[b] - of_q.x);
-      float high = of_q.y + alpha[b] * (high_half(x[2 * j + b]) * x_scale[b] - of_q.y);
+      float low = (1.f - alpha[b]) * of_q.x + alpha[b] * (low_half(x[2 * j + b]) * x_scale[b]);
+      float high = (1.f - alpha[b]) * of_q.y + alpha[b] * (high_half(x[2 * j + b]) * x_scale[b]);
       start[b] += dz[i] * low + dz[i + 1] * high;
     }
   }

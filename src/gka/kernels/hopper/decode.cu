@@ -433,7 +433,7 @@ extern "C" __global__ void __launch_bounds__(K, BLOCKS) gka_step(const __grid_co
         if (squares[0] >= a.empty_below * a.empty_below) x = solve_state(h, z, sqrtf(squares[0]), a, s, thread);
         if (a.x) a.x[row(t) * K + thread] = x;
         float q = s.z[thread];
-        z = a.alpha.data ? q + s.alpha * (x - q) : x;
+        z = a.alpha.data ? (1.f - s.alpha) * q + s.alpha * x : x;
       }
     }
     s.z[thread] = z * a.scale;

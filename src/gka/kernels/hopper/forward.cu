@@ -37,7 +37,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     copy_state<K, V, 0, LATE>(shared_address(s.u), a.u_start + at.state * K * V, at.thread);
   }
 
-  // z = q + alpha (x - q)
+  // z = (1 - alpha) q + alpha x
   u32 z[K / 4];
   float largest[2], alpha[2];
   long long token[2] = {at.token(a, 0), at.token(a, 1)};
@@ -49,7 +49,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     store_scaled<K>(a.x, a.x_scale, z, largest, token, at);
     widen_raw<K>(rhs, q, at);
 #pragma unroll
-    for (int i = 0; i < K / 2; i++) x[i] = rhs[i] + alpha[i / 2 % 2] * (x[i] - rhs[i]);
+    for (int i = 0; i < K / 2; i++) x[i] = (1.f - alpha[i / 2 % 2]) * rhs[i] + alpha[i / 2 % 2] * x[i];
   }
   scale_rows(z, largest, x);
   if (a.steps != nullptr && at.thread == 0)

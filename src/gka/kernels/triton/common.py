@@ -229,7 +229,8 @@ def load_mix(q, x, x_scale, alpha, row, H, h, K: tl.constexpr, rk, valid):
         z = load_scaled(x, x_scale, row, H, h, K, rk, valid)
         if alpha is not None:
             raw = load_rows(q, row, H, h, K, rk, valid)
-            z = raw + load_gate(alpha, row, H, h, valid, 1.0)[:, None] * (z - raw)
+            share = load_gate(alpha, row, H, h, valid, 1.0)[:, None]
+            z = (1.0 - share) * raw + share * z  # no difference of z and raw: it would cancel
     return z
 
 

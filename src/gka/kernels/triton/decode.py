@@ -225,7 +225,8 @@ def step_kernel(
                 solution = tl.where(empty, 0.0, solution)
                 if x is not None:
                     tl.store(x + row * K + rows, solution, mask=rows < K)
-                z += load_number(alpha, batch, token, head, strides[5], 1.0) * (solution - z)
+                share = load_number(alpha, batch, token, head, strides[5], 1.0)
+                z = (1.0 - share) * z + share * solution
         gamma = tl.exp(load_number(g, batch, token, head, strides[3], 0.0))
         z *= scale
         for c in range(0, V, BV):
