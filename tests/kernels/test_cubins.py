@@ -122,7 +122,7 @@ def test_an_error_of_the_compiler_is_not_kept(folder: Path) -> None:
 SECOND = """
 from gka.kernels import cubins
 from gka.kernels.hopper import build
-code = build.compile_cubin(build.source("combine_states", 64, 64, True, False), "gka_combine")
+code = build.compile_cubin(build.source("combine_states", 64, 64, True, "chebyshev"), "gka_combine")
 print(len(code), dict(cubins.COUNTS))
 """
 

@@ -203,7 +203,7 @@ def test_both_stages_of_priming_compile(run_prime: Any, tmp_path: Path) -> None:
     """Losses of matching and recovery are those of the uncompiled stages, with the end of the model matched
     and a teacher beside it."""
     found = []
-    for how in ("off", "layers", "model"):
+    for how in ("off", "layers"):
         stage = {"compile": how, "max_steps": 2}
         changes = {"stage1": {**stage, "end_weight": 0.5}, "stage2": {**stage, "kl_weight": 0.5}}
         before = compilation.graphs()["compiled"]
@@ -213,8 +213,7 @@ def test_both_stages_of_priming_compile(run_prime: Any, tmp_path: Path) -> None:
         )
         assert (compilation.graphs()["compiled"] > before) == (how != "off")
     assert len(found[0]) == 4
-    for losses in found[1:]:
-        assert losses == pytest.approx(found[0], rel=1e-4)
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
 def test_layers_are_found_inside_wrappers(tables: Tables) -> None:
@@ -233,7 +232,7 @@ from gka import chunk_gka
 from gka.training import compilation
 
 class Map(torch.nn.Module):
-    steps = int(sys.argv[1])
+    steps = 4
 
     def forward(self, q, g):
         k, v = q.roll(1, 1), q.roll(2, 1)
@@ -243,9 +242,14 @@ torch.manual_seed(0)
 q = torch.nn.functional.normalize(torch.randn(1, 70, 2, 8), dim=-1).requires_grad_()
 g = -0.1 * torch.rand(1, 70, 2)
 module = Map()
-with compilation.compiled([module], "model"):
-    module(q, g).square().sum().backward()
-print(json.dumps({"grad": q.grad.double().sum().item()} | compilation.graphs()))
+found = []
+for Map.steps in map(int, sys.argv[1:]):
+    q.grad = None
+    with compilation.compiled([module], "model"):
+        module(q, g).square().sum().backward()
+    found.append({"grad": q.grad.double().sum().item()} | compilation.graphs())
+    torch._dynamo.reset()
+print(json.dumps(found))
 """
 
 
@@ -257,17 +261,18 @@ def test_a_second_process_reads_the_graphs(tmp_path: Path) -> None:
     for name in ("GKA_COMPILE_CACHE", "TORCHINDUCTOR_CACHE_DIR"):
         env.pop(name, None)
 
-    def run(steps: int) -> dict[str, Any]:
+    def run(*steps: int) -> list[dict[str, Any]]:
         said = subprocess.run(
-            [sys.executable, "-c", PROCESS, str(steps)], env=env, capture_output=True, text=True
-        )
+            [sys.executable, "-c", PROCESS, *map(str, steps)],
+            env=env, capture_output=True, text=True,
+        )  # fmt: skip
         assert said.returncode == 0, said.stderr
         return json.loads(said.stdout)
 
-    first, again, other = run(4), run(4), run(5)
+    (first,), (again, other) = run(4), run(4, 5)
     assert (first["compiled"], first["read"]) == (1, 0)
     assert (again["compiled"], again["read"]) == (0, 1) and again["grad"] == first["grad"]
-    assert (other["compiled"], other["read"]) == (1, 0) and other["grad"] != first["grad"]
+    assert (other["compiled"], other["read"]) == (1, 1) and other["grad"] != first["grad"]
     assert (tmp_path / "compiled/graphs").is_dir()
 
 

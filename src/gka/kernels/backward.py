@@ -16,7 +16,7 @@ from gka.kernels.arrays import (
 )
 from gka.kernels.call import GpuCall, aligned, op_dtype, packed_chunks, prepared
 from gka.kernels.passes import Executor, Launch, Passes, execute
-from gka.kernels.replay import Ran, Recordings, apart, kind_of, with_tables
+from gka.kernels.replay import Ran, Recordings, apart, kind_of
 from gka.maths.adjoint import Gradients
 from gka.maths.chunked import Settings, Tokens
 
@@ -43,7 +43,8 @@ def chunk_backward(
         x = (x / x_scale.clamp_min(1e-37)[..., None]).to(op_dtype(t.q.dtype))
     after = tuple(aligned(y) for y in (x, x_scale, do, dh_final, du_final))
     missing = (dh_final is None, du_final is None)
-    chunks = packed_chunks(passes, t, settings)
+    chunks = None if t.cu_seqlens is None else packed_chunks(passes, t, settings)
+    tables = () if chunks is None else chunks.tables
     kind = kind_of(passes, t, settings, chunks, do.dtype, missing, CHUNK_HEADS)
     if chunks is not None and chunks.num_chunks * t.q.shape[2] > CHUNK_HEADS:
         kind = None  # groups of heads cut packed sequences anew
@@ -54,10 +55,10 @@ def chunk_backward(
     def record(execute: Executor) -> Ran:
         call = GpuCall(passes, apart(t), settings, chunks)
         mine = tuple(None if y is None else y.detach() for y in after)
-        given = with_tables((*call.t.inputs, *mine), chunks)
+        given = (*call.t.inputs, *mine, *tables)
         return Ran(call, given, _run(passes, call, mine, execute))
 
-    made = RECORDINGS.run(kind, with_tables((*t.inputs, *after), chunks), record)
+    made = RECORDINGS.run(kind, (*t.inputs, *after, *tables), record)
     return _collect(tokens, settings, InputGradients(*made))
 
 

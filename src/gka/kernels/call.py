@@ -220,10 +220,8 @@ class GpuCall:
 _sizes_of = lru_cache(maxsize=64)(Sizes)
 
 
-def packed_chunks(needs: Needs, t: Tokens, settings: Settings) -> Chunking | None:
-    """The tables of packed sequences for all heads at once; None for sequences of one length."""
-    if t.cu_seqlens is None:
-        return None
+def packed_chunks(needs: Needs, t: Tokens, settings: Settings) -> Chunking:
+    """The tables of packed sequences for all heads at once."""
     sizes = _sizes(t, settings.chunk_size)
     return chunking(t, sizes.chunk_size, sizes.heads[0] * needs.scan_programs(sizes))
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gka.kernels.call import GpuCall, packed_chunks, prepared
 from gka.kernels.passes import Executor, Passes, execute
-from gka.kernels.replay import Ran, Recordings, apart, kind_of, with_tables
+from gka.kernels.replay import Ran, Recordings, apart, kind_of
 from gka.maths.chunked import Forward, Settings, Tokens
 
 RECORDINGS = Recordings()
@@ -16,16 +16,17 @@ RECORDINGS = Recordings()
 def chunk_forward(passes: Passes, tokens: Tokens, settings: Settings) -> Forward:
     """`gka.maths.chunked.chunk_forward` on the GPU. Rows of x are divided by `x_scale`."""
     t = prepared(tokens, passes.float_gates)
-    chunks = packed_chunks(passes, t, settings)
+    chunks = None if t.cu_seqlens is None else packed_chunks(passes, t, settings)
+    tables = () if chunks is None else chunks.tables
     kind = kind_of(passes, t, settings, chunks)
     if kind is None:
         return Forward(*_run(passes, GpuCall(passes, t, settings, chunks), execute))
 
     def record(execute: Executor) -> Ran:
         call = GpuCall(passes, apart(t), settings, chunks)
-        return Ran(call, with_tables(call.t.inputs, chunks), _run(passes, call, execute))
+        return Ran(call, (*call.t.inputs, *tables), _run(passes, call, execute))
 
-    return Forward(*RECORDINGS.run(kind, with_tables(t.inputs, chunks), record))
+    return Forward(*RECORDINGS.run(kind, (*t.inputs, *tables), record))
 
 
 def _run(passes: Passes, call: GpuCall, execute: Executor) -> tuple[Any, ...]:

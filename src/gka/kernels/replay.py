@@ -223,11 +223,6 @@ def kind_of(
     )
 
 
-def with_tables(inputs: Slots, chunks: Chunking | None) -> Slots:
-    """The inputs of a call, tables of packed sequences among them."""
-    return inputs if chunks is None else (*inputs, *chunks.tables)
-
-
 def apart(t: Tokens) -> Tokens:
     """The same memory as distinct tensor objects, for a caller may pass one tensor as q and k."""
     return Tokens._make((*(None if x is None else x.detach() for x in t.inputs), *t.bounds))

@@ -15,7 +15,6 @@ from gka.kernels import cubins
 from gka.kernels.configs import NO_GPU, capability_of
 from gka.kernels.driver import Kernel
 from gka.kernels.hopper import nvrtc
-from gka.maths.chunked import Settings
 from gka.maths.moments import reset_floor
 from gka.maths.solvers.adaptive import THETA_FLOOR, WORTHWHILE
 
@@ -98,13 +97,6 @@ def shared_numbers() -> str:
     lines = [f"#define {name} ({x.hex()}f)" for name, x in floats.items()]
     lines += [f"#define WORTHWHILE {WORTHWHILE[0]}", f"#define WORTHWHILE_OF {WORTHWHILE[1]}"]
     return "\n".join(lines) + "\n"
-
-
-def solve_of(settings: Settings) -> Solve:
-    """The variant of the solve for these settings."""
-    if settings.solver == "cg" and settings.ridge_ratio < LEAST_UNIT:
-        return "cg, small ridge"
-    return settings.solver
 
 
 def solver_defines(solver: Solve) -> str:

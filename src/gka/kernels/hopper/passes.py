@@ -203,13 +203,20 @@ def _common(call: GpuCall, h: Moments, u: Moments) -> dict:
     }  # fmt: skip
 
 
+def _solve_of(settings: Settings) -> build.Solve:
+    """The variant of the solve for these settings."""
+    if settings.solver == "cg" and settings.ridge_ratio < build.LEAST_UNIT:
+        return "cg, small ridge"
+    return settings.solver
+
+
 def _launch(
     call: GpuCall, kernel: str, blocks: tuple[int, int], arguments: ctypes.Structure
 ) -> Launch:
     q = call.t.q
     found = build.kernel_of(
         q.device.index, kernel, call.K, call.V, q.dtype == torch.bfloat16,
-        build.solve_of(call.settings),
+        _solve_of(call.settings),
     )  # fmt: skip
     return Launch(found, blocks, (arguments,))
 
