@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+TINY = ["--device", "cpu", "--sizes", "1x32x1", "--dims", "16", "--seconds", "0.001"]
 SMALL = ["--device", "cpu", "--sizes", "1x96x2,2x32x1", "--dims", "16", "--seconds", "0.01"]
 
 
@@ -37,8 +38,8 @@ def contender(gpu, name: str, leaves, call):
 
 
 def test_what_is_written(run, tmp_path, capsys):
-    """Every repeat of both passes of op, peer and layer, on what it was measured, table, plot, profile."""
-    result = run(*SMALL, "--peers", "sdpa", "--layer-size", "32x2x16x64", "--profile")
+    """Every repeat of both passes of op, peer and layer, on what it was measured, table, plot."""
+    result = run(*SMALL, "--peers", "sdpa", "--layer-size", "32x2x16x64")
     assert [g["size"] for g in result["groups"]] == ["1 x 96 x 2, D = 16", "2 x 32 x 1, D = 16"]
     for group in [*result["groups"], result["layer"]]:
         ran = {n: e for n, e in group["contenders"].items() if e["status"] == "ok"}
@@ -59,10 +60,12 @@ def test_what_is_written(run, tmp_path, capsys):
     assert "1 x 96 x 2, D = 16" in capsys.readouterr().out
 
 
-def test_what_is_profiled(run, gpu, tmp_path):
+def test_what_is_profiled(run, gpu, monkeypatch, tmp_path):
     """Kernels of one training step of the op, of each solver's layer and of a layer whose modules stay
     torch's, after the timings: by kernel and in all, in profile.txt, op.json and a table."""
-    result = run(*SMALL, "--peers", "none", "--layer-size", "32x2x16x64", "--profile")
+    monkeypatch.setattr(gpu.profile, "WARM_UP", 1)
+    monkeypatch.setattr(gpu.profile, "CALLS", 1)
+    result = run(*TINY, "--peers", "none", "--layer-size", "32x2x16x32", "--profile")
     assert list(result)[-3:-1] == ["op_profile", "layer_profile"]
     layers = result["layer_profile"]["contenders"]
     plain = "GatedKalmaNet, chebyshev, torch's modules around the op"
@@ -99,8 +102,10 @@ def test_a_profile_that_fails_leaves_the_rest(run, gpu, monkeypatch, tmp_path):
         return whole(call, watch)
 
     monkeypatch.setattr(profile, "kernels", kernels)
-    options = ("--peers", "none", "--layer-size", "32x2x16x64", "--profile")
-    result = run(*SMALL, *options)
+    monkeypatch.setattr(profile, "WARM_UP", 1)
+    monkeypatch.setattr(profile, "CALLS", 1)
+    options = ("--peers", "none", "--layer-size", "32x2x16x32", "--profile")
+    result = run(*TINY, *options)
     layers = result["layer_profile"]["contenders"]
     failed = layers["GatedKalmaNet, chebyshev"]
     assert failed["status"] == "failed" and "kernels" not in failed and failed["first_call_s"]
@@ -108,7 +113,7 @@ def test_a_profile_that_fails_leaves_the_rest(run, gpu, monkeypatch, tmp_path):
     assert "forward" in result["layer"]["contenders"]["GatedKalmaNet, chebyshev"]
     text, page = ((tmp_path / name).read_text() for name in ("profile.txt", "op.md"))
     assert "failed: RuntimeError: CUPTI is missing" in text and "aten::" in text
-    size = "kernels of hidden 32, 2 heads of 16, 1 x 64"
+    size = "kernels of hidden 32, 2 heads of 16, 1 x 32"
     assert f"- GatedKalmaNet, chebyshev failed: RuntimeError: CUPTI is missing ({size})" in page
 
 
