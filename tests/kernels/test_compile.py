@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton", reason="the kernels need the package triton")
 ROOT = Path(__file__).parents[2]
-# `python -m benchmarks.run resources --shared` takes any others; older chips, the tightest among them, are slow
+# `python -m benchmarks.run resources --shared` takes any others; older chips, some of them tighter, are slow
 CASES = [(90, 128, "bfloat16")]
 
 
