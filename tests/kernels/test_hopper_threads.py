@@ -114,3 +114,15 @@ def test_blocks_run_by_threads_equal_the_torch_form(name: str, compiled) -> None
     assert_close(ours.u, wanted.u, RELATIVE[F32] if u_dtype == F32 else 2.0**-8, "u")
     if not commit:
         assert torch.equal(ours.h, pool.h) and torch.equal(ours.u, pool.u)
+
+
+@pytest.mark.parametrize("factor", [1e-25, 1e25])
+def test_the_size_of_queries_does_not_matter(factor: float, compiled) -> None:
+    """With conjugate gradients: squares of such queries leave float32's range."""
+    pool = make_pool(dims=(64, 64), length=1, batch=1).to("cpu", F32, F32)
+    settings = Settings(1.0, 0.02, 30, 64, pool.tied, True, "cg")
+    library = compiled((64, 64), F32, F32, "cg")
+    expected = run(library, pool.fresh(), settings, False)[1]
+    pool.tokens["q"] = pool.tokens["q"] * factor
+    x = run(library, pool, settings, False)[1]
+    assert_close(x.double() / factor, expected.double(), RELATIVE[F32], "x")

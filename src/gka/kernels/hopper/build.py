@@ -17,6 +17,7 @@ from gka.kernels.driver import Kernel
 from gka.kernels.hopper import nvrtc
 from gka.maths.moments import reset_floor
 from gka.maths.solvers.adaptive import THETA_FLOOR, WORTHWHILE
+from gka.maths.solvers.cg import LARGEST_SIZE, LEAST_UNIT
 
 DIMS = (64, 128)
 CHUNK = 64
@@ -34,7 +35,6 @@ KERNELS = (*SOLVES, "gradients", *SCANS)
 ARCHITECTURE = "sm_90a"
 FOLDER = Path(__file__).parent
 Solve = Literal["chebyshev", "adaptive", "cg", "cg, small ridge"]
-LEAST_UNIT = 2.0**-10  # of A d in conjugate gradients, in units of F_t
 
 
 def why_not_here(device: torch.device) -> str | None:
@@ -93,6 +93,7 @@ def shared_numbers() -> str:
         "THETA_FLOOR": THETA_FLOOR,
         "FLOAT32_EPS": torch.finfo(torch.float32).eps,
         "LEAST_UNIT": LEAST_UNIT,
+        "LARGEST_SIZE": LARGEST_SIZE,
     }
     lines = [f"#define {name} ({x.hex()}f)" for name, x in floats.items()]
     lines += [f"#define WORTHWHILE {WORTHWHILE[0]}", f"#define WORTHWHILE_OF {WORTHWHILE[1]}"]
@@ -197,30 +198,25 @@ def _parts(source: str, name: str) -> Iterator[str]:
 
 
 @functools.cache
-def _cubins(
-    key_dim: int, value_dim: int, bfloat16: bool, solver: Solve
-) -> dict[str, Future[bytes]]:
-    """All kernels for such inputs, compiled in parallel at the first request."""
-    return {
-        kernel: _COMPILERS.submit(
-            compile_cubin,
-            source(
-                kernel, key_dim, value_dim, bfloat16, solver if kernel in SOLVES else "chebyshev"
-            ),
-            name_of(kernel),
-        )
-        for kernel in KERNELS
-    }
+def _cubin(
+    kernel: str, key_dim: int, value_dim: int, bfloat16: bool, solver: Solve
+) -> Future[bytes]:
+    """The machine code of a kernel, compiled once; "chebyshev" where the solver does not matter."""
+    text = source(kernel, key_dim, value_dim, bfloat16, solver)
+    return _COMPILERS.submit(compile_cubin, text, name_of(kernel))
 
 
 @functools.cache
 def kernel_of(
     device: int, kernel: str, key_dim: int, value_dim: int, bfloat16: bool, solver: Solve
 ) -> Kernel:
-    """One of KERNELS, loaded on that device."""
-    cubin = _cubins(key_dim, value_dim, bfloat16, solver)[kernel].result()
-    threads = threads_of(kernel, key_dim)
-    return Kernel(cubin, name_of(kernel), threads, shared_bytes(kernel, key_dim, value_dim))
+    """One of KERNELS, loaded on that device. The first request compiles all of them, in parallel."""
+    compiling = {
+        name: _cubin(name, key_dim, value_dim, bfloat16, solver if name in SOLVES else "chebyshev")
+        for name in KERNELS
+    }
+    threads, shared = threads_of(kernel, key_dim), shared_bytes(kernel, key_dim, value_dim)
+    return Kernel(compiling[kernel].result(), name_of(kernel), threads, shared)
 
 
 @functools.cache

@@ -48,9 +48,10 @@ DEVICE void add_step(float (&x)[K / 2], float4* held, const u32 (&d)[K / 4], con
 }
 
 // x of A_t x_t = q_t in units of 1/F_t. On entry `r` holds q; `zeta`: factor of H16 in A_t / unit; `weights` of Shared:
-// W / (F unit); `own`: lambda_t / unit, not read unless SMALL_RIDGE: it is one. A row is proven when |r|^2 <= stop x.(q + r), where x.(q + r) is the sum of the steps'
-// s |r|^2, and then stands still. Returns the steps of the chunk's slowest row. The rounded d enters x, r and the row
-// sums alike. What needs no product runs between the issues of products, which block the warp.
+// W / (F unit); `own`: lambda_t / unit, read if SMALL_RIDGE, else one. A row is proven when |r|^2 <= stop x.(q + r),
+// where x.(q + r) is the sum of the steps' s |r|^2, and then stands still. Returns the steps of the chunk's slowest
+// row. The rounded d enters x, r and the row sums alike. What needs no product runs between the issues of products,
+// which block the warp.
 DEVICE int conjugate_gradients(float (&x)[K / 2], float (&r)[K / 2], float4* held, Shared& s, const Place& at,
                                const float (&zeta)[2], float unit, float own, float stop, int most) {
   u32 d[K / 4], k = shared_address(s.k), h = shared_address(s.h), zero = __float_as_uint(stop) & 0x80000000u;
@@ -122,7 +123,7 @@ DEVICE int conjugate_gradients(float (&x)[K / 2], float (&r)[K / 2], float4* hel
     for (int b = 0; b < 2; b++) {
       float before = size[b];
       size[b] = quad_sum(now[2 * b] + now[2 * b + 1]);
-      done[b] = done[b] || !(size[b] > stop * energy[b]) || size[b] > 1e37f;  // NaN too
+      done[b] = done[b] || !(size[b] > stop * energy[b]) || size[b] > LARGEST_SIZE;  // NaN too
       keep[b] = both(done[b] ? 0.f : __fdividef(size[b], before));
     }
 #pragma unroll

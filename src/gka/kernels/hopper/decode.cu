@@ -72,6 +72,16 @@ DEVICE void block_sums(float (&x)[N], Shared& s, int slot, int thread) {
   }
 }
 
+// The block's largest x >= 0; such floats compare as their bits do. `slot` as in `block_sums`.
+DEVICE float block_largest(float x, Shared& s, int slot, int thread) {
+  float best = warp_max(x);
+  if (thread % 32 == 0) s.sums[slot][thread / 32][1] = best;
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < WARPS; w++) best = fmaxf(best, s.sums[slot][w][1]);
+  return best;
+}
+
 // Entry t of H times the vector.
 DEVICE float product(const float (&h)[4][C], const float* vector, int thread) {
   float sum[4] = {0.f, 0.f, 0.f, 0.f};
@@ -184,13 +194,9 @@ DEVICE void publish_row(const float (&h)[4][C], int row, float* to, int thread) 
   }
 }
 
-// The first index of the block's largest x >= 0; such floats compare as their bits do.
+// The first index of the block's largest x >= 0.
 DEVICE int first_largest(float x, Shared& s, int slot, int thread) {
-  float best = warp_max(x);
-  if (thread % 32 == 0) s.sums[slot][thread / 32][1] = best;
-  __syncthreads();
-#pragma unroll
-  for (int w = 0; w < WARPS; w++) best = fmaxf(best, s.sums[slot][w][1]);
+  float best = block_largest(x, s, slot, thread);
   u32 holders = __ballot_sync(~0u, x == best);
   if (thread % 32 == 0) s.sums[slot][thread / 32][2] = holders ? (float)(thread + __ffs(holders) - 1) : 1e9f;
   __syncthreads();
@@ -238,7 +244,9 @@ DEVICE void tighten(Plan& plan, const float (&h)[4][C], float q, float fro, floa
 #if CG
 // x_t of (H + lambda) x = q by conjugate gradients, until |r|^2 <= stop x.(q + r) for H / F (gka/maths/solvers/cg.py).
 DEVICE float solve_state(const float (&h)[4][C], float q, float fro, const StepArguments& a, Shared& s, int thread) {
-  float inverse = __fdividef(1.f, fro), r = q, d = q, x = 0.f, energy = 0.f, size[1] = {q * q};
+  float largest = block_largest(fabsf(q), s, 4, thread);  // scaled by it, squares neither overflow nor vanish
+  largest = largest > 0.f ? largest : 1.f;
+  float inverse = __fdividef(1.f, fro), r = q / largest, d = r, x = 0.f, energy = 0.f, size[1] = {r * r};
   block_sums(size, s, 1, thread);
   bool done = size[0] == 0.f;  // not for NaN, which one step spreads
 #pragma unroll 1
@@ -252,10 +260,10 @@ DEVICE float solve_state(const float (&h)[4][C], float q, float fro, const StepA
     x += length * d, r -= length * a_d;
     size[0] = r * r;
     block_sums(size, s, 3, thread);
-    done = !(size[0] > a.stop * energy) || size[0] > 1e37f;
+    done = !(size[0] > a.stop * energy) || size[0] > LARGEST_SIZE;
     d = r + __fdividef(size[0], before) * d;
   }
-  return x * inverse;
+  return x * (inverse * largest);
 }
 #else
 // x_t of (H + lambda) x = q. w . r is updated by (A w) . d, which needs no barrier of its own.

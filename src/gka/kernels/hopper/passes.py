@@ -27,6 +27,7 @@ from gka.kernels.passes import Launch
 from gka.maths.chunked import Settings, Tokens
 from gka.maths.recurrent import States
 from gka.maths.ridge import empty_below
+from gka.maths.solvers.cg import LEAST_UNIT
 
 EMPTY_BELOW = empty_below(torch.float32)
 
@@ -205,7 +206,7 @@ def _common(call: GpuCall, h: Moments, u: Moments) -> dict:
 
 def _solve_of(settings: Settings) -> build.Solve:
     """The variant of the solve for these settings."""
-    if settings.solver == "cg" and settings.ridge_ratio < build.LEAST_UNIT:
+    if settings.solver == "cg" and settings.ridge_ratio < LEAST_UNIT:
         return "cg, small ridge"
     return settings.solver
 

@@ -9,11 +9,10 @@ import triton
 import triton.language as tl
 
 from gka.kernels.triton.common import add_product
+from gka.maths.solvers import cg
 
-# A d is computed in units of lambda = a F, but of no less than this times F: its float16 parts stay finite.
-LEAST_UNIT: tl.constexpr = tl.constexpr(2.0**-10)
-# |r|^2 beyond which a row ends, before float32 overflows.
-LARGEST: tl.constexpr = tl.constexpr(1e37)
+LEAST_UNIT: tl.constexpr = tl.constexpr(cg.LEAST_UNIT)
+LARGEST_SIZE: tl.constexpr = tl.constexpr(cg.LARGEST_SIZE)
 
 
 @triton.jit
@@ -30,7 +29,7 @@ def unit_and_entry(ridge_ratio):
 @triton.jit
 def goes_on(size, energy, stop):
     """Whether |r|^2 = size proves nothing yet; false for NaN, which one step has spread over the row."""
-    return (size > stop * energy) & (size < LARGEST)
+    return (size > stop * energy) & (size < LARGEST_SIZE)
 
 
 @triton.jit

@@ -22,6 +22,11 @@ from gka.maths.solvers.chebyshev import chebyshev_error, chebyshev_solve_, conve
 
 # Factor of the target that the updated residual must prove, which leaves room for its drift.
 MARGIN = 31 / 32
+# Of the kernels: A d is computed in units of lambda = a F, but of no less than this times F, so that weights
+# over the unit stay finite in float16.
+LEAST_UNIT = 2.0**-10
+# |r|^2 beyond which a row ends, before float32 overflows.
+LARGEST_SIZE = 1e37
 # Share of done chunks at which they are dropped from the arrays: the copy costs a fifth of a step.
 LEAVE = 0.25
 # Size to which q's largest entry is scaled, so that H_t d does not overflow and |r|^2 does not underflow.
