@@ -95,7 +95,7 @@ class GpuCall:
 
     Attributes:
         t: the tokens, contiguous and aligned; gates in float32 if the backend needs it.
-        solves: whether there is a solve. adaptive: whether its steps differ by chunk and head.
+        solves: whether there is a solve.
         most_steps, stop: of `limits`.
         groups: the groups of heads that are processed together.
         chunks: the tables; those of all heads may be given.
@@ -108,7 +108,7 @@ class GpuCall:
         self, needs: Needs, tokens: Tokens, settings: Settings, chunks: Chunking | None = None
     ) -> None:
         self.needs, self.settings = needs, settings
-        self.solves, self.adaptive = settings.num_iter > 0, settings.adaptive
+        self.solves = settings.num_iter > 0
         t = self.t = prepared(tokens, needs.float_gates)
         sizes = self.sizes = _sizes(t, settings.chunk_size)
         self.H, self.HK, self.HV = sizes.heads

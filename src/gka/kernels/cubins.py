@@ -24,9 +24,8 @@ LIMIT = 256 * 2**20
 """Most bytes of all files together."""
 COUNTS: Counter[str] = Counter()
 """Numbers of kernels that this process "compiled" and "read" from the folder."""
-_WRITING = (
-    threading.Lock()
-)  # kernels compile in threads; reading the umask changes it for all of them
+# Kernels compile in threads, and reading the umask changes it for all of them.
+_WRITING = threading.Lock()
 _warned: set[str] = set()
 
 

@@ -103,10 +103,8 @@ class Recording:
             for x in launch.arguments
         ]
 
-        kernel, grid = (
-            launch.kernel,
-            launch.grid,
-        )  # not the launch, which holds the recorded tensors
+        # not the launch, which holds the recorded tensors
+        kernel, grid = launch.kernel, launch.grid
 
         def call(_: ctypes.c_void_p, tensors: list[Tensor | None]) -> None:
             found = [_found(x, tensors) if isinstance(x, tuple) else x for x in wanted]
@@ -209,18 +207,8 @@ def kind_of(
         return None
     there = tuple(x is None for x in t.inputs[3:])
     cut = None if chunks is None else chunks.sizes
-    return (
-        passes,
-        settings,
-        t.q.shape,
-        t.k.shape,
-        t.v.shape,
-        t.q.dtype,
-        t.q.device,
-        there,
-        cut,
-        *more,
-    )
+    shapes = (t.q.shape, t.k.shape, t.v.shape)
+    return passes, settings, shapes, t.q.dtype, t.q.device, there, cut, *more
 
 
 def apart(t: Tokens) -> Tokens:

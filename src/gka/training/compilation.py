@@ -148,10 +148,8 @@ def _settings() -> Iterator[None]:
 @contextmanager
 def _kept_graphs() -> Iterator[None]:
     """Let torch keep graphs in `graphs_folder()`, unless the environment names another folder."""
-    before, own = (
-        os.environ.get(_INDUCTOR),
-        default_cache_dir(),
-    )  # torch sets the variable to its default
+    # torch sets the variable to its default
+    before, own = os.environ.get(_INDUCTOR), default_cache_dir()
     folder = graphs_folder() if before in (None, own) else None
     if folder is None:
         yield
