@@ -23,7 +23,7 @@ $(BIN)/.installed: pyproject.toml
 install: $(BIN)/.installed ## create .venv and install the package in it
 
 # --resume: a run that is there is gone on with, or left as it is when complete
-run: install ## train a small model on this CPU, complete a prompt, test the memory: 2 to 6 minutes
+run: install ## train a small model on this CPU, complete a prompt, test the memory: 2 to 7 minutes
 	$(BIN)/gka train --recipe cpu --output $(RUNS)/first --resume
 	$(BIN)/gka generate $(RUNS)/first --prompt "def main(" --max-new-tokens 160
 	$(BIN)/gka recall --output $(RUNS)/recall
