@@ -13,6 +13,10 @@ class StorageError(InputError, OSError):
     """A file or folder cannot be written: the disk is full or read-only, or permission is missing."""
 
 
+class BusyError(InputError):
+    """Another process writes to the folder; the message names it."""
+
+
 class RenamedWarning(FutureWarning):
     """An option or a key has the name of an earlier release; the message gives the new one."""
 
