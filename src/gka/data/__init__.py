@@ -1,14 +1,11 @@
-"""Text to blocks of tokens: corpus -> tokenizer -> packed tokens -> blocks."""
+"""Text to sequences of tokens: sources -> parts -> tokenizer -> packed tokens -> sequences in order."""
 
-from gka.data.packed import (
-    PackedTokens,
-    Split,
-    TokenBlocks,
-    cache_folder,
-    pack,
-    split,
-    token_blocks,
-)
+from gka.caches import cache_folder
+from gka.data.packed import PackedTokens
+from gka.data.packing import Progress, make, pack
+from gka.data.sequences import HeldOutSequences, TrainingSequences
+from gka.data.splits import Holdout, Split, TokenBlocks, split, token_blocks
+from gka.data.streaming import StreamedTokens
 from gka.data.text import (
     Document,
     Encoder,
@@ -28,8 +25,14 @@ __all__ = [
     "vocabulary_size",
     "Encoder",
     "PackedTokens",
+    "Progress",
     "pack",
+    "make",
+    "StreamedTokens",
     "cache_folder",
+    "Holdout",
+    "TrainingSequences",
+    "HeldOutSequences",
     "Split",
     "split",
     "TokenBlocks",

@@ -51,6 +51,15 @@ def best_fit(lengths: np.ndarray, room: int) -> Packs:
     return Packs(items, bounds)
 
 
+def count_packs(lengths: np.ndarray, room: int) -> int:
+    """The number of packs that `best_fit` makes, in less time."""
+    sequences = _Sequences(room)
+    values, counts = np.unique(lengths, return_counts=True)
+    for size, count in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        sequences.place(size, count)
+    return sequences.count
+
+
 class _Sequences:
     """Sequences by the room they have left."""
 

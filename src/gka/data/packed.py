@@ -94,6 +94,9 @@ class PackedTokens:
         shards: the facts about each shard.
     """
 
+    spread: int | None = None  # held-out documents come from as many shards as needed
+    window: int | None = None  # of the usual size
+
     def __init__(self, folder: Path, description: dict[str, Any], shards: list[Shard]) -> None:
         self.folder, self.description, self.shards = folder, description, shards
         self._mapped: dict[int, np.ndarray] = {}
@@ -129,6 +132,9 @@ class PackedTokens:
         """int64 [3, documents] of one shard: tokens, bytes and key of each document."""
         path = self.folder / (self.shards[number].name + INDEX)
         return _mapped(path, np.dtype(np.int64)).reshape(3, -1)
+
+    def expect(self, numbers: Sequence[int]) -> None:
+        """Nothing: all shards are there."""
 
     @cached_property
     def tokens(self) -> Tokens:
@@ -271,7 +277,9 @@ def check_description(
             found = description.get(key)
             hint = ""
             if key == "tokenizer":
-                hint = "; it was packed with another tokenizer: give that one, or pack the text anew"
+                hint = (
+                    "; it was packed with another tokenizer: give that one, or pack the text anew"
+                )
             raise InputError(f"{file}: {key} is {found!r}, expected {value!r}{hint}")
 
 

@@ -168,7 +168,9 @@ def cache_key(
 
 def default_workers(size: int, is_bytes: bool) -> int:
     """Processes for `size` bytes of text: the cores, but fewer where starting them takes longer."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return max(1, min(cores, size // WORTH[is_bytes]))
 
 
@@ -208,7 +210,9 @@ def _publish(
     write_description(unfinished, describe(tokenizer, Encoder(tokenizer).dtype, shards, column))
     unfinished.rename(folder)
     for path in (folder / _CLAIM, *(folder / (shard.name + DONE) for shard in shards)):
-        path.unlink(missing_ok=True)  # after the renaming, so that a process killed here loses nothing
+        path.unlink(
+            missing_ok=True
+        )  # after the renaming, so that a process killed here loses nothing
 
 
 _CLAIM = "sources.json"

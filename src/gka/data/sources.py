@@ -129,7 +129,9 @@ def _pieces(file: Document, column: str, size: int) -> Iterator[Piece]:
         yield Piece(file, file.size)
 
 
-def _lines(piece: Piece, column: str, opened: Callable[..., Any] = open) -> Iterator[tuple[str, Any]]:
+def _lines(
+    piece: Piece, column: str, opened: Callable[..., Any] = open
+) -> Iterator[tuple[str, Any]]:
     """(place, value) of each line that begins in the piece's range; places are byte offsets."""
     path, start = piece.file.path, piece.start or 0
     try:

@@ -192,4 +192,3 @@ def _private_output() -> IO[bytes]:
 def _say(outgoing: IO[bytes], kind: str, value: Any) -> None:
     pickle.dump((kind, value), outgoing)
     outgoing.flush()
-

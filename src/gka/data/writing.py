@@ -20,7 +20,9 @@ from gka.storage import DRAFT, read_json, storage_errors, umask, write_json
 DONE = ".json"
 """Suffix of a shard's facts, written last: without them a shard is not done."""
 
-ADVICE = "finished parts are kept: free space and run again to go on, or set GKA_CACHE to another folder"
+ADVICE = (
+    "finished parts are kept: free space and run again to go on, or set GKA_CACHE to another folder"
+)
 
 Told = Callable[[int], None]
 """Function of the number of bytes of text just tokenised."""
