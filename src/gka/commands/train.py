@@ -6,7 +6,7 @@ from typing import Annotated
 from gka.commands import runs
 from gka.commands.options import tell
 from gka.training.config import (
-    DataConfig,
+    CorpusConfig,
     ModelSettings,
     RunConfig,
     TrainingConfig,
@@ -23,7 +23,7 @@ Settings = Annotated[
 
 
 @runs.with_settings(
-    {"data": DataConfig, "model": ModelSettings, "training": TrainingConfig}, argument="text"
+    {"data": CorpusConfig, "model": ModelSettings, "training": TrainingConfig}, argument="text"
 )
 def train(
     given: Tables,

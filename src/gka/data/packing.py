@@ -129,11 +129,11 @@ def make(
         if folder.exists():
             return
         unfinished = folder.with_name(folder.name + UNFINISHED)
-        with storage_errors(f"packed tokens in {unfinished}", advice=ADVICE):
-            unfinished.mkdir(parents=True, exist_ok=True)
-            _claim(unfinished, cache_key(documents, tokenizer, column))
-            clear_drafts_in(unfinished)
         try:
+            with storage_errors(f"packed tokens in {unfinished}", advice=ADVICE):
+                unfinished.mkdir(parents=True, exist_ok=True)
+                _claim(unfinished, cache_key(documents, tokenizer, column))
+                clear_drafts_in(unfinished)
             shards = _shards(unfinished, documents, tokenizer, show, column, workers)
         except BaseException:
             if not any(unfinished.glob(f"*{INDEX}")):  # nothing to go on with

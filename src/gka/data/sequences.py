@@ -18,14 +18,17 @@ from torch.utils.data import Dataset, default_collate
 from gka.data.bestfit import Packs, best_fit, count_packs
 from gka.data.order import POOL, Mixture, Order, windows_of
 from gka.data.splits import Holdout, Segments, Shards, check_tokens
+from gka.data.weights import check_weights
 from gka.errors import InputError
 
 IGNORED = -100
+ENDLESS = 1 << 50
+"""Length of a data set that has no end."""
 Item = dict[str, torch.Tensor]
 
 
 class TrainingSequences(Dataset):
-    """Sequences of `length` tokens in the order of `gka.data.order`; item i is the run's i-th.
+    """Sequences of `length` tokens in the order of `gka.data.order`, epoch after epoch; item i is the run's i-th.
 
     Each item is {"input_ids", "labels"}, int64 [length], and if documents are apart "bounds": 0, the end of
     each document, and of the padding if there is any. Labels are -100 where nothing is to be predicted.
@@ -37,7 +40,6 @@ class TrainingSequences(Dataset):
         apart: whether documents are apart.
         pad: id of the padding.
         seed: of the order.
-        count: number of items: the run's steps times the sequences of a step.
 
     Raises:
         InputError: weights are not above 0, their sum is not 1 or their number another than that of corpora,
@@ -56,10 +58,9 @@ class TrainingSequences(Dataset):
         apart: bool,
         pad: int,
         seed: int,
-        count: int,
     ) -> None:
         check_weights(weights, len(parts))
-        self.length, self.apart, self.pad, self.count = length, apart, pad, count
+        self.length, self.apart, self.pad = length, apart, pad
         self.mixture = Mixture(weights)
         self.corpora = [
             _Corpus(part, length, apart, seed + (number << 32)) for number, part in enumerate(parts)
@@ -68,11 +69,11 @@ class TrainingSequences(Dataset):
             corpus.check()
 
     def __len__(self) -> int:
-        return self.count
+        return ENDLESS
 
     def __getitem__(self, index: int) -> Item:
-        if not 0 <= index < self.count:
-            raise IndexError(f"sequence {index} of {self.count}")
+        if index < 0:
+            raise IndexError(f"sequence {index}: the first is 0")
         which, position = self.mixture[index]
         return _item(self.corpora[which][position], self.length, self.apart, self.pad)
 
@@ -136,22 +137,6 @@ def collate_packed(items: Sequence[Item]) -> Item:
     length = len(items[0]["input_ids"])
     bounds = [item["bounds"][1:] + number * length for number, item in enumerate(items)]
     return row | {"cu_seqlens": torch.cat([torch.zeros(1, dtype=torch.int64), *bounds])}
-
-
-def check_weights(weights: Sequence[float], corpora: int) -> None:
-    """Raise `InputError` unless there is a weight above 0 for each corpus, with sum 1."""
-    shown = ", ".join(f"{weight:g}" for weight in weights)
-    if len(weights) != corpora:
-        raise InputError(
-            f"weights are {shown}: {len(weights)} for {corpora} texts; give one for each"
-        )
-    if not all(0 < weight < float("inf") for weight in weights):
-        raise InputError(f"weights are {shown}; expected numbers above 0")
-    if abs(sum(weights) - 1) > 1e-6:
-        normal = ",".join(f"{weight / sum(weights):.6g}" for weight in weights)
-        raise InputError(
-            f"weights are {shown}, with sum {sum(weights):g}; expected sum 1, such as {normal}"
-        )
 
 
 class _Corpus:

@@ -32,6 +32,8 @@ RUN, CHECKPOINTS, MODEL, METRICS, PLOT = (
     "loss.png",
 )
 FORMAT = 1
+# Settings of runs that began before these settings were there.
+_BEFORE = {"data": {"column": "", "documents": "former", "eval_tokens": 0}}
 # Not in the settings' checksum: sources may move, as their content has its own checksums.
 _PLACES = {"data": ("text", "chat"), "prime": ("teacher",)}
 # Folders that `gka prime` adds: its two stages and its report.
@@ -150,7 +152,7 @@ def resumed_config(
 def _believed(output: Path, kind: type[AnySettings], tables: dict[str, Any]) -> AnySettings:
     """The settings in run.json, checked for types, ranges and later edits."""
     try:
-        config = kind.from_tables(tables)
+        config = kind.from_tables(_with_former_settings(tables, kind))
     except InputError as error:
         raise InputError(f"{output / RUN}: {error}") from None
     noted = read_json(output / RUN).get("config_sha256")
@@ -160,6 +162,16 @@ def _believed(output: Path, kind: type[AnySettings], tables: dict[str, Any]) -> 
             "restore them, or start a new run"
         )
     return config
+
+
+def _with_former_settings(tables: dict[str, Any], kind: type[Settings]) -> dict[str, Any]:
+    """The settings with what an earlier release did where they name no choice."""
+    known = kind.from_tables({}).tables()
+    former = {
+        table: {key: value for key, value in values.items() if key in known.get(table, {})}
+        for table, values in _BEFORE.items()
+    }
+    return merged(former, tables)
 
 
 def _settings_checksum(tables: Mapping[str, Mapping[str, Any]]) -> str:

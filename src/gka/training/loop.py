@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from rich.console import Console
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -18,10 +18,12 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.trainer_utils import EvalLoopOutput
 
 from gka.console import lines
 from gka.errors import StorageError
 from gka.layers import decayed_parameters
+from gka.models.loss import IGNORE_INDEX, next_token_targets
 from gka.models.recomputation import checkpoint_arguments
 from gka.storage import storage_errors
 from gka.training import callbacks, checkpoints, compilation
@@ -85,7 +87,8 @@ def fit(
     with callbacks.stop_on_signals() as stop, contextlib.closing(bar), lines(console, bar.line):
         trainer = _trainer(kind, [*_callbacks(stop), *shown], {
             "model": model, "args": args, "train_dataset": blocks[0], "eval_dataset": blocks[1],
-            "processing_class": tokenizer, **(settings or {}),
+            "processing_class": tokenizer, "data_collator": getattr(blocks[0], "collate", None),
+            **(settings or {}),
         })  # fmt: skip
         trainer.compiled = how
         if last is None or not _is_at_the_end(trainer, last, config.max_steps):
@@ -161,9 +164,17 @@ class DecoderTrainer(SelectiveDecay, Trainer):
         compiled: what is compiled: "layers", "model" or "off". If anything is, all training batches have one
             shape, because each shape compiles a graph: a smaller batch at the end of an epoch is left out.
             Evaluation runs uncompiled.
+
+    A data set with `ordered` is read in its order; `collate` of the data sets makes their batches.
     """
 
     compiled: str = compilation.OFF
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if getattr(dataset, "ordered", False):
+            return SequentialSampler(cast(Sized, dataset))
+        return super()._get_train_sampler(train_dataset)
 
     def get_train_dataloader(self) -> DataLoader:
         """The Trainer's loader; if compiled, without a smaller last batch unless it is the only one."""
@@ -175,6 +186,29 @@ class DecoderTrainer(SelectiveDecay, Trainer):
             return super().get_train_dataloader()
         finally:
             self.args.dataloader_drop_last = before
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The mean loss over all held-out targets: packed sequences differ in their number."""
+        model: Any = self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        model.eval()
+        sums = torch.zeros(2, dtype=torch.float64)
+        for inputs in dataloader:
+            loss, _, _ = self.prediction_step(model, inputs, True, ignore_keys)
+            count = targets_of(inputs)
+            sums += torch.tensor([float(loss) * count, count], dtype=torch.float64)
+            self.control = self.callback_handler.on_prediction_step(
+                self.args, self.state, self.control
+            )
+        total, count = self.accelerator.reduce(sums.to(self.args.device)).tolist()
+        metrics = {f"{metric_key_prefix}_loss": total / max(1.0, count)}
+        return EvalLoopOutput(None, None, metrics, num_samples=len(cast(Sized, dataloader.dataset)))  # pyright: ignore[reportArgumentType]
 
     def prediction_step(
         self,
@@ -213,6 +247,14 @@ class DecoderTrainer(SelectiveDecay, Trainer):
             super()._load_rng_state(checkpoint)
 
 
+def targets_of(inputs: dict[str, Any]) -> int:
+    """Tokens that a batch's labels ask a model to predict; its rows if it has no labels."""
+    if "labels" not in inputs:
+        return len(next(iter(inputs.values())))
+    targets = next_token_targets(inputs["labels"], inputs.get("cu_seqlens"))
+    return int((targets != IGNORE_INDEX).sum())
+
+
 def arguments(config: TrainingConfig, folder: Path) -> TrainingArguments:
     """The Trainer's arguments for a run with checkpoints in `folder`."""
     return TrainingArguments(
@@ -246,6 +288,7 @@ def arguments(config: TrainingConfig, folder: Path) -> TrainingArguments:
         log_level="error",
         report_to="none",
         prediction_loss_only=True,
+        dataloader_num_workers=config.loader_workers,
         remove_unused_columns=False,  # data sets yield the models' arguments
         dataloader_pin_memory=torch.cuda.is_available(),
     )

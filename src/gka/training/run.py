@@ -13,22 +13,14 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from gka.console import status
-from gka.data import (
-    PackedTokens,
-    TokenBlocks,
-    find_documents,
-    load_tokenizer,
-    pack,
-    token_blocks,
-    vocabulary_size,
-)
+from gka.data import load_tokenizer, vocabulary_size
 from gka.errors import InputError
 from gka.models import GKAConfig, GKAForCausalLM
 from gka.models.fields import fewest_parameters
 from gka.storage import write_bytes, write_json
 from gka.training import folder as files
-from gka.training.config import DataConfig, RunConfig
+from gka.training.config import RunConfig
+from gka.training.inputs import Text, open_text
 from gka.training.loop import DecoderTrainer, Interrupted, fit, recompute_layers, tokens_of_a_step
 
 __all__ = ["Interrupted", "build_model", "train"]
@@ -66,15 +58,13 @@ def _train(
 ) -> dict[str, Any]:
     """`train`, after `output` was checked and locked."""
     tokenizer = load_tokenizer(config.data.tokenizer)
-    packed = pack_text(config.data, tokenizer, console)
-    blocks = token_blocks(packed, config.data.sequence_length, config.data.eval_fraction)
+    text = open_text(config, tokenizer, console)
     model = build_model(config, tokenizer)
-    checksums = {"tokens_sha256": packed.checksum}
-    files.begin(config, output, checksums, resume=resume, overwrite=overwrite)
+    files.begin(config, output, text.checksums, resume=resume, overwrite=overwrite)
     _introduce(config, model, output, console)
-    folder = output / files.CHECKPOINTS
+    folder, blocks = output / files.CHECKPOINTS, (text.training, text.evaluation)
     trainer = fit(model, config.training, folder, blocks, tokenizer, console=console, resume=resume)
-    metrics = _metrics(config, trainer, packed, blocks)
+    metrics = _metrics(config, trainer, text)
     if trainer.is_world_process_zero():
         files.save_model(trainer.model, tokenizer, output / files.MODEL)
         plot_losses(metrics, output / files.PLOT)
@@ -133,41 +123,11 @@ def _check_memory(parameters: int) -> None:
         )
 
 
-def pack_text(
-    data: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console
-) -> PackedTokens:
-    """The packed tokens of a run's text, from the cache if it has them; shows progress.
-
-    Raises:
-        InputError: the text cannot be used.
-    """
-    documents = find_documents(data.text, data.glob, hashed=data.hash_sources)
-    what = "text" if data.text else "Python's standard library"
-    done = iter(range(1, len(documents) + 1))
-    with status(console, f"reading {what}") as change:
-        packed = pack(
-            documents,
-            tokenizer,
-            on_document=lambda _: change(f"tokenising {next(done)} of {len(documents)}"),
-        )
-    console.print(
-        f"{what}: {packed.description['bytes']:,} bytes in {len(documents):,} documents, "
-        f"{packed.description['tokens']:,} tokens",
-        highlight=False,
-    )
-    return packed
-
-
-def _metrics(
-    config: RunConfig,
-    trainer: DecoderTrainer,
-    packed: PackedTokens,
-    blocks: tuple[TokenBlocks, TokenBlocks],
-) -> dict[str, Any]:
+def _metrics(config: RunConfig, trainer: DecoderTrainer, text: Text) -> dict[str, Any]:
     noted = curves(trainer.state.log_history)
-    held, last = blocks[1].part, noted["training"][-1]
+    last = noted["training"][-1]
     for row in noted["evaluation"]:
-        row["bits_per_byte"] = bits_per_byte(row["loss"], held.tokens, held.bytes)
+        row["bits_per_byte"] = bits_per_byte(row["loss"], *text.held_out)
     length, processes = config.data.sequence_length, trainer.args.world_size
     tokens = last["step"] * tokens_of_a_step(config.training, length, processes)
     model: Any = trainer.model
@@ -177,12 +137,7 @@ def _metrics(
             "mixers": mixers(model.config),
             "parameters": sum(p.numel() for p in model.parameters()),
         },
-        "data": {
-            **{key: packed.description[key] for key in ("bytes", "tokens", "sha256")},
-            "documents": len(packed.description["documents"]),
-            "held_out_tokens": held.tokens,
-            "held_out_bytes": held.bytes,
-        },
+        "data": text.figures(),
         "training": {
             "steps": last["step"],
             "tokens": tokens,
@@ -270,7 +225,7 @@ def table(metrics: dict[str, Any]) -> Table:
     model, data, spent, final = (metrics[k] for k in ("model", "data", "training", "evaluation"))
     rows = {
         "model": f"{model['mixers']}, {model['parameters']:,} parameters",
-        "corpus": f"{data['bytes']:,} bytes in {data['documents']:,} documents",
+        "corpus": _corpus(data),
         "trained on": f"{spent['tokens']:,} tokens in {spent['steps']:,} steps",
         "time in steps": f"{spent['seconds']:.0f} s ({spent['tokens_per_second']:,.0f} tokens/s)",
         "loss, last noted": f"{spent['loss']:.3f} nats per token",
@@ -281,6 +236,13 @@ def table(metrics: dict[str, Any]) -> Table:
     for name, value in rows.items():
         result.add_row(name, value)
     return result
+
+
+def _corpus(data: dict[str, Any]) -> str:
+    """The corpus in words; of a streamed one the counts are not known."""
+    if data["bytes"] is None:
+        return f"streamed, {data['held_out_tokens']:,} tokens held out"
+    return f"{data['bytes']:,} bytes in {data['documents']:,} documents"
 
 
 def _points(rows: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
