@@ -21,10 +21,11 @@ from gka.data import (
     load_tokenizer,
     make,
     pack,
+    packing,
+    sources,
     split,
     token_blocks,
 )
-from gka.data import packing, sources
 from gka.data.text import fingerprint
 from gka.errors import BusyError, InputError, StorageError
 from gka.storage import only_maker
@@ -98,7 +99,9 @@ def test_a_full_disk_is_one_line_and_loses_nothing(
     cache, before = tmp_path / "cache", resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
-        with pytest.raises(StorageError, match=r"packed tokens in .*cache.* cannot .*: .*GKA_CACHE"):
+        with pytest.raises(
+            StorageError, match=r"packed tokens in .*cache.* cannot .*: .*GKA_CACHE"
+        ):
             pack(documents, byte_tokenizer(), cache)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -155,7 +155,8 @@ class _Corpus:
             self.order[0]
         except ValueError:
             tokens = sum(plan.tokens for plan in self.plans.values())
-            check_tokens("training", tokens, self.length)
+            if not self.apart:
+                check_tokens("training", tokens, self.length)
             raise InputError(
                 "the training part of the corpus has no document to learn from"
             ) from None

@@ -219,7 +219,8 @@ def begin(
         stored = read_json(output / RUN)
         for name, value in checksums.items():
             if stored.get(name) != value:
-                what = "text" if name == "tokens_sha256" else name.removesuffix("_sha256")
+                is_text = name in ("tokens_sha256", "corpus_sha256")
+                what = "text" if is_text else name.removesuffix("_sha256")
                 raise InputError(
                     f"{what} has changed since the run in {output} began (its checksum differs); "
                     "restore it, or start a new run"
