@@ -132,7 +132,7 @@ def test_left_overs_of_killed_packings_go(documents: list[Document], tmp_path: P
 
 
 def test_damage_is_refused(documents: list[Document], tmp_path: Path) -> None:
-    """Files missing or cut short, and a description altered, are refused at once; a changed id by `verify`."""
+    """Missing or cut files and an altered description are refused at once, a changed id by `verify`."""
     tokenizer = byte_tokenizer()
     packed = pack(documents, tokenizer, tmp_path / "cache")
     folder = packed.folder

@@ -1,7 +1,8 @@
-"""Sequences: best fit, documents apart or running, one order for any number of processes, mixtures, streams."""
+"""Sequences: best fit, documents apart or running, one order for all processes, mixtures, streams."""
 
 import os
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def _sequences(parts: Any, length: int = 16, **changes: Any) -> TrainingSequence
 
 def _documents(item: dict[str, torch.Tensor]) -> list[list[int]]:
     bounds = item["bounds"].tolist()
-    found = [item["input_ids"][a:b].tolist() for a, b in zip(bounds, bounds[1:], strict=False)]
+    found = [item["input_ids"][a:b].tolist() for a, b in pairwise(bounds)]
     return found[:-1] if set(found[-1]) == {256} else found
 
 

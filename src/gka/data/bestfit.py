@@ -1,8 +1,8 @@
 """Best-fit decreasing: documents to sequences of one length, with little padding and no document cut.
 
-Documents are taken longest first; each goes into the fullest sequence that still has room for it. Equal lengths
-are interchangeable, so whole runs of them are placed at once: the time depends on the number of different
-lengths, not on that of documents.
+Documents are taken longest first; each goes into the fullest sequence that still has room for it. Equal
+lengths are interchangeable, so whole runs of them are placed at once: the time depends on the number of
+different lengths, not on that of documents.
 """
 
 from bisect import bisect_left, insort

@@ -5,8 +5,9 @@
     000000.index     int64 [3, documents]: tokens, UTF-8 bytes and key of each document
                      (key: the first 8 bytes of the SHA-256 of its name)
 
-The folder appears only when it is complete. Opening it reads `corpus.json` and the sizes of the files, not the
-tokens; `PackedTokens.verify` reads everything. Folders of earlier releases (tokens.bin, tokens.json) open too.
+The folder appears only when it is complete. Opening it reads `corpus.json` and the sizes of the files, not
+the tokens; `PackedTokens.verify` reads everything. Folders of earlier releases (tokens.bin, tokens.json) open
+too.
 """
 
 import hashlib

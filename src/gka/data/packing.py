@@ -1,6 +1,6 @@
 """From text to packed tokens: in parts, on several processes, going on where a killed run stopped.
 
-Finished parts gather in `NAME.unfinished` beside the corpus; the folder is renamed to NAME when all are there.
+Finished parts gather in `NAME.unfinished` beside the corpus, which is renamed to NAME when all are there.
 """
 
 import hashlib

@@ -1,10 +1,10 @@
 """Training and held-out sequences of one or several corpora, with documents apart or in one running stream.
 
 Apart: documents are packed by best fit and see themselves only (`cu_seqlens`). A document longer than a
-sequence is cut into pieces of the sequence's length and a rest; each piece starts anew, like a document. The
-first token of a document or piece is not predicted, and a rest of one token, which predicts nothing, is left out.
-Running: documents follow one another, sequences are cut from them at equal distances, and states, convolutions
-and attention run on over the ends of documents.
+sequence is cut into pieces of the sequence's length and a rest; each piece starts anew, like a document.
+The first token of a document or piece is not predicted. A rest of one token predicts nothing and is left out.
+Running: documents follow one another, and sequences are cut from them at equal distances. States,
+convolutions and attention run on over the ends of documents.
 """
 
 from collections import OrderedDict
@@ -28,7 +28,7 @@ Item = dict[str, torch.Tensor]
 
 
 class TrainingSequences(Dataset):
-    """Sequences of `length` tokens in the order of `gka.data.order`, epoch after epoch; item i is the run's i-th.
+    """Sequences of `length` tokens in the order of `gka.data.order`, without end; item i is the run's i-th.
 
     Each item is {"input_ids", "labels"}, int64 [length], and if documents are apart "bounds": 0, the end of
     each document, and of the padding if there is any. Labels are -100 where nothing is to be predicted.
@@ -83,7 +83,9 @@ class TrainingSequences(Dataset):
         return collate_packed if self.apart else default_collate
 
     def padding(self) -> float:
-        """Share of padding in the sequences that are packed so far."""
+        """Share of padding in the sequences that are packed so far; 0 if documents run on."""
+        if not self.apart:
+            return 0.0
         plans = [plan for corpus in self.corpora for plan in corpus.plans.values()]
         room = self.length * sum(len(plan) for plan in plans)
         return 1 - sum(plan.tokens for plan in plans) / room if room else 0.0

@@ -15,7 +15,7 @@ from gka.data.packed import PackedTokens, key_of
 from gka.errors import InputError
 
 ALL = 1 << 30
-"""Tokens up to which held-out documents are chosen among all of a corpus's shards, if their number is limited."""
+"""Tokens up to which held-out documents are chosen among all shards, if their number is limited."""
 SPREAD = 64
 """Beyond that, they are chosen among shards that together have this many times as many tokens."""
 

@@ -1,9 +1,9 @@
 """A corpus that is tokenised while it is trained on, and of which only a part is on the disk at a time.
 
-The shards and their order are those of `gka.data.sources` and `gka.data.order`. A shard is tokenised when it is
-needed first, or ahead of that in a thread. Its ids go when room is needed for others, the shards least recently
-used first. Its index stays, so that a resumed run finds its place without tokenising what it has passed.
-Processes that share the folder share the work.
+The shards and their order are those of `gka.data.sources` and `gka.data.order`. A shard is tokenised when it
+is needed first, or ahead of that in a thread. Its ids are deleted when room is needed for others, those least
+recently used first. Its index stays, so that a resumed run finds its place without tokenising what it has
+passed. Processes that share the folder share the work.
 """
 
 import contextlib
@@ -76,8 +76,8 @@ class StreamedTokens:
         needed = 4 * POOL * max(part.size for part in self.parts)
         if room < needed:
             raise InputError(
-                f"{room / 2**30:.3g} GiB are too little to stream this corpus: what is trained on and what comes "
-                f"next may take {needed / 2**30:.3g} GiB"
+                f"{room / 2**30:.3g} GiB are too little to stream this corpus: what is trained on and what "
+                f"comes next may take {needed / 2**30:.3g} GiB"
             )
         with storage_errors(f"packed tokens in {self.folder}", advice=ADVICE):
             self.folder.mkdir(parents=True, exist_ok=True)

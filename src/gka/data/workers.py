@@ -1,8 +1,8 @@
 """Worker processes for tokenising, each fed with parts through its standard input.
 
-They are started as a command of their own, not by `multiprocessing`: that would run the user's script again in
-each of them, and would leave them alive if this process is killed. A worker ends when its input is closed,
-which the system does with its parent.
+They are started as a command of their own, not by `multiprocessing`: that would run the user's script again
+in each of them, and would leave them alive if this process is killed. A worker ends when its input is closed,
+which the system does when its parent ends.
 """
 
 import contextlib
