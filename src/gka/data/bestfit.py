@@ -6,6 +6,7 @@ different lengths, not on that of documents.
 """
 
 from bisect import bisect_left, insort
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,8 +41,7 @@ def best_fit(lengths: np.ndarray, room: int) -> Packs:
     order = np.argsort(-lengths, kind="stable")
     placed = np.empty(len(lengths), np.int64)
     sequences, at = _Sequences(room), 0
-    values, counts = np.unique(lengths, return_counts=True)
-    for size, count in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
+    for size, count in _by_length(lengths):
         placed[at : at + count] = sequences.place(size, count)
         at += count
     pack_of = np.empty(len(lengths), np.int64)
@@ -54,10 +54,16 @@ def best_fit(lengths: np.ndarray, room: int) -> Packs:
 def count_packs(lengths: np.ndarray, room: int) -> int:
     """The number of packs that `best_fit` makes, in less time."""
     sequences = _Sequences(room)
-    values, counts = np.unique(lengths, return_counts=True)
-    for size, count in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
+    for size, count in _by_length(lengths):
         sequences.place(size, count)
     return sequences.count
+
+
+def _by_length(lengths: np.ndarray) -> Iterator[tuple[int, int]]:
+    """(length, number of items), longest first."""
+    counts = np.bincount(lengths)
+    values = np.flatnonzero(counts)[::-1]
+    yield from zip(values.tolist(), counts[values].tolist(), strict=True)
 
 
 class _Sequences:

@@ -255,7 +255,8 @@ def _count(documents: list[tuple[int, Segments]], length: int, apart: bool) -> i
     lengths = np.concatenate([segments.lengths for _, segments in documents])
     if not apart:
         return int(lengths.sum()) // length
-    return count_packs(_cut(lengths, lengths, length)[2], length)
+    rests = lengths % length  # pieces of the full length have a sequence each
+    return int((lengths // length).sum()) + count_packs(rests[rests > 1], length)
 
 
 def _item(pieces: list[np.ndarray], length: int, apart: bool, pad: int) -> Item:

@@ -196,7 +196,7 @@ class DecoderTrainer(SelectiveDecay, Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """The mean loss over all held-out targets: packed sequences differ in their number."""
-        model: Any = self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        model: Any = self._evaluated_model()
         model.eval()
         sums = torch.zeros(2, dtype=torch.float64)
         for inputs in dataloader:
@@ -206,9 +206,17 @@ class DecoderTrainer(SelectiveDecay, Trainer):
             self.control = self.callback_handler.on_prediction_step(
                 self.args, self.state, self.control
             )
-        total, count = self.accelerator.reduce(sums.to(self.args.device)).tolist()
+        whole: Any = self.accelerator.reduce(sums.to(self.args.device))
+        total, count = whole.tolist()
         metrics = {f"{metric_key_prefix}_loss": total / max(1.0, count)}
         return EvalLoopOutput(None, None, metrics, num_samples=len(cast(Sized, dataloader.dataset)))  # pyright: ignore[reportArgumentType]
+
+    def _evaluated_model(self) -> nn.Module:
+        """The model with the autocast that training runs under."""
+        model = cast(nn.Module, self.model)
+        if not self.accelerator._models:  # never trained
+            return self.accelerator.prepare_model(model, evaluation_mode=True)
+        return model
 
     def prediction_step(
         self,

@@ -186,7 +186,7 @@ def _opened(
 def _checksum(job: Job) -> str:
     part = getattr(job.blocks[0], "part", None)
     if part is not None:
-        return part.packed.checksum
+        return part.packed.stream_checksum()  # as in runs of earlier releases
     return f"{job.blocks[0].checksum}{job.blocks[1].checksum}"
 
 
