@@ -12,8 +12,8 @@ from gka.maths.chunked import Tokens
 SCAN_PROGRAMS = 396  # programs that scans should have, about: 3 per multiprocessor on 132
 KEPT = 64  # tables kept for different calls
 SHORTEST_SEGMENT = 6  # chunks; shorter segments cost more to combine than they gain
-# Programs that suffice where more of them would cut segments below so many chunks: 10 % of a forward and backward
-# pass at (8, 2048, 8) on an H100.
+# Programs that suffice where more of them would cut segments below so many chunks: 10 % of a forward and
+# backward pass at (8, 2048, 8) on an H100.
 ENOUGH_PROGRAMS, LONG_SEGMENT = 192, 11
 
 

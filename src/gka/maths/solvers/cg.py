@@ -25,8 +25,8 @@ MARGIN = 31 / 32
 # Of the kernels: A d is computed in units of lambda = a F, but of no less than this times F, so that weights
 # over the unit stay finite in float16.
 LEAST_UNIT = 2.0**-10
-# Of the kernels with 16-bit operands, where a < LEAST_UNIT: least d.A d / |d|^2 at which a row goes on. Products
-# round at 2^-11, so directions below it have no certain curvature, and a step along one has any length.
+# Of the kernels with 16-bit operands, where a < LEAST_UNIT: least d.A d / |d|^2 at which a row goes on.
+# Products round at 2^-11, so directions below it have no certain curvature, and a step along one any length.
 LEAST_CURVATURE = 2.0**-10
 # |r|^2 beyond which a row ends, before float32 overflows.
 LARGEST_SIZE = 1e37
