@@ -69,8 +69,8 @@ def conjugate_gradients(
 
     rhs [C, BK] float32, rows of the size that `unit_and_entry` has; kn [C, BK], hn [BK, BK] in OP (TILED: at
     h_ptr); h_coef [C] and weight [C, C] carry 1/(F_t unit). d is rounded to OP before it enters x, the
-    residual and d.A d alike, so its rounding costs no accuracy. A row that is done has step length 0. GUARDED: OP is
-    float16 and the ridge so small that products may overflow, which ends the row.
+    residual and d.A d alike, so its rounding costs no accuracy. A row that is done has step length 0.
+    GUARDED: OP is float16 and the ridge so small that products may overflow, which ends the row.
     """
     residual = rhs
     d = rhs.to(OP)
