@@ -78,6 +78,9 @@ def fit(
     bar = callbacks.ProgressBar(console, tokens)
     shown = [callbacks.Estimate(console, len(cast(Sized, blocks[1]))), bar]
     how = compilation.chosen(config.compile, args.device)
+    if how == compilation.CUDA_GRAPHS:
+        alone = kind is None and isinstance(model, PreTrainedModel)
+        compilation.check_graphs(config.gradient_accumulation, alone)
     if how != compilation.OFF:
         shown.append(compilation.FirstStep(console, how))
     elif config.compile == compilation.AUTO and args.device.type == "cuda":
@@ -158,12 +161,19 @@ class DecoderTrainer(SelectiveDecay, Trainer):
     """Trainer with `SelectiveDecay` whose errors name the checkpoint.
 
     Attributes:
-        compiled: what is compiled: "layers", "model" or "off". If anything is, all training batches have one
-            shape, because each shape compiles a graph: a smaller batch at the end of an epoch is left out.
-            Evaluation runs uncompiled.
+        compiled: what is compiled: "layers", "model", "cuda-graphs" or "off". If anything is, all training
+            batches have one shape, because each shape compiles a graph: a smaller batch at the end of an
+            epoch is left out. Evaluation runs uncompiled.
     """
 
     compiled: str = compilation.OFF
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        """The Trainer's step of one batch; the loss is a copy where CUDA graphs would overwrite it."""
+        if self.compiled != compilation.CUDA_GRAPHS:
+            return super().training_step(model, inputs, num_items_in_batch)
+        torch.compiler.cudagraph_mark_step_begin()
+        return super().training_step(model, inputs, num_items_in_batch).clone()
 
     def get_train_dataloader(self) -> DataLoader:
         """The Trainer's loader; if compiled, without a smaller last batch unless it is the only one."""
