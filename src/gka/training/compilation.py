@@ -71,8 +71,8 @@ def check_graphs(gradient_accumulation: int, alone: bool) -> None:
     if gradient_accumulation > 1:
         raise InputError(
             f"compile is {CUDA_GRAPHS!r} and gradient_accumulation {gradient_accumulation}: a replay "
-            "overwrites the gradients of the pass before. Use a larger batch_size with gradient_accumulation 1, "
-            f"or compile {LAYERS!r}"
+            "overwrites the gradients of the pass before. Use gradient_accumulation 1 with a larger "
+            f"batch_size, or compile {LAYERS!r}"
         )
     if not alone:
         raise InputError(
