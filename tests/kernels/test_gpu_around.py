@@ -56,7 +56,8 @@ def test_deterministic_with_scratch_memory_full_of_nan(monkeypatch):
 
 def test_16_bits_are_as_accurate_as_plain_modules(monkeypatch):
     """Errors of the output and of every gradient against float64 are at most those of plain torch modules
-    and a half, on the same rounded weights."""
+    and a half, on the same rounded weights. A gradient of few numbers may have the error of its own rounding,
+    which either way can be lucky to miss."""
     layer, x = make_layer(BF16), tokens()
     exact = make_layer(torch.float64)
     exact.load_state_dict({k: v.double() for k, v in layer.state_dict().items()})
@@ -66,7 +67,9 @@ def test_16_bits_are_as_accurate_as_plain_modules(monkeypatch):
     for key, value in expected.items():
         scale = value.double().norm()
         errors = [(y[key].double() - value).norm() / scale for y in (mine, plain)]
-        assert errors[0] <= 1.5 * errors[1] + RELATIVE[torch.float32], (key, errors)
+        rounding = torch.finfo(BF16).eps / 2 if value.numel() < 8 else 0.0
+        allowed = max(1.5 * errors[1] + RELATIVE[torch.float32], rounding)
+        assert errors[0] <= allowed, (key, errors)
 
 
 def test_autocast_gives_the_dtypes_of_plain_modules(monkeypatch):

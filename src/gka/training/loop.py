@@ -80,6 +80,9 @@ def fit(
     bar = callbacks.ProgressBar(console, tokens)
     shown = [callbacks.Estimate(console, len(cast(Sized, blocks[1]))), bar]
     how = compilation.chosen(config.compile, args.device)
+    if how == compilation.CUDA_GRAPHS:
+        alone = kind is None and isinstance(model, PreTrainedModel)
+        compilation.check_graphs(config.gradient_accumulation, alone)
     if how != compilation.OFF:
         shown.append(compilation.FirstStep(console, how))
     elif config.compile == compilation.AUTO and args.device.type == "cuda":
@@ -161,9 +164,9 @@ class DecoderTrainer(SelectiveDecay, Trainer):
     """Trainer with `SelectiveDecay` whose errors name the checkpoint.
 
     Attributes:
-        compiled: what is compiled: "layers", "model" or "off". If anything is, all training batches have one
-            shape, because each shape compiles a graph: a smaller batch at the end of an epoch is left out.
-            Evaluation runs uncompiled.
+        compiled: what is compiled: "layers", "model", "cuda-graphs" or "off". If anything is, all training
+            batches have one shape, because each shape compiles a graph: a smaller batch at the end of an
+            epoch is left out. Evaluation runs uncompiled.
 
     A data set with `ordered` is read in its order; `collate` of the data sets makes their batches.
     """
@@ -175,6 +178,13 @@ class DecoderTrainer(SelectiveDecay, Trainer):
         if getattr(dataset, "ordered", False):
             return SequentialSampler(cast(Sized, dataset))
         return super()._get_train_sampler(train_dataset)
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        """The Trainer's step of one batch; the loss is a copy where CUDA graphs would overwrite it."""
+        if self.compiled != compilation.CUDA_GRAPHS:
+            return super().training_step(model, inputs, num_items_in_batch)
+        torch.compiler.cudagraph_mark_step_begin()
+        return super().training_step(model, inputs, num_items_in_batch).clone()
 
     def get_train_dataloader(self) -> DataLoader:
         """The Trainer's loader; if compiled, without a smaller last batch unless it is the only one."""

@@ -19,7 +19,8 @@ from gka.models import GKAConfig, GKAForCausalLM
 from gka.models.fields import fewest_parameters
 from gka.storage import write_bytes, write_json
 from gka.training import folder as files
-from gka.training.config import RunConfig
+from gka.training.compilation import CUDA_GRAPHS
+from gka.training.config import APART, RUNNING, RunConfig
 from gka.training.inputs import Text, open_text
 from gka.training.loop import DecoderTrainer, Interrupted, fit, recompute_layers, tokens_of_a_step
 
@@ -57,6 +58,7 @@ def _train(
     config: RunConfig, output: Path, console: Console, resume: bool, overwrite: bool
 ) -> dict[str, Any]:
     """`train`, after `output` was checked and locked."""
+    _check_graphs(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
     text = open_text(config, tokenizer, console)
     model = build_model(config, tokenizer)
@@ -70,6 +72,15 @@ def _train(
         plot_losses(metrics, output / files.PLOT)
         write_json(output / files.METRICS, metrics)  # last: it marks the run as complete
     return metrics
+
+
+def _check_graphs(config: RunConfig) -> None:
+    """Raise `InputError` for CUDA graphs of documents apart, whose number differs from batch to batch."""
+    if config.training.compile == CUDA_GRAPHS and config.data.documents == APART:
+        raise InputError(
+            f"compile is {CUDA_GRAPHS!r}, which records one shape, and documents are {APART!r}, in batches of "
+            f"other numbers each time; give --documents {RUNNING}, or compile layers"
+        )
 
 
 def _introduce(config: RunConfig, model: PreTrainedModel, output: Path, console: Console) -> None:
