@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, default_collate
 
 from gka.data import (
     HeldOutSequences,
@@ -272,3 +272,18 @@ def test_packed_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert row["input_ids"].shape == row["labels"].shape == (1, 48)
     starts = [b + 16 * i for i, item in enumerate(items) for b in item["bounds"][:-1].tolist()]
     assert row["cu_seqlens"].tolist() == [*starts, 48]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ranks_share_one_order(ranks: int) -> None:
+    """The batches that accelerate deals to any number of ranks are together the same steps, also after
+    batches were skipped as on resuming."""
+    from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
+
+    size = 8 // ranks
+    every = BatchSampler(SequentialSampler(range(80)), size, drop_last=False)
+    shards = [BatchSamplerShard(every, ranks, rank) for rank in range(ranks)]
+    steps = [sorted(chain(*batches)) for batches in zip(*shards, strict=True)]
+    assert steps == [list(range(8 * i, 8 * i + 8)) for i in range(10)]
+    late = [SkipBatchSampler(shard, skip_batches=6) for shard in shards]
+    assert [sorted(chain(*batches)) for batches in zip(*late, strict=True)] == steps[6:]

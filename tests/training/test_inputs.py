@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from gka.commands.main import app
 from gka.data import byte_tokenizer, find_documents, make
 from gka.errors import InputError
 from gka.training import RunConfig
@@ -112,3 +114,26 @@ def test_another_tokenizer_is_refused(run_tiny: Run, tmp_path: Path, text: Path)
     path.write_text(path.read_text().replace('"tokenizer": "', '"tokenizer": "0'))
     with pytest.raises(InputError, match="packed with another tokenizer: give that one"):
         run_tiny(tmp_path / "run", {"data": {"text": [str(tmp_path / "packed")]}})
+
+
+def test_cuda_graphs_need_one_shape(run_tiny: Run, tmp_path: Path) -> None:
+    """Batches of documents apart have bounds of another number each time: refused, with what to do."""
+    with pytest.raises(InputError, match="give --documents running, or compile layers"):
+        run_tiny(tmp_path / "run", {"training": {"compile": "cuda-graphs"}})
+
+
+def test_the_command_packs_and_checks(tmp_path: Path, text: Path) -> None:
+    """`gka tokenize` makes a folder that it opens again, verifies on request, and does not make twice."""
+    output = tmp_path / "tokens"
+    first = CliRunner().invoke(app, ["tokenize", str(text), "--output", str(output)])
+    assert first.exit_code == 0 and "in 14 documents, 182 tokens" in first.output
+    stamp = (output / "corpus.json").stat().st_mtime_ns
+    shard = output / "000000.tokens"
+    shard.write_bytes(b"x" + shard.read_bytes()[1:])
+    again = ["tokenize", str(text), "--output", str(output)]
+    assert CliRunner().invoke(app, again).exit_code == 0
+    refused = CliRunner().invoke(app, [*again, "--verify"])
+    assert "checksum of 000000.tokens differs" in str(refused.exception)
+    assert (output / "corpus.json").stat().st_mtime_ns == stamp
+    negative = CliRunner().invoke(app, [*again, "--workers", "-1"])
+    assert "workers is -1; expected 0" in str(negative.exception)

@@ -78,8 +78,8 @@ def _check_graphs(config: RunConfig) -> None:
     """Raise `InputError` for CUDA graphs of documents apart, whose number differs from batch to batch."""
     if config.training.compile == CUDA_GRAPHS and config.data.documents == APART:
         raise InputError(
-            f"compile is {CUDA_GRAPHS!r}, which records one shape, and documents are {APART!r}, in batches of "
-            f"other numbers each time; give --documents {RUNNING}, or compile layers"
+            f"compile is {CUDA_GRAPHS!r}, which records one shape, and documents are {APART!r}, whose "
+            f"number differs from batch to batch; give --documents {RUNNING}, or compile layers"
         )
 
 
