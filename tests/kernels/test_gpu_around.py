@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gka.layers import GatedKalmaNet
+from gka.models.loss import IGNORE_INDEX, compiled_on_gpu, linear_cross_entropy
 from gka.ops.convolution import convolve_heads, step_heads_and_gates
 from gka.ops.surround import gated_rms_norm
 from tolerances import RELATIVE, assert_close
@@ -168,3 +169,22 @@ def test_more_than_2_to_the_31_elements():
     tail = q[:, -2 * last :].detach().clone().requires_grad_()
     for got, expected in zip(run(q, k), run(tail, k[:, -2 * last :]), strict=True):
         assert torch.equal(got, expected)
+
+
+def test_a_loss_compiled_on_the_gpu_is_the_loss():
+    """Loss and gradients of several chunks, the last one ragged, compiled between their products."""
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(n, 128, device=DEVICE, dtype=BF16) for n in (700, 1000))
+    targets = torch.randint(1000, (700,), device=DEVICE)
+    targets[::7] = IGNORE_INDEX
+
+    def outcome() -> list[Tensor]:
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = linear_cross_entropy(h, w, targets, logits_bytes=256 * 1000 * 4)
+        return [loss.detach(), *torch.autograd.grad(loss, (h, w))]
+
+    expected = outcome()
+    with compiled_on_gpu():
+        found = outcome()
+    for mine, plain in zip(found, expected, strict=True):
+        assert_close(mine, plain, RELATIVE[BF16])

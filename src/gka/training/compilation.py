@@ -32,6 +32,7 @@ from transformers import TrainerCallback
 from gka.caches import compiled_folder
 from gka.errors import InputError, reason_of
 from gka.models.decoder import GKADecoderLayer
+from gka.models.loss import compiled_on_gpu
 
 AUTO, LAYERS, MODEL, CUDA_GRAPHS, OFF = "auto", "layers", "model", "cuda-graphs", "off"
 GRAPHS = 64
@@ -110,7 +111,7 @@ def compiled(modules: Sequence[nn.Module], how: str) -> Iterator[None]:
     parts = list(modules) if whole else [part for m in modules for part in blocks_of(m)]
     options: dict[str, Any] = {"mode": "reduce-overhead"} if how == CUDA_GRAPHS else {}
     _refuse_second(parts)
-    with _settings():
+    with _settings(), compiled_on_gpu():
         for part in parts:
             part.compile(**options)
         try:
