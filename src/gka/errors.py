@@ -25,6 +25,8 @@ def reason_of(error: Exception) -> str:
 class SharedError(InputError):
     """An error that every process of a job raises; commands print it on rank 0 alone."""
 
+    on_every_rank = True
+
 
 class LostRank(InputError):
     """A process of the job has ended without a word. Its message is empty where another rank has told it.

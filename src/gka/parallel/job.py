@@ -94,7 +94,7 @@ class Job:
 
         Raises:
             SharedError: on every rank, where the block raised an `InputError` on some; the message has the
-                first one, and its rank if not all failed alike.
+                first one, and its rank unless that is 0.
             Exception: another error on the rank that had it; then the others raise `SharedError`.
         """
         error: Exception | None = None
@@ -116,7 +116,7 @@ class Job:
         if error is not None and not isinstance(error, InputError):
             raise error
         rank, first = next((r, text) for r, text in enumerate(every) if text)
-        where = "" if all(text == first for text in every) else f"rank {rank}: "
+        where = "" if rank == 0 else f"rank {rank}: "
         raise SharedError(f"{where}{first}") from error
 
     def main_first(self, work: Callable[[], Any]) -> Any:
@@ -254,6 +254,29 @@ def _started(job: Job) -> Job:
     job._watcher = threading.Thread(target=job._look, daemon=True)
     job._watcher.start()
     return job
+
+
+@contextmanager
+def joined(advice: str = "") -> Iterator[Job]:
+    """`start()` for a block, and its end; inside another such block the same job.
+
+    Args:
+        advice: for the message about a lost rank: what to do.
+    """
+    outer = _job is not None
+    job = start()
+    former, job.advice = job.advice, advice
+    orderly = False
+    try:
+        yield job
+        orderly = True
+    except Exception as error:
+        orderly = getattr(error, "on_every_rank", False)
+        raise
+    finally:
+        job.advice = former
+        if not outer:
+            job.finish(orderly)
 
 
 def launched() -> bool:

@@ -63,6 +63,11 @@ def _autocast(model: nn.Module, device: str, dtype: torch.dtype) -> None:
     model.forward = cast
 
 
-def is_sharded(module: nn.Module) -> bool:
-    """Whether `shard_blocks` has sharded a module."""
-    return isinstance(module, FSDPModule)
+def reshard(model: nn.Module) -> None:
+    """Free gathered parameters, so that `model.parameters()` are the sharded ones.
+
+    A forward pass without a backward pass leaves the model's own group gathered.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

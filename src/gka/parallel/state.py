@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gka.errors import InputError
 from gka.parallel.job import current
+from gka.parallel.sharding import reshard
 
 METADATA = ".metadata"
 """The file that makes a folder a sharded checkpoint."""
@@ -69,6 +70,7 @@ def _group() -> dict[str, Any]:
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters (tied ones once) and buffers that belong to a checkpoint."""
+    reshard(model)
     yield from model.named_parameters()
     stored = model.state_dict(keep_vars=True)
     for name, buffer in model.named_buffers():
@@ -166,6 +168,7 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     Tied parameters have all their names. Other ranks get {}.
     """
     main, found = current().is_main, {}
+    reshard(model)
     for name, tensor in model.state_dict().items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if main:
