@@ -27,6 +27,7 @@ PATIENCE = timedelta(days=30)
 GRACE = 5.0
 """Seconds that the main thread has to end by itself after a rank was lost."""
 _FAREWELL = 1
+_LOST, _TOLD = "gka/lost", "gka/told"  # keys of the store
 
 
 @dataclass
@@ -120,7 +121,7 @@ class Job:
         raise SharedError(f"{where}{first}") from error
 
     def main_first(self, work: Callable[[], Any]) -> Any:
-        """`work()` on rank 0, then on all others, which find what it has stored."""
+        """`work()` on rank 0, then on all others, which find what it has stored: each has its result."""
         result: Any = None
         with self.together():
             if self.is_main:
@@ -141,20 +142,30 @@ class Job:
             for name, value in every[0].items():
                 if theirs.get(name) != value:
                     raise SharedError(
-                        f"rank {rank} has another {name} than rank 0 ({theirs.get(name)}, not {value}): start "
-                        "every process with the same command, files and installed versions"
+                        f"rank {rank} has another {name} than rank 0 ({theirs.get(name)}, not {value}): "
+                        "start every process with the same command, files and installed versions"
                     )
 
     def check_alive(self, error: BaseException) -> None:
         """Raise `LostRank` if `error` came of the loss of a rank; else return."""
-        if self.ranks > 1 and self._found.wait(GRACE):
-            raise LostRank(self.lost, self._told()) from error
+        end = time.monotonic() + (GRACE if self.ranks > 1 else 0)
+        while time.monotonic() < end:
+            if self._found.wait(0.1) or self._is_noted():
+                raise LostRank(self.lost, self._told()) from error
+
+    def _is_noted(self) -> bool:
+        """Whether another rank has noted a loss in the store."""
+        with contextlib.suppress(Exception):
+            if self._store.check([_LOST]):
+                self.lost = int(self._store.get(_LOST))
+                return True
+        return False
 
     def _told(self) -> str:
         """The message about a lost rank, "" where another rank has it."""
         first = True
         with contextlib.suppress(Exception):  # the store may have been lost with the rank
-            first = self._store.add("gka/told", 1) == 1
+            first = self._store.add(_TOLD, 1) == 1
         if not first:
             return ""
         end = f". {self.advice}" if self.advice else ""
@@ -168,7 +179,7 @@ class Job:
         except Exception:
             self.lost = following
             with contextlib.suppress(Exception):  # whoever found out first
-                found = self._store.compare_set("gka/lost", "", str(following))
+                found = self._store.compare_set(_LOST, "", str(following))
                 self.lost = int(found)
             self._found.set()
             time.sleep(

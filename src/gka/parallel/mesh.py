@@ -1,4 +1,4 @@
-"""The mesh of a job: how many ranks replicate, shard, split heads and split sequences, and who reads which rows.
+"""The mesh of a job: how many ranks replicate, shard, split heads and sequences, and who reads which rows.
 
 Ranks count through the mesh with the last dimension fastest: (dp_replicate, dp_shard, cp, tp), so that the
 ranks of one tensor-parallel group, which exchange most, are neighbours.

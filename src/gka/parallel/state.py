@@ -5,6 +5,7 @@ parameter's name. The tensors' metadata holds whole shapes, so any other number 
 reads them back: each rank reads the parts that it needs.
 """
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from gka.errors import InputError
 from gka.parallel.job import current
@@ -42,7 +43,9 @@ def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
         _MODEL + name: tensor.detach() for name, tensor in _tensors(model)
     } | _optimizer_tensors(model, optimizer)
     writer = dcp.FileSystemWriter(folder, sync_files=True, overwrite=True)
-    dcp.save(state, storage_writer=writer, **_group())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)
+        dcp.save(state, storage_writer=writer, **_group())
 
 
 def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
@@ -58,7 +61,9 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer 
     if optimizer is not None:
         _fill_optimizer(model, optimizer, there)
         state |= _optimizer_tensors(model, optimizer)
-    dcp.load(state, storage_reader=reader, **_group())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)  # one process
+        dcp.load(state, storage_reader=reader, **_group())
 
 
 def _group() -> dict[str, Any]:
@@ -162,6 +167,15 @@ def spread_weights(model: nn.Module, whole: dict[str, Tensor]) -> None:
         parameter.copy_(_like(value, parameter))
 
 
+def _whole(tensor: DTensor) -> Tensor:
+    """All of a DTensor, gathered over one dimension of its mesh after the other."""
+    placements = list(tensor.placements)
+    for dim in range(len(placements)):
+        placements[dim] = Replicate()
+        tensor = tensor.redistribute(placements=placements)
+    return tensor.to_local()
+
+
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     """The whole state dict of a parallelised model, on the CPU of rank 0; every rank calls it.
 
@@ -170,7 +184,7 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     main, found = current().is_main, {}
     reshard(model)
     for name, tensor in model.state_dict().items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        whole = _whole(tensor) if isinstance(tensor, DTensor) else tensor
         if main:
             found[name] = whole.to("cpu")
     return found

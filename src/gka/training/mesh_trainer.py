@@ -54,7 +54,7 @@ class MeshTrainer(DecoderTrainer):
         """Nothing: the model is where its mesh is."""
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-        """The micro-batches of a step, and the targets in all readers' ones, over which the loss is a mean."""
+        """The micro-batches of a step, and the number of targets in those of all readers."""
         batches = [next(epoch_iterator) for _ in range(num_batches)]
         sharing = self.layout.ranks // self.layout.readers
         total = current().sum(sum(map(targets_of, batches))) // sharing
@@ -78,7 +78,7 @@ class MeshTrainer(DecoderTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def part_of(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """What this rank gives to its model of its reader's batch: all of it, as no sequence is split (cp = 1).
+        """What this rank gives to its model of its reader's batch: all of it, as no sequence is split.
 
         With cp > 1 the ranks of a reader get the same batch, and this is where each takes its tokens.
         """

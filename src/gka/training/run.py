@@ -85,7 +85,7 @@ def _train(
         training = _begun(config, layout, output, packed.checksum, resume, overwrite)
     _introduce(training, config.data.sequence_length, model, output, console, layout)
     folder = output / files.CHECKPOINTS
-    kind = on_mesh(layout) if job.ranks > 1 or resume and has_sharded(folder) else None
+    kind = on_mesh(layout) if job.ranks > 1 or (resume and has_sharded(folder)) else None
     trainer = fit(
         scale.place(model, layout, training), training, folder, blocks, tokenizer, console=console,
         resume=resume, kind=kind, readers=layout.readers,
