@@ -5,12 +5,14 @@ from gka.parallel.job import Job, current, joined, launched, start
 from gka.parallel.mesh import Layout, layout_of, make_mesh
 from gka.parallel.parallelize import parallelize
 from gka.parallel.state import load_state, save_state, whole_weights
+from gka.parallel.weights import materialize
 
 __all__ = [
     "parallelize",
     "make_mesh",
     "Layout",
     "layout_of",
+    "materialize",
     "clip_grad_norm_",
     "save_state",
     "load_state",
