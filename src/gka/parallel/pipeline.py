@@ -91,5 +91,5 @@ def pipeline(
         )
     module = Stage(model, stage, stages).to(device)
     part = PipelineStage(module, stage, stages, torch.device(device), group=mesh.get_group())
-    loss = module.loss if module.is_last else None
-    return module, Schedule1F1B(part, microbatches, loss_fn=loss)
+    # The last rank calls the loss; on the others it says that there is a backward pass.
+    return module, Schedule1F1B(part, microbatches, loss_fn=module.loss)
