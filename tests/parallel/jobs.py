@@ -17,10 +17,19 @@ def run_ranks(program: str, ranks: int, *arguments: str, timeout: float = 300) -
     Raises:
         AssertionError: a rank failed, with what it said.
     """
+    codes, said = end_ranks(program, ranks, *arguments, timeout=timeout)
+    failed = [rank for rank, code in enumerate(codes) if code]
+    assert not failed, f"ranks {failed} failed:\n" + said[failed[0]]
+    return json.loads(Path(arguments[0]).read_text())
+
+
+def end_ranks(
+    program: str, ranks: int, *arguments: str, timeout: float = 300
+) -> tuple[list[int], list[str]]:
+    """Exit status and output of each of several processes that run a file of this folder."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    found = Path(arguments[0])
     processes = []
     for rank in range(ranks):
         env = {
@@ -35,6 +44,4 @@ def run_ranks(program: str, ranks: int, *arguments: str, timeout: float = 300) -
             )
         )
     said = [process.communicate(timeout=timeout)[0] for process in processes]
-    failed = [rank for rank, process in enumerate(processes) if process.returncode]
-    assert not failed, f"ranks {failed} failed:\n" + said[failed[0]]
-    return json.loads(found.read_text())
+    return [process.returncode for process in processes], said

@@ -82,13 +82,13 @@ def trained(
 
 
 def worst(job: Any, ours: list[dict[str, Tensor]], theirs: list[dict[str, Tensor]]) -> float:
-    """The largest difference, relative to the largest entry of each tensor, on any rank."""
+    """The largest difference on any rank, relative to a tensor's largest entry, or to 0.01 if it is less."""
     errors = []
     for a, b in zip(ours, theirs, strict=True):
         if "loss" in a:
             a["loss"] = torch.tensor(sum(job.gather(float(a["loss"]))) / job.ranks)
         assert a.keys() == b.keys()
-        errors += [float((a[n] - b[n]).abs().max() / b[n].abs().max().clamp_min(1e-3)) for n in b]
+        errors += [float((a[n] - b[n]).abs().max() / b[n].abs().max().clamp_min(1e-2)) for n in b]
     return max(job.gather(max(errors)))
 
 
