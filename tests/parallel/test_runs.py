@@ -1,4 +1,4 @@
-"""`gka train` on several ranks: killed, stopped, resumed on other numbers of ranks, it ends as one run does."""
+"""`gka train` on several ranks: killed, stopped, resumed on other numbers of ranks, it ends as one run."""
 
 import json
 import signal
