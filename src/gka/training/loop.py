@@ -89,6 +89,9 @@ def fit(
     bar = callbacks.ProgressBar(console, tokens)
     shown = [callbacks.Estimate(console, len(cast(Sized, blocks[1])) / readers), bar]
     how = compilation.chosen(config.compile, args.device)
+    if how == compilation.CUDA_GRAPHS:
+        alone = kind is None and isinstance(model, PreTrainedModel)
+        compilation.check_graphs(config.gradient_accumulation, alone)
     if how != compilation.OFF:
         shown.append(compilation.FirstStep(console, how))
     elif config.compile == compilation.AUTO and args.device.type == "cuda":
@@ -188,7 +191,7 @@ class DecoderTrainer(SelectiveDecay, Trainer):
     """Trainer with `SelectiveDecay` and `gka.training.order`, whose errors name the checkpoint.
 
     Attributes:
-        compiled: what is compiled: "layers", "model" or "off". Evaluation runs uncompiled.
+        compiled: what is compiled: "layers", "model", "cuda-graphs" or "off". Evaluation runs uncompiled.
     """
 
     compiled: str = compilation.OFF
@@ -197,6 +200,13 @@ class DecoderTrainer(SelectiveDecay, Trainer):
     def readers(self) -> tuple[int, int]:
         """How many ranks read different blocks, and which of them this one is."""
         return self.args.world_size, self.args.process_index
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        """The Trainer's step of one batch; the loss is a copy where CUDA graphs would overwrite it."""
+        if self.compiled != compilation.CUDA_GRAPHS:
+            return super().training_step(model, inputs, num_items_in_batch)
+        torch.compiler.cudagraph_mark_step_begin()
+        return super().training_step(model, inputs, num_items_in_batch).clone()
 
     def get_train_dataloader(self) -> DataLoader:
         """This rank's micro-batches of the whole run; no number of ranks changes their order."""

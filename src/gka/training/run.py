@@ -81,7 +81,7 @@ def _train(
     with job.together():
         blocks = token_blocks(packed, config.data.sequence_length, config.data.eval_fraction)
         model = build_model(config, tokenizer)
-        scale.check_model(model, layout)
+        scale.check_model(model, layout, config.training.compile)
         training = _begun(config, layout, output, packed.checksum, resume, overwrite)
     _introduce(training, config.data.sequence_length, model, output, console, layout)
     folder = output / files.CHECKPOINTS

@@ -31,8 +31,12 @@ def chosen_layout(config: ParallelConfig) -> Layout:
     return layout
 
 
-def check_model(model: nn.Module, layout: Layout) -> None:
-    """Raise `InputError` if the model's layers cannot be split as the layout says."""
+def check_model(model: nn.Module, layout: Layout, compiling: str) -> None:
+    """Raise `InputError` if the model cannot be split as the layout says, or compiled when it is."""
+    if layout.ranks > 1 and compiling in ("model", "cuda-graphs"):
+        raise InputError(
+            f"training.compile is {compiling!r}: on several ranks layers are gathered one by one; take 'layers'"
+        )
     if layout.tp > 1 and (why := why_unsplit(model, layout.tp)):
         raise InputError(f"parallel.tp is {layout.tp}: {why}")
 
