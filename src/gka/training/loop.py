@@ -24,13 +24,12 @@ from transformers.trainer_utils import EvalLoopOutput
 from gka.console import lines
 from gka.errors import InputError, StorageError
 from gka.layers import decayed_parameters
-from gka.models.loss import IGNORE_INDEX, next_token_targets
 from gka.models.recomputation import checkpoint_arguments
 from gka.parallel import current
 from gka.storage import storage_errors
 from gka.training import callbacks, checkpoints, compilation
 from gka.training.config import TrainingConfig
-from gka.training.order import EvaluationBatches, ShuffledOrder, TrainingBatches
+from gka.training.order import EvaluationBatches, ShuffledOrder, TrainingBatches, targets_of
 
 
 class Interrupted(Exception):
@@ -299,14 +298,6 @@ class DecoderTrainer(SelectiveDecay, Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with checkpoints.loading(checkpoint):
             super()._load_rng_state(checkpoint)
-
-
-def targets_of(inputs: dict[str, Any]) -> int:
-    """Tokens that a batch's labels ask a model to predict; its rows if it has no labels."""
-    if "labels" not in inputs:
-        return len(next(iter(inputs.values())))
-    targets = next_token_targets(inputs["labels"], inputs.get("cu_seqlens"))
-    return int((targets != IGNORE_INDEX).sum())
 
 
 def arguments(config: TrainingConfig, folder: Path) -> TrainingArguments:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from gka.errors import InputError
+from gka.models import GKAForCausalLM
 from gka.parallel import Layout, clip_grad_norm_, current
 from gka.parallel.state import (
     is_sharded_checkpoint,
@@ -23,7 +24,8 @@ from gka.parallel.state import (
     spread_weights,
 )
 from gka.training import checkpoints
-from gka.training.loop import DecoderTrainer, targets_of
+from gka.training.loop import DecoderTrainer
+from gka.training.order import targets_of
 
 GROUPS, SCHEDULER, OPTIMIZER = "groups.pt", "scheduler.pt", "optimizer.pt"
 
@@ -167,3 +169,12 @@ def _whole_weights(folder: Path, model: Any) -> dict[str, torch.Tensor]:
 def on_mesh(layout: Layout) -> Callable[..., MeshTrainer]:
     """`fit`'s argument `kind` for a model on a mesh of that layout."""
     return partial(MeshTrainer, layout)
+
+
+def with_weights(config: Any, weights: dict[str, torch.Tensor]) -> GKAForCausalLM:
+    """A model of plain tensors with these weights, which it does not copy."""
+    with torch.device("meta"):
+        model = GKAForCausalLM(config)
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    return model

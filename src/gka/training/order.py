@@ -6,9 +6,12 @@ takes the places s G to (s + 1) G - 1 of a global batch of G blocks. Micro-batch
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
+
+from gka.models.loss import IGNORE_INDEX, next_token_targets
 
 
 class ShuffledOrder:
@@ -84,3 +87,11 @@ class EvaluationBatches(Sampler[list[int]]):
         for turn in range(len(self)):
             start = min(self.number(turn), self.batches - 1) * self.batch_size
             yield list(range(start, min(start + self.batch_size, self.blocks)))
+
+
+def targets_of(inputs: dict[str, Any]) -> int:
+    """Tokens that a batch's labels ask a model to predict; its rows if it has no labels."""
+    if "labels" not in inputs:
+        return len(next(iter(inputs.values())))
+    targets = next_token_targets(inputs["labels"], inputs.get("cu_seqlens"))
+    return int((targets != IGNORE_INDEX).sum())

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from gka.console import status
@@ -34,7 +33,7 @@ from gka.training import scale
 from gka.training.checkpoints import has_sharded
 from gka.training.config import DataConfig, RunConfig, TrainingConfig
 from gka.training.loop import DecoderTrainer, Interrupted, fit, recompute_layers
-from gka.training.mesh_trainer import on_mesh
+from gka.training.mesh_trainer import on_mesh, with_weights
 
 __all__ = ["Interrupted", "build_model", "train"]
 
@@ -119,15 +118,6 @@ def _begun(
         # a run of an earlier version was one of one process
         began = files.global_batch(output) or scale.blocks_of_a_step(config.training, 1)
     return scale.same_batch(config.training, began, layout.readers)
-
-
-def with_weights(config: Any, weights: dict[str, Tensor]) -> GKAForCausalLM:
-    """A model of plain tensors with these weights, which it does not copy."""
-    with torch.device("meta"):
-        model = GKAForCausalLM(config)
-    model.load_state_dict(weights, assign=True)
-    model.tie_weights()
-    return model
 
 
 def _introduce(

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-import gka
 from gka.errors import InputError
 from gka.parallel import Layout, current, make_mesh, parallelize
 from gka.parallel.tensor import why_unsplit
@@ -35,7 +34,8 @@ def check_model(model: nn.Module, layout: Layout, compiling: str) -> None:
     """Raise `InputError` if the model cannot be split as the layout says, or compiled when it is."""
     if layout.ranks > 1 and compiling in ("model", "cuda-graphs"):
         raise InputError(
-            f"training.compile is {compiling!r}: on several ranks layers are gathered one by one; take 'layers'"
+            f"training.compile is {compiling!r}: on several ranks layers are gathered one by one; take "
+            "'layers'"
         )
     if layout.tp > 1 and (why := why_unsplit(model, layout.tp)):
         raise InputError(f"parallel.tp is {layout.tp}: {why}")
@@ -80,7 +80,7 @@ def common_facts(config: RunConfig) -> dict[str, str]:
     settings = json.dumps(config.tables(), sort_keys=True).encode()
     return {
         "configuration": hashlib.sha256(settings).hexdigest()[:16],
-        "gated-kalmanet": f"{gka.__version__} (code {code_checksum()[:16]})",
+        "gated-kalmanet": f"code {code_checksum()[:16]}",
         "torch": torch.__version__,
     }
 
@@ -88,7 +88,7 @@ def common_facts(config: RunConfig) -> dict[str, str]:
 @cache
 def code_checksum() -> str:
     """SHA-256 over this package's Python files."""
-    digest, home = hashlib.sha256(), Path(gka.__file__).parent
+    digest, home = hashlib.sha256(), Path(__file__).parents[1]
     for path in sorted(home.rglob("*.py")):
         digest.update(path.relative_to(home).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
