@@ -43,7 +43,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def build(name: str) -> GKAForCausalLM:
     torch.manual_seed(0)
-    fields = SIZES | MODELS[name]
+    fields: dict[str, Any] = SIZES | MODELS[name]
     model = GKAForCausalLM(GKAConfig(num_hidden_layers=len(fields["mixers"]), **fields))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -143,7 +143,7 @@ def pipelined(job: Any) -> float:
 
     def make() -> GKAForCausalLM:
         torch.manual_seed(0)
-        fields = SIZES | {"mixers": ["gka", "attention", "gla", "gka", "deltanet"]}
+        fields: dict[str, Any] = SIZES | {"mixers": ["gka", "attention", "gla", "gka", "deltanet"]}
         return GKAForCausalLM(GKAConfig(num_hidden_layers=5, tie_word_embeddings=False, **fields))
 
     batch, plain = batches()[0], make().train()
@@ -175,7 +175,8 @@ def policies(job: Any) -> dict[str, Any]:
 
     torch.set_default_dtype(torch.float32)
     model = parallelize(build("hybrid"), make_mesh(Layout(dp_shard=4), "cpu"), dtype=torch.bfloat16)
-    layers: Any = model.model.layers
+    body: Any = model.model
+    layers = body.layers
     layers[0].mixer.register_forward_pre_hook(look)
     rows = batches()[0][job.rank :: 4]
     model(input_ids=rows, labels=rows).loss.backward()
@@ -227,7 +228,7 @@ def refused(job: Any) -> dict[str, str]:
 
 
 def _of_six_heads() -> GKAForCausalLM:
-    fields = SIZES | {"mixers": ["gka"], "num_heads": 6, "num_kv_heads": 3}
+    fields: dict[str, Any] = SIZES | {"mixers": ["gka"], "num_heads": 6, "num_kv_heads": 3}
     return GKAForCausalLM(GKAConfig(num_hidden_layers=1, **fields))
 
 
