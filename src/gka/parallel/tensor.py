@@ -261,7 +261,7 @@ def local_parameters(module: nn.Module, mesh: DeviceMesh, plan: dict[str, Share]
     made: dict[int, Tensor] = {}
     for name, share in plan.items():
         path, _, last = name.rpartition(".")
-        parameters = module.get_submodule(path)._parameters
+        parameters: dict[str, Any] = module.get_submodule(path)._parameters
         whole: Any = parameters[last]
         if not isinstance(whole, DTensor):
             continue  # an enclosing module's call has done so

@@ -257,7 +257,8 @@ class DecoderTrainer(SelectiveDecay, Trainer):
     def _evaluated_model(self) -> nn.Module:
         """The model with the autocast that training runs under."""
         if not self.accelerator._models:  # never trained
-            return self.accelerator.prepare_model(self.model, evaluation_mode=True)
+            model = cast(nn.Module, self.model)
+            return self.accelerator.prepare_model(model, evaluation_mode=True)
         return cast(nn.Module, self.model)
 
     def _of_all_readers(self, value: Any) -> list[Any]:
@@ -273,7 +274,8 @@ class DecoderTrainer(SelectiveDecay, Trainer):
         compiled = self.compiled != compilation.OFF
         eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
         with torch.no_grad(), eager:
-            return float(self.compute_loss(model, self._prepare_inputs(inputs)).double())
+            loss: Any = self.compute_loss(model, self._prepare_inputs(inputs))
+            return float(loss.double())
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
