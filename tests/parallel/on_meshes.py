@@ -47,7 +47,7 @@ def build(name: str) -> GKAForCausalLM:
     model = GKAForCausalLM(GKAConfig(num_hidden_layers=len(fields["mixers"]), **fields))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(2.0) if parameter.ndim == 2 else None
+            parameter.mul_(1.5) if parameter.ndim == 2 else None
     return model.train()
 
 
