@@ -1,6 +1,7 @@
 """The command `gka`: its subcommands, and exit statuses of errors."""
 
 import contextlib
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -70,6 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         finally:
             sys.stdout.flush()  # so that a full disk raises here and not when the interpreter exits
     except InputError as error:
+        shared = getattr(error, "on_every_rank", False) and os.environ.get("RANK", "0") != "0"
+        if shared or not str(error):  # another process prints it
+            sys.exit(2)
         _refuse(str(error))
     except BrokenPipeError:  # the reader of a pipe has gone
         to_nowhere(1)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 PANELS = {
     "prime": "What is replaced", "data": "Data", "model": "Model", "training": "Training",
-    "stage1": "Stage 1", "stage2": "Stage 2",
+    "stage1": "Stage 1", "stage2": "Stage 2", "parallel": "Parallel",
 }  # fmt: skip
 SHARED, RUN = "Both stages", "Run"
 

@@ -14,7 +14,7 @@ import importlib.util
 import inspect
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from rich.console import Console
 from torch import nn
 from torch._dynamo import exc
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
 from gka.caches import compiled_folder
@@ -112,8 +113,7 @@ def compiled(modules: Sequence[nn.Module], how: str) -> Iterator[None]:
     options: dict[str, Any] = {"mode": "reduce-overhead"} if how == CUDA_GRAPHS else {}
     _refuse_second(parts)
     with _settings(), compiled_on_gpu():
-        for part in parts:
-            part.compile(**options)
+        restore = [_compile(part, options) for part in parts]
         try:
             yield
         except _FAILURES as error:
@@ -123,8 +123,29 @@ def compiled(modules: Sequence[nn.Module], how: str) -> Iterator[None]:
                 "off, or set TORCH_LOGS=+dynamo,graph_breaks to see where"
             ) from error
         finally:
-            for part in parts:
-                part._compiled_call_impl = None
+            for undo in restore:
+                undo()
+
+
+def _compile(part: nn.Module, options: dict[str, Any]) -> Callable[[], None]:
+    """Compile a module in place; the function that undoes it.
+
+    Of a module whose parameters are gathered by hooks (FSDP2) only `forward` is compiled: hooks would break
+    its graph.
+    """
+    if not isinstance(part, FSDPModule):
+        part.compile(**options)
+        return lambda: setattr(part, "_compiled_call_impl", None)
+    former: Any = vars(part).get("forward")
+    part.forward = torch.compile(part.forward, **options)
+
+    def undo() -> None:
+        if former is None:
+            del part.forward
+        else:
+            part.forward = former
+
+    return undo
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

@@ -189,12 +189,38 @@ class TrainingConfig(Table):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelConfig(Table):
+    """Table [parallel]: how the processes that torchrun started share the work.
+
+    The product of the four numbers is the number of processes. Another product may resume a run: the global
+    batch stays.
+    """
+
+    dp_shard: int = setting(
+        0,
+        "Ranks that share parameters, gradients and optimizer (FSDP2), each with blocks of its own; 0: all "
+        "that the other numbers leave.",
+        option=True,
+        shown="the rest",
+        least=0,
+    )
+    dp_replicate: int = setting(1, "Copies of such a group of ranks.", option=True, least=1)
+    tp: int = setting(
+        1, "Ranks that share each layer's heads and MLP columns.", option=True, least=1
+    )
+    cp: int = setting(1, "Ranks that share each sequence.", option=True, least=1)
+
+    table: ClassVar[str] = "parallel"
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A complete training run. `model` holds fields of `gka.models.GKAConfig`, which checks them."""
 
     data: CorpusConfig = field(default_factory=CorpusConfig)
     model: Mapping[str, Any] = field(default_factory=lambda: dict(MODEL_DEFAULTS))
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def tables(self) -> Tables:
         """The run as tables of JSON and TOML values; `from_tables` is the inverse."""
@@ -204,6 +230,7 @@ class RunConfig:
             "data": data,
             "model": dict(self.model),
             "training": dataclasses.asdict(self.training),
+            "parallel": dataclasses.asdict(self.parallel),
         }
 
     @classmethod
@@ -213,11 +240,11 @@ class RunConfig:
         Raises:
             InputError: a table or key is unknown, of the wrong type or out of range; the message names it.
         """
-        check_tables(tables, ("data", "model", "training"))
+        check_tables(tables, ("data", "model", "training", "parallel"))
         data = dict(tables.get("data", {}))
         if not data.get("text"):
             data.setdefault("eval_fraction", STANDARD_LIBRARY_HELD_OUT)
-        kinds = {"data": CorpusConfig, "training": TrainingConfig}
+        kinds = {"data": CorpusConfig, "training": TrainingConfig, "parallel": ParallelConfig}
         keys = {"model": [setting.name for setting in fields(ModelSettings)]}
         built = build_tables(kinds, {**tables, "data": data}, keys)
         return cls(model=_complete(tables.get("model", {})), **built)

@@ -17,12 +17,16 @@ from gka.data import load_tokenizer, vocabulary_size
 from gka.errors import InputError
 from gka.models import GKAConfig, GKAForCausalLM
 from gka.models.fields import fewest_parameters
+from gka.parallel import Layout, current, joined, whole_weights
 from gka.storage import write_bytes, write_json
 from gka.training import folder as files
+from gka.training import scale
+from gka.training.checkpoints import has_sharded
 from gka.training.compilation import CUDA_GRAPHS
-from gka.training.config import APART, RUNNING, RunConfig
+from gka.training.config import APART, RUNNING, RunConfig, TrainingConfig
 from gka.training.inputs import Text, open_text
-from gka.training.loop import DecoderTrainer, Interrupted, fit, recompute_layers, tokens_of_a_step
+from gka.training.loop import DecoderTrainer, Interrupted, fit, recompute_layers
+from gka.training.mesh_trainer import on_mesh, with_weights
 
 __all__ = ["Interrupted", "build_model", "train"]
 
@@ -46,12 +50,15 @@ def train(
 
     Raises:
         InputError: an argument cannot be used (nothing is deleted then), or the loss is not finite.
-        Interrupted: after SIGINT, SIGTERM or SIGHUP, once the checkpoint is written.
+        Interrupted: after SIGINT, SIGTERM or SIGHUP to any rank, once the checkpoint is written.
+        LostRank: another process of the job has ended without a word.
     """
-    with files.open_output(output, console, resume=resume, overwrite=overwrite) as complete:
-        if complete is not None:
-            return complete
-        return _train(config, output, console, resume, overwrite)
+    with joined(f"Resume: gka train --resume --output {output}") as job:
+        job.agree(scale.common_facts(config))
+        with files.open_output(output, console, resume=resume, overwrite=overwrite) as complete:
+            if complete is not None:
+                return complete
+            return _train(config, output, console, resume, overwrite)
 
 
 def _train(
@@ -59,18 +66,30 @@ def _train(
 ) -> dict[str, Any]:
     """`train`, after `output` was checked and locked."""
     _check_graphs(config)
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    text = open_text(config, tokenizer, console)
-    model = build_model(config, tokenizer)
-    files.begin(config, output, text.checksums, resume=resume, overwrite=overwrite)
-    _introduce(config, model, output, console)
+    job = current()
+    with job.together():
+        layout = scale.chosen_layout(config.parallel)
+        tokenizer = load_tokenizer(config.data.tokenizer)
+    text = job.main_first(lambda: open_text(config, tokenizer, console))
+    with job.together():
+        model = build_model(config, tokenizer)
+        scale.check_model(model, layout, config.training.compile)
+        training = _begun(config, layout, output, text.checksums, resume, overwrite)
+    _introduce(training, config.data.sequence_length, model, output, console, layout)
     folder, blocks = output / files.CHECKPOINTS, (text.training, text.evaluation)
-    trainer = fit(model, config.training, folder, blocks, tokenizer, console=console, resume=resume)
-    metrics = _metrics(config, trainer, text)
-    if trainer.is_world_process_zero():
-        files.save_model(trainer.model, tokenizer, output / files.MODEL)
-        plot_losses(metrics, output / files.PLOT)
-        write_json(output / files.METRICS, metrics)  # last: it marks the run as complete
+    kind = on_mesh(layout) if job.ranks > 1 or (resume and has_sharded(folder)) else None
+    trainer = fit(
+        scale.place(model, layout, training), training, folder, blocks, tokenizer, console=console,
+        resume=resume, kind=kind, readers=layout.readers,
+    )  # fmt: skip
+    metrics = _metrics(config, trainer, text, layout)
+    weights = whole_weights(trainer.model) if job.ranks > 1 else None  # pyright: ignore[reportArgumentType]
+    with job.together():
+        if job.is_main:
+            trained = trainer.model if weights is None else with_weights(model.config, weights)
+            files.save_model(trained, tokenizer, output / files.MODEL)
+            plot_losses(metrics, output / files.PLOT)
+            write_json(output / files.METRICS, metrics)  # last: it marks the run as complete
     return metrics
 
 
@@ -83,13 +102,38 @@ def _check_graphs(config: RunConfig) -> None:
         )
 
 
-def _introduce(config: RunConfig, model: PreTrainedModel, output: Path, console: Console) -> None:
-    """Print the model, the steps and the output folder before training begins."""
-    training, tokens = config.training, config.data.sequence_length
-    blocks = training.batch_size * training.gradient_accumulation
+def _begun(
+    config: RunConfig,
+    layout: Layout,
+    output: Path,
+    checksums: dict[str, str],
+    resume: bool,
+    overwrite: bool,
+) -> TrainingConfig:
+    """Write or check run.json; the training settings with which these ranks take the run's global batch."""
+    began = scale.blocks_of_a_step(config.training, layout.readers)
+    facts = {files.RANKS: layout.ranks, files.GLOBAL_BATCH: began}
+    files.begin(config, output, checksums, resume=resume, overwrite=overwrite, facts=facts)
+    if resume:
+        # a run of an earlier version was one of one process
+        began = files.global_batch(output) or scale.blocks_of_a_step(config.training, 1)
+    return scale.same_batch(config.training, began, layout.readers)
+
+
+def _introduce(
+    training: TrainingConfig,
+    tokens: int,
+    model: Any,
+    output: Path,
+    console: Console,
+    layout: Layout,
+) -> None:
+    """Print the model, the steps, the ranks and the output folder before training begins."""
+    blocks = scale.blocks_of_a_step(training, layout.readers)
+    ranks = f" on {layout.ranks} ranks ({layout})" if layout.ranks > 1 else ""
     console.print(
         f"model: {mixers(model.config)}, {model.num_parameters():,} parameters; "
-        f"{training.max_steps:,} steps of {blocks} x {tokens} tokens, into {output}",
+        f"{training.max_steps:,} steps of {blocks} x {tokens} tokens{ranks}, into {output}",
         highlight=False,
         soft_wrap=True,
     )
@@ -134,13 +178,16 @@ def _check_memory(parameters: int) -> None:
         )
 
 
-def _metrics(config: RunConfig, trainer: DecoderTrainer, text: Text) -> dict[str, Any]:
+def _metrics(
+    config: RunConfig, trainer: DecoderTrainer, text: Text, layout: Layout
+) -> dict[str, Any]:
     noted = curves(trainer.state.log_history)
     last = noted["training"][-1]
     for row in noted["evaluation"]:
         row["bits_per_byte"] = bits_per_byte(row["loss"], *text.held_out)
-    length, processes = config.data.sequence_length, trainer.args.world_size
-    tokens = last["step"] * tokens_of_a_step(config.training, length, processes)
+    args, length = trainer.args, config.data.sequence_length
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * layout.readers
+    tokens = last["step"] * rows * length
     model: Any = trainer.model
     return {
         "config": config.tables(),
@@ -153,6 +200,8 @@ def _metrics(config: RunConfig, trainer: DecoderTrainer, text: Text) -> dict[str
             "steps": last["step"],
             "tokens": tokens,
             "compiled": trainer.compiled,
+            "ranks": layout.ranks,
+            "blocks_per_step": rows,
             "seconds": last["seconds"],
             "tokens_per_second": tokens / last["seconds"],
             "loss": last["loss"],
