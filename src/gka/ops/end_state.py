@@ -135,8 +135,8 @@ def end_state(
     """The states after each sequence, read from empty states, and its total log decays.
 
     H = sum_j exp(gk_{j+1} + ... + gk_T) beta_j^2 k_j k_j^T,  U likewise with g and k_j v_j^T. States that
-    were there before fade and add up: `combine_states(before, (h_kk, h_kv), totals.g, totals.gk)`. Differentiable
-    once, in k, v, g, gk and beta, from totals, h_kk and h_kv.
+    were there before fade and add up: `combine_states(before, (h_kk, h_kv), totals.g, totals.gk)`.
+    Differentiable once, in k, v, g, gk and beta, from totals, h_kk and h_kv.
 
     Args:
         k, v, g, gk, beta, cu_seqlens, cu_seqlens_cpu: as in `chunk_gka`. Pass g itself as gk to tie the two.
