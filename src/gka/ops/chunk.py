@@ -1,14 +1,18 @@
 """chunk_gka and fused_recurrent_gka: Gated KalmaNet as functions, with FLA's call signatures."""
 
 import os
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from gka.errors import InputError
 from gka.maths.chunked import Settings, Tokens
 from gka.ops import checks
 from gka.ops.autograd import GKAEager, GKAFunction, pack
 from gka.ops.backends import Call, Mode, note_backend, resolve_backend
+from gka.ops.context import SequenceContext, carried_states, check_context
 from gka.ops.dispatch import autocast, check_derivable, keep, kind_of, known, no_autocast
 from gka.ops.external import EXTERNAL, Given, resolve_external
 from gka.ops.external_call import run_external
@@ -36,6 +40,7 @@ def chunk_gka(
     chunk_size: int = 64,
     solver: str = "chebyshev",
     cu_seqlens_cpu: Tensor | None = None,
+    context: SequenceContext | None = None,
 ) -> tuple[Tensor, State | None]:
     """Gated KalmaNet over whole sequences, chunk by chunk (arXiv 2511.21016, section 4).
 
@@ -62,7 +67,8 @@ def chunk_gka(
         num_iter: Chebyshev steps r, 0..10000; with another solver, those whose error bound it keeps.
             0: no ridge, that is gated linear attention.
         initial_state: (h_kk [N,H,K,K], h_kv [N,H,K,V]) before the first token, float32 (float64 for
-            float64 inputs); h_kk symmetric. N is B, or the number of packed sequences.
+            float64 inputs); h_kk symmetric. N is B, or the number of packed sequences; with N = 1 the states
+            are those of the first packed sequence, and the others start from zero.
         output_final_state: return the states after the last token too.
         cu_seqlens: bounds of packed sequences, int64 [N+1] from 0 to T, with B = 1.
         beta: write gate [B,T,H]: scales k and v of each head without copying them.
@@ -75,6 +81,10 @@ def chunk_gka(
             until each token's residual proves that bound. docs/numerics.md has the proofs.
         cu_seqlens_cpu: a copy of cu_seqlens on the CPU, with which the call need not wait for the device
             to read the lengths. It must hold the same values (GKA_DEBUG=1 checks that).
+        context: a `gka.parallel.ContextParallel`: the tokens are this rank's part of a sequence that is split
+            over ranks, all of which make the call. It holds cu_seqlens. initial_state is that of the whole
+            sequences, the same on every rank, and only the ranks where they begin have its gradient.
+            Final states are those after this rank's part of each of its sequences.
 
     Returns:
         o [B,T,H,V] in q's dtype, and (h_kk, h_kv) or None.
@@ -87,7 +97,7 @@ def chunk_gka(
         "chunk", q, k, v, g, gk, alpha, beta, scale=scale, ridge_ratio=ridge_ratio,
         num_iter=num_iter, initial_state=initial_state, output_final_state=output_final_state,
         cu_seqlens=cu_seqlens, cu_seqlens_cpu=cu_seqlens_cpu, backend=backend, chunk_size=chunk_size,
-        solver=solver,
+        solver=solver, context=context,
     )  # fmt: skip
 
 
@@ -145,7 +155,16 @@ def run_call(
     solver: str = "chebyshev",
     with_h: bool = True,
     cu_seqlens_cpu: Tensor | None = None,
+    context: SequenceContext | None = None,
 ) -> tuple[Tensor, State | None]:
+    if context is not None:
+        checks.check_tensor("q", q)
+        check_context(context, q.shape[1] if q.dim() > 1 else 0, cu_seqlens=cu_seqlens)
+        cu_seqlens, cu_seqlens_cpu = context.cu_seqlens, context.cu_seqlens_cpu
+        wanted = with_h and (num_iter > 0 or output_final_state)
+        initial_state = _carried(
+            context, q, k, v, (g, gk, alpha, beta), initial_state, wanted, with_h
+        )
     numbers = (
         scale,
         ridge_ratio,
@@ -168,7 +187,7 @@ def run_call(
     q, k, v = autocast(q, k, v)
     if cu_seqlens_cpu is cu_seqlens:  # torch.compile refuses one tensor as two arguments
         cu_seqlens_cpu = None
-    h0, u0 = _states(initial_state)
+    h0, u0 = _states(initial_state, None if cu_seqlens is None else len(cu_seqlens) - 1)
     gk = None if settings.tied else gk
     tokens = Tokens(q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu)
     if backend == "reference":
@@ -195,7 +214,8 @@ def check_call(
     checks.check_inputs(q, k, v, **gates)
     checks.check_settings(ridge_ratio, num_iter, chunk_size, scale, output_final_state)
     sequences = checks.check_lengths(q, cu_seqlens, cu_seqlens_cpu)
-    _check_initial_state(initial_state, sequences, q, v, with_h)
+    rows = _first_of_packed(initial_state, cu_seqlens, sequences)
+    _check_initial_state(initial_state, rows, q, v, with_h)
     debug = os.environ.get("GKA_DEBUG") == "1"
     if debug:
         h0, u0 = _states(initial_state)
@@ -224,12 +244,59 @@ def _reference(t: Tokens, s: Settings, g: Tensor | None) -> tuple[Tensor, State]
         )  # fmt: skip
 
 
-def _states(initial_state: State | Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """h0 and u0 of an initial state that `_check_initial_state` accepts."""
+@torch.compiler.disable(reason="ranks exchange states: a graph cannot hold the collectives")
+def _carried(
+    context: SequenceContext, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Any, ...],
+    initial_state: State | Tensor | None, wanted: bool, with_h: bool,
+) -> State | Tensor:  # fmt: skip
+    """The states before this rank's tokens. Checks the inputs that the exchange reads.
+
+    Args:
+        gates: g, gk, alpha, beta. wanted: whether H is needed. with_h: whether states are pairs.
+    """
+    g, gk, alpha, beta = gates
+    checks.check_tensors(q=q, k=k, v=v)
+    q, k, v = autocast(q, k, v)
+    checks.check_inputs(q, k, v, g=g, gk=gk, alpha=alpha, beta=beta)
+    sequences = len(context.documents) or len(q)
+    if isinstance(initial_state, tuple | list) and len(initial_state) == 2:
+        sequences = len(initial_state[0])
+    elif isinstance(initial_state, Tensor):
+        sequences = len(initial_state)
+    _check_initial_state(initial_state, sequences, q, v, with_h)
+    heads, initial = q.shape[2], _states(initial_state)
+    h0, u0 = carried_states(context, k, v, g, gk, beta, heads, initial, wanted)
+    if not with_h:
+        return u0
+    return u0.new_zeros(len(u0), heads, *2 * q.shape[3:]) if h0 is None else h0, u0
+
+
+def _states(
+    initial_state: State | Tensor | None, packed: int | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    """h0 and u0 of an initial state that `_check_initial_state` accepts.
+
+    Args:
+        packed: the number of packed sequences; those after a state of the first one start from zero.
+    """
     if isinstance(initial_state, Tensor) or initial_state is None:
-        return None, initial_state
-    h0, u0 = initial_state
-    return h0, u0
+        h0, u0 = None, initial_state
+    else:
+        h0, u0 = initial_state
+    return _of_all(h0, packed), _of_all(u0, packed)
+
+
+def _of_all(state: Tensor | None, packed: int | None) -> Tensor | None:
+    if state is None or packed is None or len(state) == packed:
+        return state
+    return pad(state, (0, 0, 0, 0, 0, 0, 0, packed - len(state)))
+
+
+def _first_of_packed(state: Any, cu_seqlens: Tensor | None, sequences: int) -> int:
+    """States that an initial state holds: one for each sequence, or that of the first packed one alone."""
+    first = state[-1] if isinstance(state, tuple | list) and state else state
+    alone = cu_seqlens is not None and isinstance(first, Tensor) and first.dim() and len(first) == 1
+    return 1 if alone else sequences
 
 
 def _check_initial_state(
@@ -265,6 +332,7 @@ def chunk_simple_gla(
     backend: str = "auto",
     chunk_size: int = 64,
     cu_seqlens_cpu: Tensor | None = None,
+    context: SequenceContext | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gated linear attention with a scalar decay per head: `chunk_gka` without its ridge.
 
@@ -277,7 +345,14 @@ def chunk_simple_gla(
     Raises:
         InputError (a ValueError): backend="fla" cannot run these inputs; the message says why.
     """
-    library = _library(backend, q, k, v, g, beta, initial_state, chunk_size)
+    if context is not None and backend in EXTERNAL:
+        raise InputError(
+            f"backend={backend!r} starts no packed sequence alone from a state: leave out context, "
+            'or take backend="auto".'
+        )
+    library = None
+    if context is None:
+        library = _library(backend, q, k, v, g, beta, initial_state, chunk_size)
     if library is not None:
         checked = (q, k, v, g, None, None, None, initial_state, cu_seqlens, cu_seqlens_cpu)
         numbers = (scale, 1.0, 0, chunk_size, output_final_state, "chebyshev", False, "torch")
@@ -291,6 +366,7 @@ def chunk_simple_gla(
         "chunk", q, k, v, g, None, None, beta, scale=scale, ridge_ratio=1.0, num_iter=0,
         initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
         cu_seqlens_cpu=cu_seqlens_cpu, backend=backend, chunk_size=chunk_size, with_h=False,
+        context=context,
     )  # fmt: skip
     return o, None if final is None else final[1]
 
