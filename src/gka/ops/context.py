@@ -221,7 +221,7 @@ def carried_states(
         heads: H.
         initial_state: H and U before the first token of every whole sequence, or None for zeros.
     """
-    h0, u0 = (_own_initial(context, x) for x in initial_state)
+    h0, u0 = (own_initial(context, x) for x in initial_state)
     tied = gk is not None and gk is g
     k_, v_, g_, gk_, beta_ = last_document(context, k, v, g, gk, beta)
     assert k_ is not None and v_ is not None
@@ -267,7 +267,7 @@ def _in_place(context: SequenceContext, start: Tensor, own: Tensor | None) -> Te
     return start if own is None else start + own
 
 
-def _own_initial(context: SequenceContext, state: Tensor | None) -> Tensor | None:
+def own_initial(context: SequenceContext, state: Tensor | None) -> Tensor | None:
     """This rank's part of the whole sequences' initial states: zero for those that begin earlier."""
     if state is None:
         return None

@@ -1,0 +1,72 @@
+"""Ops whose sequence is split over 4 ranks, against one process. One start of the processes for all cases."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from parallel.ranks import OP_CASES, all_ops, on_ranks, problem_of, whole
+from tolerances import assert_close, relative_error
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    return on_ranks(all_ops, tmp_path_factory.mktemp("ranks"))
+
+
+def joined(parts: list[Any]) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """o, final states and gradients of the whole sequences from those of the ranks."""
+    outputs = [torch.cat([part["results"][0] for part in parts], 1)]
+    for n in range(1, len(parts[0]["results"])):
+        ended = {
+            number: part["results"][n][place]
+            for part in parts
+            for place, (number, ends) in enumerate(zip(part["numbers"], part["ends"], strict=True))
+            if ends
+        }
+        outputs.append(torch.stack([ended[number] for number in sorted(ended)]))
+    grads = {
+        name: sum(part["grads"][name] for part in parts)
+        if name in ("h0", "u0")
+        else torch.cat([part["grads"][name] for part in parts], 1)
+        for name in parts[0]["grads"]
+    }
+    return outputs, grads
+
+
+@pytest.mark.parametrize("name", OP_CASES)
+def test_ranks_compute_what_one_process_does(name: str, found: list[Any]) -> None:
+    """Outputs, final states and every gradient within 1e-12 of one process, in float64."""
+    outputs, grads = joined([rank[name, torch.float64] for rank in found])
+    expected = whole(name, torch.float64)
+    for x, y in zip(outputs, expected["results"], strict=True):
+        assert_close(x, y, 1e-12)
+    for of, x in expected["grads"].items():
+        assert_close(grads[of], x, 1e-12, of)
+
+
+@pytest.mark.parametrize("name", ["separate, grouped", "packed", "cg"])
+def test_float32_loses_no_more_than_one_process(name: str, found: list[Any]) -> None:
+    """No result is further from float64 than twice one process's own distance."""
+    exact = joined([rank[name, torch.float64] for rank in found])
+    narrow = joined([rank[name, torch.float32] for rank in found])
+    alone = whole(name, torch.float32)
+    for x, y, z in zip(narrow[0], alone["results"], exact[0], strict=True):
+        assert relative_error(x, z) <= 2 * relative_error(y, z)
+    for of, z in exact[1].items():
+        assert relative_error(narrow[1][of], z) <= 2 * relative_error(alone["grads"][of], z), of
+
+
+@pytest.mark.parametrize(
+    ("name", "decays"), [("tied, batch", 1), ("separate, grouped", 2), ("no decay, no gates", 0)]
+)
+def test_bytes_that_a_layer_exchanges(name: str, decays: int, found: list[Any]) -> None:
+    """One gather of the states and a decay for each gate, and one reduce-scatter of the states."""
+    p: Any = problem_of(OP_CASES[name], torch.float64)
+    (batch, _, heads, key), value = p.q.shape, p.v.shape[-1]
+    states = batch * heads * key * (key + value)
+    for rank in found:
+        part = rank[name, torch.float64]
+        assert part["gathered"] == [8 * (states + decays * batch * heads)]
+        assert part["reduced"] == [8 * states]
