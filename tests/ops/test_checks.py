@@ -93,7 +93,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({**ONE, "cu_seqlens": bounds(0, 4, 3, 6)}, V, r"cu_seqlens must not decrease; got \[0, 4, 3, 6\]"),
     ({**ONE, "cu_seqlens": bounds(0, 5)}, V, r"cu_seqlens must start with 0 and end with T = 6; got 0 .. 5"),
     ({**ONE, "cu_seqlens": bounds(1, 6)}, V, "cu_seqlens must start with 0"),
-    ({**ONE, "cu_seqlens": bounds(0, 3, 6), "initial_state": (H0[:1], U0[:1])}, V,
+    ({**ONE, "cu_seqlens": bounds(0, 2, 4, 6), "initial_state": (H0, U0)}, V,
      r"h_kk.* must have shape \[2, 4, 8, 8\]; got \[1, 4, 8, 8\]"),
     ({**ONE, "cu_seqlens_cpu": bounds(0, 6)}, V, "cu_seqlens_cpu is the CPU copy of cu_seqlens: pass"),
     ({**ONE, "cu_seqlens": bounds(0, 6), "cu_seqlens_cpu": [0, 6]}, T,

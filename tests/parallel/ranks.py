@@ -72,7 +72,7 @@ def context_of(case: dict[str, Any]) -> Counting:
     return Counting(None, RANGES, bounds, attention_mask=case.get("mask"))
 
 
-# name: arguments of make_problem, of the op, packed documents, whether one state is given for the first of them
+# name: arguments of make_problem and of the op, packed documents, whether their first one alone has a state
 OP_CASES: dict[str, dict[str, Any]] = {
     "tied, batch": {"problem": {"decay": "tied", "batch": 2}},
     "separate, grouped": {"problem": {"decay": "separate", "heads": (4, 2, 1)}},
@@ -97,7 +97,9 @@ OP_CASES: dict[str, dict[str, Any]] = {
 def problem_of(case: dict[str, Any], dtype: torch.dtype) -> Any:
     documents = case.get("documents")
     lengths = None if documents is None else torch.tensor(documents).diff().tolist()
-    p = make_problem(LENGTH, dims=(8, 12), lengths=lengths, **{"heads": (2, 2, 2)} | case["problem"])
+    p = make_problem(
+        LENGTH, dims=(8, 12), lengths=lengths, **{"heads": (2, 2, 2)} | case["problem"]
+    )
     if case.get("first"):
         p = p.map(lambda x: x[:1] if len(x) > 1 else x)
     return p.map(lambda x: x.to(dtype))
@@ -108,9 +110,7 @@ def call(case: dict[str, Any], p: Any, **options: Any) -> tuple[Tensor, ...]:
     options = {"scale": 1.0, "output_final_state": True, **case.get("op", {}), **options}
     state = None if p.h0 is None else (p.h0, p.u0)
     if case.get("kind") == "gla":
-        o, u = chunk_simple_gla(
-            p.q, p.k, p.v, p.g, initial_state=p.u0, beta=p.beta, **options
-        )
+        o, u = chunk_simple_gla(p.q, p.k, p.v, p.g, initial_state=p.u0, beta=p.beta, **options)
         return o, u  # pyright: ignore[reportReturnType]
     if case.get("kind") == "delta":
         o, u = chunk_gated_delta_rule(p.q, p.k, p.v, p.g, p.beta, initial_state=p.u0, **options)
@@ -124,7 +124,9 @@ def call(case: dict[str, Any], p: Any, **options: Any) -> tuple[Tensor, ...]:
 
 
 def gradients(p: Any, results: tuple[Tensor, ...], weights: list[Tensor]) -> dict[str, Tensor]:
-    total = torch.as_tensor(sum((x * w.to(x.dtype)).sum() for x, w in zip(results, weights, strict=True)))
+    total = torch.as_tensor(
+        sum((x * w.to(x.dtype)).sum() for x, w in zip(results, weights, strict=True))
+    )
     tensors = p.tensors()
     grads = torch.autograd.grad(total, list(tensors.values()), allow_unused=True)
     return {
@@ -135,9 +137,11 @@ def gradients(p: Any, results: tuple[Tensor, ...], weights: list[Tensor]) -> dic
 
 def upstream_of(results: tuple[Tensor, ...]) -> list[Tensor]:
     """Random gradients; that of H is symmetric, because ranks add halves of it up."""
-    found = list(upstream((results[0], results[1], results[-1])))
-    found = found if len(results) == 3 else [found[0], found[2]]
-    return [(w + w.mT) / 2 if n and w.shape[-1] == w.shape[-2] else w for n, w in enumerate(found)]
+    o, u = results[0], results[-1]
+    h = u.new_empty(*u.shape[:3], u.shape[2])
+    found = list(upstream((o, h, u)))
+    found[1] = (found[1] + found[1].mT) / 2
+    return found if len(results) == 3 else [found[0], found[2]]
 
 
 def whole(name: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -153,15 +157,21 @@ def split(name: str, dtype: torch.dtype) -> dict[str, Any]:
     """A case on this rank."""
     case = OP_CASES[name]
     p, context = problem_of(case, dtype), context_of(case)
-    shapes = (*p.q.shape[:3], p.v.shape[-1]), *(
-        (len(p.q) if p.cu_seqlens is None else len(p.cu_seqlens) - 1, p.q.shape[2], 8, width)
-        for width in (8, 12)
+    shapes = (
+        (*p.q.shape[:3], p.v.shape[-1]),
+        *(
+            (len(p.q) if p.cu_seqlens is None else len(p.cu_seqlens) - 1, p.q.shape[2], 8, width)
+            for width in (8, 12)
+        ),
     )
     weights = list(upstream(tuple(torch.empty(s) for s in shapes)))  # pyright: ignore[reportArgumentType]
     weights[1] = (weights[1] + weights[1].mT) / 2
     mine = [context.shard(weights[0])]
     numbers = list(context.documents) or list(range(len(p.q)))
-    ends = [p.cu_seqlens[n + 1] <= context.end if context.documents else context.rank == RANKS - 1 for n in numbers]
+    ends = [
+        p.cu_seqlens[n + 1] <= context.end if context.documents else context.rank == RANKS - 1
+        for n in numbers
+    ]
     p = p.tokens(context.begin, context.end).leaves()
     results = call(case, p, context=context)
     finals = weights[1:] if len(results) == 3 else weights[2:]

@@ -1,21 +1,19 @@
 """chunk_gka and fused_recurrent_gka: Gated KalmaNet as functions, with FLA's call signatures."""
 
 import os
-from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from gka.errors import InputError
 from gka.maths.chunked import Settings, Tokens
 from gka.ops import checks
 from gka.ops.autograd import GKAEager, GKAFunction, pack
 from gka.ops.backends import Call, Mode, note_backend, resolve_backend
-from gka.ops.context import SequenceContext, carried_states, check_context
+from gka.ops.context import SequenceContext, check_context
 from gka.ops.dispatch import autocast, check_derivable, keep, kind_of, known, no_autocast
 from gka.ops.external import EXTERNAL, Given, resolve_external
 from gka.ops.external_call import run_external
+from gka.ops.initial_states import check_initial_state, first_of_packed, states_before, states_of
 from gka.ops.reference import reference_gka
 
 State = tuple[Tensor, Tensor]
@@ -162,7 +160,7 @@ def run_call(
         check_context(context, q.shape[1] if q.dim() > 1 else 0, cu_seqlens=cu_seqlens)
         cu_seqlens, cu_seqlens_cpu = context.cu_seqlens, context.cu_seqlens_cpu
         wanted = with_h and (num_iter > 0 or output_final_state)
-        initial_state = _carried(
+        initial_state = states_before(
             context, q, k, v, (g, gk, alpha, beta), initial_state, wanted, with_h
         )
     numbers = (
@@ -187,7 +185,7 @@ def run_call(
     q, k, v = autocast(q, k, v)
     if cu_seqlens_cpu is cu_seqlens:  # torch.compile refuses one tensor as two arguments
         cu_seqlens_cpu = None
-    h0, u0 = _states(initial_state, None if cu_seqlens is None else len(cu_seqlens) - 1)
+    h0, u0 = states_of(initial_state, None if cu_seqlens is None else len(cu_seqlens) - 1)
     gk = None if settings.tied else gk
     tokens = Tokens(q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu)
     if backend == "reference":
@@ -214,11 +212,11 @@ def check_call(
     checks.check_inputs(q, k, v, **gates)
     checks.check_settings(ridge_ratio, num_iter, chunk_size, scale, output_final_state)
     sequences = checks.check_lengths(q, cu_seqlens, cu_seqlens_cpu)
-    rows = _first_of_packed(initial_state, cu_seqlens, sequences)
-    _check_initial_state(initial_state, rows, q, v, with_h)
+    rows = first_of_packed(initial_state, cu_seqlens, sequences)
+    check_initial_state(initial_state, rows, q, v, with_h)
     debug = os.environ.get("GKA_DEBUG") == "1"
     if debug:
-        h0, u0 = _states(initial_state)
+        h0, u0 = states_of(initial_state)
         checks.check_values(q=q, k=k, v=v, g=g, gk=gk, alpha=alpha, beta=beta, h_kk=h0, h_kv=u0)
         checks.check_same_bounds(cu_seqlens, cu_seqlens_cpu)
     dims = (q.shape[-1], v.shape[-1])
@@ -242,80 +240,6 @@ def _reference(t: Tokens, s: Settings, g: Tensor | None) -> tuple[Tensor, State]
             t.q, t.k, t.v, g, g if s.tied else t.gk, t.alpha, t.beta, (t.h0, t.u0), bounds,
             scale=s.scale, ridge_ratio=s.ridge_ratio, num_iter=s.num_iter,
         )  # fmt: skip
-
-
-@torch.compiler.disable(reason="ranks exchange states: a graph cannot hold the collectives")
-def _carried(
-    context: SequenceContext, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Any, ...],
-    initial_state: State | Tensor | None, wanted: bool, with_h: bool,
-) -> State | Tensor:  # fmt: skip
-    """The states before this rank's tokens. Checks the inputs that the exchange reads.
-
-    Args:
-        gates: g, gk, alpha, beta. wanted: whether H is needed. with_h: whether states are pairs.
-    """
-    g, gk, alpha, beta = gates
-    checks.check_tensors(q=q, k=k, v=v)
-    q, k, v = autocast(q, k, v)
-    checks.check_inputs(q, k, v, g=g, gk=gk, alpha=alpha, beta=beta)
-    sequences = len(context.documents) or len(q)
-    if isinstance(initial_state, tuple | list) and len(initial_state) == 2:
-        sequences = len(initial_state[0])
-    elif isinstance(initial_state, Tensor):
-        sequences = len(initial_state)
-    _check_initial_state(initial_state, sequences, q, v, with_h)
-    heads, initial = q.shape[2], _states(initial_state)
-    h0, u0 = carried_states(context, k, v, g, gk, beta, heads, initial, wanted)
-    if not with_h:
-        return u0
-    return u0.new_zeros(len(u0), heads, *2 * q.shape[3:]) if h0 is None else h0, u0
-
-
-def _states(
-    initial_state: State | Tensor | None, packed: int | None = None
-) -> tuple[Tensor | None, Tensor | None]:
-    """h0 and u0 of an initial state that `_check_initial_state` accepts.
-
-    Args:
-        packed: the number of packed sequences; those after a state of the first one start from zero.
-    """
-    if isinstance(initial_state, Tensor) or initial_state is None:
-        h0, u0 = None, initial_state
-    else:
-        h0, u0 = initial_state
-    return _of_all(h0, packed), _of_all(u0, packed)
-
-
-def _of_all(state: Tensor | None, packed: int | None) -> Tensor | None:
-    if state is None or packed is None or len(state) == packed:
-        return state
-    return pad(state, (0, 0, 0, 0, 0, 0, 0, packed - len(state)))
-
-
-def _first_of_packed(state: Any, cu_seqlens: Tensor | None, sequences: int) -> int:
-    """States that an initial state holds: one for each sequence, or that of the first packed one alone."""
-    first = state[-1] if isinstance(state, tuple | list) and state else state
-    alone = cu_seqlens is not None and isinstance(first, Tensor) and first.dim() and len(first) == 1
-    return 1 if alone else sequences
-
-
-def _check_initial_state(
-    state: State | Tensor | None, sequences: int, q: Tensor, v: Tensor, with_h: bool
-) -> None:
-    if state is None:
-        return
-    heads, key_dim = q.shape[2:]
-    u_shape = (sequences, heads, key_dim, v.shape[-1])
-    if not with_h:
-        checks.check_tensor("initial_state", state)
-        assert isinstance(state, Tensor)
-        checks.check_state("initial_state", state, u_shape, q)
-        return
-    if not isinstance(state, tuple | list) or len(state) != 2:
-        raise TypeError(f"initial_state must be a pair (h_kk, h_kv); got {type(state).__name__}.")
-    h0, u0 = state
-    checks.check_state("initial_state[0] (h_kk)", h0, (sequences, heads, key_dim, key_dim), q)
-    checks.check_state("initial_state[1] (h_kv)", u0, u_shape, q)
 
 
 def chunk_simple_gla(

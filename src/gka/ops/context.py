@@ -4,12 +4,12 @@ Each rank holds one range of the tokens. Its memory starts from the state that t
 
     S_r = A_{r-1} S_{r-1} + E_{r-1},
 
-with E the state that a rank's tokens add to an empty one, and A what they do to an earlier one: a decay, or for
-the delta rule a matrix. One gather of (A, E) gives every rank its S_r. Backwards, the gradient of E_p is
+with E the state that a rank's tokens add to an empty one, and A what they do to an earlier one: a decay,
+or for the delta rule a matrix. One gather of (A, E) gives every rank its S_r. Backwards, the gradient is
 
     dE_p = sum over r > p of (A_{r-1} ... A_{p+1})^T dS_r,    dA_p = dE_p S_p^T  (a decay: <dE_p, A_p S_p>),
 
-one reduce-scatter of what every rank owes to the earlier ones. A rank keeps its own S_r, not what was gathered.
+one reduce-scatter of what every rank owes to earlier ones. A rank keeps its own S_r, not what it gathered.
 `gka.parallel` implements the collectives; nothing here knows how ranks talk.
 """
 
@@ -99,7 +99,7 @@ def bounds_after(context: SequenceContext, halo: int) -> tuple[Tensor | None, Te
 
 
 class Transition(NamedTuple):
-    """What a rank's tokens do to an earlier state: log decays [N,H], matrices [N,H,K,K], or nothing (None)."""
+    """What tokens do to an earlier state: log decays [N,H], matrices [N,H,K,K], or nothing (None)."""
 
     value: Tensor | None
 
@@ -130,7 +130,7 @@ class Transition(NamedTuple):
 class Carry(torch.autograd.Function):
     """Every rank's start states from all ranks' transitions and end states: the collectives of a layer.
 
-    Every rank runs it, those before which nothing stands too: a collective that one rank leaves out never ends.
+    Every rank runs it, the first too: a collective that one rank leaves out never ends.
     Arguments: the context; `of`, for each state the number of its transition or None; the transitions'
     values; the end states [N,H,K,.]. Returns the start states.
     """

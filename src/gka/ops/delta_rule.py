@@ -243,8 +243,8 @@ def _carried(
 ) -> Tensor:  # fmt: skip
     """The states before this rank's tokens of each of its sequences [n,H,K,V].
 
-    Over the rank's last sequence the state is A S_0 + E. Two passes find both: from zero, and from the identity
-    with values of zero.
+    Over the rank's last sequence the state is A S_0 + E. Two passes find both: from zero, and from the
+    identity with values of zero.
     """
     own = None if initial_state is None else own_initial(context, initial_state)
     q, zero = _prepare(q, k, v, g, beta, None, context.cu_seqlens, context.cu_seqlens_cpu)

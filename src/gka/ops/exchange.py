@@ -98,7 +98,7 @@ def _tail_back(context: SequenceContext, grad: Tensor, shape: torch.Size, aligne
 
 
 class Gathered(torch.autograd.Function):
-    """All ranks' tokens up to this rank's last, [B,T,...] -> [B,end,...]; the gradient is summed in float32."""
+    """All ranks' tokens up to this rank's last, [B,T,...] -> [B,end,...]; gradients add up in float32."""
 
     @staticmethod
     def forward(ctx: Any, context: SequenceContext, x: Tensor) -> Tensor:
@@ -125,8 +125,8 @@ class Gathered(torch.autograd.Function):
 class SumOverRanks(torch.autograd.Function):
     """The sum of every rank's number, the same on all ranks.
 
-    Its gradient is that of the sum of all ranks' results, so that gradients averaged over the ranks, as DDP and
-    FSDP do, are those of the sum.
+    Its gradient is that of the sum of all ranks' results, so that gradients averaged over the ranks, as DDP
+    and FSDP do, are those of the sum.
     """
 
     @staticmethod

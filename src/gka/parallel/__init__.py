@@ -1,4 +1,4 @@
-"""Models over several devices: collectives live here and nowhere else, and nothing below imports this package."""
+"""Models over several devices. Collectives live here alone, and nothing below imports it."""
 
 from gka.parallel.context import ContextParallel, even_ranges
 

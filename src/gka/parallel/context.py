@@ -23,8 +23,8 @@ def even_ranges(length: int, ranks: int, chunk_size: int = CHUNK_SIZE) -> list[t
     chunks = -(-length // chunk_size)
     if ranks < 1 or chunks < ranks:
         raise InputError(
-            f"{length} tokens are {chunks} chunks of {chunk_size}, too few for {ranks} ranks: each needs one. "
-            "Take fewer ranks, or longer sequences."
+            f"{length} tokens are {chunks} chunks of {chunk_size}, too few for {ranks} ranks: each needs "
+            "one. Take fewer ranks, or longer sequences."
         )
     bounds = [min(length, chunks * rank // ranks * chunk_size) for rank in range(ranks + 1)]
     return list(itertools.pairwise(bounds))
@@ -33,15 +33,15 @@ def even_ranges(length: int, ranks: int, chunk_size: int = CHUNK_SIZE) -> list[t
 class ContextParallel:
     """One batch's tokens split over a group of ranks: the `context` of ops, layers and models.
 
-    Build one for every batch, on every rank alike, from facts about whole rows; it communicates nothing by
-    itself. Ops, layers and models then take this rank's tokens (`shard`) and `context=`.
+    Build one for every batch, on every rank alike, from facts about whole rows; it communicates nothing.
+    Ops then take this rank's tokens (`shard`) and `context=`.
 
     Args:
         group: a process group, a one-dimensional DeviceMesh, or None for all processes.
-        token_ranges: (begin, end) of each rank in every row, in order and without gaps; all but the last end at
-            a multiple of `chunk_size`. They may differ in length. `even_ranges` makes even ones.
-        cu_seqlens: bounds [N+1] of documents packed into rows of B = 1, over the whole row. A document may lie
-            on several ranks. Empty ones are left out.
+        token_ranges: (begin, end) of each rank in every row, in order and without gaps; all but the last
+            end at a multiple of `chunk_size`. They may differ in length. `even_ranges` makes even ones.
+        cu_seqlens: bounds [N+1] of documents packed into rows of B = 1, over the whole row. A document may
+            lie on several ranks. Empty ones are left out.
         attention_mask: [B, length] over whole rows, 1 for tokens and 0 for padding on either side.
         chunk_size: tokens of a chunk of the ops.
         device: of the tokens. None: the current CUDA device with NCCL, else the CPU.
@@ -210,7 +210,8 @@ def _device(device: torch.device | str | None, group: Any) -> torch.device:
 def _check_ranges(ranges: list[tuple[int, int]], ranks: int, chunk_size: int) -> None:
     if len(ranges) != ranks:
         raise InputError(
-            f"token_ranges must have one (begin, end) for each of the group's {ranks} ranks; got {len(ranges)}."
+            f"token_ranges must have one (begin, end) for each of the group's {ranks} ranks; "
+            f"got {len(ranges)}."
         )
     at = 0
     for rank, (begin, end) in enumerate(ranges):
@@ -221,8 +222,8 @@ def _check_ranges(ranges: list[tuple[int, int]], ranks: int, chunk_size: int) ->
             )
         if end % chunk_size and rank < ranks - 1:
             raise InputError(
-                f"token_ranges must end at multiples of a chunk, {chunk_size} tokens (solvers choose their steps "
-                f"by chunk); rank {rank} ends at {end}."
+                f"token_ranges must end at multiples of a chunk, {chunk_size} tokens (solvers choose their "
+                f"steps by chunk); rank {rank} ends at {end}."
             )
         at = end
 
@@ -230,8 +231,8 @@ def _check_ranges(ranges: list[tuple[int, int]], ranks: int, chunk_size: int) ->
 def _bounds(cu_seqlens: Tensor, length: int) -> list[int]:
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point():
         raise InputError(
-            f"cu_seqlens must be [documents + 1] integers over the whole row; got {cu_seqlens.dtype} of shape "
-            f"{tuple(cu_seqlens.shape)}."
+            f"cu_seqlens must be [documents + 1] integers over the whole row; got {cu_seqlens.dtype} of "
+            f"shape {tuple(cu_seqlens.shape)}."
         )
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in itertools.pairwise(bounds)):
