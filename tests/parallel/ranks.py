@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from gka.errors import InputError
 from gka.ops import chunk_gka, chunk_simple_gla
 from gka.ops.delta_rule import chunk_gated_delta_rule
 from gka.parallel import ContextParallel
@@ -188,4 +190,30 @@ def all_ops() -> dict[str, Any]:
     found = {(name, torch.float64): split(name, torch.float64) for name in OP_CASES}
     for name in ("separate, grouped", "packed", "cg"):
         found[name, torch.float32] = split(name, torch.float32)
-    return found
+    return found | {"errors": errors()}
+
+
+def told(wrong: Callable[[], Any]) -> str:
+    """The error's text."""
+    with pytest.raises(InputError) as raised:
+        wrong()
+    return str(raised.value)
+
+
+def errors() -> dict[str, str]:
+    """What each wrong call raises, by words that must be in it."""
+    bounds, mask = torch.tensor([0, 300]), torch.ones(1, 100)
+    context, p = context_of({}), make_problem(70, states=False)
+    mine = p.tokens(0, context.end - context.begin if context.rank == 0 else 1)
+    whole_bounds = {"cu_seqlens": torch.tensor([0, len(mine.q[0])])}
+    return {
+        "rise from 0 to the row's 440 tokens": told(lambda: ContextParallel(None, RANGES, bounds)),
+        "attention_mask must be": told(lambda: ContextParallel(None, RANGES, attention_mask=mask)),
+        "too few for 4 ranks": told(lambda: ContextParallel.even(None, 150)),
+        "shard takes whole rows": told(lambda: context.shard(p.q)),
+        "context.shard": told(lambda: chunk_gka(p.q, p.k, p.v, context=context)),
+    } | (
+        {"the context holds it": told(
+            lambda: chunk_gka(mine.q, mine.k, mine.v, context=context, **whole_bounds)
+        )} if context.rank == 0 else {}
+    )  # fmt: skip

@@ -6,7 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.ranks import OP_CASES, all_ops, on_ranks, problem_of, whole
+from gka.errors import InputError
+from gka.parallel import even_ranges
+from gka.parallel.context import check_ranges
+from parallel.ranks import (
+    OP_CASES,
+    all_ops,
+    call,
+    gradients,
+    on_ranks,
+    problem_of,
+    upstream_of,
+    whole,
+)
 from tolerances import assert_close, relative_error
 
 
@@ -75,3 +87,49 @@ def test_bytes_that_a_layer_exchanges(name: str, decays: int, found: list[Any]) 
         part = rank[name, torch.float64]
         assert part["gathered"] == [8 * (states + decays * batch * heads)]
         assert part["reduced"] == [8 * states]
+
+
+@pytest.mark.parametrize(
+    ("ranges", "message"),
+    [
+        ([(0, 64)], "one .begin, end. for each of the group's 2 ranks; got 1"),
+        ([(0, 64), (128, 192)], r"without gaps.*rank 1 has \(128, 192\) after 64"),
+        ([(0, 64), (64, 64)], "none empty"),
+        ([(0, 60), (60, 128)], "multiples of a chunk, 64 tokens.*rank 0 ends at 60"),
+    ],
+)
+def test_ranges_that_do_not_fit_are_told(ranges: Any, message: str) -> None:
+    """Too few, with gaps, empty, or cut inside a chunk: the error names the rank and what was expected."""
+    with pytest.raises(InputError, match=message):
+        check_ranges(ranges, 2, 64)
+
+
+def test_even_ranges_are_whole_chunks() -> None:
+    """They cover all tokens, differ by a chunk at most, and there is none without a chunk."""
+    assert even_ranges(440, 4) == [(0, 64), (64, 192), (192, 320), (320, 440)]
+    assert even_ranges(512, 2) == [(0, 256), (256, 512)]
+    with pytest.raises(InputError, match="100 tokens are 2 chunks of 64, too few for 3 ranks"):
+        even_ranges(100, 3)
+
+
+def test_errors_on_ranks(found: list[Any]) -> None:
+    """A call with other tokens than the rank's, with bounds, or whole bounds and masks that do not fit."""
+    for rank in found:
+        for expected, told in rank["errors"].items():
+            assert expected in told, told
+
+
+def test_a_state_of_the_first_packed_sequence_alone() -> None:
+    """initial_state with N = 1 is zero states for the other packed sequences, in results and gradients."""
+    p = problem_of(OP_CASES["first state"], torch.float64).leaves()
+    results = call({}, p, cu_seqlens=p.cu_seqlens)
+    grads = gradients(p, results, upstream_of(results))
+    q = p.map(
+        lambda x: torch.cat([x, x.new_zeros(2, *x.shape[1:])]) if x.shape[1] == 2 else x
+    ).leaves()
+    expected = call({}, q, cu_seqlens=p.cu_seqlens)
+    wanted = gradients(q, expected, upstream_of(expected))
+    for x, y in zip(results, expected, strict=True):
+        assert_close(x, y, 1e-14)
+    for name, x in grads.items():
+        assert_close(x, wanted[name][: len(x)], 1e-14, name)

@@ -67,7 +67,7 @@ class ContextParallel:
         self.group = _process_group(group)
         self.rank, self.ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.ranges = [(int(begin), int(end)) for begin, end in token_ranges]
-        _check_ranges(self.ranges, self.ranks, chunk_size)
+        check_ranges(self.ranges, self.ranks, chunk_size)
         self.device = _device(device, self.group)
         self.begin, self.end = self.ranges[self.rank]
         self.length, self.longest = (
@@ -207,7 +207,12 @@ def _device(device: torch.device | str | None, group: Any) -> torch.device:
     return torch.device("cpu")
 
 
-def _check_ranges(ranges: list[tuple[int, int]], ranks: int, chunk_size: int) -> None:
+def check_ranges(ranges: list[tuple[int, int]], ranks: int, chunk_size: int) -> None:
+    """Check that there is one range of whole chunks a rank, and that they follow each other from 0.
+
+    Raises:
+        InputError: it is not so; the message names the rank.
+    """
     if len(ranges) != ranks:
         raise InputError(
             f"token_ranges must have one (begin, end) for each of the group's {ranks} ranks; "

@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from gka.training.config import DataConfig, RunConfig, TrainingConfig, read_recipe
+from gka.training.config import CorpusConfig, DataConfig, RunConfig, TrainingConfig, read_recipe
 
 if TYPE_CHECKING:
     from gka.training.loop import SelectiveDecay
@@ -16,6 +16,7 @@ __all__ = [
     "SelectiveDecay",
     "RunConfig",
     "DataConfig",
+    "CorpusConfig",
     "TrainingConfig",
     "read_recipe",
 ]

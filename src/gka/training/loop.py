@@ -1,8 +1,9 @@
 """The training loop of every run: the Trainer, its checkpoints, interruptions."""
 
 import contextlib
+import math
 import shutil
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -18,14 +19,23 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.trainer_utils import EvalLoopOutput
 
 from gka.console import lines
-from gka.errors import StorageError
+from gka.errors import InputError, StorageError
 from gka.layers import decayed_parameters
 from gka.models.recomputation import checkpoint_arguments
+from gka.parallel import current
 from gka.storage import storage_errors
 from gka.training import callbacks, checkpoints, compilation
 from gka.training.config import TrainingConfig
+from gka.training.order import (
+    EvaluationBatches,
+    GivenOrder,
+    ShuffledOrder,
+    TrainingBatches,
+    targets_of,
+)
 
 
 class Interrupted(Exception):
@@ -35,6 +45,8 @@ class Interrupted(Exception):
         step: the step of the checkpoint.
         signal: number of the signal.
     """
+
+    on_every_rank = True  # of a job of several processes
 
     def __init__(self, step: int, signal: int) -> None:
         super().__init__(f"stopped after step {step}")
@@ -53,6 +65,7 @@ def fit(
     kind: Callable[..., "DecoderTrainer"] | None = None,
     settings: dict[str, Any] | None = None,
     beside: Sequence[nn.Module] = (),
+    readers: int | None = None,
 ) -> "DecoderTrainer":
     """Train `model` for `config.max_steps` steps and return the Trainer.
 
@@ -67,17 +80,23 @@ def fit(
         kind: builds the Trainer. None: `DecoderTrainer`.
         settings: further arguments of the Trainer.
         beside: further models that the loss calls; compiled if `model` is.
+        readers: ranks, or groups of ranks, that read different blocks. None: every rank is one.
 
     Raises:
         Interrupted: a signal asked for a stop before the last step.
         InputError: the loss is not finite, the checkpoint cannot be loaded, or torch.compile failed.
+        LostRank: another process of the job has ended without a word.
     """
     args = arguments(config, folder)
     last = _last_checkpoint(folder, console) if resume else None
-    tokens = tokens_of_a_step(config, getattr(blocks[0], "length", 0), args.world_size)
+    readers = readers or args.world_size
+    tokens = tokens_of_a_step(config, getattr(blocks[0], "length", 0), readers)
     bar = callbacks.ProgressBar(console, tokens)
-    shown = [callbacks.Estimate(console, len(cast(Sized, blocks[1]))), bar]
+    shown = [callbacks.Estimate(console, len(cast(Sized, blocks[1])) / readers), bar]
     how = compilation.chosen(config.compile, args.device)
+    if how == compilation.CUDA_GRAPHS:
+        alone = kind is None and isinstance(model, PreTrainedModel)
+        compilation.check_graphs(config.gradient_accumulation, alone)
     if how != compilation.OFF:
         shown.append(compilation.FirstStep(console, how))
     elif config.compile == compilation.AUTO and args.device.type == "cuda":
@@ -85,27 +104,47 @@ def fit(
     with callbacks.stop_on_signals() as stop, contextlib.closing(bar), lines(console, bar.line):
         trainer = _trainer(kind, [*_callbacks(stop), *shown], {
             "model": model, "args": args, "train_dataset": blocks[0], "eval_dataset": blocks[1],
-            "processing_class": tokenizer, **(settings or {}),
+            "processing_class": tokenizer, "data_collator": getattr(blocks[0], "collate", None),
+            **(settings or {}),
         })  # fmt: skip
         trainer.compiled = how
         if last is None or not _is_at_the_end(trainer, last, config.max_steps):
-            with compilation.compiled((model, *beside), how):
+            with compilation.compiled((model, *beside), how), losses_of_ranks():
                 trainer.train(resume_from_checkpoint=str(last) if last else None)
     if stop.signal is not None and trainer.state.global_step < config.max_steps:
         raise Interrupted(trainer.state.global_step, stop.signal)
     return trainer
 
 
-def tokens_of_a_step(config: TrainingConfig, sequence_length: int, processes: int) -> int:
-    """Tokens per optimizer step, summed over all processes."""
-    return config.batch_size * config.gradient_accumulation * sequence_length * processes
+@contextlib.contextmanager
+def losses_of_ranks() -> Iterator[None]:
+    """Turn an error that came of the loss of another rank into one that says so.
+
+    Raises:
+        LostRank: a rank was lost.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        current().check_alive(error)
+        raise
+
+
+def tokens_of_a_step(config: TrainingConfig, sequence_length: int, readers: int) -> int:
+    """Tokens per optimizer step, summed over all ranks that read different blocks."""
+    return config.batch_size * config.gradient_accumulation * sequence_length * readers
 
 
 def _last_checkpoint(folder: Path, console: Console) -> Path | None:
     def say(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True, markup=False)
 
-    last = checkpoints.newest(folder, say)
+    job = current()
+    with job.together():
+        last = checkpoints.newest(folder, say) if job.is_main else None
+    last = job.gather(last)[0]
     say(f"resuming from {last}" if last else "no whole checkpoint: starting from step 0")
     return last
 
@@ -155,38 +194,100 @@ class SelectiveDecay:
 
 
 class DecoderTrainer(SelectiveDecay, Trainer):
-    """Trainer with `SelectiveDecay` whose errors name the checkpoint.
+    """Trainer with `SelectiveDecay` and `gka.training.order`, whose errors name the checkpoint.
 
     Attributes:
-        compiled: what is compiled: "layers", "model" or "off". If anything is, all training batches have one
-            shape, because each shape compiles a graph: a smaller batch at the end of an epoch is left out.
-            Evaluation runs uncompiled.
+        compiled: what is compiled: "layers", "model", "cuda-graphs" or "off". Evaluation runs uncompiled.
+
+    A data set with `ordered` is read in its order; `collate` of the data sets makes their batches.
     """
 
     compiled: str = compilation.OFF
 
-    def get_train_dataloader(self) -> DataLoader:
-        """The Trainer's loader; if compiled, without a smaller last batch unless it is the only one."""
-        smallest = self.args.per_device_train_batch_size * self.args.world_size
-        before = self.args.dataloader_drop_last
-        if self.compiled != compilation.OFF and len(cast(Sized, self.train_dataset)) >= smallest:
-            self.args.dataloader_drop_last = True
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.args.dataloader_drop_last = before
+    @property
+    def readers(self) -> tuple[int, int]:
+        """How many ranks read different blocks, and which of them this one is."""
+        return self.args.world_size, self.args.process_index
 
-    def prediction_step(
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        """The Trainer's step of one batch; the loss is a copy where CUDA graphs would overwrite it."""
+        if self.compiled != compilation.CUDA_GRAPHS:
+            return super().training_step(model, inputs, num_items_in_batch)
+        torch.compiler.cudagraph_mark_step_begin()
+        return super().training_step(model, inputs, num_items_in_batch).clone()
+
+    def get_train_dataloader(self) -> DataLoader:
+        """This rank's micro-batches of the whole run; no number of ranks changes their order."""
+        args, blocks = self.args, len(cast(Sized, self.train_dataset))
+        if getattr(self.train_dataset, "ordered", False):
+            order = GivenOrder()
+        else:
+            order = ShuffledOrder(blocks, int(args.data_seed or args.seed))
+        count = args.max_steps * args.gradient_accumulation_steps
+        batches = TrainingBatches(order, args.per_device_train_batch_size, count, *self.readers)
+        return self._loader(self.train_dataset, batches)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """This rank's batches of the held-out blocks."""
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        size = self.args.per_device_eval_batch_size
+        batches = EvaluationBatches(len(cast(Sized, data)), size, *self.readers)
+        return self._loader(data, batches)
+
+    def _loader(self, data: Any, batches: Any) -> DataLoader:
+        return DataLoader(
+            data, batch_sampler=batches, collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers, pin_memory=self.args.dataloader_pin_memory,
+        )  # fmt: skip
+
+    def evaluation_loop(
         self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
         ignore_keys: list[str] | None = None,
-    ) -> Any:
-        """The Trainer's step of an evaluation, uncompiled."""
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The mean loss over all held-out targets. Sums are added in the blocks' order, whoever had them."""
+        model: Any = self._evaluated_model()
+        model.eval()
+        batches = cast(EvaluationBatches, dataloader.batch_sampler)
+        sums = []
+        for turn, inputs in enumerate(dataloader):
+            loss = self._held_out_loss(model, inputs)
+            if (number := batches.number(turn)) < batches.batches:
+                count = targets_of(inputs)
+                sums.append((number, loss * count, count))
+            self.control = self.callback_handler.on_prediction_step(
+                self.args, self.state, self.control
+            )
+        every = sorted(row for rows in self._of_all_readers(sums) for row in rows)
+        mean = math.fsum(row[1] for row in every) / max(1, sum(row[2] for row in every))
+        metrics = {f"{metric_key_prefix}_loss": mean}
+        return EvalLoopOutput(None, None, metrics, num_samples=batches.blocks)  # pyright: ignore[reportArgumentType]
+
+    def _evaluated_model(self) -> nn.Module:
+        """The model with the autocast that training runs under."""
+        if not self.accelerator._models:  # never trained
+            model = cast(nn.Module, self.model)
+            return self.accelerator.prepare_model(model, evaluation_mode=True)
+        return cast(nn.Module, self.model)
+
+    def _of_all_readers(self, value: Any) -> list[Any]:
+        """Each reader's value once."""
+        if self.args.world_size == 1:
+            return [value]
+        found: list[Any] = [None] * self.args.world_size
+        torch.distributed.all_gather_object(found, value)
+        return found
+
+    def _held_out_loss(self, model: nn.Module, inputs: dict[str, Any]) -> float:
+        """A batch's mean loss, uncompiled."""
         compiled = self.compiled != compilation.OFF
-        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+        with torch.no_grad(), eager:
+            loss: Any = self.compute_loss(model, self._prepare_inputs(inputs))
+            return float(loss.double())
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
@@ -246,6 +347,7 @@ def arguments(config: TrainingConfig, folder: Path) -> TrainingArguments:
         log_level="error",
         report_to="none",
         prediction_loss_only=True,
+        dataloader_num_workers=config.loader_workers,
         remove_unused_columns=False,  # data sets yield the models' arguments
         dataloader_pin_memory=torch.cuda.is_available(),
     )
