@@ -94,7 +94,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({**ONE, "cu_seqlens": bounds(0, 5)}, V, r"cu_seqlens must start with 0 and end with T = 6; got 0 .. 5"),
     ({**ONE, "cu_seqlens": bounds(1, 6)}, V, "cu_seqlens must start with 0"),
     ({**ONE, "cu_seqlens": bounds(0, 2, 4, 6), "initial_state": (H0, U0)}, V,
-     r"h_kk.* must have shape \[2, 4, 8, 8\]; got \[1, 4, 8, 8\]"),
+     r"h_kk.* must have shape \[3, 4, 8, 8\]; got \[2, 4, 8, 8\]"),
     ({**ONE, "cu_seqlens_cpu": bounds(0, 6)}, V, "cu_seqlens_cpu is the CPU copy of cu_seqlens: pass"),
     ({**ONE, "cu_seqlens": bounds(0, 6), "cu_seqlens_cpu": [0, 6]}, T,
      "cu_seqlens_cpu must be a torch.Tensor; got list"),

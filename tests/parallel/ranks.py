@@ -203,9 +203,10 @@ def told(wrong: Callable[[], Any]) -> str:
 def errors() -> dict[str, str]:
     """What each wrong call raises, by words that must be in it."""
     bounds, mask = torch.tensor([0, 300]), torch.ones(1, 100)
-    context, p = context_of({}), make_problem(70, states=False)
+    p: Any = make_problem(70, states=False)
+    context = context_of({})
     mine = p.tokens(0, context.end - context.begin if context.rank == 0 else 1)
-    whole_bounds = {"cu_seqlens": torch.tensor([0, len(mine.q[0])])}
+    whole_bounds: Any = {"cu_seqlens": torch.tensor([0, len(mine.q[0])])}
     return {
         "rise from 0 to the row's 440 tokens": told(lambda: ContextParallel(None, RANGES, bounds)),
         "attention_mask must be": told(lambda: ContextParallel(None, RANGES, attention_mask=mask)),

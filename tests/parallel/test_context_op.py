@@ -38,7 +38,7 @@ def joined(parts: list[Any]) -> tuple[list[Tensor], dict[str, Tensor]]:
             if ends
         }
         outputs.append(torch.stack([ended[number] for number in sorted(ended)]))
-    grads = {
+    grads: Any = {
         name: sum(part["grads"][name] for part in parts)
         if name in ("h0", "u0")
         else torch.cat([part["grads"][name] for part in parts], 1)
