@@ -51,7 +51,7 @@ def gradients(p: Any, results: tuple[Tensor, ...]) -> dict[str, Tensor]:
 def test_faded_past_and_what_a_text_adds_are_a_whole_pass(name: str):
     """exp(totals) S + end_state is the final state of a pass from S, to 1e-12 with all gradients: those of
     the totals, through which S fades, among them."""
-    p = PROBLEMS[name].leaves()
+    p: Any = PROBLEMS[name].leaves()
     expected = passed(p, (p.h0, p.u0))
     wanted = gradients(p, expected)
     totals, h, u, _ = ends(p)

@@ -71,7 +71,7 @@ class Counting(ContextParallel):
 def context_of(case: dict[str, Any]) -> Counting:
     documents = case.get("documents")
     bounds = None if documents is None else torch.tensor(documents)
-    return Counting(None, RANGES, bounds, attention_mask=case.get("mask"))
+    return Counting(None, RANGES, bounds)
 
 
 # name: arguments of make_problem and of the op, packed documents, whether their first one alone has a state
@@ -158,7 +158,8 @@ def whole(name: str, dtype: torch.dtype) -> dict[str, Any]:
 def split(name: str, dtype: torch.dtype) -> dict[str, Any]:
     """A case on this rank."""
     case = OP_CASES[name]
-    p, context = problem_of(case, dtype), context_of(case)
+    p: Any = problem_of(case, dtype)
+    context = context_of(case)
     shapes = (
         (*p.q.shape[:3], p.v.shape[-1]),
         *(
@@ -170,8 +171,9 @@ def split(name: str, dtype: torch.dtype) -> dict[str, Any]:
     weights[1] = (weights[1] + weights[1].mT) / 2
     mine = [context.shard(weights[0])]
     numbers = list(context.documents) or list(range(len(p.q)))
+    bounds: Any = p.cu_seqlens
     ends = [
-        p.cu_seqlens[n + 1] <= context.end if context.documents else context.rank == RANKS - 1
+        bounds[n + 1] <= context.end if context.documents else context.rank == RANKS - 1
         for n in numbers
     ]
     p = p.tokens(context.begin, context.end).leaves()
@@ -185,9 +187,9 @@ def split(name: str, dtype: torch.dtype) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def all_ops() -> dict[str, Any]:
+def all_ops() -> dict[Any, Any]:
     """Every case in float64, and some in float32."""
-    found = {(name, torch.float64): split(name, torch.float64) for name in OP_CASES}
+    found: dict[Any, Any] = {(name, torch.float64): split(name, torch.float64) for name in OP_CASES}
     for name in ("separate, grouped", "packed", "cg"):
         found[name, torch.float32] = split(name, torch.float32)
     return found | {"errors": errors()}
@@ -202,19 +204,18 @@ def told(wrong: Callable[[], Any]) -> str:
 
 def errors() -> dict[str, str]:
     """What each wrong call raises, by words that must be in it."""
-    bounds, mask = torch.tensor([0, 300]), torch.ones(1, 100)
+    bounds = torch.tensor([0, 300])
     p: Any = make_problem(70, states=False)
     context = context_of({})
     mine = p.tokens(0, context.end - context.begin if context.rank == 0 else 1)
     whole_bounds: Any = {"cu_seqlens": torch.tensor([0, len(mine.q[0])])}
     return {
         "rise from 0 to the row's 440 tokens": told(lambda: ContextParallel(None, RANGES, bounds)),
-        "attention_mask must be": told(lambda: ContextParallel(None, RANGES, attention_mask=mask)),
         "too few for 4 ranks": told(lambda: ContextParallel.even(None, 150)),
         "shard takes whole rows": told(lambda: context.shard(p.q)),
         "context.shard": told(lambda: chunk_gka(p.q, p.k, p.v, context=context)),
     } | (
-        {"the context holds it": told(
+        {"the context holds the bounds": told(
             lambda: chunk_gka(mine.q, mine.k, mine.v, context=context, **whole_bounds)
         )} if context.rank == 0 else {}
     )  # fmt: skip

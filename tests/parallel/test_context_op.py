@@ -113,7 +113,7 @@ def test_even_ranges_are_whole_chunks() -> None:
 
 
 def test_errors_on_ranks(found: list[Any]) -> None:
-    """A call with other tokens than the rank's, with bounds, or whole bounds and masks that do not fit."""
+    """A call with other tokens than the rank's, with bounds, or whole bounds that do not fit."""
     for rank in found:
         for expected, told in rank["errors"].items():
             assert expected in told, told

@@ -60,7 +60,7 @@ class Part:
         self.heads, self.of_h = heads, v is None
         self.work = torch.float64 if k.dtype == torch.float64 else torch.float32
         size = _chunk_size(k.shape[1], cu_seqlens)
-        self.layout = chunk_layout(*k.shape[:2], size, cu_seqlens, cu_seqlens_cpu)
+        self.layout = chunk_layout(k.shape[0], k.shape[1], size, cu_seqlens, cu_seqlens_cpu)
         self.owner = _owners(self.layout, k.device)
         self.k = self._cut(k)
         self.v = self.k if v is None else self._cut(v)

@@ -157,7 +157,7 @@ def run_call(
 ) -> tuple[Tensor, State | None]:
     if context is not None:
         checks.check_tensor("q", q)
-        check_context(context, q.shape[1] if q.dim() > 1 else 0, cu_seqlens=cu_seqlens)
+        check_context(context, q.shape[1] if q.dim() > 1 else 0, cu_seqlens)
         cu_seqlens, cu_seqlens_cpu = context.cu_seqlens, context.cu_seqlens_cpu
         wanted = with_h and (num_iter > 0 or output_final_state)
         initial_state = states_before(

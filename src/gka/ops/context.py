@@ -32,13 +32,10 @@ class SequenceContext(Protocol):
     Attributes:
         rank, ranks: this rank, and their number.
         begin, end: this rank's tokens in every row.
-        length: tokens of a whole row. longest: tokens of the longest range.
+        length: tokens of a whole row.
         origins: for each rank, the rank where the document of its first token begins.
         cu_seqlens, cu_seqlens_cpu: bounds of this rank's parts of packed documents; None without packing.
         documents: the numbers of these documents among all packed ones, () without packing.
-        before: tokens of this rank's first document on earlier ranks.
-        attention_mask: bool [B, length] over whole rows; None without padding.
-        lengths: this rank's tokens of each row [B], padding left out; None without padding.
     """
 
     rank: int
@@ -46,18 +43,10 @@ class SequenceContext(Protocol):
     begin: int
     end: int
     length: int
-    longest: int
     origins: tuple[int, ...]
     cu_seqlens: Tensor | None
     cu_seqlens_cpu: Tensor | None
     documents: tuple[int, ...]
-    before: int
-    attention_mask: Tensor | None
-    lengths: Tensor | None
-
-    def tokens(self, rank: int) -> int:
-        """Tokens of that rank in every row."""
-        ...
 
     def gather(self, x: Tensor) -> Tensor:
         """Every rank's x, [...] -> [ranks, ...]. All ranks call it, with one shape and dtype."""
@@ -67,35 +56,10 @@ class SequenceContext(Protocol):
         """The sum over ranks of their x[rank], [ranks, ...] -> [...]. All ranks call it."""
         ...
 
-    def halo_places(self, width: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(rank, place among its last `width` tokens, whether there is one), [B, width] each.
-
-        They are the last tokens of each row before this rank's, padding skipped. Only with padding.
-        """
-        ...
-
 
 def sources(context: SequenceContext) -> range:
     """The earlier ranks that hold tokens of this rank's first document."""
     return range(context.origins[context.rank], context.rank)
-
-
-def goes_on(context: SequenceContext) -> bool:
-    """Whether this rank's last document has tokens on the next rank."""
-    following = context.rank + 1
-    return following < context.ranks and context.origins[following] <= context.rank
-
-
-def bounds_after(context: SequenceContext, halo: int) -> tuple[Tensor | None, Tensor | None]:
-    """Bounds, and their CPU copy, of this rank's packed documents after `halo` tokens of earlier ranks."""
-    if context.cu_seqlens is None:
-        return None, None
-    return tuple(  # pyright: ignore[reportReturnType]
-        None
-        if x is None
-        else torch.cat([x[:1], x[:1] + max(halo - context.before, 0), x[1:] + halo])
-        for x in (context.cu_seqlens, context.cu_seqlens_cpu)
-    )
 
 
 class Transition(NamedTuple):
@@ -282,8 +246,8 @@ def own_initial(context: SequenceContext, state: Tensor | None) -> Tensor | None
     return torch.cat([state[:1] * 0, state[1:]]) if begun else state
 
 
-def check_context(context: SequenceContext, length: int, **others: Any) -> None:
-    """Check that a call has this rank's tokens, and nothing that the context holds or excludes.
+def check_context(context: SequenceContext, length: int, cu_seqlens: Tensor | None) -> None:
+    """Check that a call has this rank's tokens, and no bounds of its own.
 
     Raises:
         InputError: it has not; the message says what to pass where.
@@ -293,19 +257,8 @@ def check_context(context: SequenceContext, length: int, **others: Any) -> None:
             f"rank {context.rank} of this context holds tokens {context.begin} to {context.end} of each row, "
             f"{context.end - context.begin} of {context.length}; got {length}. Pass context.shard(x)."
         )
-    for name, given in others.items():
-        if given is not None and given is not False:
-            raise InputError(
-                _NOT_WITH.get(name, f"{name} cannot be used with context: leave it out.")
-            )
-
-
-_HELD = (
-    "the context holds it for whole rows: give it to ContextParallel, and leave it out of the call."
-)
-_NOT_WITH = {
-    "cu_seqlens": f"cu_seqlens: {_HELD}",
-    "attention_mask": f"attention_mask: {_HELD}",
-    "past_key_values": "past_key_values: a sequence split over ranks has no cache: leave it out.",
-    "use_cache": "use_cache: a sequence split over ranks has no cache: leave it out.",
-}
+    if cu_seqlens is not None:
+        raise InputError(
+            "cu_seqlens: the context holds the bounds of whole rows: give them to ContextParallel, and leave "
+            "them out of the call."
+        )

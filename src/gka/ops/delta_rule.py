@@ -220,7 +220,7 @@ def chunk_gated_delta_rule(
     checks.check_flags(output_final_state=output_final_state)
     if context is not None:
         checks.check_tensors(q=q, k=k, v=v)
-        check_context(context, q.shape[1] if q.dim() > 1 else 0, cu_seqlens=cu_seqlens)
+        check_context(context, q.shape[1] if q.dim() > 1 else 0, cu_seqlens)
         initial_state = _carried(context, q, k, v, g, beta, initial_state)
         cu_seqlens, cu_seqlens_cpu = context.cu_seqlens, context.cu_seqlens_cpu
     q, state = _prepare(q, k, v, g, beta, initial_state, cu_seqlens, cu_seqlens_cpu)
@@ -248,8 +248,8 @@ def _carried(
     """
     own = None if initial_state is None else own_initial(context, initial_state)
     q, zero = _prepare(q, k, v, g, beta, None, context.cu_seqlens, context.cu_seqlens_cpu)
-    q, k, v, g, beta = last_document(context, q, k, v, g, beta)
-    assert q is not None and k is not None and v is not None
+    heads, (g, beta) = last_document(context, q, k, v), last_document(context, g, beta)
+    q, k, v = (x for x in heads if x is not None)
     beta = q.new_ones(q.shape[:3]) if beta is None else beta
     g = q.new_zeros(q.shape[:3]) if g is None else g
     zero, (rows, heads, dim) = zero[: len(q)], (len(q), q.shape[2], q.shape[3])

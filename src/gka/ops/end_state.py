@@ -77,9 +77,9 @@ class _EndGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: Any) -> tuple[Tensor | None, ...]:
         *inputs, cu_seqlens, cu_seqlens_cpu, grad, grad_total, heads = given
-        k = inputs[0]
+        k, v, g, beta = inputs
         with inside("gka.end_state_backward", k.device.type):
-            part = Part(*inputs, heads, cu_seqlens, cu_seqlens_cpu)
+            part = Part(k, v, g, beta, heads, cu_seqlens, cu_seqlens_cpu)
             if grad is None:
                 shape = (part.layout.num_sequences, heads, k.shape[-1], part.v.shape[-1])
                 grad = torch.zeros(shape, dtype=part.work, device=k.device)
@@ -192,13 +192,13 @@ def _scan(
     name: str, q: Tensor, inputs: tuple[Any, ...], bounds: tuple[Any, Any], chunk_size: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """H and U at chunk starts and ends by a backend's scan."""
-    k, v, g, gk, beta = (None if x is None else x.detach() for x in inputs)
+    k, v, g, gk, beta = inputs
     if name == "reference":
         raise InputError('backend="reference" goes token by token and has no scan: use "torch".')
     call = Call(k.device, k.dtype, "chebyshev", (k.shape[3], v.shape[3]), chunk_size)
     backend = get_backend(resolve_backend(name, call))
     tied = inputs[2] is not None and inputs[2] is inputs[3]
-    tokens = Tokens(q.detach(), k, v, g, None if tied else gk, None, beta, None, None, *bounds)
+    tokens = Tokens(q, k, v, g, None if tied else gk, None, beta, None, None, *bounds)
     settings = Settings(1.0, 1.0, 1, chunk_size, tied, True)
     with no_autocast(k.device.type):
         return backend.states(tokens, settings)

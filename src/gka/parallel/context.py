@@ -42,16 +42,15 @@ class ContextParallel:
             end at a multiple of `chunk_size`. They may differ in length. `even_ranges` makes even ones.
         cu_seqlens: bounds [N+1] of documents packed into rows of B = 1, over the whole row. A document may
             lie on several ranks. Empty ones are left out.
-        attention_mask: [B, length] over whole rows, 1 for tokens and 0 for padding on either side.
         chunk_size: tokens of a chunk of the ops.
         device: of the tokens. None: the current CUDA device with NCCL, else the CPU.
 
     Attributes:
-        rank, ranks, begin, end, length, longest, origins, cu_seqlens, cu_seqlens_cpu, documents, before,
-            attention_mask, lengths: as in `gka.ops.context.SequenceContext`.
+        rank, ranks, begin, end, length, origins, cu_seqlens, cu_seqlens_cpu, documents: as in
+            `gka.ops.context.SequenceContext`.
 
     Raises:
-        InputError: ranges, bounds, mask and group do not fit; the message says which.
+        InputError: ranges, bounds and group do not fit; the message says which.
     """
 
     def __init__(
@@ -60,7 +59,6 @@ class ContextParallel:
         token_ranges: Ranges,
         cu_seqlens: Tensor | None = None,
         *,
-        attention_mask: Tensor | None = None,
         chunk_size: int = CHUNK_SIZE,
         device: torch.device | str | None = None,
     ) -> None:
@@ -70,24 +68,15 @@ class ContextParallel:
         check_ranges(self.ranges, self.ranks, chunk_size)
         self.device = _device(device, self.group)
         self.begin, self.end = self.ranges[self.rank]
-        self.length, self.longest = (
-            self.ranges[-1][1],
-            max(end - begin for begin, end in self.ranges),
-        )
-        self._places: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        if cu_seqlens is not None and attention_mask is not None:
-            raise InputError(
-                "cu_seqlens and attention_mask exclude each other: packed documents have no padding."
-            )
+        self.length = self.ranges[-1][1]
         self._find_documents(None if cu_seqlens is None else _bounds(cu_seqlens, self.length))
-        self._find_padding(attention_mask)
 
     def _find_documents(self, bounds: list[int] | None) -> None:
         """Where the documents of every rank's first token begin, and which parts this rank holds."""
         self.documents: tuple[int, ...] = ()
         self.cu_seqlens = self.cu_seqlens_cpu = None
         if bounds is None:
-            self.origins, self.before, self.begins = (0,) * self.ranks, self.begin, [0]
+            self.origins = (0,) * self.ranks
             return
         spans = list(enumerate(itertools.pairwise(bounds)))
         first = [next(a for _, (a, b) in spans if a <= begin < b) for begin, _ in self.ranges]
@@ -95,28 +84,11 @@ class ContextParallel:
             next(rank for rank, (begin, end) in enumerate(self.ranges) if begin <= a < end)
             for a in first
         )
-        self.before, self.begins = self.begin - first[self.rank], bounds
         mine = [(n, a, b) for n, (a, b) in spans if a < self.end and b > self.begin and a < b]
         self.documents = tuple(n for n, _, _ in mine)
         local = [0, *(min(b, self.end) - self.begin for _, _, b in mine)]
         self.cu_seqlens_cpu = torch.tensor(local, dtype=torch.int64, device="cpu")
         self.cu_seqlens = self.cu_seqlens_cpu.to(self.device, non_blocking=True)
-
-    def _find_padding(self, mask: Tensor | None) -> None:
-        self.attention_mask = self.lengths = None
-        if mask is None:
-            return
-        if mask.dim() != 2 or mask.shape[1] != self.length or not ((mask == 0) | (mask == 1)).all():
-            raise InputError(
-                f"attention_mask must be [batch, {self.length}] of 0 and 1 over whole rows; "
-                f"got shape {tuple(mask.shape)} of {mask.dtype}."
-            )
-        mask = mask.bool()
-        if mask.all():
-            return
-        self._counts = torch.stack([mask[:, a:b].sum(1) for a, b in self.ranges]).cpu()  # [ranks,B]
-        self.attention_mask = mask.to(self.device)
-        self.lengths = self._counts[self.rank].to(self.device)
 
     @classmethod
     def even(cls, group: Any, length: int, **options: Any) -> "ContextParallel":
@@ -124,11 +96,6 @@ class ContextParallel:
         ranks = dist.get_world_size(_process_group(group))
         chunk_size = options.get("chunk_size", CHUNK_SIZE)
         return cls(group, even_ranges(length, ranks, chunk_size), **options)
-
-    def tokens(self, rank: int) -> int:
-        """Tokens of that rank in every row."""
-        begin, end = self.ranges[rank]
-        return end - begin
 
     def shard(self, x: Tensor) -> Tensor:
         """This rank's tokens of whole rows, [B, length, ...] -> [B, end - begin, ...].
@@ -155,28 +122,6 @@ class ContextParallel:
         out = x.new_empty(x[0].numel())
         dist.reduce_scatter_tensor(out, x.view(-1), group=self.group)
         return out.view(x.shape[1:])
-
-    def halo_places(self, width: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(rank, place, whether there is one) of each row's last `width` tokens before this rank's, padding
-        skipped; a place counts among the last `width` of its rank."""
-        found = self._places.get(width)
-        if found is not None:
-            return found
-        rows = [_last_places(counts, width) for counts in self._counts[: self.rank].T.tolist()]
-        table = torch.tensor(rows, dtype=torch.int64, device="cpu").to(self.device)
-        ranks, places = table.unbind(-1)
-        found = self._places[width] = (ranks.clamp_min(0), places, ranks >= 0)
-        return found
-
-
-def _last_places(counts: list[int], width: int) -> list[tuple[int, int]]:
-    """(rank, place) of a row's last `width` tokens, oldest first; rank -1 for those that do not exist."""
-    found: list[tuple[int, int]] = []
-    for rank in reversed(range(len(counts))):
-        for back in range(1, min(counts[rank], width - len(found)) + 1):
-            found.append((rank, width - back))
-    found += [(-1, 0)] * (width - len(found))
-    return found[::-1]
 
 
 def _process_group(group: Any) -> Any:
