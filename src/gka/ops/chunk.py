@@ -159,10 +159,8 @@ def run_call(
         checks.check_tensor("q", q)
         check_context(context, q.shape[1] if q.dim() > 1 else 0, cu_seqlens)
         cu_seqlens, cu_seqlens_cpu = context.cu_seqlens, context.cu_seqlens_cpu
-        wanted = with_h and (num_iter > 0 or output_final_state)
-        initial_state = states_before(
-            context, q, k, v, (g, gk, alpha, beta), initial_state, wanted, with_h
-        )
+        wanted, gates = with_h and (num_iter > 0 or output_final_state), (g, gk, alpha, beta)
+        initial_state = states_before(context, q, k, v, gates, initial_state, wanted, with_h)
     numbers = (
         scale,
         ridge_ratio,
