@@ -10,6 +10,9 @@ from torch import Tensor
 
 from gka.errors import InputError
 
+# torch 2.13 renamed them
+ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+REDUCE_SCATTER: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 CHUNK_SIZE = 64  # of the ops; ranges end at its multiples
 Ranges = Sequence[tuple[int, int]]
 
@@ -113,14 +116,14 @@ class ContextParallel:
         """Every rank's x, [...] -> [ranks, ...]; one all-gather."""
         x = x.contiguous()
         out = x.new_empty(self.ranks * x.numel())
-        dist.all_gather_into_tensor(out, x.view(-1), group=self.group)
+        ALL_GATHER(out, x.view(-1), group=self.group)
         return out.view(self.ranks, *x.shape)
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """The sum over ranks of x[rank], [ranks, ...] -> [...]; one reduce-scatter."""
         x = x.contiguous()
         out = x.new_empty(x[0].numel())
-        dist.reduce_scatter_tensor(out, x.view(-1), group=self.group)
+        REDUCE_SCATTER(out, x.view(-1), group=self.group)
         return out.view(x.shape[1:])
 
 
