@@ -16,8 +16,8 @@ from rich.console import Console
 from gka.errors import InputError
 from gka.parallel import current
 from gka.training import Interrupted, RunConfig, train
-from gka.training.loop import DecoderTrainer
 from gka.training.mesh_trainer import MeshTrainer
+from gka.training.trainer import DecoderTrainer
 
 
 def disturb(event: dict[str, int]) -> None:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 from gka.training.config import CorpusConfig, DataConfig, RunConfig, TrainingConfig, read_recipe
 
 if TYPE_CHECKING:
-    from gka.training.loop import SelectiveDecay
     from gka.training.run import Interrupted, build_model, train
+    from gka.training.trainer import SelectiveDecay
 
 __all__ = [
     "train",
@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 
-_HOME = {"train": "run", "build_model": "run", "Interrupted": "loop", "SelectiveDecay": "loop"}
+_HOME = {"train": "run", "build_model": "run", "Interrupted": "loop", "SelectiveDecay": "trainer"}
 
 
 def __getattr__(name: str) -> Any:

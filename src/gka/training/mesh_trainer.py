@@ -24,8 +24,8 @@ from gka.parallel.state import (
     spread_weights,
 )
 from gka.training import checkpoints
-from gka.training.loop import DecoderTrainer
 from gka.training.order import targets_of
+from gka.training.trainer import DecoderTrainer
 
 GROUPS, SCHEDULER, OPTIMIZER = "groups.pt", "scheduler.pt", "optimizer.pt"
 

@@ -25,8 +25,9 @@ from gka.training.checkpoints import has_sharded
 from gka.training.compilation import CUDA_GRAPHS
 from gka.training.config import APART, RUNNING, RunConfig, TrainingConfig
 from gka.training.inputs import Text, open_text
-from gka.training.loop import DecoderTrainer, Interrupted, fit, recompute_layers
+from gka.training.loop import Interrupted, fit, recompute_layers
 from gka.training.mesh_trainer import on_mesh, with_weights
+from gka.training.trainer import DecoderTrainer
 
 __all__ = ["Interrupted", "build_model", "train"]
 
