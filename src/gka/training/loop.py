@@ -24,7 +24,7 @@ from gka.errors import StorageError
 from gka.layers import decayed_parameters
 from gka.models.recomputation import checkpoint_arguments
 from gka.storage import storage_errors
-from gka.training import callbacks, checkpoints, compilation
+from gka.training import callbacks, checkpoints, compilation, guards, telemetry
 from gka.training.config import TrainingConfig
 
 
@@ -83,11 +83,16 @@ def fit(
     elif config.compile == compilation.AUTO and args.device.type == "cuda":
         console.print(f"not compiled: {compilation.why_uncompiled(args.device)}", highlight=False)
     with callbacks.stop_on_signals() as stop, contextlib.closing(bar), lines(console, bar.line):
-        trainer = _trainer(kind, [*_callbacks(stop), *shown], {
+        watch = guards.StepWatch()
+        guarded = [
+            *_callbacks(stop),
+            *_watching(model, config, folder, tokens, args, watch, console),
+        ]
+        trainer = _trainer(kind, [*guarded, *shown], {
             "model": model, "args": args, "train_dataset": blocks[0], "eval_dataset": blocks[1],
             "processing_class": tokenizer, **(settings or {}),
         })  # fmt: skip
-        trainer.compiled = how
+        trainer.compiled, trainer.watch = how, watch
         if last is None or not _is_at_the_end(trainer, last, config.max_steps):
             with compilation.compiled((model, *beside), how):
                 trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -132,6 +137,23 @@ def _callbacks(stop: callbacks.Stop) -> list[Any]:
     ]
 
 
+def _writing(
+    model: nn.Module,
+    config: TrainingConfig,
+    folder: Path,
+    tokens: int,
+    args: TrainingArguments,
+    watch: guards.StepWatch,
+) -> list[Any]:
+    """What is written while the run trains."""
+    length = tokens // (config.batch_size * config.gradient_accumulation * args.world_size)
+    use = telemetry.Utilisation(model, length, args.device, args.world_size)
+    log = telemetry.WriteLog(folder.parent, tokens, use, config.tensorboard)
+    if not config.health_steps:
+        return [log]
+    return [log, telemetry.WatchHealth(log, watch, config.health_steps, config.health_tokens)]
+
+
 def _trainer(
     kind: Callable[..., "DecoderTrainer"] | None, beside: list[Any], settings: dict[str, Any]
 ) -> "DecoderTrainer":
@@ -164,6 +186,21 @@ class DecoderTrainer(SelectiveDecay, Trainer):
     """
 
     compiled: str = compilation.OFF
+    watch: guards.StepWatch | None = None
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        """The Trainer's step of one micro-batch; its loss is noted for the guards."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.watch is None:
+            return loss
+        self.watch.inputs = inputs
+        return self.watch.add(loss)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.watch is not None:
+            self.watch.norm = norm
+        return norm
 
     def get_train_dataloader(self) -> DataLoader:
         """The Trainer's loader; if compiled, without a smaller last batch unless it is the only one."""

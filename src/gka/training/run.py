@@ -30,6 +30,7 @@ from gka.storage import write_bytes, write_json
 from gka.training import folder as files
 from gka.training.config import DataConfig, RunConfig
 from gka.training.loop import DecoderTrainer, Interrupted, fit, recompute_layers, tokens_of_a_step
+from gka.training.start import start_from
 
 __all__ = ["Interrupted", "build_model", "train"]
 
@@ -65,6 +66,7 @@ def _train(
     config: RunConfig, output: Path, console: Console, resume: bool, overwrite: bool
 ) -> dict[str, Any]:
     """`train`, after `output` was checked and locked."""
+    config.data.check_given()
     tokenizer = load_tokenizer(config.data.tokenizer)
     packed = pack_text(config.data, tokenizer, console)
     blocks = token_blocks(packed, config.data.sequence_length, config.data.eval_fraction)
@@ -106,7 +108,7 @@ def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTra
         settings = GKAConfig(
             **{
                 "max_position_embeddings": config.data.sequence_length,
-                **config.model,
+                **{key: value for key, value in config.model.items() if key != "start"},
                 "vocab_size": vocabulary_size(tokenizer),
                 "pad_token_id": pad,
                 **special,
@@ -117,6 +119,8 @@ def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTra
         model = GKAForCausalLM(settings)
     except (TypeError, ValueError, MemoryError) as error:
         raise InputError(f"[model]: {error}") from error
+    if config.model.get("start"):
+        start_from(model, str(config.model["start"]))
     recompute_layers(model, config.training.gradient_checkpointing)
     return model
 
