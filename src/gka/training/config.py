@@ -70,7 +70,8 @@ class DataConfig(Table):
             raise InputError(
                 f"data.corpus is {YOURS!r}: the recipe comes without text and tokenizer; missing: "
                 f"{' and '.join(missing)}. For example: gka train CORPUS/ --tokenizer FOLDER-OR-NAME "
-                "--recipe ...; a trial on the standard library, byte by byte: --set data.corpus=standard-library"
+                "--recipe ...; a trial on the standard library, byte by byte: "
+                "--set data.corpus=standard-library"
             )
 
 

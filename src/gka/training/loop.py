@@ -84,11 +84,10 @@ def fit(
         console.print(f"not compiled: {compilation.why_uncompiled(args.device)}", highlight=False)
     with callbacks.stop_on_signals() as stop, contextlib.closing(bar), lines(console, bar.line):
         watch = guards.StepWatch()
-        guarded = [
-            *_callbacks(stop),
-            *_watching(model, config, folder, tokens, args, watch, console),
-        ]
-        trainer = _trainer(kind, [*guarded, *shown], {
+        guard = guards.Guard(config.spike_threshold, config.max_skipped)
+        beside_it = [guards.SkipBadSteps(guard, watch, console), *_callbacks(stop)]
+        beside_it += _writing(model, config, folder, tokens, args, watch)
+        trainer = _trainer(kind, [*beside_it, *shown], {
             "model": model, "args": args, "train_dataset": blocks[0], "eval_dataset": blocks[1],
             "processing_class": tokenizer, **(settings or {}),
         })  # fmt: skip

@@ -1,8 +1,8 @@
 """What a run writes while it trains: log.jsonl, a line for each log, and on request TensorBoard's events.
 
 A line has the step and, by its kind: loss, learning_rate, grad_norm, seconds (in steps since the start),
-tokens, tokens_per_second, mfu, memory_gib and skipped; or eval_loss; or health, a table for each Gated KalmaNet
-layer.
+tokens, tokens_per_second, mfu, memory_gib and skipped; or eval_loss; or health, a table for each Gated
+KalmaNet layer.
 """
 
 import json
