@@ -15,6 +15,7 @@ from gka.commands.generate import generate
 from gka.commands.inspect import inspect
 from gka.commands.mqar import mqar
 from gka.commands.options import Command, Version, with_version
+from gka.commands.plan import plan
 from gka.commands.prime import prime
 from gka.commands.recall import recall
 from gka.commands.train import train
@@ -42,7 +43,7 @@ def _paragraphs(command: Callable[..., None]) -> str:
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
-for command in (train, prime, generate, inspect, convert, recall, mqar, evaluate):
+for command in (train, plan, prime, generate, inspect, convert, recall, mqar, evaluate):
     app.command(help=_paragraphs(command), cls=Command)(with_version(command))
 # All arguments, --help included, are passed to the harness.
 app.command(

@@ -1,8 +1,8 @@
 """Guards of a run: a step whose loss jumps or whose gradient is not finite does not change the weights.
 
 Such a step is skipped: its gradients are dropped before the optimizer sees them, so that neither weights
-nor moments change. It counts as a step all the same, so the learning rate, the order of the data and the number of
-steps stay those of an undisturbed run.
+nor moments change. It counts as a step all the same, so the learning rate, the order of the data and the
+number of steps stay those of an undisturbed run.
 """
 
 import math

@@ -11,9 +11,18 @@ from gka.models.flops import step_flops
 from gka.storage import read_json
 
 CARDS = Path(__file__).parent / "cards"
-_NEEDED = (
-    "name memory_gib peak_tflops product_tflops mixers solve_tflops traffic_tbs host_ms gap links_gbs"
-).split()
+_NEEDED = [
+    "name",
+    "memory_gib",
+    "peak_tflops",
+    "product_tflops",
+    "mixers",
+    "solve_tflops",
+    "traffic_tbs",
+    "host_ms",
+    "gap",
+    "links_gbs",
+]
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,9 @@ class Card:
             forward, backward = point.per_token()
             rests[point.dim] = (forward - solve, backward - solve)
         own = self.solve_seconds(dim, num_iter) if mixer == "gka" else 0.0
-        forward, backward = (_through({d: rest[i] for d, rest in rests.items()}, dim) for i in (0, 1))
+        forward, backward = (
+            _through({d: rest[i] for d, rest in rests.items()}, dim) for i in (0, 1)
+        )
         return forward + own, backward + own
 
     def _attention(self, points: list[Point], dim: int, length: int) -> tuple[float, float]:
@@ -130,7 +141,9 @@ def read_card(name: str) -> Card:
     path = Path(name) if name.endswith(".json") else CARDS / f"{name}.json"
     if not path.is_file():
         known = ", ".join(card_names())
-        raise InputError(f"card {name!r} is unknown; known: {known}, or a .json file of gka plan --measure")
+        raise InputError(
+            f"card {name!r} is unknown; known: {known}, or a .json file of gka plan --measure"
+        )
     found: Any = read_json(path)
     missing = [key for key in _NEEDED if key not in found]
     if missing:

@@ -34,7 +34,7 @@ def exchange(job: Job) -> Exchange:
     ranks, passes = job.ranks, job.accumulation
     own = job.parameters / ranks.tp
     ring = (ranks.shards - 1) / ranks.shards
-    gathered = 2 * (2 if job.autocast else 2) * own * ring
+    gathered = 2 * 2 * own * ring
     reduced = (4 if job.autocast else 2) * own * ring
     copies = (ranks.dp_replicate - 1) / ranks.dp_replicate
     replicated = 2 * (4 if job.autocast else 2) * own / ranks.shards * copies
@@ -73,6 +73,10 @@ def context_bytes(job: Job) -> float:
             states = 2 if mixer == "gka" else 1
             each = 4.0 * rows * heads * (states * dim**2 + 1)
         total += count * 2 * each * others / job.ranks.tp
-        if mixer not in SOFTMAX_MIXERS:  # width - 1 tokens of q, k and v, each way, from one neighbour
-            total += count * 2 * 2.0 * rows * 3 * heads * dim * (job.config.conv_size - 1) / job.ranks.tp
+        if (
+            mixer not in SOFTMAX_MIXERS
+        ):  # width - 1 tokens of q, k and v, each way, from one neighbour
+            total += (
+                count * 2 * 2.0 * rows * 3 * heads * dim * (job.config.conv_size - 1) / job.ranks.tp
+            )
     return total

@@ -111,8 +111,8 @@ def check(job: Job) -> None:
     if job.length % (cp * CHUNK):
         fitting = [n for n in range(1, 65) if job.length % (n * CHUNK) == 0]
         raise InputError(
-            f"cp = {cp} does not fit sequences of {job.length} tokens: each rank's part must be a multiple of "
-            f"{CHUNK}; what fits: {', '.join(map(str, fitting)) or 'no cp'}"
+            f"cp = {cp} does not fit sequences of {job.length} tokens: each rank's part must be a multiple "
+            f"of {CHUNK}; what fits: {', '.join(map(str, fitting)) or 'no cp'}"
         )
     if job.blocks % (readers * job.micro):
         each = [n for n in range(1, job.blocks + 1) if job.blocks % (n * job.micro) == 0]
@@ -135,11 +135,17 @@ def _check_heads(job: Job) -> None:
             continue
         values = mixer_values(job.config, mixer)
         named = {name: values.get(name) for name in ("num_heads", "num_v_heads", "num_kv_heads")}
-        counts |= {f"{mixer} {name}": n for name, n in named.items() if n and (n > tp or name == "num_heads")}
+        counts |= {
+            f"{mixer} {name}": n
+            for name, n in named.items()
+            if n and (n > tp or name == "num_heads")
+        }
     counts["intermediate_size"] = int(job.config.intermediate_size or 1)
     wrong = {name: count for name, count in counts.items() if count % tp}
     if wrong:
         common = math.gcd(*counts.values())
         fitting = [n for n in range(1, common + 1) if common % n == 0 and n <= 64]
         named = ", ".join(f"{count} {name}" for name, count in wrong.items())
-        raise InputError(f"tp = {tp} does not divide {named}; what fits: {', '.join(map(str, fitting))}")
+        raise InputError(
+            f"tp = {tp} does not divide {named}; what fits: {', '.join(map(str, fitting))}"
+        )

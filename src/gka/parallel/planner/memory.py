@@ -56,7 +56,7 @@ def memory(job: Job) -> Memory:
 
 
 def _copies(job: Job, own: float) -> float:
-    """bfloat16 copies under autocast; with shards, a gathered layer twice and the gathered ends in float32."""
+    """bfloat16 copies under autocast; with shards, a layer twice and the ends in float32, gathered."""
     if job.ranks.shards == 1:
         return 2.0 * own if job.autocast else 0.0
     largest = max(job.layer_parameters(mixer) for mixer in set(job.config.pattern)) / job.ranks.tp

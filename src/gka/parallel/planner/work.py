@@ -112,4 +112,6 @@ def layer_bytes(job: Job, mixer: str) -> float:
     activation = 2 * 3 * mlp
     if mixer in SOFTMAX_MIXERS:
         return norms + residuals + activation + 2 * 4 * inner  # rotary positions of q and k
-    return norms + residuals + activation + 2 * 6 * inner + 2 * 3 * inner  # convolutions, gated norm
+    return (
+        norms + residuals + activation + 2 * 6 * inner + 2 * 3 * inner
+    )  # convolutions, gated norm
