@@ -1,4 +1,5 @@
-"""Before anything imports triton: without a GPU its interpreter runs the kernels."""
+"""Before anything imports triton: without a GPU its interpreter runs the kernels. Tests marked `gpu` are
+skipped where there is no GPU, those marked `slow` unless asked for; both say so."""
 
 import os
 
@@ -18,3 +19,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
         for name in markers():
             config.addinivalue_line("markers", f"{name}: of transformers' tests")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "slow" not in config.option.markexpr:
+        skip_slow(items)
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs an NVIDIA GPU (make test-gpu)")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+def skip_slow(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="takes long (pytest -m slow)"))

@@ -23,6 +23,7 @@ from benchmarks.registry import NotAvailable, reason
 from benchmarks.stopwatch import Stopwatch
 from torch import Tensor
 
+from gka.models.loss import compiled_on_gpu
 from gka.models.recomputation import checkpoint_arguments
 from gka.ops import (
     available_backends,
@@ -133,6 +134,9 @@ def make_step(cell: Cell, size: ModelSize, model: Any) -> Step:
     run = compiled(cell, model)
     taken = 0
 
+    def loss_pieces() -> AbstractContextManager:
+        return nullcontext() if cell.compiled == "off" else compiled_on_gpu()
+
     def precision() -> AbstractContextManager:
         if size.precision != "autocast":
             return nullcontext()
@@ -144,7 +148,7 @@ def make_step(cell: Cell, size: ModelSize, model: Any) -> Step:
         taken += 1
         if cell.compiled == "cuda-graphs":
             torch.compiler.cudagraph_mark_step_begin()
-        with precision():
+        with precision(), loss_pieces():
             loss = run(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         optimizer.step()

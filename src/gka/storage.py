@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gka.errors import InputError, StorageError
+from gka.errors import BusyError, InputError, StorageError
 
 try:
     import fcntl
@@ -48,7 +48,8 @@ def only_writer(folder: Path, name: str = "output") -> Iterator[None]:
         name: the folder's role, for messages.
 
     Raises:
-        InputError: it is a file, or another process writes to it; the message names process and host.
+        InputError: it is a file, or (BusyError) another process writes to it; the message names process
+            and host.
         StorageError: the folder or its lock cannot be created.
 
     Warns:
@@ -207,7 +208,7 @@ def _acquired(file: Path, what: str) -> int:
                 )
                 return handle
             if not locked:
-                raise InputError(
+                raise BusyError(
                     f"{what} is being written by {_owner(handle)}; wait until that ends, end it, or give "
                     "another folder"
                 )

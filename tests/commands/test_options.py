@@ -16,14 +16,14 @@ from gka.data import byte_tokenizer
 from gka.errors import InputError, RenamedWarning
 from gka.models import GKAConfig
 from gka.training import RunConfig, TrainingConfig, build_model
-from gka.training.config import DataConfig, ModelSettings
+from gka.training.config import CorpusConfig, ModelSettings
 from gka.training.priming import PrimeConfig
 from gka.training.priming.config import KINDS
 from gka.training.settings import merged, settings
 
 COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
 RUNS = {
-    "train": {"data": DataConfig, "model": ModelSettings, "training": TrainingConfig},
+    "train": {"data": CorpusConfig, "model": ModelSettings, "training": TrainingConfig},
     "prime": KINDS,
 }
 
@@ -96,7 +96,7 @@ def test_one_vocabulary() -> None:
     for command in COMMANDS.keys() - {"lm-eval"}:
         names = option_names(command)
         assert "--version" in names
-        assert ("-o" in names) == ("--output" in names) == (command != "generate")
+        assert ("-o" in names) == ("--output" in names) == (command not in ("generate", "plan"))
         former = {name for names in options._FORMER.values() for name in names}
         assert not names & (former - {"--steps"})
     for command in ("generate", "inspect"):

@@ -1,8 +1,11 @@
 """Packed tokens are the documents' tokens; they are reused, verified, and never half there."""
 
+import contextlib
+import hashlib
 import json
 import os
 import resource
+import sys
 import time
 from pathlib import Path
 
@@ -12,15 +15,20 @@ import pytest
 from gka.data import (
     Document,
     PackedTokens,
+    Progress,
     byte_tokenizer,
     find_documents,
     load_tokenizer,
+    make,
     pack,
+    packing,
+    sources,
     split,
     token_blocks,
 )
-from gka.data import packed as module
-from gka.errors import InputError, StorageError
+from gka.data.text import fingerprint
+from gka.errors import BusyError, InputError, StorageError
+from gka.storage import only_maker
 
 TEXTS = {"a.txt": "first\n", "b.txt": "zwölf\n", "c.txt": "x" * 1000}
 
@@ -44,8 +52,7 @@ def test_tokens_boundaries_and_counts(documents: list[Document], tmp_path: Path)
     assert packed.tokens.dtype == np.uint16
     assert packed.bytes.tolist() == [len(text.encode()) for text in TEXTS.values()]
     assert packed.description["tokens"] == len(packed.tokens) == sum(map(len, expected))
-    with pytest.raises(ValueError, match="read-only"):
-        packed.tokens[0] = 1
+    assert packed.tokens[-1] == 256 and not packed.shard_tokens(0).flags.writeable
 
 
 def test_pieces_do_not_show(
@@ -62,10 +69,12 @@ def test_cache_is_reused_until_a_source_changes(
 ) -> None:
     """The same sources and tokenizer are tokenised once; another source or tokenizer is another pack."""
     cache, seen = tmp_path / "cache", []
-    first = pack(documents, byte_tokenizer(), cache, seen.append)
-    again = pack(documents, byte_tokenizer(), cache, seen.append)
+    first = pack(documents, byte_tokenizer(), cache, lambda progress: seen.append(progress.done))
+    assert seen[-1] == 1
+    seen.clear()
+    again = pack(documents, byte_tokenizer(), cache, lambda progress: seen.append(progress.done))
     assert again.folder == first.folder
-    assert seen == documents
+    assert not seen
     other = pack(documents, load_tokenizer(str(word_tokenizer)), cache)
     documents[0].path.write_text("changed\n")
     changed = pack(find_documents([str(documents[0].path.parent)]), byte_tokenizer(), cache)
@@ -81,20 +90,29 @@ def test_failure_leaves_nothing(documents: list[Document], tmp_path: Path) -> No
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(
-    documents: list[Document], tmp_path: Path
+def test_a_full_disk_is_one_line_and_loses_nothing(
+    documents: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No room for the tokens: an error that names the cache and says what to do, and an empty cache."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4, before[1]))
+    """No room for the tokens: an error that names the cache and says what to do. Finished parts stay, and
+    with room again they are not made anew; the folder of the corpus was never there."""
+    monkeypatch.setattr(sources, "LEAST_PART", 1)
+    cache, before = tmp_path / "cache", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
         with pytest.raises(
-            StorageError, match=r"packed tokens in .*cache cannot be written: .*GKA_"
+            StorageError, match=r"packed tokens in .*cache.* cannot .*: .*GKA_CACHE"
         ):
-            pack(documents, byte_tokenizer(), tmp_path / "cache")
+            pack(documents, byte_tokenizer(), cache)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert list((tmp_path / "cache").iterdir()) == []
+    (left,) = cache.iterdir()
+    assert left.name.endswith(".unfinished") and not list(left.glob("*.draft"))
+    found = []
+    packed = pack(documents, byte_tokenizer(), cache, lambda progress: found.append(progress.found))
+    assert set(found) == {2} and len(packed.shards) == 3
+    assert [path.name for path in cache.iterdir()] == [packed.folder.name]
+    assert {path.suffix for path in packed.folder.iterdir()} == {".json", ".tokens", ".index"}
+    assert len(list(packed.folder.iterdir())) == 7
 
 
 def test_left_overs_of_killed_packings_go(documents: list[Document], tmp_path: Path) -> None:
@@ -114,28 +132,90 @@ def test_left_overs_of_killed_packings_go(documents: list[Document], tmp_path: P
 
 
 def test_damage_is_refused(documents: list[Document], tmp_path: Path) -> None:
-    """A token file cut short or altered, and a description cut short or incomplete, are refused."""
+    """Missing or cut files and an altered description are refused at once, a changed id by `verify`."""
     tokenizer = byte_tokenizer()
-    folder = pack(documents, tokenizer, tmp_path / "cache").folder
-    tokens, description = folder / module.TOKENS, folder / module.DESCRIPTION
-    good = tokens.read_bytes(), description.read_bytes()
-    altered = bytes([good[0][0] ^ 1]) + good[0][1:]
-    parsed = json.loads(good[1])
-    moved = parsed | {"documents": parsed["documents"][1:]}
-    lacking = {key: value for key, value in parsed.items() if key != "sha256"}
+    packed = pack(documents, tokenizer, tmp_path / "cache")
+    folder = packed.folder
+    packed.verify()
+    tokens, index, description = (
+        folder / name for name in ("000000.tokens", "000000.index", "corpus.json")
+    )
+    parsed = json.loads(description.read_text())
+    edited = parsed | {"shards": [parsed["shards"][0] | {"tokens": 5}]}
     cases = [
-        (good[0][:-2], good[1], "checksum differs"),
-        (altered, good[1], "checksum differs"),
-        (good[0], good[1][:-20], "not readable JSON"),
-        (good[0], json.dumps(moved).encode(), "boundaries do not add up"),
-        (good[0], json.dumps(lacking).encode(), "lacks sha256"),
-        (good[0], json.dumps(parsed | {"format": 99}).encode(), "format is 99, expected 1"),
+        (tokens, tokens.read_bytes()[:-2], "000000.tokens has"),
+        (index, index.read_bytes()[:-8], "000000.index has"),
+        (description, description.read_bytes()[:-20], "not readable JSON"),
+        (description, json.dumps(edited).encode(), "facts differs"),
+        (description, json.dumps(parsed | {"format": 99}).encode(), "format is 99, expected 2"),
     ]
-    for ids, text, message in cases:
-        tokens.write_bytes(ids)
-        description.write_bytes(text)
+    for path, content, message in cases:
+        good = path.read_bytes()
+        path.write_bytes(content)
         with pytest.raises(InputError, match=message):
             pack(documents, tokenizer, tmp_path / "cache")
+        path.write_bytes(good)
+    good = tokens.read_bytes()
+    tokens.write_bytes(bytes([good[0] ^ 1]) + good[1:])
+    with pytest.raises(InputError, match=r"checksum of 000000\.tokens differs"):
+        pack(documents, tokenizer, tmp_path / "cache").verify()
+    index.unlink()
+    with pytest.raises(InputError, match=r"000000\.index is missing"):
+        pack(documents, tokenizer, tmp_path / "cache")
+
+
+def _former(documents: list[Document], folder: Path) -> bytes:
+    """Write the corpus as earlier releases did; the ids."""
+    tokenizer, table = byte_tokenizer(), []
+    ids = b""
+    for document in documents:
+        text = document.path.read_bytes()
+        ids += np.asarray([*text, 256], np.uint16).tobytes()
+        table.append({"name": document.name, "tokens": len(text) + 1, "bytes": len(text)})
+    folder.mkdir(parents=True)
+    (folder / "tokens.bin").write_bytes(ids)
+    description = {
+        "format": 1, "dtype": "uint16", "byteorder": sys.byteorder, "tokens": len(ids) // 2,
+        "bytes": sum(row["bytes"] for row in table), "sha256": hashlib.sha256(ids).hexdigest(),
+        "tokenizer": fingerprint(tokenizer), "vocabulary": 257, "documents": table,
+    }  # fmt: skip
+    (folder / "tokens.json").write_text(json.dumps(description))
+    return ids
+
+
+def test_a_folder_of_an_earlier_release_opens(documents: list[Document], tmp_path: Path) -> None:
+    """tokens.bin with tokens.json is the same corpus as one packed now, and is still verified."""
+    ids, new = (
+        _former(documents, tmp_path / "old"),
+        pack(documents, byte_tokenizer(), tmp_path / "cache"),
+    )
+    old = PackedTokens.open(tmp_path / "old", byte_tokenizer())
+    assert old.tokens[:].tobytes() == ids == new.tokens[:].tobytes()
+    assert old.stream_checksum() == new.stream_checksum()
+    assert (old.boundaries == new.boundaries).all() and (old.keys == new.keys).all()
+    assert (split(old, 0.3)[1].ranges == split(new, 0.3)[1].ranges).all()
+    (tmp_path / "old" / "tokens.bin").write_bytes(ids[:-2] + b"aa")
+    with pytest.raises(InputError, match="checksum differs"):
+        PackedTokens.open(tmp_path / "old", byte_tokenizer())
+
+
+def test_a_cache_of_an_earlier_release_is_converted(
+    documents: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tokens are copied, not made again, to exactly the shards that tokenising would give."""
+    monkeypatch.setattr(sources, "LEAST_PART", 20)
+    expected = pack(documents, byte_tokenizer(), tmp_path / "cache")
+    old = tmp_path / "other" / packing._former_key(documents, byte_tokenizer())
+    _former(documents, old)
+    monkeypatch.setattr(packing, "_tokenise", None)
+    said = []
+    packed = pack(
+        documents, byte_tokenizer(), tmp_path / "other", lambda p: said.append(p.converting)
+    )
+    assert said == [True]
+    assert packed.description == expected.description and len(packed.shards) == 2
+    packed.verify()
+    assert not old.exists()
 
 
 def test_other_tokenizer_is_refused(
@@ -147,16 +227,25 @@ def test_other_tokenizer_is_refused(
         PackedTokens.open(folder, load_tokenizer(str(word_tokenizer)))
 
 
-def test_losing_the_race_uses_the_winner(documents: list[Document], tmp_path: Path) -> None:
-    """If another process publishes the same pack first, its copy is used and ours removed."""
+def test_a_second_process_waits_and_goes_on(
+    documents: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While another process packs the same corpus a second one waits, naming it; when that one ends without
+    a result, it packs itself. A folder of one's own is refused meanwhile."""
     cache = tmp_path / "cache"
+    folder = cache / packing.cache_key(documents, byte_tokenizer(), "")
+    said, other = [], contextlib.ExitStack()
+    other.enter_context(only_maker(folder, "packed corpus"))
 
-    def win(document: Document) -> None:
-        if document is documents[-1] and not any(p.name[0] != "." for p in cache.iterdir()):
-            pack(documents, byte_tokenizer(), cache)
+    def show(progress: Progress) -> None:
+        said.append(progress.waiting)
+        other.close()  # the other process ends
 
-    packed = pack(documents, byte_tokenizer(), cache, win)
-    assert list(cache.iterdir()) == [packed.folder]
+    with pytest.raises(BusyError, match=rf"is being written by process {os.getpid()}"):
+        make(folder, documents, byte_tokenizer())
+    monkeypatch.setattr(packing, "WAIT", 0.01)
+    assert pack(documents, byte_tokenizer(), cache, show).documents == 3
+    assert f"written by process {os.getpid()}" in said[0] and said[-1] == ""
 
 
 def _packed(tmp_path: Path, sizes: list[int]) -> PackedTokens:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gka.layers import GatedKalmaNet
+from gka.models.loss import IGNORE_INDEX, compiled_on_gpu, linear_cross_entropy
 from gka.ops.convolution import convolve_heads, step_heads_and_gates
 from gka.ops.surround import gated_rms_norm
 from tolerances import RELATIVE, assert_close
@@ -56,7 +57,8 @@ def test_deterministic_with_scratch_memory_full_of_nan(monkeypatch):
 
 def test_16_bits_are_as_accurate_as_plain_modules(monkeypatch):
     """Errors of the output and of every gradient against float64 are at most those of plain torch modules
-    and a half, on the same rounded weights."""
+    and a half, on the same rounded weights. A gradient of few numbers may have the error of its own rounding,
+    which either way can be lucky to miss."""
     layer, x = make_layer(BF16), tokens()
     exact = make_layer(torch.float64)
     exact.load_state_dict({k: v.double() for k, v in layer.state_dict().items()})
@@ -66,7 +68,9 @@ def test_16_bits_are_as_accurate_as_plain_modules(monkeypatch):
     for key, value in expected.items():
         scale = value.double().norm()
         errors = [(y[key].double() - value).norm() / scale for y in (mine, plain)]
-        assert errors[0] <= 1.5 * errors[1] + RELATIVE[torch.float32], (key, errors)
+        rounding = torch.finfo(BF16).eps / 2 if value.numel() < 8 else 0.0
+        allowed = max(1.5 * errors[1] + RELATIVE[torch.float32], rounding)
+        assert errors[0] <= allowed, (key, errors)
 
 
 def test_autocast_gives_the_dtypes_of_plain_modules(monkeypatch):
@@ -165,3 +169,22 @@ def test_more_than_2_to_the_31_elements():
     tail = q[:, -2 * last :].detach().clone().requires_grad_()
     for got, expected in zip(run(q, k), run(tail, k[:, -2 * last :]), strict=True):
         assert torch.equal(got, expected)
+
+
+def test_a_loss_compiled_on_the_gpu_is_the_loss():
+    """Loss and gradients of several chunks, the last one ragged, compiled between their products."""
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(n, 128, device=DEVICE, dtype=BF16) for n in (700, 1000))
+    targets = torch.randint(1000, (700,), device=DEVICE)
+    targets[::7] = IGNORE_INDEX
+
+    def outcome() -> list[Tensor]:
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = linear_cross_entropy(h, w, targets, logits_bytes=256 * 1000 * 4)
+        return [loss.detach(), *torch.autograd.grad(loss, (h, w))]
+
+    expected = outcome()
+    with compiled_on_gpu():
+        found = outcome()
+    for mine, plain in zip(found, expected, strict=True):
+        assert_close(mine, plain, RELATIVE[BF16])

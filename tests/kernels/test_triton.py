@@ -1,11 +1,14 @@
 """The Triton kernels compute the chunk-wise map and its derivative (interpreted without a GPU)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from gka.ops import chunk_gka, fused_recurrent_gka, why_unavailable
+from gka.ops import chunk_gka, end_state, fused_recurrent_gka, why_unavailable
 from interpreted import DEVICE, problem, results
-from tolerances import assert_close
+from problems import make_problem
+from tolerances import RELATIVE, assert_close
 
 pytest.importorskip("triton", reason="the kernels need the package triton")
 
@@ -162,3 +165,22 @@ def test_a_solution_much_smaller_than_its_query_keeps_its_digits(op, given: bool
 
     expected = run(torch.float64, "cpu", "torch")
     assert_close(run(torch.float32, DEVICE, "triton"), expected, 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scans_alone_give_end_states_and_chunk_starts(dtype: torch.dtype) -> None:
+    """`end_state(backend="triton", return_starts=True)` in float32, and for 16-bit inputs to float16's
+    precision: the end states, and what the scan stores for the chunks, unscaled."""
+    p = make_problem(40, (2, 1, 2), (16, 80), decay="separate")
+    narrow = p.map(lambda x: x.to(DEVICE, dtype if x.dim() == 4 and len(x) == 1 else torch.float32))
+    narrow = replace(narrow, h0=None, u0=None)
+    exact = narrow.map(lambda x: x.cpu().double())
+    expected, found = (
+        end_state(x.k, x.v, x.g, x.gk, x.beta, return_starts=True, chunk_size=16, backend=backend)
+        for x, backend in ((exact, "torch"), (narrow, "triton"))
+    )
+    assert expected.starts is not None and found.starts is not None
+    tolerance = RELATIVE[torch.float32] if dtype == torch.float32 else 1e-3
+    pairs = zip((*found[1:3], *found.starts), (*expected[1:3], *expected.starts), strict=True)
+    for x, y in pairs:
+        assert_close(x.cpu(), y, tolerance)

@@ -69,6 +69,16 @@ def test_16_bit_operands_keep_the_accuracy_of_their_inputs(name: str, dtype: tor
     check(problem(**CASES[name]), dtype, 30, name)
 
 
+def test_a_ridge_below_float16s_rounding_ends_and_is_finite() -> None:
+    """A step along a direction whose curvature is rounding has any length, and float16 products overflow: the
+    row ends before. So x stays below |q| over the least curvature that is told apart."""
+    inputs = problem(heads=(1, 1, 1), dims=(64, 16), length=64)
+    settings: dict[str, Any] = {"ridge_ratio": 1e-6, "num_iter": 60, "solver": "cg"}
+    found = results(inputs, "triton", F16, DEVICE, **settings)
+    assert all(x.isfinite().all() for x in found.values())
+    assert found["o"].abs().max() < 1e4
+
+
 @pytest.mark.parametrize("ratio", [1e-3, 1.0, 1e4])
 def test_any_ridge(ratio: float) -> None:
     """A weak ridge, which takes many steps, costs no accuracy, nor does one beside which H vanishes."""

@@ -93,6 +93,7 @@ def test_exports_for_every_length(build: Build, ids: Ids, mixers: list[str]):
     raises=InductorError,
     strict=True,
 )
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_trains_on_every_length(build: Build, ids: Ids):
     """The default compiler takes hybrid and loss at any length, with the same gradients."""

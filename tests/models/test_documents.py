@@ -242,7 +242,9 @@ def test_bounds_on_the_cpu_make_nothing_wait(build: Build, ids: Ids):
             assert out.loss.is_meta
 
 
-@pytest.mark.parametrize("name", ["cu_seqlens", "cu_seq_lens_q"])
+@pytest.mark.parametrize(
+    "name", ["cu_seqlens", pytest.param("cu_seq_lens_q", marks=pytest.mark.slow)]
+)
 def test_one_graph_with_bounds(build: Build, ids: Ids, name: str):
     """torch.compile(fullgraph=True) takes bounds, and gives loss and gradients of the plain model."""
     model, tokens = build(mixers=["gka", "attention", "swa"], num_iter=2), ids(1, 20)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gka.models import loss as losses
 from gka.models.loss import linear_cross_entropy, mean_loss, next_token_targets
 from tolerances import RELATIVE, assert_close
 
@@ -169,3 +170,17 @@ def test_what_is_not_finite_at_tokens_without_a_target_stays_there() -> None:
     torch.testing.assert_close(grads[0][counts], few_grads[0])
     assert not grads[0][~counts].any()
     torch.testing.assert_close(grads[1], few_grads[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_what_is_compiled_on_a_gpu_is_the_same(dtype: torch.dtype) -> None:
+    """The form for a compiler gives loss and derivative of the other, also for tokens without a target."""
+    torch.manual_seed(0)
+    logits, targets = torch.randn(9, 30, dtype=dtype) * 4, torch.randint(30, (9,))
+    targets[[2, 8]] = losses.IGNORE_INDEX
+    counts = (targets != losses.IGNORE_INDEX).unsqueeze(-1)
+    expected = losses._cross_entropy_(logits.clone(), targets, counts, True)
+    compiled: Any = torch.compile(losses._cross_entropy, backend="aot_eager", fullgraph=True)
+    for found, wanted in zip(compiled(logits, targets, counts, True), expected, strict=True):
+        assert_close(found, wanted, RELATIVE[dtype])
+    assert torch.equal(losses._cross_entropy(logits, targets, counts, False)[0], expected[0])

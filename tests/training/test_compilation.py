@@ -199,6 +199,17 @@ def test_an_unknown_value_is_refused() -> None:
         RunConfig.from_tables({"training": {"compile": "block"}})
 
 
+def test_what_cuda_graphs_cannot_train_is_refused() -> None:
+    """Another device, several passes a step, and priming, each with what to do instead."""
+    with pytest.raises(InputError, match="needs an NVIDIA GPU; the device is cpu"):
+        compilation.chosen("cuda-graphs", torch.device("cpu"))
+    assert compilation.chosen("cuda-graphs", torch.device("cuda")) == "cuda-graphs"
+    with pytest.raises(InputError, match=r"gradient_accumulation 2: .*larger"):
+        compilation.check_graphs(2, alone=True)
+    with pytest.raises(InputError, match="gka prime does not take; use 'layers'"):
+        compilation.check_graphs(1, alone=False)
+
+
 def test_both_stages_of_priming_compile(run_prime: Any, tmp_path: Path) -> None:
     """Losses of matching and recovery are those of the uncompiled stages, with the end of the model matched
     and a teacher beside it."""

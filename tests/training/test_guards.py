@@ -17,8 +17,9 @@ from gka.training import RunConfig, build_model, read_recipe
 from gka.training.config import recipe_names
 from gka.training.guards import FEWEST, Guard, StepWatch
 from gka.training.health import measure_health
-from gka.training.loop import DecoderTrainer
+from gka.training.start import check_given
 from gka.training.telemetry import keep_lines
+from gka.training.trainer import DecoderTrainer
 
 Run = Callable[..., dict[str, Any]]
 BIG = ("440m", "1b", "2.8b", "2.8b-128k", "hybrid")
@@ -199,19 +200,25 @@ def test_the_papers_recipes_build_and_step(name: str) -> None:
 def test_recipes_without_a_corpus_ask_for_one(name: str) -> None:
     """Text and tokenizer that such a recipe does not bring are asked for, with an example."""
     assert name in recipe_names("train")
-    config = RunConfig.from_tables(read_recipe(name))
+    tables = read_recipe(name)
+    if "start" in tables["model"]:
+        with pytest.raises(InputError, match=r"model.start: .*--start FOLDER"):
+            check_given(RunConfig.from_tables(tables))
+        tables["model"].pop("start")
+    config = RunConfig.from_tables(tables)
     with pytest.raises(InputError, match=r"missing: text .* and a tokenizer .*gka train CORPUS/"):
-        config.data.check_given()
+        check_given(config)
 
 
 def test_a_run_starts_from_a_saved_model(run_tiny: Run, tmp_path: Path) -> None:
     """With a learning rate of nearly 0 it ends with those weights; other sizes are refused by name."""
     changes: dict[str, Any] = {"training": {"max_steps": 2, "learning_rate": 1e-30}}
     run_tiny(tmp_path / "first", {"training": {"max_steps": 2}})
-    changes["model"] = {"start": str(tmp_path / "first")}
+    start: dict[str, Any] = {"start": str(tmp_path / "first")}
+    changes["model"] = start
     run_tiny(tmp_path / "second", changes)
     first, second = (_weights(tmp_path / name) for name in ("first", "second"))
     assert all(torch.allclose(x, second[name]) for name, x in first.items())
-    changes["model"]["num_heads"] = 1
+    changes["model"] |= {"num_heads": 1}
     with pytest.raises(InputError, match=r"has num_heads = 2, and this run 1|head_dim"):
         run_tiny(tmp_path / "third", changes)

@@ -9,8 +9,8 @@ from transformers import Trainer
 from gka.data import byte_tokenizer
 from gka.layers import decayed_parameters
 from gka.training import RunConfig, TrainingConfig, build_model
-from gka.training.loop import DecoderTrainer, SelectiveDecay, arguments
 from gka.training.settings import merged
+from gka.training.trainer import DecoderTrainer, SelectiveDecay, arguments
 
 
 def _model(tables: dict[str, dict[str, Any]], **changes: Any) -> Any:

@@ -163,9 +163,9 @@ def test_a_full_disk_in_a_checkpoint_loses_nothing(
         with files_up_to(size - 1 if self.state.global_step == 8 else resource.RLIM_INFINITY):
             save(self, model, trial)
 
-    def full_seal(folder: Path) -> None:
+    def full_seal(folder: Path, parts: Any = None) -> None:
         with files_up_to(size - 1 if folder.name == "checkpoint-8" else resource.RLIM_INFINITY):
-            seal(folder)
+            seal(folder, parts)
 
     with monkeypatch.context() as patch:
         if name == SEAL:

@@ -1,6 +1,7 @@
 """The command `gka`: its subcommands, and exit statuses of errors."""
 
 import contextlib
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from gka.commands.options import Command, Version, with_version
 from gka.commands.plan import plan
 from gka.commands.prime import prime
 from gka.commands.recall import recall
+from gka.commands.tokenize import tokenize
 from gka.commands.train import train
 from gka.console import to_nowhere, wait_without_spinning
 from gka.errors import InputError, RenamedWarning
@@ -43,7 +45,9 @@ def _paragraphs(command: Callable[..., None]) -> str:
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
-for command in (train, plan, prime, generate, inspect, convert, recall, mqar, evaluate):
+for command in (
+    train, plan, prime, tokenize, generate, inspect, convert, recall, mqar, evaluate,
+):  # fmt: skip
     app.command(help=_paragraphs(command), cls=Command)(with_version(command))
 # All arguments, --help included, are passed to the harness.
 app.command(
@@ -70,6 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         finally:
             sys.stdout.flush()  # so that a full disk raises here and not when the interpreter exits
     except InputError as error:
+        shared = getattr(error, "on_every_rank", False) and os.environ.get("RANK", "0") != "0"
+        if shared or not str(error):  # another process prints it
+            sys.exit(2)
         _refuse(str(error))
     except BrokenPipeError:  # the reader of a pipe has gone
         to_nowhere(1)

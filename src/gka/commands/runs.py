@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 PANELS = {
     "prime": "What is replaced", "data": "Data", "model": "Model", "training": "Training",
-    "stage1": "Stage 1", "stage2": "Stage 2",
+    "stage1": "Stage 1", "stage2": "Stage 2", "parallel": "Parallel",
 }  # fmt: skip
 SHARED, RUN = "Both stages", "Run"
 
@@ -94,7 +94,7 @@ class _Option:
         """Type and default on the command line, where a list of numbers is text such as 1,3."""
         if self.type == tuple[str, ...]:
             return list[str] | None, None
-        if self.type == list[int] | None:
+        if self.type in (list[int] | None, tuple[float, ...]):
             return str | None, None
         if self.default == "":
             return str | None, None
@@ -105,6 +105,8 @@ class _Option:
         """The setting's value, from the option's value."""
         if self.type == list[int] | None:
             return list(numbers(self.key, given, int))
+        if self.type == tuple[float, ...]:
+            return list(numbers(self.key, given, float))
         return given
 
 

@@ -6,8 +6,9 @@ from typing import Annotated
 from gka.commands import runs
 from gka.commands.options import tell
 from gka.training.config import (
-    DataConfig,
+    CorpusConfig,
     ModelSettings,
+    ParallelConfig,
     RunConfig,
     TrainingConfig,
     read_recipe,
@@ -23,7 +24,13 @@ Settings = Annotated[
 
 
 @runs.with_settings(
-    {"data": DataConfig, "model": ModelSettings, "training": TrainingConfig}, argument="text"
+    {
+        "data": CorpusConfig,
+        "model": ModelSettings,
+        "training": TrainingConfig,
+        "parallel": ParallelConfig,
+    },
+    argument="text",
 )
 def train(
     given: Tables,
@@ -43,15 +50,18 @@ def train(
     config = RunConfig.from_tables(given)
     folder = output or _default_output(recipe, config)
 
+    from gka.parallel import joined
     from gka.training import folder as files
     from gka.training import run
 
     console = runs.console()
-    resume = runs.resumes(folder, console, resume, may_start=any(given.values()))
-    if resume:
-        config = files.resumed_config(folder, given, RunConfig)
-    with runs.stopped("train", folder, console, f"of {config.training.max_steps}"):
-        metrics = run.train(config, folder, console=console, resume=resume, overwrite=overwrite)
+    with joined() as job:
+        resume = job.gather(runs.resumes(folder, console, resume, may_start=any(given.values())))[0]
+        if resume:
+            with job.together():
+                config = files.resumed_config(folder, given, RunConfig)
+        with runs.stopped("train", folder, console, f"of {config.training.max_steps}"):
+            metrics = run.train(config, folder, console=console, resume=resume, overwrite=overwrite)
     console.print(files.drawn(run.table, metrics, folder))
     tell(console, folder, model=files.MODEL, figures=files.METRICS, plot=files.PLOT)
 

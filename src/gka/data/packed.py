@@ -1,311 +1,317 @@
-"""Packed tokens: a memory-mapped file of ids, a JSON file that describes it, and blocks of tokens.
+"""Packed tokens: a corpus as ids on disk, in shards that are mapped into memory when they are read.
 
-    tokens.bin    ids of all documents, uint16 or uint32, with the end-of-text id after each document
-    tokens.json   format, dtype, byte order, counts, checksum, tokenizer; tokens and bytes of each document
+    corpus.json      format, dtype, byte order, tokenizer, counts; size and checksum of each shard's files
+    000000.tokens    ids of a shard's documents, uint16 or uint32, the end-of-text id after each document
+    000000.index     int64 [3, documents]: tokens, UTF-8 bytes and key of each document
+                     (key: the first 8 bytes of the SHA-256 of its name)
 
-Their folder appears only when both are complete.
+The folder appears only when it is complete. Opening it reads `corpus.json` and the sizes of the files, not
+the tokens; `PackedTokens.verify` reads everything. Folders of earlier releases (tokens.bin, tokens.json) open
+too.
 """
 
 import hashlib
-import os
+import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset
 
-from gka.caches import cache_folder
-from gka.data.text import (
-    Document,
-    Encoder,
-    check_unchanged,
-    corpus_fingerprint,
-    fingerprint,
-    read_pieces,
-    vocabulary_size,
-)
+from gka.data.text import fingerprint
 from gka.errors import InputError
-from gka.storage import clear_drafts, draft_folder, read_json, sha256_of, storage_errors, write_json
+from gka.storage import read_json, sha256_of, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 1
-TOKENS, DESCRIPTION = "tokens.bin", "tokens.json"
-_KEY = "[0-9a-f]{32}"  # folder names of packed corpora
-_DAY = 86400.0
+FORMAT = 2
+CORPUS, TOKENS, INDEX = "corpus.json", ".tokens", ".index"
+FORMER_TOKENS, FORMER_CORPUS = "tokens.bin", "tokens.json"
 
 
 @dataclass(frozen=True)
+class Shard:
+    """Facts about one shard.
+
+    Attributes:
+        name: of its files, without a suffix.
+        size: bytes of the sources (compressed, if they are).
+        tokens, documents, bytes: counts; `bytes` of UTF-8 text.
+        skipped: rows left out because their text is null or empty.
+        sha256: of the ids.
+        index_sha256: of the index.
+    """
+
+    name: str
+    size: int
+    tokens: int
+    documents: int
+    bytes: int
+    skipped: int
+    sha256: str
+    index_sha256: str
+
+
+class Tokens(Sequence[int]):
+    """The ids of all shards as one read-only sequence; a slice is an array."""
+
+    def __init__(self, parts: Sequence[np.ndarray], dtype: np.dtype) -> None:
+        self.parts, self.dtype = parts, dtype
+        self._ends = np.cumsum([0, *(len(part) for part in parts)])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, place: Any) -> Any:
+        if not isinstance(place, slice):
+            place = range(len(self))[place]
+            return self[place : place + 1][0]
+        start, stop, step = place.indices(len(self))
+        if step != 1:
+            raise ValueError(f"a slice of packed tokens has step 1, got {step}")
+        found = list(self._read(start, stop)) or [np.empty(0, self.dtype)]
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def _read(self, start: int, stop: int) -> Iterator[np.ndarray]:
+        number = int(np.searchsorted(self._ends, start, side="right")) - 1
+        while start < stop:
+            begin = int(self._ends[number])
+            end = min(stop, int(self._ends[number + 1]))
+            if end > start:
+                yield self.parts[number][start - begin : end - begin]
+            start, number = max(start, end), number + 1
+
+
 class PackedTokens:
     """A corpus as ids, opened read-only.
 
     Attributes:
-        folder: the folder of `tokens.bin` and `tokens.json`.
-        description: the content of `tokens.json`.
-        tokens: the ids [tokens], uint16 or uint32, mapped into memory.
+        folder: where its files are.
+        description: the content of `corpus.json`.
+        shards: the facts about each shard.
     """
 
-    folder: Path
-    description: dict[str, Any]
-    tokens: np.memmap
+    spread: int | None = None  # held-out documents come from as many shards as needed
+    window: int | None = None  # of the usual size
+
+    def __init__(self, folder: Path, description: dict[str, Any], shards: list[Shard]) -> None:
+        self.folder, self.description, self.shards = folder, description, shards
+        self._mapped: dict[int, np.ndarray] = {}
+
+    @property
+    def dtype(self) -> np.dtype:
+        """uint16 or uint32."""
+        return np.dtype(self.description["dtype"])
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of each shard's sources."""
+        return [shard.size for shard in self.shards]
+
+    @property
+    def documents(self) -> int:
+        """Number of documents."""
+        return sum(shard.documents for shard in self.shards)
+
+    @property
+    def checksum(self) -> str:
+        """SHA-256 over the shards' checksums; depends on sources, tokenizer and byte order."""
+        return self.description["sha256"]
+
+    def shard_tokens(self, number: int) -> np.ndarray:
+        """Ids of one shard [tokens], mapped into memory."""
+        if number not in self._mapped:
+            path = self.folder / (self.shards[number].name + TOKENS)
+            self._mapped[number] = _mapped(path, self.dtype)
+        return self._mapped[number]
+
+    def index(self, number: int) -> np.ndarray:
+        """int64 [3, documents] of one shard: tokens, bytes and key of each document."""
+        path = self.folder / (self.shards[number].name + INDEX)
+        return _mapped(path, np.dtype(np.int64)).reshape(3, -1)
+
+    def expect(self, numbers: Sequence[int]) -> None:
+        """Nothing: all shards are there."""
+
+    @cached_property
+    def tokens(self) -> Tokens:
+        """All ids."""
+        return Tokens([self.shard_tokens(i) for i in range(len(self.shards))], self.dtype)
+
+    @cached_property
+    def _indices(self) -> np.ndarray:
+        return np.concatenate([self.index(i) for i in range(len(self.shards))], axis=1)
 
     @cached_property
     def boundaries(self) -> np.ndarray:
         """Boundaries b of documents, int64 [documents + 1]; document i is [b_i, b_{i+1})."""
-        counts = [document["tokens"] for document in self.description["documents"]]
-        return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-
-    @cached_property
-    def bytes(self) -> np.ndarray:
-        """UTF-8 bytes of each document, int64 [documents]."""
-        return np.asarray([d["bytes"] for d in self.description["documents"]], np.int64)
+        return np.concatenate([[0], np.cumsum(self._indices[0])]).astype(np.int64)
 
     @property
-    def checksum(self) -> str:
-        """SHA-256 of the ids; depends on the corpus, the tokenizer and the byte order."""
-        return self.description["sha256"]
+    def bytes(self) -> np.ndarray:
+        """UTF-8 bytes of each document, int64 [documents]."""
+        return self._indices[1]
+
+    @property
+    def keys(self) -> np.ndarray:
+        """Keys of the documents, uint64 [documents]."""
+        return self._indices[2].view(np.uint64)
+
+    def stream_checksum(self) -> str:
+        """SHA-256 of all ids in order, which runs of earlier releases stored; reads everything."""
+        digest = hashlib.sha256()
+        for number in range(len(self.shards)):
+            digest.update(self.shard_tokens(number).data)
+        return digest.hexdigest()
+
+    def verify(self) -> None:
+        """Compare every file with its checksum; reads everything.
+
+        Raises:
+            InputError: a file differs.
+        """
+        for shard in self.shards:
+            for suffix, expected in ((TOKENS, shard.sha256), (INDEX, shard.index_sha256)):
+                if sha256_of(self.folder / (shard.name + suffix)) != expected:
+                    what = f"the checksum of {shard.name}{suffix} differs"
+                    raise InputError(damaged(self.folder, what))
 
     @classmethod
     def open(cls, folder: Path, tokenizer: "PreTrainedTokenizerBase") -> "PackedTokens":
-        """Open and verify a packed corpus.
+        """Open a packed corpus. Of a folder in the present format the tokens are not read.
 
         Raises:
-            InputError: a file is missing or damaged, or was packed with another tokenizer.
+            InputError: a file is missing or has another size, the description is damaged, or the corpus was
+                packed with another tokenizer.
         """
-        description = read_json(folder / DESCRIPTION)
-        _check_description(folder, description, tokenizer)
-        path = folder / TOKENS
+        if not (folder / CORPUS).is_file() and (folder / FORMER_CORPUS).is_file():
+            return FormerTokens.open(folder, tokenizer)
+        description = read_json(folder / CORPUS)
+        check_description(folder / CORPUS, description, FORMAT, tokenizer)
+        shards = _shards(folder, description)
+        _check_sizes(folder, description, shards)
+        return cls(folder, description, shards)
+
+
+class FormerTokens(PackedTokens):
+    """A folder of an earlier release, as a corpus of one shard; opening it reads and verifies all ids."""
+
+    def shard_tokens(self, number: int) -> np.ndarray:
+        """All ids [tokens], mapped into memory."""
+        return _mapped(self.folder / FORMER_TOKENS, self.dtype)
+
+    def index(self, number: int) -> np.ndarray:
+        """int64 [3, documents], from the description."""
+        table = self.description["documents"]
+        keys = [np.uint64(key_of(row["name"])) for row in table]
+        rows = [[row["tokens"] for row in table], [row["bytes"] for row in table]]
+        return np.stack([*np.asarray(rows, np.int64), np.asarray(keys, np.uint64).view(np.int64)])
+
+    def stream_checksum(self) -> str:
+        """SHA-256 of all ids, compared when the folder was opened."""
+        return self.checksum
+
+    def verify(self) -> None:
+        """Nothing: opening has verified the ids."""
+
+    @classmethod
+    def open(cls, folder: Path, tokenizer: "PreTrainedTokenizerBase") -> "FormerTokens":
+        """Open and verify; errors as in `PackedTokens.open`."""
+        description = read_json(folder / FORMER_CORPUS)
+        check_description(folder / FORMER_CORPUS, description, 1, tokenizer)
+        missing = {"dtype", "tokens", "bytes", "sha256", "documents"} - description.keys()
+        if missing:
+            raise InputError(damaged(folder, f"{FORMER_CORPUS} lacks {', '.join(sorted(missing))}"))
+        table = description["documents"]
+        if sum(row["tokens"] for row in table) != description["tokens"]:
+            raise InputError(damaged(folder, "document boundaries do not add up"))
+        path = folder / FORMER_TOKENS
         if not path.is_file() or sha256_of(path) != description["sha256"]:
-            raise InputError(_damaged(folder, f"{TOKENS} is missing or its checksum differs"))
-        return cls(folder, description, np.memmap(path, dtype=description["dtype"], mode="r"))
+            raise InputError(damaged(folder, f"{FORMER_TOKENS} is missing or its checksum differs"))
+        facts = description["tokens"], len(table), description["bytes"], 0, description["sha256"]
+        return cls(folder, description, [Shard("tokens", description["bytes"], *facts, "")])
 
 
-def pack(
-    documents: Sequence[Document],
-    tokenizer: "PreTrainedTokenizerBase",
-    cache: Path | None = None,
-    on_document: Callable[[Document], None] | None = None,
-) -> PackedTokens:
-    """The documents as packed tokens; read from `cache` if sources and tokenizer have not changed.
-
-    Args:
-        documents: from `find_documents`.
-        tokenizer: any Hugging Face tokenizer with an end-of-text token.
-        cache: folder for packed corpora; `cache_folder()` if None.
-        on_document: called after each document that is tokenised (for a progress bar).
-
-    Raises:
-        InputError: a document is not UTF-8, cannot be read or has changed, or the cached copy is damaged.
-        StorageError: the cache cannot be written.
-    """
-    source = corpus_fingerprint(documents)
-    key = hashlib.sha256(f"{FORMAT} {source} {fingerprint(tokenizer)}".encode()).hexdigest()[:32]
-    folder = (cache or cache_folder()) / key
-    if not folder.exists():
-        advice = "free space there, or set GKA_CACHE to another folder"
-        with storage_errors(f"packed tokens in {folder.parent}", advice=advice):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            _clear_left_overs(folder.parent)
-            with draft_folder(folder) as draft:
-                _write(draft, documents, tokenizer, on_document)
-                _publish(draft, folder)
-    return PackedTokens.open(folder, tokenizer)
-
-
-def _clear_left_overs(cache: Path) -> None:
-    """Remove abandoned drafts of corpora; older releases gave them names without a suffix."""
-    clear_drafts(cache, _KEY)
-    clear_drafts(cache, _KEY, suffix="", quiet=_DAY)
-
-
-def _write(
-    folder: Path,
-    documents: Sequence[Document],
-    tokenizer: "PreTrainedTokenizerBase",
-    on_document: Callable[[Document], None] | None,
-) -> None:
-    """Tokenise into `folder` piece by piece, so that memory use does not grow with the corpus."""
-    encode, digest, table = Encoder(tokenizer), hashlib.sha256(), []
-    with (folder / TOKENS).open("wb") as file:
-        for document in documents:
-            tokens = size = 0
-            for ids, length in _pieces(document, encode):
-                file.write(ids.data)
-                digest.update(ids.data)
-                tokens, size = tokens + len(ids), size + length
-            check_unchanged(document)
-            table.append({"name": document.name, "tokens": tokens, "bytes": size})
-            if on_document is not None:
-                on_document(document)
-        file.flush()
-        os.fsync(file.fileno())
-    description = {
+def describe(
+    tokenizer: "PreTrainedTokenizerBase", dtype: np.dtype, shards: Sequence[Shard], column: str
+) -> dict[str, Any]:
+    """The content of `corpus.json`."""
+    rows = [asdict(shard) for shard in shards]
+    return {
         "format": FORMAT,
-        "dtype": encode.dtype.name,
+        "dtype": dtype.name,
         "byteorder": sys.byteorder,
-        "tokens": sum(row["tokens"] for row in table),
-        "bytes": sum(row["bytes"] for row in table),
-        "sha256": digest.hexdigest(),
         "tokenizer": fingerprint(tokenizer),
-        "vocabulary": vocabulary_size(tokenizer),
-        "documents": table,
-    }
-    write_json(folder / DESCRIPTION, description)
+        "column": column,
+        **{key: sum(row[key] for row in rows) for key in ("tokens", "bytes", "documents", "skipped")},
+        "sha256": seal_of(rows),
+        "shards": rows,
+    }  # fmt: skip
 
 
-def _pieces(document: Document, encode: Encoder):
-    """(ids, UTF-8 bytes) of each piece of a document; the end-of-text id is the last piece."""
-    for text in read_pieces(document.path):
-        yield encode(text), len(text.encode())
-    yield np.asarray([encode.end], encode.dtype), 0
+def write_description(folder: Path, description: Mapping[str, Any]) -> None:
+    """Write `corpus.json`."""
+    write_json(folder / CORPUS, description)
 
 
-def _publish(fresh: Path, folder: Path) -> None:
-    fresh.chmod(0o755)
-    try:
-        fresh.rename(folder)
-    except OSError:
-        # Another process may have packed the same corpus first; its copy is used.
-        if not folder.is_dir():
-            raise
+def seal_of(shards: Sequence[Mapping[str, Any]]) -> str:
+    """SHA-256 over the facts about all shards."""
+    return hashlib.sha256(json.dumps(list(shards), sort_keys=True).encode()).hexdigest()
 
 
-def _check_description(
-    folder: Path, description: dict[str, Any], tokenizer: "PreTrainedTokenizerBase"
+def key_of(name: str) -> int:
+    """The key of a document: the first 8 bytes of the SHA-256 of its name."""
+    return int.from_bytes(hashlib.sha256(name.encode(errors="surrogatepass")).digest()[:8], "big")
+
+
+def check_description(
+    file: Path, description: dict[str, Any], form: int, tokenizer: "PreTrainedTokenizerBase"
 ) -> None:
-    wanted = {"format": FORMAT, "byteorder": sys.byteorder, "tokenizer": fingerprint(tokenizer)}
+    """Raise `InputError` if a corpus is of another format, byte order or tokenizer."""
+    wanted = {"format": form, "byteorder": sys.byteorder, "tokenizer": fingerprint(tokenizer)}
     for key, value in wanted.items():
         if description.get(key) != value:
-            raise InputError(
-                f"{folder / DESCRIPTION}: {key} is {description.get(key)!r}, expected {value!r}"
-                + (" (packed with another tokenizer)" if key == "tokenizer" else "")
-            )
-    missing = {"dtype", "tokens", "bytes", "sha256", "documents"} - description.keys()
-    if missing:
-        raise InputError(_damaged(folder, f"{DESCRIPTION} lacks {', '.join(sorted(missing))}"))
-    if sum(document["tokens"] for document in description["documents"]) != description["tokens"]:
-        raise InputError(_damaged(folder, f"{DESCRIPTION}: document boundaries do not add up"))
+            found = description.get(key)
+            hint = ""
+            if key == "tokenizer":
+                hint = (
+                    "; it was packed with another tokenizer: give that one, or pack the text anew"
+                )
+            raise InputError(f"{file}: {key} is {found!r}, expected {value!r}{hint}")
 
 
-def _damaged(folder: Path, what: str) -> str:
+def damaged(folder: Path, what: str) -> str:
+    """A message about a damaged corpus."""
     return f"packed tokens in {folder} are damaged: {what}; delete that folder to pack them again"
 
 
-@dataclass(frozen=True)
-class Split:
-    """Part of a packed corpus.
-
-    Attributes:
-        packed: the corpus.
-        ranges: token ranges [start, stop) in reading order, int64 [ranges, 2].
-        bytes: UTF-8 bytes of their text.
-    """
-
-    packed: PackedTokens
-    ranges: np.ndarray
-    bytes: float
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens in the ranges."""
-        return int((self.ranges[:, 1] - self.ranges[:, 0]).sum())
+def _shards(folder: Path, description: dict[str, Any]) -> list[Shard]:
+    rows = description.get("shards")
+    try:
+        if not rows or seal_of(rows) != description["sha256"]:
+            raise ValueError("the checksum of its shards' facts differs")
+        return [Shard(**row) for row in rows]
+    except (TypeError, ValueError, KeyError) as error:
+        raise InputError(damaged(folder, f"{CORPUS}: {error}")) from None
 
 
-def split(packed: PackedTokens, eval_fraction: float) -> tuple[Split, Split]:
-    """Split a corpus into training and evaluation parts, by whole documents.
-
-    Documents are held out in the order of a hash of their names until about `eval_fraction` of the tokens is
-    reached, so the choice is the same on every machine. A document that is too long for that is skipped; if
-    all are, the shortest is held out. If there is only one document, its end is held out, and bytes are
-    counted in proportion to tokens.
-    """
-    counts = np.diff(packed.boundaries)
-    if len(counts) == 1:
-        return _cut(packed, eval_fraction)
-    chosen = np.zeros(len(counts), bool)
-    chosen[_held_out(packed, eval_fraction)] = True
-    ranges = np.stack([packed.boundaries[:-1], packed.boundaries[1:]], axis=1)
-    train, evaluation = (
-        Split(packed, ranges[part], float(packed.bytes[part].sum())) for part in (~chosen, chosen)
-    )
-    return train, evaluation
+def _check_sizes(folder: Path, description: dict[str, Any], shards: Sequence[Shard]) -> None:
+    wide = np.dtype(description["dtype"]).itemsize
+    for shard in shards:
+        for suffix, size in ((TOKENS, shard.tokens * wide), (INDEX, shard.documents * 24)):
+            path = folder / (shard.name + suffix)
+            found = path.stat().st_size if path.is_file() else None
+            if found != size:
+                what = f"has {found} bytes, expected {size}" if found is not None else "is missing"
+                raise InputError(damaged(folder, f"{path.name} {what}"))
 
 
-def _held_out(packed: PackedTokens, eval_fraction: float) -> list[int]:
-    """Indices of the documents to evaluate on; at least one, never all."""
-    counts = np.diff(packed.boundaries)
-    wanted, held, chosen = eval_fraction * float(counts.sum()), 0, []
-    names = [document["name"] for document in packed.description["documents"]]
-    for i in sorted(range(len(names)), key=lambda i: hashlib.sha256(names[i].encode()).digest()):
-        if held < wanted and held + counts[i] <= 1.5 * wanted:
-            chosen.append(i)
-            held += counts[i]
-    return chosen[: len(counts) - 1] or [int(counts.argmin())]
-
-
-class TokenBlocks(Dataset):
-    """Consecutive blocks of `length` tokens of a split; a last part that does not fill a block is dropped.
-
-    Each item is {"input_ids", "labels"}, int64 [length]. Both are the same ids, because models shift labels.
-    """
-
-    def __init__(self, part: Split, length: int) -> None:
-        self.part, self.length = part, length
-        self._ends = np.cumsum(part.ranges[:, 1] - part.ranges[:, 0])
-
-    def __len__(self) -> int:
-        return self.part.tokens // self.length
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"block {index} of {len(self)}")
-        ids = torch.from_numpy(self._read(index * self.length).astype(np.int64))
-        return {"input_ids": ids, "labels": ids}
-
-    def _read(self, start: int) -> np.ndarray:
-        """`length` tokens from position `start` of the concatenated ranges."""
-        pieces, missing = [], self.length
-        row = int(np.searchsorted(self._ends, start, side="right"))
-        while missing:
-            low, high = self.part.ranges[row]
-            begin = max(low, high - (self._ends[row] - start))
-            pieces.append(self.part.packed.tokens[begin : min(high, begin + missing)])
-            missing -= len(pieces[-1])
-            start += len(pieces[-1])
-            row += 1
-        return np.concatenate(pieces)
-
-
-def token_blocks(
-    packed: PackedTokens, length: int, eval_fraction: float
-) -> tuple[TokenBlocks, TokenBlocks]:
-    """Training and evaluation blocks of `length` tokens.
-
-    Raises:
-        InputError: one of the parts is shorter than a block.
-    """
-    parts = split(packed, eval_fraction)
-    for name, part in zip(("training", "evaluation"), parts, strict=True):
-        if part.tokens < length:
-            raise InputError(
-                f"the {name} part of the corpus has {part.tokens} tokens, fewer than "
-                f"sequence_length = {length}; give more text, a shorter sequence_length or another "
-                "eval_fraction"
-            )
-    return TokenBlocks(parts[0], length), TokenBlocks(parts[1], length)
-
-
-def _cut(packed: PackedTokens, eval_fraction: float) -> tuple[Split, Split]:
-    total, size = int(packed.boundaries[-1]), float(packed.bytes.sum())
-    cut = total - max(1, round(eval_fraction * total))
-    parts = ((0, cut), (cut, total))
-    train, evaluation = (
-        Split(packed, np.asarray([part]), size * (part[1] - part[0]) / total) for part in parts
-    )
-    return train, evaluation
+def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+    """A file as a read-only array; an empty file cannot be mapped."""
+    if not path.stat().st_size:
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype=dtype, mode="r")

@@ -228,6 +228,11 @@ def fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
     return hashlib.sha256(f"{body}\n{special}".encode()).hexdigest()
 
 
+def is_byte_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the ids of a text are its bytes."""
+    return fingerprint(tokenizer) == fingerprint(byte_tokenizer())
+
+
 def vocabulary_size(tokenizer: "PreTrainedTokenizerBase") -> int:
     """Embeddings that a model needs: the largest id plus one, since ids can have gaps."""
     return max(tokenizer.get_vocab().values()) + 1
@@ -249,7 +254,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.end = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
         self.dtype = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 1 << 16 else np.uint32)
-        self._is_bytes = fingerprint(tokenizer) == fingerprint(byte_tokenizer())
+        self._is_bytes = is_byte_tokenizer(tokenizer)
 
     def __call__(self, text: str) -> np.ndarray:
         """Ids of `text` [tokens], dtype `self.dtype`."""

@@ -97,6 +97,7 @@ class GpuCall:
         t: the tokens, contiguous and aligned; gates in float32 if the backend needs it.
         solves: whether there is a solve.
         most_steps, stop: of `limits`.
+        small_ridge: whether conjugate gradients must expect float16 products to overflow.
         groups: the groups of heads that are processed together.
         chunks: the tables; those of all heads may be given.
         signature: what compiled kernels depend on besides the sizes: which arguments exist (`stop` among
@@ -117,6 +118,11 @@ class GpuCall:
         self.gk = t.g if settings.tied else t.gk
         self.groups = [Heads(0, self.H)]
         self.most_steps, self.stop = limits(settings, sizes.op_dtype)
+        self.small_ridge = (
+            self.stop is not None
+            and sizes.op_dtype == torch.float16
+            and settings.ridge_ratio < cg.LEAST_UNIT
+        )
         optional = (t.g, self.gk, t.alpha, t.beta, t.h0, t.u0)
         self.signature: tuple = (
             self.most_steps,

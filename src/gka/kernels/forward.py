@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gka.kernels.arrays import Moments
 from gka.kernels.call import GpuCall, packed_chunks, prepared
 from gka.kernels.passes import Executor, Passes, execute
 from gka.kernels.replay import Ran, Recordings, apart, kind_of
-from gka.maths.chunked import Forward, Settings, Tokens
+from gka.maths.chunked import Forward, ScannedStates, Settings, Tokens
 
 RECORDINGS = Recordings()
 
@@ -53,3 +54,21 @@ def chunk_steps(passes: Passes, tokens: Tokens, settings: Settings) -> Tensor:
     batch, length = tokens.q.shape[:2]
     chunk = torch.repeat_interleave(call.chunks.length.long(), output_size=batch * length)
     return steps[chunk].long().view(batch, length, call.H)
+
+
+def chunk_states(passes: Passes, tokens: Tokens, settings: Settings) -> ScannedStates:
+    """`gka.maths.chunked.chunk_states` on the GPU: the scan alone, its stored states in float32."""
+    call = GpuCall(passes, tokens, settings)
+    (heads,) = call.groups
+    h, u = call.moments(heads, with_h=True, final=True)
+    execute(passes.scan(call, heads, h, u, None))
+    assert h is not None and h.final is not None and u.final is not None
+    _, columns, value_columns = call.sizes.tiles
+    return ScannedStates(_widened(h, columns), _widened(u, value_columns), h.final, u.final)
+
+
+def _widened(moments: Moments, columns: int) -> Tensor:
+    """S_[c] [M,H,K,width] from what is stored, each block of `columns` divided by its scale."""
+    width = moments.start.shape[-1]
+    scales = moments.scales.repeat_interleave(columns, -1)[..., :width]
+    return moments.start.float() * scales.unsqueeze(-2)

@@ -190,6 +190,22 @@ def token_steps(tokens: Tokens, settings: Settings) -> Tensor:
     return chunks.join(steps)
 
 
+class ScannedStates(NamedTuple):
+    """H and U at chunk starts [M,H,K,.], and after the last chunk of each sequence [N,H,K,.]."""
+
+    h_start: Tensor
+    u_start: Tensor
+    h: Tensor
+    u: Tensor
+
+
+def chunk_states(tokens: Tokens, settings: Settings) -> ScannedStates:
+    """The states alone, float32 or better. q serves as a shape. Not differentiable by autograd."""
+    chunks = Chunks(tokens, settings)
+    (h_start, h), (u_start, u) = chunks.states_h, chunks.states_u
+    return ScannedStates(h_start, u_start, h, u)
+
+
 def chunk_forward(tokens: Tokens, settings: Settings) -> Forward:
     """The map of `reference`, chunk by chunk. Not differentiable by autograd; `adjoint` has its gradients."""
     tokens, reach = take_out(tokens, settings.tied)

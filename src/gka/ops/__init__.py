@@ -4,6 +4,7 @@ from gka.ops.backends import available_backends, last_backend, why_unavailable
 from gka.ops.chunk import chunk_gka, chunk_simple_gla, fused_recurrent_gka
 from gka.ops.combine import combine_states, mean_states, sum_states
 from gka.ops.decode import advance_states_, fused_recurrent_gka_
+from gka.ops.end_state import EndState, end_state
 from gka.ops.external import available_external, why_not_external
 from gka.ops.reference import solver_steps
 
@@ -19,6 +20,8 @@ __all__ = [
     "available_external",
     "why_not_external",
     "solver_steps",
+    "end_state",
+    "EndState",
     "combine_states",
     "sum_states",
     "mean_states",

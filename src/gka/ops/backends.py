@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from gka.maths.adjoint import Gradients, chunk_backward
-from gka.maths.chunked import Forward, Settings, Tokens, chunk_forward, token_steps
+from gka.maths.chunked import (
+    Forward,
+    ScannedStates,
+    Settings,
+    Tokens,
+    chunk_forward,
+    chunk_states,
+    token_steps,
+)
 from gka.maths.recurrent import States, advance_, recurrent_forward, step_
 from gka.maths.solvers import SolverName
 
@@ -77,6 +85,7 @@ class Backend:
         solvers: names of its solvers.
         stepper: its ops on states in place; None if it has none.
         steps: what `ops.solver_steps` returns for the backend's mode "chunk".
+        states: `maths.chunked.chunk_states`.
     """
 
     name: str
@@ -91,6 +100,7 @@ class Backend:
     solvers: tuple[SolverName, ...] = ("chebyshev",)
     stepper: Stepper | None = None
     steps: Callable[[Tokens, Settings], Tensor] = token_steps
+    states: Callable[[Tokens, Settings], ScannedStates] = chunk_states
 
 
 def _torch_backward(tokens: Tokens, x: Tensor | None, x_scale: Tensor | None, *rest) -> Gradients:
@@ -230,6 +240,12 @@ def _on_gpu(
         with current(tokens.q.device):
             return chunk_steps(passes(settings), tokens, settings)
 
+    def states(tokens: Tokens, settings: Settings) -> ScannedStates:
+        from gka.kernels.forward import chunk_states
+
+        with current(tokens.q.device):
+            return chunk_states(passes(settings), tokens, settings)
+
     return Backend(
         name=name,
         forward={"chunk": forward, "recurrent": recurrent},
@@ -240,6 +256,7 @@ def _on_gpu(
         solvers=get_args(SolverName),
         stepper=Stepper(step, advance, step_refusal),
         steps=steps,
+        states=states,
     )
 
 

@@ -9,9 +9,11 @@ from gka.maths.chunked import Settings, Tokens
 from gka.ops import checks
 from gka.ops.autograd import GKAEager, GKAFunction, pack
 from gka.ops.backends import Call, Mode, note_backend, resolve_backend
+from gka.ops.context import SequenceContext, check_context
 from gka.ops.dispatch import autocast, check_derivable, keep, kind_of, known, no_autocast
 from gka.ops.external import EXTERNAL, Given, resolve_external
 from gka.ops.external_call import run_external
+from gka.ops.initial_states import check_initial_state, first_of_packed, states_before, states_of
 from gka.ops.reference import reference_gka
 
 State = tuple[Tensor, Tensor]
@@ -36,6 +38,7 @@ def chunk_gka(
     chunk_size: int = 64,
     solver: str = "chebyshev",
     cu_seqlens_cpu: Tensor | None = None,
+    context: SequenceContext | None = None,
 ) -> tuple[Tensor, State | None]:
     """Gated KalmaNet over whole sequences, chunk by chunk (arXiv 2511.21016, section 4).
 
@@ -62,7 +65,8 @@ def chunk_gka(
         num_iter: Chebyshev steps r, 0..10000; with another solver, those whose error bound it keeps.
             0: no ridge, that is gated linear attention.
         initial_state: (h_kk [N,H,K,K], h_kv [N,H,K,V]) before the first token, float32 (float64 for
-            float64 inputs); h_kk symmetric. N is B, or the number of packed sequences.
+            float64 inputs); h_kk symmetric. N is B, or the number of packed sequences; with N = 1 the states
+            are those of the first packed sequence, and the others start from zero.
         output_final_state: return the states after the last token too.
         cu_seqlens: bounds of packed sequences, int64 [N+1] from 0 to T, with B = 1.
         beta: write gate [B,T,H]: scales k and v of each head without copying them.
@@ -75,6 +79,10 @@ def chunk_gka(
             until each token's residual proves that bound. docs/numerics.md has the proofs.
         cu_seqlens_cpu: a copy of cu_seqlens on the CPU, with which the call need not wait for the device
             to read the lengths. It must hold the same values (GKA_DEBUG=1 checks that).
+        context: a `gka.parallel.ContextParallel`: the tokens are this rank's part of a sequence that is split
+            over ranks, all of which make the call. It holds cu_seqlens. initial_state is that of the whole
+            sequences, the same on every rank, and only the ranks where they begin have its gradient.
+            Final states are those after this rank's part of each of its sequences.
 
     Returns:
         o [B,T,H,V] in q's dtype, and (h_kk, h_kv) or None.
@@ -87,7 +95,7 @@ def chunk_gka(
         "chunk", q, k, v, g, gk, alpha, beta, scale=scale, ridge_ratio=ridge_ratio,
         num_iter=num_iter, initial_state=initial_state, output_final_state=output_final_state,
         cu_seqlens=cu_seqlens, cu_seqlens_cpu=cu_seqlens_cpu, backend=backend, chunk_size=chunk_size,
-        solver=solver,
+        solver=solver, context=context,
     )  # fmt: skip
 
 
@@ -145,7 +153,14 @@ def run_call(
     solver: str = "chebyshev",
     with_h: bool = True,
     cu_seqlens_cpu: Tensor | None = None,
+    context: SequenceContext | None = None,
 ) -> tuple[Tensor, State | None]:
+    if context is not None:
+        checks.check_tensor("q", q)
+        check_context(context, q.shape[1] if q.dim() > 1 else 0, cu_seqlens)
+        cu_seqlens, cu_seqlens_cpu = context.cu_seqlens, context.cu_seqlens_cpu
+        wanted, gates = with_h and (num_iter > 0 or output_final_state), (g, gk, alpha, beta)
+        initial_state = states_before(context, q, k, v, gates, initial_state, wanted, with_h)
     numbers = (
         scale,
         ridge_ratio,
@@ -168,7 +183,7 @@ def run_call(
     q, k, v = autocast(q, k, v)
     if cu_seqlens_cpu is cu_seqlens:  # torch.compile refuses one tensor as two arguments
         cu_seqlens_cpu = None
-    h0, u0 = _states(initial_state)
+    h0, u0 = states_of(initial_state, None if cu_seqlens is None else len(cu_seqlens) - 1)
     gk = None if settings.tied else gk
     tokens = Tokens(q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu)
     if backend == "reference":
@@ -195,10 +210,11 @@ def check_call(
     checks.check_inputs(q, k, v, **gates)
     checks.check_settings(ridge_ratio, num_iter, chunk_size, scale, output_final_state)
     sequences = checks.check_lengths(q, cu_seqlens, cu_seqlens_cpu)
-    _check_initial_state(initial_state, sequences, q, v, with_h)
+    rows = first_of_packed(initial_state, cu_seqlens, sequences)
+    check_initial_state(initial_state, rows, q, v, with_h)
     debug = os.environ.get("GKA_DEBUG") == "1"
     if debug:
-        h0, u0 = _states(initial_state)
+        h0, u0 = states_of(initial_state)
         checks.check_values(q=q, k=k, v=v, g=g, gk=gk, alpha=alpha, beta=beta, h_kk=h0, h_kv=u0)
         checks.check_same_bounds(cu_seqlens, cu_seqlens_cpu)
     dims = (q.shape[-1], v.shape[-1])
@@ -224,33 +240,6 @@ def _reference(t: Tokens, s: Settings, g: Tensor | None) -> tuple[Tensor, State]
         )  # fmt: skip
 
 
-def _states(initial_state: State | Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """h0 and u0 of an initial state that `_check_initial_state` accepts."""
-    if isinstance(initial_state, Tensor) or initial_state is None:
-        return None, initial_state
-    h0, u0 = initial_state
-    return h0, u0
-
-
-def _check_initial_state(
-    state: State | Tensor | None, sequences: int, q: Tensor, v: Tensor, with_h: bool
-) -> None:
-    if state is None:
-        return
-    heads, key_dim = q.shape[2:]
-    u_shape = (sequences, heads, key_dim, v.shape[-1])
-    if not with_h:
-        checks.check_tensor("initial_state", state)
-        assert isinstance(state, Tensor)
-        checks.check_state("initial_state", state, u_shape, q)
-        return
-    if not isinstance(state, tuple | list) or len(state) != 2:
-        raise TypeError(f"initial_state must be a pair (h_kk, h_kv); got {type(state).__name__}.")
-    h0, u0 = state
-    checks.check_state("initial_state[0] (h_kk)", h0, (sequences, heads, key_dim, key_dim), q)
-    checks.check_state("initial_state[1] (h_kv)", u0, u_shape, q)
-
-
 def chunk_simple_gla(
     q: Tensor,
     k: Tensor,
@@ -265,6 +254,7 @@ def chunk_simple_gla(
     backend: str = "auto",
     chunk_size: int = 64,
     cu_seqlens_cpu: Tensor | None = None,
+    context: SequenceContext | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gated linear attention with a scalar decay per head: `chunk_gka` without its ridge.
 
@@ -277,7 +267,14 @@ def chunk_simple_gla(
     Raises:
         InputError (a ValueError): backend="fla" cannot run these inputs; the message says why.
     """
-    library = _library(backend, q, k, v, g, beta, initial_state, chunk_size)
+    if context is not None and backend in EXTERNAL:
+        raise InputError(
+            f"backend={backend!r} starts no packed sequence alone from a state: leave out context, "
+            'or take backend="auto".'
+        )
+    library = None
+    if context is None:
+        library = _library(backend, q, k, v, g, beta, initial_state, chunk_size)
     if library is not None:
         checked = (q, k, v, g, None, None, None, initial_state, cu_seqlens, cu_seqlens_cpu)
         numbers = (scale, 1.0, 0, chunk_size, output_final_state, "chebyshev", False, "torch")
@@ -291,6 +288,7 @@ def chunk_simple_gla(
         "chunk", q, k, v, g, None, None, beta, scale=scale, ridge_ratio=1.0, num_iter=0,
         initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
         cu_seqlens_cpu=cu_seqlens_cpu, backend=backend, chunk_size=chunk_size, with_h=False,
+        context=context,
     )  # fmt: skip
     return o, None if final is None else final[1]
 

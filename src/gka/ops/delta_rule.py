@@ -17,6 +17,7 @@ from gka.maths.delta import delta_rule_chunks, delta_rule_sequence
 from gka.maths.layout import chunk_layout
 from gka.ops import checks
 from gka.ops.backends import note_backend
+from gka.ops.context import SequenceContext, carry, check_context, last_document, own_initial
 from gka.ops.dispatch import no_autocast, operator, under_transform
 from gka.ops.external import Given, Rule, check_name, resolve_external
 from gka.ops.external_call import run_external
@@ -182,6 +183,7 @@ def chunk_gated_delta_rule(
     *,
     backend: str = "auto",
     cu_seqlens_cpu: Tensor | None = None,
+    context: SequenceContext | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """S_t = gamma_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T, o_t = scale S_t^T q_t, by chunks.
 
@@ -203,6 +205,8 @@ def chunk_gated_delta_rule(
             the first library that can run the call, else torch. `gka.ops.available_external` lists the
             libraries that can run a call, `gka.ops.why_not_external` says why one cannot.
         cu_seqlens_cpu: a copy of cu_seqlens on the CPU; with it the call does not wait for the device.
+        context: a sequence split over ranks, as in `chunk_gka`. The rule's map of an earlier state over a
+            rank's tokens is a matrix [N,H,K,K], found by a second pass over the rank's last sequence.
 
     Returns:
         o [B,T,H,V] in the dtype of q, and the final states [N,H,K,V] or None.
@@ -214,6 +218,11 @@ def chunk_gated_delta_rule(
     check_name(backend, BACKENDS)
     checks.check_scale(scale)
     checks.check_flags(output_final_state=output_final_state)
+    if context is not None:
+        checks.check_tensors(q=q, k=k, v=v)
+        check_context(context, q.shape[1] if q.dim() > 1 else 0, cu_seqlens)
+        initial_state = _carried(context, q, k, v, g, beta, initial_state)
+        cu_seqlens, cu_seqlens_cpu = context.cu_seqlens, context.cu_seqlens_cpu
     q, state = _prepare(q, k, v, g, beta, initial_state, cu_seqlens, cu_seqlens_cpu)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     rule: Rule = "delta_rule" if g is None else "gated_delta_rule"
@@ -225,6 +234,30 @@ def chunk_gated_delta_rule(
     g = q.new_zeros(q.shape[:3]) if g is None else g
     o, state = run(q, k, v, g, beta, state, cu_seqlens, cu_seqlens_cpu, scale, stepwise=False)
     return o, state if output_final_state else None
+
+
+@torch.compiler.disable(reason="ranks exchange states: a graph cannot hold the collectives")
+def _carried(
+    context: SequenceContext, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None,
+    beta: Tensor | None, initial_state: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The states before this rank's tokens of each of its sequences [n,H,K,V].
+
+    Over the rank's last sequence the state is A S_0 + E. Two passes find both: from zero, and from the
+    identity with values of zero.
+    """
+    own = None if initial_state is None else own_initial(context, initial_state)
+    q, zero = _prepare(q, k, v, g, beta, None, context.cu_seqlens, context.cu_seqlens_cpu)
+    heads, (g, beta) = last_document(context, q, k, v), last_document(context, g, beta)
+    q, k, v = (x for x in heads if x is not None)
+    beta = q.new_ones(q.shape[:3]) if beta is None else beta
+    g = q.new_zeros(q.shape[:3]) if g is None else g
+    zero, (rows, heads, dim) = zero[: len(q)], (len(q), q.shape[2], q.shape[3])
+    _, end = run(q, k, v, g, beta, zero, None, None, 1.0, stepwise=False)
+    identity = torch.eye(dim, dtype=zero.dtype, device=zero.device).expand(rows, heads, dim, dim)
+    empty = v.new_zeros(1).expand(*v.shape[:2], 1, dim)
+    _, change = run(q, k, empty, g, beta, identity, None, None, 1.0, stepwise=False)
+    return carry(context, [(change, end, own)])[0]
 
 
 def fused_recurrent_gated_delta_rule(

@@ -3,11 +3,11 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from gka.training.config import DataConfig, RunConfig, TrainingConfig, read_recipe
+from gka.training.config import CorpusConfig, DataConfig, RunConfig, TrainingConfig, read_recipe
 
 if TYPE_CHECKING:
-    from gka.training.loop import SelectiveDecay
     from gka.training.run import Interrupted, build_model, train
+    from gka.training.trainer import SelectiveDecay
 
 __all__ = [
     "train",
@@ -16,12 +16,13 @@ __all__ = [
     "SelectiveDecay",
     "RunConfig",
     "DataConfig",
+    "CorpusConfig",
     "TrainingConfig",
     "read_recipe",
 ]
 
 
-_HOME = {"train": "run", "build_model": "run", "Interrupted": "loop", "SelectiveDecay": "loop"}
+_HOME = {"train": "run", "build_model": "run", "Interrupted": "loop", "SelectiveDecay": "trainer"}
 
 
 def __getattr__(name: str) -> Any:

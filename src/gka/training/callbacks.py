@@ -17,8 +17,9 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from gka.console import answered, duration, leave_lost, stop_signals, terminals
 from gka.errors import InputError
+from gka.parallel import current
 from gka.storage import storage_errors
-from gka.training.checkpoints import SEAL, clear_cut_short, seal
+from gka.training.checkpoints import SEAL, clear_cut_short, seal, sealed
 from gka.training.folder import is_main_process
 
 
@@ -60,6 +61,8 @@ class StopWhenAsked(TrainerCallback):
         self.stop = stop
 
     def on_step_end(self, args, state, control, **kwargs):
+        # a signal to any rank stops all of them after the same step
+        self.stop.signal = current().any(self.stop.signal or 0) or None
         if self.stop.signal is not None:
             control.should_save = control.should_training_stop = True
         return control
@@ -76,13 +79,17 @@ class SealCheckpoints(TrainerCallback):
         return control
 
     def on_save(self, args, state, control, **kwargs):
+        job, folder = current(), self._folder(args, state)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.barrier()  # until every process has written its generator state
-        if state.is_world_process_zero:
-            folder = self._folder(args, state)
-            with storage_errors(f"checkpoint {folder}"):
-                seal(folder)
-            clear_cut_short(folder.parent, state.global_step)
+            torch.distributed.barrier()  # until every process has written its files
+        with job.together(), storage_errors(f"checkpoint {folder}"):
+            mine = sealed(folder, job.rank, job.ranks)
+        parts = job.gather(mine)
+        with job.together():
+            if state.is_world_process_zero:
+                with storage_errors(f"checkpoint {folder}"):
+                    seal(folder, parts)
+                clear_cut_short(folder.parent, state.global_step)
 
     @staticmethod
     def _folder(args: TrainingArguments, state: TrainerState) -> Path:
@@ -194,7 +201,7 @@ class Estimate(TrainerCallback):
     SECONDS, STEPS = 2.0, 20  # timed: whichever comes first
     SHORT = 10.0  # seconds; a shorter run has no estimate
 
-    def __init__(self, console: Console, evaluated_blocks: int) -> None:
+    def __init__(self, console: Console, evaluated_blocks: float) -> None:
         self.console, self.evaluated_blocks = console, evaluated_blocks
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -216,8 +223,7 @@ class Estimate(TrainerCallback):
         left, every = state.max_steps - state.global_step, int(args.eval_steps or state.max_steps)
         evaluations = state.max_steps // every - state.global_step // every
         trained = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        blocks = evaluations * self.evaluated_blocks / args.world_size
-        total = seconds * (left + blocks / trained / 3)
+        total = seconds * (left + evaluations * self.evaluated_blocks / trained / 3)
         if total < self.SHORT:
             return
         self.console.print(

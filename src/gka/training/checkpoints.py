@@ -3,7 +3,7 @@
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -12,28 +12,55 @@ from typing import Any
 from transformers import TrainerState
 
 from gka.errors import InputError, reason_of
+from gka.parallel.state import METADATA, is_sharded_checkpoint
 from gka.storage import read_json, sha256_of, write_json
 from gka.training.folder import is_main_process
 
 SEAL = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
+_SHARD = re.compile(r"__(\d+)_\d+\.distcp")
 _ASIDE = re.compile(r"damaged-checkpoint-(\d+)(-\d+)?")
 # If one of these is missing, the Trainer silently continues from another state.
 _NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+_NEEDED_SHARDED = ("trainer_state.json", METADATA, "groups.pt", "scheduler.pt")
 _WEIGHTS = (".safetensors", ".bin")
+_SHARDS = (".distcp",)
+Files = dict[str, dict[str, Any]]
 
 
-def seal(folder: Path) -> None:
-    """Write all files of a checkpoint through to disk, then record their sizes and SHA-256 in `SEAL`.
+def sealed(folder: Path, rank: int = 0, ranks: int = 1) -> Files:
+    """Write files of a checkpoint through to disk; their sizes and SHA-256 by name.
 
-    A checkpoint without a seal was cut short while it was written.
+    Files are dealt to the ranks, each of which reads its own: the ones that it has written, mostly.
     """
     files = {}
-    for path in sorted(folder.iterdir()):
-        if path.name != SEAL:
+    paths = sorted(path for path in folder.iterdir() if path.name != SEAL)
+    for number, path in enumerate(paths):
+        if _writer(path, number) % ranks == rank:
             _flush(path)
             files[path.name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
-    write_json(folder / SEAL, files)
+    return files
+
+
+def _writer(path: Path, number: int) -> int:
+    """The rank that wrote a shard, by its name; `number` for another file."""
+    found = _SHARD.fullmatch(path.name)
+    return int(found[1]) if found else number
+
+
+def seal(folder: Path, parts: Sequence[Files] | None = None) -> None:
+    """Record the sizes and SHA-256 of all files of a checkpoint in `SEAL`.
+
+    A checkpoint without a seal was cut short while it was written.
+
+    Args:
+        folder: the checkpoint.
+        parts: every rank's result of `sealed`. None: this process's of all files.
+    """
+    files: Files = {}
+    for part in [sealed(folder)] if parts is None else parts:
+        files |= part
+    write_json(folder / SEAL, dict(sorted(files.items())))
 
 
 def fault(folder: Path) -> str | None:
@@ -52,10 +79,12 @@ def fault(folder: Path) -> str | None:
 
 def _fault_of_seal(folder: Path, files: dict[str, Any]) -> str | None:
     """The fault of a seal's list of files: one missing in it, one not listed, or one outside the folder."""
-    missing = [name for name in _NEEDED if name not in files]
+    sharded = METADATA in files
+    needed, weights = (_NEEDED_SHARDED, _SHARDS) if sharded else (_NEEDED, _WEIGHTS)
+    missing = [name for name in needed if name not in files]
     if not any(name.startswith("rng_state") for name in files):
         missing.append("rng_state.pth")
-    if not any(name.endswith(_WEIGHTS) and "training_args" not in name for name in files):
+    if not any(name.endswith(weights) and "training_args" not in name for name in files):
         missing.append("weights")
     if missing:
         return f"{SEAL} does not name {', '.join(missing)}"
@@ -131,6 +160,11 @@ def loading(checkpoint: str | Path | None) -> Iterator[None]:
             f"{checkpoint} cannot be loaded: {reason_of(error)}; it does not fit this run's settings, or was "
             "altered. Move it away and resume from the one before"
         ) from error
+
+
+def has_sharded(folder: Path) -> bool:
+    """Whether a folder has a checkpoint that several ranks have written."""
+    return any(is_sharded_checkpoint(path) for path in folder.glob("checkpoint-*"))
 
 
 def newest(folder: Path, say: Callable[[str], None]) -> Path | None:

@@ -2,7 +2,9 @@
 
 "layers" compiles each decoder layer by itself. Layers of one kind share a graph, so the first step compiles
 one graph per kind of mixer. "model" compiles the model with its loss as one graph; its first step grows with
-the number of layers. Modules are compiled in place, so names in state dicts stay.
+the number of layers. "cuda-graphs" does that and records the kernels of a step as CUDA graphs, which the host
+replays with one call: for models so small that the card waits for the host. Modules are compiled in place, so
+names in state dicts stay.
 """
 
 import contextlib
@@ -12,7 +14,7 @@ import importlib.util
 import inspect
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,13 +27,15 @@ from rich.console import Console
 from torch import nn
 from torch._dynamo import exc
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
 from gka.caches import compiled_folder
 from gka.errors import InputError, reason_of
 from gka.models.decoder import GKADecoderLayer
+from gka.models.loss import compiled_on_gpu
 
-AUTO, LAYERS, MODEL, OFF = "auto", "layers", "model", "off"
+AUTO, LAYERS, MODEL, CUDA_GRAPHS, OFF = "auto", "layers", "model", "cuda-graphs", "off"
 GRAPHS = 64
 """Most graphs per function, kinds of mixers times shapes; torch would run others uncompiled in silence."""
 OLDEST = (7, 0)  # lowest compute capability that Triton supports
@@ -42,10 +46,40 @@ _INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def chosen(asked: str, device: torch.device) -> str:
-    """ "layers", "model" or "off" for a value of `TrainingConfig.compile`."""
+    """ "layers", "model", "cuda-graphs" or "off" for a value of `TrainingConfig.compile`.
+
+    Raises:
+        InputError: CUDA graphs on another device than a GPU.
+    """
+    if asked == CUDA_GRAPHS and device.type != "cuda":
+        raise InputError(
+            f"compile is {CUDA_GRAPHS!r}, which needs an NVIDIA GPU; the device is {device}"
+        )
     if asked != AUTO:
         return asked
     return OFF if why_uncompiled(device) else LAYERS
+
+
+def check_graphs(gradient_accumulation: int, alone: bool) -> None:
+    """Refuse what CUDA graphs cannot train: each replay overwrites what the one before has left.
+
+    Args:
+        gradient_accumulation: forward passes per optimizer step.
+        alone: whether a language model is trained on its own loss.
+
+    Raises:
+        InputError: gradients or another model's outputs would have to outlast a replay.
+    """
+    if gradient_accumulation > 1:
+        raise InputError(
+            f"compile is {CUDA_GRAPHS!r} and gradient_accumulation {gradient_accumulation}: a replay "
+            "overwrites the gradients of the pass before. Use gradient_accumulation 1 with a larger "
+            f"batch_size, or compile {LAYERS!r}"
+        )
+    if not alone:
+        raise InputError(
+            f"compile is {CUDA_GRAPHS!r}, which gka prime does not take; use {LAYERS!r}"
+        )
 
 
 def why_uncompiled(device: torch.device) -> str | None:
@@ -65,7 +99,7 @@ def compiled(modules: Sequence[nn.Module], how: str) -> Iterator[None]:
 
     Args:
         modules: models with decoder layers, or modules whose method `blocks()` returns the parts to compile.
-        how: "layers", "model" or "off".
+        how: "layers", "model", "cuda-graphs" or "off".
 
     Raises:
         InputError: torch.compile failed in the block, a module is compiled already, or accelerate is set to
@@ -74,11 +108,12 @@ def compiled(modules: Sequence[nn.Module], how: str) -> Iterator[None]:
     if how == OFF:
         yield
         return
-    parts = list(modules) if how == MODEL else [part for m in modules for part in blocks_of(m)]
+    whole = how in (MODEL, CUDA_GRAPHS)
+    parts = list(modules) if whole else [part for m in modules for part in blocks_of(m)]
+    options: dict[str, Any] = {"mode": "reduce-overhead"} if how == CUDA_GRAPHS else {}
     _refuse_second(parts)
-    with _settings():
-        for part in parts:
-            part.compile()
+    with _settings(), compiled_on_gpu():
+        restore = [_compile(part, options) for part in parts]
         try:
             yield
         except _FAILURES as error:
@@ -88,8 +123,29 @@ def compiled(modules: Sequence[nn.Module], how: str) -> Iterator[None]:
                 "off, or set TORCH_LOGS=+dynamo,graph_breaks to see where"
             ) from error
         finally:
-            for part in parts:
-                part._compiled_call_impl = None
+            for undo in restore:
+                undo()
+
+
+def _compile(part: nn.Module, options: dict[str, Any]) -> Callable[[], None]:
+    """Compile a module in place; the function that undoes it.
+
+    Of a module whose parameters are gathered by hooks (FSDP2) only `forward` is compiled: hooks would break
+    its graph.
+    """
+    if not isinstance(part, FSDPModule):
+        part.compile(**options)
+        return lambda: setattr(part, "_compiled_call_impl", None)
+    former: Any = vars(part).get("forward")
+    part.forward = torch.compile(part.forward, **options)
+
+    def undo() -> None:
+        if former is None:
+            del part.forward
+        else:
+            part.forward = former
+
+    return undo
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -192,8 +248,9 @@ class FirstStep(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._waiting = True
-        what = "each layer" if self.how == LAYERS else "the whole model"
-        self._say(f"compiling {what} during the first step (--compile off: not at all)")
+        what = {LAYERS: "each layer", CUDA_GRAPHS: "the whole model, as CUDA graphs,"}
+        named = what.get(self.how, "the whole model")
+        self._say(f"compiling {named} during the first step (--compile off: not at all)")
 
     def on_step_begin(self, args, state, control, **kwargs):
         if self._waiting:

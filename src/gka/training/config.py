@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from gka.data.weights import check_weights
 from gka.errors import InputError
 from gka.training.settings import Table, Tables, build_tables, check_tables, require, setting
 
 DTYPES = ("float32", "bfloat16")
-COMPILE = ("auto", "layers", "model", "off")
+COMPILE = ("auto", "layers", "model", "cuda-graphs", "off")
 CHECKPOINTING = ("none", "full", "selective", "selective-products")
 """Of activations; `gka.models.recomputation` has what each keeps."""
 MOST_SEED = 2**32 - 1
@@ -22,6 +23,7 @@ YOURS = "yours"
 """Value of settings that a recipe cannot have: text, tokenizer, a model to start from."""
 STANDARD_LIBRARY_HELD_OUT = 0.002
 """`eval_fraction` if no text is given: a small share of the standard library suffices and is quick."""
+APART, RUNNING, FORMER = DOCUMENTS = ("apart", "running", "former")
 # Set from the tokenizer, so that model and data agree.
 FROM_TOKENIZER = ("vocab_size", "eos_token_id", "pad_token_id", "bos_token_id")
 _MATRICES = "Of matrices and convolutions; A_log, dt_bias, norms, biases and embeddings have none."
@@ -47,32 +49,71 @@ class DataConfig(Table):
     eval_fraction: float = setting(
         0.01, "Share of the tokens held out, by whole documents.", above=0, below=1
     )
-    corpus: str = setting(
+    without_text: str = setting(
         "standard-library",
-        "What is read where no text is given; yours: nothing, and text and tokenizer must be given.",
-        choices=("standard-library", YOURS),
+        "Where no text is given: Python's standard library, or an error, for recipes that need one's own.",
+        choices=("standard-library", "error"),
     )
     hash_sources: bool = setting(
         False,
         "Detect changed text by its checksum, for which all of it is read before each run; otherwise by "
         "names, paths, sizes, inodes and times of modification and change.",
     )
+    column: str = setting(
+        "text",
+        "Column of .jsonl, .jsonl.gz and .parquet files that holds the text, each row a document; '' reads "
+        "all files as plain text.",
+        option=True,
+    )
+    workers: int = setting(
+        0,
+        "Processes that tokenise.",
+        option=True,
+        shown="one a core, if there is text enough",
+        least=0,
+        most=1024,
+    )
 
     table: ClassVar[str] = "data"
 
-    def check_given(self) -> None:
-        """Raise `InputError` if the run is for text and a tokenizer of one's own, and one is not given."""
-        if self.corpus != YOURS:
-            return
-        missing = [] if self.text else ["text (PATH ...)"]
-        missing += ["a tokenizer (--tokenizer NAME)"] if self.tokenizer == "bytes" else []
-        if missing:
-            raise InputError(
-                f"data.corpus is {YOURS!r}: the recipe comes without text and tokenizer; missing: "
-                f"{' and '.join(missing)}. For example: gka train CORPUS/ --tokenizer FOLDER-OR-NAME "
-                "--recipe ...; a trial on the standard library, byte by byte: "
-                "--set data.corpus=standard-library"
-            )
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig(DataConfig):
+    """Table [data] of `gka train`: one text or several with weights, and what sequences are made of."""
+
+    weights: tuple[float, ...] = setting(
+        (),
+        "Makes each PATH a corpus of its own, with this share of the training sequences; sum 1, as in "
+        "0.7,0.3.",
+        option=True,
+        metavar="X,X",
+    )
+    documents: str = setting(
+        APART,
+        "apart: several in a sequence, each seeing itself only; running: cut from one running text; former: "
+        "running, in the order of earlier releases, which their runs keep.",
+        option=True,
+        choices=DOCUMENTS,
+    )
+    eval_tokens: int = setting(
+        4_000_000, "Tokens of a corpus held out at most; 0: no limit but eval_fraction.", least=0
+    )
+    stream_gb: float = setting(
+        0.0,
+        "Tokenise while training and keep at most so many GiB of tokens on the disk; 0 tokenises all of it "
+        "first.",
+        option=True,
+        least=0,
+    )
+    verify: bool = setting(False, "Compare all packed tokens with their checksums before training.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weights:
+            check_weights(self.weights, len(self.text))
+        if self.documents == FORMER:
+            self.require(not self.weights, "weights", "none with data.documents = 'former'")
+            self.require(not self.stream_gb, "stream_gb", "0 with data.documents = 'former'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +171,9 @@ class TrainingConfig(Table):
     )
     compile: str = setting(
         "auto",
-        "torch.compile of the layers one by one, of the model as a whole (a longer first step), or off; "
-        "auto: layers on a GPU, off on a CPU.",
+        "torch.compile of the layers one by one, of the model as a whole (a longer first step), that "
+        "replayed as CUDA graphs (faster for models below about 100 M parameters), or off; auto: layers on a "
+        "GPU, off on a CPU.",
         option=True,
         choices=COMPILE,
     )
@@ -160,6 +202,9 @@ class TrainingConfig(Table):
     log_steps: int = setting(10, "Steps between two logged losses.", least=1)
     eval_steps: int = setting(260, "Steps between two evaluations.", least=1)
     save_steps: int = setting(260, "Steps between two checkpoints.", least=1)
+    loader_workers: int = setting(
+        0, "Processes that prepare batches; 0: the training process itself.", least=0, most=1024
+    )
     # At least two, so that one is whole while the next is written.
     keep_checkpoints: int = setting(2, "Newest checkpoints that are kept.", least=2)
     seed: int = setting(
@@ -170,21 +215,48 @@ class TrainingConfig(Table):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelConfig(Table):
+    """Table [parallel]: how the processes that torchrun started share the work.
+
+    The product of the four numbers is the number of processes. Another product may resume a run: the global
+    batch stays.
+    """
+
+    dp_shard: int = setting(
+        0,
+        "Ranks that share parameters, gradients and optimizer (FSDP2), each with blocks of its own; 0: all "
+        "that the other numbers leave.",
+        option=True,
+        shown="the rest",
+        least=0,
+    )
+    dp_replicate: int = setting(1, "Copies of such a group of ranks.", option=True, least=1)
+    tp: int = setting(
+        1, "Ranks that share each layer's heads and MLP columns.", option=True, least=1
+    )
+    cp: int = setting(1, "Ranks that share each sequence.", option=True, least=1)
+
+    table: ClassVar[str] = "parallel"
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A complete training run. `model` holds fields of `gka.models.GKAConfig`, which checks them."""
 
-    data: DataConfig = field(default_factory=DataConfig)
+    data: CorpusConfig = field(default_factory=CorpusConfig)
     model: Mapping[str, Any] = field(default_factory=lambda: dict(MODEL_DEFAULTS))
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def tables(self) -> Tables:
         """The run as tables of JSON and TOML values; `from_tables` is the inverse."""
         data = dataclasses.asdict(self.data)
-        data["text"] = list(self.data.text)
+        data["text"], data["weights"] = list(self.data.text), list(self.data.weights)
         return {
             "data": data,
             "model": dict(self.model),
             "training": dataclasses.asdict(self.training),
+            "parallel": dataclasses.asdict(self.parallel),
         }
 
     @classmethod
@@ -194,11 +266,11 @@ class RunConfig:
         Raises:
             InputError: a table or key is unknown, of the wrong type or out of range; the message names it.
         """
-        check_tables(tables, ("data", "model", "training"))
+        check_tables(tables, ("data", "model", "training", "parallel"))
         data = dict(tables.get("data", {}))
         if not data.get("text"):
             data.setdefault("eval_fraction", STANDARD_LIBRARY_HELD_OUT)
-        kinds = {"data": DataConfig, "training": TrainingConfig}
+        kinds = {"data": CorpusConfig, "training": TrainingConfig, "parallel": ParallelConfig}
         keys = {"model": [setting.name for setting in fields(ModelSettings)]}
         built = build_tables(kinds, {**tables, "data": data}, keys)
         return cls(model=_complete(tables.get("model", {})), **built)

@@ -13,11 +13,12 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 from gka.errors import InputError
+from gka.parallel.job import current
 from gka.storage import is_empty, only_writer, read_json, storage_errors, write_json
 from gka.training.settings import merged
 
@@ -34,8 +35,13 @@ RUN, CHECKPOINTS, MODEL, METRICS, PLOT = (
 )
 LOG, EVENTS = "log.jsonl", "tensorboard"
 FORMAT = 1
+# Settings of runs that began before these settings were there.
+_BEFORE = {"data": {"column": "", "documents": "former", "eval_tokens": 0}}
+RANKS, GLOBAL_BATCH = "ranks", "global_batch"  # keys of run.json
 # Not in the settings' checksum: sources may move, as their content has its own checksums.
 _PLACES = {"data": ("text", "chat"), "prime": ("teacher",)}
+# Not in it either, and free to change when a run is resumed: any number of ranks computes the same.
+_FREE = "parallel"
 # Folders that `gka prime` adds: its two stages and its report.
 STAGES, REPORT = ("stage1", "stage2"), "report"
 
@@ -70,13 +76,20 @@ def open_output(
     Raises:
         InputError: `output` cannot be used, or another process writes it; nothing has been changed.
     """
-    _check_output(output, resume, overwrite)
-    if resume and (output / METRICS).exists():
+    job = current()
+    with job.together():
+        _check_output(output, resume, overwrite)
+    if job.gather(resume and (output / METRICS).exists())[0]:
         console.print(f"The run in {output} is complete; there is nothing to resume.", markup=False)
         yield read_json(output / METRICS)
         return
-    with only_writer(output) if is_main_process() else nullcontext():
-        _check_output(output, resume, overwrite)  # another run may have ended before the lock
+    with ExitStack() as stack:
+        with job.together():
+            if is_main_process():
+                stack.enter_context(only_writer(output))
+                _check_output(
+                    output, resume, overwrite
+                )  # another run may have ended before the lock
         yield None
 
 
@@ -126,33 +139,35 @@ def stored_tables(output: Path) -> dict[str, dict[str, Any]]:
 def resumed_config(
     output: Path, given: Mapping[str, Mapping[str, Any]], kind: type[AnySettings]
 ) -> AnySettings:
-    """The stored settings of a run; settings given again must agree with them.
+    """The stored settings of a run; settings given again must agree with them, but for [parallel].
 
     Raises:
         InputError: a setting differs (the first is named), run.json was edited, or the command is another.
     """
     tables = stored_tables(output)
-    if set(tables) != set(kind.from_tables({}).tables()):
+    if set(tables) - {_FREE} != set(kind.from_tables({}).tables()) - {_FREE}:
         raise InputError(
             f"the run in {output} is of another command: its tables are {', '.join(tables)}"
         )
     config = _believed(output, kind, tables)
     stored = config.tables()
-    asked = kind.from_tables(merged(stored, given)).tables()
-    for table, values in asked.items():
+    asked = kind.from_tables(merged(stored, given))
+    for table, values in asked.tables().items():
+        if table == _FREE:
+            continue
         for key, value in values.items():
             if key not in stored[table] or value != stored[table][key]:
                 raise InputError(
                     f"{table}.{key} is {value!r}, but the run in {output} began with "
                     f"{stored[table].get(key)!r}; a resumed run keeps its settings"
                 )
-    return config
+    return asked
 
 
 def _believed(output: Path, kind: type[AnySettings], tables: dict[str, Any]) -> AnySettings:
     """The settings in run.json, checked for types, ranges and later edits."""
     try:
-        config = kind.from_tables(tables)
+        config = kind.from_tables(_with_former_settings(tables, kind))
     except InputError as error:
         raise InputError(f"{output / RUN}: {error}") from None
     noted = read_json(output / RUN).get("config_sha256")
@@ -164,13 +179,30 @@ def _believed(output: Path, kind: type[AnySettings], tables: dict[str, Any]) -> 
     return config
 
 
+def _with_former_settings(tables: dict[str, Any], kind: type[Settings]) -> dict[str, Any]:
+    """The settings with what an earlier release did where they name no choice."""
+    known = kind.from_tables({}).tables()
+    former = {
+        table: {key: value for key, value in values.items() if key in known.get(table, {})}
+        for table, values in _BEFORE.items()
+    }
+    return merged(former, tables)
+
+
 def _settings_checksum(tables: Mapping[str, Mapping[str, Any]]) -> str:
     """SHA-256 of the settings without the paths of sources."""
     kept = {
         table: {key: value for key, value in values.items() if key not in _PLACES.get(table, ())}
         for table, values in tables.items()
+        if table != _FREE
     }
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def global_batch(output: Path) -> int | None:
+    """Blocks of each optimizer step of the run in `output`, over all ranks; None if run.json does not say."""
+    found = read_json(output / RUN).get(GLOBAL_BATCH)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def drawn(
@@ -191,7 +223,13 @@ def drawn(
 
 
 def begin(
-    config: Settings, output: Path, checksums: dict[str, str], *, resume: bool, overwrite: bool
+    config: Settings,
+    output: Path,
+    checksums: dict[str, str],
+    *,
+    resume: bool,
+    overwrite: bool,
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
     """Write run.json, or check that the inputs of a resumed run have not changed.
 
@@ -201,6 +239,7 @@ def begin(
         checksums: of the run's inputs, by name: "tokens_sha256", ...
         resume: check instead of writing.
         overwrite: delete the run in `output` first.
+        facts: more to note about the run's begin.
 
     Raises:
         InputError: a checksum differs from the stored one.
@@ -209,7 +248,8 @@ def begin(
         stored = read_json(output / RUN)
         for name, value in checksums.items():
             if stored.get(name) != value:
-                what = "text" if name == "tokens_sha256" else name.removesuffix("_sha256")
+                is_text = name in ("tokens_sha256", "corpus_sha256")
+                what = "text" if is_text else name.removesuffix("_sha256")
                 raise InputError(
                     f"{what} has changed since the run in {output} began (its checksum differs); "
                     "restore it, or start a new run"
@@ -221,7 +261,7 @@ def begin(
         _remove_run(output)
     tables = config.tables()
     content = {"format": FORMAT, "config": tables, "config_sha256": _settings_checksum(tables)}
-    write_json(output / RUN, content | checksums)
+    write_json(output / RUN, content | checksums | dict(facts or {}))
 
 
 def _remove_run(output: Path) -> None:

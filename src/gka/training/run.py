@@ -13,24 +13,22 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from gka.console import status
-from gka.data import (
-    PackedTokens,
-    TokenBlocks,
-    find_documents,
-    load_tokenizer,
-    pack,
-    token_blocks,
-    vocabulary_size,
-)
+from gka.data import load_tokenizer, vocabulary_size
 from gka.errors import InputError
 from gka.models import GKAConfig, GKAForCausalLM
 from gka.models.fields import fewest_parameters
+from gka.parallel import Layout, current, joined, whole_weights
 from gka.storage import write_bytes, write_json
 from gka.training import folder as files
-from gka.training.config import DataConfig, RunConfig
-from gka.training.loop import DecoderTrainer, Interrupted, fit, recompute_layers, tokens_of_a_step
-from gka.training.start import start_from
+from gka.training import scale
+from gka.training.checkpoints import has_sharded
+from gka.training.compilation import CUDA_GRAPHS
+from gka.training.config import APART, RUNNING, RunConfig, TrainingConfig
+from gka.training.inputs import Text, open_text
+from gka.training.loop import Interrupted, fit, recompute_layers
+from gka.training.mesh_trainer import on_mesh, with_weights
+from gka.training.start import check_given, start_from
+from gka.training.trainer import DecoderTrainer
 
 __all__ = ["Interrupted", "build_model", "train"]
 
@@ -54,43 +52,91 @@ def train(
 
     Raises:
         InputError: an argument cannot be used (nothing is deleted then), or the loss is not finite.
-        Interrupted: after SIGINT, SIGTERM or SIGHUP, once the checkpoint is written.
+        Interrupted: after SIGINT, SIGTERM or SIGHUP to any rank, once the checkpoint is written.
+        LostRank: another process of the job has ended without a word.
     """
-    with files.open_output(output, console, resume=resume, overwrite=overwrite) as complete:
-        if complete is not None:
-            return complete
-        return _train(config, output, console, resume, overwrite)
+    with joined(f"Resume: gka train --resume --output {output}") as job:
+        job.agree(scale.common_facts(config))
+        with files.open_output(output, console, resume=resume, overwrite=overwrite) as complete:
+            if complete is not None:
+                return complete
+            return _train(config, output, console, resume, overwrite)
 
 
 def _train(
     config: RunConfig, output: Path, console: Console, resume: bool, overwrite: bool
 ) -> dict[str, Any]:
     """`train`, after `output` was checked and locked."""
-    config.data.check_given()
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    packed = pack_text(config.data, tokenizer, console)
-    blocks = token_blocks(packed, config.data.sequence_length, config.data.eval_fraction)
-    model = build_model(config, tokenizer)
-    checksums = {"tokens_sha256": packed.checksum}
-    files.begin(config, output, checksums, resume=resume, overwrite=overwrite)
-    _introduce(config, model, output, console)
-    folder = output / files.CHECKPOINTS
-    trainer = fit(model, config.training, folder, blocks, tokenizer, console=console, resume=resume)
-    metrics = _metrics(config, trainer, packed, blocks)
-    if trainer.is_world_process_zero():
-        files.save_model(trainer.model, tokenizer, output / files.MODEL)
-        plot_losses(metrics, output / files.PLOT)
-        write_json(output / files.METRICS, metrics)  # last: it marks the run as complete
+    _check_graphs(config)
+    check_given(config)
+    job = current()
+    with job.together():
+        layout = scale.chosen_layout(config.parallel)
+        tokenizer = load_tokenizer(config.data.tokenizer)
+    text = job.main_first(lambda: open_text(config, tokenizer, console))
+    with job.together():
+        model = build_model(config, tokenizer)
+        scale.check_model(model, layout, config.training.compile)
+        training = _begun(config, layout, output, text.checksums, resume, overwrite)
+    _introduce(training, config.data.sequence_length, model, output, console, layout)
+    folder, blocks = output / files.CHECKPOINTS, (text.training, text.evaluation)
+    kind = on_mesh(layout) if job.ranks > 1 or (resume and has_sharded(folder)) else None
+    trainer = fit(
+        scale.place(model, layout, training), training, folder, blocks, tokenizer, console=console,
+        resume=resume, kind=kind, readers=layout.readers,
+    )  # fmt: skip
+    metrics = _metrics(config, trainer, text, layout)
+    weights = whole_weights(trainer.model) if job.ranks > 1 else None  # pyright: ignore[reportArgumentType]
+    with job.together():
+        if job.is_main:
+            trained = trainer.model if weights is None else with_weights(model.config, weights)
+            files.save_model(trained, tokenizer, output / files.MODEL)
+            plot_losses(metrics, output / files.PLOT)
+            write_json(output / files.METRICS, metrics)  # last: it marks the run as complete
     return metrics
 
 
-def _introduce(config: RunConfig, model: PreTrainedModel, output: Path, console: Console) -> None:
-    """Print the model, the steps and the output folder before training begins."""
-    training, tokens = config.training, config.data.sequence_length
-    blocks = training.batch_size * training.gradient_accumulation
+def _check_graphs(config: RunConfig) -> None:
+    """Raise `InputError` for CUDA graphs of documents apart, whose number differs from batch to batch."""
+    if config.training.compile == CUDA_GRAPHS and config.data.documents == APART:
+        raise InputError(
+            f"compile is {CUDA_GRAPHS!r}, which records one shape, and documents are {APART!r}, whose "
+            f"number differs from batch to batch; give --documents {RUNNING}, or compile layers"
+        )
+
+
+def _begun(
+    config: RunConfig,
+    layout: Layout,
+    output: Path,
+    checksums: dict[str, str],
+    resume: bool,
+    overwrite: bool,
+) -> TrainingConfig:
+    """Write or check run.json; the training settings with which these ranks take the run's global batch."""
+    began = scale.blocks_of_a_step(config.training, layout.readers)
+    facts = {files.RANKS: layout.ranks, files.GLOBAL_BATCH: began}
+    files.begin(config, output, checksums, resume=resume, overwrite=overwrite, facts=facts)
+    if resume:
+        # a run of an earlier version was one of one process
+        began = files.global_batch(output) or scale.blocks_of_a_step(config.training, 1)
+    return scale.same_batch(config.training, began, layout.readers)
+
+
+def _introduce(
+    training: TrainingConfig,
+    tokens: int,
+    model: Any,
+    output: Path,
+    console: Console,
+    layout: Layout,
+) -> None:
+    """Print the model, the steps, the ranks and the output folder before training begins."""
+    blocks = scale.blocks_of_a_step(training, layout.readers)
+    ranks = f" on {layout.ranks} ranks ({layout})" if layout.ranks > 1 else ""
     console.print(
         f"model: {mixers(model.config)}, {model.num_parameters():,} parameters; "
-        f"{training.max_steps:,} steps of {blocks} x {tokens} tokens, into {output}",
+        f"{training.max_steps:,} steps of {blocks} x {tokens} tokens{ranks}, into {output}",
         highlight=False,
         soft_wrap=True,
     )
@@ -137,43 +183,16 @@ def _check_memory(parameters: int) -> None:
         )
 
 
-def pack_text(
-    data: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console
-) -> PackedTokens:
-    """The packed tokens of a run's text, from the cache if it has them; shows progress.
-
-    Raises:
-        InputError: the text cannot be used.
-    """
-    documents = find_documents(data.text, data.glob, hashed=data.hash_sources)
-    what = "text" if data.text else "Python's standard library"
-    done = iter(range(1, len(documents) + 1))
-    with status(console, f"reading {what}") as change:
-        packed = pack(
-            documents,
-            tokenizer,
-            on_document=lambda _: change(f"tokenising {next(done)} of {len(documents)}"),
-        )
-    console.print(
-        f"{what}: {packed.description['bytes']:,} bytes in {len(documents):,} documents, "
-        f"{packed.description['tokens']:,} tokens",
-        highlight=False,
-    )
-    return packed
-
-
 def _metrics(
-    config: RunConfig,
-    trainer: DecoderTrainer,
-    packed: PackedTokens,
-    blocks: tuple[TokenBlocks, TokenBlocks],
+    config: RunConfig, trainer: DecoderTrainer, text: Text, layout: Layout
 ) -> dict[str, Any]:
     noted = curves(trainer.state.log_history)
-    held, last = blocks[1].part, noted["training"][-1]
+    last = noted["training"][-1]
     for row in noted["evaluation"]:
-        row["bits_per_byte"] = bits_per_byte(row["loss"], held.tokens, held.bytes)
-    length, processes = config.data.sequence_length, trainer.args.world_size
-    tokens = last["step"] * tokens_of_a_step(config.training, length, processes)
+        row["bits_per_byte"] = bits_per_byte(row["loss"], *text.held_out)
+    args, length = trainer.args, config.data.sequence_length
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * layout.readers
+    tokens = last["step"] * rows * length
     model: Any = trainer.model
     return {
         "config": config.tables(),
@@ -181,16 +200,13 @@ def _metrics(
             "mixers": mixers(model.config),
             "parameters": sum(p.numel() for p in model.parameters()),
         },
-        "data": {
-            **{key: packed.description[key] for key in ("bytes", "tokens", "sha256")},
-            "documents": len(packed.description["documents"]),
-            "held_out_tokens": held.tokens,
-            "held_out_bytes": held.bytes,
-        },
+        "data": text.figures(),
         "training": {
             "steps": last["step"],
             "tokens": tokens,
             "compiled": trainer.compiled,
+            "ranks": layout.ranks,
+            "blocks_per_step": rows,
             "seconds": last["seconds"],
             "tokens_per_second": tokens / last["seconds"],
             "loss": last["loss"],
@@ -274,7 +290,7 @@ def table(metrics: dict[str, Any]) -> Table:
     model, data, spent, final = (metrics[k] for k in ("model", "data", "training", "evaluation"))
     rows = {
         "model": f"{model['mixers']}, {model['parameters']:,} parameters",
-        "corpus": f"{data['bytes']:,} bytes in {data['documents']:,} documents",
+        "corpus": _corpus(data),
         "trained on": f"{spent['tokens']:,} tokens in {spent['steps']:,} steps",
         "time in steps": f"{spent['seconds']:.0f} s ({spent['tokens_per_second']:,.0f} tokens/s)",
         "loss, last noted": f"{spent['loss']:.3f} nats per token",
@@ -285,6 +301,13 @@ def table(metrics: dict[str, Any]) -> Table:
     for name, value in rows.items():
         result.add_row(name, value)
     return result
+
+
+def _corpus(data: dict[str, Any]) -> str:
+    """The corpus in words; of a streamed one the counts are not known."""
+    if data["bytes"] is None:
+        return f"streamed, {data['held_out_tokens']:,} tokens held out"
+    return f"{data['bytes']:,} bytes in {data['documents']:,} documents"
 
 
 def _points(rows: list[dict[str, Any]]) -> tuple[list[int], list[float]]:

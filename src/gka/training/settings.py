@@ -201,6 +201,10 @@ def _closest(key: str, names: Iterable[str], elsewhere: Iterable[str] = ()) -> s
 
 def _typed(key: str, value: Any, hint: Any) -> Any:
     """`value` if it has the type `hint`; an int also becomes a float, a list of strings a tuple."""
+    if hint == tuple[float, ...]:
+        ok = isinstance(value, list | tuple) and all(type(item) in (int, float) for item in value)
+        require(ok, key, value, "a list of numbers")
+        return tuple(float(item) for item in value)
     if isinstance(hint, types.GenericAlias):
         ok = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
         require(ok, key, value, "a list of strings")

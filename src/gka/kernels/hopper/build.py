@@ -17,7 +17,7 @@ from gka.kernels.driver import Kernel
 from gka.kernels.hopper import nvrtc
 from gka.maths.moments import reset_floor
 from gka.maths.solvers.adaptive import THETA_FLOOR, WORTHWHILE
-from gka.maths.solvers.cg import LARGEST_SIZE, LEAST_UNIT
+from gka.maths.solvers.cg import LARGEST_ENTRY, LARGEST_SIZE, LEAST_CURVATURE, LEAST_UNIT
 
 DIMS = (64, 128)
 CHUNK = 64
@@ -93,7 +93,10 @@ def shared_numbers() -> str:
         "THETA_FLOOR": THETA_FLOOR,
         "FLOAT32_EPS": torch.finfo(torch.float32).eps,
         "LEAST_UNIT": LEAST_UNIT,
+        "LEAST_CURVATURE": LEAST_CURVATURE,
         "LARGEST_SIZE": LARGEST_SIZE,
+        "LARGEST_ENTRY": LARGEST_ENTRY,
+        "FLOAT32_MAX": torch.finfo(torch.float32).max,
     }
     lines = [f"#define {name} ({x.hex()}f)" for name, x in floats.items()]
     lines += [f"#define WORTHWHILE {WORTHWHILE[0]}", f"#define WORTHWHILE_OF {WORTHWHILE[1]}"]

@@ -19,6 +19,30 @@ DEVICE void forget(u32 (&a)[N], u32 zero) {
   for (int i = 0; i < N; i++) a[i] ^= zero;
 }
 
+// With SMALL_RIDGE: |d|^2.
+DEVICE void square_sums(float (&square)[2], const u32 (&d)[K / 4]) {
+#pragma unroll
+  for (int j = 0; j < K / 4; j++)
+    square[j % 2] += low_half(d[j]) * low_half(d[j]) + high_half(d[j]) * high_half(d[j]);
+  square[0] = quad_sum(square[0]), square[1] = quad_sum(square[1]);
+}
+
+// With SMALL_RIDGE: whether d's curvature drowns in rounding, or products of finite numbers have overflowed.
+DEVICE bool lost(float d_a_d, float square, float size) {
+  return d_a_d < LEAST_CURVATURE * square || (!(fabsf(d_a_d) <= FLOAT32_MAX) && size < LARGEST_SIZE);
+}
+
+// |r|^2 over that before, in both halves of a word; with SMALL_RIDGE a float, which does not overflow.
+DEVICE u32 ratio(float value) { return SMALL_RIDGE ? __float_as_uint(value) : both(value); }
+
+// With SMALL_RIDGE: r + keep d for two numbers, finite whatever r is, and 0 in rows that have ended.
+DEVICE u32 within_range(u32 d, const float* r, u32 keep, bool done) {
+  float by = __uint_as_float(keep);
+  float low = fminf(fmaxf(r[0] + by * low_half(d), -LARGEST_ENTRY), LARGEST_ENTRY);
+  float high = fminf(fmaxf(r[1] + by * high_half(d), -LARGEST_ENTRY), LARGEST_ENTRY);
+  return done ? 0u : pack(low, high);
+}
+
 // p_tj = (d_t . k_j) W_tj / (F_t unit) for 16 keys, from `scores`; adds p_tj (d_t . k_j) to `along`.
 DEVICE void weigh_step(u32* p, const float* scores, uint4 w, float (&along)[4]) {
 #pragma unroll
@@ -96,11 +120,12 @@ DEVICE int conjugate_gradients(float (&x)[K / 2], float (&r)[K / 2], float4* hel
       along[j % 2] += a_d[2 * j] * low;
       along[2 + j % 2] += a_d[2 * j + 1] * high;
     }
-    float length[2];
+    float length[2], square[2] = {0.f, 0.f};  // square: |d|^2
+    if (SMALL_RIDGE) square_sums(square, d);
 #pragma unroll
     for (int b = 0; b < 2; b++) {
       float d_a_d = quad_sum(along[b] + along[2 + b]);
-      done[b] = done[b] || d_a_d <= 0.f;  // rounding leaves no direction; not NaN
+      done[b] = done[b] || (SMALL_RIDGE ? lost(unit * d_a_d, square[b], size[b]) : d_a_d <= 0.f);  // not NaN
       length[b] = done[b] ? 0.f : __fdividef(size[b], unit * d_a_d);
       energy[b] += length[b] * size[b];
     }
@@ -124,10 +149,12 @@ DEVICE int conjugate_gradients(float (&x)[K / 2], float (&r)[K / 2], float4* hel
       float before = size[b];
       size[b] = quad_sum(now[2 * b] + now[2 * b + 1]);
       done[b] = done[b] || !(size[b] > stop * energy[b]) || size[b] > LARGEST_SIZE;  // NaN too
-      keep[b] = both(done[b] ? 0.f : __fdividef(size[b], before));
+      keep[b] = ratio(done[b] ? 0.f : __fdividef(size[b], before));
     }
 #pragma unroll
-    for (int j = 0; j < K / 4; j++) d[j] = times_plus(keep[j % 2], d[j], pack(r[2 * j], r[2 * j + 1]));
+    for (int j = 0; j < K / 4; j++)
+      d[j] = SMALL_RIDGE ? within_range(d[j], r + 2 * j, keep[j % 2], done[j % 2])
+                         : times_plus(keep[j % 2], d[j], pack(r[2 * j], r[2 * j + 1]));
   }
 #pragma unroll
   for (int i = 0; i < HELD / 4; i++) {

@@ -27,7 +27,6 @@ from gka.kernels.passes import Launch
 from gka.maths.chunked import Settings, Tokens
 from gka.maths.recurrent import States
 from gka.maths.ridge import empty_below
-from gka.maths.solvers.cg import LEAST_UNIT
 
 EMPTY_BELOW = empty_below(torch.float32)
 
@@ -204,11 +203,9 @@ def _common(call: GpuCall, h: Moments, u: Moments) -> dict:
     }  # fmt: skip
 
 
-def _solve_of(settings: Settings) -> build.Solve:
-    """The variant of the solve for these settings."""
-    if settings.solver == "cg" and settings.ridge_ratio < LEAST_UNIT:
-        return "cg, small ridge"
-    return settings.solver
+def _solve_of(call: GpuCall) -> build.Solve:
+    """The variant of the solve for this call."""
+    return "cg, small ridge" if call.small_ridge else call.settings.solver
 
 
 def _launch(
@@ -217,7 +214,7 @@ def _launch(
     q = call.t.q
     found = build.kernel_of(
         q.device.index, kernel, call.K, call.V, q.dtype == torch.bfloat16,
-        _solve_of(call.settings),
+        _solve_of(call),
     )  # fmt: skip
     return Launch(found, blocks, (arguments,))
 

@@ -13,6 +13,8 @@ from gka.maths.solvers import cg
 
 LEAST_UNIT: tl.constexpr = tl.constexpr(cg.LEAST_UNIT)
 LARGEST_SIZE: tl.constexpr = tl.constexpr(cg.LARGEST_SIZE)
+LEAST_CURVATURE: tl.constexpr = tl.constexpr(cg.LEAST_CURVATURE)
+LARGEST_ENTRY: tl.constexpr = tl.constexpr(cg.LARGEST_ENTRY)
 
 
 @triton.jit
@@ -33,6 +35,25 @@ def goes_on(size, energy, stop):
 
 
 @triton.jit
+def has_direction(d_a_d, d, size, GUARDED: tl.constexpr):
+    """Whether rounding has left d a direction. NaN goes on, unless (GUARDED) products have overflowed."""
+    if GUARDED:
+        lost = ~(tl.abs(d_a_d) < float("inf")) & (size < LARGEST_SIZE)
+        return ~((d_a_d < LEAST_CURVATURE * tl.sum(d * d, 1)) | lost)
+    return ~(d_a_d <= 0.0)
+
+
+@triton.jit
+def next_direction(residual, keep, d, working, GUARDED: tl.constexpr):
+    """r + keep d; GUARDED: finite whatever r is, and 0 in rows that have ended."""
+    d = residual + keep[:, None] * d
+    if GUARDED:
+        d = tl.minimum(tl.maximum(d, -LARGEST_ENTRY), LARGEST_ENTRY)
+        d = tl.where(working[:, None], d, 0.0)
+    return d
+
+
+@triton.jit
 def weighted_scores(d, kt, weight, PREC: tl.constexpr):
     """(d_t . k_j) W_tj in the operands' dtype, which is W's."""
     scores = tl.dot(d, kt, input_precision=PREC) * weight.to(tl.float32)
@@ -42,13 +63,14 @@ def weighted_scores(d, kt, weight, PREC: tl.constexpr):
 @triton.jit
 def conjugate_gradients(
     rhs, kn, hn, h_ptr, h_coef, weight, ridge_ratio, unit, stop, most, K: tl.constexpr,
-    TILED: tl.constexpr, OP: tl.constexpr, PREC: tl.constexpr,
+    TILED: tl.constexpr, GUARDED: tl.constexpr, OP: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """x of (A_t / F_t) x_t = rhs_t for the rows of a chunk, and the steps of its slowest row.
 
     rhs [C, BK] float32, rows of the size that `unit_and_entry` has; kn [C, BK], hn [BK, BK] in OP (TILED: at
     h_ptr); h_coef [C] and weight [C, C] carry 1/(F_t unit). d is rounded to OP before it enters x, the
     residual and d.A d alike, so its rounding costs no accuracy. A row that is done has step length 0.
+    GUARDED: OP is float16 and the ridge so small that products may overflow, which ends the row.
     """
     residual = rhs
     d = rhs.to(OP)
@@ -74,7 +96,7 @@ def conjugate_gradients(
         a_d = tl.dot(scores, kn, a_d, input_precision=PREC)
         a_d += (ridge_ratio / unit) * d32
         d_a_d = unit * tl.sum(d32 * a_d, 1)
-        working = working & ~(d_a_d <= 0.0)  # where rounding has left no direction; NaN goes on
+        working = working & has_direction(d_a_d, d32, size, GUARDED)
         length = tl.where(working, size, 0.0) / tl.where(working, d_a_d, 1.0)
         energy += length * size
         x += length[:, None] * d32
@@ -83,7 +105,7 @@ def conjugate_gradients(
         size = tl.sum(residual * residual, 1)
         working = working & goes_on(size, energy, stop)
         keep = tl.where(working, size, 0.0) / tl.where(working, before, 1.0)
-        d = (residual + keep[:, None] * d32).to(OP)
+        d = next_direction(residual, keep, d32, working, GUARDED).to(OP)
         left = tl.max(working.to(tl.int32), 0)
         steps += 1
     return x, steps

@@ -291,7 +291,7 @@ def _solve(
         *call.tables, *_system(call), call.stop,
     )  # fmt: skip
     for part in parts:
-        options = {"ADJOINT": bool(adjoint), "PART": part}
+        options = {"ADJOINT": bool(adjoint), "PART": part, "GUARDED": call.small_ridge}
         launches.append(_of_chunks(call, solve_kernel, "solve", heads, args, **options))
     return launches
 

@@ -131,6 +131,7 @@ def solve_kernel(
     TILED: tl.constexpr,  # read H_[c] in quarters at each use
     ADJOINT: tl.constexpr,
     PART: tl.constexpr,  # the chunks that are solved: "all", "plain" or "deflated"
+    GUARDED: tl.constexpr,  # of conjugate gradients
     OP: tl.constexpr,
     PREC: tl.constexpr,
 ):
@@ -176,7 +177,7 @@ def solve_kernel(
         per_unit = 1.0 / (f * unit)
         solution, count = conjugate_gradients(
             right * entry, kn, hn, h_ptr, zeta * h_scale * per_unit, weight * per_unit[:, None],
-            ridge_ratio, unit, stop, num_iter, K, TILED, OP, PREC,
+            ridge_ratio, unit, stop, num_iter, K, TILED, GUARDED, OP, PREC,
         )  # fmt: skip
         tl.store(steps + mh, count)
         solution *= (largest / (f * entry))[:, None]

@@ -185,6 +185,7 @@ class HeadExpansion(nn.Module):
     """
 
     mix: nn.Parameter  # with learned_mix
+    head_range: slice | None = None  # the heads of y that this rank has; None: all
 
     def __init__(self, in_heads: int, heads: int, head_dim: int, rank: int, learned_mix: bool):
         super().__init__()
@@ -216,4 +217,6 @@ class HeadExpansion(nn.Module):
             repeated = torch.einsum("eh,bthd->bted", self.mix, heads)
         else:
             repeated = heads.repeat_interleave(self.group, dim=2)
+            if self.head_range is not None:
+                repeated = repeated[:, :, self.head_range]
         return self.up(F.silu(self.down(x))) + repeated.flatten(-2)

@@ -25,8 +25,13 @@ MARGIN = 31 / 32
 # Of the kernels: A d is computed in units of lambda = a F, but of no less than this times F, so that weights
 # over the unit stay finite in float16.
 LEAST_UNIT = 2.0**-10
+# Of the kernels with 16-bit operands, where a < LEAST_UNIT: least d.A d / |d|^2 at which a row goes on.
+# Products round at 2^-11, so directions below it have no certain curvature, and a step along one any length.
+LEAST_CURVATURE = 2.0**-10
 # |r|^2 beyond which a row ends, before float32 overflows.
 LARGEST_SIZE = 1e37
+# To which the kernels clamp d's entries where a < LEAST_UNIT, below float16's limit.
+LARGEST_ENTRY = 60000.0
 # Share of done chunks at which they are dropped from the arrays: the copy costs a fifth of a step.
 LEAVE = 0.25
 # Size to which q's largest entry is scaled, so that H_t d does not overflow and |r|^2 does not underflow.

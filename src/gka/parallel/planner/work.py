@@ -76,7 +76,7 @@ def work(job: Job, card: Card) -> Work:
 
 def _layers(job: Job, card: Card) -> dict[str, float]:
     """Seconds of all layers' forward pass on a micro-batch; of the backward pass of the op as well."""
-    found = dict.fromkeys(("products", "op", "op back", "traffic"), 0.0)
+    found: dict[str, float] = {"products": 0.0, "op": 0.0, "op back": 0.0, "traffic": 0.0}
     tokens, tp = job.local_tokens, job.ranks.tp
     for mixer, count in Counter(job.config.pattern).items():
         heads, dim = mixer_heads(job.config, mixer)

@@ -23,9 +23,9 @@ from gka.models.loss import next_token_targets
 from gka.models.replacement import check_replacement
 from gka.storage import read_json, write_json
 from gka.training.folder import is_main_process
+from gka.training.inputs import pack_text
 from gka.training.priming.config import EVERY_OTHER, RANK, PrimeConfig
 from gka.training.priming.matching import Matching
-from gka.training.run import pack_text
 
 Collate = Callable[[list[Any]], dict[str, Tensor]]
 

@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from gka.errors import InputError
 from gka.models import GKAForCausalLM
 from gka.models.loss import next_token_targets, rows_of
-from gka.training.loop import DecoderTrainer
 from gka.training.priming.config import RecoveryConfig
+from gka.training.trainer import DecoderTrainer
 
 PROJECTIONS = (
     "q_proj", "k_proj", "v_proj", "o_proj", "g_proj", "gate_proj", "up_proj", "down_proj",

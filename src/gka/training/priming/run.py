@@ -17,6 +17,7 @@ from gka.console import status
 from gka.errors import InputError
 from gka.models import GKAForCausalLM
 from gka.models.replacement import Start, replace_attention
+from gka.parallel import joined
 from gka.storage import read_json, sha256_of, write_json
 from gka.training import folder as files
 from gka.training.loop import fit, recompute_layers, tokens_of_a_step
@@ -114,8 +115,12 @@ def prime(
     Raises:
         InputError: an argument cannot be used (nothing is deleted then), or a loss is not finite.
         Interrupted: after SIGINT, SIGTERM or SIGHUP, once the checkpoint is written.
+        LostRank: another process of the job has ended without a word.
     """
-    with files.open_output(output, console, resume=resume, overwrite=overwrite) as complete:
+    with (
+        joined(f"Resume: gka prime --resume --output {output}"),
+        files.open_output(output, console, resume=resume, overwrite=overwrite) as complete,
+    ):
         if complete is not None:
             return complete
         teacher = load_teacher(config.prime.teacher)
@@ -186,7 +191,7 @@ def _opened(
 def _checksum(job: Job) -> str:
     part = getattr(job.blocks[0], "part", None)
     if part is not None:
-        return part.packed.checksum
+        return part.packed.stream_checksum()  # as in runs of earlier releases
     return f"{job.blocks[0].checksum}{job.blocks[1].checksum}"
 
 

@@ -1,0 +1,94 @@
+"""A run on any number of ranks: its mesh, its global batch, and what all ranks must have in common."""
+
+import hashlib
+import json
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gka.errors import InputError
+from gka.parallel import Layout, current, make_mesh, parallelize
+from gka.parallel.tensor import why_unsplit
+from gka.training.config import ParallelConfig, RunConfig, TrainingConfig
+
+
+def chosen_layout(config: ParallelConfig) -> Layout:
+    """The layout of this job's ranks.
+
+    Raises:
+        InputError: the numbers do not fit the number of ranks, or sequences would be split.
+    """
+    layout = Layout.fitted(current().ranks, **asdict(config))
+    if layout.cp > 1:
+        raise InputError(
+            f"parallel.cp is {layout.cp}: gka train splits no sequences among ranks; use dp_shard or tp"
+        )
+    return layout
+
+
+def check_model(model: nn.Module, layout: Layout, compiling: str) -> None:
+    """Raise `InputError` if the model cannot be split as the layout says, or compiled when it is."""
+    if layout.ranks > 1 and compiling in ("model", "cuda-graphs"):
+        raise InputError(
+            f"training.compile is {compiling!r}: on several ranks layers are gathered one by one; take "
+            "'layers'"
+        )
+    if layout.tp > 1 and (why := why_unsplit(model, layout.tp)):
+        raise InputError(f"parallel.tp is {layout.tp}: {why}")
+
+
+def place(model: Any, layout: Layout, training: TrainingConfig) -> Any:
+    """The model on this rank's device, parallelised if the job has several ranks."""
+    job = current()
+    if job.ranks == 1:
+        return model
+    dtype = torch.bfloat16 if training.dtype == "bfloat16" else None
+    return parallelize(model.to(job.device), make_mesh(layout, job.device.type), dtype=dtype)
+
+
+def blocks_of_a_step(training: TrainingConfig, readers: int) -> int:
+    """The global batch: blocks of an optimizer step over all ranks."""
+    return training.batch_size * training.gradient_accumulation * readers
+
+
+def same_batch(training: TrainingConfig, wanted: int, readers: int) -> TrainingConfig:
+    """The settings with which that many readers take `wanted` blocks a step.
+
+    Micro-batches keep their size or become the next smaller one that fits; the rest is accumulated.
+
+    Raises:
+        InputError: no size fits, as the readers do not divide the global batch.
+    """
+    if wanted % readers:
+        fitting = [n for n in range(1, wanted + 1) if wanted % n == 0]
+        raise InputError(
+            f"the run began with {wanted} blocks a step, which {readers} ranks or groups of ranks cannot "
+            f"share evenly: resume it on {', '.join(map(str, fitting[:-1]))}"
+            f"{' or ' if len(fitting) > 1 else ''}{fitting[-1]} of them (processes / (tp x cp))"
+        )
+    each = wanted // readers
+    size = next(n for n in range(min(training.batch_size, each), 0, -1) if each % n == 0)
+    return replace(training, batch_size=size, gradient_accumulation=each // size)
+
+
+def common_facts(config: RunConfig) -> dict[str, str]:
+    """What every rank of a run must have: settings and software."""
+    settings = json.dumps(config.tables(), sort_keys=True).encode()
+    return {
+        "configuration": hashlib.sha256(settings).hexdigest()[:16],
+        "gated-kalmanet": f"code {code_checksum()[:16]}",
+        "torch": torch.__version__,
+    }
+
+
+@cache
+def code_checksum() -> str:
+    """SHA-256 over this package's Python files."""
+    digest, home = hashlib.sha256(), Path(__file__).parents[1]
+    for path in sorted(home.rglob("*.py")):
+        digest.update(path.relative_to(home).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()

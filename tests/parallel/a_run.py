@@ -1,0 +1,58 @@
+"""A float64 run of `gka.training.train` on this job's ranks, which may lose a rank or get a signal at a step.
+
+Arguments: the file for the curves, the run's tables (JSON), its folder, and of what happens (JSON): "step",
+"rank" and "signal"; and whether to resume.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from gka.errors import InputError
+from gka.parallel import current
+from gka.training import Interrupted, RunConfig, train
+from gka.training.mesh_trainer import MeshTrainer
+from gka.training.trainer import DecoderTrainer
+
+
+def disturb(event: dict[str, int]) -> None:
+    """Send this process the signal when the run comes to the step."""
+    for kind in (DecoderTrainer, MeshTrainer):
+        usual: Any = kind.get_batch_samples
+
+        def at_step(self: Any, *arguments: Any, usual: Any = usual) -> Any:
+            if (self.state.global_step, current().rank) == (event["step"], event["rank"]):
+                os.kill(os.getpid(), event["signal"])
+            return usual(self, *arguments)
+
+        kind.get_batch_samples = at_step  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def main() -> int:
+    found, tables, output, event, resume = sys.argv[1:]
+    torch.set_default_dtype(torch.float64)
+    if event != "null":
+        disturb(json.loads(event))
+    config = RunConfig.from_tables(json.loads(tables))
+    try:
+        metrics = train(
+            config, Path(output), console=Console(quiet=True), resume=resume == "resume"
+        )
+    except InputError as error:
+        print(f"told: {error}", flush=True)
+        os._exit(2)
+    except Interrupted as stop:
+        print(f"stopped after {stop.step} by {stop.signal}", flush=True)
+        return 3
+    if os.environ["RANK"] == "0":
+        Path(found).write_text(json.dumps(metrics))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
