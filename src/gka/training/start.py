@@ -31,9 +31,9 @@ def check_given(config: RunConfig) -> None:
     missing += ["a tokenizer (--tokenizer NAME)"] if data.tokenizer == "bytes" else []
     if missing:
         raise InputError(
-            f"the recipe comes without text and tokenizer; missing: {' and '.join(missing)}. For example: "
-            "gka train CORPUS/ --tokenizer FOLDER-OR-NAME --recipe ...; a trial on the standard library, byte by "
-            "byte: --set data.without_text=standard-library"
+            f"the recipe comes without text and tokenizer; missing: {' and '.join(missing)}. "
+            "For example: gka train CORPUS/ --tokenizer FOLDER-OR-NAME --recipe ...; a trial on the standard "
+            "library, byte by byte: --set data.without_text=standard-library"
         )
 
 
