@@ -11,10 +11,11 @@ from torch.nn.functional import normalize, scaled_dot_product_attention, silu
 
 from gka.layers import GatedKalmaNet
 from gka.maths.solvers import SolverName
+from gka.models.flops import CHUNK, step_flops
 from gka.ops import chunk_gka, why_not_external, why_unavailable
 from gka.ops.external import Rule
 
-NUM_ITER, CHUNK = 30, 64
+NUM_ITER = 30
 MEAN = 1.0  # mean of the Gaussians before SiLU, which gives keys a common direction
 SOLVERS: tuple[SolverName, ...] = get_args(SolverName)
 """The solvers of the GPU kernels."""
@@ -130,11 +131,6 @@ def passes(
         return torch.autograd.grad(o, tensors, inputs.do.to(o.dtype))
 
     return {"forward": forward, "forward+backward": both}
-
-
-def step_flops(dim: int) -> int:
-    """Operations of one solver step per token and head: 2 K^2 for H_[c] x and 4 C K for the chunk's keys."""
-    return 2 * dim**2 + 4 * CHUNK * dim
 
 
 def forward_flops(size: Size) -> float:

@@ -1,22 +1,13 @@
 """What `python -m benchmarks.run model` trains: sizes of models, their mixers, and the arithmetic of a step.
 
-Model FLOPs of a training step, for N parameters without the embedding (a table that is looked up):
-
-    6 N a token: 2 N forward, 4 N backward, whatever is recomputed;
-    the mixer's own products on top, for every token, head and layer, forward + backward, K = V = D, C = 64:
-        attention       6 T D             causal: half of 2 (QK^T and PV) x 2 T D forward, twice that backward
-        gla             3 (4 C D + 4 D^2)              scores and readout, the state's update and its reading
-        delta rules     3 (10 C D + 6 D^2)             the same, and the triangular systems' application
-        gka             2 r (2 D^2 + 4 C D) + 3 (8 D^2 + 6 C D)       r steps, as many again in the adjoint
-
-The steps of the adaptive solver and of conjugate gradients depend on the data; without their number only 6 N
-is counted.
+The formulas of model FLOPs: `gka.models.flops`, which runs and the planner use too.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.registry import CHUNK, step_flops
+from gka.models import flops
+from gka.models.flops import peak_tflops as peak_tflops
 
 
 @dataclass(frozen=True)
@@ -67,22 +58,13 @@ MIXERS: dict[str, dict[str, Any]] = {
     "attention": {"mixer": "attention"},
 }
 DEFAULT_MIXERS = ("gka", "gka-adaptive", "gka-8", "gka-cg", "gated_deltanet", "gla", "attention")
-# TFLOP/s of dense bfloat16 products by their makers' data sheets, by a part of the card's name
-DATA_SHEETS = {"H100": 989.4, "H200": 989.4, "A100": 312.0}
 
 
 def mixer_flops(mixer: str, size: ModelSize) -> float | None:
     """Of one token, head and layer, forward and backward; None where it is not known."""
-    d, config = size.dim, MIXERS.get(mixer, {})
-    if mixer == "attention":
-        return 6.0 * size.length * d
-    if mixer == "gla":
-        return 3.0 * (4 * CHUNK * d + 4 * d**2)
-    if mixer in ("deltanet", "gated_deltanet"):
-        return 3.0 * (10 * CHUNK * d + 6 * d**2)
-    if config.get("mixer") == "gka" and "solver" not in config:
-        return 2.0 * config["num_iter"] * step_flops(d) + 3.0 * (8 * d**2 + 6 * CHUNK * d)
-    return None
+    config = MIXERS.get(mixer, {})
+    steps = None if "solver" in config else config.get("num_iter")
+    return flops.mixer_flops(config.get("mixer", mixer), size.dim, size.length, steps)
 
 
 def model_flops(mixer: str, size: ModelSize, parameters: int) -> tuple[float, float | None]:
@@ -92,8 +74,3 @@ def model_flops(mixer: str, size: ModelSize, parameters: int) -> tuple[float, fl
     if own is None:
         return matrices, None
     return matrices, matrices + own * size.heads * size.layers * size.tokens
-
-
-def peak_tflops(card: str) -> float | None:
-    """By the data sheet; None of a card that is not listed."""
-    return next((peak for name, peak in DATA_SHEETS.items() if name in card), None)

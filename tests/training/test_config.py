@@ -105,6 +105,7 @@ def test_recipes_describe_runs(path: Path) -> None:
         config = PrimeConfig.from_tables(tables)
         assert config.stage1.max_steps and config.stage2.max_steps
         return
+    tables["model"].pop("start", None)  # a folder that the user gives
     config = RunConfig.from_tables(tables)
     with torch.device("meta"):
         model = build_model(config, byte_tokenizer())
@@ -120,13 +121,14 @@ def test_the_defaults_fit_a_laptop() -> None:
 def test_recipes_are_those_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each command lists its own recipes; one's own are found in ./recipes, and go before the package's."""
     monkeypatch.chdir(tmp_path)
-    assert recipe_names("train") == ["cpu", "gpu"]
+    papers = ["1b", "2.8b", "2.8b-128k", "440m"]
+    assert recipe_names("train") == [*papers, "cpu", "gpu", "hybrid"]
     assert recipe_names("prime") == ["prime-cpu", "prime-gpu"]
     (tmp_path / "recipes").mkdir()
     for name in ("cpu", "mine"):
         (tmp_path / "recipes" / f"{name}.toml").write_text("[training]\nmax_steps = 3\n")
         assert read_recipe(name) == {"training": {"max_steps": 3}}
-    assert recipe_names("train") == ["cpu", "gpu", "mine"]
+    assert recipe_names("train") == [*papers, "cpu", "gpu", "hybrid", "mine"]
 
 
 def test_unknown_recipes_are_refused(tmp_path: Path) -> None:

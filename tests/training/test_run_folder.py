@@ -201,7 +201,12 @@ def test_a_full_disk_at_the_end_loses_nothing(
             StorageError, match=rf"model {output}/model cannot be written: .*--resume"
         ):
             run_tiny(output, resume=True)
-    assert {p.name for p in output.iterdir()} == {"checkpoints", "loss.png", "run.json"}
+    assert {p.name for p in output.iterdir()} == {
+        "checkpoints",
+        "log.jsonl",
+        "loss.png",
+        "run.json",
+    }
     run_tiny(output, resume=True)
     assert same_model(output, reference)
     model = load_gka(output)

@@ -16,6 +16,7 @@ from gka.commands.generate import generate
 from gka.commands.inspect import inspect
 from gka.commands.mqar import mqar
 from gka.commands.options import Command, Version, with_version
+from gka.commands.plan import plan
 from gka.commands.prime import prime
 from gka.commands.recall import recall
 from gka.commands.tokenize import tokenize
@@ -44,7 +45,9 @@ def _paragraphs(command: Callable[..., None]) -> str:
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
-for command in (train, prime, tokenize, generate, inspect, convert, recall, mqar, evaluate):
+for command in (
+    train, plan, prime, tokenize, generate, inspect, convert, recall, mqar, evaluate,
+):  # fmt: skip
     app.command(help=_paragraphs(command), cls=Command)(with_version(command))
 # All arguments, --help included, are passed to the harness.
 app.command(

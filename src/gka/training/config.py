@@ -19,6 +19,8 @@ MOST_SEED = 2**32 - 1
 """Largest seed that every random number generator takes (NumPy's has 32 bits)."""
 Command = Literal["train", "prime"]
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+YOURS = "yours"
+"""Value of settings that a recipe cannot have: text, tokenizer, a model to start from."""
 STANDARD_LIBRARY_HELD_OUT = 0.002
 """`eval_fraction` if no text is given: a small share of the standard library suffices and is quick."""
 APART, RUNNING, FORMER = DOCUMENTS = ("apart", "running", "former")
@@ -46,6 +48,11 @@ class DataConfig(Table):
     # For the standard library `RunConfig.from_tables` takes `STANDARD_LIBRARY_HELD_OUT` instead.
     eval_fraction: float = setting(
         0.01, "Share of the tokens held out, by whole documents.", above=0, below=1
+    )
+    without_text: str = setting(
+        "standard-library",
+        "Where no text is given: Python's standard library, or an error, for recipes that need one's own.",
+        choices=("standard-library", "error"),
     )
     hash_sources: bool = setting(
         False,
@@ -129,6 +136,9 @@ class ModelSettings:
     num_hidden_layers: int = setting(2, "Number of layers.", option=True)
     num_heads: int = setting(4, "Heads of a layer, each hidden_size / num_heads wide.", option=True)
     tie_word_embeddings: bool = setting(True, "One matrix for the embedding and the output.")
+    start: str | None = setting(
+        None, "Saved model with whose weights training begins.", option=True, metavar="FOLDER"
+    )
 
 
 MODEL_DEFAULTS = {f.name: f.default for f in fields(ModelSettings) if f.default is not None}
@@ -173,6 +183,22 @@ class TrainingConfig(Table):
         "sequence operators (solve, delta rule, attention); selective-products: nor matrix products.",
         choices=CHECKPOINTING,
     )
+    spike_threshold: float = setting(
+        10.0,
+        "A loss this many robust standard deviations above the median of the last 64 is a spike, and its "
+        "step is skipped; 0: never.",
+        least=0,
+    )
+    max_skipped: int = setting(
+        10,
+        "Skipped steps (spikes, and losses or gradients that are not finite) that a run bears in 100.",
+        least=0,
+    )
+    health_steps: int = setting(
+        200, "Steps between two measurements of the GKA layers for log.jsonl; 0: none.", least=0
+    )
+    health_tokens: int = setting(512, "Tokens that are read for it.", least=1)
+    tensorboard: bool = setting(False, "Write TensorBoard's events beside log.jsonl.", option=True)
     log_steps: int = setting(10, "Steps between two logged losses.", least=1)
     eval_steps: int = setting(260, "Steps between two evaluations.", least=1)
     save_steps: int = setting(260, "Steps between two checkpoints.", least=1)

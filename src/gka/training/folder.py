@@ -4,6 +4,7 @@ run.json           settings, and checksums of the settings and of the run's inpu
 checkpoints/       checkpoint-N, everything needed to continue from step N
 model/             the trained model and its tokenizer, for from_pretrained and `gka generate`
 metrics.json       metrics, loss curves, versions, hardware; exists once the run is complete
+log.jsonl          losses, speed and health as the run goes (with training.tensorboard also tensorboard/)
 loss.png           plot of the loss curves
 """
 
@@ -32,6 +33,7 @@ RUN, CHECKPOINTS, MODEL, METRICS, PLOT = (
     "metrics.json",
     "loss.png",
 )
+LOG, EVENTS = "log.jsonl", "tensorboard"
 FORMAT = 1
 # Settings of runs that began before these settings were there.
 _BEFORE = {"data": {"column": "", "documents": "former", "eval_tokens": 0}}
@@ -264,10 +266,10 @@ def begin(
 
 def _remove_run(output: Path) -> None:
     """Delete the files of a run and no others; run.json, which marks the folder as a run's, goes last."""
-    for name in (CHECKPOINTS, MODEL, *STAGES, REPORT):
+    for name in (CHECKPOINTS, MODEL, EVENTS, *STAGES, REPORT):
         if (output / name).exists():
             shutil.rmtree(output / name)
-    for name in (METRICS, PLOT, RUN):
+    for name in (METRICS, PLOT, LOG, RUN):
         (output / name).unlink(missing_ok=True)
 
 

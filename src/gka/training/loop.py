@@ -13,13 +13,14 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
+    TrainingArguments,
 )
 
 from gka.console import lines
 from gka.errors import InputError
 from gka.models.recomputation import checkpoint_arguments
 from gka.parallel import current
-from gka.training import callbacks, checkpoints, compilation
+from gka.training import callbacks, checkpoints, compilation, guards, telemetry
 from gka.training.config import TrainingConfig
 from gka.training.trainer import DecoderTrainer, arguments
 
@@ -88,12 +89,16 @@ def fit(
     elif config.compile == compilation.AUTO and args.device.type == "cuda":
         console.print(f"not compiled: {compilation.why_uncompiled(args.device)}", highlight=False)
     with callbacks.stop_on_signals() as stop, contextlib.closing(bar), lines(console, bar.line):
-        trainer = _trainer(kind, [*_callbacks(stop), *shown], {
+        watch = guards.StepWatch()
+        guard = guards.Guard(config.spike_threshold, config.max_skipped)
+        beside_it = [guards.SkipBadSteps(guard, watch, console), *_callbacks(stop)]
+        beside_it += _writing(model, config, folder, (tokens, readers), args, watch)
+        trainer = _trainer(kind, [*beside_it, *shown], {
             "model": model, "args": args, "train_dataset": blocks[0], "eval_dataset": blocks[1],
             "processing_class": tokenizer, "data_collator": getattr(blocks[0], "collate", None),
             **(settings or {}),
         })  # fmt: skip
-        trainer.compiled = how
+        trainer.compiled, trainer.watch = how, watch
         if last is None or not _is_at_the_end(trainer, last, config.max_steps):
             with compilation.compiled((model, *beside), how), losses_of_ranks():
                 trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -155,6 +160,24 @@ def _callbacks(stop: callbacks.Stop) -> list[Any]:
         callbacks.Stopwatch(),
         callbacks.RefuseNaN(),
     ]
+
+
+def _writing(
+    model: nn.Module,
+    config: TrainingConfig,
+    folder: Path,
+    read: tuple[int, int],
+    args: TrainingArguments,
+    watch: guards.StepWatch,
+) -> list[Any]:
+    """What is written while the run trains; `read`: tokens of a step, and by how many readers."""
+    tokens, readers = read
+    length = tokens // (config.batch_size * config.gradient_accumulation * readers)
+    use = telemetry.Utilisation(model, length, args.device, args.world_size)
+    log = telemetry.WriteLog(folder.parent, tokens, use, config.tensorboard)
+    if not config.health_steps:
+        return [log]
+    return [log, telemetry.WatchHealth(log, watch, config.health_steps, config.health_tokens)]
 
 
 def _trainer(

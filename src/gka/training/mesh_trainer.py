@@ -98,9 +98,12 @@ class MeshTrainer(DecoderTrainer):
         return clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        if grad_norm is None:
-            return clip_grad_norm_(model.parameters(), float("inf"))
-        return grad_norm
+        norm = grad_norm
+        if norm is None:
+            norm = clip_grad_norm_(model.parameters(), float("inf"))
+        if self.watch is not None:
+            self.watch.norm = norm
+        return norm
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the sharded state of a checkpoint, and the tokenizer and configuration beside it."""

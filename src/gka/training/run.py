@@ -27,6 +27,7 @@ from gka.training.config import APART, RUNNING, RunConfig, TrainingConfig
 from gka.training.inputs import Text, open_text
 from gka.training.loop import Interrupted, fit, recompute_layers
 from gka.training.mesh_trainer import on_mesh, with_weights
+from gka.training.start import check_given, start_from
 from gka.training.trainer import DecoderTrainer
 
 __all__ = ["Interrupted", "build_model", "train"]
@@ -67,6 +68,7 @@ def _train(
 ) -> dict[str, Any]:
     """`train`, after `output` was checked and locked."""
     _check_graphs(config)
+    check_given(config)
     job = current()
     with job.together():
         layout = scale.chosen_layout(config.parallel)
@@ -152,7 +154,7 @@ def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTra
         settings = GKAConfig(
             **{
                 "max_position_embeddings": config.data.sequence_length,
-                **config.model,
+                **{key: value for key, value in config.model.items() if key != "start"},
                 "vocab_size": vocabulary_size(tokenizer),
                 "pad_token_id": pad,
                 **special,
@@ -163,6 +165,8 @@ def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTra
         model = GKAForCausalLM(settings)
     except (TypeError, ValueError, MemoryError) as error:
         raise InputError(f"[model]: {error}") from error
+    if config.model.get("start"):
+        start_from(model, str(config.model["start"]))
     recompute_layers(model, config.training.gradient_checkpointing)
     return model
 

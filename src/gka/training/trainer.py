@@ -18,6 +18,7 @@ from gka.layers import decayed_parameters
 from gka.storage import storage_errors
 from gka.training import checkpoints, compilation
 from gka.training.config import TrainingConfig
+from gka.training.guards import StepWatch
 from gka.training.order import (
     EvaluationBatches,
     GivenOrder,
@@ -46,11 +47,13 @@ class DecoderTrainer(SelectiveDecay, Trainer):
 
     Attributes:
         compiled: what is compiled: "layers", "model", "cuda-graphs" or "off". Evaluation runs uncompiled.
+        watch: notes each step's loss and gradient norm for the guards.
 
     A data set with `ordered` is read in its order; `collate` of the data sets makes their batches.
     """
 
     compiled: str = compilation.OFF
+    watch: StepWatch | None = None
 
     @property
     def readers(self) -> tuple[int, int]:
@@ -60,9 +63,20 @@ class DecoderTrainer(SelectiveDecay, Trainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """The Trainer's step of one batch; the loss is a copy where CUDA graphs would overwrite it."""
         if self.compiled != compilation.CUDA_GRAPHS:
-            return super().training_step(model, inputs, num_items_in_batch)
-        torch.compiler.cudagraph_mark_step_begin()
-        return super().training_step(model, inputs, num_items_in_batch).clone()
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        else:
+            torch.compiler.cudagraph_mark_step_begin()
+            loss = super().training_step(model, inputs, num_items_in_batch).clone()
+        if self.watch is None:
+            return loss
+        self.watch.inputs = inputs
+        return self.watch.add(loss)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.watch is not None:
+            self.watch.norm = norm
+        return norm
 
     def get_train_dataloader(self) -> DataLoader:
         """This rank's micro-batches of the whole run; no number of ranks changes their order."""

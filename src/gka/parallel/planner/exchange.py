@@ -1,0 +1,82 @@
+"""Bytes that a GPU sends and receives in a step, by kind of parallelism."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from gka.models.fields import SOFTMAX_MIXERS, attention_heads
+from gka.models.flops import mixer_heads
+from gka.parallel.planner.job import Job
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Bytes that leave one GPU in an optimizer step, in ring algorithms of n ranks.
+
+    Attributes:
+        dp_shard: parameters gathered before each layer's forward and backward pass, gradients reduced.
+        dp_replicate: gradients summed over replicas.
+        cp: end states of recurrent layers, keys and values of attention, halos of convolutions.
+        tp: sums of the mixers' and MLPs' outputs, and of their inputs' gradients.
+    """
+
+    dp_shard: float
+    dp_replicate: float
+    cp: float
+    tp: float
+
+    @property
+    def total(self) -> float:
+        return self.dp_shard + self.dp_replicate + self.cp + self.tp
+
+
+def exchange(job: Job) -> Exchange:
+    """The exchanges of one optimizer step."""
+    ranks, passes = job.ranks, job.accumulation
+    own = job.parameters / ranks.tp
+    ring = (ranks.shards - 1) / ranks.shards
+    gathered = 2 * 2 * own * ring
+    reduced = (4 if job.autocast else 2) * own * ring
+    copies = (ranks.dp_replicate - 1) / ranks.dp_replicate
+    replicated = 2 * (4 if job.autocast else 2) * own / ranks.shards * copies
+    again = 3 if job.checkpointing == "full" else 2
+    return Exchange(
+        dp_shard=passes * (gathered + reduced),
+        dp_replicate=replicated,
+        cp=passes * context_bytes(job),
+        tp=passes * again * _tensor_bytes(job),
+    )
+
+
+def _tensor_bytes(job: Job) -> float:
+    """Two sums over tp ranks a layer and pass: of the mixer's and of the MLP's output."""
+    tp = job.ranks.tp
+    each = 2 * (tp - 1) / tp * 2.0 * job.local_tokens * job.config.hidden_size
+    return 2 * each * len(job.config.pattern)
+
+
+def context_bytes(job: Job) -> float:
+    """Of all layers, forward and backward, on a micro-batch.
+
+    A rank's end state of a Gated KalmaNet layer is (K^2 + KV + 1) H float32, gathered once forward; its
+    gradient comes back by a reduce-scatter. So n - 1 times that leave a rank each way.
+    """
+    others, rows = job.ranks.cp - 1, job.micro
+    if not others:
+        return 0.0
+    total = 0.0
+    for mixer, count in Counter(job.config.pattern).items():
+        heads, dim = mixer_heads(job.config, mixer)
+        if mixer in SOFTMAX_MIXERS:
+            kv = attention_heads(job.config)[1]
+            each = 2 * 2.0 * job.local_tokens * kv * dim
+        else:
+            states = 2 if mixer == "gka" else 1
+            each = 4.0 * rows * heads * (states * dim**2 + 1)
+        total += count * 2 * each * others / job.ranks.tp
+        if (
+            mixer not in SOFTMAX_MIXERS
+        ):  # width - 1 tokens of q, k and v, each way, from one neighbour
+            total += (
+                count * 2 * 2.0 * rows * 3 * heads * dim * (job.config.conv_size - 1) / job.ranks.tp
+            )
+    return total
