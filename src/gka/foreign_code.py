@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer
 
 from gka.errors import InputError
@@ -64,3 +65,12 @@ def refuse_adapter_code(folder: Path) -> None:
             f"adapter {folder}: megatron_config in its adapter_config.json makes peft import "
             f"{content.get('megatron_core')!r}, code from elsewhere, which is never run; leave it out"
         )
+
+
+def read_state(path: Path) -> Any:
+    """Tensors and plain values of a file of torch.save, on the CPU; nothing in it is run.
+
+    Raises:
+        pickle.UnpicklingError: it holds something else.
+    """
+    return torch.load(path, map_location="cpu", weights_only=True)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from gka.errors import InputError
+from gka.foreign_code import read_state
 from gka.models import GKAForCausalLM
 from gka.parallel import Layout, clip_grad_norm_, current
 from gka.parallel.state import (
@@ -144,13 +145,13 @@ class MeshTrainer(DecoderTrainer):
         with checkpoints.loading(folder):
             if is_sharded_checkpoint(folder):
                 load_state(folder, self.model, optimizer)  # pyright: ignore[reportArgumentType]
-                groups = torch.load(folder / GROUPS, weights_only=True)
+                groups = read_state(folder / GROUPS)
                 for group, stored in zip(optimizer.param_groups, groups, strict=True):
                     group.update(stored)
             else:
-                stored = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+                stored = read_state(folder / OPTIMIZER)
                 spread_optimizer_state(optimizer, stored)
-            scheduler = torch.load(folder / SCHEDULER, weights_only=True)
+            scheduler = read_state(folder / SCHEDULER)
             self.lr_scheduler.load_state_dict(scheduler)  # pyright: ignore
 
     def _torch_optimizer(self) -> torch.optim.Optimizer:
