@@ -142,7 +142,7 @@ def test_health_is_what_the_layers_states_are(solver: str) -> None:
     model = GKAForCausalLM(GKAConfig(mixers=["gka", "attention", "gka"], solver=solver, **sizes))
     model.train()
     ids = torch.randint(99, (1, 70))
-    found = measure_health(model.model, ids)
+    found = measure_health(model, ids)
     assert [row["layer"] for row in found] == [0, 2] and model.training
     past: Any = model.eval()(ids, use_cache=True).past_key_values
     h = past.layers[2].recurrent_states[0].norm(dim=(-2, -1)).mean()

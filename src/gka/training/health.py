@@ -11,27 +11,28 @@ from torch import Tensor, nn
 from gka.layers import GatedKalmaNet
 from gka.layers.parts.surround import Gates
 from gka.maths.solvers import SOLVERS
-from gka.models import GKACache, GKAModel
+from gka.models import GKACache, GKAForCausalLM
 from gka.ops import solver_steps
 from gka.ops.checks import check_solver
 
 Health = list[dict[str, float]]
 
 
-def decoder_of(model: nn.Module) -> GKAModel | None:
-    """The decoder inside a model, adapters or a loss; None without a Gated KalmaNet layer in it."""
+def decoder_of(model: nn.Module) -> GKAForCausalLM | None:
+    """The language model inside a model, adapters or a loss; None without a Gated KalmaNet layer in it."""
     for module in model.modules():
-        if isinstance(module, GKAModel) and "gka" in module.config.pattern:
+        if isinstance(module, GKAForCausalLM) and "gka" in module.config.pattern:
             return module
     return None
 
 
 @torch.no_grad()
-def measure_health(body: GKAModel, tokens: Tensor) -> Health:
+def measure_health(model: GKAForCausalLM, tokens: Tensor) -> Health:
     """Read tokens without gradient, uncompiled, and measure each Gated KalmaNet layer.
 
     Args:
-        body: the decoder; its mode and weights are left as they are.
+        model: the whole model, as sharded parameters are gathered where it is called; its mode and weights
+            are left as they are.
         tokens: ids [1,T] of one text.
 
     Returns:
@@ -39,23 +40,23 @@ def measure_health(body: GKAModel, tokens: Tensor) -> Health:
         |U| and `lambda` = a |H|; over the tokens `decay` gamma, `alpha` and `beta` (1 for a gate that the
         layer lacks) and `solver_steps`, those taken.
     """
-    cache, seen = GKACache(body.config), cast(dict[int, dict[str, float]], {})
+    cache, seen = GKACache(model.config), cast(dict[int, dict[str, float]], {})
 
     def look(mixer: GatedKalmaNet, q: Tensor, k: Tensor, gates: Gates) -> None:
         seen[int(mixer.layer_idx or 0)] = _of_tokens(mixer, q, k, gates)
 
-    mixers = {i: layer.mixer for i, layer in enumerate(body.layers)}
+    mixers = {i: layer.mixer for i, layer in enumerate(model.model.layers)}
     ours = {i: m for i, m in mixers.items() if isinstance(m, GatedKalmaNet)}
-    training = body.training
-    body.eval()
+    training = model.training
+    model.eval()
     try:
         with (
             torch.compiler.set_stance("force_eager"),
             cache.observing(dict.fromkeys(ours, look)),
         ):
-            body(input_ids=tokens, past_key_values=cache, use_cache=True)
+            model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
     finally:
-        body.train(training)
+        model.train(training)
     layers = cast(Any, cache.layers)
     return [
         {"layer": i, **_of_states(mixer, layers[i].recurrent_states), **seen[i]}

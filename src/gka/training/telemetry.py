@@ -133,13 +133,13 @@ class WatchHealth(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         ids = self.watch.inputs.get("input_ids")
-        body = decoder_of(kwargs["model"])
-        if state.global_step % self.steps or ids is None or body is None:
+        model = decoder_of(kwargs["model"])
+        if state.global_step % self.steps or ids is None or model is None:
             return
         began = time.perf_counter()
         sample = ids[:1, : self.tokens].to(args.device)
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
-            found = measure_health(body, sample)
+            found = measure_health(model, sample)
         rows = [{k: v if math.isfinite(v) else None for k, v in row.items()} for row in found]
         seconds = time.perf_counter() - began
         self.log.write(state.global_step, {"health": rows, "health_seconds": seconds})
