@@ -132,7 +132,7 @@ def test_a_recipe_is_the_base_that_options_change(gka: Run, text: Path, tmp_path
     ("arguments", "message"),
     [
         ("train nowhere.txt", "text nowhere.txt does not exist"),
-        ("train --recipe nope", "recipe 'nope' is unknown; known: cpu, gpu;"),
+        ("train --recipe nope", "recipe 'nope' is unknown; known: 1b, 2.8b,"),
         ("train --recipe prime-cpu", "recipe 'prime-cpu' is one of gka prime"),
         ("prime none --recipe nope", "known: prime-cpu, prime-gpu;"),
         ("train --mixer rwkv", "unknown mixer 'rwkv'"),

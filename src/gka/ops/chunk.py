@@ -183,7 +183,9 @@ def run_call(
     q, k, v = autocast(q, k, v)
     if cu_seqlens_cpu is cu_seqlens:  # torch.compile refuses one tensor as two arguments
         cu_seqlens_cpu = None
-    h0, u0 = states_of(initial_state, None if cu_seqlens is None else len(cu_seqlens) - 1)
+    h0 = u0 = None
+    if initial_state is not None:
+        h0, u0 = states_of(initial_state, None if cu_seqlens is None else len(cu_seqlens) - 1)
     gk = None if settings.tied else gk
     tokens = Tokens(q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu)
     if backend == "reference":
@@ -210,8 +212,9 @@ def check_call(
     checks.check_inputs(q, k, v, **gates)
     checks.check_settings(ridge_ratio, num_iter, chunk_size, scale, output_final_state)
     sequences = checks.check_lengths(q, cu_seqlens, cu_seqlens_cpu)
-    rows = first_of_packed(initial_state, cu_seqlens, sequences)
-    check_initial_state(initial_state, rows, q, v, with_h)
+    if initial_state is not None:
+        rows = first_of_packed(initial_state, cu_seqlens, sequences)
+        check_initial_state(initial_state, rows, q, v, with_h)
     debug = os.environ.get("GKA_DEBUG") == "1"
     if debug:
         h0, u0 = states_of(initial_state)

@@ -32,7 +32,8 @@ def states_before(
         sequences = len(initial_state[0])
     elif isinstance(initial_state, Tensor):
         sequences = len(initial_state)
-    check_initial_state(initial_state, sequences, q, v, with_h)
+    if initial_state is not None:
+        check_initial_state(initial_state, sequences, q, v, with_h)
     heads, initial = q.shape[2], states_of(initial_state)
     h0, u0 = carried_states(context, k, v, g, gk, beta, heads, initial, wanted)
     if not with_h:
@@ -69,10 +70,8 @@ def first_of_packed(state: Any, cu_seqlens: Tensor | None, sequences: int) -> in
 
 
 def check_initial_state(
-    state: State | Tensor | None, sequences: int, q: Tensor, v: Tensor, with_h: bool
+    state: State | Tensor, sequences: int, q: Tensor, v: Tensor, with_h: bool
 ) -> None:
-    if state is None:
-        return
     heads, key_dim = q.shape[2:]
     u_shape = (sequences, heads, key_dim, v.shape[-1])
     if not with_h:
