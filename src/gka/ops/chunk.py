@@ -162,15 +162,8 @@ def run_call(
         wanted, gates = with_h and (num_iter > 0 or output_final_state), (g, gk, alpha, beta)
         initial_state = states_before(context, q, k, v, gates, initial_state, wanted, with_h)
     numbers = (
-        scale,
-        ridge_ratio,
-        num_iter,
-        chunk_size,
-        output_final_state,
-        solver,
-        with_h,
-        backend,
-    )
+        scale, ridge_ratio, num_iter, chunk_size, output_final_state, solver, with_h, backend,
+    )  # fmt: skip
     kind = kind_of(
         q, k, v, g, gk, alpha, beta, initial_state, cu_seqlens, cu_seqlens_cpu, mode, *numbers
     )
