@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from gka.commands.main import app
 from gka.errors import InputError
 from gka.models import GKAConfig
-from gka.parallel.planner import Job, Plan, Ranks, make_plan, read_card
+from gka.parallel import Layout
+from gka.parallel.planner import Job, Plan, make_plan, read_card
 from gka.parallel.planner.exchange import context_bytes
 
 PAGE = (Path(__file__).parents[2] / "docs" / "performance.md").read_text()
@@ -82,24 +83,24 @@ def test_a_small_model_is_bound_by_the_host() -> None:
 def test_exchanges_are_counted_by_kind() -> None:
     """One GPU exchanges nothing; of context parallelism (K^2 + KV + 1) H float32 a layer leave each way."""
     assert _plan(_job()).exchange.total == 0
-    job = _job(length=32768, ranks=Ranks(cp=4))
+    job = _job(length=32768, layout=Layout(cp=4))
     halo = 24 * 2 * 2 * 3 * 1024 * 3
     assert context_bytes(job) == 24 * 2 * 3 * 4 * 8 * (2 * 128**2 + 1) + halo
     whole = _plan(job)
     assert whole.exchange.tp == whole.exchange.dp_replicate == 0 < whole.exchange.cp
-    shared = _plan(_job(ranks=Ranks(dp_shard=8), blocks=64))
+    shared = _plan(_job(layout=Layout(dp_shard=8), blocks=64))
     assert shared.exchange.dp_shard == pytest.approx(7 / 8 * 6 * shared.job.parameters)
     assert shared.memory.weights == shared.job.parameters * 2 / 8
-    copies = _plan(_job(ranks=Ranks(dp_replicate=2), blocks=16)).exchange
+    copies = _plan(_job(layout=Layout(dp_replicate=2), blocks=16)).exchange
     assert copies.dp_replicate == 2 * shared.job.parameters and copies.dp_shard == 0
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ranks": Ranks(tp=3)}, r"tp = 3 does not divide 8 gka num_heads.*fits: 1, 2, 4, 8"),
-        ({"ranks": Ranks(cp=33)}, r"cp = 33 does not fit sequences of 2048.*fits: 1, 2, 4, 8"),
-        ({"ranks": Ranks(dp_shard=3), "blocks": 16}, r"16 sequences.*dp_shard = 1, 2;"),
+        ({"layout": Layout(tp=3)}, r"tp = 3 does not divide 8 gka num_heads.*fits: 1, 2, 4, 8"),
+        ({"layout": Layout(cp=33)}, r"cp = 33 does not fit sequences of 2048.*fits: 1, 2, 4, 8"),
+        ({"layout": Layout(dp_shard=3), "blocks": 16}, r"16 sequences.*dp_shard = 1, 2;"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -137,10 +138,13 @@ def test_the_papers_recipes_have_their_sizes(recipe: str, millions: float, token
 
 
 def test_the_command_refuses_other_numbers_of_gpus_and_shows_a_table() -> None:
-    """A product of ranks that is not --gpus is an error; the table has every part of a plan."""
+    """A product of ranks that is not --gpus is an error; the recipe's own numbers are taken where none are
+    given; the table has every part of a plan."""
     run = CliRunner().invoke
     wrong = run(app, ["plan", "440m", "--gpus", "8", "--tp", "3"])
     assert "are 6 GPUs, and --gpus is 8" in str(wrong.exception)
+    own = run(app, ["plan", "440m", "--gpus", "4", "--set", "parallel.tp=2", "--json"])
+    assert json.loads(own.output)["ranks"] == {"dp_replicate": 1, "dp_shard": 2, "cp": 1, "tp": 2}
     shown = run(app, ["plan", "440m"], catch_exceptions=False, env={"COLUMNS": "200"}).output
     for part in ("memory a GPU", "step time", "tokens/s", "GPU hours", "MFU", "exchanged a step"):
         assert part in shown

@@ -1,6 +1,7 @@
 """`gka plan`: time, memory and exchanges of a recipe's run on given GPUs, before it starts."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,12 +33,19 @@ def plan(
     dp_shard: Annotated[
         int | None,
         typer.Option(
-            help="GPUs that share parameters and optimizer (FSDP2).", show_default="the rest"
+            help="GPUs that share parameters and optimizer (FSDP2).",
+            show_default="the recipe's own, or the rest",
         ),
     ] = None,
-    dp_replicate: Annotated[int, typer.Option(help="Copies of such a group.")] = 1,
-    cp: Annotated[int, typer.Option(help="GPUs that share each sequence.")] = 1,
-    tp: Annotated[int, typer.Option(help="GPUs that share each layer's heads.")] = 1,
+    dp_replicate: Annotated[
+        int | None, typer.Option(help="Copies of such a group.", **_OF_RECIPE)
+    ] = None,
+    cp: Annotated[
+        int | None, typer.Option(help="GPUs that share each sequence.", **_OF_RECIPE)
+    ] = None,
+    tp: Annotated[
+        int | None, typer.Option(help="GPUs that share each layer's heads.", **_OF_RECIPE)
+    ] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Sequences of a forward pass on each GPU.", **_OF_RECIPE)
     ] = None,
@@ -78,17 +86,14 @@ def plan(
             return
     if recipe is None:
         raise InputError(f"recipe: give one of {', '.join(recipe_names('train'))}, or a .toml file")
-    for name, number in (
-        ("--gpus", gpus),
-        ("--cp", cp),
-        ("--tp", tp),
-        ("--dp-replicate", dp_replicate),
-    ):
-        opt.at_least_one(name, number)
-    tables = merged(read_recipe(recipe), runs.assigned(settings or []))
-    ranks = {"dp_replicate": dp_replicate, "cp": cp, "tp": tp, "dp_shard": dp_shard}
+    given = {"--cp": cp, "--tp": tp, "--dp-replicate": dp_replicate}
+    for name, number in {"--gpus": gpus, **given}.items():
+        opt.at_least_one(name, 1 if number is None else number)
+    config = RunConfig.from_tables(merged(read_recipe(recipe), runs.assigned(settings or [])))
+    asked = {"dp_replicate": dp_replicate, "cp": cp, "tp": tp, "dp_shard": dp_shard}
+    ranks = asdict(config.parallel) | {k: n for k, n in asked.items() if n is not None}
     own = {"batch_size": batch_size, "gradient_checkpointing": checkpointing}
-    job = _job(RunConfig.from_tables(tables), gpus, ranks, own, vocab_size)
+    job = _job(config, gpus, ranks, own, vocab_size)
     found = make_plan(job, read_card(card))
     if as_json:
         print(json.dumps({"recipe": recipe, **found.as_json()}, indent=1))
@@ -115,16 +120,17 @@ def _job(
     config: RunConfig, gpus: int, asked: dict[str, Any], own: dict[str, Any], vocabulary: int
 ) -> "Job":
     from gka.models import GKAConfig
-    from gka.parallel.planner import Job, Ranks
+    from gka.parallel import Layout
+    from gka.parallel.planner import Job
     from gka.training.config import CHECKPOINTING
 
     rest = asked["dp_replicate"] * asked["cp"] * asked["tp"]
     shard = asked["dp_shard"] or max(1, gpus // rest)
-    ranks = Ranks(asked["dp_replicate"], shard, asked["cp"], asked["tp"])
-    if ranks.gpus != gpus:
+    layout = Layout(asked["dp_replicate"], shard, asked["cp"], asked["tp"])
+    if layout.ranks != gpus:
         raise InputError(
-            f"{ranks} are {ranks.gpus} GPUs, and --gpus is {gpus}: make the product of dp-shard, "
-            "dp-replicate, cp and tp the number of GPUs, or leave --dp-shard out"
+            f"{str(layout) or '1 GPU'} are {layout.ranks} GPUs, and --gpus is {gpus}: make the product of "
+            "dp-shard, dp-replicate, cp and tp the number of GPUs, or leave --dp-shard out"
         )
     training = config.training
     way = own["gradient_checkpointing"] or training.gradient_checkpointing
@@ -136,10 +142,10 @@ def _job(
     except (TypeError, ValueError) as error:
         raise InputError(f"[model]: {error}") from error
     blocks = training.batch_size * training.gradient_accumulation
-    micro = min(own["batch_size"] or training.batch_size, max(1, blocks // ranks.readers))
+    micro = min(own["batch_size"] or training.batch_size, max(1, blocks // layout.readers))
     return Job(
         model, config.data.sequence_length, opt.at_least_one("--batch-size", micro), blocks,
-        training.max_steps, ranks, training.dtype == "bfloat16", way,
+        training.max_steps, layout, training.dtype == "bfloat16", way,
     )  # fmt: skip
 
 
@@ -150,10 +156,10 @@ def _table(recipe: str, plan: "Plan") -> "Table":
     held = {name: value for name, value in vars(plan.memory).items() if value}
     spent = {n: x for n, x in vars(plan.work).items() if x and n != "host"}
     moved = {name: value for name, value in vars(plan.exchange).items() if value}
-    gpus = job.ranks.gpus
+    gpus = job.layout.ranks
     rows = {
         "model": f"{job.parameters:,} parameters, {job.matrices:,} of them in products",
-        "GPUs": f"{gpus} x {plan.card.name}: {job.ranks}",
+        "GPUs": f"{gpus} x {plan.card.name}: {str(job.layout) or '1 GPU'}",
         "step": f"{job.blocks} x {job.length:,} = {job.tokens:,} tokens: {job.micro} at a time on each "
         f"group of GPUs, gradient_accumulation = {job.accumulation}, checkpointing {job.checkpointing}",
         "FLOPs": f"{plan.flops:.3g} a token, {plan.flops * job.tokens * job.steps:.3g} in all",

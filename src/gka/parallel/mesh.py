@@ -72,6 +72,11 @@ class Layout:
         """Groups of ranks that read different rows; the tp and cp ranks of a group read the same ones."""
         return self.dp_replicate * self.dp_shard
 
+    @property
+    def shards(self) -> int:
+        """Ranks among which each parameter's memory is shared, besides tp: FSDP2 over dp_shard x cp."""
+        return self.dp_shard * self.cp
+
     def reader(self, rank: int) -> int:
         """Which of `readers` a rank belongs to."""
         return rank // (self.cp * self.tp)

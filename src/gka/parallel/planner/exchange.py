@@ -31,13 +31,13 @@ class Exchange:
 
 def exchange(job: Job) -> Exchange:
     """The exchanges of one optimizer step."""
-    ranks, passes = job.ranks, job.accumulation
-    own = job.parameters / ranks.tp
-    ring = (ranks.shards - 1) / ranks.shards
+    layout, passes = job.layout, job.accumulation
+    own = job.parameters / layout.tp
+    ring = (layout.shards - 1) / layout.shards
     gathered = 2 * 2 * own * ring
     reduced = (4 if job.autocast else 2) * own * ring
-    copies = (ranks.dp_replicate - 1) / ranks.dp_replicate
-    replicated = 2 * (4 if job.autocast else 2) * own / ranks.shards * copies
+    copies = (layout.dp_replicate - 1) / layout.dp_replicate
+    replicated = 2 * (4 if job.autocast else 2) * own / layout.shards * copies
     again = 3 if job.checkpointing == "full" else 2
     return Exchange(
         dp_shard=passes * (gathered + reduced),
@@ -49,7 +49,7 @@ def exchange(job: Job) -> Exchange:
 
 def _tensor_bytes(job: Job) -> float:
     """Two sums over tp ranks a layer and pass: of the mixer's and of the MLP's output."""
-    tp = job.ranks.tp
+    tp = job.layout.tp
     each = 2 * (tp - 1) / tp * 2.0 * job.local_tokens * job.config.hidden_size
     return 2 * each * len(job.config.pattern)
 
@@ -60,7 +60,7 @@ def context_bytes(job: Job) -> float:
     A rank's end state of a Gated KalmaNet layer is (K^2 + KV + 1) H float32, gathered once forward; its
     gradient comes back by a reduce-scatter. So n - 1 times that leave a rank each way.
     """
-    others, rows = job.ranks.cp - 1, job.micro
+    others, rows = job.layout.cp - 1, job.micro
     if not others:
         return 0.0
     total = 0.0
@@ -72,11 +72,19 @@ def context_bytes(job: Job) -> float:
         else:
             states = 2 if mixer == "gka" else 1
             each = 4.0 * rows * heads * (states * dim**2 + 1)
-        total += count * 2 * each * others / job.ranks.tp
+        total += count * 2 * each * others / job.layout.tp
         if (
             mixer not in SOFTMAX_MIXERS
         ):  # width - 1 tokens of q, k and v, each way, from one neighbour
             total += (
-                count * 2 * 2.0 * rows * 3 * heads * dim * (job.config.conv_size - 1) / job.ranks.tp
+                count
+                * 2
+                * 2.0
+                * rows
+                * 3
+                * heads
+                * dim
+                * (job.config.conv_size - 1)
+                / job.layout.tp
             )
     return total

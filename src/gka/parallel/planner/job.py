@@ -1,7 +1,7 @@
 """What is planned: a model, its batches, and the ranks that share the work."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from gka.errors import InputError
@@ -9,34 +9,7 @@ from gka.models import GKAConfig
 from gka.models.causal_lm import ParameterCount
 from gka.models.fields import SOFTMAX_MIXERS, attention_heads, mixer_values
 from gka.models.flops import CHUNK, parameter_table
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Ranks along each dimension of the mesh, one GPU each; names as in a recipe's table [parallel]."""
-
-    dp_replicate: int = 1
-    dp_shard: int = 1
-    cp: int = 1
-    tp: int = 1
-
-    @property
-    def gpus(self) -> int:
-        return self.readers * self.cp * self.tp
-
-    @property
-    def readers(self) -> int:
-        """Groups of ranks that read different sequences."""
-        return self.dp_replicate * self.dp_shard
-
-    @property
-    def shards(self) -> int:
-        """Ranks among which each parameter's memory is shared, besides tp: FSDP2 over dp_shard x cp."""
-        return self.dp_shard * self.cp
-
-    def __str__(self) -> str:
-        named = {name: value for name, value in vars(self).items() if value > 1}
-        return " x ".join(f"{name} {value}" for name, value in named.items()) or "1 GPU"
+from gka.parallel.mesh import Layout
 
 
 @dataclass(frozen=True)
@@ -48,7 +21,7 @@ class Job:
         length: tokens of a sequence. micro: sequences of a forward pass of each reader.
         blocks: sequences of an optimizer step, of all readers: the global batch.
         steps: optimizer steps.
-        ranks: who shares the work.
+        layout: who shares the work, one GPU a rank.
         autocast: float32 weights, products in bfloat16; else weights and moments are bfloat16.
         checkpointing: what the backward pass recomputes, as in `gka.models.recomputation`.
     """
@@ -58,14 +31,14 @@ class Job:
     micro: int
     blocks: int
     steps: int
-    ranks: Ranks = Ranks()
+    layout: Layout = field(default_factory=Layout)
     autocast: bool = True
     checkpointing: str = "none"
 
     @property
     def accumulation(self) -> int:
         """Forward passes of a step."""
-        return max(1, self.blocks // (self.micro * self.ranks.readers))
+        return max(1, self.blocks // (self.micro * self.layout.readers))
 
     @property
     def tokens(self) -> int:
@@ -75,7 +48,7 @@ class Job:
     @property
     def local_tokens(self) -> float:
         """Tokens of a forward pass on a GPU; tp ranks have the same ones."""
-        return self.micro * self.length / self.ranks.cp
+        return self.micro * self.length / self.layout.cp
 
     @cached_property
     def table(self) -> list[ParameterCount]:
@@ -103,11 +76,11 @@ class Job:
 
 
 def check(job: Job) -> None:
-    """Raise `InputError` if heads, sequences or batch cannot be shared as `job.ranks` says."""
+    """Raise `InputError` if heads, sequences or batch cannot be shared as `job.layout` says."""
     if job.config.moe is not None:
         raise InputError("the planner has no model of mixtures of experts")
     _check_heads(job)
-    cp, readers = job.ranks.cp, job.ranks.readers
+    cp, readers = job.layout.cp, job.layout.readers
     if job.length % (cp * CHUNK):
         fitting = [n for n in range(1, 65) if job.length % (n * CHUNK) == 0]
         raise InputError(
@@ -125,7 +98,7 @@ def check(job: Job) -> None:
 
 
 def _check_heads(job: Job) -> None:
-    tp = job.ranks.tp
+    tp = job.layout.tp
     counts: dict[str, int] = {}
     for mixer in set(job.config.pattern):
         if mixer in SOFTMAX_MIXERS:

@@ -36,10 +36,10 @@ class Memory:
 
 def memory(job: Job) -> Memory:
     """Memory at the peak of a step."""
-    own = job.parameters / job.ranks.tp
-    share, width = own / job.ranks.shards, 4 if job.autocast else 2
+    own = job.parameters / job.layout.tp
+    share, width = own / job.layout.shards, 4 if job.autocast else 2
     kept = _layers(job, job.checkpointing)
-    hidden, vocab, tp = job.config.hidden_size, job.config.vocab_size, job.ranks.tp
+    hidden, vocab, tp = job.config.hidden_size, job.config.vocab_size, job.layout.tp
     piece = min(LOGITS_BYTES, 4.0 * job.local_tokens * vocab / tp)
     head = 4.0 * (job.local_tokens * hidden + vocab * hidden / tp)
     # Without accumulation gradients grow while activations shrink.
@@ -57,16 +57,16 @@ def memory(job: Job) -> Memory:
 
 def _copies(job: Job, own: float) -> float:
     """bfloat16 copies under autocast; with shards, a layer twice and the ends in float32, gathered."""
-    if job.ranks.shards == 1:
+    if job.layout.shards == 1:
         return 2.0 * own if job.autocast else 0.0
-    largest = max(job.layer_parameters(mixer) for mixer in set(job.config.pattern)) / job.ranks.tp
+    largest = max(job.layer_parameters(mixer) for mixer in set(job.config.pattern)) / job.layout.tp
     ends = job.embedding * (1 if job.config.tie_word_embeddings else 2)
-    return 2 * 2 * largest + (4 if job.autocast else 2) * ends / job.ranks.tp
+    return 2 * 2 * largest + (4 if job.autocast else 2) * ends / job.layout.tp
 
 
 def _workspace(job: Job) -> float:
     """Gradients inside a layer's MLP and mixer; with checkpointing, the layer's recomputed values too."""
-    tokens, tp = job.local_tokens, job.ranks.tp
+    tokens, tp = job.local_tokens, job.layout.tp
     mixer = job.config.pattern[0]
     heads, dim = mixer_heads(job.config, mixer)
     mlp = int(job.config.intermediate_size or 0)
@@ -83,7 +83,7 @@ def _layers(job: Job, how: str) -> float:
 
 def _kept(job: Job, mixer: str, how: str) -> float:
     """Bytes of a token that a layer keeps until its backward pass."""
-    config, tp = job.config, job.ranks.tp
+    config, tp = job.config, job.layout.tp
     hidden, wide = config.hidden_size, 4 if job.autocast else 2
     heads, dim = mixer_heads(config, mixer)
     inner, mlp = heads * dim / tp, int(config.intermediate_size or 0) / tp

@@ -36,9 +36,9 @@ class Plan:
     @property
     def exposed(self) -> float:
         """Seconds of exchanges that do not hide behind work: all of tp and cp, the rest of dp."""
-        ranks, links = self.job.ranks, self.card.links_gbs
-        inner = "node" if ranks.tp * ranks.cp <= GPUS_A_NODE else "network"
-        outer = "node" if ranks.gpus <= GPUS_A_NODE else "network"
+        layout, links = self.job.layout, self.card.links_gbs
+        inner = "node" if layout.tp * layout.cp <= GPUS_A_NODE else "network"
+        outer = "node" if layout.ranks <= GPUS_A_NODE else "network"
         data = (self.exchange.dp_shard + self.exchange.dp_replicate) / (1e9 * links[outer])
         direct = (self.exchange.tp + self.exchange.cp) / (1e9 * links[inner])
         return direct + max(0.0, data - HIDDEN * self.work.device)
@@ -55,7 +55,7 @@ class Plan:
 
     @property
     def mfu(self) -> float:
-        peak = 1e12 * self.card.peak_tflops * self.job.ranks.gpus
+        peak = 1e12 * self.card.peak_tflops * self.job.layout.ranks
         return self.flops * self.tokens_per_second / peak
 
     @property
@@ -80,7 +80,7 @@ class Plan:
             found.append(
                 "the solver's steps depend on the data: times are of num_iter steps, FLOPs are 6 N"
             )
-        if self.job.ranks.gpus > 1 and "assumed" in self.card.source:
+        if self.job.layout.ranks > 1 and "assumed" in self.card.source:
             found.append("the links' speed is assumed, not measured")
         return found
 
@@ -88,7 +88,7 @@ class Plan:
         """All figures, in the units that the keys name."""
         job = self.job
         return {
-            "gpus": job.ranks.gpus, "ranks": vars(job.ranks),
+            "gpus": job.layout.ranks, "ranks": vars(job.layout),
             "card": self.card.name, "card_source": self.card.source,
             "parameters": job.parameters,
             "parameters_by_part": {part.part: part.parameters for part in job.table},
@@ -102,7 +102,7 @@ class Plan:
             "work_seconds": {**asdict(self.work), "exposed_exchanges": self.exposed},
             "exchanged_bytes_per_step": {**asdict(self.exchange), "total": self.exchange.total},
             "tokens_per_second": self.tokens_per_second, "mfu": self.mfu,
-            "days": self.hours / 24, "gpu_hours": self.hours * job.ranks.gpus,
+            "days": self.hours / 24, "gpu_hours": self.hours * job.layout.ranks,
             "warnings": self.warnings(),
         }  # fmt: skip
 
@@ -127,8 +127,8 @@ def _advice(plan: Plan) -> str:
             if memory(replace(job, micro=size, checkpointing=way)).total <= limit:
                 return f"batch_size = {size} with gradient_checkpointing = {way!r} would"
             size //= 2
-    for shards in (2 * job.ranks.dp_shard, 8, 16, 32, 64):
-        ranks = replace(job.ranks, dp_shard=shards)
-        if memory(replace(job, micro=1, checkpointing="full", ranks=ranks)).total <= limit:
+    for shards in (2 * job.layout.dp_shard, 8, 16, 32, 64):
+        layout = replace(job.layout, dp_shard=shards)
+        if memory(replace(job, micro=1, checkpointing="full", layout=layout)).total <= limit:
             return f"dp_shard = {shards} with batch_size = 1 and full checkpointing would"
     return "take more GPUs, or tp and cp"

@@ -48,7 +48,7 @@ class Work:
 def work(job: Job, card: Card) -> Work:
     """The work of one optimizer step."""
     micro, passes = job.local_tokens, job.accumulation
-    tp, hidden, vocab = job.ranks.tp, job.config.hidden_size, job.config.vocab_size
+    tp, hidden, vocab = job.layout.tp, job.config.hidden_size, job.config.vocab_size
     rate, traffic = card.product_rate(hidden), 1e12 * card.traffic_tbs
     layers = _layers(job, card)
     head = 6.0 * vocab * hidden * micro / tp / rate
@@ -56,7 +56,7 @@ def work(job: Job, card: Card) -> Work:
     loss = (16.0 * micro * vocab + 8.0 * pieces * vocab * hidden) / tp / traffic
     own = job.parameters / tp
     casts = (24.0 if passes > 1 else 12.0) * own / traffic if job.autocast else 0.0
-    moved = (40.0 if job.autocast else 14.0) * own / job.ranks.shards
+    moved = (40.0 if job.autocast else 14.0) * own / job.layout.shards
     host = sum(
         count * card.host_ms.get(mixer, max(card.host_ms.values()))
         for mixer, count in Counter(job.config.pattern).items()
@@ -77,7 +77,7 @@ def work(job: Job, card: Card) -> Work:
 def _layers(job: Job, card: Card) -> dict[str, float]:
     """Seconds of all layers' forward pass on a micro-batch; of the backward pass of the op as well."""
     found: dict[str, float] = {"products": 0.0, "op": 0.0, "op back": 0.0, "traffic": 0.0}
-    tokens, tp = job.local_tokens, job.ranks.tp
+    tokens, tp = job.local_tokens, job.layout.tp
     for mixer, count in Counter(job.config.pattern).items():
         heads, dim = mixer_heads(job.config, mixer)
         seen = min(job.length, job.config.sliding_window * 2) if mixer == "swa" else job.length
@@ -103,7 +103,7 @@ def layer_bytes(job: Job, mixer: str) -> float:
 
     A stream of the hidden size h: the residual, 4 bytes wide under autocast, else 2; other values have 2.
     """
-    config, tp = job.config, job.ranks.tp
+    config, tp = job.config, job.layout.tp
     hidden, wide = config.hidden_size, 4 if job.autocast else 2
     heads, dim = mixer_heads(config, mixer)
     inner, mlp = heads * dim / tp, int(config.intermediate_size or 0) / tp
