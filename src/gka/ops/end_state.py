@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gka.errors import InputError
-from gka.maths.chunked import Settings, Tokens
+from gka.maths.chunked import ScannedStates, Settings, Tokens
 from gka.maths.ends import Part
 from gka.ops import checks
 from gka.ops.backends import Call, get_backend, resolve_backend
@@ -167,8 +167,9 @@ def end_state(
         checks.check_bounds(read, k.shape[1])
     starts, known = None, (None, None)
     if return_starts or backend != "auto":
-        *found, h, u = _scan(backend, like, (k, v, g, gk, beta), bounds, chunk_size)
-        starts, known = (found[0], found[1]) if return_starts else None, (h, u)
+        found = _scan(backend, like, (k, v, g, gk, beta), bounds, chunk_size)
+        starts = (found.h_start, found.u_start) if return_starts else None
+        known = (found.h, found.u)
     gk_total, h = end_moment(k, None, gk, beta, heads, bounds, known[0])
     g_total, u = end_moment(k, v, g, beta, heads, bounds, known[1])
     return EndState(Totals(g_total, gk_total), h, u, starts)
@@ -190,14 +191,14 @@ def _count_heads(k: Tensor, v: Tensor, gates: tuple[Any, ...], num_heads: int | 
 @torch.no_grad()
 def _scan(
     name: str, q: Tensor, inputs: tuple[Any, ...], bounds: tuple[Any, Any], chunk_size: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> ScannedStates:
     """H and U at chunk starts and ends by a backend's scan."""
     k, v, g, gk, beta = inputs
     if name == "reference":
         raise InputError('backend="reference" goes token by token and has no scan: use "torch".')
     call = Call(k.device, k.dtype, "chebyshev", (k.shape[3], v.shape[3]), chunk_size)
     backend = get_backend(resolve_backend(name, call))
-    tied = inputs[2] is not None and inputs[2] is inputs[3]
+    tied = g is not None and g is gk
     tokens = Tokens(q, k, v, g, None if tied else gk, None, beta, None, None, *bounds)
     settings = Settings(1.0, 1.0, 1, chunk_size, tied, True)
     with no_autocast(k.device.type):

@@ -2,7 +2,7 @@
 
 from gka.parallel.clipping import clip_grad_norm_
 from gka.parallel.context import ContextParallel, even_ranges
-from gka.parallel.job import Job, current, joined, launched, start
+from gka.parallel.job import Job, current, joined, start
 from gka.parallel.mesh import Layout, layout_of, make_mesh
 from gka.parallel.parallelize import parallelize
 from gka.parallel.state import load_state, save_state, whole_weights
@@ -23,6 +23,5 @@ __all__ = [
     "start",
     "current",
     "joined",
-    "launched",
     "Job",
 ]

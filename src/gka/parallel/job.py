@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from gka.errors import InputError, LostRank, SharedError, reason_of
+from gka.parallel.mesh import device_type
 
 PATIENCE = timedelta(days=30)
 """Longest wait in `control` and `watch`."""
@@ -182,9 +183,8 @@ class Job:
                 found = self._store.compare_set(_LOST, "", str(following))
                 self.lost = int(found)
             self._found.set()
-            time.sleep(
-                GRACE + 1
-            )  # the main thread, unless it hangs in a collective, ends the process first
+            # the main thread, unless it hangs in a collective, ends the process first
+            time.sleep(GRACE + 1)
             if told := self._told():
                 print(f"gka: {told}", file=sys.stderr, flush=True)
             os._exit(1)
@@ -226,7 +226,7 @@ def start(device: str | None = None) -> Job:
     global _job
     if _job is not None:
         return _job
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = device or device_type()
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks == 1:
         _job = Job(device=torch.device(kind))
@@ -288,8 +288,3 @@ def joined(advice: str = "") -> Iterator[Job]:
         job.advice = former
         if not outer:
             job.finish(orderly)
-
-
-def launched() -> bool:
-    """Whether torchrun has started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1

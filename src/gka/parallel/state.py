@@ -148,7 +148,14 @@ def _like(value: Any, parameter: Tensor) -> Any:
             f"the optimizer's state is of another model: {list(value.shape)} beside a parameter of "
             f"{list(parameter.shape)}"
         )
+    return spread(value, parameter)
+
+
+def spread(value: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor, the same on every rank, on a parameter's device and, if that is a DTensor, mesh."""
     value = value.to(parameter.device)
+    if not isinstance(parameter, DTensor):
+        return value
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 

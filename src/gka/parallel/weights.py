@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gka.models.decoder import init_module
+from gka.parallel.state import spread
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def materialize(model: Any, device: torch.device | str, seed: int = 0) -> None:
             done |= {id(p) for p in own.values()}
             if own:
                 for name, value in _drawn(module, own, model.config.initializer_range).items():
-                    own[name].copy_(_spread(value, own[name]))
+                    own[name].copy_(spread(value, own[name]))
 
 
 def _drawn(module: nn.Module, own: dict[str, Any], std: float) -> dict[str, Tensor]:
@@ -42,10 +42,3 @@ def _drawn(module: nn.Module, own: dict[str, Any], std: float) -> dict[str, Tens
     whole._parameters = {**module._parameters, **drawn}
     init_module(whole, std=std)
     return {name: value.detach() for name, value in drawn.items()}
-
-
-def _spread(value: Tensor, parameter: Any) -> Tensor:
-    value = value.to(parameter.device)
-    if not isinstance(parameter, DTensor):
-        return value
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -217,12 +217,17 @@ def _kept_graphs() -> Iterator[None]:
         os.environ[_INDUCTOR] = own
 
 
-@functools.cache
 def operators_checksum() -> str:
     """SHA-256 of the files that define operators; torch's cache keys hold an operator's name only."""
+    return code_checksum(*_OPERATORS)
+
+
+@functools.cache
+def code_checksum(*patterns: str) -> str:
+    """SHA-256 over names and contents of this package's files that match."""
     digest = hashlib.sha256()
-    for path in sorted(path for pattern in _OPERATORS for path in _HOME.glob(pattern)):
-        digest.update(path.read_bytes())
+    for path in sorted(path for pattern in patterns for path in _HOME.glob(pattern)):
+        digest.update(path.relative_to(_HOME).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
 
 

@@ -87,9 +87,8 @@ def open_output(
         with job.together():
             if is_main_process():
                 stack.enter_context(only_writer(output))
-                _check_output(
-                    output, resume, overwrite
-                )  # another run may have ended before the lock
+                # another run may have ended before the lock
+                _check_output(output, resume, overwrite)
         yield None
 
 

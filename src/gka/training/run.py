@@ -22,7 +22,7 @@ from gka.storage import write_bytes, write_json
 from gka.training import folder as files
 from gka.training import scale
 from gka.training.checkpoints import has_sharded
-from gka.training.compilation import CUDA_GRAPHS
+from gka.training.compilation import CUDA_GRAPHS, check_graphs, chosen
 from gka.training.config import APART, RUNNING, RunConfig, TrainingConfig
 from gka.training.inputs import Text, open_text
 from gka.training.loop import Interrupted, fit, recompute_layers
@@ -97,12 +97,19 @@ def _train(
 
 
 def _check_graphs(config: RunConfig) -> None:
-    """Raise `InputError` for CUDA graphs of documents apart, whose number differs from batch to batch."""
-    if config.training.compile == CUDA_GRAPHS and config.data.documents == APART:
+    """Raise `InputError` for what CUDA graphs cannot train, before anything is written.
+
+    One is documents apart, whose number differs from batch to batch.
+    """
+    if config.training.compile != CUDA_GRAPHS:
+        return
+    check_graphs(config.training.gradient_accumulation, alone=True)
+    if config.data.documents == APART:
         raise InputError(
             f"compile is {CUDA_GRAPHS!r}, which records one shape, and documents are {APART!r}, whose "
             f"number differs from batch to batch; give --documents {RUNNING}, or compile layers"
         )
+    chosen(CUDA_GRAPHS, current().device)
 
 
 def _begun(

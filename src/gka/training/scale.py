@@ -3,8 +3,6 @@
 import hashlib
 import json
 from dataclasses import asdict, replace
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from torch import nn
 from gka.errors import InputError
 from gka.parallel import Layout, current, make_mesh, parallelize
 from gka.parallel.tensor import why_unsplit
+from gka.training.compilation import code_checksum
 from gka.training.config import ParallelConfig, RunConfig, TrainingConfig
 
 
@@ -80,15 +79,6 @@ def common_facts(config: RunConfig) -> dict[str, str]:
     settings = json.dumps(config.tables(), sort_keys=True).encode()
     return {
         "configuration": hashlib.sha256(settings).hexdigest()[:16],
-        "gated-kalmanet": f"code {code_checksum()[:16]}",
+        "gated-kalmanet": f"code {code_checksum('**/*.py')[:16]}",
         "torch": torch.__version__,
     }
-
-
-@cache
-def code_checksum() -> str:
-    """SHA-256 over this package's Python files."""
-    digest, home = hashlib.sha256(), Path(__file__).parents[1]
-    for path in sorted(home.rglob("*.py")):
-        digest.update(path.relative_to(home).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()

@@ -203,7 +203,7 @@ def arguments(config: TrainingConfig, folder: Path) -> TrainingArguments:
         save_total_limit=config.keep_checkpoints,
         seed=config.seed,
         data_seed=config.seed,
-        # Keep NaN in averages, so that `RefuseNaN` sees it; print nothing of the Trainer's own.
+        # The guards replace losses that are not finite (`StepWatch`). Print nothing of the Trainer's own.
         logging_nan_inf_filter=False,
         disable_tqdm=True,
         log_level="error",
