@@ -9,6 +9,7 @@ from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from gka.errors import InputError
 from gka.models.cache import CACHE_NAME, GKACache, one_cache
 from gka.models.configuration import GKAConfig
 from gka.models.context import split_targets, sum_over_ranks
@@ -138,10 +139,9 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
     ) -> Tensor:
         """Mean next-token loss. A head that adapters have changed is called as a module, on all tokens."""
         if labels.shape != hidden.shape[:2]:
+            shapes = f"shape {tuple(hidden.shape[:2])}, got {tuple(labels.shape)}"
             part = "" if context is None else ": pass context.shard(labels)"
-            raise ValueError(
-                f"labels must have the tokens' shape {tuple(hidden.shape[:2])}, got {tuple(labels.shape)}{part}"
-            )
+            raise InputError(f"labels must have the tokens' {shapes}{part}")
         labels = documents.row(labels.to(hidden.device))
         count = num_items_in_batch
         if context is None:

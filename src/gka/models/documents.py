@@ -130,8 +130,8 @@ def _check_split(context: SequenceContext, tokens: Tensor, given: list[str]) -> 
     length = context.end - context.begin
     if tokens.shape[1] != length:
         raise InputError(
-            f"rank {context.rank} of this context holds tokens {context.begin} to {context.end} of each row; "
-            f"expected input_ids [batch, {length}], got {tuple(tokens.shape)}. Pass context.shard(input_ids), "
+            f"rank {context.rank} has tokens {context.begin} to {context.end} of each row: expected "
+            f"input_ids [batch, {length}], got {tuple(tokens.shape)}. Pass context.shard(input_ids), "
             "and labels alike."
         )
 

@@ -60,7 +60,7 @@ class SequenceContext(Protocol):
         ...
 
     def bounds(self, halo: int) -> tuple[Tensor | None, Tensor | None]:
-        """cu_seqlens and its CPU copy, of this rank's tokens behind `halo` earlier ones of its first document."""
+        """cu_seqlens and its CPU copy, of this rank's tokens behind `halo` of its first document's."""
         ...
 
     def gather(self, x: Tensor) -> Tensor:

@@ -139,7 +139,7 @@ class ContextParallel:
         return self._positions
 
     def bounds(self, halo: int) -> Bounds:
-        """cu_seqlens and its CPU copy, of this rank's tokens behind `halo` earlier ones of its first document."""
+        """cu_seqlens and its CPU copy, of this rank's tokens behind `halo` of its first document's."""
         if halo == 0 or self.cu_seqlens_cpu is None:
             return self.cu_seqlens, self.cu_seqlens_cpu
         if halo not in self._wider:
