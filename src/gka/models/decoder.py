@@ -174,9 +174,8 @@ class GKAModel(GKAPreTrainedModel):
             ValueError: inputs contradict each other, the mask holds other numbers than 0 and 1, or attention
                 weights are requested; the message names them.
         """
-        refuse_attentions(
-            self.config.output_attentions if output_attentions is None else output_attentions
-        )
+        asked = self.config.output_attentions if output_attentions is None else output_attentions
+        refuse_attentions(asked)
         past = with_prefix(self.config, one_cache(past_key_values, cache))
         _check_inputs(self.config, input_ids, inputs_embeds, past)
         if output_hidden_states is None:
@@ -200,8 +199,7 @@ class GKAModel(GKAPreTrainedModel):
             None if documents.packed else _without_trivial(attention_mask, past, hidden_states)
         )
         hidden_states = documents.row(hidden_states)
-        if position_ids is not None:
-            position_ids = documents.row(position_ids)
+        position_ids = None if position_ids is None else documents.row(position_ids)
         if use_cache and past is None:
             past = GKACache(self.config)
         split = {} if context is None else split_arguments(context, self.layers)
