@@ -16,6 +16,10 @@ BENCHMARKS = {
         "benchmarks.model.training",
         "training steps of whole models, by mixer and size, on a GPU",
     ),
+    "scale": (
+        "benchmarks.scale.bench",
+        "training steps on 1 to 8 GPUs: shards, split sequences, both",
+    ),
     "first-step": (
         "benchmarks.model.first_step",
         "a compiled model's first step, with an empty and with a full cache",

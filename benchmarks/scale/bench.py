@@ -1,0 +1,242 @@
+"""Training steps of the 440 M recipe's model on 1 to 8 GPUs of one host:
+`python -m benchmarks.run scale --gpus 1,2,4,8 --output DIR`.
+
+Rows keep the tokens of a GPU: dp shards parameters (dp_shard = n) at 2048 tokens a sequence; dp-kept keeps
+gathered matrices until the backward pass; cp64k and cp256k split one sequence of n x 64k or n x 256k tokens;
+mixed is dp_shard n/2 x cp 2 at 64k a GPU. First the losses of one step on every layout are compared with one
+GPU's. scale.json is written after each cell; started again with the same --output, cells that are there are
+not measured again. Then scale.md, a table, and scale.png.
+
+All cells of one number of GPUs run in one start of as many processes. A cell without memory tries more
+checkpointing, a cell that hangs or fails is ended and the others go on. More GPUs than the host has are
+predicted by the planner (gka plan) and marked so. --tiny tries the command out on a CPU.
+"""
+
+import argparse
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks import results
+from benchmarks.scale import report, worker
+from benchmarks.scale.cells import ROWS, TRIED, Asked, Cell, make_cells, model_config, plan_of
+from benchmarks.scale.launch import Launch, available
+
+from gka.experiments.ledger import Ledger, refusing
+from gka.models.flops import peak_tflops, token_flops
+from gka.parallel.planner import Card, card_names, read_card
+
+DEFAULT_ROWS = ("dp", "cp64k", "cp256k", "mixed")
+TINY_PROCESSES = 2
+
+
+def counts(text: str) -> list[int]:
+    """An argparse type: numbers of GPUs, separated by commas."""
+    words = text.split(",")
+    if not all(word.isdigit() and int(word) for word in words):
+        raise argparse.ArgumentTypeError(f"numbers of GPUs from 1 on, such as 1,2,4; got {text!r}")
+    return sorted({int(word) for word in words})
+
+
+def names(known: tuple[str, ...]) -> Any:
+    """An argparse type: names of `known`, separated by commas; "none" for none of them."""
+
+    def parsed(text: str) -> tuple[str, ...]:
+        found = tuple(text.split(",")) if text != "none" else ()
+        for name in found:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"there are {', '.join(known)}; got {name!r}")
+        return found
+
+    return parsed
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    made = results.parser("scale", __doc__, device=None)
+    add, rows = made.add_argument, tuple(ROWS)
+    add("--gpus", type=counts, default=[1, 2, 4, 8], help="numbers of GPUs (1,2,4,8)")
+    add("--rows", type=names(rows), default=DEFAULT_ROWS,
+        help=f"of {','.join(rows)} ({','.join(DEFAULT_ROWS)})")  # fmt: skip
+    add("--compile", type=names(rows), default=("dp", "dp-kept"),
+        help="rows whose layers are compiled, or none (dp,dp-kept)")  # fmt: skip
+    add("--checkpoint", choices=("auto", *TRIED), default="auto",
+        help="auto: the least that fits one GPU by the plan, more if memory does not suffice")  # fmt: skip
+    add("--sequences", type=int, default=8, help="a GPU reads in a step of dp (8)")
+    add("--steps", type=int, default=5, help="that are timed (5)")
+    add("--warm-up", type=int, default=2, help="steps before them, after the first (2)")
+    add("--minutes", type=float, default=9.5, help="after which nothing runs any more (9.5)")
+    add("--launch-seconds", type=float, default=300.0, help="at most for one number of GPUs (300)")
+    add(
+        "--cell-seconds",
+        type=float,
+        default=150.0,
+        help="after which a cell is taken to hang (150)",
+    )
+    add(
+        "--card",
+        help=f"speeds of the plans: {', '.join(card_names())} or a file of gka plan --measure",
+    )
+    add(
+        "--tiny",
+        action="store_true",
+        help="a tiny model, two processes on the CPU; times mean nothing",
+    )
+    add("--worker", type=Path, help=argparse.SUPPRESS)
+    options = results.parse(made, arguments)
+    for name in ("sequences", "steps", "warm_up"):
+        if getattr(options, name) < 1:
+            made.error(f"--{name.replace('_', '-')} must be 1 or more")
+    if options.tiny:
+        options.compile = ()
+    return options
+
+
+def speeds(options: argparse.Namespace, card: str, memory: int) -> tuple[Card, str]:
+    """The planner's card, and where its figures come from."""
+    if options.card:
+        found = read_card(options.card)
+        return found, f"card {results.name_of(Path(options.card))}"
+    known = next((name for name in card_names() if name.upper() in card), None)
+    if known is not None:
+        return read_card(known), f"card {known}"
+    found = read_card("h200")
+    if not memory:
+        return found, "card h200"
+    return replace(found, memory_gib=memory / 2**30), f"card h200 with the memory of {card}"
+
+
+def plan_facts(cell: Cell, asked: Asked, card: Card, way: str) -> dict[str, Any]:
+    """What is known of a cell before it is measured, or after with which checkpointing it ran."""
+    config = model_config(asked.tiny)
+    plan = plan_of(cell, asked.tiny, card, way)
+    job = plan.job
+    return {
+        "row": cell.row, "gpus": cell.gpus, "sizes": list(cell.sizes), "length": cell.length,
+        "tokens": cell.tokens, "compiled": cell.compiled, "checkpoint": way,
+        "flops_per_token": token_flops(config, cell.length, job.matrices).known,
+        "parameters": job.parameters,
+        "plan": {"step_ms": 1e3 * plan.seconds, "bytes": plan.memory.total, "exposed_ms": 1e3 * plan.exposed},
+    }  # fmt: skip
+
+
+class Scaling:
+    """One run of the benchmark: its ledger, its cells, and what the processes find."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        device = "cpu" if options.tiny else "cuda"
+        self.there, name, memory = available(device)
+        if options.tiny:
+            self.there = TINY_PROCESSES
+        elif not self.there:
+            sys.exit("error: there is no GPU that torch can use; --tiny tries the command out")
+        self.asked = Asked(
+            options.tiny, options.rows, options.compile, options.checkpoint,
+            2 if options.tiny else options.sequences, options.steps, options.warm_up,
+        )  # fmt: skip
+        self.card, source = speeds(options, name, memory)
+        self.ledger = Ledger(options.output, "scale")
+        settings = {
+            "tiny": options.tiny, "steps": options.steps, "warm_up": options.warm_up,
+            "sequences": self.asked.sequences, "card": name,
+        }  # fmt: skip
+        with refusing():
+            self.ledger.begin(settings, resume=True)
+        self.ledger.found |= {
+            "command": options.command, "date": time.strftime("%Y-%m-%d"), "card": name,
+            "there": self.there, "planner": source, "versions": results.versions(),
+            "commit": options.commit or results.commit(),
+        }  # fmt: skip
+        for part in ("cells", "checks"):
+            self.ledger.found.setdefault(part, {})
+        self.cells = {n: make_cells(self.asked, n, self.card) for n in options.gpus}
+        self.launch = Launch(
+            options.output / "processes", device, options.tiny, time.time() + 60 * options.minutes,
+            options.cell_seconds, self.found, self.ledger.say,
+        )  # fmt: skip
+
+    def found(self, key: str, figures: dict[str, Any]) -> None:
+        """Keep a cell's figures with its plan, and tell them."""
+        row, _, gpus = key.partition("/")
+        if row == "check":
+            self.ledger.found["checks"][gpus] = figures
+            for text in report.checked({"checks": {gpus: figures}}):
+                self.ledger.say(text)
+            self.ledger.note()
+            return
+        cell = next(cell for cell in self.cells[int(gpus)] if cell.key == key)
+        way = figures.get("checkpoint", cell.ways[0])
+        facts = plan_facts(cell, self.asked, self.card, way)
+        facts["peak_tflops"] = peak_tflops(self.ledger.found["card"])
+        self.ledger.found["cells"][key] = facts | figures
+        self.ledger.note()
+        self.ledger.say(f"{key}: {self.told(self.ledger.found['cells'][key])}")
+
+    def told(self, cell: dict[str, Any]) -> str:
+        """A cell in a line."""
+        result = self.ledger.found
+        shown = dict(zip(report.HEAD, report.line(result, cell), strict=True))
+        if cell["status"] not in ("ok", report.PREDICTED):
+            return f"{cell['status']}: {cell['message']}"
+        kept = (
+            "step ms (min-max)",
+            "tokens/s/GPU",
+            "MFU",
+            "efficiency",
+            "GiB a GPU",
+            "NCCL",
+            "planned ms",
+        )
+        return ", ".join(f"{name} {shown[name]}" for name in kept if shown[name])
+
+    def run(self) -> None:
+        """Measure what is not known yet, for one number of GPUs after the other."""
+        more = [n for n in self.options.gpus if n > self.there]
+        if more:
+            what = "processes for a trial" if self.options.tiny else f"GPUs ({self.launch.device})"
+            self.ledger.say(
+                f"this host has {self.there} {what}: cells of {', '.join(map(str, more))} are predicted "
+                "by the planner, not measured"
+            )
+        for gpus in self.options.gpus:
+            if gpus in more:
+                self.predict(gpus)
+            else:
+                self.measure(gpus)
+        self.ledger.note()
+
+    def measure(self, gpus: int) -> None:
+        known = self.ledger.found["cells"]
+        cells = [c for c in self.cells[gpus] if known.get(c.key, {}).get("status") != "ok"]
+        checked = self.ledger.found["checks"].get(str(gpus), {}).get("status") == "ok"
+        if not cells:
+            self.ledger.say(f"{gpus} GPUs: known")
+            return
+        self.ledger.say(f"{gpus} GPUs: {', '.join(cell.row for cell in cells)}")
+        self.launch.run(gpus, cells, gpus > 1 and not checked, self.options.launch_seconds)
+
+    def predict(self, gpus: int) -> None:
+        for cell in self.cells[gpus]:
+            self.found(cell.key, {"status": report.PREDICTED, "checkpoint": self.way(cell)})
+
+    def way(self, cell: Cell) -> str:
+        """The checkpointing with which fewer GPUs ran the row, or that the plan takes."""
+        ran = [x for x in self.ledger.found["cells"].values() if x["row"] == cell.row]
+        ran = [x["checkpoint"] for x in ran if x["status"] == "ok"]
+        return ran[-1] if ran else cell.ways[0]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    if options.worker:
+        worker.run(options.worker)
+        return
+    scaling = Scaling(options)
+    scaling.run()
+    found = scaling.ledger.found
+    report.write(found, options.output)
+    checks = [c for c in found["checks"].values() if c["status"] != "ok"]
+    if checks:
+        sys.exit("error: not all layouts have one GPU's loss; see the checks above")

@@ -1,0 +1,58 @@
+"""Losses and gradients' norms of a first step on every layout of n ranks beside one rank's, same weights and rows."""
+
+from typing import Any
+
+import torch
+from benchmarks.scale.cells import CP_MIXED
+from benchmarks.scale.worker import build, make_step, mean_over_ranks, random_rows
+
+from gka.models import GKAConfig
+from gka.parallel import Job, Layout
+
+SMALL = {
+    "vocab_size": 512, "hidden_size": 256, "num_hidden_layers": 3, "num_heads": 2, "head_dim": 128,
+    "intermediate_size": 512, "tie_word_embeddings": False,
+}  # fmt: skip
+TINY = SMALL | {"hidden_size": 32, "head_dim": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+ROWS, LENGTH = 8, 1024
+BOUNDS = {"float32": (1e-5, 1e-3), "bfloat16": (2e-3, 3e-2)}
+"""Largest relative differences of loss and norm: rounding of that type's products, in another order."""
+
+
+def layouts(ranks: int) -> list[Layout]:
+    """Those of the rows on that many ranks."""
+    if ranks == 1:
+        return []
+    found = [Layout(dp_shard=ranks), Layout(cp=ranks)]
+    if ranks % CP_MIXED == 0 and ranks > CP_MIXED:
+        found.append(Layout(dp_shard=ranks // CP_MIXED, cp=CP_MIXED))
+    return found
+
+
+def first_step(job: Job, layout: Layout, dtype: torch.dtype | None, tiny: bool) -> list[float]:
+    """Loss and norm of the batch of ROWS rows, which all layouts share."""
+    config = GKAConfig(**(TINY if tiny else SMALL))
+    rows = random_rows((ROWS, LENGTH // 2 if tiny else LENGTH), config.vocab_size, 1, job)
+    each = ROWS // layout.readers
+    at = layout.reader(job.rank) * each if layout.ranks > 1 else 0
+    model = build(config, layout, job, dtype)
+    step = make_step(model, layout, job, rows[at : at + each], cast=dtype is not None)
+    return [mean_over_ranks(job, x) for x in step()]
+
+
+def check(job: Job, tiny: bool) -> dict[str, Any]:
+    """Relative differences to one rank, by layout and type, and whether all are within BOUNDS."""
+    found, good = [], True
+    for name, bounds in BOUNDS.items():
+        dtype = torch.bfloat16 if name == "bfloat16" else None
+        one = first_step(job, Layout(), dtype, tiny)
+        for layout in layouts(job.ranks):
+            many = first_step(job, layout, dtype, tiny)
+            apart = [abs(a - b) / abs(b) for a, b in zip(many, one, strict=True)]
+            equal = all(x <= bound for x, bound in zip(apart, bounds, strict=True))
+            good &= equal
+            found.append({
+                "layout": str(layout), "dtype": name, "loss": many[0], "loss_of_one": one[0],
+                "loss_apart": apart[0], "norm_apart": apart[1], "equal": equal,
+            })  # fmt: skip
+    return {"status": "ok" if good else "failed", "layouts": found}

@@ -1,0 +1,50 @@
+"""How much of a step's time collectives take, by torch.profiler."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+Span = tuple[float, float]
+COLLECTIVE = "nccl"
+
+
+def shares(step: Callable[[], Any], wait: Callable[[], None], cuda: bool) -> dict[str, Any]:
+    """Of one step's time on the device, the part in which NCCL's kernels run, and run alone.
+
+    A collective's kernel also waits for the slowest rank. Without a GPU the step runs untraced, and both
+    are None.
+    """
+    if not cuda:
+        step()
+        return {"nccl_share": None, "nccl_alone": None}
+    wait()
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        step()
+        wait()
+    spans, others = [], []
+    for event in trace.events() or []:
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            span = event.time_range.start, event.time_range.end
+            (spans if COLLECTIVE in event.name.lower() else others).append(span)
+    return fractions(spans, others)
+
+
+def fractions(collectives: list[Span], others: list[Span]) -> dict[str, float]:
+    """The two shares, from when collectives and other kernels ran."""
+    every = [*collectives, *others]
+    if not every:
+        return {"nccl_share": 0.0, "nccl_alone": 0.0}
+    whole = max(end for _, end in every) - min(begin for begin, _ in every)
+    alone = covered(every) - covered(others)
+    return {"nccl_share": covered(collectives) / whole, "nccl_alone": alone / whole}
+
+
+def covered(spans: Iterable[Span]) -> float:
+    """Length of the union of spans."""
+    total, reached = 0.0, float("-inf")
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total

@@ -1,0 +1,233 @@
+"""One process a GPU of `python -m benchmarks.run scale`: checks layouts, then measures cells in turn.
+
+A step is that of `gka train`: float32 parameters, products in bfloat16, forward and backward pass, clipping,
+fused AdamW. Rank 0 writes a file after each cell. A rank without memory says so in a file before it waits
+for the others, so that the launcher can end ranks that wait for it inside a collective.
+"""
+
+import gc
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo
+from benchmarks.registry import reason
+from benchmarks.scale.cells import Cell, model_config
+from benchmarks.scale.files import Folder
+from benchmarks.scale.trace import shares
+from torch import Tensor
+
+from gka.layers import parameter_groups
+from gka.models import GKAForCausalLM
+from gka.models.recomputation import checkpoint_arguments
+from gka.ops import last_backend
+from gka.parallel import (
+    ContextParallel,
+    Job,
+    Layout,
+    clip_grad_norm_,
+    make_mesh,
+    parallelize,
+    start,
+)
+from gka.storage import read_json
+from gka.training.compilation import compiled
+
+BFLOAT16 = torch.bfloat16
+Step = Callable[[], tuple[Tensor, Tensor]]
+
+
+@cache
+def mesh_of(layout: Layout, device: str) -> Any:
+    """One mesh a layout: each makes communicators of its own, which take memory."""
+    return make_mesh(layout, device)
+
+
+def build(config: Any, layout: Layout, job: Job, dtype: torch.dtype | None, **options: Any) -> Any:
+    """The model with the same weights on every rank, on its mesh; on one GPU without one, as `gka train`."""
+    torch.manual_seed(0)
+    with torch.device(job.device):
+        model = GKAForCausalLM(config).train()
+    if layout.ranks > 1:
+        parallelize(model, mesh_of(layout, job.device.type), dtype=dtype, **options)
+    return model
+
+
+def make_step(model: Any, layout: Layout, job: Job, rows: Tensor, cast: bool) -> Step:
+    """A training step on whole rows [B,T], the same on ranks that share a sequence; loss and gradients' norm.
+
+    The loss times the number of readers, over all readers' targets: its mean over ranks is the batch's.
+    """
+    groups, cuda = parameter_groups(model, 0.1), job.device.type == "cuda"
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=cuda)
+    targets = layout.readers * rows.shape[0] * (rows.shape[1] - 1)
+    cp = mesh_of(layout, job.device.type)["cp"] if layout.cp > 1 else None
+
+    def precision() -> AbstractContextManager:
+        return torch.autocast(job.device.type, BFLOAT16) if cast else nullcontext()
+
+    def inputs() -> dict[str, Any]:
+        if cp is None:
+            return {"input_ids": rows, "labels": rows}
+        context = ContextParallel.even(cp, rows.shape[1], device=job.device)
+        part = context.shard(rows)
+        return {"input_ids": part, "labels": part, "context": context}
+
+    def step() -> tuple[Tensor, Tensor]:
+        with precision():
+            loss = model(**inputs(), num_items_in_batch=targets).loss * layout.readers
+        loss.backward()
+        norm = clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach(), norm
+
+    return step
+
+
+def random_rows(shape: tuple[int, int], vocabulary: int, seed: int, job: Job) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocabulary, shape, generator=generator).to(job.device)
+
+
+def mean_over_ranks(job: Job, value: Tensor) -> float:
+    return statistics.fmean(job.gather(float(value)))
+
+
+def measure(job: Job, folder: Folder, cell: Cell, tiny: bool) -> dict[str, Any]:
+    """A cell's figures with the least checkpointing for which the memory suffices; the same on all ranks."""
+    found: dict[str, Any] = {}
+    for way in cell.ways:
+        message = None
+        try:
+            found = attempt(job, cell, way, tiny)
+        except torch.OutOfMemoryError as error:
+            message = reason(error)
+        if message is not None:
+            folder.note_memory(cell.key, job.rank, way, message)
+        free()
+        told = [text for text in job.gather(message) if text]
+        folder.forget_memory(cell.key, job.rank)
+        if not told:
+            return found
+        found = {"status": "failed", "message": told[0], "checkpoint": way}
+    return found
+
+
+def free() -> None:
+    """Give back the memory of the last model: its compiled code and its cycles hold it."""
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def attempt(job: Job, cell: Cell, way: str, tiny: bool) -> dict[str, Any]:
+    """A cell's figures with one way of checkpointing.
+
+    Raises:
+        torch.OutOfMemoryError: on the ranks whose memory does not suffice.
+    """
+    config, layout, cuda = model_config(tiny), cell.layout, job.device.type == "cuda"
+    model = build(config, layout, job, BFLOAT16, reshard_after_forward=cell.reshard)
+    arguments = checkpoint_arguments(way)
+    if arguments is not None:
+        name = "activation_checkpointing_enable"  # in newer transformers
+        getattr(model, name, model.gradient_checkpointing_enable)(arguments)
+    shape = (cell.micro, cell.length)
+    rows = random_rows(shape, config.vocab_size, layout.reader(job.rank), job)
+    step = make_step(model, layout, job, rows, cast=True)
+    with compiled([model], cell.compiled):
+        began = time.perf_counter()
+        first = step()[0]
+        wait(job)
+        first_seconds = time.perf_counter() - began
+        for _ in range(cell.warm_up):
+            step()
+        job.wait()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        times, last = timed(step, cell.steps, job)
+        peak = torch.cuda.max_memory_allocated() if cuda else None
+        traced = shares(step, lambda: wait(job), cuda)
+    every = job.gather(times)
+    return {
+        "status": "ok", "checkpoint": way, "compiled": cell.compiled,
+        "step_ms": [max(step) for step in zip(*every, strict=True)],
+        "first_step_s": first_seconds, "peak_bytes": max(job.gather(peak or 0)) or None,
+        "loss": [mean_over_ranks(job, first), mean_over_ranks(job, last)],
+        "backend": last_backend(), **traced,
+    }  # fmt: skip
+
+
+def wait(job: Job) -> None:
+    if job.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(step: Step, repeats: int, job: Job) -> tuple[list[float], Tensor]:
+    """Milliseconds of each of some queued steps, and the last loss."""
+    cuda, marks, loss = job.device.type == "cuda", [], torch.zeros(())
+
+    def mark() -> None:
+        marks.append(torch.cuda.Event(enable_timing=True) if cuda else time.perf_counter())
+        if cuda:
+            marks[-1].record()
+
+    wait(job)
+    job.wait()
+    mark()
+    for _ in range(repeats):
+        loss, _ = step()
+        mark()
+    wait(job)
+    pairs = itertools.pairwise(marks)
+    return [a.elapsed_time(b) if cuda else 1e3 * (b - a) for a, b in pairs], loss
+
+
+def run(path: Path) -> None:
+    """All that the launcher's file asks for."""
+    asked = read_json(path)
+    folder = Folder(Path(asked["folder"]))
+    job = start(asked["device"])
+    if job.ranks == 1 and asked["device"] == "cuda":
+        job.device = torch.device("cuda", 0)
+    cells = [Cell(**{**cell, "sizes": tuple(cell["sizes"])}) for cell in asked["cells"]]
+    if asked["check"]:
+        from benchmarks.scale.check import check
+
+        begin(job, folder, f"check/{job.ranks}")
+        tell(job, folder, f"check/{job.ranks}", check(job, asked["tiny"]))
+    for cell in cells:
+        if job.any(time.time() + needed(cell) > asked["until"]):
+            told = {"status": "not measured", "message": "the time was spent"}
+            tell(job, folder, cell.key, told)
+            continue
+        begin(job, folder, cell.key)
+        try:
+            tell(job, folder, cell.key, measure(job, folder, cell, asked["tiny"]))
+        except Exception as error:
+            folder.write(cell.key, {"status": "failed", "message": reason(error)})
+            raise
+    job.finish()
+
+
+def needed(cell: Cell) -> float:
+    """Seconds that a cell will take at least."""
+    return 5.0 + 1.2 * cell.expected * (cell.steps + cell.warm_up + 3)
+
+
+def begin(job: Job, folder: Folder, key: str) -> None:
+    if job.is_main:
+        folder.begin(key)
+
+
+def tell(job: Job, folder: Folder, key: str, found: dict[str, Any]) -> None:
+    if job.is_main:
+        folder.write(key, found)
