@@ -15,7 +15,7 @@ predicted by the planner (gka plan) and marked so. --tiny tries the command out 
 import argparse
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,16 @@ from gka.models.flops import peak_tflops, token_flops
 from gka.parallel.planner import Card, card_names, read_card
 
 DEFAULT_ROWS = ("dp", "cp64k", "cp256k", "mixed")
+COMPILED = ("dp", "dp-kept", "cp64k", "mixed")
 TINY_PROCESSES = 2
 
 
 def counts(text: str) -> list[int]:
-    """An argparse type: numbers of GPUs, separated by commas."""
+    """An argparse type: numbers of GPUs, separated by commas, in the order in which they are measured."""
     words = text.split(",")
     if not all(word.isdigit() and int(word) for word in words):
         raise argparse.ArgumentTypeError(f"numbers of GPUs from 1 on, such as 1,2,4; got {text!r}")
-    return sorted({int(word) for word in words})
+    return list(dict.fromkeys(int(word) for word in words))
 
 
 def names(known: tuple[str, ...]) -> Any:
@@ -56,11 +57,11 @@ def names(known: tuple[str, ...]) -> Any:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     made = results.parser("scale", __doc__, device=None)
     add, rows = made.add_argument, tuple(ROWS)
-    add("--gpus", type=counts, default=[1, 2, 4, 8], help="numbers of GPUs (1,2,4,8)")
+    add("--gpus", type=counts, default=[1, 2, 4, 8], help="in this order (1,2,4,8)")
     add("--rows", type=names(rows), default=DEFAULT_ROWS,
         help=f"of {','.join(rows)} ({','.join(DEFAULT_ROWS)})")  # fmt: skip
-    add("--compile", type=names(rows), default=("dp", "dp-kept"),
-        help="rows whose layers are compiled, or none (dp,dp-kept)")  # fmt: skip
+    add("--compile", type=names(rows),
+        help=f"rows whose layers are compiled, or none ({','.join(COMPILED)})")  # fmt: skip
     add("--checkpoint", choices=("auto", *TRIED), default="auto",
         help="auto: the least that fits one GPU by the plan, more if memory does not suffice")  # fmt: skip
     add("--sequences", type=int, default=8, help="a GPU reads in a step of dp (8)")
@@ -88,8 +89,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name in ("sequences", "steps", "warm_up"):
         if getattr(options, name) < 1:
             made.error(f"--{name.replace('_', '-')} must be 1 or more")
-    if options.tiny:
-        options.compile = ()
+    if options.compile is None:
+        options.compile = () if options.tiny else COMPILED
     return options
 
 

@@ -1,4 +1,4 @@
-"""Losses and gradients' norms of a first step on every layout of n ranks beside one rank's, same weights and rows."""
+"""Loss and gradients' norm of a first step on every layout of n ranks, beside those of one rank."""
 
 from typing import Any
 

@@ -169,7 +169,7 @@ def ended(processes: list[subprocess.Popen]) -> None:
 
 
 def available(device: str) -> tuple[int, str, int]:
-    """GPUs of this host, their name and bytes, asked in a process of its own, which leaves no memory taken."""
+    """GPUs of this host, their name and bytes; another process asks, as asking takes memory of them."""
     if device != "cuda":
         return 0, "CPU", 0
     code = (

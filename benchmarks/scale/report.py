@@ -70,6 +70,14 @@ def state(cell: dict[str, Any]) -> str:
     return MEASURED if cell["status"] == "ok" else cell["status"]
 
 
+def ways(cell: dict[str, Any]) -> str:
+    """How layers ran; those that were to be compiled may have had no graph."""
+    made = cell.get("graphs")
+    if cell["compiled"] == "off" or made is None:
+        return cell["compiled"]
+    return f"{cell['compiled']}, {sum(made.values())} graphs"
+
+
 def line(result: dict[str, Any], cell: dict[str, Any]) -> list[str]:
     """A row of the table."""
     plan, speed = cell["plan"], has_speed(cell)
@@ -80,7 +88,7 @@ def line(result: dict[str, Any], cell: dict[str, Any]) -> list[str]:
     losses = " to ".join(f"{loss:.3f}" for loss in cell.get("loss", ()))
     return [
         cell["row"], str(cell["gpus"]), str(Layout(*cell["sizes"])) or "1 GPU", f"{cell['length']:,}",
-        f"{cell['tokens']:,}", state(cell), cell["compiled"], cell["checkpoint"], spread,
+        f"{cell['tokens']:,}", state(cell), ways(cell), cell["checkpoint"], spread,
         f"{per_gpu(cell) * cell['gpus']:,.0f}" if speed else "", f"{per_gpu(cell):,.0f}" if speed else "",
         percent(mfu(cell)) if speed else "", percent(efficiency(result, cell)),
         f"{memory / 2**30:.1f}" if memory else "", percent(cell.get("nccl_share")),
@@ -144,10 +152,11 @@ def verdicts(result: dict[str, Any]) -> list[str]:
 
 WORDS = (
     "A step: forward, backward, clipping, fused AdamW; float32 parameters, products in bfloat16, FSDP2 on "
-    "several GPUs. Step ms: of the slowest rank, median and range. Efficiency: tokens/s/GPU over those of one GPU "
-    f"of the same row (mixed: of {MIXED_BASE}). MFU: model FLOPs of gka.models.flops over the data sheet's peak. GiB: "
-    "largest peak of any GPU. NCCL: part of a traced step in which its kernels run, waiting for slower ranks "
-    "included; alone: no other kernel runs beside them. Predicted: no such GPUs here, the planner's figures."
+    "several GPUs. Step ms: of the slowest rank, median and range. Efficiency: tokens/s/GPU over those of "
+    f"one GPU of the same row (mixed: of {MIXED_BASE}). MFU: model FLOPs of gka.models.flops over the data "
+    "sheet's peak. GiB: largest peak of any GPU. NCCL: part of a traced step in which its kernels run, "
+    "waiting for slower ranks included; alone: no other kernel runs beside them. Predicted: no such GPUs "
+    "here, the planner's figures."
 )
 
 

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 Span = tuple[float, float]
-COLLECTIVE = "nccl"
+COLLECTIVES = ("ncclDevKernel", "ncclKernel")
+REGIONS = ("nccl:", "FSDP::", "gka.", "ProfilerStep")  # of kernels, which are listed themselves
 
 
 def shares(step: Callable[[], Any], wait: Callable[[], None], cuda: bool) -> dict[str, Any]:
@@ -25,9 +26,9 @@ def shares(step: Callable[[], Any], wait: Callable[[], None], cuda: bool) -> dic
         wait()
     spans, others = [], []
     for event in trace.events() or []:
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type == DeviceType.CUDA and not event.name.startswith(REGIONS):
             span = event.time_range.start, event.time_range.end
-            (spans if COLLECTIVE in event.name.lower() else others).append(span)
+            (spans if event.name.startswith(COLLECTIVES) else others).append(span)
     return fractions(spans, others)
 
 

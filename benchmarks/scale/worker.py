@@ -37,7 +37,7 @@ from gka.parallel import (
     start,
 )
 from gka.storage import read_json
-from gka.training.compilation import compiled
+from gka.training.compilation import compiled, graphs
 
 BFLOAT16 = torch.bfloat16
 Step = Callable[[], tuple[Tensor, Tensor]]
@@ -143,6 +143,7 @@ def attempt(job: Job, cell: Cell, way: str, tiny: bool) -> dict[str, Any]:
     shape = (cell.micro, cell.length)
     rows = random_rows(shape, config.vocab_size, layout.reader(job.rank), job)
     step = make_step(model, layout, job, rows, cast=True)
+    before = graphs()
     with compiled([model], cell.compiled):
         began = time.perf_counter()
         first = step()[0]
@@ -163,6 +164,7 @@ def attempt(job: Job, cell: Cell, way: str, tiny: bool) -> dict[str, Any]:
         "first_step_s": first_seconds, "peak_bytes": max(job.gather(peak or 0)) or None,
         "loss": [mean_over_ranks(job, first), mean_over_ranks(job, last)],
         "backend": last_backend(), **traced,
+        "graphs": {name: count - before[name] for name, count in graphs().items()},
     }  # fmt: skip
 
 
