@@ -161,8 +161,10 @@ def _upto(x: Tensor, places: Places) -> Tensor:
     """Sums of x [M,H] over the chunks of a sequence up to each."""
     layout = places.layout
     if layout.slots is None:
-        return x.unflatten(0, (layout.batch, -1)).cumsum(1).flatten(0, 1)
-    sums = x.cumsum(0)
+        # along the last dimension, where torch's scan is fast
+        heads_first = x.unflatten(0, (layout.batch, -1)).transpose(1, 2).contiguous()
+        return heads_first.cumsum(-1).transpose(1, 2).flatten(0, 1)
+    sums = x.T.contiguous().cumsum(-1).T
     first = torch.tensor(layout.offsets[:-1], device="cpu").to(x.device, non_blocking=True)
     before = (sums - x)[first.clamp_max(max(layout.num_chunks - 1, 0))]
     return sums - before[places.owner] if len(x) else sums

@@ -10,7 +10,7 @@ For gradients G of U's and, made symmetric, of H's E, with a_j = G v_j,
     dk_j = w_j a_j,  dv_j = w_j G^T k_j,  e_j = d_j k_j . a_j,  dbeta_j = 2 beta_j e_j,
     dg_i = the sum of beta_j^2 e_j over the tokens j < i.
 
-A chunk whose decay to the end is 0 in float32 adds nothing, and is not read.
+Chunks whose decay to the end is 0 in float32 add nothing: those before the first other one are not read.
 """
 
 import triton
@@ -60,21 +60,22 @@ def sum_chunks(
     """Columns of one head's E, summed over the chunks of a segment."""
     rk, rv = tl.arange(0, BK), block * BV + tl.arange(0, BV)
     state = tl.zeros((BK, BV), tl.float32)
+    begin = end
     for c in range(first, end):
-        log_after = decay_after(after, c, h, H)
-        if log_after > FORGOTTEN:
-            row, stop = tl.load(chunks + c * 2), tl.load(chunks + c * 2 + 1)
-            valid = row + tl.arange(0, C) < stop
-            kt = load_raw(k, row, HK, h // GK, K, rk, valid)
-            vt = load_raw(v, row, HV, h // GV, V, rv, valid)
-            write = load_gate(beta, row, H, h, valid, 1.0)
-            weight = decays(g, log_after, row, valid, h, H) * write * write
-            # rows of at most one: key rows over their largest entry, value rows over all other factors
-            k_max = row_maxima(kt)
-            unit = unit_of(tl.sum(weight * k_max * row_maxima(vt), 0), 0.0, 0.0)
-            kn = kt.to(tl.float32) * inverse(k_max)[:, None]
-            vn = vt.to(tl.float32) * (weight * k_max / unit)[:, None]
-            state += tl.dot(tl.trans(kn.to(OP)), vn.to(OP), input_precision=PREC) * unit
+        begin = tl.minimum(begin, tl.where(decay_after(after, c, h, H) > FORGOTTEN, c, end))
+    for c in range(begin, end):
+        row, stop = tl.load(chunks + c * 2), tl.load(chunks + c * 2 + 1)
+        valid = row + tl.arange(0, C) < stop
+        kt = load_raw(k, row, HK, h // GK, K, rk, valid)
+        vt = load_raw(v, row, HV, h // GV, V, rv, valid)
+        write = load_gate(beta, row, H, h, valid, 1.0)
+        weight = decays(g, decay_after(after, c, h, H), row, valid, h, H) * write * write
+        # rows of at most one: key rows over their largest entry, value rows over all other factors
+        k_max = row_maxima(kt)
+        unit = unit_of(tl.sum(weight * k_max * row_maxima(vt), 0), 0.0, 0.0)
+        kn = kt.to(tl.float32) * inverse(k_max)[:, None]
+        vn = vt.to(tl.float32) * (weight * k_max / unit)[:, None]
+        state += tl.dot(tl.trans(kn.to(OP)), vn.to(OP), input_precision=PREC) * unit
     store_state(sums + (segment.to(tl.int64) * H + h) * K * V, state, rk, rv, K, V)
 
 
