@@ -13,8 +13,11 @@ predicted by the planner (gka plan) and marked so. --tiny tries the command out 
 """
 
 import argparse
+import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -229,15 +232,25 @@ class Scaling:
         return ran[-1] if ran else cell.ways[0]
 
 
+@contextmanager
+def ending_on_term() -> Iterator[None]:
+    """Let SIGTERM end the block as an exit does, so that no process of a launch stays behind."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: ended by SIGTERM"))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     if options.worker:
         worker.run(options.worker)
         return
     scaling = Scaling(options)
-    scaling.run()
+    with ending_on_term():
+        scaling.run()
     found = scaling.ledger.found
     report.write(found, options.output)
-    checks = [c for c in found["checks"].values() if c["status"] != "ok"]
-    if checks:
+    if any(check["status"] == "failed" for check in found["checks"].values()):
         sys.exit("error: not all layouts have one GPU's loss; see the checks above")

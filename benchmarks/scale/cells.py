@@ -136,12 +136,19 @@ def model_config(tiny: bool) -> GKAConfig:
     return GKAConfig(**model_fields(tiny))
 
 
+@cache
+def planned_model(tiny: bool) -> Job:
+    """Of which all planned jobs differ in batch and layout only."""
+    return Job(model_config(tiny), 1, 1, 1, 1)
+
+
 def job_of(cell: Cell, tiny: bool, way: str) -> Job:
     """A cell as the planner takes it."""
     layout = cell.layout
-    blocks = cell.micro * layout.readers
-    config = model_config(tiny)
-    return Job(config, cell.length, cell.micro, blocks, 1, layout, True, way)
+    return planned_model(tiny).changed(
+        length=cell.length, micro=cell.micro, blocks=cell.micro * layout.readers, layout=layout,
+        checkpointing=way,
+    )  # fmt: skip
 
 
 def plan_of(cell: Cell, tiny: bool, card: Card, way: str) -> Plan:

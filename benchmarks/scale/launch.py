@@ -20,6 +20,7 @@ from gka.storage import write_json
 PATIENCE = 30.0  # seconds between a rank's lack of memory and the end of those that wait for it
 AFTER_LOSS = 15.0  # seconds that ranks have to end after the first one
 OPEN = 0.2
+SPENT = "the time was spent"
 Found = Callable[[str, dict[str, Any]], None]
 
 
@@ -56,13 +57,13 @@ class Launch:
             left = [again for cell in left if (again := _again(cell, taken)) is not None]
             if broken is None:
                 break
-        for cell in left:
-            self.found(cell.key, {"status": "not measured", "message": "the time was spent"})
+        for key in [f"check/{gpus}"] * check + [cell.key for cell in left]:
+            self.found(key, {"status": "not measured", "message": SPENT})
 
     def _once(
         self, gpus: int, cells: list[Cell], check: bool, end: float
     ) -> tuple[dict[str, dict[str, Any]], str | None]:
-        """One start of the processes: what was found, and the cell that ended it, if one did."""
+        """One start of the processes: what was found, and why they were ended, if they were."""
         self.folder.mkdir(parents=True, exist_ok=True)
         folder, taken = Folder(self.folder), {}
         folder.clear()
@@ -84,7 +85,8 @@ class Launch:
         failed = [process.returncode for process in processes if process.returncode]
         if why is None and failed:
             why = f"a process ended with {failed[0]}"
-        return taken, self._broken(folder, taken, why, (cells, f"check/{gpus}" if check else None))
+        asked = [f"check/{gpus}"] * check + [cell.key for cell in cells]
+        return taken, self._broken(folder, taken, why, asked)
 
     def _take(self, folder: Folder, taken: dict[str, dict[str, Any]]) -> None:
         for key, found in folder.take().items():
@@ -95,7 +97,7 @@ class Launch:
         """Why the processes must be ended, or None."""
         now, begun, memory = time.time(), folder.begun(), folder.memory()
         if now > end + OPEN:
-            return "the time was spent"
+            return SPENT
         if memory is not None and now > memory["time"] + PATIENCE:
             return memory["message"]
         if begun is not None and now > begun[1] + self.cell_seconds:
@@ -108,25 +110,18 @@ class Launch:
         return None
 
     def _broken(
-        self,
-        folder: Folder,
-        taken: dict[str, dict[str, Any]],
-        why: str | None,
-        asked: tuple[list[Cell], str | None],
+        self, folder: Folder, taken: dict[str, dict[str, Any]], why: str | None, asked: list[str]
     ) -> str | None:
-        """Record the cell that was being measured as failed, or all if none was reached; its key."""
-        if why is None:
-            return None
+        """Record the cell that was being measured as failed, or all if none was reached; `why`."""
+        if why is None or why == SPENT:
+            return why
         begun, memory = folder.begun(), folder.memory()
-        cells, check = asked
-        keys = [cell.key for cell in cells] + ([check] if check else [])
-        broken = [begun[0]] if begun else keys
         way = memory["way"] if memory else None
-        for key in broken:
+        for key in [begun[0]] if begun else asked:
             if key not in taken:
                 taken[key] = {"status": "failed", "message": why, "out_of_memory": way}
                 self.found(key, taken[key])
-        return broken[0]
+        return why
 
 
 def _again(cell: Cell, taken: dict[str, dict[str, Any]]) -> Cell | None:
