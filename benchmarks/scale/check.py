@@ -4,16 +4,21 @@ from typing import Any
 
 import torch
 from benchmarks.scale.cells import CP_MIXED
-from benchmarks.scale.worker import build, make_step, mean_over_ranks, random_rows
+from benchmarks.scale.step import build, make_step, mean_over_ranks, random_rows
 
 from gka.models import GKAConfig
 from gka.parallel import Job, Layout
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": 512, "hidden_size": 256, "num_hidden_layers": 3, "num_heads": 2, "head_dim": 128,
     "intermediate_size": 512, "tie_word_embeddings": False,
 }  # fmt: skip
-TINY = SMALL | {"hidden_size": 32, "head_dim": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+TINY: dict[str, Any] = SMALL | {
+    "hidden_size": 32,
+    "head_dim": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+}
 ROWS, LENGTH = 8, 1024
 BOUNDS = {"float32": (1e-5, 1e-3), "bfloat16": (2e-3, 3e-2)}
 """Largest relative differences of loss and norm: rounding of that type's products, in another order."""
@@ -31,7 +36,8 @@ def layouts(ranks: int) -> list[Layout]:
 
 def first_step(job: Job, layout: Layout, dtype: torch.dtype | None, tiny: bool) -> list[float]:
     """Loss and norm of the batch of ROWS rows, which all layouts share."""
-    config = GKAConfig(**(TINY if tiny else SMALL))
+    fields: dict[str, Any] = TINY if tiny else SMALL
+    config = GKAConfig(**fields)
     rows = random_rows((ROWS, LENGTH // 2 if tiny else LENGTH), config.vocab_size, 1, job)
     each = ROWS // layout.readers
     at = layout.reader(job.rank) * each if layout.ranks > 1 else 0
