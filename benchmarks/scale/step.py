@@ -81,9 +81,9 @@ def wait(job: Job) -> None:
         torch.cuda.synchronize()
 
 
-def timed(step: Step, repeats: int, job: Job) -> tuple[list[float], Tensor]:
-    """Milliseconds of each of some queued steps, and the last loss."""
-    cuda, marks, loss = job.device.type == "cuda", [], torch.zeros(())
+def timed(step: Step, repeats: int, job: Job) -> tuple[list[float], list[float], Tensor]:
+    """Milliseconds of each of some queued steps, those until its call returned, and the last loss."""
+    cuda, marks, host, loss = job.device.type == "cuda", [], [], torch.zeros(())
 
     def mark() -> None:
         marks.append(torch.cuda.Event(enable_timing=True) if cuda else time.perf_counter())
@@ -94,8 +94,10 @@ def timed(step: Step, repeats: int, job: Job) -> tuple[list[float], Tensor]:
     job.wait()
     mark()
     for _ in range(repeats):
+        began = time.perf_counter()
         loss, _ = step()
+        host.append(1e3 * (time.perf_counter() - began))
         mark()
     wait(job)
     pairs = itertools.pairwise(marks)
-    return [a.elapsed_time(b) if cuda else 1e3 * (b - a) for a, b in pairs], loss
+    return [a.elapsed_time(b) if cuda else 1e3 * (b - a) for a, b in pairs], host, loss

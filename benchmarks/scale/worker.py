@@ -5,7 +5,10 @@ fused AdamW. Rank 0 writes a file after each cell. A rank without memory says so
 for the others, so that the launcher can end ranks that wait for it inside a collective.
 """
 
+import faulthandler
 import gc
+import signal
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -88,14 +91,15 @@ def attempt(job: Job, cell: Cell, way: str, tiny: bool) -> dict[str, Any]:
         job.wait()
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        times, last = timed(step, cell.steps, job)
+        times, host, last = timed(step, cell.steps, job)
         peak = torch.cuda.max_memory_allocated() if cuda else None
         traced = shares(step, lambda: wait(job), cuda)
     every = job.gather(times)
     return {
         "status": "ok", "checkpoint": way, "compiled": cell.compiled,
         "step_ms": [max(step) for step in zip(*every, strict=True)],
-        "first_step_s": first_seconds, "peak_bytes": max(job.gather(peak or 0)) or None,
+        "host_ms": statistics.median(host), "first_step_s": first_seconds,
+        "peak_bytes": max(job.gather(peak or 0)) or None,
         "loss": [mean_over_ranks(job, first), mean_over_ranks(job, last)],
         "backend": last_backend(), **traced,
         "graphs": {name: count - before[name] for name, count in graphs().items()},
@@ -103,7 +107,8 @@ def attempt(job: Job, cell: Cell, way: str, tiny: bool) -> dict[str, Any]:
 
 
 def run(path: Path) -> None:
-    """All that the launcher's file asks for."""
+    """All that the launcher's file asks for; on SIGUSR1 every thread's stack goes to stderr."""
+    faulthandler.register(signal.SIGUSR1)
     asked = read_json(path)
     folder = Folder(Path(asked["folder"]))
     job = start(asked["device"])
@@ -112,7 +117,8 @@ def run(path: Path) -> None:
     cells = [Cell(**{**cell, "sizes": tuple(cell["sizes"])}) for cell in asked["cells"]]
     if asked["check"]:
         begin(job, folder, f"check/{job.ranks}")
-        tell(job, folder, f"check/{job.ranks}", check(job, asked["tiny"]))
+        tell(job, folder, f"check/{job.ranks}", check(job, asked["check"], asked["tiny"]))
+        free()
     for cell in cells:
         if job.any(time.time() + needed(cell) > asked["until"]):
             told = {"status": "not measured", "message": "the time was spent"}
