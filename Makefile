@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 RUNS ?= runs
 JOBS ?= 2
 
-.PHONY: help install run test test-transformers wheel-test dist lint types imports check test-gpu bench-gpu train-heads bench-model tune-gpu bench-decode bench-generation bench-prefill bench clean
+.PHONY: help install run test test-transformers wheel-test dist lint types imports check test-gpu bench-gpu train-heads bench-model bench-scale tune-gpu bench-decode bench-generation bench-prefill bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -84,6 +84,9 @@ train-heads: ## the model whose heads BENCH="--keys trained" reads, on this mach
 
 bench-model: ## training steps of whole models, by mixer and size, on this machine's GPU: MODEL="--sizes 395m --budget 500"
 	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.run model --output $(RUNS)/bench-model $(MODEL)
+
+bench-scale: ## training steps of the 440 M model on this machine's GPUs, shards and split sequences: SCALE="--gpus 1,2,4"
+	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.run scale --output $(RUNS)/bench-scale $(SCALE)
 
 tune-gpu: ## measure and store the kernels' launch configurations on this machine's GPU: TUNE="--seconds 300"
 	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.run tune --output $(RUNS)/tune/tune.json $(TUNE)

@@ -13,8 +13,11 @@ predicted by the planner (gka plan) and marked so. --tiny tries the command out 
 """
 
 import argparse
+import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,7 +68,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--checkpoint", choices=("auto", *TRIED), default="auto",
         help="auto: the least that fits one GPU by the plan, more if memory does not suffice")  # fmt: skip
     add("--sequences", type=int, default=8, help="a GPU reads in a step of dp (8)")
-    add("--steps", type=int, default=5, help="that are timed (5)")
+    add("--steps", type=int, default=5, help="that are timed, of dp four times as many (5)")
     add("--warm-up", type=int, default=2, help="steps before them, after the first (2)")
     add("--minutes", type=float, default=9.5, help="after which nothing runs any more (9.5)")
     add("--launch-seconds", type=float, default=300.0, help="at most for one number of GPUs (300)")
@@ -79,6 +82,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--card",
         help=f"speeds of the plans: {', '.join(card_names())} or a file of gka plan --measure",
     )
+    add("--check", type=names(("float32", "bfloat16")),
+        help="products with which losses are compared, or none; float32 compiles kernels of its own, for "
+        "minutes (bfloat16; of a trial both)")  # fmt: skip
     add(
         "--tiny",
         action="store_true",
@@ -89,6 +95,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name in ("sequences", "steps", "warm_up"):
         if getattr(options, name) < 1:
             made.error(f"--{name.replace('_', '-')} must be 1 or more")
+    if options.check is None:
+        options.check = ("float32", "bfloat16") if options.tiny else ("bfloat16",)
     if options.compile is None:
         options.compile = () if options.tiny else COMPILED
     return options
@@ -155,7 +163,7 @@ class Scaling:
         self.cells = {n: make_cells(self.asked, n, self.card) for n in options.gpus}
         self.launch = Launch(
             options.output / "processes", device, options.tiny, time.time() + 60 * options.minutes,
-            options.cell_seconds, self.found, self.ledger.say,
+            options.cell_seconds, options.check, self.found, self.ledger.say,
         )  # fmt: skip
 
     def found(self, key: str, figures: dict[str, Any]) -> None:
@@ -216,7 +224,12 @@ class Scaling:
             self.ledger.say(f"{gpus} GPUs: known")
             return
         self.ledger.say(f"{gpus} GPUs: {', '.join(cell.row for cell in cells)}")
-        self.launch.run(gpus, cells, gpus > 1 and not checked, self.options.launch_seconds)
+        self.launch.run(
+            gpus,
+            cells,
+            gpus > 1 and bool(self.options.check) and not checked,
+            self.options.launch_seconds,
+        )
 
     def predict(self, gpus: int) -> None:
         for cell in self.cells[gpus]:
@@ -229,15 +242,25 @@ class Scaling:
         return ran[-1] if ran else cell.ways[0]
 
 
+@contextmanager
+def ending_on_term() -> Iterator[None]:
+    """Let SIGTERM end the block as an exit does, so that no process of a launch stays behind."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: ended by SIGTERM"))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     if options.worker:
         worker.run(options.worker)
         return
     scaling = Scaling(options)
-    scaling.run()
+    with ending_on_term():
+        scaling.run()
     found = scaling.ledger.found
     report.write(found, options.output)
-    checks = [c for c in found["checks"].values() if c["status"] != "ok"]
-    if checks:
+    if any(check["status"] == "failed" for check in found["checks"].values()):
         sys.exit("error: not all layouts have one GPU's loss; see the checks above")

@@ -19,7 +19,9 @@ from gka.storage import write_json
 
 PATIENCE = 30.0  # seconds between a rank's lack of memory and the end of those that wait for it
 AFTER_LOSS = 15.0  # seconds that ranks have to end after the first one
+CHECK_SECONDS = 100.0  # for the check, so that the cells get the rest
 OPEN = 0.2
+SPENT = "the time was spent"
 Found = Callable[[str, dict[str, Any]], None]
 
 
@@ -30,6 +32,7 @@ class Launch:
     Attributes:
         folder: of the processes' files. device: "cuda" or "cpu".
         until: when everything must be done, by `time.time()`. cell_seconds: when a cell is taken to hang.
+        check: types of products with which losses are checked.
         found: gets each cell's key and figures.
     """
 
@@ -38,6 +41,7 @@ class Launch:
     tiny: bool
     until: float
     cell_seconds: float
+    check: tuple[str, ...]
     found: Found
     say: Callable[[str], None]
 
@@ -56,20 +60,20 @@ class Launch:
             left = [again for cell in left if (again := _again(cell, taken)) is not None]
             if broken is None:
                 break
-        for cell in left:
-            self.found(cell.key, {"status": "not measured", "message": "the time was spent"})
+        for key in [f"check/{gpus}"] * check + [cell.key for cell in left]:
+            self.found(key, {"status": "not measured", "message": SPENT})
 
     def _once(
         self, gpus: int, cells: list[Cell], check: bool, end: float
     ) -> tuple[dict[str, dict[str, Any]], str | None]:
-        """One start of the processes: what was found, and the cell that ended it, if one did."""
+        """One start of the processes: what was found, and why they were ended, if they were."""
         self.folder.mkdir(parents=True, exist_ok=True)
         folder, taken = Folder(self.folder), {}
         folder.clear()
         spec = self.folder / f"asked-{gpus}.json"
         write_json(spec, {
             "folder": str(self.folder), "device": self.device, "tiny": self.tiny, "until": end,
-            "check": check, "cells": [asdict(cell) for cell in cells],
+            "check": list(self.check) if check else [], "cells": [asdict(cell) for cell in cells],
         })  # fmt: skip
         processes = started(gpus, spec)
         why = None
@@ -84,7 +88,8 @@ class Launch:
         failed = [process.returncode for process in processes if process.returncode]
         if why is None and failed:
             why = f"a process ended with {failed[0]}"
-        return taken, self._broken(folder, taken, why, (cells, f"check/{gpus}" if check else None))
+        asked = [f"check/{gpus}"] * check + [cell.key for cell in cells]
+        return taken, self._broken(folder, taken, why, asked)
 
     def _take(self, folder: Folder, taken: dict[str, dict[str, Any]]) -> None:
         for key, found in folder.take().items():
@@ -95,11 +100,15 @@ class Launch:
         """Why the processes must be ended, or None."""
         now, begun, memory = time.time(), folder.begun(), folder.memory()
         if now > end + OPEN:
-            return "the time was spent"
+            return SPENT
         if memory is not None and now > memory["time"] + PATIENCE:
             return memory["message"]
-        if begun is not None and now > begun[1] + self.cell_seconds:
-            return f"not done after {self.cell_seconds:.0f} s"
+        limit = self.cell_seconds
+        if begun is not None and begun[0].startswith("check/"):
+            limit = min(limit, CHECK_SECONDS)
+        if begun is not None and now > begun[1] + limit:
+            tell_stacks(processes)
+            return f"not done after {limit:.0f} s"
         if any(process.poll() for process in processes):
             deadline = time.time() + AFTER_LOSS
             while time.time() < deadline and any(p.poll() is None for p in processes):
@@ -108,25 +117,18 @@ class Launch:
         return None
 
     def _broken(
-        self,
-        folder: Folder,
-        taken: dict[str, dict[str, Any]],
-        why: str | None,
-        asked: tuple[list[Cell], str | None],
+        self, folder: Folder, taken: dict[str, dict[str, Any]], why: str | None, asked: list[str]
     ) -> str | None:
-        """Record the cell that was being measured as failed, or all if none was reached; its key."""
-        if why is None:
-            return None
+        """Record the cell that was being measured as failed, or all if none was reached; `why`."""
+        if why is None or why == SPENT:
+            return why
         begun, memory = folder.begun(), folder.memory()
-        cells, check = asked
-        keys = [cell.key for cell in cells] + ([check] if check else [])
-        broken = [begun[0]] if begun else keys
         way = memory["way"] if memory else None
-        for key in broken:
+        for key in [begun[0]] if begun else asked:
             if key not in taken:
                 taken[key] = {"status": "failed", "message": why, "out_of_memory": way}
                 self.found(key, taken[key])
-        return broken[0]
+        return why
 
 
 def _again(cell: Cell, taken: dict[str, dict[str, Any]]) -> Cell | None:
@@ -157,6 +159,14 @@ def started(gpus: int, spec: Path) -> list[subprocess.Popen]:
         env = {"OMP_NUM_THREADS": str(min(threads, 8)), **os.environ, **own}
         found.append(subprocess.Popen(words, env=env, start_new_session=True))
     return found
+
+
+def tell_stacks(processes: list[subprocess.Popen]) -> None:
+    """Let processes that hang say where."""
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(signal.SIGUSR1)
+    time.sleep(5 * OPEN)
 
 
 def ended(processes: list[subprocess.Popen]) -> None:

@@ -1,8 +1,9 @@
 """What is planned: a model, its batches, and the ranks that share the work."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from gka.errors import InputError
 from gka.models import GKAConfig
@@ -49,6 +50,13 @@ class Job:
     def local_tokens(self) -> float:
         """Tokens of a forward pass on a GPU; tp ranks have the same ones."""
         return self.micro * self.length / self.layout.cp
+
+    def changed(self, **values: Any) -> "Job":
+        """This job with other values; the table of parameters is built once a model."""
+        found = replace(self, **values)
+        if "config" not in values:
+            vars(found)["table"] = self.table
+        return found
 
     @cached_property
     def table(self) -> list[ParameterCount]:

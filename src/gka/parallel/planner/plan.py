@@ -124,11 +124,11 @@ def _advice(plan: Plan) -> str:
     for way in ways:
         size = job.micro
         while size >= 1:
-            if memory(replace(job, micro=size, checkpointing=way)).total <= limit:
+            if memory(job.changed(micro=size, checkpointing=way)).total <= limit:
                 return f"batch_size = {size} with gradient_checkpointing = {way!r} would"
             size //= 2
     for shards in (2 * job.layout.dp_shard, 8, 16, 32, 64):
         layout = replace(job.layout, dp_shard=shards)
-        if memory(replace(job, micro=1, checkpointing="full", layout=layout)).total <= limit:
+        if memory(job.changed(micro=1, checkpointing="full", layout=layout)).total <= limit:
             return f"dp_shard = {shards} with batch_size = 1 and full checkpointing would"
     return "take more GPUs, or tp and cp"
