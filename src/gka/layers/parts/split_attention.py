@@ -20,6 +20,9 @@ BLOCK = 1024
 """Least queries of a block of a window."""
 
 
+@torch.compiler.disable(
+    reason="ranks exchange keys, and documents differ: a graph cannot hold either"
+)
 def attend_over_ranks(
     q: Tensor, k: Tensor, v: Tensor, context: SequenceContext, window: int | None
 ) -> Tensor:
