@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gka.layers import GatedKalmaNet
+from gka.layers.parts import surround
 from gka.models import GKAConfig, GKAForCausalLM
 from gka.parallel import ContextParallel
 from parallel.ranks import DOCUMENTS, LENGTH, OVER_THREE, RANGES, RANKS, Counting, told
@@ -29,6 +31,8 @@ CASES: dict[str, dict[str, Any]] = {
         "mixer_overrides": {"gka": {"use_v_conv": False, "kv_rank": 3}},
     },
 }
+FUSED_RANGES = [(0, 64), (64, 128), (128, 192), (192, 200)]
+FUSED_DOCUMENTS = [0, 62, 200]  # two tokens of the second document before rank 1
 
 
 def build(case: dict[str, Any], dtype: torch.dtype) -> GKAForCausalLM:
@@ -92,6 +96,24 @@ def split(name: str, dtype: torch.dtype) -> dict[str, Any]:
     return results(build(case, dtype), dtype, context=context, **mine) | {"sent": context.sent}
 
 
+def layer(split: bool) -> dict[str, Tensor]:
+    """Output and gradients of a layer: by plain torch, of ranks 1 and 2 by the fused kernels."""
+    torch.manual_seed(0)
+    mixer = GatedKalmaNet(hidden_size=16, head_dim=8, num_heads=1, num_iter=3, backend="torch")
+    x, w = torch.randn(2, 1, FUSED_RANGES[-1][1], 16, generator=torch.Generator().manual_seed(1))
+    bounds, context = torch.tensor(FUSED_DOCUMENTS), None
+    if split:
+        context, bounds = ContextParallel(None, FUSED_RANGES, bounds), None
+        if context.rank in (1, 2):  # an interpreter is slow
+            mixer._surround = lambda *_: surround.FUSED
+        x, w = context.shard(x), context.shard(w)
+    x = x.clone().requires_grad_()
+    o, _, _ = mixer(x, cu_seqlens=bounds, context=context)
+    (o * w).sum().backward()
+    gradients = {n: p.grad for n, p in mixer.named_parameters()}
+    return {"logits": o.detach(), "dx": x.grad, "loss": o.new_zeros(()), **gradients}  # pyright: ignore
+
+
 def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Results of whole rows from those of the ranks; gradients of the sum of logits and of the mean loss."""
     rows = {n: torch.cat([part[n] for part in parts], 1) for n in ("logits", "dx")}
@@ -104,7 +126,7 @@ def all_models() -> dict[Any, Any]:
     """Every case in float64, and one in float32."""
     found: dict[Any, Any] = {(name, torch.float64): split(name, torch.float64) for name in CASES}
     found["packed", torch.float32] = split("packed", torch.float32)
-    return found | {"errors": errors()}
+    return found | {"fused": layer(split=True), "errors": errors()}
 
 
 def errors() -> dict[str, str]:

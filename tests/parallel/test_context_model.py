@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from parallel.ranks import RANGES, RANKS, on_ranks
-from parallel.split_models import CASES, SIZES, all_models, joined, whole
+from parallel.split_models import CASES, SIZES, all_models, joined, layer, whole
 from tolerances import assert_close, relative_error
 
 
@@ -40,6 +40,13 @@ def test_float32_loses_no_more_than_one_process(found: list[Any]) -> None:
 
     for of in (lambda x: x["logits"].double(), flat):
         assert relative_error(of(ours), of(exact)) <= 2 * relative_error(of(theirs), of(exact))
+
+
+def test_fused_convolutions_keep_the_gradient_of_the_halo(found: list[Any]) -> None:
+    """A layer on the fused kernels (interpreted) over ranks is plain torch's on whole rows, in float32."""
+    ours = joined([rank["fused"] for rank in found])
+    for of, x in layer(split=False).items():
+        assert_close(ours[of], x, 5e-5, of)
 
 
 def test_bytes_that_layers_exchange(found: list[Any]) -> None:
