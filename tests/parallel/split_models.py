@@ -42,7 +42,7 @@ def build(case: dict[str, Any], dtype: torch.dtype) -> GKAForCausalLM:
     config = GKAConfig(
         **fields, mixers=mixers, num_hidden_layers=len(mixers), sliding_window=case["window"]
     )
-    model = GKAForCausalLM(config)
+    model: Any = GKAForCausalLM(config)
     if case.get("recompute"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.to(dtype).train()
@@ -68,7 +68,7 @@ def inputs(case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def results(model: GKAForCausalLM, dtype: torch.dtype, **call: Any) -> dict[str, Tensor]:
+def results(model: Any, dtype: torch.dtype, **call: Any) -> dict[str, Tensor]:
     """Logits, loss and every gradient of both; those of a rank are to be summed over ranks."""
     x = call.pop("inputs_embeds").to(dtype).requires_grad_()
     found = model(inputs_embeds=x, return_logits=True, **call)
@@ -99,7 +99,7 @@ def split(name: str, dtype: torch.dtype) -> dict[str, Any]:
 def layer(split: bool) -> dict[str, Tensor]:
     """Output and gradients of a layer: by plain torch, of ranks 1 and 2 by the fused kernels."""
     torch.manual_seed(0)
-    mixer = GatedKalmaNet(hidden_size=16, head_dim=8, num_heads=1, num_iter=3, backend="torch")
+    mixer: Any = GatedKalmaNet(hidden_size=16, head_dim=8, num_heads=1, num_iter=3, backend="torch")
     x, w = torch.randn(2, 1, FUSED_RANGES[-1][1], 16, generator=torch.Generator().manual_seed(1))
     bounds, context = torch.tensor(FUSED_DOCUMENTS), None
     if split:
@@ -112,6 +112,24 @@ def layer(split: bool) -> dict[str, Tensor]:
     (o * w).sum().backward()
     gradients = {n: p.grad for n, p in mixer.named_parameters()}
     return {"logits": o.detach(), "dx": x.grad, "loss": o.new_zeros(()), **gradients}  # pyright: ignore
+
+
+def compiled() -> list[float]:
+    """For two batches with other documents, the largest difference of compiled layers from eager ones."""
+    case = CASES["packed"] | {"mixers": ["gka", "swa", "gated_deltanet"]}
+    eager, graphs = build(case, torch.float64), build(case, torch.float64)
+    body: Any = graphs.model
+    for one in body.layers:
+        one.forward = torch.compile(one.forward, backend="aot_eager")
+    found = []
+    for documents in (DOCUMENTS, OVER_THREE, [0, 20, 100, LENGTH]):
+        call = inputs(case | {"documents": documents})
+        context = ContextParallel(None, RANGES, call.pop("cu_seqlens"))
+        del call["attention_mask"]
+        mine = {key: context.shard(x) for key, x in call.items()}
+        a, b = (results(m, torch.float64, context=context, **mine) for m in (eager, graphs))
+        found.append(max(float((a[n] - b[n]).abs().max()) for n in a))
+    return found
 
 
 def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -131,7 +149,7 @@ def all_models() -> dict[Any, Any]:
 
 def errors() -> dict[str, str]:
     """What each wrong call raises, by words that must be in it."""
-    model = build(CASES["packed"], torch.float32).eval()
+    model: Any = build(CASES["packed"], torch.float32).eval()
     context = ContextParallel(None, RANGES)
     ids = torch.zeros(1, LENGTH, dtype=torch.int64)
     mine, mask = context.shard(ids), torch.ones_like(ids)

@@ -1,5 +1,6 @@
 """Models on rows that are split over 4 ranks, against one process. One start of processes for all cases."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from parallel.ranks import RANGES, RANKS, on_ranks
-from parallel.split_models import CASES, SIZES, all_models, joined, layer, whole
+from parallel.split_models import CASES, SIZES, all_models, compiled, joined, layer, whole
 from tolerances import assert_close, relative_error
 
 
@@ -47,6 +48,13 @@ def test_fused_convolutions_keep_the_gradient_of_the_halo(found: list[Any]) -> N
     ours = joined([rank["fused"] for rank in found])
     for of, x in layer(split=False).items():
         assert_close(ours[of], x, 5e-5, of)
+
+
+@pytest.mark.slow
+def test_layers_compile(tmp_path: Path) -> None:
+    """Layers compiled one by one compute the same over ranks, batch after batch of other documents."""
+    for differences in on_ranks(compiled, tmp_path):
+        assert max(differences) < 1e-12
 
 
 def test_bytes_that_layers_exchange(found: list[Any]) -> None:
