@@ -179,5 +179,7 @@ def errors() -> dict[str, str]:
         "has no cache": lambda: layers[1](x, use_cache=True, context=context),
     }
     said = {words: told(call) for words, call in wrong.items()}
+    body.layers[3].mixer.backend = "fla"
+    said["layer 3 has backend 'fla'"] = told(lambda: model(mine, context=context))
     body.layers[3].mixer = torch.nn.Identity()
     return said | {"layer 3 has a Identity": told(lambda: model(mine, context=context))}

@@ -6,10 +6,10 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from gka.errors import InputError
+from gka.models.context import why_whole_rows
 from gka.parallel import Layout, current, make_mesh, parallelize
 from gka.parallel.context import CHUNK_SIZE
 from gka.parallel.tensor import why_unsplit
@@ -33,7 +33,7 @@ def chosen_layout(config: ParallelConfig, sequence_length: int) -> Layout:
     return layout
 
 
-def check_model(model: nn.Module, layout: Layout, compiling: str) -> None:
+def check_model(model: Any, layout: Layout, compiling: str) -> None:
     """Raise `InputError` if the model cannot be split as the layout says, or compiled when it is."""
     if layout.ranks > 1 and compiling in ("model", "cuda-graphs"):
         raise InputError(
@@ -42,6 +42,8 @@ def check_model(model: nn.Module, layout: Layout, compiling: str) -> None:
         )
     if layout.tp > 1 and (why := why_unsplit(model, layout.tp)):
         raise InputError(f"parallel.tp is {layout.tp}: {why}")
+    if layout.cp > 1 and (why := why_whole_rows(model.model.layers)):
+        raise InputError(f"parallel.cp is {layout.cp}: {why}")
 
 
 def place(model: Any, layout: Layout, training: TrainingConfig) -> tuple[Any, DeviceMesh | None]:
