@@ -63,7 +63,8 @@ def test_bytes_that_layers_exchange(found: list[Any]) -> None:
     lengths = [end - begin for begin, end in RANGES]
     for rank, part in enumerate(rank["batch", torch.float64] for rank in found):
         following, later = rank + 1 < RANKS, RANKS - 1 - rank
-        three = 8 * 2 * 3 * SIZES["hidden_size"]
+        heads = SIZES["num_heads"] + 2 * SIZES["num_kv_heads"]
+        three = 8 * 2 * 3 * heads * SIZES["head_dim"]
         token = 8 * 2 * 2 * SIZES["num_kv_heads"] * SIZES["head_dim"]
         counted = [sum(sent) for sent in part["sent"]]
         # gka, attention, swa, gla, deltanet, gated_deltanet
