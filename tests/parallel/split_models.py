@@ -32,7 +32,8 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 FUSED_RANGES = [(0, 64), (64, 128), (128, 192), (192, 200)]
-FUSED_DOCUMENTS = [0, 62, 200]  # two tokens of the second document before rank 1
+# two tokens of the second document before rank 1, and one of a single token behind
+FUSED_DOCUMENTS = [0, 62, 65, 66, 200]
 
 
 def build(case: dict[str, Any], dtype: torch.dtype) -> GKAForCausalLM:

@@ -59,7 +59,7 @@ def context_bytes(job: Job) -> float:
 
     A rank's end state of a Gated KalmaNet layer is (K^2 + KV + 1) H float32, gathered once forward; its
     gradient comes back by a reduce-scatter. So n - 1 times that leave a rank each way. Convolutions read
-    width - 1 hidden states of the rank before; attention reads the keys and values of all earlier ranks, or
+    width - 1 queries, keys and values of the rank before; attention reads the keys and values of all earlier ranks, or
     those of its window. The bytes are those of the rank that sends most.
     """
     config, others = job.config, job.layout.cp - 1
@@ -67,7 +67,6 @@ def context_bytes(job: Job) -> float:
         return 0.0
     again = 2 if job.checkpointing == "none" else 3  # a recomputed layer exchanges anew
     total = 0.0
-    halo = (config.conv_size - 1) * config.hidden_size * (4.0 if job.autocast else 2.0)
     for mixer, count in Counter(config.pattern).items():
         heads, dim = mixer_heads(config, mixer)
         if mixer in SOFTMAX_MIXERS:
@@ -77,6 +76,7 @@ def context_bytes(job: Job) -> float:
         else:
             states = 2 if mixer == "gka" else 1
             end_state = 4.0 * heads * (states * dim**2 + 1) / job.layout.tp
+            halo = 2.0 * (config.conv_size - 1) * 3 * heads * dim / job.layout.tp
             each = job.micro * (others * end_state + halo)
         total += again * count * each
     return total
