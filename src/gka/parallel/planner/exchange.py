@@ -59,8 +59,8 @@ def context_bytes(job: Job) -> float:
 
     A rank's end state of a Gated KalmaNet layer is (K^2 + KV + 1) H float32, gathered once forward; its
     gradient comes back by a reduce-scatter. So n - 1 times that leave a rank each way. Convolutions read
-    width - 1 queries, keys and values of the rank before; attention reads the keys and values of all earlier ranks, or
-    those of its window. The bytes are those of the rank that sends most.
+    width - 1 queries, keys and values of the rank before; attention reads keys and values of all earlier
+    ranks, or those of its window. The bytes are those of the rank that sends most.
     """
     config, others = job.config, job.layout.cp - 1
     if not others:
