@@ -1,11 +1,13 @@
 """What the ranks of tests/parallel/test_meshes.py run: one model on several meshes, beside one process."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from gka.errors import InputError
@@ -24,7 +26,7 @@ from gka.parallel import (
     whole_weights,
 )
 from gka.parallel.pipeline import pipeline
-from gka.training.mesh_trainer import MeshTrainer  # noqa: F401  imports what a run does
+from gka.training import RunConfig, train
 
 ROWS, TOKENS, WORDS, STEPS = 8, 20, 37, 3
 SIZES: dict[str, Any] = {
@@ -120,6 +122,7 @@ def main(found: Path, cases: list[Any]) -> None:
     if job.ranks == 4:
         results["resumed"] = resumed(job, found.parent / "state")
         results["pipeline"] = pipelined(job)
+        results["training"] = training(job, found.parent / "runs")
         results |= policies(job) | refused(job)
     if job.is_main:
         found.write_text(json.dumps(results))
@@ -146,6 +149,41 @@ def resumed(job: Any, folder: Path) -> float:
     one = torch.optim.AdamW(parameter_groups(plain, 0.1), lr=1e-2)
     trained(plain, Layout(), 0, one)
     return worst(job, trained(other, second, job.rank, fresh), trained(plain, Layout(), 0, one))
+
+
+def training(job: Any, folder: Path) -> dict[str, Any]:
+    """Curves of two runs of one global batch, with rows whole and with rows over two ranks."""
+    os.environ["GKA_CACHE"] = str(folder / "cache")
+    text = folder / "text"
+    if job.is_main:
+        text.mkdir(parents=True)
+        for i in range(40):
+            (text / f"{i:02}.txt").write_text(
+                f"one two {i:03} three {i * 7919 % 1000:03}\n" * (1 + i % 9)
+            )
+    job.wait()
+    usual = {
+        "data": {"text": [str(text)], "sequence_length": 100, "eval_fraction": 0.2},
+        "model": {"hidden_size": 16, "num_heads": 2, "num_iter": 3, "attention_layers": [1]},
+    }
+    found = {}
+    for name, cp, batch in (("whole", 1, 1), ("split", 2, 2)):
+        steps = {
+            "max_steps": 3,
+            "log_steps": 1,
+            "eval_steps": 2,
+            "save_steps": 3,
+            "warmup_steps": 1,
+        }
+        tables = {"training": steps | {"batch_size": batch}, "parallel": {"cp": cp}}
+        config = RunConfig.from_tables(usual | tables)
+        found[name] = train(config, folder / name, console=Console(quiet=True))["curves"]
+    too_many = RunConfig.from_tables(usual | {"parallel": {"cp": 4}})
+    try:
+        train(too_many, folder / "short", console=Console(quiet=True))
+    except InputError as error:
+        found["short"] = [str(error), (folder / "short").exists()]
+    return found
 
 
 def pipelined(job: Any) -> float:

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gka.layers import GatedKalmaNet
+from gka.layers.parts import surround
 from gka.models import GKAConfig, GKAForCausalLM
 from gka.parallel import ContextParallel
 from parallel.ranks import DOCUMENTS, LENGTH, OVER_THREE, RANGES, RANKS, Counting, told
@@ -29,6 +31,9 @@ CASES: dict[str, dict[str, Any]] = {
         "mixer_overrides": {"gka": {"use_v_conv": False, "kv_rank": 3}},
     },
 }
+FUSED_RANGES = [(0, 64), (64, 128), (128, 192), (192, 200)]
+# two tokens of the second document before rank 1, and one of a single token behind
+FUSED_DOCUMENTS = [0, 62, 65, 66, 200]
 
 
 def build(case: dict[str, Any], dtype: torch.dtype) -> GKAForCausalLM:
@@ -38,7 +43,7 @@ def build(case: dict[str, Any], dtype: torch.dtype) -> GKAForCausalLM:
     config = GKAConfig(
         **fields, mixers=mixers, num_hidden_layers=len(mixers), sliding_window=case["window"]
     )
-    model = GKAForCausalLM(config)
+    model: Any = GKAForCausalLM(config)
     if case.get("recompute"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.to(dtype).train()
@@ -64,7 +69,7 @@ def inputs(case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def results(model: GKAForCausalLM, dtype: torch.dtype, **call: Any) -> dict[str, Tensor]:
+def results(model: Any, dtype: torch.dtype, **call: Any) -> dict[str, Tensor]:
     """Logits, loss and every gradient of both; those of a rank are to be summed over ranks."""
     x = call.pop("inputs_embeds").to(dtype).requires_grad_()
     found = model(inputs_embeds=x, return_logits=True, **call)
@@ -92,6 +97,42 @@ def split(name: str, dtype: torch.dtype) -> dict[str, Any]:
     return results(build(case, dtype), dtype, context=context, **mine) | {"sent": context.sent}
 
 
+def layer(split: bool) -> dict[str, Tensor]:
+    """Output and gradients of a layer: by plain torch, of ranks 1 and 2 by the fused kernels."""
+    torch.manual_seed(0)
+    mixer: Any = GatedKalmaNet(hidden_size=16, head_dim=8, num_heads=1, num_iter=3, backend="torch")
+    x, w = torch.randn(2, 1, FUSED_RANGES[-1][1], 16, generator=torch.Generator().manual_seed(1))
+    bounds, context = torch.tensor(FUSED_DOCUMENTS), None
+    if split:
+        context, bounds = ContextParallel(None, FUSED_RANGES, bounds), None
+        if context.rank in (1, 2):  # an interpreter is slow
+            mixer._surround = lambda *_: surround.FUSED
+        x, w = context.shard(x), context.shard(w)
+    x = x.clone().requires_grad_()
+    o, _, _ = mixer(x, cu_seqlens=bounds, context=context)
+    (o * w).sum().backward()
+    gradients = {n: p.grad for n, p in mixer.named_parameters()}
+    return {"logits": o.detach(), "dx": x.grad, "loss": o.new_zeros(()), **gradients}  # pyright: ignore
+
+
+def compiled() -> list[float]:
+    """For two batches with other documents, the largest difference of compiled layers from eager ones."""
+    case = CASES["packed"] | {"mixers": ["gka", "swa", "gated_deltanet"]}
+    eager, graphs = build(case, torch.float64), build(case, torch.float64)
+    body: Any = graphs.model
+    for one in body.layers:
+        one.forward = torch.compile(one.forward, backend="aot_eager")
+    found = []
+    for documents in (DOCUMENTS, OVER_THREE, [0, 20, 100, LENGTH]):
+        call = inputs(case | {"documents": documents})
+        context = ContextParallel(None, RANGES, call.pop("cu_seqlens"))
+        del call["attention_mask"]
+        mine = {key: context.shard(x) for key, x in call.items()}
+        a, b = (results(m, torch.float64, context=context, **mine) for m in (eager, graphs))
+        found.append(max(float((a[n] - b[n]).abs().max()) for n in a))
+    return found
+
+
 def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Results of whole rows from those of the ranks; gradients of the sum of logits and of the mean loss."""
     rows = {n: torch.cat([part[n] for part in parts], 1) for n in ("logits", "dx")}
@@ -104,12 +145,12 @@ def all_models() -> dict[Any, Any]:
     """Every case in float64, and one in float32."""
     found: dict[Any, Any] = {(name, torch.float64): split(name, torch.float64) for name in CASES}
     found["packed", torch.float32] = split("packed", torch.float32)
-    return found | {"errors": errors()}
+    return found | {"fused": layer(split=True), "errors": errors()}
 
 
 def errors() -> dict[str, str]:
     """What each wrong call raises, by words that must be in it."""
-    model = build(CASES["packed"], torch.float32).eval()
+    model: Any = build(CASES["packed"], torch.float32).eval()
     context = ContextParallel(None, RANGES)
     ids = torch.zeros(1, LENGTH, dtype=torch.int64)
     mine, mask = context.shard(ids), torch.ones_like(ids)
@@ -139,5 +180,7 @@ def errors() -> dict[str, str]:
         "has no cache": lambda: layers[1](x, use_cache=True, context=context),
     }
     said = {words: told(call) for words, call in wrong.items()}
+    body.layers[3].mixer.backend = "fla"
+    said["layer 3 has backend 'fla'"] = told(lambda: model(mine, context=context))
     body.layers[3].mixer = torch.nn.Identity()
     return said | {"layer 3 has a Identity": told(lambda: model(mine, context=context))}

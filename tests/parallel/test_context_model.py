@@ -1,5 +1,6 @@
 """Models on rows that are split over 4 ranks, against one process. One start of processes for all cases."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from parallel.ranks import RANGES, RANKS, on_ranks
-from parallel.split_models import CASES, SIZES, all_models, joined, whole
+from parallel.split_models import CASES, SIZES, all_models, compiled, joined, layer, whole
 from tolerances import assert_close, relative_error
 
 
@@ -42,13 +43,28 @@ def test_float32_loses_no_more_than_one_process(found: list[Any]) -> None:
         assert relative_error(of(ours), of(exact)) <= 2 * relative_error(of(theirs), of(exact))
 
 
+def test_fused_convolutions_keep_the_gradient_of_the_halo(found: list[Any]) -> None:
+    """A layer on the fused kernels (interpreted) over ranks is plain torch's on whole rows, in float32."""
+    ours = joined([rank["fused"] for rank in found])
+    for of, x in layer(split=False).items():
+        assert_close(ours[of], x, 5e-5, of)
+
+
+@pytest.mark.slow
+def test_layers_compile(tmp_path: Path) -> None:
+    """Layers compiled one by one compute the same over ranks, batch after batch of other documents."""
+    for differences in on_ranks(compiled, tmp_path):
+        assert max(differences) < 1e-12
+
+
 def test_bytes_that_layers_exchange(found: list[Any]) -> None:
     """A convolution takes three tokens from the rank before, a window its width, an attention all earlier
     ones; gradients go the same way back."""
     lengths = [end - begin for begin, end in RANGES]
     for rank, part in enumerate(rank["batch", torch.float64] for rank in found):
         following, later = rank + 1 < RANKS, RANKS - 1 - rank
-        three = 8 * 2 * 3 * SIZES["hidden_size"]
+        heads = SIZES["num_heads"] + 2 * SIZES["num_kv_heads"]
+        three = 8 * 2 * 3 * heads * SIZES["head_dim"]
         token = 8 * 2 * 2 * SIZES["num_kv_heads"] * SIZES["head_dim"]
         counted = [sum(sent) for sent in part["sent"]]
         # gka, attention, swa, gla, deltanet, gated_deltanet

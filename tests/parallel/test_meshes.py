@@ -59,6 +59,18 @@ def test_pipeline_equals_one_process(quick: dict[str, Any]) -> None:
     assert quick["pipeline"] < 1e-12
 
 
+def test_training_on_rows_over_ranks(quick: dict[str, Any]) -> None:
+    """Rows over two ranks with shards of parameters train as whole rows do, held-out loss included; rows that
+    are too short are refused before anything is written."""
+    whole, split = (quick["training"][name] for name in ("whole", "split"))
+    assert len(split["training"]) == 3 and split["evaluation"]
+    for kind, fields in (("training", ("loss", "grad_norm")), ("evaluation", ("loss",))):
+        for x, y in zip(split[kind], whole[kind], strict=True):
+            assert [x[n] for n in fields] == pytest.approx([y[n] for n in fields], rel=1e-10)
+    told, written = quick["training"]["short"]
+    assert "sequences of 100 tokens are split over 2 ranks at most" in told and not written
+
+
 def test_only_matrices_are_gathered_in_bfloat16(quick: dict[str, Any]) -> None:
     """Under a bfloat16 policy decay rates, norms and convolutions stay float32, and so do all gradients."""
     assert quick["narrow"] == ["weight"]

@@ -81,11 +81,14 @@ def test_a_small_model_is_bound_by_the_host() -> None:
 
 
 def test_exchanges_are_counted_by_kind() -> None:
-    """One GPU exchanges nothing; of context parallelism (K^2 + KV + 1) H float32 a layer leave each way."""
+    """One GPU exchanges nothing; of context parallelism (K^2 + KV + 1) H float32 a layer leave each way,
+    and three queries, keys and values; of attention the keys and values that later ranks read."""
     assert _plan(_job()).exchange.total == 0
     job = _job(length=32768, layout=Layout(cp=4))
-    halo = 24 * 2 * 2 * 3 * 1024 * 3
+    halo = 24 * 2 * 2 * 3 * 3 * 1024
     assert context_bytes(job) == 24 * 2 * 3 * 4 * 8 * (2 * 128**2 + 1) + halo
+    window = _job("swa", 32768, layout=Layout(cp=4), model={"sliding_window": 9000})
+    assert context_bytes(window) == 24 * 2 * 2 * 2 * 8999 * 1024
     whole = _plan(job)
     assert whole.exchange.tp == whole.exchange.dp_replicate == 0 < whole.exchange.cp
     shared = _plan(_job(layout=Layout(dp_shard=8), blocks=64))

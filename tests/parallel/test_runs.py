@@ -94,6 +94,29 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(runs: Runs) -> None:
     assert one["training"]["blocks_per_step"] == 4
 
 
+@pytest.mark.slow
+def test_rows_over_ranks_killed_and_resumed_on_others(runs: Runs) -> None:
+    """Rows over two ranks with two shards, killed at step 4; over four ranks, killed at step 7; finished on
+    one: the float64 losses of one process within 1e-10, held-out ones included."""
+    runs.tables = runs.tables | {"data": runs.tables["data"] | {"sequence_length": 200}}
+    tables = runs.tables
+    whole = runs.complete("whole", 1)
+
+    def over(cp: int, batch: int) -> None:
+        training = {**tables["training"], "batch_size": batch}
+        runs.tables = tables | {"parallel": {"cp": cp}, "training": training}
+
+    over(2, 1)
+    codes, said = runs.disturbed("split", 4, 4, signal.SIGKILL)
+    assert all(codes) and "rank 3 of 4 was lost" in said
+    over(4, 2)
+    codes, said = runs.disturbed("split", 4, 7, signal.SIGKILL, resume=True)
+    assert all(codes) and "rank 3 of 4 was lost" in said
+    runs.tables = tables
+    split = runs.complete("split", 1, resume=True)
+    assert _curves(split) == [pytest.approx(row, rel=1e-10) for row in _curves(whole)]
+
+
 def _curves(metrics: dict[str, Any]) -> list[list[float]]:
     curves = metrics["curves"]
     training = [[row["step"], row["loss"], row["grad_norm"]] for row in curves["training"]]

@@ -1,7 +1,8 @@
 """Sequence mixers with one interface, and their parts. Torch only.
 
 Every mixer has the same call and returns (output, None, cache):
-`mixer(hidden_states, attention_mask, past_key_values, use_cache, cu_seqlens, position_ids)`.
+`mixer(hidden_states, attention_mask, past_key_values, use_cache, cu_seqlens, position_ids)`, or with
+`context=` on a part of rows that are split over ranks.
 """
 
 import inspect

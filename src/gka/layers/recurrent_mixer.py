@@ -5,7 +5,6 @@ the mixer's memory (`mix`) -> gated RMSNorm of each head -> output projection.
 """
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ from gka.layers.parts.masks import Padding, check_inputs, check_width, own_mask
 from gka.layers.parts.modules import DecayParameters, GatedRMSNorm, RMSNorm, ShortConvolution
 from gka.layers.parts.surround import Gates, MixCall, Surround
 from gka.ops.context import SequenceContext
-from gka.ops.halo import with_halo
 
 DECODE_TOKENS = 16
 """Cached calls without gradient of up to this many tokens run token by token, longer ones chunk by chunk."""
@@ -196,13 +194,10 @@ class RecurrentMixer(DecayParameters):
         check_rows(cache, self.layer_idx, hidden_states.shape[0])
         padding = Padding.of(attention_mask, hidden_states.shape[1])
         x = hidden_states if padding is None else padding.align(hidden_states)
-        wide = x if context is None else self._with_halo(context, hidden_states, padding)
 
-        projected = (self.q_proj(wide), self.k_proj(wide), self.v_proj(wide))
+        projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         around = self._surround(x.device, projected[0].dtype)
-        call = self._call(layer, padding, (cu_seqlens, cu_seqlens_cpu), x.shape[1])
-        if context is not None:
-            call = replace(call, context=context, halo=wide.shape[1] - x.shape[1])
+        call = self._call(layer, padding, (cu_seqlens, cu_seqlens_cpu), context, x.shape[1])
         (q, k, v), gates = around.enter(self, projected, x, call)
         observe = getattr(layer, OBSERVER, None)
         if observe is not None:
@@ -249,21 +244,12 @@ class RecurrentMixer(DecayParameters):
     def _surround(self, device: torch.device, dtype: torch.dtype) -> Surround:
         return surround.PLAIN if self.why_unfused(device, dtype) else surround.FUSED
 
-    def _with_halo(self, context: SequenceContext, x: Tensor, padding: Padding | None) -> Tensor:
-        """x, aligned, behind the earlier ranks' tokens that the convolutions read."""
-        width = self.q_conv1d.width - 1
-        if padding is None:
-            return with_halo(context, x, width)
-        # tokens before a row's first one, which may be on this rank, are padding: zeros
-        wide = with_halo(context, x.masked_fill(~padding.is_token[..., None], 0), width)
-        halo = wide.shape[1] - x.shape[1]
-        return torch.cat([wide[:, :halo], padding.align(wide[:, halo:])], 1)
-
     def _call(
         self,
         layer: Any,
         padding: Padding | None,
         bounds: tuple[Tensor | None, Tensor | None],
+        context: SequenceContext | None,
         length: int,
     ) -> MixCall:
         cached = [] if layer is None else [
@@ -272,4 +258,4 @@ class RecurrentMixer(DecayParameters):
         states = tuple(s for s in cached if s is not None)
         # the length last: without a cache, no compiled graph depends on it
         few = layer is not None and not torch.is_grad_enabled() and length <= DECODE_TOKENS
-        return MixCall(layer, states, few, *bounds, padding)
+        return MixCall(layer, states, few, *bounds, padding, context)

@@ -1,30 +1,42 @@
 """A model's call on one part of rows that are split over ranks: what it takes, its targets and its loss."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gka.errors import InputError
-from gka.layers import SoftmaxAttention
+from gka.layers import GatedLinearAttention, SoftmaxAttention
 from gka.layers.recurrent_mixer import RecurrentMixer
 from gka.models.loss import IGNORE_INDEX, next_token_targets
 from gka.ops.context import SequenceContext
+from gka.ops.external import EXTERNAL
 
 
-def split_arguments(context: SequenceContext, layers: nn.ModuleList) -> dict[str, SequenceContext]:
-    """What every layer gets for rows that are split over ranks.
-
-    Raises:
-        InputError: a layer's mixer cannot run a part of a row; the message names it.
-    """
+def why_whole_rows(layers: Iterable[nn.Module]) -> str | None:
+    """Why a decoder's layers cannot run parts of rows, the first one's reason; None if they can."""
     for number, layer in enumerate(layers):
         mixer: Any = layer.mixer
         if not isinstance(mixer, RecurrentMixer | SoftmaxAttention):
-            raise InputError(
-                f"context: layer {number} has a {type(mixer).__name__}, which no rank can run on a part of a "
-                "row: train with whole rows (cp = 1)."
+            return f"layer {number} has a {type(mixer).__name__}, which runs whole rows only"
+        if isinstance(mixer, GatedLinearAttention) and mixer.backend in EXTERNAL:
+            return (
+                f"layer {number} has backend {mixer.backend!r}, which starts no packed sequence alone from a "
+                "state; take 'auto'"
             )
+    return None
+
+
+def split_arguments(context: SequenceContext, layers: Iterable[nn.Module]) -> dict[str, Any]:
+    """What every layer gets for rows that are split over ranks.
+
+    Raises:
+        InputError: a layer cannot run a part of a row; the message names it.
+    """
+    reason = why_whole_rows(layers)
+    if reason is not None:
+        raise InputError(f"context: {reason}")
     return {"context": context}
 
 

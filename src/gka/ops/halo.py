@@ -27,35 +27,93 @@ def with_halo(context: SequenceContext, x: Tensor, width: int | None) -> Tensor:
 
     The halo has `halos(context, width)[rank]` tokens. Every rank calls it, forward and backward.
     """
-    return WithHalo.apply(context, x, halos(context, width))
+    return _WithHalo.apply(context, x, halos(context, width))
 
 
-class WithHalo(torch.autograd.Function):
-    """`with_halo`, with the number of tokens that every rank reads before its own."""
+@torch.compiler.disable(reason="ranks exchange tokens: a graph cannot hold the collective")
+def halo_of(context: SequenceContext, tail: Tensor, width: int) -> Tensor:
+    """The earlier tokens that this rank reads [B,halo,...], from every rank's last tokens [B,<=width,...]."""
+    return _Halo.apply(context, tail, halos(context, width))
 
+
+class _WithHalo(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, context: SequenceContext, x: Tensor, before: list[int]) -> Tensor:
         ctx.context, ctx.before = context, before
-        sent, received = _shares(context, before)
-        # a later rank reads the last tokens of this one
-        owed = [x[:, x.shape[1] - n :] for n in sent]
-        return torch.cat([*_exchanged(context, owed, received, x), x], 1)
+        return torch.cat([send(context, x, before), x], 1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError("A sequence split over ranks has no second derivative.")
         (grad,), context = grads, ctx.context
-        sent, received = _shares(context, ctx.before)
         halo = ctx.before[context.rank]
         own = grad[:, halo:].clone(memory_format=torch.contiguous_format)
-        found = _exchanged(context, grad[:, :halo].split(received, 1), sent, own)
-        tail = own[:, own.shape[1] - max(sent) :]
-        total = tail.to(torch.promote_types(grad.dtype, torch.float32))
-        for part in found:
-            total[:, total.shape[1] - part.shape[1] :] += part
-        tail.copy_(total)
+        add_to_last_(own, send_back(context, grad[:, :halo], ctx.before), None)
         return None, own, None
+
+
+class _Halo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, context: SequenceContext, tail: Tensor, before: list[int]) -> Tensor:
+        ctx.context, ctx.before, ctx.shape = context, before, tail.shape
+        return send(context, tail, before)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        total = grads[0].new_zeros(ctx.shape)
+        add_to_last_(total, send_back(ctx.context, grads[0], ctx.before), None)
+        return None, total, None
+
+
+def last_tokens(x: Tensor, count: int, lengths: Tensor | None) -> Tensor:
+    """The last tokens of each row [B,T,C] -> [B,count,C].
+
+    Args:
+        lengths: tokens of each row [B], before its padding; rows with fewer than `count` begin with zeros.
+            None: T.
+    """
+    if lengths is None:
+        return x[:, x.shape[1] - count :]
+    places = _last_places(count, lengths)[..., None]
+    found = x.gather(1, places.clamp_min(0).expand(-1, -1, x.shape[-1]))
+    return found.masked_fill(places < 0, 0)
+
+
+def add_to_last_(x: Tensor, added: Tensor, lengths: Tensor | None) -> None:
+    """Add [B,count,...] to what `last_tokens` finds in x [B,T,...], in place; the adjoint of it."""
+    if lengths is None:
+        tail = x[:, x.shape[1] - added.shape[1] :]
+        tail.copy_(tail.to(added.dtype) + added)
+        return
+    places = _last_places(added.shape[1], lengths)[..., None]
+    added = added.masked_fill(places < 0, 0).to(x.dtype)
+    x.scatter_add_(1, places.clamp_min(0).expand(-1, -1, x.shape[-1]), added)
+
+
+def _last_places(count: int, lengths: Tensor) -> Tensor:
+    return lengths[:, None] + torch.arange(-count, 0, device=lengths.device)
+
+
+def send(context: SequenceContext, x: Tensor, before: list[int]) -> Tensor:
+    """What this rank reads before its own tokens [B,before[rank],...], of the last tokens of all ranks' x."""
+    sent, received = _shares(context, before)
+    return torch.cat(_exchanged(context, [x[:, x.shape[1] - n :] for n in sent], received, x), 1)
+
+
+def send_back(context: SequenceContext, grad: Tensor, before: list[int]) -> Tensor:
+    """The adjoint of `send`: gradients of a rank's last tokens, summed over those that read them.
+
+    Returns:
+        [B,n,...] in float32 (float64 for float64 inputs), of the n tokens that some rank reads.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError("A sequence split over ranks has no second derivative.")
+    sent, received = _shares(context, before)
+    found = _exchanged(context, grad.split(received, 1), sent, grad)
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    total = grad.new_zeros(len(grad), max(sent), *grad.shape[2:], dtype=wide)
+    for part in found:
+        total[:, total.shape[1] - part.shape[1] :] += part
+    return total
 
 
 def _shares(context: SequenceContext, before: list[int]) -> tuple[list[int], list[int]]:
@@ -79,7 +137,7 @@ def _exchanged(
 ) -> list[Tensor]:
     """Send [B,n,...] to each rank; what came from each, [B,received[r],...]."""
     flat = torch.cat([part.flatten() for part in sent])
-    each = like[:, :1].numel()
+    each = len(like) * like.shape[2:].numel()
     found = context.exchange(flat, [p.numel() for p in sent], [n * each for n in received])
     parts = found.split([n * each for n in received])
     return [

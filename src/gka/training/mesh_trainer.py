@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from gka.errors import InputError
 from gka.foreign_code import read_state
 from gka.models import GKAForCausalLM
-from gka.parallel import Layout, clip_grad_norm_, current
+from gka.parallel import ContextParallel, Layout, clip_grad_norm_, current
+from gka.parallel.mesh import CONTEXT
 from gka.parallel.state import (
     is_sharded_checkpoint,
     load_state,
@@ -39,11 +41,13 @@ class MeshTrainer(DecoderTrainer):
 
     Args:
         layout: of the mesh.
+        mesh: where the model is; None for one process.
         settings: the Trainer's arguments.
     """
 
-    def __init__(self, layout: Layout, **settings: Any) -> None:
+    def __init__(self, layout: Layout, mesh: DeviceMesh | None, **settings: Any) -> None:
         self.layout = layout
+        self.sharing = mesh[CONTEXT] if mesh is not None and layout.cp > 1 else None
         # accelerate leaves a prepared model as it is; else it would wrap it in DDP
         settings["model"]._is_accelerate_prepared = True
         super().__init__(**settings)
@@ -70,22 +74,33 @@ class MeshTrainer(DecoderTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The model's loss; in training times the ranks over which gradients are averaged.
+        """The model's loss; in training times the readers over which gradients are averaged.
 
-        So gradients are sums, and the mean over ranks that is logged is the loss of the global batch.
+        So gradients are sums, and the mean over ranks that is logged is the loss of the global batch. Ranks
+        that share sequences have their common loss, whose gradients are to be averaged too.
         """
-        outputs = model(**self.part_of(inputs), num_items_in_batch=num_items_in_batch)
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
         loss = outputs["loss"]
         if num_items_in_batch is not None:
-            loss = loss * (self.layout.readers * self.layout.cp)
+            loss = loss * self.layout.readers
         return (loss, outputs) if return_outputs else loss
 
-    def part_of(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """What this rank gives to its model of its reader's batch: all of it, as no sequence is split.
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        # before the tokens are on a device, where bounds would have to be read
+        return super()._prepare_inputs(self.part_of(inputs))
 
-        With cp > 1 the ranks of a reader get the same batch, and this is where each takes its tokens.
+    def part_of(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What this rank gives to its model of its reader's batch, which all ranks of a reader get.
+
+        With cp > 1 its tokens, and a context that holds the rows' documents and padding.
         """
-        return inputs
+        if self.sharing is None:
+            return inputs
+        facts = {name: inputs.get(name) for name in ("cu_seqlens", "attention_mask")}
+        rest = {name: x for name, x in inputs.items() if name not in facts}
+        length = rest["input_ids"].shape[1]
+        context = ContextParallel.even(self.sharing, length, device=current().device, **facts)
+        return {name: context.shard(x) for name, x in rest.items()} | {"context": context}
 
     def _evaluated_model(self) -> nn.Module:
         return self.model  # pyright: ignore[reportReturnType]
@@ -170,9 +185,9 @@ def _whole_weights(folder: Path, model: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-def on_mesh(layout: Layout) -> Callable[..., MeshTrainer]:
+def on_mesh(layout: Layout, mesh: DeviceMesh | None) -> Callable[..., MeshTrainer]:
     """`fit`'s argument `kind` for a model on a mesh of that layout."""
-    return partial(MeshTrainer, layout)
+    return partial(MeshTrainer, layout, mesh)
 
 
 def with_weights(config: Any, weights: dict[str, torch.Tensor]) -> GKAForCausalLM:

@@ -71,7 +71,7 @@ def _train(
     check_given(config)
     job = current()
     with job.together():
-        layout = scale.chosen_layout(config.parallel)
+        layout = scale.chosen_layout(config.parallel, config.data.sequence_length)
         tokenizer = load_tokenizer(config.data.tokenizer)
     text = job.main_first(lambda: open_text(config, tokenizer, console))
     with job.together():
@@ -80,10 +80,11 @@ def _train(
         training = _begun(config, layout, output, text.checksums, resume, overwrite)
     _introduce(training, config.data.sequence_length, model, output, console, layout)
     folder, blocks = output / files.CHECKPOINTS, (text.training, text.evaluation)
-    kind = on_mesh(layout) if job.ranks > 1 or (resume and has_sharded(folder)) else None
+    placed, mesh = scale.place(model, layout, training)
+    kind = on_mesh(layout, mesh) if job.ranks > 1 or (resume and has_sharded(folder)) else None
     trainer = fit(
-        scale.place(model, layout, training), training, folder, blocks, tokenizer, console=console,
-        resume=resume, kind=kind, readers=layout.readers,
+        placed, training, folder, blocks, tokenizer, console=console, resume=resume, kind=kind,
+        readers=layout.readers,
     )  # fmt: skip
     metrics = _metrics(config, trainer, text, layout)
     weights = whole_weights(trainer.model) if job.ranks > 1 else None  # pyright: ignore[reportArgumentType]

@@ -6,30 +6,34 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from gka.errors import InputError
+from gka.models.context import why_whole_rows
 from gka.parallel import Layout, current, make_mesh, parallelize
+from gka.parallel.context import CHUNK_SIZE
 from gka.parallel.tensor import why_unsplit
 from gka.training.compilation import code_checksum
 from gka.training.config import ParallelConfig, RunConfig, TrainingConfig
 
 
-def chosen_layout(config: ParallelConfig) -> Layout:
+def chosen_layout(config: ParallelConfig, sequence_length: int) -> Layout:
     """The layout of this job's ranks.
 
     Raises:
-        InputError: the numbers do not fit the number of ranks, or sequences would be split.
+        InputError: the numbers do not fit the number of ranks, or sequences are too short to be split.
     """
     layout = Layout.fitted(current().ranks, **asdict(config))
-    if layout.cp > 1:
+    most = -(-sequence_length // CHUNK_SIZE)
+    if layout.cp > most:
         raise InputError(
-            f"parallel.cp is {layout.cp}: gka train splits no sequences among ranks; use dp_shard or tp"
+            f"parallel.cp is {layout.cp}: sequences of {sequence_length} tokens are split over {most} ranks "
+            f"at most, {CHUNK_SIZE} tokens each; raise data.sequence_length, or take dp_shard or tp"
         )
     return layout
 
 
-def check_model(model: nn.Module, layout: Layout, compiling: str) -> None:
+def check_model(model: Any, layout: Layout, compiling: str) -> None:
     """Raise `InputError` if the model cannot be split as the layout says, or compiled when it is."""
     if layout.ranks > 1 and compiling in ("model", "cuda-graphs"):
         raise InputError(
@@ -38,15 +42,18 @@ def check_model(model: nn.Module, layout: Layout, compiling: str) -> None:
         )
     if layout.tp > 1 and (why := why_unsplit(model, layout.tp)):
         raise InputError(f"parallel.tp is {layout.tp}: {why}")
+    if layout.cp > 1 and (why := why_whole_rows(model.model.layers)):
+        raise InputError(f"parallel.cp is {layout.cp}: {why}")
 
 
-def place(model: Any, layout: Layout, training: TrainingConfig) -> Any:
-    """The model on this rank's device, parallelised if the job has several ranks."""
+def place(model: Any, layout: Layout, training: TrainingConfig) -> tuple[Any, DeviceMesh | None]:
+    """The model on this rank's device, parallelised if the job has several ranks, and then their mesh."""
     job = current()
     if job.ranks == 1:
-        return model
+        return model, None
     dtype = torch.bfloat16 if training.dtype == "bfloat16" else None
-    return parallelize(model.to(job.device), make_mesh(layout, job.device.type), dtype=dtype)
+    mesh = make_mesh(layout, job.device.type)
+    return parallelize(model.to(job.device), mesh, dtype=dtype), mesh
 
 
 def blocks_of_a_step(training: TrainingConfig, readers: int) -> int:

@@ -75,7 +75,13 @@ def convolve_tile(
     for i in tl.static_range(W):
         back = W - 1 - i
         weight = tl.load(w + channels * W + i, mask=inside, other=0.0).to(tl.float32)
-        mask = (exists & (seen >= back))[:, None]
+        mask = exists & (seen >= back)
+        place = at - back
+        if past is not None:  # noqa: SIM102 - both are known at compile time
+            if state is not None:  # before the first packed sequence, of whose tokens `past` knows
+                mask = mask & (at >= back)
+                place = tl.where(seen >= back, place, 0)
+        mask = mask[:, None]
         if not divides(D, C) or not divides(BD, D):
             mask = mask & inside[None, :]
         tap = tl.load(
@@ -84,7 +90,7 @@ def convolve_tile(
         tap = tap.to(tl.float32)
         if state is not None:  # noqa: SIM102 - the first is known at compile time
             if t0 < W:
-                tap = add_state(tap, state, b, at - back, channels, inside, C, W)
+                tap = add_state(tap, state, b, place, channels, inside, C, W)
         z += weight[None, :] * tap
     out, _ = silu(z)
     if UNIT:

@@ -6,6 +6,7 @@ needs such a mask.
 """
 
 import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,9 @@ BLOCK = 1024
 """Least queries of a block of a window."""
 
 
+@torch.compiler.disable(
+    reason="ranks exchange keys, and documents differ: a graph cannot hold either"
+)
 def attend_over_ranks(
     q: Tensor, k: Tensor, v: Tensor, context: SequenceContext, window: int | None
 ) -> Tensor:
@@ -78,8 +82,8 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     return torch.cat(found, 2)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: object, causal: bool = False) -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, causal: bool = False) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
-    )  # pyright: ignore
+    )

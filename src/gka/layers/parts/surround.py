@@ -19,6 +19,8 @@ from gka.ops.context import SequenceContext
 from gka.ops.convolution import convolve_heads, step_heads_and_gates
 from gka.ops.dispatch import under_transform
 from gka.ops.external import EXTERNAL
+from gka.ops.halo import halo_of, last_tokens
+from gka.ops.split_convolution import split_convolve_heads
 
 UNFUSED = ("torch", "reference")
 OURS = (ShortConvolution, RMSNorm, GatedRMSNorm)
@@ -37,8 +39,7 @@ class MixCall:
         cu_seqlens: bounds of packed sequences.
         cu_seqlens_cpu: their copy on the CPU.
         padding: places whose keys and log decays must be zero.
-        context: the sequence is split over ranks; it holds the bounds then.
-        halo: tokens of earlier ranks before the projections' own, which the convolutions read.
+        context: the rows are split over ranks; it holds the bounds then.
     """
 
     layer: Any
@@ -47,17 +48,7 @@ class MixCall:
     cu_seqlens: Tensor | None
     cu_seqlens_cpu: Tensor | None
     padding: Padding | None
-    context: SequenceContext | None = None
-    halo: int = 0
-
-    @property
-    def bounds(self) -> Tensor | None:
-        """Bounds of packed sequences in the projections, halo included."""
-        return self.cu_seqlens if self.context is None else self.context.bounds(self.halo)[0]
-
-    def own(self, y: Tensor) -> Tensor:
-        """Without the halo's tokens."""
-        return y[:, self.halo :] if self.halo else y
+    context: SequenceContext | None
 
     @property
     def keep(self) -> bool:
@@ -104,7 +95,7 @@ class Surround(Protocol):
         """The memory's inputs; updates the convolutions' states in `call.layer`.
 
         Args:
-            projected: q_proj x, k_proj x and v_proj x, [B,halo+T,channels] each.
+            projected: q_proj x, k_proj x and v_proj x, [B,T,channels] each.
             x: hidden states [B,T,hidden_size], tokens before padding.
 
         Returns:
@@ -121,8 +112,9 @@ class PlainSurround:
     """Single torch modules: on any device, in any dtype, differentiable any number of times."""
 
     def enter(self, mixer: Any, projected: QKV, x: Tensor, call: MixCall) -> tuple[QKV, Gates]:
+        before = self._halos(mixer, projected, call)
         convolved = (
-            self._expand(mixer, name, self._convolve(mixer, name, y, call))
+            self._expand(mixer, name, self._convolve(mixer, name, y, call, before.get(name)))
             for name, y in zip("qkv", projected, strict=True)
         )
         q, k, v = _split(mixer, tuple(convolved))
@@ -147,14 +139,36 @@ class PlainSurround:
             return mixer.o_norm(o).flatten(-2)
         return mixer.o_norm(o, gate.unflatten(-1, (-1, mixer.head_v_dim))).flatten(-2)
 
-    def _convolve(self, mixer: Any, name: str, y: Tensor, call: MixCall) -> Tensor:
+    def _halos(self, mixer: Any, projected: QKV, call: MixCall) -> dict[str, Tensor]:
+        """The tokens of earlier ranks that each convolution reads; none if rows are whole."""
+        if call.context is None:
+            return {}
+        width = mixer.q_conv1d.width - 1
+        read = {
+            name: y
+            for name, y in zip("qkv", projected, strict=True)
+            if getattr(mixer, f"{name}_conv1d", None) is not None
+        }
+        count = min(width, projected[0].shape[1])
+        tail = torch.cat([last_tokens(y, count, call.lengths) for y in read.values()], -1)
+        halo = halo_of(call.context, tail, width)
+        parts = halo.split([y.shape[-1] for y in read.values()], -1)
+        return dict(zip(read, parts, strict=True))
+
+    def _convolve(
+        self, mixer: Any, name: str, y: Tensor, call: MixCall, halo: Tensor | None
+    ) -> Tensor:
         """Convolve a projection if the mixer does, and update the layer's cache."""
         convolution, layer = getattr(mixer, f"{name}_conv1d", None), call.layer
         if convolution is None:
-            return call.own(y)
+            return y
+        if halo is not None and call.context is not None:
+            count = halo.shape[1]
+            out = convolution(torch.cat([halo, y], 1), None, call.context.bounds(count)[0])
+            return out[:, count:]
         idx = "qkv".index(name)
         state = None if layer is None else read_state(layer.conv_states, idx)
-        out = call.own(convolution(y, state, call.bounds))
+        out = convolution(y, state, call.cu_seqlens)
         if layer is not None:
             state = convolution.next_state(y, state, call.lengths)
             layer.update_conv_state(state.detach(), idx)
@@ -212,17 +226,22 @@ class FusedSurround:
         wq, wk, wv = (None if module is None else module.weight for module in modules)
         q, k, v = projected
         assert wq is not None and wk is not None
-        lengths = None if call.lengths is None else call.lengths + call.halo
-        yq, yk, yv = convolve_heads(
-            (q, k, None if wv is None else v), (wq, wk, wv), mixer.head_dim,
-            (states[0], states[1], states[2]), call.bounds, lengths,
-        )  # fmt: skip
+        inputs, weights = (q, k, None if wv is None else v), (wq, wk, wv)
+        if call.context is not None:
+            yq, yk, yv = split_convolve_heads(
+                call.context, inputs, weights, mixer.head_dim, call.lengths
+            )
+        else:
+            yq, yk, yv = convolve_heads(
+                inputs, weights, mixer.head_dim, (states[0], states[1], states[2]), call.cu_seqlens,
+                call.lengths,
+            )  # fmt: skip
         if layer is not None:
             for idx, (module, y, state) in enumerate(zip(modules, projected, states, strict=True)):
                 if module is not None:
                     state = module.next_state(y, state, call.lengths)
                     layer.update_conv_state(state.detach().contiguous(), idx)
-        return call.own(yq), call.own(yk), call.own(v if yv is None else yv)
+        return yq, yk, v if yv is None else yv
 
 
 PLAIN, FUSED = PlainSurround(), FusedSurround()

@@ -58,33 +58,25 @@ def context_bytes(job: Job) -> float:
     """Of all layers, forward and backward, on a micro-batch.
 
     A rank's end state of a Gated KalmaNet layer is (K^2 + KV + 1) H float32, gathered once forward; its
-    gradient comes back by a reduce-scatter. So n - 1 times that leave a rank each way.
+    gradient comes back by a reduce-scatter. So n - 1 times that leave a rank each way. Convolutions read
+    width - 1 queries, keys and values of the rank before; attention reads keys and values of all earlier
+    ranks, or those of its window. The bytes are those of the rank that sends most.
     """
-    others, rows = job.layout.cp - 1, job.micro
+    config, others = job.config, job.layout.cp - 1
     if not others:
         return 0.0
+    again = 2 if job.checkpointing == "none" else 3  # a recomputed layer exchanges anew
     total = 0.0
-    for mixer, count in Counter(job.config.pattern).items():
-        heads, dim = mixer_heads(job.config, mixer)
+    for mixer, count in Counter(config.pattern).items():
+        heads, dim = mixer_heads(config, mixer)
         if mixer in SOFTMAX_MIXERS:
-            kv = attention_heads(job.config)[1]
-            each = 2 * 2.0 * job.local_tokens * kv * dim
+            length = others * job.length / job.layout.cp
+            reach = min(config.sliding_window - 1.0, length) if mixer == "swa" else length
+            each = 2 * 2.0 * job.micro * reach * attention_heads(config)[1] * dim / job.layout.tp
         else:
             states = 2 if mixer == "gka" else 1
-            each = 4.0 * rows * heads * (states * dim**2 + 1)
-        total += count * 2 * each * others / job.layout.tp
-        if (
-            mixer not in SOFTMAX_MIXERS
-        ):  # width - 1 tokens of q, k and v, each way, from one neighbour
-            total += (
-                count
-                * 2
-                * 2.0
-                * rows
-                * 3
-                * heads
-                * dim
-                * (job.config.conv_size - 1)
-                / job.layout.tp
-            )
+            end_state = 4.0 * heads * (states * dim**2 + 1) / job.layout.tp
+            halo = 2.0 * (config.conv_size - 1) * 3 * heads * dim / job.layout.tp
+            each = job.micro * (others * end_state + halo)
+        total += again * count * each
     return total
