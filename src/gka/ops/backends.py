@@ -77,7 +77,7 @@ class Backend:
         forward: implementation of each mode.
         backward: the derivative, the same for all modes, since they compute the same map. Takes the
             tokens, the forward pass's solutions x and their scales, the gradients of o and of the final
-            states, and the settings.
+            states, the settings, and the states that the forward pass kept, or None.
         refusal: why the backend cannot run a call; None if it can.
         automatic: whether backend="auto" may choose it on a device.
         scaled_dtype: dtype in which mode "chunk" stores x for inputs of a dtype, rows divided by their
@@ -86,14 +86,13 @@ class Backend:
         stepper: its ops on states in place; None if it has none.
         steps: what `ops.solver_steps` returns for the backend's mode "chunk".
         states: `maths.chunked.chunk_states`.
+        kept_shape: of the array in which mode "chunk" keeps states for the backward pass; None if the backend
+            keeps none.
     """
 
     name: str
     forward: dict[Mode, Callable[[Tokens, Settings], Forward]]
-    backward: Callable[
-        [Tokens, Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None, Settings],
-        Gradients,
-    ]
+    backward: Callable[..., Gradients]
     refusal: Callable[["Call"], str | None]
     automatic: Callable[[torch.device], bool] = lambda device: True
     scaled_dtype: Callable[[torch.dtype], torch.dtype] | None = None
@@ -101,9 +100,11 @@ class Backend:
     stepper: Stepper | None = None
     steps: Callable[[Tokens, Settings], Tensor] = token_steps
     states: Callable[[Tokens, Settings], ScannedStates] = chunk_states
+    kept_shape: Callable[[Tokens, Settings], tuple[int, int]] | None = None
 
 
 def _torch_backward(tokens: Tokens, x: Tensor | None, x_scale: Tensor | None, *rest) -> Gradients:
+    *rest, _kept = rest
     return chunk_backward(tokens, x, *rest)
 
 
@@ -214,7 +215,7 @@ def _on_gpu(
         from gka.kernels.backward import chunk_backward
 
         with current(tokens.q.device):
-            return chunk_backward(passes(args[-1]), tokens, *args)
+            return chunk_backward(passes(args[-2]), tokens, *args)
 
     def recurrent(tokens: Tokens, settings: Settings) -> Forward:
         from gka.kernels.decode import recurrent_forward
@@ -246,6 +247,11 @@ def _on_gpu(
         with current(tokens.q.device):
             return chunk_states(passes(settings), tokens, settings)
 
+    def kept_shape(tokens: Tokens, settings: Settings) -> tuple[int, int]:
+        from gka.kernels.kept import kept_shape
+
+        return kept_shape(tokens, settings)
+
     return Backend(
         name=name,
         forward={"chunk": forward, "recurrent": recurrent},
@@ -257,6 +263,7 @@ def _on_gpu(
         stepper=Stepper(step, advance, step_refusal),
         steps=steps,
         states=states,
+        kept_shape=kept_shape,
     )
 
 
