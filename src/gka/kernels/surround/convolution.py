@@ -21,7 +21,7 @@ COMPILED = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
 
 @triton.jit
 def sigmoid(z):
-    """1 / (1 + exp(-z)), compiled without range checks of exp and division, which take as long as the rest."""
+    """1 / (1 + exp(-z)), compiled without the range checks of exp and division, which cost as much again."""
     if COMPILED:
         return tl.inline_asm_elementwise(
             """{
@@ -282,8 +282,8 @@ def through_tile(
 ):  # fmt: skip
     """dx of R segments of L tokens of a tile of channels, and their part of dw.
 
-    Registers hold the window of inputs that z needs, and dx of the last tokens, to which later ones still add:
-    so W - 1 more steps follow a segment's end.
+    Registers hold the window of inputs that z needs, and dx of the last tokens, to which later ones still
+    add: so W - 1 more steps follow a segment's end.
     """
     segments, cols = tl.arange(0, R), tl.arange(0, BD)
     channels = tile * D + cols
