@@ -109,7 +109,7 @@ def test_backends_that_keep_nothing_refuse() -> None:
 
 
 def test_a_compiled_call_keeps_its_states() -> None:
-    """Fake results have the shapes of real ones, packed too, and compiled gradients are the uncompiled ones."""
+    """Fake results have the shapes of real ones, packed too; compiled gradients are the uncompiled ones."""
     leaves, options = inputs(24, bounds=[0, 7, 24], num_iter=1)
     q, k, v, g, alpha, beta = (x.detach() for x in leaves)
     numbers = (1.0, 0.02, 1, CHUNK, True, False, "chebyshev", True, "chunk", "triton")
