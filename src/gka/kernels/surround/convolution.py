@@ -146,12 +146,30 @@ def load_window(
 
 
 @triton.jit
-def load_seen(past, at, exists):
-    """Tokens before those at [R] in their packed sequences; None if not packed."""
+def seen_ahead(past, at, left, AHEAD: tl.constexpr):
+    """Tokens before each of the first AHEAD ones in their packed sequences, [R] each; () if not packed."""
+    seen = ()
+    if past is not None:
+        for step in tl.static_range(AHEAD):
+            seen = seen + (tl.load(past + (at + step), mask=left > step, other=0),)
+    return seen
+
+
+@triton.jit
+def seen_later(seen, past, at, exists):
+    """The next entries of seen_ahead, with that of the tokens at [R]."""
+    if past is not None:
+        seen = shifted(seen, tl.load(past + at, mask=exists, other=0))
+    return seen
+
+
+@triton.jit
+def seen_now(seen, past):
+    """The first entry of seen_ahead; None if not packed."""
     if past is None:
         return None
     else:  # noqa: RET505 - a compile-time branch
-        return tl.load(past + at, mask=exists, other=0).to(tl.int32)
+        return seen[0].to(tl.int32)
 
 
 @triton.jit
@@ -194,21 +212,25 @@ def convolve_tile(
     weights = load_weights(w, channels, inside, W)
     window = load_window(from_x, state, b, at, left, channels, inside, C, W, WHOLE)
     coming = load_ahead(from_x, left, inside, AHEAD, C, WHOLE)
-    needed = tl.minimum(left, L)
+    coming_seen = seen_ahead(past, at, left, AHEAD)
+    needed, counted = tl.minimum(left, L), left
+    if lengths is not None:
+        counted = tl.load(lengths + b).to(tl.int32) - at
     for first_step in range(0, L, UNROLL):
         for ahead in tl.static_range(UNROLL):
             step = first_step + ahead
             full = window + (coming[0].to(tl.float32),)
             later = step + AHEAD
             coming = shifted(coming, load_token(from_x, later, needed > later, inside, C, WHOLE))
-            seen = load_seen(past, at + step, left > step)
+            seen = seen_now(coming_seen, past)
+            coming_seen = seen_later(coming_seen, past, at + later, needed > later)
             z = filtered(full, weights, seen, W)
             window = full[1:]
             out, _ = silu(z)
             if UNIT:
                 out = unit_rows(out)
             if lengths is not None:
-                out = tl.where((at + step < tl.load(lengths + b))[:, None], out, 0.0)
+                out = tl.where((counted > step)[:, None], out, 0.0)
             store_token(to_y, out, step, left > step, inside, C, WHOLE)
 
 
@@ -298,6 +320,7 @@ def through_tile(
     window = load_window(from_x, state, b, at, left, channels, inside, C, W, WHOLE)
     coming_x = load_ahead(from_x, left, inside, AHEAD, C, WHOLE)
     coming_dy = load_ahead(from_dy, left, inside, AHEAD, C, WHOLE)
+    coming_seen = seen_ahead(past, at, left, AHEAD)
     needed = tl.minimum(left, L + W - 1)
     counted = left  # tokens whose dy counts
     if lengths is not None:
@@ -318,7 +341,8 @@ def through_tile(
             coming_dy = shifted(coming_dy, load_token(from_dy, later, exists, inside, C, WHOLE))
             if lengths is not None:
                 do = tl.where((counted > step)[:, None], do, 0.0)
-            seen = load_seen(past, at + step, left > step)
+            seen = seen_now(coming_seen, past)
+            coming_seen = seen_later(coming_seen, past, at + later, exists)
             dz = through_silu(full, weights, do, seen, W, UNIT)
             if partial is not None:
                 summed = ()
@@ -335,16 +359,19 @@ def through_tile(
         for more in tl.static_range(W - 1):
             step = L + more
             full, do = window + (coming_x[0].to(tl.float32),), coming_dy[0].to(tl.float32)
+            seen = seen_now(coming_seen, past)
             if more + AHEAD < W - 1:
                 later = step + AHEAD
                 exists = left > later
                 coming_x = shifted(coming_x, load_token(from_x, later, exists, inside, C, WHOLE))
                 coming_dy = shifted(coming_dy, load_token(from_dy, later, exists, inside, C, WHOLE))
+                coming_seen = seen_later(coming_seen, past, at + later, exists)
             else:
                 coming_x, coming_dy = coming_x[1:], coming_dy[1:]
+                if past is not None:
+                    coming_seen = coming_seen[1:]
             if lengths is not None:
                 do = tl.where((counted > step)[:, None], do, 0.0)
-            seen = load_seen(past, at + step, left > step)
             dz = through_silu(full, weights, do, seen, W, UNIT)
             added = spread(pending, weights, dz, seen, W)
             window, pending = full[1:], added[1:]

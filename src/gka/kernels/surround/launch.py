@@ -120,11 +120,14 @@ def _segments(parts: Parts, elements: int) -> tuple[dict[str, int], tuple[int, i
 
 
 def segment_length(tokens: int, tiles: int, segments: int) -> int:
-    """Tokens of a segment: the longest that leaves enough programs, as each segment rereads W - 1 tokens."""
-    for length in (256, 128, 64, 32):
+    """Tokens of a segment: the longest that leaves enough programs, as each segment rereads W - 1 tokens.
+
+    At least WIDEST_CONVOLUTION - 1, for dx of a segment's tokens to begin in it.
+    """
+    for length in (256, 128, 64, 32, 16):
         if tokens * tiles >= ENOUGH * segments * length:
             return length
-    return 16
+    return 8
 
 
 def _rows(elements: int, block: int) -> int:
