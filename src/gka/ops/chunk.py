@@ -254,7 +254,9 @@ def _derived(*inputs: Tensor | State | None) -> bool:
     """Whether a gradient of any input may be asked for."""
     if not torch.is_grad_enabled():
         return False
-    flat = [x for y in inputs if y is not None for x in (y if isinstance(y, tuple | list) else (y,))]
+    flat = [
+        x for y in inputs if y is not None for x in (y if isinstance(y, tuple | list) else (y,))
+    ]
     return any(x.requires_grad for x in flat)
 
 

@@ -164,29 +164,28 @@ def seen_later(seen, past, at, exists):
 
 
 @triton.jit
-def seen_now(seen, past):
-    """The first entry of seen_ahead; None if not packed."""
-    if past is None:
-        return None
-    else:  # noqa: RET505 - a compile-time branch
-        return seen[0].to(tl.int32)
+def seen_now(seen, past, at):
+    """The first entry of seen_ahead; of no use, like `at`, if not packed."""
+    first = at
+    if past is not None:
+        first = seen[0].to(tl.int32)
+    return first
 
 
 @triton.jit
-def where_seen(x, seen, back: tl.constexpr):
+def where_seen(x, seen, back: tl.constexpr, PACKED: tl.constexpr):
     """x where the token `back` places back belongs to the same packed sequence, else 0."""
-    if seen is None:
-        return x
-    else:  # noqa: RET505 - a compile-time branch
-        return tl.where((seen >= back)[:, None], x, 0.0)
+    if PACKED:
+        x = tl.where((seen >= back)[:, None], x, 0.0)
+    return x
 
 
 @triton.jit
-def filtered(window, weights, seen, W: tl.constexpr):
+def filtered(window, weights, seen, W: tl.constexpr, PACKED: tl.constexpr):
     """z of the newest of W tokens."""
     z = weights[W - 1] * window[W - 1]
     for i in tl.static_range(W - 1):
-        z += weights[i] * where_seen(window[i], seen, W - 1 - i)
+        z += weights[i] * where_seen(window[i], seen, W - 1 - i, PACKED)
     return z
 
 
@@ -204,6 +203,7 @@ def convolve_tile(
     channels = tile * D + cols
     inside = (cols < D) & (channels < C)
     WHOLE: tl.constexpr = divides(D, C) and divides(BD, D)
+    PACKED: tl.constexpr = past is not None
     start = (b.to(tl.int64) * T + block * (R * L)) * C
     at = block * (R * L) + segments * L
     left = T - at
@@ -222,9 +222,9 @@ def convolve_tile(
             full = window + (coming[0].to(tl.float32),)
             later = step + AHEAD
             coming = shifted(coming, load_token(from_x, later, needed > later, inside, C, WHOLE))
-            seen = seen_now(coming_seen, past)
+            seen = seen_now(coming_seen, past, at)
             coming_seen = seen_later(coming_seen, past, at + later, needed > later)
-            z = filtered(full, weights, seen, W)
+            z = filtered(full, weights, seen, W, PACKED)
             window = full[1:]
             out, _ = silu(z)
             if UNIT:
@@ -278,9 +278,11 @@ def convolution_kernel(
 
 
 @triton.jit
-def through_silu(window, weights, do, seen, W: tl.constexpr, UNIT: tl.constexpr):
+def through_silu(
+    window, weights, do, seen, W: tl.constexpr, PACKED: tl.constexpr, UNIT: tl.constexpr
+):
     """dz of the newest of W tokens from the gradient of its output."""
-    z = filtered(window, weights, seen, W)
+    z = filtered(window, weights, seen, W, PACKED)
     y, slope = silu(z)
     if UNIT:
         do = through_unit(y, do)
@@ -288,11 +290,11 @@ def through_silu(window, weights, do, seen, W: tl.constexpr, UNIT: tl.constexpr)
 
 
 @triton.jit
-def spread(pending, weights, dz, seen, W: tl.constexpr):
+def spread(pending, weights, dz, seen, W: tl.constexpr, PACKED: tl.constexpr):
     """dx of the last W tokens, the oldest complete, from `pending` of the last W - 1 before this one."""
     added = ()
     for i in tl.static_range(W - 1):
-        added = added + (pending[i] + weights[i] * where_seen(dz, seen, W - 1 - i),)
+        added = added + (pending[i] + weights[i] * where_seen(dz, seen, W - 1 - i, PACKED),)
     return added + (weights[W - 1] * dz,)
 
 
@@ -311,6 +313,7 @@ def through_tile(
     channels = tile * D + cols
     inside = (cols < D) & (channels < C)
     WHOLE: tl.constexpr = divides(D, C) and divides(BD, D)
+    PACKED: tl.constexpr = past is not None
     start = (b.to(tl.int64) * T + block * (R * L)) * C
     at = block * (R * L) + segments * L
     left = T - at
@@ -341,15 +344,15 @@ def through_tile(
             coming_dy = shifted(coming_dy, load_token(from_dy, later, exists, inside, C, WHOLE))
             if lengths is not None:
                 do = tl.where((counted > step)[:, None], do, 0.0)
-            seen = seen_now(coming_seen, past)
+            seen = seen_now(coming_seen, past, at)
             coming_seen = seen_later(coming_seen, past, at + later, exists)
-            dz = through_silu(full, weights, do, seen, W, UNIT)
+            dz = through_silu(full, weights, do, seen, W, PACKED, UNIT)
             if partial is not None:
                 summed = ()
                 for i in tl.static_range(W):
-                    summed = summed + (sums[i] + where_seen(dz, seen, W - 1 - i) * full[i],)
+                    summed = summed + (sums[i] + where_seen(dz, seen, W - 1 - i, PACKED) * full[i],)
                 sums = summed
-            added = spread(pending, weights, dz, seen, W)
+            added = spread(pending, weights, dz, seen, W, PACKED)
             window, pending = full[1:], added[1:]
             if dx is not None:
                 done = step - (W - 1)
@@ -359,7 +362,7 @@ def through_tile(
         for more in tl.static_range(W - 1):
             step = L + more
             full, do = window + (coming_x[0].to(tl.float32),), coming_dy[0].to(tl.float32)
-            seen = seen_now(coming_seen, past)
+            seen = seen_now(coming_seen, past, at)
             if more + AHEAD < W - 1:
                 later = step + AHEAD
                 exists = left > later
@@ -372,8 +375,8 @@ def through_tile(
                     coming_seen = coming_seen[1:]
             if lengths is not None:
                 do = tl.where((counted > step)[:, None], do, 0.0)
-            dz = through_silu(full, weights, do, seen, W, UNIT)
-            added = spread(pending, weights, dz, seen, W)
+            dz = through_silu(full, weights, do, seen, W, PACKED, UNIT)
+            added = spread(pending, weights, dz, seen, W, PACKED)
             window, pending = full[1:], added[1:]
             done = step - (W - 1)
             store_token(dx + start + offsets, added[0], done, left > done, inside, C, WHOLE)

@@ -26,8 +26,8 @@ from gka.kernels.triton.plan import Launcher
 TILE = 128  # channels of a tile of values, which have no norm per head
 ENOUGH = 1024  # programs that fill any GPU; segments grow only beyond them
 NORM_PROGRAMS = 1024  # programs of the norm's gradient, whose parts of dw are summed
-UNROLL = 4  # steps per iteration of the convolution's gradient
-AHEAD = 4  # tokens that the convolution's gradient loads ahead
+UNROLL = 4  # steps per iteration of the convolutions
+AHEAD = 2  # tokens that the convolutions load ahead
 
 _launchers: dict[tuple, Launcher] = {}
 Three = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -155,8 +155,8 @@ def convolve_backward(
     parts: Parts, dout: Three, with_x: bool, with_weights: bool
 ) -> tuple[Three, Three]:
     """Gradients of the inputs and of the weights; None where not wanted."""
-    # a tile and its windows must fit the registers
-    sizes, (length, blocks), grid = _segments(parts, 1024 if parts.width <= 4 else 512)
+    # four elements a thread: with eight, registers leave room for half as many warps
+    sizes, (length, blocks), grid = _segments(parts, 512)
     dx: Three = _like(parts.x) if with_x else (None, None, None)
     partial = None
     if with_weights:
