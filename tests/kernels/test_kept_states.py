@@ -141,7 +141,8 @@ def test_kept_states_change_no_bit_on_a_gpu(backend: str, solver: str) -> None:
         "dims": (128, 128),
         "dtype": torch.bfloat16,
     }
-    for more in ({"batch": 2, "states": True}, {"bounds": [0, 100, 1000, 2000]}):
+    calls: list[dict[str, Any]] = [{"batch": 2, "states": True}, {"bounds": [0, 100, 1000, 2000]}]
+    for more in calls:
         leaves, options = inputs(2000, device="cuda", **sizes, **more)
         options |= {"backend": backend, "solver": solver}
         expected = outcome(leaves, **options)
