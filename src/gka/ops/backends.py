@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
+from gka.kernels.kept import kept_shape
 from gka.maths.adjoint import Gradients, chunk_backward
 from gka.maths.chunked import (
     Forward,
@@ -84,10 +85,8 @@ class Backend:
             scales; None if x is stored in the working precision, without scales.
         solvers: names of its solvers.
         stepper: its ops on states in place; None if it has none.
-        steps: what `ops.solver_steps` returns for the backend's mode "chunk".
-        states: `maths.chunked.chunk_states`.
-        kept_shape: of the array in which mode "chunk" keeps states for the backward pass; None if the backend
-            keeps none.
+        steps, states: `maths.chunked.token_steps` and `chunk_states`, of mode "chunk".
+        kept_shape: of the states that mode "chunk" keeps for the backward pass; None: it keeps none.
     """
 
     name: str
@@ -104,8 +103,7 @@ class Backend:
 
 
 def _torch_backward(tokens: Tokens, x: Tensor | None, x_scale: Tensor | None, *rest) -> Gradients:
-    *rest, _kept = rest
-    return chunk_backward(tokens, x, *rest)
+    return chunk_backward(tokens, x, *rest[:-1])  # without kept states
 
 
 TORCH = Backend(
@@ -246,11 +244,6 @@ def _on_gpu(
 
         with current(tokens.q.device):
             return chunk_states(passes(settings), tokens, settings)
-
-    def kept_shape(tokens: Tokens, settings: Settings) -> tuple[int, int]:
-        from gka.kernels.kept import kept_shape
-
-        return kept_shape(tokens, settings)
 
     return Backend(
         name=name,

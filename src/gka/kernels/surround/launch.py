@@ -13,11 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
-from gka.kernels.surround.convolution import (
-    convolution_backward_kernel,
-    convolution_kernel,
-    sum_places_kernel,
-)
+from gka.kernels.surround.convolution import convolution_kernel
+from gka.kernels.surround.convolution_back import convolution_backward_kernel, sum_places_kernel
 from gka.kernels.surround.gated_norm import gated_norm_backward_kernel, gated_norm_kernel
 from gka.kernels.surround.gates import gates_backward_kernel, gates_kernel
 from gka.kernels.surround.step import step_kernel
