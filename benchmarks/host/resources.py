@@ -138,6 +138,7 @@ def run_around(dim: int, dtype: torch.dtype, heads: int = 16, length: int = 2048
     none: surround.Three = (None, None, None)
     past = torch.zeros(length, dtype=torch.uint8)
     for held, before, seen in ((states, None, lengths), (none, past, None)):
+        surround._launchers.clear()  # a compiled kernel would be launched
         parts = surround.Parts(heads_of(length), weights, held, before, seen, dim)
         surround.convolve(parts)
         surround.convolve_backward(parts, heads_of(length), True, True)

@@ -7,7 +7,7 @@ EXCEPTIONS = {
     "src/gka/experiments/numerics.py": 370,
     "src/gka/models/decoder.py: GKAModel.forward": 52,
     "src/gka/ops/backends.py": 400,
-    "src/gka/ops/backends.py: _on_gpu": 54,
+    "src/gka/ops/backends.py: _on_gpu": 55,
     "src/gka/ops/checks.py": 383,
     "benchmarks/op/tune.py": 360,
 }

@@ -130,6 +130,44 @@ def test_kernels_read_what_the_ones_before_wrote(monkeypatch) -> None:
     assert scan["first_maxima"] == gradients["z_maxima"] != gradients["k_maxima"]
 
 
+def test_kernels_read_what_the_forward_pass_has_kept(monkeypatch) -> None:
+    """With kept states the backward pass launches no scan over them; its kernels point to where the forward
+    pass's scan wrote, whatever the size of a group, and E of U goes elsewhere."""
+    from gka.kernels import backward, forward
+    from gka.kernels.hopper import build
+    from gka.kernels.hopper.passes import HOPPER
+
+    made: list[tuple[str, dict]] = []
+    monkeypatch.setattr(
+        build,
+        "kernel_of",
+        lambda _, name, *__: lambda _, given: made.append((name, pointers(given))),
+    )
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "kind_of", lambda *_: None)  # nothing is replayed
+    monkeypatch.setattr(backward, "CHUNK_HEADS", 4 * CHUNKS)
+    t, settings = tokens(3), Settings(1.0, 0.02, 30, 64, True, False, keep_states=True)
+    out = forward.chunk_forward(HOPPER, t, settings)
+    given = (t, out.x, out.x_scale, torch.ones_like(t.q), None, None, settings, out.kept)
+    backward.chunk_backward(HOPPER, *given)
+    names = ["scan_states", "forward", "adjoint", "scan_back", "gradients"]
+    assert [name for name, _ in made if not name.startswith(("sums", "combine"))] == names
+    at = dict(made)
+    states, adjoint, back, last = (at[name] for name in (names[0], *names[2:]))
+    assert out.kept is not None
+    begin, end = out.kept.data_ptr(), out.kept.data_ptr() + out.kept.nbytes
+    for side in "hu":
+        assert begin <= states[f"{side}.states"] < end
+        assert not begin <= back[f"{side}.states"] < end
+        assert states[f"{side}.states"] == adjoint[f"{side}_start"] == back[f"{side}.stored"]
+        assert (
+            states[f"{side}.bounds"] == adjoint[f"{side}_scales"] == back[f"{side}.stored_bounds"]
+        )
+    assert states["h.norms"] == adjoint["h_norms"] == last["h_norms"]
+    assert states["first_maxima"] == back["key_maxima"] == last["k_maxima"]
+    assert states["second_maxima"] == last["v_maxima"]
+
+
 def test_initial_states_are_made_float32_once_and_held(monkeypatch) -> None:
     """Every group reads the same initial states, alive at every launch; nothing else is made of them."""
     from gka.kernels import call

@@ -18,11 +18,13 @@ from gka.kernels.arrays import InputGradients
 from gka.kernels.call import GpuCall, packed_chunks, prepared
 from gka.kernels.hopper import build
 from gka.kernels.hopper.passes import HOPPER
+from gka.kernels.kept import kept_shape
 from gka.kernels.replay import Recorder
 from gka.maths.chunked import Settings, Tokens
 
 B, T, H, K = 2, 200, 4, 64
 INPUTS = Tokens._fields[:-2]
+RESULTS = ("o", "x", "h", "u", "x_scale", "kept")
 CASES: dict[str, dict[str, Any]] = {
     "all": {},
     "two decays": {"gk": True},
@@ -34,7 +36,11 @@ CASES: dict[str, dict[str, Any]] = {
     "shared heads, groups": {"key_heads": 2, "value_heads": 2, "chunk_heads": 16},
     # other bounds each time, with as many chunks
     "packed": {"packed": itertools.cycle([[0, 64, 64, 300, 400], [0, 60, 60, 300, 400]])},
-}
+    "states kept": {"keep": True, "key_heads": 2},
+    "states kept, packed": {
+        "keep": True, "packed": itertools.cycle([[0, 64, 64, 300, 400], [0, 60, 60, 300, 400]]),
+    },
+}  # fmt: skip
 
 
 def tokens_of(options: dict[str, Any]) -> tuple[Tokens, bool]:
@@ -55,8 +61,8 @@ def tokens_of(options: dict[str, Any]) -> tuple[Tokens, bool]:
     return given, given.g is not None and gk is None
 
 
-def settings_of(tied: bool) -> Settings:
-    return Settings(0.125, 0.02, 30, 64, tied, True)
+def settings_of(tied: bool, keep: bool = False) -> Settings:
+    return Settings(0.125, 0.02, 30, 64, tied, True, keep_states=keep)
 
 
 Places = list[dict[int, object]]  # of each launch: what each pointer belongs to
@@ -65,6 +71,11 @@ Places = list[dict[int, object]]  # of each launch: what each pointer belongs to
 def named(tensors: dict[str, Tensor | None]) -> dict[int, str]:
     """Names by address."""
     return {x.data_ptr(): name for name, x in tensors.items() if x is not None and x.numel()}
+
+
+def within(kept: Tensor | None, offsets: list[int]) -> dict[int, str]:
+    """Names by address of the sections of kept states."""
+    return {} if kept is None else {kept.data_ptr() + at: f"kept + {at}" for at in offsets}
 
 
 def directly(
@@ -116,7 +127,8 @@ def check(kept: Any, direct: Callable, replayed: Callable) -> None:
     sizes = {id(x): x.nbytes for place in places for x in place.values() if isinstance(x, Tensor)}
     ends = sorted((begin, begin + sizes[x]) for x, begin in scratch.items())
     assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(ends))
-    assert ends[-1][1] - ends[0][0] <= recording.size
+    # a forward pass that keeps its states may have no scratch
+    assert not ends or ends[-1][1] - ends[0][0] <= recording.size
 
 
 class Kernel:
@@ -163,12 +175,13 @@ def inputs(tokens: Tokens) -> dict[str, Tensor | None]:
 @pytest.mark.parametrize("case", CASES)
 def test_a_forward_pass_is_replayed_on_new_tensors(case: str, made: None) -> None:
     """Each pointer leads to the same input, result or array of scratch as without a recording."""
-    options = CASES[case]
+    options, keep = CASES[case], "keep" in CASES[case]
     held: list[Any] = []
+    offsets: list[int] = []
 
     def direct():
         tokens, tied = tokens_of(options)
-        call = GpuCall(HOPPER, prepared(tokens, True), settings_of(tied))
+        call = GpuCall(HOPPER, prepared(tokens, True), settings_of(tied, keep))
         tables = dict(zip("slbm", call.chunks.tables, strict=True))
         results: list[Any] = []
 
@@ -176,21 +189,28 @@ def test_a_forward_pass_is_replayed_on_new_tensors(case: str, made: None) -> Non
             results.extend(forward_pass._run(HOPPER, call, execute))
 
         held.append((tokens, call))
-        outs = lambda: dict(zip(("o", "x", "h", "u", "x_scale"), results, strict=True))  # noqa: E731
         t = dict(zip(INPUTS, call.t.inputs, strict=True))
-        return directly(run, lambda: named(t | tables | outs()))
+
+        def names() -> dict[int, str]:
+            offsets[:] = [offset for _, _, offset in call.views]
+            outs = dict(zip(RESULTS, results, strict=True))
+            return named(t | tables | outs) | within(results[-1], offsets)
+
+        return directly(run, names)
 
     def replayed():
         tokens, tied = tokens_of(options)
         t = prepared(tokens, True)
-        out = forward_pass.chunk_forward(HOPPER, t, settings_of(tied))
+        out = forward_pass.chunk_forward(HOPPER, t, settings_of(tied, keep))
         (recording,) = forward_pass.RECORDINGS.held.values()
         tables = tables_of(t, tied, recording)
         held.append((t, out))
-        outs = {n: getattr(out, n) for n in ("o", "x", "h", "u", "x_scale")}
-        return named(dict(zip(INPUTS, t.inputs, strict=True)) | tables | outs)
+        outs = {n: getattr(out, n) for n in RESULTS}
+        names = named(dict(zip(INPUTS, t.inputs, strict=True)) | tables | outs)
+        return names | within(out.kept, offsets)
 
     check(forward_pass.RECORDINGS, direct, replayed)
+    assert len(offsets) == (7 if keep else 0)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -198,13 +218,14 @@ def test_a_backward_pass_is_replayed_on_new_tensors(
     case: str, made: None, monkeypatch: Any
 ) -> None:
     """As of the forward pass; heads that share are added up in between, from the replay's own scratch."""
-    options = CASES[case]
+    options, keep = CASES[case], "keep" in CASES[case]
+    offsets: list[int] = []
     if "chunk_heads" in options:
         monkeypatch.setattr(backward_pass, "CHUNK_HEADS", options["chunk_heads"])
-    after_names = ("x", "x_scale", "do", "dh", "du")
+    after_names = ("x", "x_scale", "do", "dh", "du", "kept")
     held: list[Any] = []
 
-    def after(t: Tokens) -> tuple[Tensor, ...]:
+    def after(t: Tokens, tied: bool) -> tuple[Tensor | None, ...]:
         n = B if t.cu_seqlens is None else len(t.cu_seqlens) - 1
         ends = [torch.rand(n, H, K, K) for _ in range(2)]
         rows = t.q.shape[:3]
@@ -213,11 +234,13 @@ def test_a_backward_pass_is_replayed_on_new_tensors(
             torch.rand(rows),
             torch.rand(t.q.shape).bfloat16(),
             *ends,
+            torch.zeros(kept_shape(t, settings_of(tied)), dtype=torch.uint8) if keep else None,
         )
 
     def direct():
         tokens, tied = tokens_of(options)
-        call, rest = GpuCall(HOPPER, prepared(tokens, True), settings_of(tied)), after(tokens)
+        call = GpuCall(HOPPER, prepared(tokens, True), settings_of(tied, keep))
+        rest = after(tokens, tied)
         results: list[Any] = []
         held.append((tokens, call, rest))
 
@@ -228,28 +251,35 @@ def test_a_backward_pass_is_replayed_on_new_tensors(
             t = dict(zip(INPUTS, call.t.inputs, strict=True))
             outs = dict(zip(InputGradients._fields, results, strict=True))
             tables = dict(zip("slbm", call.chunks.tables, strict=True))
-            return named(t | dict(zip(after_names, rest, strict=True)) | outs | tables)
+            offsets[:] = [offset for _, _, offset in call.views]
+            found = named(t | dict(zip(after_names, rest, strict=True)) | outs | tables)
+            return found | within(rest[-1], offsets)
 
         return directly(run, names)
 
     def replayed():
         tokens, tied = tokens_of(options)
-        t, rest, found = prepared(tokens, True), after(tokens), []
+        t, rest, found = prepared(tokens, True), after(tokens, tied), []
         collect = backward_pass._collect
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
                 backward_pass, "_collect", lambda *a: (found.append(a[-1]), collect(*a))[1]
             )
-            x, x_scale, do, dh, du = rest
-            out = backward_pass.chunk_backward(HOPPER, t, x, x_scale, do, dh, du, settings_of(tied))
+            x, x_scale, do, dh, du, kept = rest
+            assert do is not None
+            out = backward_pass.chunk_backward(
+                HOPPER, t, x, x_scale, do, dh, du, settings_of(tied, keep), kept
+            )
         (recording,) = backward_pass.RECORDINGS.held.values()
         held.append((t, rest, out, found))
         tables = tables_of(t, tied, recording)
         outs = dict(zip(InputGradients._fields, found[0], strict=True))
         t = dict(zip(INPUTS, t.inputs, strict=True))
-        return named(t | dict(zip(after_names, rest, strict=True)) | outs | tables)
+        names = named(t | dict(zip(after_names, rest, strict=True)) | outs | tables)
+        return names | within(rest[-1], offsets)
 
     check(backward_pass.RECORDINGS, direct, replayed)
+    assert len(offsets) == (7 if keep else 0)
 
 
 def test_shared_heads_are_added_up_from_scratch(made: None, monkeypatch: Any) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
-from gka.models import GKAForCausalLM, selective_checkpointing
+from gka.errors import InputError
+from gka.models import GKAForCausalLM, keep_states, selective_checkpointing
 from gka.models.recomputation import PRODUCTS, SEQUENCE_OPS, checkpoint_arguments
 from gka.ops import autograd
 from gka.training.config import CHECKPOINTING
@@ -135,6 +136,19 @@ def test_the_trainer_takes_it(build: Build, ids: Ids, tmp_path: Path):
     assert model.is_gradient_checkpointing
     stored = torch.load(tmp_path / "checkpoint-1" / "training_args.bin", weights_only=False)
     assert stored.gradient_checkpointing_kwargs == selective_checkpointing()
+
+
+def test_states_are_kept_in_every_gka_layer(build: Build, ids: Ids):
+    """keep_states reaches the op in each GKA layer, which refuses it where no kernel runs, until it is taken
+    back; a model without such layers refuses it itself."""
+    model, tokens = build(mixers=MIXERS).train(), ids(1, 30)
+    keep_states(model)
+    with pytest.raises(InputError, match="keep_states=True needs the backend"):
+        model(input_ids=tokens)
+    keep_states(model, False)
+    model(input_ids=tokens)
+    with pytest.raises(InputError, match="no GKA layer"):
+        keep_states(build(mixers=["attention"]))
 
 
 def test_other_names_are_refused():

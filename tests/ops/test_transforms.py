@@ -167,12 +167,12 @@ def test_operators_keep_their_promises(num_iter, solver):
     """torch.library.opcheck: schemas, fake implementations and aliasing of gka::forward and ::backward."""
     p = make_problem(0, (4, 2, 1), (5, 3), decay="separate", lengths=[3, 0, 20])
     tensors = (p.q, p.k, p.v, p.g, p.gk, p.alpha, p.beta, p.h0, p.u0, p.cu_seqlens, p.cu_seqlens)
-    numbers = (1.0, 0.02, num_iter, 16, False, True, solver)
+    numbers = (1.0, 0.02, num_iter, 16, False, True, solver, False)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(forward_op, (*tensors, *numbers, "chunk", "torch"), test_utils=tests)
-    o, x, x_scale, h, u = forward_op(*tensors, *numbers, "chunk", "torch")
+    o, x, x_scale, h, u, kept = forward_op(*tensors, *numbers, "chunk", "torch")
     torch.library.opcheck(
-        backward_op, (*tensors, x, x_scale, o, h, u, *numbers, "torch"), test_utils=tests
+        backward_op, (*tensors, x, x_scale, kept, o, h, u, *numbers, "torch"), test_utils=tests
     )
     none = (p.q, p.k, p.v, *[None] * 8)
     torch.library.opcheck(forward_op, (*none, *numbers, "recurrent", "torch"), test_utils=tests)

@@ -68,6 +68,13 @@ def test_a_long_sequence_with_checkpointing_is_as_measured(way: str) -> None:
     assert found.memory.total / 2**30 == pytest.approx(gib, rel=0.15)
 
 
+def test_kept_states_are_counted() -> None:
+    """134 MB a GKA layer of 8 heads of 128 and 16384 tokens, and none of a mixer that keeps no states."""
+    for mixer, bytes_ in (("gka", 24 * 2 * 256 * 8 * 128 * 256), ("attention", 0)):
+        plain, kept = (_plan(_job(mixer, keep_states=keep)).memory for keep in (False, True))
+        assert kept.activations - plain.activations == bytes_
+
+
 def test_a_small_model_is_bound_by_the_host() -> None:
     """28 M parameters: 48.9 ms a step, of which kernels fill 28.5, and the plan says why."""
     small = {"vocab_size": 256, "hidden_size": 512, "num_hidden_layers": 8}

@@ -127,6 +127,12 @@ def test_gradient_checkpointing_changes_memory_only(
     assert metrics["evaluation"]["loss"] == pytest.approx(expected, rel=1e-6)
 
 
+def test_keep_states_reaches_the_layers(run_tiny: Run, tmp_path: Path) -> None:
+    """[training] keep_states is refused by the first GKA layer on a CPU, whose backend keeps none."""
+    with pytest.raises(InputError, match="keep_states=True needs the backend"):
+        run_tiny(tmp_path / "run", {"training": {"keep_states": True}})
+
+
 def test_bfloat16_is_autocast_over_float32_weights(
     run_tiny: Run, tmp_path: Path, reference: Reference
 ) -> None:

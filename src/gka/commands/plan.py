@@ -146,6 +146,7 @@ def _job(
     return Job(
         model, config.data.sequence_length, opt.at_least_one("--batch-size", micro), blocks,
         training.max_steps, layout, training.dtype == "bfloat16", way,
+        training.keep_states,
     )  # fmt: skip
 
 

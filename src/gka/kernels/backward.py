@@ -1,4 +1,7 @@
-"""The backward pass on a GPU, group of heads by group: scan again, adjoint, scan back, gradients."""
+"""The backward pass on a GPU, group of heads by group: scan again, adjoint, scan back, gradients.
+
+Where the forward pass has kept the states, there is no second scan, and all heads are one group.
+"""
 
 from math import prod
 
@@ -15,6 +18,7 @@ from gka.kernels.arrays import (
     Solutions,
 )
 from gka.kernels.call import GpuCall, aligned, op_dtype, packed_chunks, prepared
+from gka.kernels.kept import kept_states
 from gka.kernels.passes import Executor, Launch, Passes, execute
 from gka.kernels.replay import Ran, Recordings, apart, kind_of
 from gka.maths.adjoint import Gradients
@@ -35,18 +39,20 @@ def chunk_backward(
     dh_final: Tensor | None,
     du_final: Tensor | None,
     settings: Settings,
+    kept: Tensor | None = None,
 ) -> Gradients:
-    """`gka.maths.adjoint.chunk_backward` on the GPU, from `chunk_forward`'s x and x_scale."""
+    """`gka.maths.adjoint.chunk_backward` on the GPU, from `chunk_forward`'s x, x_scale and kept."""
     t = prepared(tokens, passes.float_gates)
     if x is not None and x_scale is None:  # from the recurrent form
         x_scale = x.abs().amax(-1)
         x = (x / x_scale.clamp_min(1e-37)[..., None]).to(op_dtype(t.q.dtype))
-    after = tuple(aligned(y) for y in (x, x_scale, do, dh_final, du_final))
-    missing = (dh_final is None, du_final is None)
+    after = tuple(aligned(y) for y in (x, x_scale, do, dh_final, du_final, kept))
+    missing = (dh_final is None, du_final is None, kept is None)
     chunks = None if t.cu_seqlens is None else packed_chunks(passes, t, settings)
     tables = () if chunks is None else chunks.tables
     kind = kind_of(passes, t, settings, chunks, do.dtype, missing, CHUNK_HEADS)
-    if chunks is not None and chunks.num_chunks * t.q.shape[2] > CHUNK_HEADS:
+    many = chunks is not None and chunks.num_chunks * t.q.shape[2] > CHUNK_HEADS
+    if many and kept is None:
         kind = None  # groups of heads cut packed sequences anew
     if kind is None:
         call = GpuCall(passes, t, settings, chunks)
@@ -65,10 +71,11 @@ def chunk_backward(
 def _run(
     passes: Passes, call: GpuCall, after: tuple[Tensor | None, ...], execute: Executor
 ) -> InputGradients:
-    """All launches of the pass. after: x, x_scale, do, dh_final, du_final."""
-    x, x_scale, do, dh_final, du_final = after
+    """All launches of the pass. after: x, x_scale, do, dh_final, du_final, kept."""
+    x, x_scale, do, dh_final, du_final, kept = after
     assert do is not None
-    call.split_heads(CHUNK_HEADS)
+    if kept is None:
+        call.split_heads(CHUNK_HEADS)
     with_h = call.solves or dh_final is not None
     call.signature = (*call.signature, do.dtype, dh_final is None, du_final is None)
     back = BackwardArrays(
@@ -78,8 +85,9 @@ def _run(
         _input_gradients(call, with_h),
     )
     for heads in call.groups:
-        group = _group(passes, call, heads, back, with_h)
-        execute(passes.scan(call, heads, group.h, group.u, group.maxima))
+        group = _group(passes, call, heads, back, with_h, kept)
+        if kept is None:
+            execute(passes.scan(call, heads, group.h, group.u, group.maxima))
         execute(passes.adjoint(call, group, back))
         execute(passes.scan_back(call, group, back))
         execute(passes.gradients(call, group, back))
@@ -109,15 +117,24 @@ def _input_gradients(call: GpuCall, with_h: bool) -> InputGradients:
 
 
 def _group(
-    passes: Passes, call: GpuCall, heads: Heads, back: BackwardArrays, with_h: bool
+    passes: Passes,
+    call: GpuCall,
+    heads: Heads,
+    back: BackwardArrays,
+    with_h: bool,
+    kept: Tensor | None,
 ) -> Group:
-    h, u = call.moments(heads, with_h, final=False)
+    if kept is None:
+        (h, u), maxima = call.moments(heads, with_h, final=False), call.maxima(heads)
+    else:
+        states = kept_states(call, kept, final=False)
+        h, u, maxima = states.h if with_h else None, states.u, states.maxima(call)
     ends_h, ends_u = passes.ends(call, heads, h, u)
     return Group(
         heads=heads,
         h=h,
         u=u,
-        maxima=call.maxima(heads),
+        maxima=maxima,
         adjoint=_adjoint(call, heads) if call.solves else None,
         start_u=call.scratch("start u", *call.t.q.shape[:2], heads.count),
         ends_h=ends_h,

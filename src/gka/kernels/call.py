@@ -102,7 +102,9 @@ class GpuCall:
         chunks: the tables; those of all heads may be given.
         signature: what compiled kernels depend on besides the sizes: which arguments exist (`stop` among
             them), their dtypes, and the integers among them.
-        kept: objects that a backend keeps for this call.
+        held: objects that a backend holds for this call.
+        kept: the array of states from or for the other pass (`gka.kernels.kept`), or None.
+        views: parts of other arrays that launches read or write: (part, array, its offset in bytes).
     """
 
     def __init__(
@@ -129,7 +131,9 @@ class GpuCall:
             self.stop is None,
             *(None if x is None else x.dtype for x in optional),
         )
-        self.kept: dict[Any, Any] = {}
+        self.held: dict[Any, Any] = {}
+        self.kept: Tensor | None = None
+        self.views: list[tuple[Tensor, Tensor, int]] = []
         self._scratch: dict[str, Tensor] = {}
         self._cut(self.H, chunks)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gka.kernels.arrays import Moments
 from gka.kernels.call import GpuCall, packed_chunks, prepared
+from gka.kernels.kept import kept_shape, kept_states
 from gka.kernels.passes import Executor, Passes, execute
 from gka.kernels.replay import Ran, Recordings, apart, kind_of
 from gka.maths.chunked import Forward, ScannedStates, Settings, Tokens
@@ -33,12 +34,18 @@ def chunk_forward(passes: Passes, tokens: Tokens, settings: Settings) -> Forward
 def _run(passes: Passes, call: GpuCall, execute: Executor) -> tuple[Any, ...]:
     """The fields of `Forward`."""
     t, (heads,) = call.t, call.groups
-    h, u = call.moments(heads, call.solves or call.settings.with_h, final=True)
+    kept = maxima = None
+    if call.settings.keep_states:
+        kept = call.empty(*kept_shape(t, call.settings), dtype=torch.uint8)
+        states = kept_states(call, kept, final=True)
+        h, u, maxima = states.h, states.u, states.maxima(call)
+    else:
+        h, u = call.moments(heads, call.solves or call.settings.with_h, final=True)
     x, x_scale = solutions = call.solutions()
     o = call.empty(*t.q.shape[:3], call.V, dtype=t.q.dtype)
-    execute(passes.scan(call, heads, h, u, None))
+    execute(passes.scan(call, heads, h, u, maxima))
     execute(passes.solve_and_readout(call, heads, h, u, solutions, o))
-    return o, x, None if h is None else h.final, u.final, x_scale
+    return o, x, None if h is None else h.final, u.final, x_scale, kept
 
 
 def chunk_steps(passes: Passes, tokens: Tokens, settings: Settings) -> Tensor:

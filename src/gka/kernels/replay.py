@@ -68,6 +68,9 @@ class Recording:
         for x in call.scratches:
             self.place[id(x)] = (len(slots), self.size)
             self.size += -(-x.nbytes // ALIGNMENT) * ALIGNMENT
+        for part, whole, offset in call.views:
+            slot, first = self.place[id(whole)]
+            self.place[id(part)] = (slot, first + offset)
         self.device = next(x for x in slots if x is not None).device
         self.table_addresses = [x.data_ptr() for x in tables]
         self.lock = threading.Lock()  # two threads must not write to the block at once

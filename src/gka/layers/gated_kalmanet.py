@@ -51,6 +51,10 @@ class GatedKalmaNet(RecurrentMixer):
             "torch" and "reference" run plain torch throughout.
         solver: of the ops: "chebyshev", or "adaptive" or "cg" for fewer steps with the same error bound.
 
+    Attributes:
+        keep_states: whether calls with gradient keep the states at chunk starts for the backward pass, as in
+            `chunk_gka`; False at first (`gka.models.keep_states`).
+
     Raises:
         ValueError: sizes or options that do not fit; the message names which.
     """
@@ -108,6 +112,7 @@ class GatedKalmaNet(RecurrentMixer):
         check_known(backend)
         self.backend = backend
         self.solver = check_solver(solver)
+        self.keep_states = False
         if kv_mix and kv_rank is None:
             raise ValueError("kv_mix is a part of the learned expansion: it needs kv_rank")
         if kv_rank is not None:
@@ -129,7 +134,8 @@ class GatedKalmaNet(RecurrentMixer):
                 solver=self.solver,
             )  # fmt: skip
             return o, ()
-        op = fused_recurrent_gka if call.stepwise else partial(chunk_gka, context=call.context)
+        chunks = partial(chunk_gka, context=call.context, keep_states=self.keep_states)
+        op = fused_recurrent_gka if call.stepwise else chunks
         o, states = op(
             *given, initial_state=(call.states[0], call.states[1]) if call.states else None,
             output_final_state=call.keep, cu_seqlens=call.cu_seqlens, beta=gates.beta, backend=self.backend,

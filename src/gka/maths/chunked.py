@@ -37,6 +37,7 @@ class Settings:
         with_h: whether to form H even if no solve needs it (for its final state).
         solver: "chebyshev" takes r steps for all tokens; "adaptive" and "cg" take fewer within the same
             error bound.
+        keep_states: whether a GPU's forward pass keeps the states at chunk starts for the backward pass.
     """
 
     scale: float
@@ -46,6 +47,7 @@ class Settings:
     tied: bool
     with_h: bool
     solver: SolverName = "chebyshev"
+    keep_states: bool = False
 
     def make_solver(self) -> Solver:
         """The solver with this a and r."""
@@ -171,6 +173,7 @@ class Forward:
         x: the solutions [B,T,H,K], None without a solve.
         h, u: final states; h is None unless it is formed.
         x_scale: divisors of the rows of x [B,T,H]; None if x is not scaled.
+        kept: states at chunk starts for the backward pass (`Settings.keep_states`); None if not kept.
     """
 
     o: Tensor
@@ -178,6 +181,7 @@ class Forward:
     h: Tensor | None
     u: Tensor
     x_scale: Tensor | None = None
+    kept: Tensor | None = None
 
 
 def token_steps(tokens: Tokens, settings: Settings) -> Tensor:

@@ -18,7 +18,7 @@ from gka.models.cache import GKACache, cache_tensors, fill_cache, state_shapes
 from gka.models.causal_lm import GKAForCausalLM, ParameterCount, count_parameters
 from gka.models.configuration import GKAConfig
 from gka.models.decoder import GKAModel, GKAPreTrainedModel
-from gka.models.recomputation import selective_checkpointing
+from gka.models.recomputation import keep_states, selective_checkpointing
 from gka.models.solver import set_solver, solver_settings
 
 AutoConfig.register(GKAConfig.model_type, GKAConfig, exist_ok=True)
@@ -40,6 +40,7 @@ __all__ = [
     "set_solver",
     "solver_settings",
     "selective_checkpointing",
+    "keep_states",
     "ParameterCount",
     "count_parameters",
 ]

@@ -18,10 +18,11 @@ _CU_SEQLENS, _NUM_TENSORS = 9, 11  # q .. cu_seqlens, cu_seqlens_cpu come first
 
 
 def pack(tokens: Tokens, settings: Settings) -> tuple[Any, ...]:
-    """The operators' arguments: 11 tensors, then 7 numbers."""
+    """The operators' arguments: 11 tensors, then 8 numbers."""
     s = settings
     return (
         *tokens, s.scale, s.ridge_ratio, s.num_iter, s.chunk_size, s.tied, s.with_h, s.solver,
+        s.keep_states,
     )  # fmt: skip
 
 
@@ -53,23 +54,24 @@ def forward(
     tied: bool,
     with_h: bool,
     solver: str,
+    keep_states: bool,
     mode: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(o, x, x's scales, final H, final U).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(o, x, x's scales, final H, final U, states kept for the backward pass).
 
-    Empty: x without a solve, the scales if x is not scaled, H if it is not formed.
+    Empty: x without a solve, the scales if x is not scaled, H if it is not formed, the states if not kept.
     """
     tokens, settings = unpack(
         q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu,
-        scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver,
+        scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver, keep_states,
     )  # fmt: skip
     return _forward(tokens, settings, mode, backend)
 
 
 def _forward(
     t: Tokens, settings: Settings, mode: str, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     if t.cu_seqlens is not None:
         checks.check_bounds(
             t.cu_seqlens if t.cu_seqlens_cpu is None else t.cu_seqlens_cpu, t.q.shape[1]
@@ -79,7 +81,8 @@ def _forward(
         out = runs["recurrent" if mode == "recurrent" else "chunk"](t, settings)
     # The fake implementation promises the compiler contiguous results.
     x, x_scale, h = (_optional(y, out.u) for y in (out.x, out.x_scale, out.h))
-    return out.o.contiguous(), x, x_scale, h, out.u.contiguous()
+    kept = out.u.new_empty(0, dtype=torch.uint8) if out.kept is None else out.kept
+    return out.o.contiguous(), x, x_scale, h, out.u.contiguous(), kept
 
 
 forward_op = operator(forward)
@@ -97,12 +100,14 @@ def _(*arguments):
     scale_shape = (batch, length, heads) if scaled else (0,)
     h_shape = (sequences, heads, key_dim, key_dim) if solve or s.with_h else (0,)
     value_dim, work = t.v.shape[-1], t.work_dtype
+    keeps = get_backend(backend).kept_shape if s.keep_states and mode != "recurrent" else None
     return (
         t.q.new_empty(batch, length, heads, value_dim),
         t.q.new_empty(x_shape, dtype=scaled(t.q.dtype) if scaled else work),
         t.q.new_empty(scale_shape, dtype=work),
         t.q.new_empty(h_shape, dtype=work),
         t.q.new_empty((sequences, heads, key_dim, value_dim), dtype=work),
+        t.q.new_empty(keeps(t, s) if keeps else (0,), dtype=torch.uint8),
     )
 
 
@@ -120,6 +125,7 @@ def backward(
     cu_seqlens_cpu: Tensor | None,
     x: Tensor,
     x_scale: Tensor,
+    kept: Tensor,
     do: Tensor,
     dh: Tensor | None,
     du: Tensor | None,
@@ -130,25 +136,28 @@ def backward(
     tied: bool,
     with_h: bool,
     solver: str,
+    keep_states: bool,
     backend: str,
 ) -> list[Tensor]:
     """Gradients of q, k, v, g, gk, alpha, beta, h0, u0; empty where the input is None."""
     tokens, settings = unpack(
         q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu,
-        scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver,
+        scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver, keep_states,
     )  # fmt: skip
-    return _backward(tokens, settings, x, x_scale, do, dh, du, backend)
+    return _backward(tokens, settings, (x, x_scale, kept), do, dh, du, backend)
 
 
 def _backward(
-    tokens: Tokens, settings: Settings, x: Tensor, x_scale: Tensor, do: Tensor, dh: Tensor | None,
-    du: Tensor | None, backend: str,
+    tokens: Tokens, settings: Settings, made: tuple[Tensor, Tensor, Tensor], do: Tensor,
+    dh: Tensor | None, du: Tensor | None, backend: str,
 ) -> list[Tensor]:  # fmt: skip
-    run = running_backend(backend).backward
+    """made: x, its scales and the kept states, from the forward pass."""
+    run, (x, x_scale, kept) = running_backend(backend).backward, made
     with inside("gka.backward", do.device.type):
         solutions = x if settings.num_iter > 0 else None
         scales = x_scale if x_scale.numel() > 0 else None
-        grads = run(tokens, solutions, scales, do, dh, du, settings)
+        states = kept if kept.numel() > 0 else None
+        grads = run(tokens, solutions, scales, do, dh, du, settings, states)
     optional = (grads.g, grads.gk, grads.alpha, grads.beta, grads.h0, grads.u0)
     heads = (grads.q.contiguous(), grads.k.contiguous(), grads.v.contiguous())
     return [*heads, *(_optional(grad, do) for grad in optional)]
@@ -159,7 +168,7 @@ backward_op = operator(backward)
 
 @torch.library.register_fake(backward_op)
 def _(*arguments):
-    do = arguments[_NUM_TENSORS + 2]
+    do = arguments[_NUM_TENSORS + 3]
 
     def like(given: Tensor | None) -> Tensor:
         return do.new_empty(0) if given is None else given.new_empty(given.shape)
@@ -227,34 +236,34 @@ class GKAFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu,
-        scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver, mode, backend,
+        scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver, keep_states, mode, backend,
     ):  # fmt: skip
         return forward_op(
             q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, cu_seqlens_cpu,
-            scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver, mode, backend,
+            scale, ridge_ratio, num_iter, chunk_size, tied, with_h, solver, keep_states, mode, backend,
         )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         *numbers, _mode, backend = inputs[_NUM_TENSORS:]
-        _, x, x_scale, h, _ = output
-        ctx.mark_non_differentiable(x, x_scale)
-        ctx.save_for_backward(*inputs[:_NUM_TENSORS], x, x_scale)
+        _, x, x_scale, h, _, kept = output
+        ctx.mark_non_differentiable(x, x_scale, kept)
+        ctx.save_for_backward(*inputs[:_NUM_TENSORS], x, x_scale, kept)
         ctx.numbers = (*numbers, backend)
         ctx.has_h = h.numel() > 0
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, *grads):
-        do, _, _, dh, du = grads
-        *tensors, x, x_scale = ctx.saved_tensors
+        do, _, _, dh, du, _ = grads
+        *tensors, x, x_scale, kept = ctx.saved_tensors
         q, v = tensors[0], tensors[2]
         if do is None:
             do = q.new_zeros(*q.shape[:3], v.shape[-1])
         dh = dh if ctx.has_h else None
         # Compiled graphs never differentiate a backward, and Dynamo cannot trace a Function inside another.
         derive = backward_op if torch.compiler.is_compiling() else GKABackward.apply
-        grads = derive(*tensors, x, x_scale, do.contiguous(), dh, du, *ctx.numbers)
+        grads = derive(*tensors, x, x_scale, kept, do.contiguous(), dh, du, *ctx.numbers)
         given = tensors[: len(grads)]
         wanted = (None if t is None else grad for grad, t in zip(grads, given, strict=True))
         bounds = (None, None)
@@ -270,8 +279,8 @@ class GKAEager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, settings, mode, backend, *tensors):
-        o, x, x_scale, h, u = _forward(Tokens(*tensors), settings, mode, backend)
-        ctx.save_for_backward(*tensors, x, x_scale)
+        o, x, x_scale, h, u, kept = _forward(Tokens(*tensors), settings, mode, backend)
+        ctx.save_for_backward(*tensors, x, x_scale, kept)
         ctx.settings, ctx.backend, ctx.has_h = settings, backend, h.numel() > 0
         ctx.set_materialize_grads(False)
         return o, h, u
@@ -279,7 +288,7 @@ class GKAEager(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         do, dh, du = grads
-        *tensors, x, x_scale = ctx.saved_tensors
+        *tensors, x, x_scale, kept = ctx.saved_tensors
         tokens, settings = Tokens(*tensors), ctx.settings
         if do is None:
             do = tokens.q.new_zeros(*tokens.q.shape[:3], tokens.v.shape[-1])
@@ -289,6 +298,7 @@ class GKAEager(torch.autograd.Function):
                 *tensors,
                 x,
                 x_scale,
+                kept,
                 do,
                 dh,
                 du,
@@ -296,7 +306,7 @@ class GKAEager(torch.autograd.Function):
                 ctx.backend,
             )
         else:
-            found = _backward(tokens, settings, x, x_scale, do, dh, du, ctx.backend)
+            found = _backward(tokens, settings, (x, x_scale, kept), do, dh, du, ctx.backend)
         wanted = (None if t is None else grad for grad, t in zip(found, tensors, strict=False))
         return None, None, None, *wanted, None, None
 

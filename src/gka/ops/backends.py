@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
+from gka.kernels.kept import kept_shape
 from gka.maths.adjoint import Gradients, chunk_backward
 from gka.maths.chunked import (
     Forward,
@@ -77,23 +78,20 @@ class Backend:
         forward: implementation of each mode.
         backward: the derivative, the same for all modes, since they compute the same map. Takes the
             tokens, the forward pass's solutions x and their scales, the gradients of o and of the final
-            states, and the settings.
+            states, the settings, and the states that the forward pass kept, or None.
         refusal: why the backend cannot run a call; None if it can.
         automatic: whether backend="auto" may choose it on a device.
         scaled_dtype: dtype in which mode "chunk" stores x for inputs of a dtype, rows divided by their
             scales; None if x is stored in the working precision, without scales.
         solvers: names of its solvers.
         stepper: its ops on states in place; None if it has none.
-        steps: what `ops.solver_steps` returns for the backend's mode "chunk".
-        states: `maths.chunked.chunk_states`.
+        steps, states: `maths.chunked.token_steps` and `chunk_states`, of mode "chunk".
+        kept_shape: of the states that mode "chunk" keeps for the backward pass; None: it keeps none.
     """
 
     name: str
     forward: dict[Mode, Callable[[Tokens, Settings], Forward]]
-    backward: Callable[
-        [Tokens, Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None, Settings],
-        Gradients,
-    ]
+    backward: Callable[..., Gradients]
     refusal: Callable[["Call"], str | None]
     automatic: Callable[[torch.device], bool] = lambda device: True
     scaled_dtype: Callable[[torch.dtype], torch.dtype] | None = None
@@ -101,10 +99,11 @@ class Backend:
     stepper: Stepper | None = None
     steps: Callable[[Tokens, Settings], Tensor] = token_steps
     states: Callable[[Tokens, Settings], ScannedStates] = chunk_states
+    kept_shape: Callable[[Tokens, Settings], tuple[int, int]] | None = None
 
 
 def _torch_backward(tokens: Tokens, x: Tensor | None, x_scale: Tensor | None, *rest) -> Gradients:
-    return chunk_backward(tokens, x, *rest)
+    return chunk_backward(tokens, x, *rest[:-1])  # without kept states
 
 
 TORCH = Backend(
@@ -214,7 +213,7 @@ def _on_gpu(
         from gka.kernels.backward import chunk_backward
 
         with current(tokens.q.device):
-            return chunk_backward(passes(args[-1]), tokens, *args)
+            return chunk_backward(passes(args[-2]), tokens, *args)
 
     def recurrent(tokens: Tokens, settings: Settings) -> Forward:
         from gka.kernels.decode import recurrent_forward
@@ -257,6 +256,7 @@ def _on_gpu(
         stepper=Stepper(step, advance, step_refusal),
         steps=steps,
         states=states,
+        kept_shape=kept_shape,
     )
 
 

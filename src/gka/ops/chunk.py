@@ -1,14 +1,16 @@
 """chunk_gka and fused_recurrent_gka: Gated KalmaNet as functions, with FLA's call signatures."""
 
 import os
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from gka.errors import InputError
 from gka.maths.chunked import Settings, Tokens
 from gka.ops import checks
 from gka.ops.autograd import GKAEager, GKAFunction, pack
-from gka.ops.backends import Call, Mode, note_backend, resolve_backend
+from gka.ops.backends import Call, Mode, get_backend, note_backend, resolve_backend
 from gka.ops.context import SequenceContext, check_context
 from gka.ops.dispatch import autocast, check_derivable, keep, kind_of, known, no_autocast
 from gka.ops.external import EXTERNAL, Given, resolve_external
@@ -39,6 +41,7 @@ def chunk_gka(
     solver: str = "chebyshev",
     cu_seqlens_cpu: Tensor | None = None,
     context: SequenceContext | None = None,
+    keep_states: bool = False,
 ) -> tuple[Tensor, State | None]:
     """Gated KalmaNet over whole sequences, chunk by chunk (arXiv 2511.21016, section 4).
 
@@ -83,6 +86,11 @@ def chunk_gka(
             over ranks, all of which make the call. It holds cu_seqlens. initial_state is that of the whole
             sequences, the same on every rank, and only the ranks where they begin have its gradient.
             Final states are those after this rank's part of each of its sequences.
+        keep_states: keep the states at chunk starts for the backward pass, which then does not compute them
+            again: 2 H K (K + V) bytes a chunk (4 for float32 inputs), 134 MB for 8 x 2048 tokens and 8 heads
+            of 128. Only if a gradient is wanted, and only with the backends "hopper" and "triton"; not under
+            torch.vmap. Gradients are the same, bit for bit, where the backward pass takes all heads at once
+            anyway (up to 4224 chunks times heads), and otherwise up to rounding.
 
     Returns:
         o [B,T,H,V] in q's dtype, and (h_kk, h_kv) or None.
@@ -95,7 +103,7 @@ def chunk_gka(
         "chunk", q, k, v, g, gk, alpha, beta, scale=scale, ridge_ratio=ridge_ratio,
         num_iter=num_iter, initial_state=initial_state, output_final_state=output_final_state,
         cu_seqlens=cu_seqlens, cu_seqlens_cpu=cu_seqlens_cpu, backend=backend, chunk_size=chunk_size,
-        solver=solver, context=context,
+        solver=solver, context=context, keep_states=keep_states,
     )  # fmt: skip
 
 
@@ -154,6 +162,7 @@ def run_call(
     with_h: bool = True,
     cu_seqlens_cpu: Tensor | None = None,
     context: SequenceContext | None = None,
+    keep_states: bool = False,
 ) -> tuple[Tensor, State | None]:
     if context is not None:
         checks.check_tensor("q", q)
@@ -163,6 +172,7 @@ def run_call(
         initial_state = states_before(context, q, k, v, gates, initial_state, wanted, with_h)
     numbers = (
         scale, ridge_ratio, num_iter, chunk_size, output_final_state, solver, with_h, backend,
+        keep_states,
     )  # fmt: skip
     kind = kind_of(
         q, k, v, g, gk, alpha, beta, initial_state, cu_seqlens, cu_seqlens_cpu, mode, *numbers
@@ -173,6 +183,8 @@ def run_call(
         found = check_call(*given, *numbers)
         keep(kind, *found)
     backend, settings = found
+    if settings.keep_states and not _derived(q, k, v, g, gk, alpha, beta, initial_state):
+        settings = replace(settings, keep_states=False)
     q, k, v = autocast(q, k, v)
     if cu_seqlens_cpu is cu_seqlens:  # torch.compile refuses one tensor as two arguments
         cu_seqlens_cpu = None
@@ -188,7 +200,7 @@ def run_call(
         o, h, u = GKAEager.apply(settings, mode, backend, *tokens)
     else:
         check_derivable("Gated KalmaNet")
-        o, _, _, h, u = GKAFunction.apply(*pack(tokens, settings), mode, backend)
+        o, _, _, h, u, _ = GKAFunction.apply(*pack(tokens, settings), mode, backend)
     return o, (h, u) if output_final_state else None
 
 
@@ -197,6 +209,7 @@ def check_call(
     beta: Tensor | None, initial_state: State | Tensor | None, cu_seqlens: Tensor | None,
     cu_seqlens_cpu: Tensor | None, scale: float | None, ridge_ratio: float, num_iter: int,
     chunk_size: int, output_final_state: bool, solver: str, with_h: bool, backend: str,
+    keep_states: bool = False,
 ) -> tuple[str, Settings]:  # fmt: skip
     """Check all arguments, and choose the backend."""
     checks.check_tensors(q=q, k=k, v=v)
@@ -220,8 +233,31 @@ def check_call(
         checks.check_key_norms(k, backend)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     tied, with_h = gk is not None and gk is g, with_h and output_final_state
-    settings = Settings(scale, float(ridge_ratio), num_iter, chunk_size, tied, with_h, call.solver)
+    check_keeping(keep_states, backend)
+    settings = Settings(
+        scale, float(ridge_ratio), num_iter, chunk_size, tied, with_h, call.solver, keep_states
+    )
     return backend, settings
+
+
+def check_keeping(keep_states: bool, backend: str) -> None:
+    """Raises InputError if states are to be kept by a backend that keeps none, TypeError if not a bool."""
+    checks.check_flags(keep_states=keep_states)
+    if keep_states and (backend == "reference" or get_backend(backend).kept_shape is None):
+        raise InputError(
+            f'keep_states=True needs the backend "hopper" or "triton"; this call runs on {backend!r}. '
+            "Leave keep_states out there."
+        )
+
+
+def _derived(*inputs: Tensor | State | None) -> bool:
+    """Whether a gradient of any input may be asked for."""
+    if not torch.is_grad_enabled():
+        return False
+    flat = [
+        x for y in inputs if y is not None for x in (y if isinstance(y, tuple | list) else (y,))
+    ]
+    return any(x.requires_grad for x in flat)
 
 
 def _reference(t: Tokens, s: Settings, g: Tensor | None) -> tuple[Tensor, State]:

@@ -183,6 +183,11 @@ class TrainingConfig(Table):
         "sequence operators (solve, delta rule, attention); selective-products: nor matrix products.",
         choices=CHECKPOINTING,
     )
+    keep_states: bool = setting(
+        False,
+        "Keep the GKA layers' states at chunk starts for the backward pass: a scan less for 2 H K (K + V) "
+        "bytes a layer and 64 tokens. On GPUs only.",
+    )
     spike_threshold: float = setting(
         10.0,
         "A loss this many robust standard deviations above the median of the last 64 is a spike, and its "

@@ -18,7 +18,7 @@ from transformers import (
 
 from gka.console import lines
 from gka.errors import InputError
-from gka.models.recomputation import checkpoint_arguments
+from gka.models.recomputation import checkpoint_arguments, keep_states
 from gka.parallel import current
 from gka.training import callbacks, checkpoints, compilation, guards, telemetry
 from gka.training.config import TrainingConfig
@@ -80,6 +80,7 @@ def fit(
     tokens = tokens_of_a_step(config, getattr(blocks[0], "length", 0), readers)
     bar = callbacks.ProgressBar(console, tokens)
     shown = [callbacks.Estimate(console, len(cast(Sized, blocks[1])) / readers), bar]
+    keep_states(model, config.keep_states)
     how = compilation.chosen(config.compile, args.device)
     if how == compilation.CUDA_GRAPHS:
         alone = kind is None and isinstance(model, PreTrainedModel)

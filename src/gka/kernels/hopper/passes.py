@@ -48,7 +48,7 @@ class HopperPasses:
     def ends(
         self, call: GpuCall, heads: Heads, h: Moments | None, u: Moments
     ) -> tuple[Ends | None, Ends]:
-        """Memory for E of H; E of U overwrites U."""
+        """Memory for E of H; E of U overwrites U, unless U is kept."""
         shape = (call.M, heads.count)
 
         def of(name: str, states: Tensor, blocks: int) -> Ends:
@@ -57,8 +57,11 @@ class HopperPasses:
             )
             return Ends(states, scales, wholes)
 
-        ends_h = call.scratch("h ends", *shape, call.K, call.K, dtype=call.sizes.op_dtype)
-        return of("h", ends_h, call.NK), of("u", u.start, call.NV)
+        dtype, ends_u = call.sizes.op_dtype, u.start
+        ends_h = call.scratch("h ends", *shape, call.K, call.K, dtype=dtype)
+        if call.kept is not None:
+            ends_u = call.scratch("u ends", *shape, call.K, call.V, dtype=dtype)
+        return of("h", ends_h, call.NK), of("u", ends_u, call.NV)
 
     def scan(
         self, call: GpuCall, heads: Heads, h: Moments | None, u: Moments, maxima: Maxima | None
@@ -231,9 +234,9 @@ def _arguments(
     call: GpuCall, heads: Heads, kernel: str, structure: type, given: Callable[[], dict]
 ) -> ctypes.Structure:
     """A kernel's arguments: filled for the first group of heads, copied for the others with their heads."""
-    held = call.kept.get(kernel)
+    held = call.held.get(kernel)
     if held is None:
-        held = call.kept[kernel] = fill(structure(), given())
+        held = call.held[kernel] = fill(structure(), given())
     made = copy(held)
     made.first_head, made.group_heads = heads
     return made

@@ -13,7 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
-from gka.kernels.surround.convolution import convolution_backward_kernel, convolution_kernel
+from gka.kernels.surround.convolution import convolution_kernel
+from gka.kernels.surround.convolution_back import convolution_backward_kernel, sum_places_kernel
 from gka.kernels.surround.gated_norm import gated_norm_backward_kernel, gated_norm_kernel
 from gka.kernels.surround.gates import gates_backward_kernel, gates_kernel
 from gka.kernels.surround.step import step_kernel
@@ -22,8 +23,8 @@ from gka.kernels.triton.plan import Launcher
 TILE = 128  # channels of a tile of values, which have no norm per head
 ENOUGH = 1024  # programs that fill any GPU; segments grow only beyond them
 NORM_PROGRAMS = 1024  # programs of the norm's gradient, whose parts of dw are summed
-UNROLL = 4  # steps per iteration of the convolution's gradient
-AHEAD = 4  # tokens that the convolution's gradient loads ahead
+UNROLL = 4  # steps per iteration of the convolutions
+AHEAD = 2  # tokens that the convolutions load ahead
 
 _launchers: dict[tuple, Launcher] = {}
 Three = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -98,18 +99,47 @@ def _block(size: int) -> int:
     return max(8, triton.next_power_of_2(size))
 
 
+def _segments(parts: Parts, elements: int) -> tuple[dict[str, int], tuple[int, int], int]:
+    """How both passes cut the sequences: compile-time sizes, (tokens of a segment, places), and the grid.
+
+    Args:
+        elements: of a tile of one token of all of a program's segments.
+    """
+    sizes, (batch, tokens) = parts.sizes(), parts.shape
+    rows = {"RK": _rows(elements, sizes["BK"]), "RV": _rows(elements, sizes["BV"])}
+    if not sizes["CV"]:
+        rows["RV"] = rows["RK"]
+    segments, tiles = max(rows.values()), parts.tiles(sizes)
+    length = segment_length(batch * tokens, tiles, segments)
+    blocks = triton.cdiv(tokens, length * segments)
+    more = {**rows, "SEGMENTS": segments, "AHEAD": AHEAD, "UNROLL": UNROLL, "num_warps": 4}
+    return {**sizes, **more}, (length, blocks), tiles * batch * blocks
+
+
+def segment_length(tokens: int, tiles: int, segments: int) -> int:
+    """Tokens of a segment: the longest that leaves enough programs, as each segment rereads W - 1 tokens.
+
+    At least WIDEST_CONVOLUTION - 1, for dx of a segment's tokens to begin in it.
+    """
+    for length in (256, 128, 64, 32, 16):
+        if tokens * tiles >= ENOUGH * segments * length:
+            return length
+    return 8
+
+
+def _rows(elements: int, block: int) -> int:
+    return max(1, min(32, elements // block))
+
+
 def convolve(parts: Parts) -> Three:
     """Unit queries, unit keys and values, in the dtypes of the inputs."""
-    sizes, (batch, tokens) = parts.sizes(), parts.shape
-    block = min(128, 4096 // max(sizes["BK"], sizes["BV"]))
-    blocks = triton.cdiv(tokens, block)
+    sizes, (length, blocks), grid = _segments(parts, 1024)
     out = _like(parts.x)
     args = (
         *parts.x, *parts.weights, *parts.states, *out, parts.past, parts.lengths,
-        tokens, blocks,
+        parts.shape[1], length, blocks,
     )  # fmt: skip
-    grid = parts.tiles(sizes) * batch * blocks
-    launch(convolution_kernel, grid, args, {**sizes, "BT": block, "num_warps": 8})
+    launch(convolution_kernel, grid, args, sizes)
     return out
 
 
@@ -118,54 +148,33 @@ def _like(tensors: Three) -> Three:
     return q, k, v
 
 
-def segment_length(tokens: int, tiles: int, segments: int) -> int:
-    """Tokens of a segment: the longest that leaves enough programs, as each segment rereads W - 1 tokens."""
-    for length in (256, 128, 64, 32):
-        if tokens * tiles >= ENOUGH * segments * length:
-            return length
-    return 16
-
-
 def convolve_backward(
     parts: Parts, dout: Three, with_x: bool, with_weights: bool
 ) -> tuple[Three, Three]:
     """Gradients of the inputs and of the weights; None where not wanted."""
-    sizes, (batch, tokens) = parts.sizes(), parts.shape
-    elements = 1024 if parts.width <= 4 else 512  # of a tile that fits the registers
-    rows = {"RK": _rows(elements, sizes["BK"]), "RV": _rows(elements, sizes["BV"])}
-    if not sizes["CV"]:
-        rows["RV"] = rows["RK"]
-    segments, tiles = max(rows.values()), parts.tiles(sizes)
-    length = segment_length(batch * tokens, tiles, segments)
-    blocks = triton.cdiv(tokens, length * segments)
-    places, channels = batch * blocks, sum(parts.channels)
+    # four elements a thread: with eight, registers leave room for half as many warps
+    sizes, (length, blocks), grid = _segments(parts, 512)
     dx: Three = _like(parts.x) if with_x else (None, None, None)
     partial = None
     if with_weights:
-        shape = (places, channels, parts.width)
+        shape = (parts.shape[0] * blocks, sum(parts.channels), parts.width)
         partial = torch.empty(shape, device=dout[0].device, dtype=torch.float32)  # pyright: ignore[reportOptionalMemberAccess]
     args = (
         *parts.x, *parts.weights, *parts.states, *dout, *dx, partial, parts.past, parts.lengths,
-        tokens, length, blocks,
+        parts.shape[1], length, blocks,
     )  # fmt: skip
-    more = {**rows, "SEGMENTS": segments, "AHEAD": AHEAD, "UNROLL": UNROLL, "num_warps": 4}
-    launch(convolution_backward_kernel, tiles * places, args, {**sizes, **more})
-    return dx, _weight_gradients(partial, parts)
+    launch(convolution_backward_kernel, grid, args, sizes)
+    return dx, (None, None, None) if partial is None else _sum_places(partial, parts)
 
 
-def _rows(elements: int, block: int) -> int:
-    return max(1, min(32, elements // block))
-
-
-def _weight_gradients(partial: Tensor | None, parts: Parts) -> Three:
-    if partial is None:
-        return None, None, None
-    split = partial.sum(0).split(parts.channels)
-    q, k, v = (
-        None if w is None else grad.view(w.shape).to(w.dtype)
-        for grad, w in zip(split, parts.weights, strict=True)
-    )
-    return q, k, v
+def _sum_places(partial: Tensor, parts: Parts) -> Three:
+    """The weights' gradients, in the weights' dtypes."""
+    out = _like(parts.weights)
+    numbers = [0 if w is None else w.numel() for w in parts.weights]
+    sizes = {**dict(zip(("NQ", "NK", "NV"), numbers, strict=True)), "BP": 32, "BN": 64}
+    grid = sum(triton.cdiv(n, sizes["BN"]) for n in numbers)
+    launch(sum_places_kernel, grid, (partial, *out, partial.shape[0]), {**sizes, "num_warps": 4})
+    return out
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,10 @@ class TritonPasses:
             t.k, t.v, *gates, *call.initial[0], *of_h, *call.initial[1], *u.stored, u.final, *largest,
             *sums_h, *sums_u, *call.segments,
         )  # fmt: skip
-        launches.append(_launch(call, moments_kernel, "moments", programs, heads, args, NK=blocks))
+        there = (u.final is None, maxima is None)
+        launches.append(
+            _launch(call, moments_kernel, "moments", programs, heads, args, there, NK=blocks)
+        )
         return launches
 
     def solve_and_readout(
@@ -228,17 +231,22 @@ class TritonPasses:
 
 
 def _plan(call: GpuCall) -> Plan:
-    plan = call.kept.get("plan")
+    plan = call.held.get("plan")
     if plan is None:
-        plan = call.kept["plan"] = plan_of(call.sizes)
+        plan = call.held["plan"] = plan_of(call.sizes)
     return plan
 
 
 def _launch(
-    call: GpuCall, kernel, name: str, grid: tuple[int, ...], heads: Heads, args: tuple, **more: Any
-) -> Launch:
-    """A launch of the kernel on `args` and the heads; options by `name`, and `more`, at compile time."""
-    signature = (call.signature, call.chunks.segmented, heads)
+    call: GpuCall, kernel, name: str, grid: tuple[int, ...], heads: Heads, args: tuple,
+    there: tuple[bool, ...] = (), **more: Any,
+) -> Launch:  # fmt: skip
+    """A launch of the kernel on `args` and the heads; options by `name`, and `more`, at compile time.
+
+    Args:
+        there: which arguments exist, as far as the call's signature does not say it.
+    """
+    signature = (call.signature, call.chunks.segmented, heads, there)
     return Launch(_plan(call).launcher(kernel, name, signature, **more), grid, (*args, *heads))
 
 

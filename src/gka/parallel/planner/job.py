@@ -25,6 +25,7 @@ class Job:
         layout: who shares the work, one GPU a rank.
         autocast: float32 weights, products in bfloat16; else weights and moments are bfloat16.
         checkpointing: what the backward pass recomputes, as in `gka.models.recomputation`.
+        keep_states: whether GKA layers keep the states at chunk starts.
     """
 
     config: GKAConfig
@@ -35,6 +36,7 @@ class Job:
     layout: Layout = field(default_factory=Layout)
     autocast: bool = True
     checkpointing: str = "none"
+    keep_states: bool = False
 
     @property
     def accumulation(self) -> int:

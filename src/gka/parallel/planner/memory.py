@@ -8,6 +8,8 @@ from gka.models.flops import mixer_heads
 from gka.parallel.planner.job import Job
 from gka.parallel.planner.work import LOGITS_BYTES
 
+CHUNK = 64  # tokens
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -89,6 +91,8 @@ def _kept(job: Job, mixer: str, how: str) -> float:
     inner, mlp = heads * dim / tp, int(config.intermediate_size or 0) / tp
     recurrent = mixer not in SOFTMAX_MIXERS
     op = 2.0 * inner * (2 if mixer == "gka" else 1) + 4.0 * 6 * heads / tp
+    if job.keep_states and mixer == "gka":  # H and U, 16-bit, of every chunk
+        op += 2.0 * 2 * inner * dim / CHUNK
     start = float(wide * hidden)
     if how == "full":
         return start
