@@ -31,9 +31,18 @@ def with_halo(context: SequenceContext, x: Tensor, width: int | None) -> Tensor:
 
 
 @torch.compiler.disable(reason="ranks exchange tokens: a graph cannot hold the collective")
-def halo_of(context: SequenceContext, tail: Tensor, width: int) -> Tensor:
-    """The earlier tokens that this rank reads [B,halo,...], from every rank's last tokens [B,<=width,...]."""
-    return _Halo.apply(context, tail, halos(context, width))
+def halo_of(
+    context: SequenceContext, parts: Sequence[Tensor], width: int, lengths: Tensor | None
+) -> list[Tensor]:
+    """The earlier tokens alone that this rank reads of each part, [B,T,C] -> [B,halo,C], in one exchange.
+
+    Args:
+        lengths: tokens of each row [B], before its padding; None: T.
+    """
+    count = min(width, parts[0].shape[1])
+    tail = torch.cat([last_tokens(x, count, lengths) for x in parts], -1)
+    halo = _Halo.apply(context, tail, halos(context, width))
+    return list(halo.split([x.shape[-1] for x in parts], -1))
 
 
 class _WithHalo(torch.autograd.Function):

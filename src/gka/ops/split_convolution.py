@@ -25,7 +25,7 @@ def split_convolve_heads(
     weights: tuple[Tensor, Tensor, Tensor | None],
     head_dim: int,
     lengths: Tensor | None = None,
-) -> Parts:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """`convolve_heads` of this rank's tokens; every rank calls it, forward and backward.
 
     Args:

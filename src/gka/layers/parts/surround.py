@@ -19,7 +19,7 @@ from gka.ops.context import SequenceContext
 from gka.ops.convolution import convolve_heads, step_heads_and_gates
 from gka.ops.dispatch import under_transform
 from gka.ops.external import EXTERNAL
-from gka.ops.halo import halo_of, last_tokens
+from gka.ops.halo import halo_of
 from gka.ops.split_convolution import split_convolve_heads
 
 UNFUSED = ("torch", "reference")
@@ -143,17 +143,10 @@ class PlainSurround:
         """The tokens of earlier ranks that each convolution reads; none if rows are whole."""
         if call.context is None:
             return {}
-        width = mixer.q_conv1d.width - 1
-        read = {
-            name: y
-            for name, y in zip("qkv", projected, strict=True)
-            if getattr(mixer, f"{name}_conv1d", None) is not None
-        }
-        count = min(width, projected[0].shape[1])
-        tail = torch.cat([last_tokens(y, count, call.lengths) for y in read.values()], -1)
-        halo = halo_of(call.context, tail, width)
-        parts = halo.split([y.shape[-1] for y in read.values()], -1)
-        return dict(zip(read, parts, strict=True))
+        named = zip("qkv", projected, _convolutions(mixer), strict=True)
+        read = {name: y for name, y, module in named if module is not None}
+        found = halo_of(call.context, list(read.values()), mixer.q_conv1d.width - 1, call.lengths)
+        return dict(zip(read, found, strict=True))
 
     def _convolve(
         self, mixer: Any, name: str, y: Tensor, call: MixCall, halo: Tensor | None
