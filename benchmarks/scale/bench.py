@@ -30,6 +30,7 @@ from benchmarks.scale.launch import Launch, available
 from gka.experiments.ledger import Ledger, refusing
 from gka.models.flops import peak_tflops, token_flops
 from gka.parallel.planner import Card, card_names, read_card
+from gka.storage import read_json
 
 DEFAULT_ROWS = ("dp", "cp64k", "cp256k", "mixed")
 COMPILED = ("dp", "dp-kept", "cp64k", "mixed")
@@ -90,6 +91,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="a tiny model, two processes on the CPU; times mean nothing",
     )
+    add("--from", type=Path, nargs="+", dest="stored", metavar="JSON",
+        help="write table and picture of these results, measured cells of later ones first; measures nothing")  # fmt: skip
     add("--worker", type=Path, help=argparse.SUPPRESS)
     options = results.parse(made, arguments)
     for name in ("sequences", "steps", "warm_up"):
@@ -252,10 +255,34 @@ def ending_on_term() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def joined(paths: list[Path]) -> dict[str, Any]:
+    """Stored results as one: of each cell the last that was measured, else the first.
+
+    Raises:
+        SystemExit: they are of different cards or settings.
+    """
+    every = [read_json(path) for path in paths]
+    first = every[0]
+    for path, other in zip(paths, every, strict=True):
+        for fact in ("card", "settings", "commit", "versions"):
+            if other[fact] != first[fact]:
+                sys.exit(f"error: {path} has another {fact} than {paths[0]}: report them apart")
+    found = first | {"cells": {}, "checks": {}, "there": max(x["there"] for x in every)}
+    found["command"] = "; ".join(dict.fromkeys(x["command"] for x in every))
+    for other in every:
+        for part in ("cells", "checks"):
+            known = found[part]
+            known |= {k: x for k, x in other[part].items() if k not in known or x["status"] == "ok"}
+    return found
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     if options.worker:
         worker.run(options.worker)
+        return
+    if options.stored:
+        report.write(joined(options.stored), options.output)
         return
     scaling = Scaling(options)
     with ending_on_term():
