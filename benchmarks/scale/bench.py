@@ -92,7 +92,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="a tiny model, two processes on the CPU; times mean nothing",
     )
     add("--from", type=Path, nargs="+", dest="stored", metavar="JSON",
-        help="write table and picture of these results, measured cells of later ones first; measures nothing")  # fmt: skip
+        help="write table and picture of these results, the last measured ones; measures nothing")  # fmt: skip
     add("--worker", type=Path, help=argparse.SUPPRESS)
     options = results.parse(made, arguments)
     for name in ("sequences", "steps", "warm_up"):
