@@ -252,7 +252,7 @@ def test_stored_results_are_reported_together(bench, tmp_path):
 def test_options_that_do_not_fit_are_named(bench, words, told, capsys):
     """A wrong number, row or count ends the command with what would fit."""
     with pytest.raises(SystemExit):
-        bench.parse(words)
+        bench.parse(None, words)
     assert told in capsys.readouterr().err
 
 
