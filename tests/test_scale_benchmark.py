@@ -219,6 +219,28 @@ def test_efficiency_goals_and_the_planners_error(scale):
     assert report.missing(result) == ["dp on 2 GPUs: failed: out of memory"]
 
 
+def test_stored_results_are_reported_together(bench, tmp_path):
+    """--from writes one table of several files; measured cells replace others; another card is refused."""
+    shared = {
+        "card": "NVIDIA H200", "settings": {"steps": 5, "warm_up": 2}, "versions": {"torch": "2"},
+        "commit": "abc", "there": 4, "date": "today", "planner": "card h200", "checks": {},
+    }  # fmt: skip
+    files = []
+    for number, cells in enumerate((
+        {"dp/1": cell("dp", 1, 100.0), "dp/4": cell("dp", 4, 0, "predicted")},
+        {"dp/4": cell("dp", 4, 104.0)},
+        {"dp/4": cell("dp", 4, 0, "failed") | {"message": "lost"}},
+    )):  # fmt: skip
+        files.append(tmp_path / f"{number}.json")
+        files[-1].write_text(json.dumps(shared | {"cells": cells, "command": f"command {number}"}))
+    bench.main(["--output", str(tmp_path), "--from", *map(str, files)])
+    page = (tmp_path / "scale.md").read_text()
+    assert "96.2%" in page and "failed" not in page and "`command 0; command 1; command 2`" in page
+    files[0].write_text(json.dumps(shared | {"card": "another", "cells": {}, "command": ""}))
+    with pytest.raises(SystemExit, match="another card"):
+        bench.main(["--output", str(tmp_path), "--from", *map(str, files)])
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -230,7 +252,7 @@ def test_efficiency_goals_and_the_planners_error(scale):
 def test_options_that_do_not_fit_are_named(bench, words, told, capsys):
     """A wrong number, row or count ends the command with what would fit."""
     with pytest.raises(SystemExit):
-        bench.parse(words)
+        bench.parse(None, words)
     assert told in capsys.readouterr().err
 
 

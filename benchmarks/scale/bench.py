@@ -24,82 +24,16 @@ from typing import Any
 
 from benchmarks import results
 from benchmarks.scale import report, worker
-from benchmarks.scale.cells import ROWS, TRIED, Asked, Cell, make_cells, model_config, plan_of
+from benchmarks.scale.cells import Asked, Cell, make_cells, model_config, plan_of
 from benchmarks.scale.launch import Launch, available
+from benchmarks.scale.options import parse
 
 from gka.experiments.ledger import Ledger, refusing
 from gka.models.flops import peak_tflops, token_flops
 from gka.parallel.planner import Card, card_names, read_card
+from gka.storage import read_json
 
-DEFAULT_ROWS = ("dp", "cp64k", "cp256k", "mixed")
-COMPILED = ("dp", "dp-kept", "cp64k", "mixed")
 TINY_PROCESSES = 2
-
-
-def counts(text: str) -> list[int]:
-    """An argparse type: numbers of GPUs, separated by commas, in the order in which they are measured."""
-    words = text.split(",")
-    if not all(word.isdigit() and int(word) for word in words):
-        raise argparse.ArgumentTypeError(f"numbers of GPUs from 1 on, such as 1,2,4; got {text!r}")
-    return list(dict.fromkeys(int(word) for word in words))
-
-
-def names(known: tuple[str, ...]) -> Any:
-    """An argparse type: names of `known`, separated by commas; "none" for none of them."""
-
-    def parsed(text: str) -> tuple[str, ...]:
-        found = tuple(text.split(",")) if text != "none" else ()
-        for name in found:
-            if name not in known:
-                raise argparse.ArgumentTypeError(f"there are {', '.join(known)}; got {name!r}")
-        return found
-
-    return parsed
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    made = results.parser("scale", __doc__, device=None)
-    add, rows = made.add_argument, tuple(ROWS)
-    add("--gpus", type=counts, default=[1, 2, 4, 8], help="in this order (1,2,4,8)")
-    add("--rows", type=names(rows), default=DEFAULT_ROWS,
-        help=f"of {','.join(rows)} ({','.join(DEFAULT_ROWS)})")  # fmt: skip
-    add("--compile", type=names(rows),
-        help=f"rows whose layers are compiled, or none ({','.join(COMPILED)})")  # fmt: skip
-    add("--checkpoint", choices=("auto", *TRIED), default="auto",
-        help="auto: the least that fits one GPU by the plan, more if memory does not suffice")  # fmt: skip
-    add("--sequences", type=int, default=8, help="a GPU reads in a step of dp (8)")
-    add("--steps", type=int, default=5, help="that are timed, of dp four times as many (5)")
-    add("--warm-up", type=int, default=2, help="steps before them, after the first (2)")
-    add("--minutes", type=float, default=9.5, help="after which nothing runs any more (9.5)")
-    add("--launch-seconds", type=float, default=300.0, help="at most for one number of GPUs (300)")
-    add(
-        "--cell-seconds",
-        type=float,
-        default=150.0,
-        help="after which a cell is taken to hang (150)",
-    )
-    add(
-        "--card",
-        help=f"speeds of the plans: {', '.join(card_names())} or a file of gka plan --measure",
-    )
-    add("--check", type=names(("float32", "bfloat16")),
-        help="products with which losses are compared, or none; float32 compiles kernels of its own, for "
-        "minutes (bfloat16; of a trial both)")  # fmt: skip
-    add(
-        "--tiny",
-        action="store_true",
-        help="a tiny model, two processes on the CPU; times mean nothing",
-    )
-    add("--worker", type=Path, help=argparse.SUPPRESS)
-    options = results.parse(made, arguments)
-    for name in ("sequences", "steps", "warm_up"):
-        if getattr(options, name) < 1:
-            made.error(f"--{name.replace('_', '-')} must be 1 or more")
-    if options.check is None:
-        options.check = ("float32", "bfloat16") if options.tiny else ("bfloat16",)
-    if options.compile is None:
-        options.compile = () if options.tiny else COMPILED
-    return options
 
 
 def speeds(options: argparse.Namespace, card: str, memory: int) -> tuple[Card, str]:
@@ -252,10 +186,34 @@ def ending_on_term() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def joined(paths: list[Path]) -> dict[str, Any]:
+    """Stored results as one: of each cell the last that was measured, else the first.
+
+    Raises:
+        SystemExit: they are of different cards or settings.
+    """
+    every = [read_json(path) for path in paths]
+    first = every[0]
+    for path, other in zip(paths, every, strict=True):
+        for fact in ("card", "settings", "commit", "versions"):
+            if other[fact] != first[fact]:
+                sys.exit(f"error: {path} has another {fact} than {paths[0]}: report them apart")
+    found = first | {"cells": {}, "checks": {}, "there": max(x["there"] for x in every)}
+    found["command"] = "; ".join(dict.fromkeys(x["command"] for x in every))
+    for other in every:
+        for part in ("cells", "checks"):
+            known = found[part]
+            known |= {k: x for k, x in other[part].items() if k not in known or x["status"] == "ok"}
+    return found
+
+
 def main(arguments: list[str] | None = None) -> None:
-    options = parse(arguments)
+    options = parse(__doc__, arguments)
     if options.worker:
         worker.run(options.worker)
+        return
+    if options.stored:
+        report.write(joined(options.stored), options.output)
         return
     scaling = Scaling(options)
     with ending_on_term():

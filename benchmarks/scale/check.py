@@ -31,7 +31,7 @@ def layouts(ranks: int) -> list[Layout]:
 def first_step(job: Job, layout: Layout, name: str, tiny: bool) -> list[float]:
     """Loss and norm of the batch of ROWS rows, which all layouts share."""
     config, dtype = model_config(tiny), torch.bfloat16 if name == "bfloat16" else None
-    rows = random_rows((ROWS, LENGTH // 2 if tiny else LENGTH), config.vocab_size, 1, job)
+    rows = random_rows((ROWS, LENGTH // 4 if tiny else LENGTH), config.vocab_size, 1, job)
     each = ROWS // layout.readers
     at = layout.reader(job.rank) * each if layout.ranks > 1 else 0
     model = build(config, layout, job, dtype)
