@@ -220,10 +220,12 @@ def test_efficiency_goals_and_the_planners_error(scale):
 
 
 def test_stored_results_are_reported_together(bench, tmp_path):
-    """--from writes one table of several files; measured cells replace others; another card is refused."""
+    """--from writes one table of several files, where measured cells replace others, with the plans of other
+    numbers of GPUs; another card is refused."""
     shared = {
-        "card": "NVIDIA H200", "settings": {"steps": 5, "warm_up": 2}, "versions": {"torch": "2"},
+        "card": "NVIDIA H200", "versions": {"torch": "2"},
         "commit": "abc", "there": 4, "date": "today", "planner": "card h200", "checks": {},
+        "settings": {"steps": 5, "warm_up": 2, "sequences": 8, "tiny": True},
     }  # fmt: skip
     files = []
     for number, cells in enumerate((
@@ -235,6 +237,7 @@ def test_stored_results_are_reported_together(bench, tmp_path):
         files[-1].write_text(json.dumps(shared | {"cells": cells, "command": f"command {number}"}))
     bench.main(["--output", str(tmp_path), "--from", *map(str, files)])
     page = (tmp_path / "scale.md").read_text()
+    assert "| dp | 8 | dp_shard 8 | 64 | 4,096 | predicted | layers |" in page
     assert "96.2%" in page and "failed" not in page and "`command 0; command 1; command 2`" in page
     files[0].write_text(json.dumps(shared | {"card": "another", "cells": {}, "command": ""}))
     with pytest.raises(SystemExit, match="another card"):

@@ -167,13 +167,14 @@ class Scaling:
 
     def predict(self, gpus: int) -> None:
         for cell in self.cells[gpus]:
-            self.found(cell.key, {"status": report.PREDICTED, "checkpoint": self.way(cell)})
+            way = way_of(self.ledger.found, cell)
+            self.found(cell.key, {"status": report.PREDICTED, "checkpoint": way})
 
-    def way(self, cell: Cell) -> str:
-        """The checkpointing with which fewer GPUs ran the row, or that the plan takes."""
-        ran = [x for x in self.ledger.found["cells"].values() if x["row"] == cell.row]
-        ran = [x["checkpoint"] for x in ran if x["status"] == "ok"]
-        return ran[-1] if ran else cell.ways[0]
+
+def way_of(result: dict[str, Any], cell: Cell) -> str:
+    """The checkpointing with which other numbers of GPUs ran the row, or that the plan takes."""
+    ran = [x for x in result["cells"].values() if x["row"] == cell.row and x["status"] == "ok"]
+    return ran[-1]["checkpoint"] if ran else cell.ways[0]
 
 
 @contextmanager
@@ -207,13 +208,32 @@ def joined(paths: list[Path]) -> dict[str, Any]:
     return found
 
 
+def with_predictions(result: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Stored results, and the plans of their rows on numbers of GPUs that were not measured."""
+    settings, cells = result["settings"], result["cells"]
+    rows = tuple(dict.fromkeys(x["row"] for x in cells.values()))
+    compiled = tuple({x["row"] for x in cells.values() if x["compiled"] != "off"})
+    asked = Asked(
+        settings["tiny"], rows, compiled, "auto", settings["sequences"], settings["steps"],
+        settings["warm_up"],
+    )  # fmt: skip
+    card, _ = speeds(options, result["card"], 0)
+    for gpus in options.gpus:
+        for cell in make_cells(asked, gpus, card):
+            if cell.key not in cells:
+                facts = plan_facts(cell, asked, card, way_of(result, cell))
+                peak = peak_tflops(result["card"])
+                cells[cell.key] = facts | {"status": report.PREDICTED, "peak_tflops": peak}
+    return result
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = parse(__doc__, arguments)
     if options.worker:
         worker.run(options.worker)
         return
     if options.stored:
-        report.write(joined(options.stored), options.output)
+        report.write(with_predictions(joined(options.stored), options), options.output)
         return
     scaling = Scaling(options)
     with ending_on_term():

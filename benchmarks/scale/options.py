@@ -64,7 +64,7 @@ def parse(description: str | None, arguments: list[str] | None) -> argparse.Name
     add("--tiny", action="store_true",
         help="a tiny model, two processes on the CPU; times mean nothing")  # fmt: skip
     add("--from", type=Path, nargs="+", dest="stored", metavar="JSON",
-        help="write table and picture of these results; measures nothing")  # fmt: skip
+        help="write table and picture of these results, plans of other --gpus included")  # fmt: skip
     add("--worker", type=Path, help=argparse.SUPPRESS)
     options = results.parse(made, arguments)
     for name in NUMBERS:

@@ -34,6 +34,7 @@ from gka.models.recomputation import checkpoint_arguments
 from gka.ops import last_backend
 from gka.parallel import Job, start
 from gka.storage import read_json
+from gka.training.collector import frozen_heap
 from gka.training.compilation import compiled, graphs
 
 
@@ -81,7 +82,7 @@ def attempt(job: Job, cell: Cell, way: str, tiny: bool) -> dict[str, Any]:
     rows = random_rows(shape, config.vocab_size, layout.reader(job.rank), job)
     step = make_step(model, layout, job, rows, cast=True)
     before = graphs()
-    with compiled([model], cell.compiled):
+    with compiled([model], cell.compiled), frozen_heap():
         began = time.perf_counter()
         first = step()[0]
         wait(job)
@@ -95,6 +96,7 @@ def attempt(job: Job, cell: Cell, way: str, tiny: bool) -> dict[str, Any]:
         peak = torch.cuda.max_memory_allocated() if cuda else None
         traced = shares(step, lambda: wait(job), cuda)
     every = job.gather(times)
+    traced["busy_ms"] = job.gather(traced["busy_ms"])
     return {
         "status": "ok", "checkpoint": way, "compiled": cell.compiled,
         "step_ms": [max(step) for step in zip(*every, strict=True)],
