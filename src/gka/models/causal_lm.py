@@ -128,7 +128,10 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
         documents: Documents,
         num_items_in_batch: Tensor | int | None,
     ) -> Tensor:
-        """Mean next-token loss. A head that adapters have changed is called as a module, on all tokens."""
+        """Mean next-token loss. A head that adapters have changed is called as a module, on all tokens.
+
+        One whose rows are split over processes has a `vocabulary` (`gka.models.loss.Vocabulary`).
+        """
         if labels.shape != hidden.shape[:2]:
             raise ValueError(
                 f"labels must have the tokens' shape {tuple(hidden.shape[:2])}, got {tuple(labels.shape)}"
@@ -136,8 +139,10 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
         labels = documents.row(labels.to(hidden.device))
         targets = next_token_targets(labels, documents.cu_seqlens).flatten()
         hidden = hidden.flatten(0, 1)
-        if _is_plain(self.lm_head):
-            total = linear_cross_entropy(hidden, self.lm_head.weight, targets)
+        vocabulary = getattr(self.lm_head, "vocabulary", None)
+        if vocabulary is not None or _is_plain(self.lm_head):
+            weight = self.lm_head.weight
+            total = linear_cross_entropy(hidden, weight, targets, vocabulary=vocabulary)
         else:
             logits = self.lm_head(hidden).float()
             total = nn.functional.cross_entropy(logits, targets, reduction="sum")

@@ -18,6 +18,7 @@ from gka.errors import InputError
 from gka.models import GKAConfig, GKAForCausalLM
 from gka.models.fields import fewest_parameters
 from gka.parallel import Layout, current, joined, whole_weights
+from gka.parallel.vocabulary import splits
 from gka.storage import write_bytes, write_json
 from gka.training import folder as files
 from gka.training import scale
@@ -147,6 +148,13 @@ def _introduce(
         highlight=False,
         soft_wrap=True,
     )
+    words = model.config.vocab_size
+    if not splits(words, layout.tp):
+        console.print(
+            f"embedding and head are whole on every rank: {words} words do not divide by tp = {layout.tp}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
