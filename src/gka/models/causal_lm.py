@@ -9,8 +9,9 @@ from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from gka.layers.parts.modules import working_dtype
 from gka.models.cache import CACHE_NAME, GKACache, one_cache
-from gka.models.configuration import GKAConfig
+from gka.models.configuration import TP_WORDS, GKAConfig
 from gka.models.decoder import GKAModel, GKAPreTrainedModel, refuse_attentions
 from gka.models.documents import Documents, Packing, find_documents
 from gka.models.loss import linear_cross_entropy, mean_loss, next_token_targets
@@ -24,6 +25,7 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan: ClassVar[dict[str, str]] = {"lm_head": TP_WORDS}
     # Makes the Trainer pass num_items_in_batch, so that gradient accumulation averages over tokens.
     accepts_loss_kwargs = True
     # For `generate`: a recurrent state cannot be rolled back, which assisted decoding needs. False for a
@@ -144,7 +146,8 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
             weight = self.lm_head.weight
             total = linear_cross_entropy(hidden, weight, targets, vocabulary=vocabulary)
         else:
-            logits = self.lm_head(hidden).float()
+            logits = self.lm_head(hidden)
+            logits = logits.to(working_dtype(logits))
             total = nn.functional.cross_entropy(logits, targets, reduction="sum")
         return mean_loss(total, targets, num_items_in_batch)
 

@@ -45,6 +45,11 @@ _COUNTS = ("num_heads", "num_kv_heads", "attention_num_heads", "attention_num_kv
 _DERIVED = ("layer_types", "number_of_conv_states")
 
 
+# Styles of transformers' tensor parallelism, defined in `gka.parallel.styles`: of a decoder layer, a
+# parameter of one, a matrix whose rows are words, and a module that every rank has whole.
+TP_LAYER, TP_PART, TP_WORDS, TP_SAME = "gka_layer", "gka_part", "gka_words", "gka_same"
+
+
 def _load_ours(cls: Any, load: Callable[..., Any], name: Any, *args: Any, **options: Any) -> Any:
     return load(name, *args, **options)
 
@@ -81,6 +86,9 @@ class GKAConfig(GKAFields, PreTrainedConfig):
     # Set on instances; transformers' and trl's loaders read it.
     auto_map: ClassVar[dict[str, str]]
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        "embed_tokens": TP_WORDS, "layers.*": TP_LAYER, "norm": TP_SAME,
+    }  # fmt: skip
 
     def __post_init__(self, **others: Any) -> None:
         """Refuse unknown keys, fill in defaults that depend on other fields, check all fields."""

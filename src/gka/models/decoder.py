@@ -14,7 +14,7 @@ from gka.layers import DECAY_PARAMETERS, RMSNorm
 from gka.layers.parts.heads import ZeroLinear
 from gka.layers.parts.masks import token_mask
 from gka.models.cache import CACHE_NAME, GKACache, one_cache, with_prefix
-from gka.models.configuration import READING, GKAConfig
+from gka.models.configuration import READING, TP_PART, GKAConfig
 from gka.models.documents import Documents, Packing, find_documents
 from gka.models.fields import build_experts, build_mixer, has_experts
 from gka.models.solver import set_solver
@@ -78,6 +78,24 @@ class GKAPreTrainedModel(PreTrainedModel):
         """
         load = super().from_pretrained
         return READING.load(cls, load, pretrained_model_name_or_path, *args, **options)
+
+    def init_parallel_plans(self) -> None:
+        """Complete the tensor-parallel plan with the names of the layers' parameters, for its checks.
+
+        The styles split whole layers. transformers' own style of tied embeddings, which some versions put
+        into the plan, is replaced by ours.
+        """
+        super().init_parallel_plans()
+        if self.base_model is not self or not self._tp_plan:
+            return
+        self._tp_plan |= GKAConfig.base_model_tp_plan
+        for name, _ in self.named_parameters():
+            first, _, rest = name.partition(".")
+            if first == "layers":
+                owner = rest.partition(".")[2].rpartition(".")[0]
+                parameter = name.rpartition(".")[2]
+                decay = parameter in DECAY_PARAMETERS
+                self._tp_plan[f"layers.*.{owner}{f'.{parameter}' if decay else ''}"] = TP_PART
 
     def _init_weights(self, module: nn.Module) -> None:
         init_module(module, std=self.config.initializer_range)

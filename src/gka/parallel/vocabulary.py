@@ -60,6 +60,24 @@ class VocabularyPart:
         return x
 
 
+class WholeVocabulary:
+    """All words of a head that is a DTensor, the same on every rank: `gka.models.loss.Vocabulary`."""
+
+    begin = 0
+
+    def local(self, weight: Tensor) -> Tensor:
+        return weight.to_local() if isinstance(weight, DTensor) else weight
+
+    def shared(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def max_(self, x: Tensor) -> Tensor:
+        return x
+
+    def sum_(self, x: Tensor) -> Tensor:
+        return x
+
+
 def splits(words: int, ranks: int) -> bool:
     """Whether a vocabulary is split over that many ranks: whether they divide it."""
     return words % ranks == 0
