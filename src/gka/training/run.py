@@ -24,11 +24,12 @@ from gka.training import folder as files
 from gka.training import scale
 from gka.training.checkpoints import has_sharded
 from gka.training.compilation import CUDA_GRAPHS, check_graphs, chosen
-from gka.training.config import APART, RUNNING, RunConfig, TrainingConfig
+from gka.training.config import APART, ON, RUNNING, RunConfig, TrainingConfig
 from gka.training.inputs import Text, open_text
 from gka.training.loop import Interrupted, fit, recompute_layers
 from gka.training.mesh_trainer import on_mesh, with_weights
 from gka.training.start import check_given, start_from
+from gka.training.telemetry import check_tensorboard
 from gka.training.trainer import DecoderTrainer
 
 __all__ = ["Interrupted", "build_model", "train"]
@@ -70,6 +71,8 @@ def _train(
     """`train`, after `output` was checked and locked."""
     _check_graphs(config)
     check_given(config)
+    if config.training.tensorboard:
+        check_tensorboard()
     job = current()
     with job.together():
         layout = scale.chosen_layout(config.parallel)
@@ -81,10 +84,12 @@ def _train(
         training = _begun(config, layout, output, text.checksums, resume, overwrite)
     _introduce(training, config.data.sequence_length, model, output, console, layout)
     folder, blocks = output / files.CHECKPOINTS, (text.training, text.evaluation)
-    kind = on_mesh(layout) if job.ranks > 1 or (resume and has_sharded(folder)) else None
+    kind, saves = None, scale.background_saves(training)
+    if saves is not None or job.ranks > 1 or (resume and has_sharded(folder)):
+        model, kind = scale.place(model, layout, training), on_mesh(layout, saves)
     trainer = fit(
-        scale.place(model, layout, training), training, folder, blocks, tokenizer, console=console,
-        resume=resume, kind=kind, readers=layout.readers,
+        model, training, folder, blocks, tokenizer, console=console, resume=resume, kind=kind,
+        readers=layout.readers, saves=saves,
     )  # fmt: skip
     metrics = _metrics(config, trainer, text, layout)
     weights = whole_weights(trainer.model) if job.ranks > 1 else None  # pyright: ignore[reportArgumentType]
@@ -105,6 +110,11 @@ def _check_graphs(config: RunConfig) -> None:
     if config.training.compile != CUDA_GRAPHS:
         return
     check_graphs(config.training.gradient_accumulation, alone=True)
+    if config.training.save_async == ON:
+        raise InputError(
+            f"compile is {CUDA_GRAPHS!r}, which trains in one process with its own checkpoints, and "
+            f"save_async {ON!r}: leave save_async out"
+        )
     if config.data.documents == APART:
         raise InputError(
             f"compile is {CUDA_GRAPHS!r}, which records one shape, and documents are {APART!r}, whose "

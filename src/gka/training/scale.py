@@ -10,9 +10,11 @@ from torch import nn
 
 from gka.errors import InputError
 from gka.parallel import Layout, current, make_mesh, parallelize
+from gka.parallel.sharding import autocast
 from gka.parallel.tensor import why_unsplit
 from gka.training.compilation import code_checksum
-from gka.training.config import ParallelConfig, RunConfig, TrainingConfig
+from gka.training.config import OFF, ON, ParallelConfig, RunConfig, TrainingConfig
+from gka.training.saving import BackgroundSaves
 
 
 def chosen_layout(config: ParallelConfig) -> Layout:
@@ -40,13 +42,22 @@ def check_model(model: nn.Module, layout: Layout, compiling: str) -> None:
         raise InputError(f"parallel.tp is {layout.tp}: {why}")
 
 
+def background_saves(training: TrainingConfig) -> BackgroundSaves | None:
+    """What writes the run's checkpoints while it trains, as `save_async` says; None: nothing."""
+    wanted = training.save_async == ON or (training.save_async != OFF and current().ranks > 1)
+    return BackgroundSaves(current()) if wanted else None
+
+
 def place(model: Any, layout: Layout, training: TrainingConfig) -> Any:
-    """The model on this rank's device, parallelised if the job has several ranks."""
+    """The model on this rank's device, parallelised if the job has several ranks; for a `MeshTrainer`."""
     job = current()
-    if job.ranks == 1:
-        return model
     dtype = torch.bfloat16 if training.dtype == "bfloat16" else None
-    return parallelize(model.to(job.device), make_mesh(layout, job.device.type), dtype=dtype)
+    model = model.to(job.device)
+    if job.ranks > 1:
+        return parallelize(model, make_mesh(layout, job.device.type), dtype=dtype)
+    if dtype is not None:
+        autocast(model, job.device.type, dtype)
+    return model
 
 
 def blocks_of_a_step(training: TrainingConfig, readers: int) -> int:
