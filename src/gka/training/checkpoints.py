@@ -1,6 +1,5 @@
 """Checkpoints: sealed once all their files are on disk, and verified before they are loaded."""
 
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +13,7 @@ from transformers import TrainerState
 from gka.errors import InputError, reason_of
 from gka.parallel.job import Job
 from gka.parallel.state import METADATA, is_sharded_checkpoint
-from gka.storage import read_json, sha256_of, storage_errors, write_json
+from gka.storage import flush, read_json, sha256_of, storage_errors, write_json
 from gka.training.folder import is_main_process
 
 SEAL = "complete.json"
@@ -40,7 +39,7 @@ def sealed(folder: Path, rank: int = 0, ranks: int = 1) -> Files:
     paths = sorted(path for path in folder.iterdir() if path.name not in (SEAL, UNFINISHED))
     for number, path in enumerate(paths):
         if _writer(path, number) % ranks == rank:
-            _flush(path)
+            flush(path)
             files[path.name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
     return files
 
@@ -215,11 +214,3 @@ def _set_aside(path: Path) -> Path:
         number += 1
         name = f"damaged-{path.name}-{number}"
     return path.rename(target)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
