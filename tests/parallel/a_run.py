@@ -26,7 +26,8 @@ from gka.training.trainer import DecoderTrainer
 def disturb(event: dict[str, int]) -> None:
     """Send this process the signal, or let its disk be full, when the run comes to the step."""
     if "writing" in event:
-        return disturb_writing(event)
+        disturb_writing(event)
+        return
     for kind in (DecoderTrainer, MeshTrainer):
         usual: Any = kind.get_batch_samples
 

@@ -105,7 +105,7 @@ def test_a_checkpoint_that_cannot_be_written(runs: Runs) -> None:
     whole, checkpoints = at_once.complete("whole", 2), runs.folder / "run" / "checkpoints"
     event = {"writing": 6, "rank": 1}
     codes, said = end_ranks("a_run.py", 2, *runs.arguments("run", event))
-    told = f"told: checkpoint {checkpoints}/checkpoint-6 cannot be written: No space left on device (rank 1); "
+    told = f"checkpoint {checkpoints}/checkpoint-6 cannot be written: No space left on device (rank 1); "
     assert codes == [2, 2] and all(told in text for text in said)
     assert [path.name for path in checkpoints.iterdir()] == ["checkpoint-3"]
     killed = event | {"signal": signal.SIGKILL}

@@ -1,5 +1,7 @@
 """GKAModel: embedding, decoder layers with any mixer, final norm."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -98,7 +100,7 @@ class GKAPreTrainedModel(PreTrainedModel):
                 self._tp_plan[f"layers.*.{owner}{f'.{parameter}' if decay else ''}"] = TP_PART
 
     def _init_weights(self, module: nn.Module) -> None:
-        init_module(module, std=self.config.initializer_range)
+        _initialise(module, std=self.config.initializer_range)
 
     def set_solver(
         self,
@@ -318,3 +320,17 @@ def init_module(module: nn.Module, *, std: float) -> None:
     reset()
     for parameter, value in filled:
         parameter.copy_(value)
+
+
+_initialise: Callable[..., None] = init_module
+
+
+@contextmanager
+def initialised_by(function: Callable[..., None]) -> Iterator[None]:
+    """In the block, models call `function(module, std=...)` in place of `init_module`."""
+    global _initialise
+    before, _initialise = _initialise, function
+    try:
+        yield
+    finally:
+        _initialise = before

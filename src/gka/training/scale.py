@@ -15,6 +15,7 @@ from gka.parallel.tensor import why_unsplit
 from gka.training.compilation import code_checksum
 from gka.training.config import OFF, ON, ParallelConfig, RunConfig, TrainingConfig
 from gka.training.saving import BackgroundSaves
+from gka.training.start import Fill
 
 
 def chosen_layout(config: ParallelConfig) -> Layout:
@@ -48,13 +49,20 @@ def background_saves(training: TrainingConfig) -> BackgroundSaves | None:
     return BackgroundSaves(current()) if wanted else None
 
 
-def place(model: Any, layout: Layout, training: TrainingConfig) -> Any:
-    """The model on this rank's device, parallelised if the job has several ranks; for a `MeshTrainer`."""
+def place(model: Any, layout: Layout, training: TrainingConfig, fill: Fill | None) -> Any:
+    """The model on this rank's device, for a `MeshTrainer`.
+
+    Args:
+        model: of `gka.training.start.first_model`. layout, training: of the run.
+        fill: with several ranks, what gives the parallelised model its weights.
+    """
     job = current()
     dtype = torch.bfloat16 if training.dtype == "bfloat16" else None
+    if fill is not None:
+        parallelize(model, make_mesh(layout, job.device.type), dtype=dtype)
+        fill(model, job.device)
+        return model
     model = model.to(job.device)
-    if job.ranks > 1:
-        return parallelize(model, make_mesh(layout, job.device.type), dtype=dtype)
     if dtype is not None:
         autocast(model, job.device.type, dtype)
     return model
