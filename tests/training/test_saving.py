@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 from gka.data import byte_tokenizer
 from gka.errors import InputError, StorageError
 from gka.models import GKAConfig, GKAForCausalLM
+from gka.models.decoder import GKAMLP
 from gka.training import callbacks, priming, run
 from gka.training import folder as files
 from gka.training.checkpoints import SEAL, UNFINISHED
@@ -154,3 +156,19 @@ def test_a_saved_model_is_replaced_as_a_whole(
 
 def _no_space(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_one_process_computes_in_the_dtype_of_the_run(
+    run_tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of one process that writes sharded checkpoints multiplies in bfloat16 if it is asked to."""
+    seen = set()
+    usual = GKAMLP.forward
+
+    def looked(self: Any, x: Any) -> Any:
+        seen.add(self.up_proj(x).dtype)
+        return usual(self, x)
+
+    monkeypatch.setattr(GKAMLP, "forward", looked)
+    run_tiny(tmp_path / "run", {"training": BACKGROUND["training"] | {"dtype": "bfloat16"}})
+    assert seen == {torch.bfloat16}
