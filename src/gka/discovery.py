@@ -20,7 +20,8 @@ MODEL_TYPES = ("gka", "hybrid_qwen3", "hybrid_qwen2", "hybrid_llama", "hybrid_qw
 
 _CONFIGURATIONS = "transformers.models.auto.configuration_auto"
 _ADAPTERS = "peft.utils.constants"
-_STYLES = ("gka_layer", "gka_part", "gka_words", "gka_same")  # of gka.parallel.styles
+TP_LAYER, TP_PART, TP_WORDS, TP_SAME = _STYLES = ("gka_layer", "gka_part", "gka_words", "gka_same")
+"""Styles of transformers' tensor parallelism, which `gka.parallel.styles` defines."""
 _ALIASES = {f"transformers.models.{name}" for name in MODEL_TYPES}
 # Former modules, kept for one release: (present module, renamed names, text of the warning).
 _FORMER = {

@@ -104,23 +104,6 @@ def draft_folder(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing_folder(target: Path) -> Iterator[Path]:
-    """An empty folder to fill, which replaces `target` when the block ends without an error.
-
-    `target` is the whole old folder or the whole new one at all times, or absent between two renames.
-    """
-    with draft_folder(target) as draft:
-        fresh = draft / "new"
-        fresh.mkdir()
-        yield fresh
-        for path in fresh.rglob("*"):
-            flush(path)
-        if target.exists():
-            target.rename(draft / "old")
-        fresh.rename(target)
-
-
-@contextmanager
 def draft_file(target: Path) -> Iterator[Path]:
     """An empty file beside `target`, to be written and renamed; removed at the end if it was not renamed.
 
@@ -349,15 +332,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
-
-
-def flush(path: Path) -> None:
-    """Write a file or folder through to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def sha256_of(path: Path) -> str:

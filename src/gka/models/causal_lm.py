@@ -9,9 +9,10 @@ from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from gka.discovery import TP_WORDS
 from gka.layers.parts.modules import working_dtype
 from gka.models.cache import CACHE_NAME, GKACache, one_cache
-from gka.models.configuration import TP_WORDS, GKAConfig
+from gka.models.configuration import GKAConfig
 from gka.models.decoder import GKAModel, GKAPreTrainedModel, refuse_attentions
 from gka.models.documents import Documents, Packing, find_documents
 from gka.models.loss import linear_cross_entropy, mean_loss, next_token_targets

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, get_args
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from gka.discovery import TP_LAYER, TP_SAME, TP_WORDS
 from gka.errors import InputError
 from gka.layers.parts.heads import check_head_dims, default_head_dim, split_heads, value_dim
 from gka.maths.solvers import SolverName
@@ -43,11 +44,6 @@ _HEADS = ("num_attention_heads", "num_key_value_heads")
 _COUNTS = ("num_heads", "num_kv_heads", "attention_num_heads", "attention_num_kv_heads")
 # Read-only, because the pattern implies them; accepted in a file if they agree with it.
 _DERIVED = ("layer_types", "number_of_conv_states")
-
-
-# Styles of transformers' tensor parallelism, defined in `gka.parallel.styles`: of a decoder layer, a
-# parameter of one, a matrix whose rows are words, and a module that every rank has whole.
-TP_LAYER, TP_PART, TP_WORDS, TP_SAME = "gka_layer", "gka_part", "gka_words", "gka_same"
 
 
 def _load_ours(cls: Any, load: Callable[..., Any], name: Any, *args: Any, **options: Any) -> Any:

@@ -12,11 +12,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from gka.discovery import TP_PART
 from gka.layers import DECAY_PARAMETERS, RMSNorm
 from gka.layers.parts.heads import ZeroLinear
 from gka.layers.parts.masks import token_mask
 from gka.models.cache import CACHE_NAME, GKACache, one_cache, with_prefix
-from gka.models.configuration import READING, TP_PART, GKAConfig
+from gka.models.configuration import READING, GKAConfig
 from gka.models.documents import Documents, Packing, find_documents
 from gka.models.fields import build_experts, build_mixer, has_experts
 from gka.models.solver import set_solver

@@ -11,8 +11,7 @@ twice. [N,D] and [V,D] are kept for the backward pass instead of [N,V].
 
 The number of iterations depends on N, so torch.compile and torch.export see the loop as one operator.
 
-The vocabulary may be split over processes (`Vocabulary`). Each then has the logits of its own words, and a
-chunk exchanges one maximum and two sums a token: of lse and of the target's logit.
+Processes that share a vocabulary (`Vocabulary`) have their words' logits, and exchange three numbers a token.
 """
 
 import functools
@@ -36,31 +35,23 @@ _fused: Callable[..., tuple[Tensor, Tensor]] | None = None
 
 
 class Vocabulary(Protocol):
-    """The words of which this process has the head's rows, as many as every other process.
-
-    `gka.parallel.vocabulary` implements it.
-    """
+    """The words of which this process has the head's rows; `gka.parallel.vocabulary` implements it."""
 
     @property
     def begin(self) -> int:
         """The first of them."""
-        ...
 
     def local(self, weight: Tensor) -> Tensor:
         """This process's rows of the head."""
-        ...
 
     def shared(self, hidden: Tensor) -> Tensor:
         """hidden, whose gradients are summed over the processes."""
-        ...
 
     def max_(self, x: Tensor) -> Tensor:
         """The maximum over the processes, in place."""
-        ...
 
     def sum_(self, x: Tensor) -> Tensor:
         """The sum over the processes, in place."""
-        ...
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers.integrations.tensor_parallel import TensorParallelLayer
 
-from gka.models.configuration import TP_LAYER, TP_PART, TP_SAME, TP_WORDS
+from gka.discovery import TP_LAYER, TP_PART, TP_SAME, TP_WORDS
 from gka.parallel.tensor import ROWS, SAME, Share, split_layer, split_parameters
 from gka.parallel.vocabulary import WholeVocabulary, split_end
 

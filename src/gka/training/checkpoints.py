@@ -13,8 +13,8 @@ from transformers import TrainerState
 from gka.errors import InputError, reason_of
 from gka.parallel.job import Job
 from gka.parallel.state import METADATA, is_sharded_checkpoint
-from gka.storage import flush, read_json, sha256_of, storage_errors, write_json
-from gka.training.folder import is_main_process
+from gka.storage import read_json, sha256_of, storage_errors, write_json
+from gka.training.folder import flush, is_main_process
 
 SEAL = "complete.json"
 UNFINISHED = ".unfinished"

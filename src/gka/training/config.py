@@ -13,8 +13,7 @@ from gka.training.settings import Table, Tables, build_tables, check_tables, req
 
 DTYPES = ("float32", "bfloat16")
 COMPILE = ("auto", "layers", "model", "cuda-graphs", "off")
-ON, OFF = "on", "off"
-SAVE_ASYNC = ("auto", ON, OFF)
+_, ON, OFF = SAVE_ASYNC = ("auto", "on", "off")
 CHECKPOINTING = ("none", "full", "selective", "selective-products")
 """Of activations; `gka.models.recomputation` has what each keeps."""
 MOST_SEED = 2**32 - 1
@@ -206,8 +205,7 @@ class TrainingConfig(Table):
     save_steps: int = setting(260, "Steps between two checkpoints.", least=1)
     save_async: str = setting(
         "auto",
-        "Write checkpoints while training goes on, from a copy in the CPU's memory: on, off, or auto: on for "
-        "several processes, off for one. on lets one process write sharded checkpoints, too.",
+        "Write checkpoints, sharded ones, while training goes on; auto: if there are several processes.",
         choices=SAVE_ASYNC,
     )
     loader_workers: int = setting(

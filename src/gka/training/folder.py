@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 from gka.errors import InputError
 from gka.parallel.job import current
 from gka.storage import (
+    draft_folder,
     is_empty,
     only_writer,
     read_json,
-    replacing_folder,
     storage_errors,
     write_json,
 )
@@ -277,6 +277,32 @@ def _remove_run(output: Path) -> None:
             shutil.rmtree(output / name)
     for name in (METRICS, PLOT, LOG, RUN):
         (output / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(target: Path) -> Iterator[Path]:
+    """An empty folder to fill, which replaces `target` when the block ends without an error.
+
+    `target` is the whole old folder or the whole new one at all times, or absent between two renames.
+    """
+    with draft_folder(target) as draft:
+        fresh = draft / "new"
+        fresh.mkdir()
+        yield fresh
+        for path in fresh.rglob("*"):
+            flush(path)
+        if target.exists():
+            target.rename(draft / "old")
+        fresh.rename(target)
+
+
+def flush(path: Path) -> None:
+    """Write a file or folder through to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
