@@ -50,7 +50,7 @@ def disturb_writing(event: dict[str, int]) -> None:
             os.kill(os.getpid(), event["signal"])
         return usual(self, *arguments)
 
-    dcp.FileSystemWriter.write_data = writing
+    dcp.FileSystemWriter.write_data = writing  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def main() -> int:

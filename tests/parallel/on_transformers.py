@@ -131,7 +131,7 @@ def by_accelerate(folder: Path) -> dict[str, float]:
     plain = GKAForCausalLM.from_pretrained(folder, dtype=torch.float64).train()
     theirs = torch.optim.AdamW(plain.parameters(), lr=1e-2)
     # accelerate takes it on GPUs alone; what follows the check runs on CPUs as well
-    ParallelismConfig._validate_accelerator = lambda *_: None
+    ParallelismConfig._validate_accelerator = lambda *_: None  # pyright: ignore[reportAttributeAccessIssue]
     accelerator = Accelerator(cpu=True, parallelism_config=ParallelismConfig(tp_size=ranks))
     model = split(folder).train()
     model, ours = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))

@@ -142,7 +142,7 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
     ) -> Tensor:
         """Mean next-token loss. A head that adapters have changed is called as a module, on all tokens.
 
-        One whose rows are split over processes has a `vocabulary` (`gka.models.loss.Vocabulary`).
+        One whose rows are split over processes has a `vocabulary` (`gka.models.vocabulary.Vocabulary`).
         """
         if labels.shape != hidden.shape[:2]:
             shapes = f"shape {tuple(hidden.shape[:2])}, got {tuple(labels.shape)}"

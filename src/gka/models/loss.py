@@ -11,17 +11,18 @@ twice. [N,D] and [V,D] are kept for the backward pass instead of [N,V].
 
 The number of iterations depends on N, so torch.compile and torch.export see the loop as one operator.
 
-Processes that share a vocabulary (`Vocabulary`) have their words' logits, and exchange three numbers a token.
+Processes that share a vocabulary (`gka.models.vocabulary`) each have the logits of their own words.
 """
 
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from gka.models.vocabulary import Vocabulary, split_cross_entropy_
 from gka.ops.dispatch import autocasts, check_derivable, no_autocast, operator
 
 IGNORE_INDEX = -100
@@ -32,26 +33,6 @@ LOGITS_BYTES_ELSEWHERE = 256 * 2**20
 ROWS = 256  # their multiple, so that batches have chunks of one size and tiles are full
 
 _fused: Callable[..., tuple[Tensor, Tensor]] | None = None
-
-
-class Vocabulary(Protocol):
-    """The words of which this process has the head's rows; `gka.parallel.vocabulary` implements it."""
-
-    @property
-    def begin(self) -> int:
-        """The first of them."""
-
-    def local(self, weight: Tensor) -> Tensor:
-        """This process's rows of the head."""
-
-    def shared(self, hidden: Tensor) -> Tensor:
-        """hidden, whose gradients are summed over the processes."""
-
-    def max_(self, x: Tensor) -> Tensor:
-        """The maximum over the processes, in place."""
-
-    def sum_(self, x: Tensor) -> Tensor:
-        """The sum over the processes, in place."""
 
 
 @contextmanager
@@ -138,7 +119,7 @@ def linear_cross_entropy(
     """
     check_derivable("linear_cross_entropy")
     if vocabulary is not None:
-        return _of_split(hidden, weight, targets, logits_bytes, vocabulary)
+        return _of_split(hidden, weight, targets, logits_bytes, vocabulary)  # pyright: ignore[reportCallIssue]
     rows = rows_of(hidden, weight.shape[0], logits_bytes)
     grads = torch.is_grad_enabled()
     if grads and (hidden.requires_grad or weight.requires_grad):
@@ -255,7 +236,7 @@ def _chunks(
     grad_weight = torch.zeros_like(weight, dtype=wide) if for_weight else None
     call = _fused if _fused is not None and hidden.is_cuda else _cross_entropy_
     if vocabulary is not None:
-        call = functools.partial(_split_cross_entropy_, vocabulary)
+        call = functools.partial(split_cross_entropy_, vocabulary)
     with no_autocast(hidden.device.type):
         weight = weight.to(dtype)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
@@ -313,28 +294,6 @@ def _cross_entropy(
         return loss, logits
     words = torch.arange(logits.shape[1], device=logits.device)
     return loss, torch.where(words == index, log_p.expm1(), log_p.exp()).to(logits.dtype)
-
-
-def _split_cross_entropy_(
-    vocabulary: Vocabulary, logits: Tensor, targets: Tensor, counts: Tensor, gradient: bool
-) -> tuple[Tensor, Tensor]:
-    """`_cross_entropy_` of logits [n,own words]; the loss is that of all words, the same everywhere."""
-    index = targets.unsqueeze(-1) - vocabulary.begin
-    here = counts & (index >= 0) & (index < logits.shape[1])
-    index = index.masked_fill(~here, 0)
-    wide = logits.to(_sum_dtype(logits.dtype))
-    own = wide.logsumexp(-1, keepdim=True)
-    most = vocabulary.max_(own.clone())
-    of_target = wide.gather(-1, index).masked_fill(~here, 0)
-    total, of_target = vocabulary.sum_(torch.stack([(own - most).exp(), of_target]))
-    lse = most + total.log()
-    loss = (lse - of_target).masked_fill(~counts, 0).sum()
-    if gradient:
-        log_p = wide - lse
-        torch.exp(log_p, out=logits)
-        at_index = torch.where(here, log_p.gather(-1, index).expm1(), logits.gather(-1, index))
-        logits.scatter_(-1, index, at_index.to(logits.dtype))
-    return loss, logits
 
 
 def _accumulate_(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -26,7 +26,7 @@ ENDS = ("embed_tokens", "lm_head")
 
 @dataclass(frozen=True)
 class VocabularyPart:
-    """This rank's words of a vocabulary, `gka.models.loss.Vocabulary`.
+    """This rank's words of a vocabulary, `gka.models.vocabulary.Vocabulary`.
 
     Attributes:
         mesh: the group, of one dimension.
@@ -61,7 +61,7 @@ class VocabularyPart:
 
 
 class WholeVocabulary:
-    """All words of a head that is a DTensor, the same on every rank: `gka.models.loss.Vocabulary`."""
+    """All words of a head that is a DTensor, the same on every rank: `gka.models.vocabulary.Vocabulary`."""
 
     begin = 0
 
