@@ -39,9 +39,9 @@ class Vocabulary(Protocol):
 def split_cross_entropy_(
     vocabulary: Vocabulary, logits: Tensor, targets: Tensor, counts: Tensor, gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """The summed loss of tokens with a target, the same on every process, from logits of this one's words.
+    """The summed loss of tokens with a target, from logits of this process's words; the same on all.
 
-    """The summed loss of tokens with a target, the same on every process, from logits of its own words.
+    Exchanges, for each token, the maximum of the processes' lse, and the sums of exp(lse - maximum) and of the
     target's logit.
 
     Args:
