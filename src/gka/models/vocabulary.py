@@ -41,8 +41,8 @@ def split_cross_entropy_(
 ) -> tuple[Tensor, Tensor]:
     """The summed loss of tokens with a target, from logits of this process's words; the same on all.
 
-    Exchanges, for each token, the maximum of the processes' lse, and the sums of exp(lse - maximum) and of the
-    target's logit.
+    Exchanges, for each token, the maximum of the processes' lse, and the sums of exp(lse - maximum) and of
+    the target's logit.
 
     Args:
         vocabulary: this process's words.
