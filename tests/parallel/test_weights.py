@@ -1,5 +1,7 @@
 """A model made without memory gets the weights that it would have had with memory."""
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -47,3 +49,34 @@ def test_first_weights_are_those_of_a_model_with_memory(name: str) -> None:
     ours, theirs = other.state_dict(), model.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(ours[key].equal(theirs[key]) for key in theirs)
+
+
+MEASURED = """
+import resource, sys
+import torch
+from gka.models import GKAConfig, GKAForCausalLM
+from gka.parallel import without_memory
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def make():
+    return GKAForCausalLM(GKAConfig(vocab_size=8000, hidden_size=640, head_dim=128, num_hidden_layers=20))
+
+without_memory(lambda: GKAForCausalLM(GKAConfig(hidden_size=64, head_dim=16, num_hidden_layers=1)))
+before = peak()
+model, first = without_memory(make)
+made = peak() - before
+first.fill(model, "cpu")
+print(made, peak() - before, 4 * model.num_parameters())
+"""
+
+
+@pytest.mark.slow
+def test_memory_of_a_start() -> None:
+    """Made without memory a model adds less than a tenth of its size to the peak, filled no more than that and
+    its size."""
+    told = subprocess.run([sys.executable, "-c", MEASURED], capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    made, filled, size = map(int, told.stdout.split())
+    assert made < 0.1 * size and filled < 1.1 * size

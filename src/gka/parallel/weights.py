@@ -4,8 +4,10 @@
 generator; `materialize` gives any model on the meta device weights of a seed of its own.
 """
 
+import contextlib
 import copy
-from collections.abc import Callable
+import ctypes
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,6 +19,27 @@ from gka.models.decoder import GKAPreTrainedModel, init_module, initialised_by
 from gka.parallel.state import spread
 
 Model = TypeVar("Model", bound=GKAPreTrainedModel)
+
+
+class _Memory:
+    """Returns freed memory to the system now and then.
+
+    glibc keeps what was freed, and small allocations split it, so that the next matrix does not fit there:
+    without this the process grows as if the model were made with memory.
+    """
+
+    MOST = 2**26  # bytes that wait for their return
+
+    def __init__(self) -> None:
+        self._freed = 0
+
+    def free(self, parameters: Iterable[Tensor]) -> None:
+        """Take note that so much is free."""
+        self._freed += sum(p.numel() * p.element_size() for p in parameters)
+        if self._freed > self.MOST:
+            self._freed = 0
+            with contextlib.suppress(OSError, AttributeError):  # another C library
+                ctypes.CDLL(None).malloc_trim(0)
 
 
 @dataclass(frozen=True)
@@ -34,6 +57,7 @@ class FirstWeights:
 
     def __init__(self) -> None:
         self._draws: list[_Draw] = []
+        self.memory = _Memory()
 
     @torch.no_grad()
     def fill(self, model: nn.Module, device: torch.device | str) -> None:
@@ -52,6 +76,7 @@ class FirstWeights:
                 for name, value in _drawn(draw.module, draw.own, draw.std).items():
                     target: Any = draw.module._parameters[name]
                     target.copy_(spread(value, target))
+                self.memory.free(draw.own.values())
 
     @torch.no_grad()
     def note(self, module: nn.Module, *, std: float) -> None:
@@ -60,6 +85,7 @@ class FirstWeights:
         if own:
             self._draws.append(_Draw(module, own, std, torch.get_rng_state()))
             _drawn(module, own, std)
+            self.memory.free(own.values())
 
     def drop_replaced(self) -> None:
         """Forget what was drawn for parameters that another one has replaced since: tied ones."""
@@ -80,7 +106,12 @@ def without_memory(make: Callable[[], Model]) -> tuple[Model, FirstWeights]:
         make: makes a `GKAModel` or `GKAForCausalLM` on the CPU.
     """
     first = FirstWeights()
-    hook = register_module_module_registration_hook(_without_values)
+
+    def without_values(_: nn.Module, __: str, module: nn.Module | None) -> None:
+        if module is not None:
+            first.memory.free(_emptied(module))
+
+    hook = register_module_module_registration_hook(without_values)
     try:
         with initialised_by(first.note):
             model = make()
@@ -90,13 +121,16 @@ def without_memory(make: Callable[[], Model]) -> tuple[Model, FirstWeights]:
     return model, first
 
 
-def _without_values(_: nn.Module, __: str, module: nn.Module | None) -> None:
-    """Move a module that has just been made, and become part of another, to the meta device."""
-    for part in [] if module is None else module.modules():
+def _emptied(module: nn.Module) -> list[Tensor]:
+    """Move a module that has just been made to the meta device; what it had, on that device."""
+    found = []
+    for part in module.modules():
         for key, parameter in part._parameters.items():
             if parameter is not None and not parameter.is_meta:
                 empty = torch.empty_like(parameter, device="meta")
                 setattr(part, key, nn.Parameter(empty, parameter.requires_grad))
+                found.append(empty)
+    return found
 
 
 @torch.no_grad()
