@@ -74,8 +74,8 @@ print(made, peak() - before, 4 * model.num_parameters())
 
 @pytest.mark.slow
 def test_memory_of_a_start() -> None:
-    """Made without memory a model adds less than a tenth of its size to the peak, filled no more than that and
-    its size."""
+    """Made without memory a model adds less than a tenth of its size to the peak; filled, its size and no more
+    than that."""
     told = subprocess.run([sys.executable, "-c", MEASURED], capture_output=True, text=True)
     assert told.returncode == 0, told.stderr
     made, filled, size = map(int, told.stdout.split())
