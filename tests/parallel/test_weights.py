@@ -60,8 +60,10 @@ from gka.parallel import without_memory
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
+sizes = {"hidden_size": 640, "head_dim": 128, "num_hidden_layers": 20}
+
 def make():
-    return GKAForCausalLM(GKAConfig(vocab_size=8000, hidden_size=640, head_dim=128, num_hidden_layers=20))
+    return GKAForCausalLM(GKAConfig(vocab_size=8000, **sizes))
 
 without_memory(lambda: GKAForCausalLM(GKAConfig(hidden_size=64, head_dim=16, num_hidden_layers=1)))
 before = peak()
@@ -74,8 +76,8 @@ print(made, peak() - before, 4 * model.num_parameters())
 
 @pytest.mark.slow
 def test_memory_of_a_start() -> None:
-    """Made without memory a model adds less than a tenth of its size to the peak; filled, its size and no more
-    than that."""
+    """Made without memory a model adds less than a tenth of its size to the peak; filled, its size and no
+    more than that."""
     told = subprocess.run([sys.executable, "-c", MEASURED], capture_output=True, text=True)
     assert told.returncode == 0, told.stderr
     made, filled, size = map(int, told.stdout.split())
