@@ -3,7 +3,8 @@
 `import gka` loads neither. It adds the model types to transformers' table, so that Auto classes open our
 folders: transformers imports `transformers.models.<type>` for a type's classes, and gets `gka.models`. peft
 gets the default `target_modules` of adapters. `gka.models` knows only its own format, so `gka.checkpoints`,
-which adds the others, is imported after it. Former names of modules lead to the present ones.
+which adds the others, is imported after it, and transformers is told the names of `gka.parallel.styles`.
+Former names of modules lead to the present ones.
 """
 
 import sys
@@ -19,6 +20,8 @@ MODEL_TYPES = ("gka", "hybrid_qwen3", "hybrid_qwen2", "hybrid_llama", "hybrid_qw
 
 _CONFIGURATIONS = "transformers.models.auto.configuration_auto"
 _ADAPTERS = "peft.utils.constants"
+TP_LAYER, TP_PART, TP_WORDS, TP_SAME = _STYLES = ("gka_layer", "gka_part", "gka_words", "gka_same")
+"""Styles of transformers' tensor parallelism, which `gka.parallel.styles` defines."""
 _ALIASES = {f"transformers.models.{name}" for name in MODEL_TYPES}
 # Former modules, kept for one release: (present module, renamed names, text of the warning).
 _FORMER = {
@@ -55,12 +58,26 @@ def _tell_peft(module: ModuleType) -> None:
             table.setdefault("gka", table["llama"])
 
 
-def _add_formats(_: ModuleType) -> None:
+def _add_rooms_above(_: ModuleType) -> None:
+    """Let the models open other formats, and transformers split them over processes."""
     import_module("gka.checkpoints")
+    parallel = import_module("transformers.integrations.tensor_parallel")
+    for name in _STYLES:
+        parallel.ParallelInterface.register(name, _Style(name))
+
+
+class _Style:
+    """A style of transformers' tensor parallelism, of a module that loads when a model is split."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(import_module("gka.parallel.styles").STYLES[self.name], attribute)
 
 
 _TELL: dict[str, Callable[[ModuleType], None]] = {
-    "gka.models": _add_formats,
+    "gka.models": _add_rooms_above,
     _CONFIGURATIONS: _tell_transformers,
     _ADAPTERS: _tell_peft,
 }

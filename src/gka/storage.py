@@ -154,15 +154,15 @@ def storage_errors(what: object, verb: str = "written", advice: str = "") -> Ite
     except InputError:
         raise
     except Exception as error:
-        reason = _disk_reason(error)
+        reason = disk_reason(error)
         if reason is None:
             raise
         tail = f"; {advice}" if advice else ""
         raise StorageError(f"{what} cannot be {verb}: {reason}{tail}") from error
 
 
-def _disk_reason(error: Exception) -> str | None:
-    """The reason of a disk error; None for an error of another kind."""
+def disk_reason(error: Exception) -> str | None:
+    """The reason of a disk error in words; None for an error of another kind."""
     text = str(error)
     if isinstance(error, OSError):
         return error.strerror or text

@@ -2,6 +2,8 @@
 
 import itertools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -44,6 +46,64 @@ def test_equals_plain_cross_entropy(dtype: torch.dtype, rows: int):
     for name, ours, theirs in zip(("hidden", "weight"), found, wanted, strict=True):
         assert ours.dtype == dtype
         assert_close(ours, theirs, RELATIVE[dtype], name)
+
+
+class Part:
+    """A thread's words of a vocabulary that several threads share."""
+
+    def __init__(self, begin: int, barrier: Barrier, heard: list[Tensor]) -> None:
+        self.begin, self.barrier, self.heard = begin, barrier, heard
+
+    def local(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def shared(self, hidden: Tensor) -> Tensor:
+        return hidden  # the test adds up the gradients
+
+    def max_(self, x: Tensor) -> Tensor:
+        return x.copy_(self._all(x).amax(0))
+
+    def sum_(self, x: Tensor) -> Tensor:
+        return x.copy_(self._all(x).sum(0))
+
+    def _all(self, x: Tensor) -> Tensor:
+        self.heard.append(x.clone())
+        self.barrier.wait()
+        every = torch.stack(self.heard)
+        if self.barrier.wait() == 0:
+            self.heard.clear()
+        self.barrier.wait()
+        return every
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_split_vocabulary(dtype: torch.dtype, rows: int) -> None:
+    """Processes that have a part of the words each get the whole loss, their rows' gradient, and terms of the
+    hidden states' one."""
+    hidden, weight, targets = problem(dtype)
+    count, barrier, heard = 3, Barrier(3), []
+    parts = [p.detach().requires_grad_() for p in weight[: V - V % count].chunk(count)]
+    words = len(parts[0])
+    targets = targets.where(targets < V - V % count, -100)
+    size = rows * words * (8 if dtype == torch.float64 else 4)
+
+    def call(number: int) -> tuple[Tensor, ...]:
+        h, w = hidden.detach().requires_grad_(), parts[number]
+        part = Part(number * words, barrier, heard)
+        loss = linear_cross_entropy(h, w, targets, logits_bytes=size, vocabulary=part)
+        return loss, *gradients(loss, h, w)
+
+    with ThreadPoolExecutor(count) as threads:
+        losses_, of_hidden, of_weight = zip(*threads.map(call, range(count)), strict=True)
+    wide = [x.detach().double().requires_grad_() for x in (hidden, torch.cat(parts))]
+    expected = F.cross_entropy(wide[0] @ wide[1].T, targets, reduction="sum")
+    wanted = gradients(expected, *wide)
+    for loss in losses_:
+        assert_close(loss, expected, RELATIVE[dtype], "loss")
+    total = torch.stack(of_hidden).double().sum(0)
+    assert_close(total, wanted[0], RELATIVE[dtype], "hidden")
+    assert_close(torch.cat(of_weight), wanted[1], RELATIVE[dtype], "weight")
 
 
 def test_gradcheck():

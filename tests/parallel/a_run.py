@@ -1,9 +1,11 @@
 """A float64 run of `gka.training.train` on this job's ranks, which may lose a rank or get a signal at a step.
 
 Arguments: the file for the curves, the run's tables (JSON), its folder, and of what happens (JSON): "step",
-"rank" and "signal"; and whether to resume.
+or "writing" for when the tensors of that step's checkpoint are written, "rank", and "signal", without which
+that rank's disk is full; and whether to resume.
 """
 
+import errno
 import json
 import os
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from rich.console import Console
 
 from gka.errors import InputError
@@ -21,7 +24,10 @@ from gka.training.trainer import DecoderTrainer
 
 
 def disturb(event: dict[str, int]) -> None:
-    """Send this process the signal when the run comes to the step."""
+    """Send this process the signal, or let its disk be full, when the run comes to the step."""
+    if "writing" in event:
+        disturb_writing(event)
+        return
     for kind in (DecoderTrainer, MeshTrainer):
         usual: Any = kind.get_batch_samples
 
@@ -31,6 +37,20 @@ def disturb(event: dict[str, int]) -> None:
             return usual(self, *arguments)
 
         kind.get_batch_samples = at_step  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def disturb_writing(event: dict[str, int]) -> None:
+    usual = dcp.FileSystemWriter.write_data
+
+    def writing(self: Any, *arguments: Any) -> Any:
+        step = Path(self.path).name.removeprefix("checkpoint-")
+        if (int(step), int(os.environ["RANK"])) == (event["writing"], event["rank"]):
+            if "signal" not in event:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.kill(os.getpid(), event["signal"])
+        return usual(self, *arguments)
+
+    dcp.FileSystemWriter.write_data = writing  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def main() -> int:

@@ -28,7 +28,7 @@ from gka.parallel import (
 from gka.parallel.pipeline import pipeline
 from gka.training import RunConfig, train
 
-ROWS, TOKENS, WORDS, STEPS = 8, 20, 37, 3
+ROWS, TOKENS, WORDS, STEPS = 8, 20, 40, 3
 SIZES: dict[str, Any] = {
     "vocab_size": WORDS, "hidden_size": 16, "head_dim": 4, "num_heads": 4, "num_kv_heads": 2,
     "intermediate_size": 24, "num_iter": 3, "sliding_window": 8, "mixers": ["gka", "attention"],
@@ -38,6 +38,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "hybrid": {},
     "mixers": {"mixers": ALL_MIXERS},
     "one kv head": {"mixers": ["gka", "attention"], "num_kv_heads": 1},
+    "odd vocabulary": {"mixers": ["gka"], "vocab_size": 43, "tie_word_embeddings": False},
+    "untied": {"mixers": ["gka"], "tie_word_embeddings": False},
     "value heads": {"mixers": ["gka"], "num_kv_heads": None, "num_v_heads": 8},
     "expansion": {"mixers": ["gka"], "kv_rank": 3},
     "mixed expansion": {"mixers": ["gka"], "kv_rank": 3, "kv_mix": True},

@@ -22,7 +22,10 @@ LONG = [
         (1, 4, 1, 1), (4, 1, 1, 1), (2, 2, 1, 1), (1, 1, 1, 4), (1, 2, 1, 2), (2, 1, 1, 2),
         (1, 1, 4, 1), (1, 2, 2, 1), (2, 1, 2, 1), (1, 1, 2, 2),
     )),
-    *((name, (1, 1, 1, 4), False) for name in ("hybrid", "value heads", "expansion")),
+    *((name, (1, 1, 1, 4), False) for name in (
+        "hybrid", "value heads", "expansion", "odd vocabulary", "untied",
+    )),
+    ("odd vocabulary", (1, 2, 1, 2), False),
     ("mixed expansion", (1, 2, 1, 2), False),
     ("mixers", (1, 4, 1, 1), True),
 ]  # fmt: skip
@@ -111,5 +114,5 @@ def test_every_mixer_on_every_mesh(tmp_path: Path) -> None:
     pairs = [("mixers", sizes, False) for sizes in ((1, 1, 1, 2), (1, 2, 1, 1), (2, 1, 1, 1))]
     two = run_ranks("on_meshes.py", 2, str(tmp_path / "two.json"), json.dumps(pairs))
     errors = {n: e for n, e in (four | two).items() if ":" in n}
-    assert len(errors) == 19
+    assert len(errors) == 22
     assert all(error < 1e-10 for error in errors.values()), errors

@@ -25,7 +25,7 @@ class Runs:
 
     def __init__(self, folder: Path) -> None:
         self.folder, text = folder, folder / "text"
-        text.mkdir()
+        text.mkdir(parents=True)
         for i in range(40):
             (text / f"{i:02}.txt").write_text(f"one two {i:03} three {i * 7919 % 1000:03}\n")
         self.tables = TABLES | {"data": TABLES["data"] | {"text": [str(text)]}}
@@ -115,6 +115,29 @@ def test_rows_over_ranks_killed_and_resumed_on_others(runs: Runs) -> None:
     runs.tables = tables
     split = runs.complete("split", 1, resume=True)
     assert _curves(split) == [pytest.approx(row, rel=1e-10) for row in _curves(whole)]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_cannot_be_written(runs: Runs) -> None:
+    """A disk that is full on the last of two ranks, then its death, while checkpoint-6 is written beside
+    training: both ranks tell the first, checkpoint-3 is there to go on from, and the run ends bit for bit as
+    one whose checkpoints were written at once."""
+    at_once = Runs(runs.folder / "at once")
+    at_once.tables |= {"training": TABLES["training"] | {"save_async": "off"}}
+    at_once.tables["data"] = runs.tables["data"]
+    whole, checkpoints = at_once.complete("whole", 2), runs.folder / "run" / "checkpoints"
+    event = {"writing": 6, "rank": 1}
+    codes, said = end_ranks("a_run.py", 2, *runs.arguments("run", event))
+    told = f"checkpoint {checkpoints}/checkpoint-6 cannot be written: No space left on device (rank 1); "
+    assert codes == [2, 2] and all(told in text for text in said)
+    assert [path.name for path in checkpoints.iterdir()] == ["checkpoint-3"]
+    killed = event | {"signal": signal.SIGKILL}
+    codes, said = end_ranks("a_run.py", 2, *runs.arguments("run", killed, resume=True))
+    assert all(codes) and any("rank 1 of 2 was lost" in text for text in said)
+    assert (checkpoints / "checkpoint-6" / ".unfinished").exists()
+    assert _curves(runs.complete("run", 2, resume=True)) == _curves(whole)
+    ours, theirs = runs.weights("run"), at_once.weights("whole")
+    assert all(ours[n].equal(theirs[n]) for n in theirs)
 
 
 def _curves(metrics: dict[str, Any]) -> list[list[float]]:

@@ -169,7 +169,7 @@ def test_a_full_disk_in_a_checkpoint_loses_nothing(
 
     with monkeypatch.context() as patch:
         if name == SEAL:
-            patch.setattr("gka.training.callbacks.seal", full_seal)
+            patch.setattr("gka.training.checkpoints.seal", full_seal)
         else:
             patch.setattr(Trainer, "_save_checkpoint", full)
         with pytest.raises(StorageError, match=r"checkpoint-8.* cannot be written: ") as caught:

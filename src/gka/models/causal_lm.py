@@ -9,7 +9,9 @@ from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from gka.discovery import TP_WORDS
 from gka.errors import InputError
+from gka.layers.parts.modules import working_dtype
 from gka.models.cache import CACHE_NAME, GKACache, one_cache
 from gka.models.configuration import GKAConfig
 from gka.models.context import split_targets, sum_over_ranks
@@ -27,6 +29,7 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan: ClassVar[dict[str, str]] = {"lm_head": TP_WORDS}
     # Makes the Trainer pass num_items_in_batch, so that gradient accumulation averages over tokens.
     accepts_loss_kwargs = True
     # For `generate`: a recurrent state cannot be rolled back, which assisted decoding needs. False for a
@@ -137,7 +140,10 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None,
         context: SequenceContext | None,
     ) -> Tensor:
-        """Mean next-token loss. A head that adapters have changed is called as a module, on all tokens."""
+        """Mean next-token loss. A head that adapters have changed is called as a module, on all tokens.
+
+        One whose rows are split over processes has a `vocabulary` (`gka.models.vocabulary.Vocabulary`).
+        """
         if labels.shape != hidden.shape[:2]:
             shapes = f"shape {tuple(hidden.shape[:2])}, got {tuple(labels.shape)}"
             part = "" if context is None else ": pass context.shard(labels)"
@@ -150,10 +156,13 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
             targets, number = split_targets(context, labels)
             count = number if count is None else count
         targets, hidden = targets.flatten(), hidden.flatten(0, 1)
-        if _is_plain(self.lm_head):
-            total = linear_cross_entropy(hidden, self.lm_head.weight, targets)
+        vocabulary = getattr(self.lm_head, "vocabulary", None)
+        if vocabulary is not None or _is_plain(self.lm_head):
+            weight = self.lm_head.weight
+            total = linear_cross_entropy(hidden, weight, targets, vocabulary=vocabulary)
         else:
-            logits = self.lm_head(hidden).float()
+            logits = self.lm_head(hidden)
+            logits = logits.to(working_dtype(logits))
             total = nn.functional.cross_entropy(logits, targets, reduction="sum")
         total = total if context is None else sum_over_ranks(context, total)
         return mean_loss(total, targets, count)

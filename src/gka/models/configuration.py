@@ -12,6 +12,7 @@ from typing import Any, ClassVar, get_args
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from gka.discovery import TP_LAYER, TP_SAME, TP_WORDS
 from gka.errors import InputError
 from gka.layers.parts.heads import check_head_dims, default_head_dim, split_heads, value_dim
 from gka.maths.solvers import SolverName
@@ -81,6 +82,9 @@ class GKAConfig(GKAFields, PreTrainedConfig):
     # Set on instances; transformers' and trl's loaders read it.
     auto_map: ClassVar[dict[str, str]]
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        "embed_tokens": TP_WORDS, "layers.*": TP_LAYER, "norm": TP_SAME,
+    }  # fmt: skip
 
     def __post_init__(self, **others: Any) -> None:
         """Refuse unknown keys, fill in defaults that depend on other fields, check all fields."""

@@ -1,5 +1,7 @@
 """GKAModel: embedding, decoder layers with any mixer, final norm."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from gka.discovery import TP_PART
 from gka.layers import DECAY_PARAMETERS, RMSNorm
 from gka.layers.parts.heads import ZeroLinear
 from gka.layers.parts.masks import token_mask
@@ -79,8 +82,26 @@ class GKAPreTrainedModel(PreTrainedModel):
         load = super().from_pretrained
         return READING.load(cls, load, pretrained_model_name_or_path, *args, **options)
 
+    def init_parallel_plans(self) -> None:
+        """Complete the tensor-parallel plan with the names of the layers' parameters, for its checks.
+
+        The styles split whole layers. transformers' own style of tied embeddings, which some versions put
+        into the plan, is replaced by ours.
+        """
+        super().init_parallel_plans()
+        if self.base_model is not self or not self._tp_plan:
+            return
+        self._tp_plan |= GKAConfig.base_model_tp_plan
+        for name, _ in self.named_parameters():
+            first, _, rest = name.partition(".")
+            if first == "layers":
+                owner = rest.partition(".")[2].rpartition(".")[0]
+                parameter = name.rpartition(".")[2]
+                decay = parameter in DECAY_PARAMETERS
+                self._tp_plan[f"layers.*.{owner}{f'.{parameter}' if decay else ''}"] = TP_PART
+
     def _init_weights(self, module: nn.Module) -> None:
-        init_module(module, std=self.config.initializer_range)
+        _initialise(module, std=self.config.initializer_range)
 
     def set_solver(
         self,
@@ -304,3 +325,17 @@ def init_module(module: nn.Module, *, std: float) -> None:
     reset()
     for parameter, value in filled:
         parameter.copy_(value)
+
+
+_initialise: Callable[..., None] = init_module
+
+
+@contextmanager
+def initialised_by(function: Callable[..., None]) -> Iterator[None]:
+    """In the block, models call `function(module, std=...)` in place of `init_module`."""
+    global _initialise
+    before, _initialise = _initialise, function
+    try:
+        yield
+    finally:
+        _initialise = before

@@ -10,6 +10,8 @@ and both gradients are computed in the forward pass, from the same logits, so th
 twice. [N,D] and [V,D] are kept for the backward pass instead of [N,V].
 
 The number of iterations depends on N, so torch.compile and torch.export see the loop as one operator.
+
+Processes that share a vocabulary (`gka.models.vocabulary`) each have the logits of their own words.
 """
 
 import functools
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gka.models.vocabulary import Vocabulary, split_cross_entropy_
 from gka.ops.dispatch import autocasts, check_derivable, no_autocast, operator
 
 IGNORE_INDEX = -100
@@ -83,17 +86,22 @@ def mean_loss(total: Tensor, targets: Tensor, num_items_in_batch: Tensor | int |
     return total / num_items_in_batch
 
 
-def rows_of(hidden: Tensor, weight: Tensor, logits_bytes: int | None) -> int:
-    """Tokens whose logits fit in `logits_bytes` (None: the device's default)."""
+def rows_of(hidden: Tensor, words: int, logits_bytes: int | None) -> int:
+    """Tokens whose logits of so many words fit in `logits_bytes` (None: the device's default)."""
     if logits_bytes is None:
         logits_bytes = LOGITS_BYTES.get(hidden.device.type, LOGITS_BYTES_ELSEWHERE)
     itemsize = 8 if hidden.dtype == torch.float64 else 4
-    rows = max(1, logits_bytes // (itemsize * weight.shape[0]))
+    rows = max(1, logits_bytes // (itemsize * words))
     return rows - rows % ROWS if rows > ROWS else rows
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, logits_bytes: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    logits_bytes: int | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> Tensor:
     """Sum over tokens of the cross-entropy of softmax(hidden weight^T) against targets.
 
@@ -103,18 +111,40 @@ def linear_cross_entropy(
         targets: [N] in 0..V-1, or -100 for tokens without a target.
         logits_bytes: largest size of the logits at a time, at least those of one token. None: 64 MiB on a
             CPU, 256 MiB elsewhere.
+        vocabulary: the words whose rows this process has, of a weight that is split over processes; every
+            one of them makes the same call. Not under torch.compile, which leaves it out of its graph.
 
     Returns:
         Scalar in float32 (float64 for float64 inputs), differentiable once in hidden and weight.
     """
-    rows = rows_of(hidden, weight, logits_bytes)
     check_derivable("linear_cross_entropy")
+    if vocabulary is not None:
+        return _of_split(hidden, weight, targets, logits_bytes, vocabulary)  # pyright: ignore[reportCallIssue]
+    rows = rows_of(hidden, weight.shape[0], logits_bytes)
     grads = torch.is_grad_enabled()
     if grads and (hidden.requires_grad or weight.requires_grad):
         return _LinearCrossEntropy.apply(
             hidden, weight, targets, rows, hidden.requires_grad, weight.requires_grad
         )
     return _walk(hidden, weight, targets, _product_dtype(hidden), rows, False, False)[0]
+
+
+@torch.compiler.disable
+def _of_split(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    logits_bytes: int | None,
+    vocabulary: Vocabulary,
+) -> Tensor:
+    """`linear_cross_entropy` of a split vocabulary."""
+    hidden, weight = vocabulary.shared(hidden), vocabulary.local(weight)
+    rows = rows_of(hidden, weight.shape[0], logits_bytes)
+    wanted = hidden.requires_grad, weight.requires_grad
+    if torch.is_grad_enabled() and any(wanted):
+        return _LinearCrossEntropy.apply(hidden, weight, targets, rows, *wanted, vocabulary)
+    dtype = _product_dtype(hidden)
+    return _walk(hidden, weight, targets, dtype, rows, False, False, vocabulary)[0]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -127,9 +157,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows: int,
         for_hidden: bool,
         for_weight: bool,
+        vocabulary: Vocabulary | None = None,
     ) -> Tensor:
         dtype = _product_dtype(hidden)
-        loss, *gradients = _walk(hidden, weight, targets, dtype, rows, for_hidden, for_weight)
+        loss, *gradients = _walk(
+            hidden, weight, targets, dtype, rows, for_hidden, for_weight, vocabulary
+        )
         ctx.save_for_backward(*gradients)
         ctx.dtypes = hidden.dtype, weight.dtype
         return loss
@@ -146,16 +179,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if kept is None else (kept * grad.to(kept.dtype)).to(dtype)
             for kept, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return hidden, weight, None, None, None, None
+        return hidden, weight, None, None, None, None, None
 
 
 def _walk(
     hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, rows: int,
-    for_hidden: bool, for_weight: bool,
+    for_hidden: bool, for_weight: bool, vocabulary: Vocabulary | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Loss and requested gradients, in chunks of `rows` tokens; products in `dtype`."""
     if not torch.compiler.is_compiling():
-        return _chunks(hidden, weight, targets, dtype, rows, for_hidden, for_weight)
+        return _chunks(hidden, weight, targets, dtype, rows, for_hidden, for_weight, vocabulary)
     loss, *grads = walk_op(hidden, weight, targets, dtype, rows, for_hidden, for_weight)
     grad_hidden, grad_weight = (
         grad if wanted else None
@@ -196,12 +229,14 @@ def _(hidden, weight, targets, dtype, rows, for_hidden, for_weight):
 
 def _chunks(
     hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, rows: int,
-    for_hidden: bool, for_weight: bool,
+    for_hidden: bool, for_weight: bool, vocabulary: Vocabulary | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     wide = _sum_dtype(dtype)
     grad_hidden = torch.empty_like(hidden, dtype=wide) if for_hidden else None
     grad_weight = torch.zeros_like(weight, dtype=wide) if for_weight else None
     call = _fused if _fused is not None and hidden.is_cuda else _cross_entropy_
+    if vocabulary is not None:
+        call = functools.partial(split_cross_entropy_, vocabulary)
     with no_autocast(hidden.device.type):
         weight = weight.to(dtype)
         loss = torch.zeros((), dtype=wide, device=hidden.device)

@@ -6,7 +6,7 @@ from gka.parallel.job import Job, current, joined, start
 from gka.parallel.mesh import Layout, layout_of, make_mesh
 from gka.parallel.parallelize import parallelize
 from gka.parallel.state import load_state, save_state, whole_weights
-from gka.parallel.weights import materialize
+from gka.parallel.weights import FirstWeights, materialize, without_memory
 
 __all__ = [
     "ContextParallel",
@@ -16,6 +16,8 @@ __all__ = [
     "Layout",
     "layout_of",
     "materialize",
+    "without_memory",
+    "FirstWeights",
     "clip_grad_norm_",
     "save_state",
     "load_state",

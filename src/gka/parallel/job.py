@@ -59,6 +59,13 @@ class Job:
         """Whether this is rank 0, which writes files and tells the user."""
         return self.rank == 0
 
+    def apart(self) -> "Job":
+        """This job with a control group of its own, for exchanges on another thread; every rank calls it."""
+        if self.ranks == 1:
+            return Job(device=self.device)
+        control = dist.new_group(backend="gloo", timeout=PATIENCE)
+        return Job(self.rank, self.ranks, self.device, control)
+
     def any(self, value: int) -> int:
         """The largest of all ranks' values."""
         if self.ranks == 1:

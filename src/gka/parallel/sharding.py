@@ -48,10 +48,10 @@ def shard_blocks(
             reshard_after_forward=reshard_after_forward,
         )  # fmt: skip
     if dtype is not None:
-        _autocast(model, mesh.device_type, dtype)
+        autocast(model, mesh.device_type, dtype)
 
 
-def _autocast(model: nn.Module, device: str, dtype: torch.dtype) -> None:
+def autocast(model: nn.Module, device: str, dtype: torch.dtype) -> None:
     """Let a model's calls run under torch.autocast."""
     forward = model.forward
 

@@ -5,6 +5,7 @@ parameter's name. The tensors' metadata holds whole shapes, so any other number 
 reads them back: each rank reads the parts that it needs.
 """
 
+import errno
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,15 +16,18 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from gka.errors import InputError
-from gka.parallel.job import current
+from gka.parallel.job import Job, current
 from gka.parallel.sharding import reshard
+from gka.storage import disk_reason
 
 METADATA = ".metadata"
 """The file that makes a folder a sharded checkpoint."""
 _MODEL, _OPTIMIZER = "model.", "optimizer."
+State = dict[str, Tensor]
 
 
 def is_sharded_checkpoint(folder: Path) -> bool:
@@ -38,14 +42,56 @@ def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
         folder: on storage that all ranks share.
         model: the model, parallelised or not.
         optimizer: its optimizer.
+
+    Raises:
+        OSError: on every rank, if one of them cannot write; the message has its rank.
     """
-    state = {
-        _MODEL + name: tensor.detach() for name, tensor in _tensors(model)
-    } | _optimizer_tensors(model, optimizer)
+    write_state(folder, state_of(model, optimizer), current())
+
+
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
+    """The parameters and the optimizer's tensors, by the names that a checkpoint has for them."""
+    found = {_MODEL + name: tensor.detach() for name, tensor in _tensors(model)}
+    return found | _optimizer_tensors(model, optimizer)
+
+
+class Staging:
+    """Copies of a state on the CPU, so that training may go on while they are written.
+
+    Args:
+        pinned: whether to keep the copies' memory, page-locked, for the next state; for states on a GPU.
+    """
+
+    def __init__(self, pinned: bool) -> None:
+        self._stager = BlockingAsyncStager(cache_staged_state_dict=pinned)
+
+    def copies(self, state: State) -> State:
+        """The state's copies; with `pinned` the next ones take their place."""
+        return self._stager.stage(state)
+
+
+def write_state(folder: Path, state: State, job: Job) -> None:
+    """Write a state; every rank of the job calls it, in `job.control`.
+
+    Raises:
+        OSError: on every rank, if one of them cannot write; the message has its rank.
+    """
     writer = dcp.FileSystemWriter(folder, sync_files=True, overwrite=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)
-        dcp.save(state, storage_writer=writer, **_group())
+        try:
+            dcp.save(state, storage_writer=writer, **_group(job))
+        except dcp.CheckpointException as error:  # a BaseException
+            raise _first_failure(error, job) from error
+
+
+def _first_failure(error: dcp.CheckpointException, job: Job) -> Exception:
+    """What failed on the first of the ranks where something did."""
+    rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
+    where = f" (rank {rank})" if job.ranks > 1 else ""
+    if isinstance(cause, Exception) and (reason := disk_reason(cause)) is not None:
+        return OSError(getattr(cause, "errno", None) or errno.EIO, f"{reason}{where}")
+    return RuntimeError(f"{type(cause).__name__}: {cause}{where}")
 
 
 def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
@@ -63,11 +109,10 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer 
         state |= _optimizer_tensors(model, optimizer)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)  # one process
-        dcp.load(state, storage_reader=reader, **_group())
+        dcp.load(state, storage_reader=reader, **_group(current()))
 
 
-def _group() -> dict[str, Any]:
-    job = current()
+def _group(job: Job) -> dict[str, Any]:
     if job.ranks == 1 and not dist.is_initialized():
         return {"no_dist": True}
     return {"process_group": job.control}

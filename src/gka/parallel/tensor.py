@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import (
     DTensor,
-    Partial,
     Placement,
     Replicate,
     Shard,
@@ -33,6 +32,8 @@ from gka.layers import SoftmaxAttention
 from gka.layers.parts.modules import ShortConvolution
 from gka.layers.recurrent_mixer import RecurrentMixer
 from gka.models.decoder import GKAMLP, GKADecoderLayer
+from gka.parallel.exchanges import copied, summed
+from gka.parallel.vocabulary import split_vocabulary
 
 _HEADS = ("num_heads", "num_k_heads", "num_v_heads", "num_kv_heads", "num_expanded_heads")
 # Projections whose columns belong to the mixer's expanded heads: gates.
@@ -66,7 +67,8 @@ def split_tensors(model: nn.Module, mesh: DeviceMesh) -> None:
     """Split a `GKAModel` or `GKAForCausalLM` over the ranks of a one-dimensional mesh, in place.
 
     Every rank must hold the same weights, or all weights on the meta device. The input and the output of
-    every layer are whole on every rank, and so are embedding, output head and norms.
+    every layer are whole on every rank, and so are norms. Embedding and output head are split by words if
+    the ranks divide the vocabulary.
 
     Args:
         model: the model.
@@ -75,31 +77,46 @@ def split_tensors(model: nn.Module, mesh: DeviceMesh) -> None:
     Raises:
         InputError: heads or columns do not divide among the ranks, or a layer cannot be split.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, GKADecoderLayer)]
-    plans = [_plan(layer, number, mesh) for number, layer in enumerate(layers)]  # all checks first
-    for layer, plan in zip(layers, plans, strict=True):
-        _distribute(layer, mesh, plan)
-        mixer: Any = layer.mixer
-        _count_local_heads(mixer, mesh)
-        for part in (layer.mixer, layer.mlp):
-            _sum_outputs(part, mesh)
-        _with_local_parameters(layer, mesh, plan)
-    rest = {
-        name: SAME
+    if (why := why_unsplit(model, mesh.size())) is not None:
+        raise InputError(f"tp = {mesh.size()}: {why}")
+    for layer in model.modules():
+        if isinstance(layer, GKADecoderLayer):
+            split_layer(layer, mesh)
+    words = split_vocabulary(model, mesh)
+    split_parameters(model, mesh, {
+        name: ROWS if name in words else SAME
         for name, p in model.named_parameters(remove_duplicate=False)
         if not isinstance(p, DTensor)
-    }
-    _distribute(model, mesh, rest)
-    _with_local_parameters(model, mesh, rest)
+    })  # fmt: skip
+
+
+def split_layer(layer: GKADecoderLayer, mesh: DeviceMesh) -> None:
+    """Split one layer, in place; its input and output are whole on every rank.
+
+    Raises:
+        InputError: the layer cannot be split.
+    """
+    plan = _plan(layer, mesh)
+    _count_local_heads(layer.mixer, mesh)
+    for part in (layer.mixer, layer.mlp):
+        _sum_outputs(part, mesh)
+    split_parameters(layer, mesh, plan)
+
+
+def split_parameters(module: nn.Module, mesh: DeviceMesh, plan: dict[str, Share]) -> None:
+    """Make a module's planned parameters DTensors, and let its calls see this rank's part of them."""
+    _distribute(module, mesh, plan)
+    _with_local_parameters(module, mesh, plan)
 
 
 def why_unsplit(model: nn.Module, ranks: int) -> str | None:
-    """Why the model's layers cannot be split over that many ranks; None if they can."""
+    """Why the model cannot be split over that many ranks; None if it can."""
     layers = [layer for layer in model.modules() if isinstance(layer, GKADecoderLayer)]
     if not layers:
         return f"{type(model).__name__} has no decoder layers of this library"
     faults = ((number, _fault(layer, ranks)) for number, layer in enumerate(layers))
-    return next((f"layer {number}: {fault}" for number, fault in faults if fault), None)
+    found = (f"layer {number} cannot be split: {fault}" for number, fault in faults if fault)
+    return next(found, None)
 
 
 def _fault(layer: GKADecoderLayer, ranks: int) -> str | None:
@@ -133,14 +150,14 @@ def _counts(mixer: Any) -> dict[str, int]:
     return {n: c for n, c in counts.items() if n == "query" or not hasattr(mixer, "k_expand")}
 
 
-def _plan(layer: GKADecoderLayer, number: int, mesh: DeviceMesh) -> dict[str, Share]:
+def _plan(layer: GKADecoderLayer, mesh: DeviceMesh) -> dict[str, Share]:
     """The share of every parameter of a layer.
 
     Raises:
         InputError: the layer cannot be split.
     """
-    fault = _fault(layer, mesh.size())
-    if fault is not None:
+    if (fault := _fault(layer, mesh.size())) is not None:
+        number = getattr(layer.mixer, "layer_idx", None)
         raise InputError(f"tp = {mesh.size()}: layer {number} cannot be split: {fault}")
     plan = {}
     for name, _ in layer.named_parameters():
@@ -213,19 +230,6 @@ def _count_local_heads(mixer: Any, mesh: DeviceMesh) -> None:
             convolution = getattr(mixer, f"{letter}_conv1d", None)
             if isinstance(convolution, ShortConvolution):
                 convolution.channels = count * dim
-
-
-def copied(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """x, the same on every rank, for different work on each; its gradients are summed over the ranks."""
-    return DTensor.from_local(x, mesh, [Replicate()], run_check=False).to_local(
-        grad_placements=[Partial()]
-    )
-
-
-def summed(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """The sum of every rank's x, the same on every rank."""
-    partial = DTensor.from_local(x, mesh, [Partial()], run_check=False)
-    return partial.redistribute(placements=[Replicate()]).to_local()
 
 
 def _sum_outputs(module: nn.Module, mesh: DeviceMesh) -> None:

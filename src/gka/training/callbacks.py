@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch.distributed
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
@@ -18,9 +18,9 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from gka.console import answered, duration, leave_lost, stop_signals, terminals
 from gka.errors import InputError
 from gka.parallel import current
-from gka.storage import storage_errors
-from gka.training.checkpoints import SEAL, clear_cut_short, seal, sealed
+from gka.training.checkpoints import SEAL, seal_together
 from gka.training.folder import is_main_process
+from gka.training.saving import BackgroundSaves
 
 
 class Stop:
@@ -69,9 +69,18 @@ class StopWhenAsked(TrainerCallback):
 
 
 class SealCheckpoints(TrainerCallback):
-    """Seals each checkpoint, and logs the loss at its step, so that a resumed run logs the same losses."""
+    """Seals each checkpoint, and logs the loss at its step, so that a resumed run logs the same losses.
+
+    Args:
+        saves: write and seal checkpoints in the background. None: they are written when `on_save` is called.
+    """
+
+    def __init__(self, saves: BackgroundSaves | None = None) -> None:
+        self.saves = saves
 
     def on_step_end(self, args, state, control, **kwargs):
+        if self.saves is not None:
+            self.saves.check()
         if control.should_save:
             control.should_log = True
             # A checkpoint that is about to be overwritten is no longer whole.
@@ -79,17 +88,15 @@ class SealCheckpoints(TrainerCallback):
         return control
 
     def on_save(self, args, state, control, **kwargs):
-        job, folder = current(), self._folder(args, state)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.barrier()  # until every process has written its files
-        with job.together(), storage_errors(f"checkpoint {folder}"):
-            mine = sealed(folder, job.rank, job.ranks)
-        parts = job.gather(mine)
-        with job.together():
-            if state.is_world_process_zero:
-                with storage_errors(f"checkpoint {folder}"):
-                    seal(folder, parts)
-                clear_cut_short(folder.parent, state.global_step)
+        folder = self._folder(args, state)
+        if self.saves is None:
+            seal_together(folder, current())
+        else:
+            self.saves.begin(folder)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.saves is not None:
+            self.saves.finish()
 
     @staticmethod
     def _folder(args: TrainingArguments, state: TrainerState) -> Path:

@@ -1,6 +1,5 @@
 """Checkpoints: sealed once all their files are on disk, and verified before they are loaded."""
 
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -12,11 +11,14 @@ from typing import Any
 from transformers import TrainerState
 
 from gka.errors import InputError, reason_of
+from gka.parallel.job import Job
 from gka.parallel.state import METADATA, is_sharded_checkpoint
-from gka.storage import read_json, sha256_of, write_json
-from gka.training.folder import is_main_process
+from gka.storage import read_json, sha256_of, storage_errors, write_json
+from gka.training.folder import flush, is_main_process
 
 SEAL = "complete.json"
+UNFINISHED = ".unfinished"
+"""File of a sharded checkpoint that is being written. With it and no seal, the next start deletes it."""
 _NAME = re.compile(r"checkpoint-(\d+)")
 _SHARD = re.compile(r"__(\d+)_\d+\.distcp")
 _ASIDE = re.compile(r"damaged-checkpoint-(\d+)(-\d+)?")
@@ -34,10 +36,10 @@ def sealed(folder: Path, rank: int = 0, ranks: int = 1) -> Files:
     Files are dealt to the ranks, each of which reads its own: the ones that it has written, mostly.
     """
     files = {}
-    paths = sorted(path for path in folder.iterdir() if path.name != SEAL)
+    paths = sorted(path for path in folder.iterdir() if path.name not in (SEAL, UNFINISHED))
     for number, path in enumerate(paths):
         if _writer(path, number) % ranks == rank:
-            _flush(path)
+            flush(path)
             files[path.name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
     return files
 
@@ -61,6 +63,24 @@ def seal(folder: Path, parts: Sequence[Files] | None = None) -> None:
     for part in [sealed(folder)] if parts is None else parts:
         files |= part
     write_json(folder / SEAL, dict(sorted(files.items())))
+
+
+def seal_together(folder: Path, job: Job) -> None:
+    """Seal a checkpoint that every rank has written to; each reads its own files.
+
+    Raises:
+        SharedError: a file cannot be read, or the seal not be written; the message names the folder.
+    """
+    job.wait()  # until every process has written its files
+    with job.together(), storage_errors(f"checkpoint {folder}"):
+        mine = sealed(folder, job.rank, job.ranks)
+    parts = job.gather(mine)
+    with job.together():
+        if job.is_main:
+            with storage_errors(f"checkpoint {folder}"):
+                seal(folder, parts)
+                (folder / UNFINISHED).unlink(missing_ok=True)
+            clear_cut_short(folder.parent, int(folder.name.rpartition("-")[2]))
 
 
 def fault(folder: Path) -> str | None:
@@ -171,10 +191,16 @@ def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
     """The newest whole checkpoint in `folder`; None if there is none.
 
     Newer, damaged ones are not loaded: the main process renames them to `damaged-checkpoint-N` and says so
-    through `say`. After a later save `clear_cut_short` deletes the unsealed ones.
+    through `say`. After a later save `clear_cut_short` deletes the unsealed ones. Those whose writing is
+    known not to have ended (`UNFINISHED`) are deleted.
     """
     found = [(int(m[1]), path) for path in folder.glob("*") if (m := _NAME.fullmatch(path.name))]
     for _, path in sorted(found, reverse=True):
+        if (path / UNFINISHED).exists() and not (path / SEAL).exists():
+            if is_main_process():
+                shutil.rmtree(path, ignore_errors=True)
+                say(f"{path} was being written when the run ended; deleted")
+            continue
         if (what := fault(path)) is None:
             return path
         if is_main_process():
@@ -188,11 +214,3 @@ def _set_aside(path: Path) -> Path:
         number += 1
         name = f"damaged-{path.name}-{number}"
     return path.rename(target)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -13,6 +13,7 @@ from gka.training.settings import Table, Tables, build_tables, check_tables, req
 
 DTYPES = ("float32", "bfloat16")
 COMPILE = ("auto", "layers", "model", "cuda-graphs", "off")
+_, ON, OFF = SAVE_ASYNC = ("auto", "on", "off")
 CHECKPOINTING = ("none", "full", "selective", "selective-products")
 """Of activations; `gka.models.recomputation` has what each keeps."""
 MOST_SEED = 2**32 - 1
@@ -207,6 +208,11 @@ class TrainingConfig(Table):
     log_steps: int = setting(10, "Steps between two logged losses.", least=1)
     eval_steps: int = setting(260, "Steps between two evaluations.", least=1)
     save_steps: int = setting(260, "Steps between two checkpoints.", least=1)
+    save_async: str = setting(
+        "auto",
+        "Write checkpoints, sharded ones, while training goes on; auto: if there are several processes.",
+        choices=SAVE_ASYNC,
+    )
     loader_workers: int = setting(
         0, "Processes that prepare batches; 0: the training process itself.", least=0, most=1024
     )

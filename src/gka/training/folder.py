@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 from gka.errors import InputError
 from gka.parallel.job import current
-from gka.storage import is_empty, only_writer, read_json, storage_errors, write_json
+from gka.storage import (
+    draft_folder,
+    is_empty,
+    only_writer,
+    read_json,
+    storage_errors,
+    write_json,
+)
 from gka.training.settings import merged
 
 if TYPE_CHECKING:
@@ -272,21 +279,42 @@ def _remove_run(output: Path) -> None:
         (output / name).unlink(missing_ok=True)
 
 
+@contextmanager
+def replacing_folder(target: Path) -> Iterator[Path]:
+    """An empty folder to fill, which replaces `target` when the block ends without an error.
+
+    `target` is the whole old folder or the whole new one at all times, or absent between two renames.
+    """
+    with draft_folder(target) as draft:
+        fresh = draft / "new"
+        fresh.mkdir()
+        yield fresh
+        for path in fresh.rglob("*"):
+            flush(path)
+        if target.exists():
+            target.rename(draft / "old")
+        fresh.rename(target)
+
+
+def flush(path: Path) -> None:
+    """Write a file or folder through to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Save model and tokenizer to a new folder beside `folder`, then rename it to `folder`.
+    """Save model and tokenizer to `folder`, which is replaced once all of them are on the disk.
 
     Raises:
         StorageError: they cannot be written, on a full disk for example; `folder` is unchanged.
     """
-    fresh = folder.with_name(f".{folder.name}.new")
     model.config.use_cache = True  # the Trainer turns it off; generation needs it
     advice = "the checkpoints are kept: free space, then go on with --resume"
     with storage_errors(f"model {folder}", advice=advice):
-        shutil.rmtree(fresh, ignore_errors=True)
-        try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with replacing_folder(folder) as fresh:
             model.save_pretrained(fresh)
             tokenizer.save_pretrained(fresh)
-            shutil.rmtree(folder, ignore_errors=True)
-            fresh.rename(folder)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)

@@ -20,7 +20,7 @@ from gka.console import lines
 from gka.errors import InputError
 from gka.models.recomputation import checkpoint_arguments, keep_states
 from gka.parallel import current
-from gka.training import callbacks, checkpoints, compilation, guards, telemetry
+from gka.training import callbacks, checkpoints, compilation, guards, saving, telemetry
 from gka.training.collector import frozen_heap
 from gka.training.config import TrainingConfig
 from gka.training.trainer import DecoderTrainer, arguments
@@ -54,6 +54,7 @@ def fit(
     settings: dict[str, Any] | None = None,
     beside: Sequence[nn.Module] = (),
     readers: int | None = None,
+    saves: saving.BackgroundSaves | None = None,
 ) -> "DecoderTrainer":
     """Train `model` for `config.max_steps` steps and return the Trainer.
 
@@ -69,6 +70,7 @@ def fit(
         settings: further arguments of the Trainer.
         beside: further models that the loss calls; compiled if `model` is.
         readers: ranks, or groups of ranks, that read different blocks. None: every rank is one.
+        saves: write checkpoints in the background, those of the Trainer that `kind` builds with it.
 
     Raises:
         Interrupted: a signal asked for a stop before the last step.
@@ -90,10 +92,13 @@ def fit(
         shown.append(compilation.FirstStep(console, how))
     elif config.compile == compilation.AUTO and args.device.type == "cuda":
         console.print(f"not compiled: {compilation.why_uncompiled(args.device)}", highlight=False)
-    with callbacks.stop_on_signals() as stop, contextlib.closing(bar), lines(console, bar.line):
+    with (
+        callbacks.stop_on_signals() as stop, contextlib.closing(bar), lines(console, bar.line),
+        contextlib.closing(saves) if saves else contextlib.nullcontext(),
+    ):  # fmt: skip
         watch = guards.StepWatch()
         guard = guards.Guard(config.spike_threshold, config.max_skipped)
-        beside_it = [guards.SkipBadSteps(guard, watch, console), *_callbacks(stop)]
+        beside_it = [guards.SkipBadSteps(guard, watch, console), *_callbacks(stop, saves)]
         beside_it += _writing(model, config, folder, (tokens, readers), args, watch)
         trainer = _trainer(kind, [*beside_it, *shown], {
             "model": model, "args": args, "train_dataset": blocks[0], "eval_dataset": blocks[1],
@@ -156,10 +161,10 @@ def _is_at_the_end(trainer: Trainer, checkpoint: Path, max_steps: int) -> bool:
     return True
 
 
-def _callbacks(stop: callbacks.Stop) -> list[Any]:
+def _callbacks(stop: callbacks.Stop, saves: saving.BackgroundSaves | None) -> list[Any]:
     return [
         callbacks.StopWhenAsked(stop),
-        callbacks.SealCheckpoints(),
+        callbacks.SealCheckpoints(saves),
         callbacks.Stopwatch(),
         callbacks.RefuseNaN(),
     ]

@@ -28,6 +28,7 @@ from gka.parallel.state import (
 )
 from gka.training import checkpoints
 from gka.training.order import targets_of
+from gka.training.saving import BackgroundSaves
 from gka.training.trainer import DecoderTrainer
 
 GROUPS, SCHEDULER, OPTIMIZER = "groups.pt", "scheduler.pt", "optimizer.pt"
@@ -42,11 +43,18 @@ class MeshTrainer(DecoderTrainer):
     Args:
         layout: of the mesh.
         mesh: where the model is; None for one process.
+        saves: write checkpoints in the background. None: training waits until they are written.
         settings: the Trainer's arguments.
     """
 
-    def __init__(self, layout: Layout, mesh: DeviceMesh | None, **settings: Any) -> None:
-        self.layout = layout
+    def __init__(
+        self,
+        layout: Layout,
+        mesh: DeviceMesh | None,
+        saves: BackgroundSaves | None,
+        **settings: Any,
+    ) -> None:
+        self.layout, self.saves = layout, saves
         self.sharing = mesh[CONTEXT] if mesh is not None and layout.cp > 1 else None
         # accelerate leaves a prepared model as it is; else it would wrap it in DDP
         settings["model"]._is_accelerate_prepared = True
@@ -121,12 +129,19 @@ class MeshTrainer(DecoderTrainer):
         return norm
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the sharded state of a checkpoint, and the tokenizer and configuration beside it."""
+        """Write the sharded state of a checkpoint, and the tokenizer and configuration beside it.
+
+        In the background the state is only copied here, and `SealCheckpoints` has it written.
+        """
         folder = Path(str(output_dir))
-        job, model = current(), self.model
+        job, model, optimizer = current(), self.model, self._torch_optimizer()
+        if self.saves is not None:
+            self.saves.stage(model, optimizer)
         with job.together():
             folder.mkdir(parents=True, exist_ok=True)
-        save_state(folder, model, self._torch_optimizer())  # pyright: ignore[reportArgumentType]
+            (folder / checkpoints.UNFINISHED).touch()
+        if self.saves is None:
+            save_state(folder, model, optimizer)  # pyright: ignore[reportArgumentType]
         if job.is_main:
             model.config.save_pretrained(folder)  # pyright: ignore
             if self.processing_class is not None:
@@ -134,6 +149,8 @@ class MeshTrainer(DecoderTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save on all ranks or on none: a full disk on one ends the run on all."""
+        if self.saves is not None:
+            self.saves.finish()  # before this save's own errors
         with current().together():
             super()._save_checkpoint(model, trial)
 
@@ -185,9 +202,11 @@ def _whole_weights(folder: Path, model: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-def on_mesh(layout: Layout, mesh: DeviceMesh | None) -> Callable[..., MeshTrainer]:
-    """`fit`'s argument `kind` for a model on a mesh of that layout."""
-    return partial(MeshTrainer, layout, mesh)
+def on_mesh(
+    layout: Layout, mesh: DeviceMesh | None, saves: BackgroundSaves | None = None
+) -> Callable[..., MeshTrainer]:
+    """`fit`'s argument `kind` for a model on a mesh of that layout; the rest as in `MeshTrainer`."""
+    return partial(MeshTrainer, layout, mesh, saves)
 
 
 def with_weights(config: Any, weights: dict[str, torch.Tensor]) -> GKAForCausalLM:

@@ -2,7 +2,6 @@
 
 import io
 import math
-import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,23 +10,22 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from gka.data import load_tokenizer, vocabulary_size
+from gka.data import load_tokenizer
 from gka.errors import InputError
-from gka.models import GKAConfig, GKAForCausalLM
-from gka.models.fields import fewest_parameters
 from gka.parallel import Layout, current, joined, whole_weights
+from gka.parallel.vocabulary import splits
 from gka.storage import write_bytes, write_json
 from gka.training import folder as files
 from gka.training import scale
 from gka.training.checkpoints import has_sharded
 from gka.training.compilation import CUDA_GRAPHS, check_graphs, chosen
-from gka.training.config import APART, RUNNING, RunConfig, TrainingConfig
+from gka.training.config import APART, ON, RUNNING, RunConfig, TrainingConfig
 from gka.training.inputs import Text, open_text
-from gka.training.loop import Interrupted, fit, recompute_layers
+from gka.training.loop import Interrupted, fit
 from gka.training.mesh_trainer import on_mesh, with_weights
-from gka.training.start import check_given, start_from
+from gka.training.start import build_model, check_given, first_model
+from gka.training.telemetry import check_tensorboard
 from gka.training.trainer import DecoderTrainer
 
 __all__ = ["Interrupted", "build_model", "train"]
@@ -69,22 +67,26 @@ def _train(
     """`train`, after `output` was checked and locked."""
     _check_graphs(config)
     check_given(config)
+    if config.training.tensorboard:
+        check_tensorboard()
     job = current()
     with job.together():
         layout = scale.chosen_layout(config.parallel, config.data.sequence_length)
         tokenizer = load_tokenizer(config.data.tokenizer)
     text = job.main_first(lambda: open_text(config, tokenizer, console))
     with job.together():
-        model = build_model(config, tokenizer)
+        model, fill = first_model(config, tokenizer, layout)
         scale.check_model(model, layout, config.training.compile)
         training = _begun(config, layout, output, text.checksums, resume, overwrite)
     _introduce(training, config.data.sequence_length, model, output, console, layout)
     folder, blocks = output / files.CHECKPOINTS, (text.training, text.evaluation)
-    placed, mesh = scale.place(model, layout, training)
-    kind = on_mesh(layout, mesh) if job.ranks > 1 or (resume and has_sharded(folder)) else None
+    kind, saves = None, scale.background_saves(training)
+    if saves is not None or job.ranks > 1 or (resume and has_sharded(folder)):
+        model, mesh = scale.place(model, layout, training, fill)
+        kind = on_mesh(layout, mesh, saves)
     trainer = fit(
-        placed, training, folder, blocks, tokenizer, console=console, resume=resume, kind=kind,
-        readers=layout.readers,
+        model, training, folder, blocks, tokenizer, console=console, resume=resume, kind=kind,
+        readers=layout.readers, saves=saves,
     )  # fmt: skip
     metrics = _metrics(config, trainer, text, layout)
     weights = whole_weights(trainer.model) if job.ranks > 1 else None  # pyright: ignore[reportArgumentType]
@@ -105,6 +107,11 @@ def _check_graphs(config: RunConfig) -> None:
     if config.training.compile != CUDA_GRAPHS:
         return
     check_graphs(config.training.gradient_accumulation, alone=True)
+    if config.training.save_async == ON:
+        raise InputError(
+            f"compile is {CUDA_GRAPHS!r}, which trains in one process with its own checkpoints, and "
+            f"save_async {ON!r}: leave save_async out"
+        )
     if config.data.documents == APART:
         raise InputError(
             f"compile is {CUDA_GRAPHS!r}, which records one shape, and documents are {APART!r}, whose "
@@ -148,46 +155,12 @@ def _introduce(
         highlight=False,
         soft_wrap=True,
     )
-
-
-def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The untrained model of a run; settings, vocabulary size and seed determine its weights.
-
-    Raises:
-        InputError: the [model] table does not describe a model, or it is too large for the memory.
-    """
-    special = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.eos_token_id}
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    try:
-        settings = GKAConfig(
-            **{
-                "max_position_embeddings": config.data.sequence_length,
-                **{key: value for key, value in config.model.items() if key != "start"},
-                "vocab_size": vocabulary_size(tokenizer),
-                "pad_token_id": pad,
-                **special,
-            }
-        )
-        _check_memory(fewest_parameters(settings))
-        set_seed(config.training.seed)
-        model = GKAForCausalLM(settings)
-    except (TypeError, ValueError, MemoryError) as error:
-        raise InputError(f"[model]: {error}") from error
-    if config.model.get("start"):
-        start_from(model, str(config.model["start"]))
-    recompute_layers(model, config.training.gradient_checkpointing)
-    return model
-
-
-def _check_memory(parameters: int) -> None:
-    """Raise `InputError` if this number of float32 parameters exceeds the machine's memory."""
-    if not hasattr(os, "sysconf"):
-        return
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if 4 * parameters > there:
-        raise InputError(
-            f"{parameters:.3g} parameters or more take {parameters * 4 / 2**30:.3g} GiB, and this machine "
-            f"has {there / 2**30:.3g} GiB; lower hidden_size, num_hidden_layers or the vocabulary"
+    words = model.config.vocab_size
+    if not splits(words, layout.tp):
+        console.print(
+            f"embedding and head are whole on every rank: {words} words do not divide by tp = {layout.tp}",
+            highlight=False,
+            soft_wrap=True,
         )
 
 

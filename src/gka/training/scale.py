@@ -12,9 +12,12 @@ from gka.errors import InputError
 from gka.models.context import why_whole_rows
 from gka.parallel import Layout, current, make_mesh, parallelize
 from gka.parallel.context import CHUNK_SIZE
+from gka.parallel.sharding import autocast
 from gka.parallel.tensor import why_unsplit
 from gka.training.compilation import code_checksum
-from gka.training.config import ParallelConfig, RunConfig, TrainingConfig
+from gka.training.config import OFF, ON, ParallelConfig, RunConfig, TrainingConfig
+from gka.training.saving import BackgroundSaves
+from gka.training.start import Fill
 
 
 def chosen_layout(config: ParallelConfig, sequence_length: int) -> Layout:
@@ -46,14 +49,32 @@ def check_model(model: Any, layout: Layout, compiling: str) -> None:
         raise InputError(f"parallel.cp is {layout.cp}: {why}")
 
 
-def place(model: Any, layout: Layout, training: TrainingConfig) -> tuple[Any, DeviceMesh | None]:
-    """The model on this rank's device, parallelised if the job has several ranks, and then their mesh."""
+def background_saves(training: TrainingConfig) -> BackgroundSaves | None:
+    """What writes the run's checkpoints while it trains, as `save_async` says; None: nothing."""
+    wanted = training.save_async == ON or (training.save_async != OFF and current().ranks > 1)
+    return BackgroundSaves(current()) if wanted else None
+
+
+def place(
+    model: Any, layout: Layout, training: TrainingConfig, fill: Fill | None
+) -> tuple[Any, DeviceMesh | None]:
+    """The model on this rank's device, for a `MeshTrainer`, and its mesh, if there are several ranks.
+
+    Args:
+        model: of `gka.training.start.first_model`. layout, training: of the run.
+        fill: with several ranks, what gives the parallelised model its weights.
+    """
     job = current()
-    if job.ranks == 1:
-        return model, None
     dtype = torch.bfloat16 if training.dtype == "bfloat16" else None
-    mesh = make_mesh(layout, job.device.type)
-    return parallelize(model.to(job.device), mesh, dtype=dtype), mesh
+    if fill is not None:
+        mesh = make_mesh(layout, job.device.type)
+        parallelize(model, mesh, dtype=dtype)
+        fill(model, job.device)
+        return model, mesh
+    model = model.to(job.device)
+    if dtype is not None:
+        autocast(model, job.device.type, dtype)
+    return model, None
 
 
 def blocks_of_a_step(training: TrainingConfig, readers: int) -> int:

@@ -67,8 +67,6 @@ class WriteLog(TrainerCallback):
         self.events = folder / EVENTS if tensorboard else None
         self.writer: Any = None
         self._writes = False
-        if tensorboard:
-            check_tensorboard()
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._writes = state.is_world_process_zero

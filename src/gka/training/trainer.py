@@ -1,7 +1,6 @@
 """The Trainer of every run: decay, data order, held-out loss and errors of its own; and its arguments."""
 
 import math
-import shutil
 from collections.abc import Sized
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from gka.errors import StorageError
 from gka.layers import decayed_parameters
+from gka.parallel import current
 from gka.storage import storage_errors
 from gka.training import checkpoints, compilation
 from gka.training.config import TrainingConfig
@@ -26,6 +26,7 @@ from gka.training.order import (
     TrainingBatches,
     targets_of,
 )
+from gka.training.saving import ADVICE, discard_unsealed
 
 
 class SelectiveDecay:
@@ -137,11 +138,7 @@ class DecoderTrainer(SelectiveDecay, Trainer):
 
     def _of_all_readers(self, value: Any) -> list[Any]:
         """Each reader's value once."""
-        if self.args.world_size == 1:
-            return [value]
-        found: list[Any] = [None] * self.args.world_size
-        torch.distributed.all_gather_object(found, value)
-        return found
+        return current().gather(value)
 
     def _held_out_loss(self, model: nn.Module, inputs: dict[str, Any]) -> float:
         """A batch's mean loss, uncompiled."""
@@ -153,14 +150,11 @@ class DecoderTrainer(SelectiveDecay, Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        advice = "earlier checkpoints are kept: free space, then go on with --resume"
         try:
-            with storage_errors(f"checkpoint {folder}", advice=advice):
+            with storage_errors(f"checkpoint {folder}", advice=ADVICE):
                 super()._save_checkpoint(model, trial)
         except StorageError:
-            if not (folder / checkpoints.SEAL).exists():
-                # a partial checkpoint takes up the space that is missing
-                shutil.rmtree(folder, ignore_errors=True)
+            discard_unsealed(folder)
             raise
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from gka.errors import InputError
-from gka.training.config import DataConfig, TrainingConfig
+from gka.training.config import ON, DataConfig, TrainingConfig
 from gka.training.settings import Table, Tables, build_tables, check_tables, setting
 
 EVERY_OTHER, RANK = "every-other", "rank"
@@ -102,6 +102,12 @@ class StageConfig(TrainingConfig):
     eval_steps: int = 200
     save_steps: int = 200
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(
+            self.save_async != ON, "save_async", "auto or off: stages wait for their checkpoints"
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class MatchingConfig(StageConfig):
@@ -187,5 +193,11 @@ class PrimeConfig:
         Raises:
             InputError: a table or key is unknown, of the wrong type or out of range; the message names it.
         """
+        if "parallel" in tables:
+            raise InputError(
+                "[parallel]: gka prime keeps the whole model, and the teacher, on every process and divides "
+                "the batches alone (DDP); leave the table out. For a hybrid that fits no GPU prime a few "
+                "layers, then train it with gka train --start FOLDER"
+            )
         check_tables(tables, TABLES)
         return cls(mixer=dict(tables.get("mixer", {})), **build_tables(KINDS, tables))

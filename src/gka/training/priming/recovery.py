@@ -93,7 +93,7 @@ def divergence(
         teacher_weight: [V,D'].
         logits_bytes: largest size of either model's logits at a time, as in `linear_cross_entropy`.
     """
-    rows = rows_of(hidden, weight, logits_bytes)
+    rows = rows_of(hidden, weight.shape[0], logits_bytes)
     parts = [
         checkpoint(_divergence, h, weight, t, teacher_weight, use_reentrant=False)
         for h, t in zip(hidden.split(rows), teacher_hidden.split(rows), strict=True)

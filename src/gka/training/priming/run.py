@@ -33,6 +33,7 @@ from gka.training.priming.inputs import (
 )
 from gka.training.priming.matching import Matching, freeze_others
 from gka.training.priming.recovery import RecoveryTrainer, check_adapters, with_adapters
+from gka.training.telemetry import check_tensorboard
 
 Probe = Callable[[str, "GKAForCausalLM", "PreTrainedTokenizerBase"], dict[str, float]]
 """Function of (phase, model, tokenizer) that measures further figures for the report."""
@@ -180,6 +181,8 @@ def _opened(
     probe: Probe | None,
 ) -> Job:
     """Open and check all inputs, before anything is written or deleted."""
+    if config.stage1.tensorboard or config.stage2.tensorboard:
+        check_tensorboard()
     check_layers(config, teacher)
     check_adapters(config.stage2)
     tokenizer = open_tokenizer(config, teacher)
