@@ -24,8 +24,8 @@ class PlainSystem:
     """The products of H_t for all tokens.
 
     Attributes:
-        k: keys [B,H,N,C,K]. h: chunk-start states [B,H,N,K,K]. zeta: [N?]: decay from the chunk's start,
-            broadcast to [B,H,N,C,1]. mask: M [.., C, C], row t.
+        k: keys [B,H,N,C,K]. h: chunk-start states [B,H,N,K,K].
+        zeta: decay from the chunk's start [B,H,N,C,1]. mask: M [B,H,N,C,C], row t, column j.
         fro: F_t [B,H,N,C].
         ridge_ratio: a.
         operands: dtype to which a product's operands are rounded.
@@ -74,17 +74,26 @@ def chebyshev_steps(system: PlainSystem, q: Tensor) -> Tensor:
 
 
 def conjugate_gradient_steps(system: PlainSystem, q: Tensor) -> Tensor:
-    """30 steps of conjugate gradients from x = 0 with no stopping rule, as the paper compares; differentiable."""
+    """30 steps of conjugate gradients from x = 0 with no stopping rule, as the paper compares; differentiable.
+
+    A row whose residual vanishes takes steps of length 0, where 0/0 would give NaN.
+    """
     x, residual, d = torch.zeros_like(q), q, q
     size = vecdot(residual, residual).unsqueeze(-1)
     for _ in range(30):
         a_d = system.apply(d)
-        length = size / vecdot(d, a_d).unsqueeze(-1)
+        length = _ratio(size, vecdot(d, a_d).unsqueeze(-1))
         x = x + length * d
         residual = residual - length * a_d
         before, size = size, vecdot(residual, residual).unsqueeze(-1)
-        d = residual + size / before * d
+        d = residual + _ratio(size, before) * d
     return x
+
+
+def _ratio(over: Tensor, under: Tensor) -> Tensor:
+    """over/under with its derivative, both 0 where `under` is 0."""
+    gone = under == 0.0
+    return (over / under.masked_fill(gone, 1.0)).masked_fill(gone, 0.0)
 
 
 class _Adjoint(torch.autograd.Function):

@@ -217,7 +217,14 @@ def _errors(
 def _excess(results: Sequence[Found], method: str, over: str, dtype: str) -> float | None:
     """The largest quotient of two methods' errors over cells of the deepest decoder."""
     pairs = zip(_errors(results, method, dtype), _errors(results, over, dtype), strict=True)
-    return largest([None if x is None or not y else x / y for x, y in pairs])
+    return largest([_quotient(x, y) for x, y in pairs])
+
+
+def _quotient(x: float | None, y: float | None) -> float | None:
+    """x / y, where None stands for an infinite error."""
+    if x is None or y == 0.0:
+        return None
+    return 0.0 if y is None else x / y
 
 
 def checks(results: Sequence[Found]) -> list[Check]:
