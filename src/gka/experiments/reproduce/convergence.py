@@ -98,7 +98,7 @@ def cells(size: Size, options: Options) -> list[Cell]:
             for precision in PRECISIONS:
                 key = f"{kind}, decay {decay}, {precision}, seed {seed}"
                 run = partial(measure, size, kind, decay, precision, seed, options)
-                found.append(Cell(key, run, 0.1 + 2e-8 * work))
+                found.append(Cell(key, run, 0.05 + 1e-8 * work))
     return found
 
 

@@ -73,20 +73,21 @@ def chebyshev_steps(system: PlainSystem, q: Tensor) -> Tensor:
     return chebyshev_solve(system.product, q, system.fro, system.ridge_ratio, 30)
 
 
-def conjugate_gradient_steps(system: PlainSystem, q: Tensor) -> Tensor:
+def conjugate_gradient_steps(system: PlainSystem, q: Tensor, guard: float = 0.0) -> Tensor:
     """30 steps of conjugate gradients from x = 0 with no stopping rule, as the paper compares; differentiable.
 
-    A row whose residual vanishes takes steps of length 0, where 0/0 would give NaN.
+    A row whose residual vanishes takes steps of length 0, where 0/0 would give NaN. `guard` is added to the
+    denominators, as implementations often do against 0/0; the map is then no longer linear in the size of q.
     """
     x, residual, d = torch.zeros_like(q), q, q
     size = vecdot(residual, residual).unsqueeze(-1)
     for _ in range(30):
         a_d = system.apply(d)
-        length = _ratio(size, vecdot(d, a_d).unsqueeze(-1))
+        length = _ratio(size, vecdot(d, a_d).unsqueeze(-1) + guard)
         x = x + length * d
         residual = residual - length * a_d
         before, size = size, vecdot(residual, residual).unsqueeze(-1)
-        d = residual + _ratio(size, before) * d
+        d = residual + _ratio(size, before + guard) * d
     return x
 
 

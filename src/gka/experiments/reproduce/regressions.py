@@ -16,7 +16,7 @@ from gka.ops.delta_rule import chunk_gated_delta_rule
 STREAMS = ("stationary", "rotating keys", "drifting map")
 GAMMAS = (1.0, 0.999, 0.995, 0.98, 0.95, 0.9)
 BETAS = (0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
-RATIOS = (0.001, 0.005, 0.02, 0.1, 0.5, 2.0)
+RATIOS = (1e-5, 1e-4, 1e-3, 0.005, 0.02, 0.1, 0.5)
 DEFAULT_RATIO = 0.02
 QUERIES = 32
 DRIFT = 1e-3  # share of W's variance that a token replaces, in "drifting map"
@@ -176,9 +176,11 @@ def best_scale(o: Tensor, y: Tensor) -> Tensor:
     return (o * y).sum((0, 2, 3)) / o.square().sum((0, 2, 3)).clamp_min(1e-300)
 
 
-def tuned(choices: Readings, other: Stream, readings: Readings, stream: Stream) -> tuple[tuple[float, ...], Tensor]:
-    """The constants and scales that are best on `other`, mean over times, and their errors on `stream`."""
+def tuned(
+    choices: Readings, other: Stream, readings: Readings, stream: Stream
+) -> tuple[tuple[float, ...], Tensor]:
+    """The constants and scales that are best on `other` (geometric mean over times), their errors on `stream`."""
     scales = {which: best_scale(o, other.y) for which, o in choices.items()}
-    means = {w: error(o, other.y, scales[w]).mean().item() for w, o in choices.items()}
+    means = {w: error(o, other.y, scales[w]).log().mean().item() for w, o in choices.items()}
     best = min((w for w in means if means[w] == means[w]), key=lambda w: means[w])
     return best, error(readings[best], stream.y, scales[best])

@@ -122,7 +122,7 @@ def cells(size: Size, options: Options) -> list[Cell]:
         for decay in DECAYS:
             for kind in FORMATS:
                 run = partial(measure, size, decay, kind, seed, options.device)
-                seconds = costs[kind.way] * size.tokens * (3e-5 + 1e-9 * size.heads * size.dim**2)
+                seconds = costs[kind.way] * size.tokens * (2e-5 + 5e-10 * size.heads * size.dim**2)
                 found.append(Cell(f"{kind}, decay {decay}, seed {seed}", run, seconds))
     return found
 

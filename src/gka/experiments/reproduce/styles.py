@@ -6,6 +6,7 @@ SOLVER_STYLES = {
     "gradient descent": ("#999999", "s"),
     "Nesterov": ("#CC79A7", "D"),
     "conjugate gradients": ("#D55E00", "v"),
+    "guarded cg": ("#8B4513", "<"),
     "certified cg": ("#E69F00", "^"),
     "Chebyshev": ("#0072B2", "o"),
     "adaptive": ("#009E73", "P"),
