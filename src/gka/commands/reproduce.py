@@ -144,5 +144,9 @@ def _list(console: "Console", folder: Path) -> None:
     for name, experiment in EXPERIMENTS.items():
         size, verdict = verdicts.get(name, ("", "not run"))
         told = f"{verdict} ({size})" if size else verdict
-        console.print(f"{name}: {experiment.title}. Last verdict: {told}", highlight=False, soft_wrap=True)
-        console.print(f"    {experiment.claim} ({experiment.source})", highlight=False, soft_wrap=True)
+        console.print(
+            f"{name}: {experiment.title}. Last verdict: {told}", highlight=False, soft_wrap=True
+        )
+        console.print(
+            f"    {experiment.claim} ({experiment.source})", highlight=False, soft_wrap=True
+        )

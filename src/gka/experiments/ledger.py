@@ -6,6 +6,7 @@ without rich, tables are plain text, and without matplotlib there is no plot.
 
 import atexit
 import importlib.util
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -66,8 +67,9 @@ class Ledger:
             InputError: the earlier run had other settings, or its file is damaged.
         """
         path = self.folder / f"{self.name}.json"
-        self.found = read_json(path) if resume and path.exists() else {"settings": dict(settings)}
-        if differs := _differences(self.found.get("settings"), dict(settings)):
+        stored = json.loads(json.dumps(dict(settings)))  # tuples are lists there
+        self.found = read_json(path) if resume and path.exists() else {"settings": stored}
+        if differs := _differences(self.found.get("settings"), stored):
             raise InputError(
                 f"{path} has figures of other settings ({differs}); give another --output"
             )

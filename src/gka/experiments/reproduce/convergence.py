@@ -57,7 +57,9 @@ class Size:
 
 
 @lru_cache(1)
-def systems(size: Size, kind: str, decay: float, seed: int, model: str | None) -> tuple[Tensor, Tensor]:
+def systems(
+    size: Size, kind: str, decay: float, seed: int, model: str | None
+) -> tuple[Tensor, Tensor]:
     """(H_t [S,K,K], q_t [S,K]), float64, on the CPU."""
     if kind == TRAINED:
         return trained_systems(Path(model or ""), size.length, size.tokens)
@@ -90,11 +92,9 @@ def cells(size: Size, options: Options) -> list[Cell]:
     work = size.batch * size.heads * size.tokens * size.dim**2 * size.iterations
     kinds: list[tuple[str, float | None]] = [(kind, decay) for kind in KINDS for decay in DECAYS]
     for seed in options.seeds:
-        if options.model is not None and seed == 0:  # the text does not depend on the seed
-            kinds_here = [*kinds, (TRAINED, None)]
-        else:
-            kinds_here = kinds
-        for kind, decay in kinds_here:
+        # A trained model's text does not depend on the seed.
+        trained = options.model is not None and seed == 0
+        for kind, decay in [*kinds, (TRAINED, None)] if trained else kinds:
             for precision in PRECISIONS:
                 key = f"{kind}, decay {decay}, {precision}, seed {seed}"
                 run = partial(measure, size, kind, decay, precision, seed, options)
@@ -144,7 +144,9 @@ def draw(results: Sequence[Found], figure: "Figure") -> None:
         axes.set_xlabel("products with H")
     handles = grid[0][0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=len(METHODS))
-    figure.suptitle("Residual of the ridge solve, no decay: median (line) and largest (dots) over systems")
+    figure.suptitle(
+        "Residual of the ridge solve, no decay: median (line) and largest (dots) over systems"
+    )
 
 
 def _drawable(values: Sequence[float | None]) -> list[float]:
@@ -152,7 +154,11 @@ def _drawable(values: Sequence[float | None]) -> list[float]:
 
 
 def _after(
-    results: Sequence[Found], method: str, precision: str, which: str, products: int | None = NUM_ITER
+    results: Sequence[Found],
+    method: str,
+    precision: str,
+    which: str,
+    products: int | None = NUM_ITER,
 ) -> list[float | None]:
     """A method's residuals after so many products (None: the last), by cell of that precision."""
     found = []
@@ -164,7 +170,11 @@ def _after(
 
 
 def _ratio(
-    results: Sequence[Found], methods: tuple[str, str], precision: str, which: str, last: bool = False
+    results: Sequence[Found],
+    methods: tuple[str, str],
+    precision: str,
+    which: str,
+    last: bool = False,
 ) -> float | None:
     """The largest quotient of two methods' residuals over cells."""
     parts = (_after(results, m, precision, which, None if last else NUM_ITER) for m in methods)
@@ -176,10 +186,13 @@ def checks(results: Sequence[Found]) -> list[Check]:
     """Figures 1a and 8 in statements, and what we predicted."""
     bound = chebyshev_error(RIDGE_RATIO, NUM_ITER)
     slower = [
-        _ratio(results, ("Chebyshev", m), "float32", "median") for m in ("gradient descent", "Nesterov")
+        _ratio(results, ("Chebyshev", m), "float32", "median")
+        for m in ("gradient descent", "Nesterov")
     ]
     earlier = [
-        None if (x := c["conjugate gradients"]["median"][15]) is None else x / c["Chebyshev"]["median"][15]
+        None
+        if (x := c["conjugate gradients"]["median"][15]) is None
+        else x / c["Chebyshev"]["median"][15]
         for r in results
         if r["precision"] == "float64" and len((c := r["curves"])["Chebyshev"]["median"]) > 15
     ]

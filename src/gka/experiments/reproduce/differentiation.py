@@ -74,7 +74,7 @@ def chebyshev_steps(system: PlainSystem, q: Tensor) -> Tensor:
 
 
 def conjugate_gradient_steps(system: PlainSystem, q: Tensor, guard: float = 0.0) -> Tensor:
-    """30 steps of conjugate gradients from x = 0 with no stopping rule, as the paper compares; differentiable.
+    """30 steps of conjugate gradients from x = 0, with no stopping rule; differentiable.
 
     A row whose residual vanishes takes steps of length 0, where 0/0 would give NaN. `guard` is added to the
     denominators, as implementations often do against 0/0; the map is then no longer linear in the size of q.

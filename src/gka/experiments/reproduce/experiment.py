@@ -1,4 +1,4 @@
-"""What an experiment is: a claim, a prediction frozen before the run, cells, and a verdict computed from them."""
+"""What an experiment is: a claim, a prediction frozen before the run, cells, a computed verdict."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -111,13 +111,17 @@ def largest(values: Sequence[float | None]) -> float | None:
     return max((math.inf if x is None else x for x in values), default=None)
 
 
-def at_most(of: Literal["claim", "prediction"], text: str, value: float | None, limit: float) -> Check:
+def at_most(
+    of: Literal["claim", "prediction"], text: str, value: float | None, limit: float
+) -> Check:
     """The check value <= limit; undecided for None."""
     found = "not measured" if value is None else f"{value:.2g}"
     return Check(of, text, found, None if value is None else value <= limit)
 
 
-def at_least(of: Literal["claim", "prediction"], text: str, value: float | None, limit: float) -> Check:
+def at_least(
+    of: Literal["claim", "prediction"], text: str, value: float | None, limit: float
+) -> Check:
     """The check value >= limit; undecided for None."""
     found = "not measured" if value is None else f"{value:.2g}"
     return Check(of, text, found, None if value is None else value >= limit)

@@ -134,7 +134,9 @@ def measure(
         same = same or found  # of "exact", the first
         errors[method] = {
             "exact": _whole(found, true),
-            "exact, worst matrix": finite(max(relative(a, b) for a, b in zip(found, true, strict=True))),
+            "exact, worst matrix": finite(
+                max(relative(a, b) for a, b in zip(found, true, strict=True))
+            ),
             "same precision": _whole(found, same),
         }
     where = {"layers": layers, "decay": decay, "dtype": dtype, "seed": seed}
@@ -170,9 +172,8 @@ def table(results: Sequence[Found]) -> str:
     head = ("layers", "log decay", "dtype", "seed", *METHODS)
     return (
         "Relative difference of all layers' weight gradients from the exact solver's in float64 (in brackets:"
-        f" in the same precision). Implicit differentiation unless autograd is said. Guard: {GUARD:g} is added"
-        " to the denominators of conjugate gradients.\n\n"
-        + markdown_table(head, rows)
+        f" in the same precision). Implicit differentiation unless autograd is said. Guard: {GUARD:g} is"
+        " added to the denominators of conjugate gradients.\n\n" + markdown_table(head, rows)
     )
 
 
@@ -197,7 +198,12 @@ def draw(results: Sequence[Found], figure: "Figure") -> None:
         grid[row][0].set_ylabel("relative difference")
     for axes in grid[-1]:
         axes.set_xlabel("−log decay per token")
-    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
+    figure.legend(
+        *grid[0][0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=3,
+        fontsize="small",
+    )
     figure.suptitle("Weight gradients against the exact solver's in float64")
 
 
@@ -249,16 +255,16 @@ def checks(results: Sequence[Found]) -> list[Check]:
         at_most("claim", f"{DEEP} layers, float32: Chebyshev, implicit, within 1e-6 of the exact solver in"
                 " the same precision at every decay",
                 largest(_errors(results, "Chebyshev", "float32", same)), 1e-6),
-        at_most("claim", f"{DEEP} layers, float32: Chebyshev's error at most conjugate gradients' (30 steps) at"
-                " every decay", _excess(results, "Chebyshev", PLAIN_CG, "float32"), 1.0),
+        at_most("claim", f"{DEEP} layers, float32: Chebyshev's error at most conjugate gradients' (30 steps)"
+                " at every decay", _excess(results, "Chebyshev", PLAIN_CG, "float32"), 1.0),
         at_most("prediction", f"{DEEP} layers, float32: Chebyshev at most 1e-2, its truncation error carried"
                 " through the layers", largest(_errors(results, "Chebyshev", "float32")), 1e-2),
         at_most("prediction", f"{DEEP} layers, float32: certified cg at most 1e-2",
                 largest(_errors(results, "certified cg", "float32")), 1e-2),
         at_most("prediction", f"{DEEP} layers, float32: {PLAIN_CG}, implicit, at most 1e-3, as its iterates"
                 " are close to exact", largest(cg), 1e-3),
-        at_most("prediction", f"{DEEP} layers, bfloat16: Chebyshev's error at most 1.2 times that of the exact"
-                " solver in bfloat16, because rounding dominates",
+        at_most("prediction", f"{DEEP} layers, bfloat16: Chebyshev's error at most 1.2 times that of the"
+                " exact solver in bfloat16, because rounding dominates",
                 _excess(results, "Chebyshev", "exact", "bfloat16"), 1.2),
     ]  # fmt: skip
 

@@ -113,7 +113,9 @@ def _ratio(over: Tensor, under: Tensor) -> Tensor:
 def chebyshev(ridge: Ridge, most: int) -> Iterator[Tensor]:
     """The library's Chebyshev iteration."""
     step = 2.0 / ((1.0 + 2.0 * ridge.ridge_ratio) * ridge.fro)
-    return _planned(ridge, ChebyshevPlan(step, chebyshev_weights(ridge.ridge_ratio, most)), most, most)
+    return _planned(
+        ridge, ChebyshevPlan(step, chebyshev_weights(ridge.ridge_ratio, most)), most, most
+    )
 
 
 def adaptive(ridge: Ridge, most: int) -> Iterator[Tensor]:

@@ -22,8 +22,8 @@ def page_of(
         f"**Claim** ({experiment.source}): {experiment.claim}",
         f"**Verdict: {verdict['claim']}.** Our prediction: {_PREDICTION[verdict['prediction']]}.",
         _checks(checks),
-        f"Prediction, written before the run: {experiment.prediction}\n\n"
-        f"It would be refuted by: {experiment.refuted_by}",
+        f"Prediction, written before the run: {ledger['prediction']}\n\n"
+        f"It would be refuted by: {ledger['refuted_by']}",
         f"![{experiment.title}]({experiment.name}.png)" if results else "",
         experiment.table(results) if results else "No cell is measured yet.",
         _failures(ledger),

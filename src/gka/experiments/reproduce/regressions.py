@@ -43,7 +43,7 @@ class Stream:
 
 
 def times(dim: int) -> tuple[int, ...]:
-    """Early, middle and late: K, 5K and 33K tokens; rotating keys have turned K tokens before the last two."""
+    """Early, middle and late: K, 5K and 33K tokens; rotating keys turned K tokens before the last two."""
     return dim, 5 * dim, 33 * dim
 
 
@@ -179,7 +179,7 @@ def best_scale(o: Tensor, y: Tensor) -> Tensor:
 def tuned(
     choices: Readings, other: Stream, readings: Readings, stream: Stream
 ) -> tuple[tuple[float, ...], Tensor]:
-    """The constants and scales that are best on `other` (geometric mean over times), their errors on `stream`."""
+    """The constants and scales that are best on `other` (geometric mean over times), errors on `stream`."""
     scales = {which: best_scale(o, other.y) for which, o in choices.items()}
     means = {w: error(o, other.y, scales[w]).log().mean().item() for w, o in choices.items()}
     best = min((w for w in means if means[w] == means[w]), key=lambda w: means[w])

@@ -77,10 +77,9 @@ class Reproduction:
         self.cells = experiment.cells(experiment.sizes[size], options)
         self.ledger = Ledger(folder, experiment.name, locked=True)
         self.ledger.begin(_settings(experiment, size, options), resume=True)
-        self.ledger.found |= {
-            "prediction": experiment.prediction,
-            "refuted_by": experiment.refuted_by,
-        }
+        # Frozen: a ledger keeps the words with which it began.
+        for name in ("prediction", "refuted_by"):
+            self.ledger.found.setdefault(name, getattr(experiment, name))
         self.about = _about(options, command)
 
     @property

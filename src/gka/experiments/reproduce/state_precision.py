@@ -78,7 +78,9 @@ def truth(size: Size, decay: float, seed: int) -> list[Tensor]:
     for begin, end in zip([0, *at[:-1]], at, strict=True):
         for block in range(begin // BLOCK, (end - 1) // BLOCK + 1):
             a, b = max(begin, block * BLOCK), min(end, (block + 1) * BLOCK)
-            k, v = (x[a - block * BLOCK : b - block * BLOCK].double() for x in drawn(size, block, seed))
+            k, v = (
+                x[a - block * BLOCK : b - block * BLOCK].double() for x in drawn(size, block, seed)
+            )
             weights = gamma ** torch.arange(b - a - 1, -1, -1, dtype=torch.float64)
             both = torch.stack([k, v], 2)
             state = gamma ** (b - a) * state + torch.einsum("t,thi,thnj->hinj", weights, k, both)
@@ -137,7 +139,9 @@ def table(results: Sequence[Found]) -> str:
         decay = f"{r['decay']:g}"
         rows.append((r["format"], r["way"], f"{r['bytes']:.2g}", decay, r["seed"], *errors))
     head = ("stored in", "rounding", "bytes an entry", "log decay", "seed")
-    told = "Relative error of o against float64, all heads and queries together, after so many tokens."
+    told = (
+        "Relative error of o against float64, all heads and queries together, after so many tokens."
+    )
     return f"{told}\n\n{markdown_table((*head, *(f'{t:,} tokens' for t in shown_at)), rows)}"
 
 
@@ -155,7 +159,9 @@ def draw(results: Sequence[Found], figure: "Figure") -> None:
             line, marker = _LINES[kind.way]
             axes.loglog(here[0]["tokens"], errors, line, color=_COLORS[kind.name], marker=marker, ms=4,
                         label=str(kind), markevery=3)  # fmt: skip
-        axes.set(xlabel="tokens decoded", title="no decay" if decay == 0 else f"log decay {decay:g}")
+        axes.set(
+            xlabel="tokens decoded", title="no decay" if decay == 0 else f"log decay {decay:g}"
+        )
         axes.grid(alpha=0.25)
     panels[0].set_ylabel("relative error of o")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
@@ -193,8 +199,8 @@ def checks(results: Sequence[Found]) -> list[Check]:
                  last("float16", "nearest", 0.0), 0.1),
         at_most("prediction", "bfloat16 with feedback, no decay, at the end: error at most 0.05",
                 last("bfloat16", "feedback", 0.0), 0.05),
-        at_most("prediction", "bfloat16, stochastic, no decay: error grows at most 2 times over the last nine tenths"
-                " of the tokens (drift of a random walk grows no faster than the state)",
+        at_most("prediction", "bfloat16, stochastic, no decay: error grows at most 2 times over the last nine"
+                " tenths of the tokens (drift of a random walk grows no faster than the state)",
                 growth("bfloat16", "stochastic", 0.0), 2.0),
         at_most("prediction", "bfloat16 to nearest, log decay -0.001: error grows at most 1.5 times over the"
                 " same span, because the state forgets its errors",
@@ -207,16 +213,16 @@ def checks(results: Sequence[Found]) -> list[Check]:
 STATE_PRECISION = Experiment(
     name="state-precision",
     title="decoding with states in fewer bits",
-    claim="States in float32 decode 200,000 tokens without decay within 1e-3 of float64; 16-bit states rounded"
-    " to nearest lose what is written.",
+    claim="States in float32 decode 200,000 tokens without decay within 1e-3 of float64; 16-bit states"
+    " rounded to nearest lose what is written.",
     source="ours; the paper's released code keeps float32 states",
     prediction="Without decay the 16-bit formats stall once a write is smaller than half a unit of the state,"
     " so their error rises towards 1; with feedback it stays at the level of one rounding (below 0.05), and"
     " with stochastic rounding it does not grow. A decay of 0.1 % a token stops the growth in bfloat16. int8"
     " to nearest is useless (0.3 and more), because its step is larger than a token's write.",
     refuted_by="bfloat16 with feedback off by more than 0.05; stochastic rounding whose error more than"
-    " doubles in the last nine tenths of the way; bfloat16 errors that still grow under decay; int8 to nearest"
-    " below 0.3.",
+    " doubles in the last nine tenths of the way; bfloat16 errors that still grow under decay; int8 to"
+    " nearest below 0.3.",
     version=1,
     sizes={
         "smoke": Size(300, 1, 8, 6),
