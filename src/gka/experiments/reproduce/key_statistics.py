@@ -211,8 +211,9 @@ KEY_STATISTICS = Experiment(
     source="arXiv 2511.21016, section 3 (the motivation; the measurement is ours)",
     prediction="The gain is where keys are badly conditioned and values clean: 1.5 times and more at"
     " condition 30 and noise 0.1 when the map is fixed, most when the keys' statistics change (2 times and"
-    " more), since one step a token cannot follow directions of small variance. With white stationary"
-    " keys and noise 1 it stays below 1.5, and below 1.5 too when the map itself drifts, because old pairs are then wrong.",
+    " more), since one step a token cannot follow directions of small variance. With white stationary keys"
+    " and noise 1 it stays below 1.5, and below 1.5 too when the map itself drifts, because old pairs are"
+    " then wrong.",
     refuted_by="a gain below 1 anywhere late; below 2 for rotating, badly conditioned keys; above 1.5 for"
     " white stationary keys at noise 1 or for a drifting map.",
     version=2,  # 1: coarser ridges, constants by the plain mean of errors
