@@ -55,12 +55,15 @@ class Squares:
                 at_most("claim", "squares at most 4", largest([r["square"] for r in results]), 4)
             ]
 
+        def draw(results: Sequence[Found], figure: Any) -> None:
+            figure.subplots().plot([r["square"] for r in results])
+
         sizes = {"smoke": Size(1), "quick": Size(3), "full": Size(5)}
         return Experiment(
             "squares", "squares of numbers", "Squares are small.", "ours", "They are.", "A large one.",
             version, sizes, dict.fromkeys(sizes, 1), self.cells,
             lambda results: f"{len(results)} squares",
-            lambda results, figure: figure.subplots().plot([r["square"] for r in results]), checks,
+            draw, checks,
         )  # fmt: skip
 
 

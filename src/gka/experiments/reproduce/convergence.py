@@ -233,7 +233,7 @@ CONVERGENCE = Experiment(
     sizes={
         "smoke": Size(1, 2, 64, 16, 2, 32),
         "quick": Size(2, 2, 512, 64, 8),
-        "full": Size(8, 8, 2048, 128, 16),
+        "full": Size(8, 8, 2048, 128, 4),
     },
     seeds={"smoke": 1, "quick": 1, "full": 1},
     cells=cells,

@@ -54,8 +54,8 @@ def trained_systems(folder: Path, length: int, tokens: int) -> tuple[Tensor, Ten
     def look(mixer: GatedKalmaNet, q: Tensor, k: Tensor, seen: Any) -> None:
         k = k.double().repeat_interleave(q.shape[2] // k.shape[2], 2)
         k = k if seen.beta is None else k * seen.beta.double().unsqueeze(-1)
-        fades = seen.g is not None and mixer.use_forgetting_gate_kk
-        g = seen.g.double() if fades else torch.zeros_like(k[..., 0])
+        fades = seen.g if mixer.use_forgetting_gate_kk else None
+        g = torch.zeros_like(k[..., 0]) if fades is None else fades.double()
         found.append(sampled(q[0].transpose(0, 1).double(), k[0].transpose(0, 1), g[0].mT, tokens))
 
     mixers = [layer.mixer for layer in model.model.layers]
