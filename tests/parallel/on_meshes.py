@@ -12,6 +12,7 @@ from gka.errors import InputError
 from gka.layers import DECAY_PARAMETERS, parameter_groups
 from gka.models import GKAConfig, GKAForCausalLM
 from gka.parallel import (
+    ContextParallel,
     Layout,
     clip_grad_norm_,
     load_state,
@@ -61,16 +62,24 @@ def whole(x: Any) -> Tensor:
 
 
 def trained(
-    model: Any, layout: Layout, rank: int, optimizer: Any = None
+    model: Any, layout: Layout, rank: int, optimizer: Any = None, mesh: Any = None
 ) -> list[dict[str, Tensor]]:
-    """For each step this rank's loss, all gradients before clipping and their norm; then the weights."""
+    """For each step this rank's loss, all gradients before clipping and their norm; then the weights.
+
+    Args:
+        mesh: whose ranks cp split rows.
+    """
     optimizer = optimizer or torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-2)
-    share, scale = ROWS // layout.readers, layout.readers * layout.cp
+    share = ROWS // layout.readers
     found = []
     for batch in batches():
         rows = batch[share * layout.reader(rank) :][:share]
         count = ROWS * (TOKENS - 1)
-        loss = model(input_ids=rows, labels=rows, num_items_in_batch=count).loss * scale
+        call: dict[str, Any] = {"input_ids": rows, "labels": rows}
+        if layout.cp > 1:
+            context = ContextParallel.even(mesh["cp"], TOKENS, chunk_size=4)
+            call = {name: context.shard(x) for name, x in call.items()} | {"context": context}
+        loss = model(**call, num_items_in_batch=count).loss * layout.readers
         loss.backward()
         step = {f"d {n}": whole(p.grad).clone() for n, p in model.named_parameters()}
         step["norm"] = clip_grad_norm_(model.parameters(), 0.5)
@@ -103,9 +112,10 @@ def main(found: Path, cases: list[Any]) -> None:
         layout, model = Layout(*sizes), build(name)
         if recompute:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        parallelize(model, make_mesh(layout, "cpu"))
+        mesh = make_mesh(layout, "cpu")
+        parallelize(model, mesh)
         results[f"{name}: {layout}{' recomputed' * recompute}"] = worst(
-            job, trained(model, layout, job.rank), references[name]
+            job, trained(model, layout, job.rank, mesh=mesh), references[name]
         )
     if job.ranks == 4:
         results["resumed"] = resumed(job, found.parent / "state")

@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,13 @@ def on_ranks(run: Callable[[], Any], folder: Path, ranks: int = RANKS) -> list[A
 
 
 class Counting(ContextParallel):
-    """A context that counts the bytes that a rank contributes, [what was gathered, what was reduced]."""
+    """A context that counts the bytes that a rank contributes: gathered, reduced, exchanged."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.gathered: list[int] = []
         self.reduced: list[int] = []
+        self.sent: list[list[int]] = []
 
     def gather(self, x: Tensor) -> Tensor:
         self.gathered.append(x.nbytes)
@@ -66,6 +67,10 @@ class Counting(ContextParallel):
     def reduce_scatter(self, x: Tensor) -> Tensor:
         self.reduced.append(x[0].nbytes)
         return super().reduce_scatter(x)
+
+    def exchange(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        self.sent.append([n * x.element_size() for n in sent])
+        return super().exchange(x, sent, received)
 
 
 def context_of(case: dict[str, Any]) -> Counting:

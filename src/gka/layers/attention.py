@@ -14,11 +14,14 @@ from gka.layers.parts.masks import (
     check_inputs,
     check_mask_length,
     check_width,
+    own_mask,
     positions_of,
     visible,
 )
 from gka.layers.parts.modules import RMSNorm, rotate
+from gka.layers.parts.split_attention import attend_over_ranks
 from gka.ops.checks import check_bounds
+from gka.ops.context import SequenceContext
 
 
 class SoftmaxAttention(nn.Module):
@@ -87,6 +90,7 @@ class SoftmaxAttention(nn.Module):
         cu_seqlens: Tensor | None = None,
         position_ids: Tensor | None = None,
         cu_seqlens_cpu: Tensor | None = None,
+        context: SequenceContext | None = None,
     ) -> tuple[Tensor, None, Any]:
         """Attend.
 
@@ -104,6 +108,9 @@ class SoftmaxAttention(nn.Module):
                 sequences of cu_seqlens, or from the cache's length. They only rotate: sequences are
                 separated by cu_seqlens alone.
             cu_seqlens_cpu: part of every mixer's call; unused, as the mask is built on the device.
+            context: a `gka.parallel.ContextParallel`: the tokens are this rank's part of rows that are split
+                over ranks, all of which make the call. It holds mask and bounds; not with a cache.
+                position_ids are of these tokens. None: counted in the whole rows.
 
         Returns:
             Output [B,T,hidden_size], None (attention weights are not formed), and the cache.
@@ -111,6 +118,10 @@ class SoftmaxAttention(nn.Module):
         Raises:
             ValueError: arguments that do not fit; the message names which.
         """
+        if context is not None:
+            given = attention_mask, cu_seqlens, past_key_values, use_cache
+            attention_mask = own_mask(context, hidden_states, *given)
+            position_ids = context.positions if position_ids is None else position_ids
         attention_mask = check_inputs(hidden_states, attention_mask, cu_seqlens)
         check_width(hidden_states, self.hidden_size)
         # reading them on a GPU would wait for the device
@@ -132,20 +143,31 @@ class SoftmaxAttention(nn.Module):
         x = x if padding is None else x.masked_fill(padding, 0)
 
         q, k, v = self._heads(x, position_ids)
-        k, v = append_keys(cache, k, v, self.layer_idx, self.window_size)
+        if context is not None:
+            o = attend_over_ranks(q, k, v, context, self.window_size)
+        else:
+            k, v = append_keys(cache, k, v, self.layer_idx, self.window_size)
+            o = self._attend(q, k, v, past, attention_mask, cu_seqlens)
+        output = self.o_proj(o.transpose(1, 2).flatten(-2))
+        return output if padding is None else output.masked_fill(padding, 0), None, cache
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, past: int, attention_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """Attention of queries [B,H,T,D] after `past` positions."""
+        length = q.shape[-2]
         mask = visible(
             past, length, k.shape[-2], attention_mask=attention_mask, cu_seqlens=cu_seqlens,
-            window=self.window_size, device=x.device,
+            window=self.window_size, device=q.device,
         )  # fmt: skip
         # Without a past, one token is a causal call, too: no compiled graph depends on the length. With a
         # past, one token sees all keys.
         causal = mask is None and bool(past == 0 or length > 1)
-        o = F.scaled_dot_product_attention(
+        return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal,
             enable_gqa=self.num_heads != self.num_kv_heads,
         )  # fmt: skip
-        output = self.o_proj(o.transpose(1, 2).flatten(-2))
-        return output if padding is None else output.masked_fill(padding, 0), None, cache
 
     def _heads(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [B,H,T,D], k and v [B,Hk,T,D], normalised and rotated."""

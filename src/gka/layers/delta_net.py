@@ -68,7 +68,7 @@ class DeltaNet(RecurrentMixer):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         op = fused_recurrent_gated_delta_rule
         if not call.stepwise:
-            op = partial(chunk_gated_delta_rule, backend=self.backend)
+            op = partial(chunk_gated_delta_rule, backend=self.backend, context=call.context)
         o, state = op(
             q, k, v, gates.g, gates.beta, initial_state=call.states[0] if call.states else None,
             output_final_state=call.keep, cu_seqlens=call.cu_seqlens,

@@ -1,5 +1,7 @@
 """The Gated KalmaNet layer (arXiv 2511.21016): ridge regression over the whole faded past."""
 
+from functools import partial
+
 from torch import Tensor, nn
 
 from gka.layers.parts.heads import split_heads
@@ -127,7 +129,7 @@ class GatedKalmaNet(RecurrentMixer):
                 solver=self.solver,
             )  # fmt: skip
             return o, ()
-        op = fused_recurrent_gka if call.stepwise else chunk_gka
+        op = fused_recurrent_gka if call.stepwise else partial(chunk_gka, context=call.context)
         o, states = op(
             *given, initial_state=(call.states[0], call.states[1]) if call.states else None,
             output_final_state=call.keep, cu_seqlens=call.cu_seqlens, beta=gates.beta, backend=self.backend,

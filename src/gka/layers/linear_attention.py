@@ -63,5 +63,6 @@ class GatedLinearAttention(RecurrentMixer):
             output_final_state=call.keep, cu_seqlens=call.cu_seqlens,
             backend="auto" if call.stepwise and self.backend in EXTERNAL else self.backend,
             chunk_size=q.shape[1] if call.stepwise else 64, cu_seqlens_cpu=call.cu_seqlens_cpu,
+            context=call.context,
         )  # fmt: skip
         return o, () if state is None else (state,)

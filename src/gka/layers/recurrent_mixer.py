@@ -5,6 +5,7 @@ the mixer's memory (`mix`) -> gated RMSNorm of each head -> output projection.
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,9 +20,11 @@ from gka.layers.parts.heads import (
     check_positive,
     value_dim,
 )
-from gka.layers.parts.masks import Padding, check_inputs, check_width
+from gka.layers.parts.masks import Padding, check_inputs, check_width, own_mask
 from gka.layers.parts.modules import DecayParameters, GatedRMSNorm, RMSNorm, ShortConvolution
 from gka.layers.parts.surround import Gates, MixCall, Surround
+from gka.ops.context import SequenceContext
+from gka.ops.halo import with_halo
 
 DECODE_TOKENS = 16
 """Cached calls without gradient of up to this many tokens run token by token, longer ones chunk by chunk."""
@@ -159,6 +162,7 @@ class RecurrentMixer(DecayParameters):
         cu_seqlens: Tensor | None = None,
         position_ids: Tensor | None = None,
         cu_seqlens_cpu: Tensor | None = None,
+        context: SequenceContext | None = None,
     ) -> tuple[Tensor, None, Any]:
         """Mix the tokens.
 
@@ -173,6 +177,8 @@ class RecurrentMixer(DecayParameters):
             position_ids: part of every mixer's call; unused, as a recurrence needs no positions.
                 Sequences are separated by cu_seqlens alone.
             cu_seqlens_cpu: a copy of cu_seqlens on the CPU; with it nothing waits for the device.
+            context: a `gka.parallel.ContextParallel`: the tokens are this rank's part of rows that are split
+                over ranks, all of which make the call. It holds mask and bounds; not with a cache.
 
         Returns:
             Output [B,T,hidden_size], None (there are no attention weights), and the cache.
@@ -180,6 +186,9 @@ class RecurrentMixer(DecayParameters):
         Raises:
             ValueError: arguments that do not fit; the message names which.
         """
+        if context is not None:
+            given = attention_mask, cu_seqlens, past_key_values, use_cache
+            attention_mask = own_mask(context, hidden_states, *given)
         attention_mask = check_inputs(hidden_states, attention_mask, cu_seqlens)
         check_width(hidden_states, self.hidden_size)
         cache = open_cache(past_key_values, use_cache, self.layer_idx, cu_seqlens)
@@ -187,10 +196,13 @@ class RecurrentMixer(DecayParameters):
         check_rows(cache, self.layer_idx, hidden_states.shape[0])
         padding = Padding.of(attention_mask, hidden_states.shape[1])
         x = hidden_states if padding is None else padding.align(hidden_states)
+        wide = x if context is None else self._with_halo(context, hidden_states, padding)
 
-        projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        projected = (self.q_proj(wide), self.k_proj(wide), self.v_proj(wide))
         around = self._surround(x.device, projected[0].dtype)
         call = self._call(layer, padding, (cu_seqlens, cu_seqlens_cpu), x.shape[1])
+        if context is not None:
+            call = replace(call, context=context, halo=wide.shape[1] - x.shape[1])
         (q, k, v), gates = around.enter(self, projected, x, call)
         observe = getattr(layer, OBSERVER, None)
         if observe is not None:
@@ -236,6 +248,16 @@ class RecurrentMixer(DecayParameters):
 
     def _surround(self, device: torch.device, dtype: torch.dtype) -> Surround:
         return surround.PLAIN if self.why_unfused(device, dtype) else surround.FUSED
+
+    def _with_halo(self, context: SequenceContext, x: Tensor, padding: Padding | None) -> Tensor:
+        """x, aligned, behind the earlier ranks' tokens that the convolutions read."""
+        width = self.q_conv1d.width - 1
+        if padding is None:
+            return with_halo(context, x, width)
+        # tokens before a row's first one, which may be on this rank, are padding: zeros
+        wide = with_halo(context, x.masked_fill(~padding.is_token[..., None], 0), width)
+        halo = wide.shape[1] - x.shape[1]
+        return torch.cat([wide[:, :halo], padding.align(wide[:, halo:])], 1)
 
     def _call(
         self,

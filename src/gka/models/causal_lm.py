@@ -9,11 +9,14 @@ from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from gka.errors import InputError
 from gka.models.cache import CACHE_NAME, GKACache, one_cache
 from gka.models.configuration import GKAConfig
+from gka.models.context import split_targets, sum_over_ranks
 from gka.models.decoder import GKAModel, GKAPreTrainedModel, refuse_attentions
 from gka.models.documents import Documents, Packing, find_documents
 from gka.models.loss import linear_cross_entropy, mean_loss, next_token_targets
+from gka.ops.context import SequenceContext
 
 
 class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
@@ -61,6 +64,7 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
         return_logits: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        context: SequenceContext | None = None,
     ) -> CausalLMOutputWithPast:
         """Logits of the next token, and the loss against `labels`.
 
@@ -70,9 +74,12 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
         Args:
             input_ids, attention_mask, position_ids, past_key_values, cache, inputs_embeds, cu_seqlens,
                 cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx, output_hidden_states,
-                output_attentions: as in `GKAModel.forward`.
+                output_attentions, context: as in `GKAModel.forward`.
             labels: [B,T] the tokens themselves, -100 for positions that are not predicted. Position t
-                predicts label t+1; the last token of a document predicts nothing.
+                predicts label t+1; the last token of a document predicts nothing. With `context` those of
+                this rank's tokens; its last token predicts the next rank's first one. The loss is then that
+                of whole rows, the same on all ranks, and its gradient on each is such that their mean over
+                the ranks, which FSDP and DDP form, is that of the loss.
             use_cache: return a cache. None: `config.use_cache`, but never in training mode, with labels,
                 with packed sequences or under `torch.export`.
             logits_to_keep: number of last tokens whose logits are returned (0: all), or positions. Does not
@@ -95,7 +102,7 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
         )  # fmt: skip
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         caching = past is not None or bool(use_cache)
-        documents = find_documents(tokens, packing, attention_mask, caching)
+        documents = find_documents(tokens, packing, attention_mask, caching, context)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -104,6 +111,7 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             documents=documents,
+            context=context,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             return_dict=True,
@@ -111,7 +119,7 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
         hidden = outputs.last_hidden_state
         loss = logits = None
         if labels is not None:
-            loss = self._loss(hidden, labels, documents, num_items_in_batch)
+            loss = self._loss(hidden, labels, documents, num_items_in_batch, context)
         if return_logits or (return_logits is None and (labels is None or not self.training)):
             logits = self.lm_head(_kept(hidden, logits_to_keep))
         return CausalLMOutputWithPast(
@@ -127,21 +135,28 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
         labels: Tensor,
         documents: Documents,
         num_items_in_batch: Tensor | int | None,
+        context: SequenceContext | None,
     ) -> Tensor:
         """Mean next-token loss. A head that adapters have changed is called as a module, on all tokens."""
         if labels.shape != hidden.shape[:2]:
-            raise ValueError(
-                f"labels must have the tokens' shape {tuple(hidden.shape[:2])}, got {tuple(labels.shape)}"
-            )
+            shapes = f"shape {tuple(hidden.shape[:2])}, got {tuple(labels.shape)}"
+            part = "" if context is None else ": pass context.shard(labels)"
+            raise InputError(f"labels must have the tokens' {shapes}{part}")
         labels = documents.row(labels.to(hidden.device))
-        targets = next_token_targets(labels, documents.cu_seqlens).flatten()
-        hidden = hidden.flatten(0, 1)
+        count = num_items_in_batch
+        if context is None:
+            targets = next_token_targets(labels, documents.cu_seqlens)
+        else:
+            targets, number = split_targets(context, labels)
+            count = number if count is None else count
+        targets, hidden = targets.flatten(), hidden.flatten(0, 1)
         if _is_plain(self.lm_head):
             total = linear_cross_entropy(hidden, self.lm_head.weight, targets)
         else:
             logits = self.lm_head(hidden).float()
             total = nn.functional.cross_entropy(logits, targets, reduction="sum")
-        return mean_loss(total, targets, num_items_in_batch)
+        total = total if context is None else sum_over_ranks(context, total)
+        return mean_loss(total, targets, count)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *others: Any, **named: Any

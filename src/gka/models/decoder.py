@@ -15,9 +15,11 @@ from gka.layers.parts.heads import ZeroLinear
 from gka.layers.parts.masks import token_mask
 from gka.models.cache import CACHE_NAME, GKACache, one_cache, with_prefix
 from gka.models.configuration import READING, GKAConfig
+from gka.models.context import split_arguments
 from gka.models.documents import Documents, Packing, find_documents
 from gka.models.fields import build_experts, build_mixer, has_experts
 from gka.models.solver import set_solver
+from gka.ops.context import SequenceContext
 
 
 class GKAMLP(nn.Module):
@@ -45,12 +47,10 @@ class GKADecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = build_experts(config) if has_experts(config, layer_idx) else GKAMLP(config)
 
-    def forward(self, hidden_states: Tensor, past: Cache | None, **context: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, past: Cache | None, **call: Any) -> Tensor:
         # Named `past`, because transformers removes a cache under its own names from checkpointed layers;
         # the names, and whether it does, depend on the version.
-        mixed, _, _ = self.mixer(
-            self.input_layernorm(hidden_states), past_key_values=past, **context
-        )
+        mixed, _, _ = self.mixer(self.input_layernorm(hidden_states), past_key_values=past, **call)
         hidden_states = hidden_states + mixed
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
@@ -133,6 +133,7 @@ class GKAModel(GKAPreTrainedModel):
         max_length_k: Tensor | int | None = None,
         seq_idx: Tensor | None = None,
         documents: Documents | None = None,
+        context: SequenceContext | None = None,
     ) -> BaseModelOutputWithPast:
         """Hidden states of every token.
 
@@ -161,6 +162,9 @@ class GKAModel(GKAPreTrainedModel):
             seq_idx: [B,T] or [1,T], the same number throughout a document.
             documents: the result of `gka.models.documents.find_documents`, which replaces all of these.
             output_attentions: None or False, which trl's trainers and peft's wrappers pass.
+            context: a `gka.parallel.ContextParallel`: the tokens are this rank's part of rows that are split
+                over ranks, all of which make the call. It holds bounds and mask, and counts positions; not
+                with a cache. Results are of this rank's tokens.
 
         Returns:
             `last_hidden_state` [B,T,hidden_size], `past_key_values` (`cache` since transformers 5.24),
@@ -170,9 +174,8 @@ class GKAModel(GKAPreTrainedModel):
             ValueError: inputs contradict each other, the mask holds other numbers than 0 and 1, or attention
                 weights are requested; the message names them.
         """
-        refuse_attentions(
-            self.config.output_attentions if output_attentions is None else output_attentions
-        )
+        asked = self.config.output_attentions if output_attentions is None else output_attentions
+        refuse_attentions(asked)
         past = with_prefix(self.config, one_cache(past_key_values, cache))
         _check_inputs(self.config, input_ids, inputs_embeds, past)
         if output_hidden_states is None:
@@ -183,12 +186,12 @@ class GKAModel(GKAPreTrainedModel):
             )  # fmt: skip
             tokens = input_ids if inputs_embeds is None else inputs_embeds
             caching = past is not None or bool(use_cache)
-            documents = find_documents(tokens, packing, attention_mask, caching)
+            documents = find_documents(tokens, packing, attention_mask, caching, context)
         returns_cache = use_cache is not False
         if use_cache is None:
             exported = torch.compiler.is_exporting()  # an exported program returns only tensors
             wanted = self.config.use_cache and not self.training and not documents.packed
-            use_cache = wanted and not exported
+            use_cache = wanted and not exported and context is None
         self._check_recomputation(past, use_cache)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         # If rows have several documents, runs of padding are documents too.
@@ -196,10 +199,10 @@ class GKAModel(GKAPreTrainedModel):
             None if documents.packed else _without_trivial(attention_mask, past, hidden_states)
         )
         hidden_states = documents.row(hidden_states)
-        if position_ids is not None:
-            position_ids = documents.row(position_ids)
+        position_ids = None if position_ids is None else documents.row(position_ids)
         if use_cache and past is None:
             past = GKACache(self.config)
+        split = {} if context is None else split_arguments(context, self.layers)
         every: list[Tensor] = []
         for layer in self.layers:
             if output_hidden_states:
@@ -212,6 +215,7 @@ class GKAModel(GKAPreTrainedModel):
                 cu_seqlens=documents.cu_seqlens,
                 cu_seqlens_cpu=documents.cu_seqlens_cpu,
                 position_ids=position_ids,
+                **split,
             )
         hidden_states = documents.rows(self.norm(hidden_states))
         if isinstance(past, GKACache):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gka.errors import InputError
 from gka.layers.parts.masks import token_mask
+from gka.ops.context import SequenceContext
 
 _BOUNDS = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k")
 
@@ -77,8 +78,9 @@ def find_documents(
     packing: Packing,
     attention_mask: Tensor | None = None,
     caching: bool = False,
+    context: SequenceContext | None = None,
 ) -> Documents:
-    """The documents of a call.
+    """The documents of a call; none if a context holds them.
 
     Bounds take precedence over seq_idx, and seq_idx over position_ids. With bounds on the CPU nothing waits.
     Bounds on a GPU are read once per call for all layers, and so are seq_idx and position_ids if rows have
@@ -89,13 +91,19 @@ def find_documents(
         packing: the call's arguments.
         attention_mask: [B,>=T], 1 for tokens. Padding may be between documents, not inside one.
         caching: whether the call reads or starts a cache.
+        context: rows that are split over ranks, and their documents.
 
     Raises:
-        InputError: bounds do not fit, contradict each other or come with padding; there is padding inside a
+        InputError: arguments come with a context that holds what they say, or other tokens than its rank's;
+            bounds do not fit, contradict each other or come with padding; there is padding inside a
             document, or several documents in a row to be cached.
     """
     if tokens is None or tokens.dim() < 2:
         return Documents()  # the model refuses the call
+    if context is not None:
+        given = {**vars(packing), "attention_mask": attention_mask, "use_cache": caching or None}
+        _check_split(context, tokens, [name for name, x in given.items() if x is not None])
+        return Documents()
     name = _bounds_name(packing)
     if name is not None:
         documents = _from_bounds(name, packing, tokens, attention_mask)
@@ -109,6 +117,23 @@ def find_documents(
             "or leave out past_key_values and use_cache"
         )
     return documents
+
+
+def _check_split(context: SequenceContext, tokens: Tensor, given: list[str]) -> None:
+    """Check that a call has its rank's tokens, and nothing that the context holds or that cannot be split."""
+    if given:
+        raise InputError(
+            f"{', '.join(given)}: not together with context. Documents and padding are facts of whole rows: "
+            "give cu_seqlens or attention_mask to ContextParallel, which also counts positions. A cache, and "
+            "so generate, needs whole rows."
+        )
+    length = context.end - context.begin
+    if tokens.shape[1] != length:
+        raise InputError(
+            f"rank {context.rank} has tokens {context.begin} to {context.end} of each row: expected "
+            f"input_ids [batch, {length}], got {tuple(tokens.shape)}. Pass context.shard(input_ids), "
+            "and labels alike."
+        )
 
 
 def _bounds_name(packing: Packing) -> str | None:

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gka.errors import InputError
-from gka.ops.end_state import end_moment
+from gka.maths.ends import EndInputs
+from gka.ops.end_state import end_moments
 
 State = tuple[Tensor, Tensor]
 
@@ -31,22 +32,37 @@ class SequenceContext(Protocol):
 
     Attributes:
         rank, ranks: this rank, and their number.
-        begin, end: this rank's tokens in every row.
+        ranges: (begin, end) of every rank's tokens in every row.
+        begin, end: this rank's.
         length: tokens of a whole row.
         origins: for each rank, the rank where the document of its first token begins.
+        firsts: for each rank, the place in the row where that document begins.
         cu_seqlens, cu_seqlens_cpu: bounds of this rank's parts of packed documents; None without packing.
         documents: the numbers of these documents among all packed ones, () without packing.
+        attention_mask: bool [B, length] of whole rows, True for tokens; None without padding.
     """
 
     rank: int
     ranks: int
+    ranges: list[tuple[int, int]]
     begin: int
     end: int
     length: int
     origins: tuple[int, ...]
+    firsts: tuple[int, ...]
     cu_seqlens: Tensor | None
     cu_seqlens_cpu: Tensor | None
     documents: tuple[int, ...]
+    attention_mask: Tensor | None
+
+    @property
+    def positions(self) -> Tensor:
+        """Places of this rank's tokens in their document, padding not counted, [B or 1, end - begin]."""
+        ...
+
+    def bounds(self, halo: int) -> tuple[Tensor | None, Tensor | None]:
+        """cu_seqlens and its CPU copy, of this rank's tokens behind `halo` of its first document's."""
+        ...
 
     def gather(self, x: Tensor) -> Tensor:
         """Every rank's x, [...] -> [ranks, ...]. All ranks call it, with one shape and dtype."""
@@ -54,6 +70,13 @@ class SequenceContext(Protocol):
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """The sum over ranks of their x[rank], [ranks, ...] -> [...]. All ranks call it."""
+        ...
+
+    def exchange(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """Send sent[r] numbers of x [n] to each rank r, in order; those received, received[r] from each r.
+
+        All ranks call it, also with nothing to send or to receive.
+        """
         ...
 
 
@@ -189,12 +212,12 @@ def carried_states(
     tied = gk is not None and gk is g
     k_, v_, g_, gk_, beta_ = last_document(context, k, v, g, gk, beta)
     assert k_ is not None and v_ is not None
-    total_u, u = end_moment(k_, v_, g_, beta_, heads)
+    given = EndInputs(k_, v_, g_, gk_, beta_, heads, tied, with_h)
+    total_u, total_h, u, h = end_moments(given)
     of_u = (total_u, u, u0)
-    if not with_h:
+    if h is None:
         return None, carry(context, [of_u])[0]
-    total_h, h = end_moment(k_, None, gk_, beta_, heads)
-    found_h, found_u = carry(context, [(total_u if tied else total_h, h, h0), of_u])
+    found_h, found_u = carry(context, [(total_h, h, h0), of_u])
     return found_h, found_u
 
 

@@ -9,10 +9,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gka.errors import InputError
+from gka.layers.parts.masks import positions_of, token_mask
 
 # torch 2.13 renamed them
 ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 REDUCE_SCATTER: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+ALL_TO_ALL: Any = dist.all_to_all_single
+Bounds = tuple[Tensor | None, Tensor | None]
 CHUNK_SIZE = 64  # of the ops; ranges end at its multiples
 Ranges = Sequence[tuple[int, int]]
 
@@ -45,15 +48,17 @@ class ContextParallel:
             end at a multiple of `chunk_size`. They may differ in length. `even_ranges` makes even ones.
         cu_seqlens: bounds [N+1] of documents packed into rows of B = 1, over the whole row. A document may
             lie on several ranks. Empty ones are left out.
+        attention_mask: [B, length] of whole rows, 1 for tokens and 0 for padding, which may stand at a row's
+            ends. Not with cu_seqlens.
         chunk_size: tokens of a chunk of the ops.
         device: of the tokens. None: the current CUDA device with NCCL, else the CPU.
 
     Attributes:
-        rank, ranks, begin, end, length, origins, cu_seqlens, cu_seqlens_cpu, documents: as in
-            `gka.ops.context.SequenceContext`.
+        rank, ranks, ranges, begin, end, length, origins, firsts, cu_seqlens, cu_seqlens_cpu, documents,
+            attention_mask: as in `gka.ops.context.SequenceContext`.
 
     Raises:
-        InputError: ranges, bounds and group do not fit; the message says which.
+        InputError: ranges, bounds, mask and group do not fit; the message says which.
     """
 
     def __init__(
@@ -62,6 +67,7 @@ class ContextParallel:
         token_ranges: Ranges,
         cu_seqlens: Tensor | None = None,
         *,
+        attention_mask: Tensor | None = None,
         chunk_size: int = CHUNK_SIZE,
         device: torch.device | str | None = None,
     ) -> None:
@@ -72,20 +78,30 @@ class ContextParallel:
         self.device = _device(device, self.group)
         self.begin, self.end = self.ranges[self.rank]
         self.length = self.ranges[-1][1]
+        if cu_seqlens is not None and attention_mask is not None:
+            raise InputError(
+                "cu_seqlens and attention_mask exclude each other: packed documents have no padding."
+            )
         self._find_documents(None if cu_seqlens is None else _bounds(cu_seqlens, self.length))
+        mask = None if attention_mask is None else _mask(attention_mask, self.length)
+        self.attention_mask = None if mask is None else mask.to(self.device)
+        self._positions: Tensor | None = None
+        self._wider: dict[int, Bounds] = {}
 
     def _find_documents(self, bounds: list[int] | None) -> None:
         """Where the documents of every rank's first token begin, and which parts this rank holds."""
         self.documents: tuple[int, ...] = ()
         self.cu_seqlens = self.cu_seqlens_cpu = None
         if bounds is None:
-            self.origins = (0,) * self.ranks
+            self.origins = self.firsts = (0,) * self.ranks
             return
         spans = list(enumerate(itertools.pairwise(bounds)))
-        first = [next(a for _, (a, b) in spans if a <= begin < b) for begin, _ in self.ranges]
+        self.firsts = tuple(
+            next(a for _, (a, b) in spans if a <= begin < b) for begin, _ in self.ranges
+        )
         self.origins = tuple(
             next(rank for rank, (begin, end) in enumerate(self.ranges) if begin <= a < end)
-            for a in first
+            for a in self.firsts
         )
         mine = [(n, a, b) for n, (a, b) in spans if a < self.end and b > self.begin and a < b]
         self.documents = tuple(n for n, _, _ in mine)
@@ -112,6 +128,26 @@ class ContextParallel:
             )
         return x[:, self.begin : self.end]
 
+    @property
+    def positions(self) -> Tensor:
+        """Places of this rank's tokens in their document, padding not counted, [B or 1, end - begin]."""
+        if self._positions is None:
+            before, length = self.begin - self.firsts[self.rank], self.end - self.begin
+            bounds, mask = self.bounds(before)[0], self.attention_mask
+            mask = None if mask is None else mask[:, : self.end]
+            self._positions = positions_of(length, before, mask, bounds, self.device)
+        return self._positions
+
+    def bounds(self, halo: int) -> Bounds:
+        """cu_seqlens and its CPU copy, of this rank's tokens behind `halo` of its first document's."""
+        if halo == 0 or self.cu_seqlens_cpu is None:
+            return self.cu_seqlens, self.cu_seqlens_cpu
+        if halo not in self._wider:
+            wider = self.cu_seqlens_cpu + halo
+            wider[0] = 0
+            self._wider[halo] = wider.to(self.device, non_blocking=True), wider
+        return self._wider[halo]
+
     def gather(self, x: Tensor) -> Tensor:
         """Every rank's x, [...] -> [ranks, ...]; one all-gather."""
         x = x.contiguous()
@@ -125,6 +161,16 @@ class ContextParallel:
         out = x.new_empty(x[0].numel())
         REDUCE_SCATTER(out, x.view(-1), group=self.group)
         return out.view(x.shape[1:])
+
+    def exchange(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """Send sent[r] numbers of x [n] to each rank r, in order; those received, received[r] from each r."""
+        out, size = x.new_empty(sum(received)), x.element_size()
+        # as bytes, which every backend moves whatever the dtype
+        ALL_TO_ALL(
+            out.view(torch.uint8), x.contiguous().view(torch.uint8),
+            [n * size for n in received], [n * size for n in sent], group=self.group,
+        )  # fmt: skip
+        return out
 
 
 def _process_group(group: Any) -> Any:
@@ -193,3 +239,21 @@ def _bounds(cu_seqlens: Tensor, length: int) -> list[int]:
             f"cu_seqlens must rise from 0 to the row's {length} tokens, those of all ranks; got {bounds}."
         )
     return bounds
+
+
+def _mask(attention_mask: Tensor, length: int) -> Tensor | None:
+    """The mask of tokens as bool; None if there is no padding."""
+    if attention_mask.dim() != 2 or attention_mask.shape[1] != length:
+        raise InputError(
+            f"attention_mask must be [batch, {length}] of 0 and 1 over whole rows; got shape "
+            f"{tuple(attention_mask.shape)}."
+        )
+    mask = token_mask(attention_mask).bool()
+    if mask.all():
+        return None
+    if (mask[:, 1:] & ~mask[:, :-1]).sum(1).add(mask[:, 0]).max() > 1:
+        raise InputError(
+            "attention_mask has padding between a row's tokens; a sequence that is split over ranks may have "
+            "it at its ends only. Move it there, or pack the parts as documents with cu_seqlens."
+        )
+    return mask

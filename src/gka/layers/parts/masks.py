@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gka.errors import InputError
 from gka.ops import checks
+from gka.ops.context import SequenceContext, check_context
 
 
 def check_inputs(
@@ -52,6 +54,35 @@ def check_inputs(
     if attention_mask is not None and attention_mask.is_floating_point():
         return token_mask(attention_mask)
     return attention_mask
+
+
+def own_mask(
+    context: SequenceContext,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    cache: object,
+    use_cache: bool,
+) -> Tensor | None:
+    """The mask of this rank's tokens of rows that are split over ranks; checks the call.
+
+    Raises:
+        InputError: a mask, bounds or a cache come with the context, or other tokens than this rank's.
+    """
+    if attention_mask is not None:
+        raise InputError(
+            "attention_mask: the context holds the mask of whole rows: give it to ContextParallel, and leave "
+            "it out of the call."
+        )
+    if cache is not None or use_cache:
+        raise InputError(
+            "a sequence that is split over ranks has no cache: leave out past_key_values and use_cache, or "
+            "context."
+        )
+    checks.check_tensor("hidden_states", hidden_states)
+    check_context(context, hidden_states.shape[1] if hidden_states.dim() > 1 else 0, cu_seqlens)
+    mask = context.attention_mask
+    return None if mask is None else mask[:, context.begin : context.end]
 
 
 def check_width(hidden_states: Tensor, hidden_size: int) -> None:

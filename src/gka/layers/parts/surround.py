@@ -15,6 +15,7 @@ from gka.layers.parts.masks import Padding
 from gka.layers.parts.modules import GatedRMSNorm, RMSNorm, ShortConvolution, unit, working_dtype
 from gka.ops import surround
 from gka.ops.backends import check_known
+from gka.ops.context import SequenceContext
 from gka.ops.convolution import convolve_heads, step_heads_and_gates
 from gka.ops.dispatch import under_transform
 from gka.ops.external import EXTERNAL
@@ -36,6 +37,8 @@ class MixCall:
         cu_seqlens: bounds of packed sequences.
         cu_seqlens_cpu: their copy on the CPU.
         padding: places whose keys and log decays must be zero.
+        context: the sequence is split over ranks; it holds the bounds then.
+        halo: tokens of earlier ranks before the projections' own, which the convolutions read.
     """
 
     layer: Any
@@ -44,6 +47,17 @@ class MixCall:
     cu_seqlens: Tensor | None
     cu_seqlens_cpu: Tensor | None
     padding: Padding | None
+    context: SequenceContext | None = None
+    halo: int = 0
+
+    @property
+    def bounds(self) -> Tensor | None:
+        """Bounds of packed sequences in the projections, halo included."""
+        return self.cu_seqlens if self.context is None else self.context.bounds(self.halo)[0]
+
+    def own(self, y: Tensor) -> Tensor:
+        """Without the halo's tokens."""
+        return y[:, self.halo :] if self.halo else y
 
     @property
     def keep(self) -> bool:
@@ -90,7 +104,7 @@ class Surround(Protocol):
         """The memory's inputs; updates the convolutions' states in `call.layer`.
 
         Args:
-            projected: q_proj x, k_proj x and v_proj x, [B,T,channels] each.
+            projected: q_proj x, k_proj x and v_proj x, [B,halo+T,channels] each.
             x: hidden states [B,T,hidden_size], tokens before padding.
 
         Returns:
@@ -137,10 +151,10 @@ class PlainSurround:
         """Convolve a projection if the mixer does, and update the layer's cache."""
         convolution, layer = getattr(mixer, f"{name}_conv1d", None), call.layer
         if convolution is None:
-            return y
+            return call.own(y)
         idx = "qkv".index(name)
         state = None if layer is None else read_state(layer.conv_states, idx)
-        out = convolution(y, state, call.cu_seqlens)
+        out = call.own(convolution(y, state, call.bounds))
         if layer is not None:
             state = convolution.next_state(y, state, call.lengths)
             layer.update_conv_state(state.detach(), idx)
@@ -198,16 +212,17 @@ class FusedSurround:
         wq, wk, wv = (None if module is None else module.weight for module in modules)
         q, k, v = projected
         assert wq is not None and wk is not None
+        lengths = None if call.lengths is None else call.lengths + call.halo
         yq, yk, yv = convolve_heads(
             (q, k, None if wv is None else v), (wq, wk, wv), mixer.head_dim,
-            (states[0], states[1], states[2]), call.cu_seqlens, call.lengths,
+            (states[0], states[1], states[2]), call.bounds, lengths,
         )  # fmt: skip
         if layer is not None:
             for idx, (module, y, state) in enumerate(zip(modules, projected, states, strict=True)):
                 if module is not None:
                     state = module.next_state(y, state, call.lengths)
                     layer.update_conv_state(state.detach().contiguous(), idx)
-        return yq, yk, v if yv is None else yv
+        return call.own(yq), call.own(yk), call.own(v if yv is None else yv)
 
 
 PLAIN, FUSED = PlainSurround(), FusedSurround()
