@@ -164,11 +164,8 @@ def draw(results: Sequence[Found], figure: "Figure") -> None:
         axes.set_xlabel("condition number of the keys")
     figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(
-        "Predicting a linear map from a stream: untrained memories at their best constants"
-    )
-    figure.supxlabel(
-        "Gated DeltaNet lies on DeltaNet where no decay is best. Geometric mean over seeds.",
-        fontsize="small",
+        "Predicting a linear map from a stream: untrained memories at their best constants\n"
+        "(geometric mean over seeds; Gated DeltaNet lies on DeltaNet where no decay is best)"
     )
 
 
