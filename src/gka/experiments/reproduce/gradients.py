@@ -174,8 +174,8 @@ def table(results: Sequence[Found]) -> str:
         "Relative difference of all layers' weight gradients from the exact solver's in float64 (in brackets:"
         f" in the same precision). Implicit differentiation unless autograd is said. Guard: {GUARD:g} is"
         " added to the denominators of conjugate gradients. In bfloat16 those of 30 steps and all autograd"
-        " round the operands of their products too; the others do on a GPU, and on a CPU multiply in float32.\n\n"
-        + markdown_table(head, rows)
+        " round the operands of their products too; the others do on a GPU, and on a CPU multiply in"
+        " float32.\n\n" + markdown_table(head, rows)
     )
 
 
