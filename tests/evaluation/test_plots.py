@@ -24,13 +24,13 @@ def row(mixer, mean, width=16, tasks=(TASK,)):
 def drawn(monkeypatch, tmp_path):
     """Draw a summary and return the figure that was saved."""
     figures = []
-    save = plots._save
+    save = plots.save_figure
 
     def keep(figure, path):
         figures.append(figure)
         save(figure, path)
 
-    monkeypatch.setattr(plots, "_save", keep)
+    monkeypatch.setattr(plots, "save_figure", keep)
 
     def draw(*rows):
         plots.plot_mqar({"summary": list(rows)}, tmp_path / "mqar.png")

@@ -208,7 +208,7 @@ def test_the_plot_has_six_lines_named_where_they_end(
     """Both rows show the same six memories, by the relative error of the text and the share of right values,
     and name them beside their ends, none over another."""
     drawn: list[Any] = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
     content = result((0.0, 0.9), (4, 16, 40))
     plots.plot_recall(content, tmp_path / "x.png")
     figure = drawn[0]

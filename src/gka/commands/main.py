@@ -19,6 +19,7 @@ from gka.commands.options import Command, Version, with_version
 from gka.commands.plan import plan
 from gka.commands.prime import prime
 from gka.commands.recall import recall
+from gka.commands.reproduce import reproduce
 from gka.commands.tokenize import tokenize
 from gka.commands.train import train
 from gka.console import to_nowhere, wait_without_spinning
@@ -46,7 +47,7 @@ def _paragraphs(command: Callable[..., None]) -> str:
 
 
 for command in (
-    train, plan, prime, tokenize, generate, inspect, convert, recall, mqar, evaluate,
+    train, plan, prime, tokenize, generate, inspect, convert, recall, mqar, evaluate, reproduce,
 ):  # fmt: skip
     app.command(help=_paragraphs(command), cls=Command)(with_version(command))
 # All arguments, --help included, are passed to the harness.

@@ -70,7 +70,7 @@ def plot_recall(content: dict[str, Any], path: Path) -> None:
         f" Lines: median, shades: range over {len(settings['seeds'])} seeds.",
         fontsize="small",
     )
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_memories(
@@ -171,7 +171,7 @@ def plot_mqar(content: dict[str, Any], path: Path) -> None:
     task. A sweep of one task and one size: accuracies side by side, and validation accuracy over steps.
     """
     if _asks_one_thing(content["summary"]):
-        _save(_figure_of_one_task(content["summary"]), path)
+        save_figure(_figure_of_one_task(content["summary"]), path)
         return
     panels: dict[str, list[dict[str, Any]]] = {}
     for row in content["summary"]:
@@ -194,7 +194,7 @@ def plot_mqar(content: dict[str, Any], path: Path) -> None:
         f" lines: mean, dots: each of {seeds} seeds",
         fontsize="small",
     )
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _asks_one_thing(rows: Sequence[dict[str, Any]]) -> bool:
@@ -270,12 +270,12 @@ def _new_figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: "Figure", path: Path) -> None:
+def save_figure(figure: "Figure", path: Path, dpi: int = 90) -> None:
     """Write a PNG of at most 128 colours, which has a third of the bytes and looks the same."""
     from PIL import Image  # a dependency of matplotlib
 
     drawn, content = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=90)
+    figure.savefig(drawn, format="png", dpi=dpi)
     with Image.open(drawn) as image:
         image.convert("RGB").quantize(128).save(content, format="png", optimize=True)
     write_bytes(path, content.getvalue())

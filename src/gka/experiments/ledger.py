@@ -6,7 +6,7 @@ without rich, tables are plain text, and without matplotlib there is no plot.
 
 import atexit
 import importlib.util
-import io
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from gka.console import text_console
 from gka.errors import InputError
-from gka.storage import only_writer, read_json, write_bytes, write_json, write_text
+from gka.storage import only_writer, read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,14 +31,18 @@ atexit.register(_stack.close)
 class Ledger:
     """Figures of one run.
 
+    Args:
+        locked: whether the caller holds the folder's lock. If not, this process locks it until it ends.
+
     Attributes:
-        folder: the folder of the files, which this process locks until it ends.
+        folder: the folder of the files.
         name: file name without suffix.
         found: content of NAME.json.
     """
 
-    def __init__(self, folder: Path, name: str) -> None:
-        own(folder)
+    def __init__(self, folder: Path, name: str, locked: bool = False) -> None:
+        if not locked:
+            own(folder)
         self.folder, self.name, self.began = folder, name, time.perf_counter()
         self.found: dict[str, Any] = {}
 
@@ -63,9 +67,12 @@ class Ledger:
             InputError: the earlier run had other settings, or its file is damaged.
         """
         path = self.folder / f"{self.name}.json"
-        self.found = read_json(path) if resume and path.exists() else {"settings": dict(settings)}
-        if self.found.get("settings") != dict(settings):
-            raise InputError(f"{path} has figures of other settings; give another --output")
+        stored = json.loads(json.dumps(dict(settings)))  # tuples are lists there
+        self.found = read_json(path) if resume and path.exists() else {"settings": stored}
+        if differs := _differences(self.found.get("settings"), stored):
+            raise InputError(
+                f"{path} has figures of other settings ({differs}); give another --output"
+            )
 
     def cell(self, key: str, measure: Callable[[], Any]) -> Any:
         """The figure `key`, measured and written unless it is known."""
@@ -75,9 +82,37 @@ class Ledger:
             self.note()
         return cells[key]
 
+    def attempt(self, key: str, measure: Callable[[], Any], **more: Any) -> dict[str, Any]:
+        """Measure the figure `key` and write a record of it, also if it fails.
+
+        Returns:
+            {"state": "done", "result", "seconds"} or {"state": "failed", "reason", "seconds"}, with `more`.
+        """
+        began = time.perf_counter()
+        try:
+            record = {"state": "done", "result": measure()}
+        except Exception as error:
+            reason = (str(error).splitlines() or [""])[0]
+            record = {"state": "failed", "reason": f"{type(error).__name__}: {reason}"}
+        record |= {"seconds": round(time.perf_counter() - began, 3)} | more
+        self.found.setdefault("cells", {})[key] = record
+        self.note()
+        return record
+
     def report(self, page: str, draw: Draw | None = None) -> None:
         """Write NAME.md and, with matplotlib, NAME.png, and print where."""
         report(self.folder / self.name, page, draw)
+
+
+def _differences(there: Any, here: dict[str, Any]) -> str:
+    """Which settings differ, in words; empty if none does."""
+    if not isinstance(there, dict):
+        return "none are noted there"
+    return ", ".join(
+        f"{name}: {there.get(name, 'none')} there, {here.get(name, 'none')} here"
+        for name in {**there, **here}
+        if there.get(name) != here.get(name) or (name in there) != (name in here)
+    )
 
 
 def report(base: Path, page: str, draw: Draw | None = None) -> None:
@@ -139,12 +174,11 @@ def picture(path: Path, draw: Draw, dpi: int = 110) -> bool:
     """Write the plot of `draw` as PNG; returns False without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         return False
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure, image = Figure(layout="constrained"), io.BytesIO()
-    FigureCanvasAgg(figure)
+    from gka.evaluation.plots import save_figure
+
+    figure = Figure(layout="constrained")
     draw(figure)
-    figure.savefig(image, format="png", dpi=dpi)
-    write_bytes(path, image.getvalue())
+    save_figure(figure, path, dpi)
     return True

@@ -46,7 +46,7 @@ RECORDS = [
 def figure(monkeypatch, tmp_path):
     """Draw records and return the figure that was saved."""
     figures = []
-    monkeypatch.setattr(show, "_save", lambda drawn, path: figures.append(drawn))
+    monkeypatch.setattr(show, "save_figure", lambda drawn, path: figures.append(drawn))
 
     def draw(records):
         show.plot("one", records, tmp_path / "one.png")

@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from gka.evaluation.context.tasks import PERPLEXITY
-from gka.evaluation.plots import _new_figure, _save
+from gka.evaluation.plots import _new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,7 +77,7 @@ def plot(title: str, records: Sequence[Record], path: Path) -> None:
         for axes in grid[1:, -1]:
             axes.set_axis_off()
     figure.suptitle(f"{title}: share of answers right by length in tokens", fontsize="medium")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw(axes: "Axes", records: list[Record], down: str, score: str) -> None:
