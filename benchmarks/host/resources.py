@@ -26,12 +26,13 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend, get_ptxas
 from triton.runtime.jit import JITFunction
 
-from gka.kernels import backward, configs, decode, forward
+from gka.kernels import backward, configs, decode, ends, forward
 from gka.kernels.hopper import build, nvrtc
 from gka.kernels.surround import launch as surround
 from gka.kernels.triton import plan
 from gka.kernels.triton.passes import TRITON
 from gka.maths.chunked import Settings, Tokens
+from gka.maths.ends import EndInputs
 from gka.maths.recurrent import States
 from gka.maths.solvers import SolverName
 
@@ -136,8 +137,8 @@ def run_around(dim: int, dtype: torch.dtype, heads: int = 16, length: int = 2048
     weights, states = three(channels, 1, 4), three(1, channels, 4)
     none: surround.Three = (None, None, None)
     past = torch.zeros(length, dtype=torch.uint8)
-    for held, before, ends in ((states, None, lengths), (none, past, None)):
-        parts = surround.Parts(heads_of(length), weights, held, before, ends, dim)
+    for held, before, seen in ((states, None, lengths), (none, past, None)):
+        parts = surround.Parts(heads_of(length), weights, held, before, seen, dim)
         surround.convolve(parts)
         surround.convolve_backward(parts, heads_of(length), True, True)
 
@@ -151,6 +152,17 @@ def run_around(dim: int, dtype: torch.dtype, heads: int = 16, length: int = 2048
     for tokens in (1, 16):
         parts = surround.Parts(heads_of(tokens), weights, states, None, lengths, dim)
         surround.step(parts, surround.GateInputs(*three(1, tokens, heads), *decay, lengths, 1e-6))
+    run_ends(dim, dtype)
+
+
+def run_ends(dim: int, dtype: torch.dtype) -> None:
+    """Launch both kernels of end states."""
+    some = problem(dim, dtype)
+    inputs = EndInputs(some.k, some.v, some.g, None, some.beta, some.k.shape[2], True, True)
+    found = ends.end_states(inputs)
+    assert found.h is not None
+    after, states = (found.after_u, found.after_h), (found.u, found.h)
+    ends.end_states_backward(inputs, after, states, (None, None))
 
 
 def usage(name: str, kernel, arch: int) -> Usage:

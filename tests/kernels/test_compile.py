@@ -15,7 +15,8 @@ CASES = [(90, 128, "bfloat16")]
 
 AROUND = {
     "convolution_kernel", "convolution_backward_kernel", "gates_kernel", "gates_backward_kernel",
-    "gated_norm_kernel", "gated_norm_backward_kernel", "step_kernel",
+    "gated_norm_kernel", "gated_norm_backward_kernel", "step_kernel", "ends_kernel",
+    "ends_backward_kernel",
 }  # fmt: skip
 
 

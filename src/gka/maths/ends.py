@@ -11,7 +11,7 @@ For a gradient G of E, with e_j = d_j k_j^T G v_j,
 Neither direction needs a state at a chunk's start, so neither has a scan: chunks here only bound memory.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 
 import torch
@@ -25,6 +25,34 @@ from gka.maths.moments import reset_floor
 LONGEST = 1024  # tokens of a chunk: products over more gain nothing
 SHORTEST = 64
 BLOCK_ELEMENTS = 1 << 24  # of the float32 arrays [chunks, H, C, K] that are in memory at once
+
+
+@dataclass(frozen=True)
+class EndInputs:
+    """Inputs of an end state.
+
+    Attributes:
+        k: [B,T,Hk,K]. v: [B,T,Hv,V]. g, gk, beta: [B,T,H] or None; gk is not read if g decays both states.
+        heads: H. tied: whether g does. with_h: whether H is wanted.
+        cu_seqlens, cu_seqlens_cpu: bounds of packed sequences, and their copy on the CPU.
+    """
+
+    k: Tensor
+    v: Tensor
+    g: Tensor | None
+    gk: Tensor | None
+    beta: Tensor | None
+    heads: int
+    tied: bool
+    with_h: bool
+    cu_seqlens: Tensor | None = None
+    cu_seqlens_cpu: Tensor | None = None
+
+    def contiguous(self) -> "EndInputs":
+        """The same with contiguous tensors, as kernels read them."""
+        tensors = {name: getattr(self, name) for name in ("k", "v", "g", "gk", "beta")}
+        laid = {name: None if x is None else x.contiguous() for name, x in tensors.items()}
+        return replace(self, **laid | {"gk": None if self.tied else laid["gk"]})
 
 
 @dataclass(frozen=True)

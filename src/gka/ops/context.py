@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gka.errors import InputError
-from gka.ops.end_state import end_moment
+from gka.maths.ends import EndInputs
+from gka.ops.end_state import end_moments
 
 State = tuple[Tensor, Tensor]
 
@@ -211,12 +212,12 @@ def carried_states(
     tied = gk is not None and gk is g
     k_, v_, g_, gk_, beta_ = last_document(context, k, v, g, gk, beta)
     assert k_ is not None and v_ is not None
-    total_u, u = end_moment(k_, v_, g_, beta_, heads)
+    given = EndInputs(k_, v_, g_, gk_, beta_, heads, tied, with_h)
+    total_u, total_h, u, h = end_moments(given)
     of_u = (total_u, u, u0)
-    if not with_h:
+    if h is None:
         return None, carry(context, [of_u])[0]
-    total_h, h = end_moment(k_, None, gk_, beta_, heads)
-    found_h, found_u = carry(context, [(total_u if tied else total_h, h, h0), of_u])
+    found_h, found_u = carry(context, [(total_h, h, h0), of_u])
     return found_h, found_u
 
 

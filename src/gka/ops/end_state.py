@@ -1,5 +1,7 @@
 """The state that a text adds, read from an empty state: what it hands to the text after it."""
 
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -7,10 +9,14 @@ from torch import Tensor
 
 from gka.errors import InputError
 from gka.maths.chunked import ScannedStates, Settings, Tokens
-from gka.maths.ends import Part
+from gka.maths.ends import EndInputs, Part
 from gka.ops import checks
 from gka.ops.backends import Call, get_backend, resolve_backend
 from gka.ops.dispatch import inside, no_autocast
+from gka.ops.surround import why_unfused
+
+SECOND = "end_state has no second derivative: its gradients are formed in one pass."
+_GIVEN = ("k", "v", "g", "gk", "beta")
 
 
 class Totals(NamedTuple):
@@ -92,9 +98,7 @@ class _EndGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(
-            "end_state has no second derivative: its gradients are formed in one pass."
-        )
+        raise RuntimeError(SECOND)
 
 
 def end_moment(
@@ -116,6 +120,88 @@ def end_moment(
     held = None if known is None else (known,)
     total, end = EndMoment.apply(k, v, g, beta, *bounds, heads, held)
     return None if g is None else total.to(end.dtype), end
+
+
+class EndStates(torch.autograd.Function):
+    """Both moments by the Triton kernels, which read keys and values once for all of a chunk's gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: EndInputs, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Total log decays of U and H, U and H. tensors: k, v, g, gk and beta once more, for autograd."""
+        from gka.kernels.ends import end_states
+
+        with inside("gka.end_state", inputs.k.device.type):
+            found = end_states(inputs)
+        ctx.save_for_backward(*tensors, inputs.cu_seqlens, found.after_u, found.after_h)
+        ctx.inputs = replace(inputs, **dict.fromkeys((*_GIVEN, "cu_seqlens")))
+        ctx.set_materialize_grads(False)
+        totals_h = None if inputs.tied else found.totals_h
+        return found.totals_u, totals_h, found.u, found.h
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        found = _EndStatesGradients.apply(ctx.inputs, *ctx.saved_tensors, *grads)
+        return None, *found
+
+
+class _EndStatesGradients(torch.autograd.Function):
+    """Gradients of k, v, g, gk and beta; their own derivative raises an error."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: EndInputs, *given: Any) -> tuple[Tensor | None, ...]:
+        from gka.kernels.ends import end_states_backward
+
+        tensors = dict(zip((*_GIVEN, "cu_seqlens"), given[:6], strict=True))
+        after_u, after_h, total_u, total_h, of_u, of_h = given[6:]
+        inputs = replace(inputs, **tensors)
+        k, key_dim, value_dim = inputs.k, inputs.k.shape[-1], inputs.v.shape[-1]
+        count = len(k) if inputs.cu_seqlens is None else len(inputs.cu_seqlens) - 1
+        zeros = partial(torch.zeros, dtype=torch.float32, device=k.device)
+        of_u = zeros(count, inputs.heads, key_dim, value_dim) if of_u is None else of_u
+        if inputs.with_h and of_h is None:
+            of_h = zeros(count, inputs.heads, key_dim, key_dim)
+        with inside("gka.end_state_backward", k.device.type):
+            grads = end_states_backward(
+                inputs, (after_u, after_h), (of_u, of_h), (total_u, total_h)
+            )
+        return tuple(
+            None if dx is None else dx.to(x.dtype)
+            for dx, x in ((getattr(grads, n), tensors[n]) for n in _GIVEN)
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(SECOND)
+
+
+@torch.compiler.disable(reason="the kernels are launched from Python")
+def _by_kernels(inputs: EndInputs) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
+    tensors = [getattr(inputs, name) for name in _GIVEN]
+    total_u, total_h, u, h = EndStates.apply(inputs, *tensors)
+    return total_u, total_u if inputs.tied else total_h, u, h
+
+
+def end_moments(inputs: EndInputs) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
+    """Total log decays of U and of H [N,H] (None without decay), and U and H (None unless wanted) of checked
+    inputs, differentiable: by kernels where they can run, else by torch."""
+    if why_not_kernels(inputs) is None:
+        total_u, total_h, u, h = _by_kernels(inputs.contiguous())
+        total_u, total_h = (None if x is None else x.to(u.dtype) for x in (total_u, total_h))
+        return total_u, total_u if inputs.tied else total_h, u, h
+    of = inputs.heads, (inputs.cu_seqlens, inputs.cu_seqlens_cpu)
+    total_u, u = end_moment(inputs.k, inputs.v, inputs.g, inputs.beta, *of)
+    if not inputs.with_h:
+        return total_u, None, u, None
+    gk = inputs.g if inputs.tied else inputs.gk
+    total_h, h = end_moment(inputs.k, None, gk, inputs.beta, *of)
+    return total_u, total_u if inputs.tied else total_h, u, h
+
+
+def why_not_kernels(inputs: EndInputs) -> str | None:
+    """Why torch computes end states of these inputs; None if the kernels do."""
+    if inputs.k.device.type != "cuda":
+        return "the kernels run on a GPU."
+    return why_unfused(inputs.k.device, inputs.k.dtype, (inputs.k.shape[-1], inputs.v.shape[-1]))
 
 
 def end_state(
@@ -170,8 +256,14 @@ def end_state(
         found = _scan(backend, like, (k, v, g, gk, beta), bounds, chunk_size)
         starts = (found.h_start, found.u_start) if return_starts else None
         known = (found.h, found.u)
-    gk_total, h = end_moment(k, None, gk, beta, heads, bounds, known[0])
-    g_total, u = end_moment(k, v, g, beta, heads, bounds, known[1])
+    if known[0] is None:
+        tied = g is not None and g is gk
+        given = EndInputs(k, v, g, gk, beta, heads, tied, True, *bounds)
+        g_total, gk_total, u, h = end_moments(given)
+        assert h is not None
+    else:
+        gk_total, h = end_moment(k, None, gk, beta, heads, bounds, known[0])
+        g_total, u = end_moment(k, v, g, beta, heads, bounds, known[1])
     return EndState(Totals(g_total, gk_total), h, u, starts)
 
 

@@ -29,7 +29,7 @@ _launchers: dict[tuple, Launcher] = {}
 Three = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-def launch(kernel, grid: int, args: tuple, sizes: dict[str, Any]) -> None:
+def launch(kernel, grid: int | tuple[int, ...], args: tuple, sizes: dict[str, Any]) -> None:
     """Launch `kernel` on tensors, None and integers below 2^31, with compile-time `sizes`.
 
     The compiled code depends on which arguments are None, on dtypes and on alignment to 16 bytes. The
@@ -43,7 +43,7 @@ def launch(kernel, grid: int, args: tuple, sizes: dict[str, Any]) -> None:
     held = _launchers.get(key)
     if held is None:
         held = _launchers[key] = Launcher(kernel, sizes)
-    held((grid,), *args)
+    held(grid if isinstance(grid, tuple) else (grid,), *args)
 
 
 @dataclass(frozen=True)
