@@ -1,8 +1,8 @@
-"""Starts of one float64 or float32 run of `gka.training.train`, which is killed again and again and resumed.
+"""Starts of one run of `gka.training.train`, which is killed again and again and resumed each time.
 
-Arguments: a file of what to do (JSON): "tables", "output", "dtype" and "starts", each with "ranks" and "event"
-(see a_run.py; null for none); and a file for what each start ended with. Processes are forked, so that torch is
-imported once for all of them.
+Arguments: a file of what to do (JSON): "tables", "output", "dtype" and "starts", each with "ranks" and
+"event" (see a_run.py; null for none); and a file for what each start ended with. Processes are forked, so
+that torch is imported once for all of them.
 """
 
 import json
@@ -66,7 +66,12 @@ def main() -> None:
     told: list[dict[str, Any]] = []
     for number, one in enumerate(asked["starts"]):
         how = "resume" if number else "new"
-        arguments = [str(results), json.dumps(asked["tables"]), str(output), json.dumps(one["event"])]
+        arguments = [
+            str(results),
+            json.dumps(asked["tables"]),
+            str(output),
+            json.dumps(one["event"]),
+        ]
         began = sealed(output)
         codes, said = start(one["ranks"], found.parent, [*arguments, how, asked["dtype"]])
         told.append({"codes": codes, "said": said, "from": began, "sealed": sealed(output)})
