@@ -49,7 +49,11 @@ def test_two_processes_and_a_plan_of_four(bench, monkeypatch, tmp_path, capsys):
     assert len(found["checks"]["2"]["layouts"]) == 4 and found["checks"]["2"]["status"] == "ok"
     for key, tokens in {"dp/2": 2 * 2 * 64, "cp64k/2": 2 * 128}.items():
         cell = found["cells"][key]
-        assert cell["status"] == "ok" and cell["tokens"] == tokens and len(cell["step_ms"]) == 2
+        assert (
+            cell["status"] == "ok"
+            and cell["tokens"] == tokens
+            and len(cell["step_ms"]) == (8 if key == "dp/2" else 2)
+        )
         assert cell["loss"][1] < cell["loss"][0] and cell["plan"]["step_ms"] > 0
     assert {k for k, x in found["cells"].items() if x["status"] == "predicted"} == {
         "dp/4", "cp64k/4", "mixed/4",
@@ -119,6 +123,7 @@ def launched(scale, monkeypatch, tmp_path):
             True,
             time.time() + seconds,
             1.0,
+            (),
             found.__setitem__,
             print,
         )
@@ -214,6 +219,31 @@ def test_efficiency_goals_and_the_planners_error(scale):
     assert report.missing(result) == ["dp on 2 GPUs: failed: out of memory"]
 
 
+def test_stored_results_are_reported_together(bench, tmp_path):
+    """--from writes one table of several files, where measured cells replace others, with the plans of other
+    numbers of GPUs; another card is refused."""
+    shared = {
+        "card": "NVIDIA H200", "versions": {"torch": "2"},
+        "commit": "abc", "there": 4, "date": "today", "planner": "card h200", "checks": {},
+        "settings": {"steps": 5, "warm_up": 2, "sequences": 8, "tiny": True},
+    }  # fmt: skip
+    files = []
+    for number, cells in enumerate((
+        {"dp/1": cell("dp", 1, 100.0), "dp/4": cell("dp", 4, 0, "predicted")},
+        {"dp/4": cell("dp", 4, 104.0)},
+        {"dp/4": cell("dp", 4, 0, "failed") | {"message": "lost"}},
+    )):  # fmt: skip
+        files.append(tmp_path / f"{number}.json")
+        files[-1].write_text(json.dumps(shared | {"cells": cells, "command": f"command {number}"}))
+    bench.main(["--output", str(tmp_path), "--from", *map(str, files)])
+    page = (tmp_path / "scale.md").read_text()
+    assert "| dp | 8 | dp_shard 8 | 64 | 4,096 | predicted | layers |" in page
+    assert "96.2%" in page and "failed" not in page and "`command 0; command 1; command 2`" in page
+    files[0].write_text(json.dumps(shared | {"card": "another", "cells": {}, "command": ""}))
+    with pytest.raises(SystemExit, match="another card"):
+        bench.main(["--output", str(tmp_path), "--from", *map(str, files)])
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -225,7 +255,7 @@ def test_efficiency_goals_and_the_planners_error(scale):
 def test_options_that_do_not_fit_are_named(bench, words, told, capsys):
     """A wrong number, row or count ends the command with what would fit."""
     with pytest.raises(SystemExit):
-        bench.parse(words)
+        bench.parse(None, words)
     assert told in capsys.readouterr().err
 
 

@@ -24,77 +24,16 @@ from typing import Any
 
 from benchmarks import results
 from benchmarks.scale import report, worker
-from benchmarks.scale.cells import ROWS, TRIED, Asked, Cell, make_cells, model_config, plan_of
+from benchmarks.scale.cells import Asked, Cell, make_cells, model_config, plan_of
 from benchmarks.scale.launch import Launch, available
+from benchmarks.scale.options import parse
 
 from gka.experiments.ledger import Ledger, refusing
 from gka.models.flops import peak_tflops, token_flops
 from gka.parallel.planner import Card, card_names, read_card
+from gka.storage import read_json
 
-DEFAULT_ROWS = ("dp", "cp64k", "cp256k", "mixed")
-COMPILED = ("dp", "dp-kept", "cp64k", "mixed")
 TINY_PROCESSES = 2
-
-
-def counts(text: str) -> list[int]:
-    """An argparse type: numbers of GPUs, separated by commas, in the order in which they are measured."""
-    words = text.split(",")
-    if not all(word.isdigit() and int(word) for word in words):
-        raise argparse.ArgumentTypeError(f"numbers of GPUs from 1 on, such as 1,2,4; got {text!r}")
-    return list(dict.fromkeys(int(word) for word in words))
-
-
-def names(known: tuple[str, ...]) -> Any:
-    """An argparse type: names of `known`, separated by commas; "none" for none of them."""
-
-    def parsed(text: str) -> tuple[str, ...]:
-        found = tuple(text.split(",")) if text != "none" else ()
-        for name in found:
-            if name not in known:
-                raise argparse.ArgumentTypeError(f"there are {', '.join(known)}; got {name!r}")
-        return found
-
-    return parsed
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    made = results.parser("scale", __doc__, device=None)
-    add, rows = made.add_argument, tuple(ROWS)
-    add("--gpus", type=counts, default=[1, 2, 4, 8], help="in this order (1,2,4,8)")
-    add("--rows", type=names(rows), default=DEFAULT_ROWS,
-        help=f"of {','.join(rows)} ({','.join(DEFAULT_ROWS)})")  # fmt: skip
-    add("--compile", type=names(rows),
-        help=f"rows whose layers are compiled, or none ({','.join(COMPILED)})")  # fmt: skip
-    add("--checkpoint", choices=("auto", *TRIED), default="auto",
-        help="auto: the least that fits one GPU by the plan, more if memory does not suffice")  # fmt: skip
-    add("--sequences", type=int, default=8, help="a GPU reads in a step of dp (8)")
-    add("--steps", type=int, default=5, help="that are timed (5)")
-    add("--warm-up", type=int, default=2, help="steps before them, after the first (2)")
-    add("--minutes", type=float, default=9.5, help="after which nothing runs any more (9.5)")
-    add("--launch-seconds", type=float, default=300.0, help="at most for one number of GPUs (300)")
-    add(
-        "--cell-seconds",
-        type=float,
-        default=150.0,
-        help="after which a cell is taken to hang (150)",
-    )
-    add(
-        "--card",
-        help=f"speeds of the plans: {', '.join(card_names())} or a file of gka plan --measure",
-    )
-    add(
-        "--tiny",
-        action="store_true",
-        help="a tiny model, two processes on the CPU; times mean nothing",
-    )
-    add("--worker", type=Path, help=argparse.SUPPRESS)
-    options = results.parse(made, arguments)
-    for name in ("sequences", "steps", "warm_up"):
-        if getattr(options, name) < 1:
-            made.error(f"--{name.replace('_', '-')} must be 1 or more")
-    if options.compile is None:
-        options.compile = () if options.tiny else COMPILED
-    return options
 
 
 def speeds(options: argparse.Namespace, card: str, memory: int) -> tuple[Card, str]:
@@ -158,7 +97,7 @@ class Scaling:
         self.cells = {n: make_cells(self.asked, n, self.card) for n in options.gpus}
         self.launch = Launch(
             options.output / "processes", device, options.tiny, time.time() + 60 * options.minutes,
-            options.cell_seconds, self.found, self.ledger.say,
+            options.cell_seconds, options.check, self.found, self.ledger.say,
         )  # fmt: skip
 
     def found(self, key: str, figures: dict[str, Any]) -> None:
@@ -219,17 +158,23 @@ class Scaling:
             self.ledger.say(f"{gpus} GPUs: known")
             return
         self.ledger.say(f"{gpus} GPUs: {', '.join(cell.row for cell in cells)}")
-        self.launch.run(gpus, cells, gpus > 1 and not checked, self.options.launch_seconds)
+        self.launch.run(
+            gpus,
+            cells,
+            gpus > 1 and bool(self.options.check) and not checked,
+            self.options.launch_seconds,
+        )
 
     def predict(self, gpus: int) -> None:
         for cell in self.cells[gpus]:
-            self.found(cell.key, {"status": report.PREDICTED, "checkpoint": self.way(cell)})
+            way = way_of(self.ledger.found, cell)
+            self.found(cell.key, {"status": report.PREDICTED, "checkpoint": way})
 
-    def way(self, cell: Cell) -> str:
-        """The checkpointing with which fewer GPUs ran the row, or that the plan takes."""
-        ran = [x for x in self.ledger.found["cells"].values() if x["row"] == cell.row]
-        ran = [x["checkpoint"] for x in ran if x["status"] == "ok"]
-        return ran[-1] if ran else cell.ways[0]
+
+def way_of(result: dict[str, Any], cell: Cell) -> str:
+    """The checkpointing with which other numbers of GPUs ran the row, or that the plan takes."""
+    ran = [x for x in result["cells"].values() if x["row"] == cell.row and x["status"] == "ok"]
+    return ran[-1]["checkpoint"] if ran else cell.ways[0]
 
 
 @contextmanager
@@ -242,10 +187,53 @@ def ending_on_term() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def joined(paths: list[Path]) -> dict[str, Any]:
+    """Stored results as one: of each cell the last that was measured, else the first.
+
+    Raises:
+        SystemExit: they are of different cards or settings.
+    """
+    every = [read_json(path) for path in paths]
+    first = every[0]
+    for path, other in zip(paths, every, strict=True):
+        for fact in ("card", "settings", "commit", "versions"):
+            if other[fact] != first[fact]:
+                sys.exit(f"error: {path} has another {fact} than {paths[0]}: report them apart")
+    found = first | {"cells": {}, "checks": {}, "there": max(x["there"] for x in every)}
+    found["command"] = "; ".join(dict.fromkeys(x["command"] for x in every))
+    for other in every:
+        for part in ("cells", "checks"):
+            known = found[part]
+            known |= {k: x for k, x in other[part].items() if k not in known or x["status"] == "ok"}
+    return found
+
+
+def with_predictions(result: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Stored results, and the plans of their rows on numbers of GPUs that were not measured."""
+    settings, cells = result["settings"], result["cells"]
+    rows = tuple(dict.fromkeys(x["row"] for x in cells.values()))
+    compiled = tuple({x["row"] for x in cells.values() if x["compiled"] != "off"})
+    asked = Asked(
+        settings["tiny"], rows, compiled, "auto", settings["sequences"], settings["steps"],
+        settings["warm_up"],
+    )  # fmt: skip
+    card, _ = speeds(options, result["card"], 0)
+    for gpus in options.gpus:
+        for cell in make_cells(asked, gpus, card):
+            if cell.key not in cells:
+                facts = plan_facts(cell, asked, card, way_of(result, cell))
+                peak = peak_tflops(result["card"])
+                cells[cell.key] = facts | {"status": report.PREDICTED, "peak_tflops": peak}
+    return result
+
+
 def main(arguments: list[str] | None = None) -> None:
-    options = parse(arguments)
+    options = parse(__doc__, arguments)
     if options.worker:
         worker.run(options.worker)
+        return
+    if options.stored:
+        report.write(with_predictions(joined(options.stored), options), options.output)
         return
     scaling = Scaling(options)
     with ending_on_term():

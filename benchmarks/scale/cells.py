@@ -17,6 +17,7 @@ TRIED = ("none", "selective", "full")
 DATA, LONG, MIXED = "data", "long", "mixed"
 CP_MIXED = 2  # ranks that share a sequence where dp_shard and cp are mixed
 MIXED_BASE = "cp64k"
+SHORT = 4  # times as many steps of DATA rows are timed, as they are short
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def make_cell(asked: Asked, row: str, gpus: int, card: Card) -> Cell | None:
     compiled = "layers" if row in asked.compiled else "off"
     cell = Cell(
         row, gpus, layout.sizes, micro, tokens * layout.cp, kind.reshard, compiled, TRIED,
-        asked.steps, asked.warm_up, 0.0,
+        asked.steps * (SHORT if kind.kind == DATA else 1), asked.warm_up, 0.0,
     )  # fmt: skip
     ways = (asked.checkpoint,) if asked.checkpoint != "auto" else _ways(cell, tokens, asked, card)
     seconds = plan_of(cell, asked.tiny, card, ways[0]).seconds

@@ -19,6 +19,7 @@ from gka.storage import write_json
 
 PATIENCE = 30.0  # seconds between a rank's lack of memory and the end of those that wait for it
 AFTER_LOSS = 15.0  # seconds that ranks have to end after the first one
+CHECK_SECONDS = 100.0  # for the check, so that the cells get the rest
 OPEN = 0.2
 SPENT = "the time was spent"
 Found = Callable[[str, dict[str, Any]], None]
@@ -31,6 +32,7 @@ class Launch:
     Attributes:
         folder: of the processes' files. device: "cuda" or "cpu".
         until: when everything must be done, by `time.time()`. cell_seconds: when a cell is taken to hang.
+        check: types of products with which losses are checked.
         found: gets each cell's key and figures.
     """
 
@@ -39,6 +41,7 @@ class Launch:
     tiny: bool
     until: float
     cell_seconds: float
+    check: tuple[str, ...]
     found: Found
     say: Callable[[str], None]
 
@@ -70,7 +73,7 @@ class Launch:
         spec = self.folder / f"asked-{gpus}.json"
         write_json(spec, {
             "folder": str(self.folder), "device": self.device, "tiny": self.tiny, "until": end,
-            "check": check, "cells": [asdict(cell) for cell in cells],
+            "check": list(self.check) if check else [], "cells": [asdict(cell) for cell in cells],
         })  # fmt: skip
         processes = started(gpus, spec)
         why = None
@@ -100,8 +103,12 @@ class Launch:
             return SPENT
         if memory is not None and now > memory["time"] + PATIENCE:
             return memory["message"]
-        if begun is not None and now > begun[1] + self.cell_seconds:
-            return f"not done after {self.cell_seconds:.0f} s"
+        limit = self.cell_seconds
+        if begun is not None and begun[0].startswith("check/"):
+            limit = min(limit, CHECK_SECONDS)
+        if begun is not None and now > begun[1] + limit:
+            tell_stacks(processes)
+            return f"not done after {limit:.0f} s"
         if any(process.poll() for process in processes):
             deadline = time.time() + AFTER_LOSS
             while time.time() < deadline and any(p.poll() is None for p in processes):
@@ -152,6 +159,14 @@ def started(gpus: int, spec: Path) -> list[subprocess.Popen]:
         env = {"OMP_NUM_THREADS": str(min(threads, 8)), **os.environ, **own}
         found.append(subprocess.Popen(words, env=env, start_new_session=True))
     return found
+
+
+def tell_stacks(processes: list[subprocess.Popen]) -> None:
+    """Let processes that hang say where."""
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(signal.SIGUSR1)
+    time.sleep(5 * OPEN)
 
 
 def ended(processes: list[subprocess.Popen]) -> None:

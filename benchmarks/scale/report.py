@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 HEAD = (
     "row", "GPUs", "layout", "tokens a sequence", "tokens a step", "state", "compiled", "checkpointing",
-    "step ms (min-max)", "tokens/s", "tokens/s/GPU", "MFU", "efficiency", "GiB a GPU", "NCCL", "NCCL alone",
-    "planned ms", "planned - measured", "planned GiB", "loss",
+    "step ms (min-max)", "host ms", "busy ms", "tokens/s", "tokens/s/GPU", "MFU", "efficiency", "GiB a GPU",
+    "NCCL", "NCCL alone", "planned ms", "planned - measured", "planned GiB", "loss",
 )  # fmt: skip
 GOALS = {"dp": 0.90, "cp64k": 0.85}
 PLANNER_GOAL = 0.15
@@ -78,6 +78,12 @@ def ways(cell: dict[str, Any]) -> str:
     return f"{cell['compiled']}, {sum(made.values())} graphs"
 
 
+def busy(cell: dict[str, Any]) -> str:
+    """Range over ranks."""
+    known = [ms for ms in cell.get("busy_ms") or () if ms is not None]
+    return f"{min(known):.0f}-{max(known):.0f}" if known else ""
+
+
 def line(result: dict[str, Any], cell: dict[str, Any]) -> list[str]:
     """A row of the table."""
     plan, speed = cell["plan"], has_speed(cell)
@@ -89,6 +95,7 @@ def line(result: dict[str, Any], cell: dict[str, Any]) -> list[str]:
     return [
         cell["row"], str(cell["gpus"]), str(Layout(*cell["sizes"])) or "1 GPU", f"{cell['length']:,}",
         f"{cell['tokens']:,}", state(cell), ways(cell), cell["checkpoint"], spread,
+        f"{cell['host_ms']:.1f}" if "host_ms" in cell else "", busy(cell),
         f"{per_gpu(cell) * cell['gpus']:,.0f}" if speed else "", f"{per_gpu(cell):,.0f}" if speed else "",
         percent(mfu(cell)) if speed else "", percent(efficiency(result, cell)),
         f"{memory / 2**30:.1f}" if memory else "", percent(cell.get("nccl_share")),
@@ -152,7 +159,8 @@ def verdicts(result: dict[str, Any]) -> list[str]:
 
 WORDS = (
     "A step: forward, backward, clipping, fused AdamW; float32 parameters, products in bfloat16, FSDP2 on "
-    "several GPUs. Step ms: of the slowest rank, median and range. Efficiency: tokens/s/GPU over those of "
+    "several GPUs. Step ms: of the slowest rank, median and range; host ms: until a step's call returns; "
+    "busy ms: kernels but NCCL's in a traced step, range over ranks. Efficiency: tokens/s/GPU over those of "
     f"one GPU of the same row (mixed: of {MIXED_BASE}). MFU: model FLOPs of gka.models.flops over the data "
     "sheet's peak. GiB: largest peak of any GPU. NCCL: part of a traced step in which its kernels run, "
     "waiting for slower ranks included; alone: no other kernel runs beside them. Predicted: no such GPUs "

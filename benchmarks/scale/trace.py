@@ -1,5 +1,6 @@
 """How much of a step's time collectives take, by torch.profiler."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -7,6 +8,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 Span = tuple[float, float]
+SHOWN, NAME = 20, 80  # kernels that are told, and letters of their names
 COLLECTIVES = ("ncclDevKernel", "ncclKernel")
 REGIONS = ("nccl:", "FSDP::", "gka.", "ProfilerStep")  # of kernels, which are listed themselves
 
@@ -14,22 +16,24 @@ REGIONS = ("nccl:", "FSDP::", "gka.", "ProfilerStep")  # of kernels, which are l
 def shares(step: Callable[[], Any], wait: Callable[[], None], cuda: bool) -> dict[str, Any]:
     """Of one step's time on the device, the part in which NCCL's kernels run, and run alone.
 
-    A collective's kernel also waits for the slowest rank. Without a GPU the step runs untraced, and both
-    are None.
+    A collective's kernel also waits for the slowest rank. "busy_ms": milliseconds in which other kernels run;
+    "kernels": those of the longest, summed by name. Without a GPU the step runs untraced, and all are None.
     """
     if not cuda:
         step()
-        return {"nccl_share": None, "nccl_alone": None}
+        return {"nccl_share": None, "nccl_alone": None, "busy_ms": None, "kernels": None}
     wait()
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         step()
         wait()
-    spans, others = [], []
+    spans, others, sums = [], [], Counter[str]()
     for event in trace.events() or []:
         if event.device_type == DeviceType.CUDA and not event.name.startswith(REGIONS):
             span = event.time_range.start, event.time_range.end
             (spans if event.name.startswith(COLLECTIVES) else others).append(span)
-    return fractions(spans, others)
+            sums[event.name[:NAME]] += (span[1] - span[0]) / 1e3
+    longest = {name: round(ms, 3) for name, ms in sums.most_common(SHOWN)}
+    return {**fractions(spans, others), "busy_ms": covered(others) / 1e3, "kernels": longest}
 
 
 def fractions(collectives: list[Span], others: list[Span]) -> dict[str, float]:

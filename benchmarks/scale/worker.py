@@ -5,13 +5,11 @@ fused AdamW. Rank 0 writes a file after each cell. A rank without memory says so
 for the others, so that the launcher can end ranks that wait for it inside a collective.
 """
 
+import faulthandler
 import gc
-import itertools
+import signal
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,85 +17,25 @@ import torch
 import torch._dynamo
 from benchmarks.registry import reason
 from benchmarks.scale.cells import Cell, model_config
+from benchmarks.scale.check import check
 from benchmarks.scale.files import Folder
+from benchmarks.scale.step import (
+    BFLOAT16,
+    build,
+    make_step,
+    mean_over_ranks,
+    random_rows,
+    timed,
+    wait,
+)
 from benchmarks.scale.trace import shares
-from torch import Tensor
 
-from gka.layers import parameter_groups
-from gka.models import GKAForCausalLM
 from gka.models.recomputation import checkpoint_arguments
 from gka.ops import last_backend
-from gka.parallel import (
-    ContextParallel,
-    Job,
-    Layout,
-    clip_grad_norm_,
-    make_mesh,
-    parallelize,
-    start,
-)
+from gka.parallel import Job, start
 from gka.storage import read_json
+from gka.training.collector import frozen_heap
 from gka.training.compilation import compiled, graphs
-
-BFLOAT16 = torch.bfloat16
-Step = Callable[[], tuple[Tensor, Tensor]]
-
-
-@cache
-def mesh_of(layout: Layout, device: str) -> Any:
-    """One mesh a layout: each makes communicators of its own, which take memory."""
-    return make_mesh(layout, device)
-
-
-def build(config: Any, layout: Layout, job: Job, dtype: torch.dtype | None, **options: Any) -> Any:
-    """The model with the same weights on every rank, on its mesh; on one GPU without one, as `gka train`."""
-    torch.manual_seed(0)
-    with torch.device(job.device):
-        model = GKAForCausalLM(config).train()
-    if layout.ranks > 1:
-        parallelize(model, mesh_of(layout, job.device.type), dtype=dtype, **options)
-    return model
-
-
-def make_step(model: Any, layout: Layout, job: Job, rows: Tensor, cast: bool) -> Step:
-    """A training step on whole rows [B,T], the same on ranks that share a sequence; loss and gradients' norm.
-
-    The loss times the number of readers, over all readers' targets: its mean over ranks is the batch's.
-    """
-    groups, cuda = parameter_groups(model, 0.1), job.device.type == "cuda"
-    optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=cuda)
-    targets = layout.readers * rows.shape[0] * (rows.shape[1] - 1)
-    cp = mesh_of(layout, job.device.type)["cp"] if layout.cp > 1 else None
-
-    def precision() -> AbstractContextManager:
-        return torch.autocast(job.device.type, BFLOAT16) if cast else nullcontext()
-
-    def inputs() -> dict[str, Any]:
-        if cp is None:
-            return {"input_ids": rows, "labels": rows}
-        context = ContextParallel.even(cp, rows.shape[1], device=job.device)
-        part = context.shard(rows)
-        return {"input_ids": part, "labels": part, "context": context}
-
-    def step() -> tuple[Tensor, Tensor]:
-        with precision():
-            loss = model(**inputs(), num_items_in_batch=targets).loss * layout.readers
-        loss.backward()
-        norm = clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach(), norm
-
-    return step
-
-
-def random_rows(shape: tuple[int, int], vocabulary: int, seed: int, job: Job) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(vocabulary, shape, generator=generator).to(job.device)
-
-
-def mean_over_ranks(job: Job, value: Tensor) -> float:
-    return statistics.fmean(job.gather(float(value)))
 
 
 def measure(job: Job, folder: Folder, cell: Cell, tiny: bool) -> dict[str, Any]:
@@ -144,7 +82,7 @@ def attempt(job: Job, cell: Cell, way: str, tiny: bool) -> dict[str, Any]:
     rows = random_rows(shape, config.vocab_size, layout.reader(job.rank), job)
     step = make_step(model, layout, job, rows, cast=True)
     before = graphs()
-    with compiled([model], cell.compiled):
+    with compiled([model], cell.compiled), frozen_heap():
         began = time.perf_counter()
         first = step()[0]
         wait(job)
@@ -154,47 +92,25 @@ def attempt(job: Job, cell: Cell, way: str, tiny: bool) -> dict[str, Any]:
         job.wait()
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        times, last = timed(step, cell.steps, job)
+        times, host, last = timed(step, cell.steps, job)
         peak = torch.cuda.max_memory_allocated() if cuda else None
         traced = shares(step, lambda: wait(job), cuda)
     every = job.gather(times)
+    traced["busy_ms"] = job.gather(traced["busy_ms"])
     return {
         "status": "ok", "checkpoint": way, "compiled": cell.compiled,
         "step_ms": [max(step) for step in zip(*every, strict=True)],
-        "first_step_s": first_seconds, "peak_bytes": max(job.gather(peak or 0)) or None,
+        "host_ms": statistics.median(host), "first_step_s": first_seconds,
+        "peak_bytes": max(job.gather(peak or 0)) or None,
         "loss": [mean_over_ranks(job, first), mean_over_ranks(job, last)],
         "backend": last_backend(), **traced,
         "graphs": {name: count - before[name] for name, count in graphs().items()},
     }  # fmt: skip
 
 
-def wait(job: Job) -> None:
-    if job.device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def timed(step: Step, repeats: int, job: Job) -> tuple[list[float], Tensor]:
-    """Milliseconds of each of some queued steps, and the last loss."""
-    cuda, marks, loss = job.device.type == "cuda", [], torch.zeros(())
-
-    def mark() -> None:
-        marks.append(torch.cuda.Event(enable_timing=True) if cuda else time.perf_counter())
-        if cuda:
-            marks[-1].record()
-
-    wait(job)
-    job.wait()
-    mark()
-    for _ in range(repeats):
-        loss, _ = step()
-        mark()
-    wait(job)
-    pairs = itertools.pairwise(marks)
-    return [a.elapsed_time(b) if cuda else 1e3 * (b - a) for a, b in pairs], loss
-
-
 def run(path: Path) -> None:
-    """All that the launcher's file asks for."""
+    """All that the launcher's file asks for; on SIGUSR1 every thread's stack goes to stderr."""
+    faulthandler.register(signal.SIGUSR1)
     asked = read_json(path)
     folder = Folder(Path(asked["folder"]))
     job = start(asked["device"])
@@ -202,10 +118,9 @@ def run(path: Path) -> None:
         job.device = torch.device("cuda", 0)
     cells = [Cell(**{**cell, "sizes": tuple(cell["sizes"])}) for cell in asked["cells"]]
     if asked["check"]:
-        from benchmarks.scale.check import check
-
         begin(job, folder, f"check/{job.ranks}")
-        tell(job, folder, f"check/{job.ranks}", check(job, asked["tiny"]))
+        tell(job, folder, f"check/{job.ranks}", check(job, asked["check"], asked["tiny"]))
+        free()
     for cell in cells:
         if job.any(time.time() + needed(cell) > asked["until"]):
             told = {"status": "not measured", "message": "the time was spent"}

@@ -30,10 +30,12 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     ranks = dist.get_world_size() if spread else 1
     local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
     wide = torch.promote_types(local[0].dtype, torch.float32)
-    norms = torch.stack([n.to(wide) for n in torch._foreach_norm(local)])
-    # each rank's share of a square that several of them hold
-    copies = torch.tensor([_copies(g, ranks) for g in gradients], dtype=wide, device=norms.device)
-    total = (norms.square() / copies).sum()
+    norms = [n.to(wide) for n in torch._foreach_norm(local)]
+    squares = torch._foreach_mul(norms, norms)
+    # Each rank's share of a square that several of them hold. As a tensor the numbers would have to be
+    # copied to the device, and the copy would wait for all work before it.
+    torch._foreach_div_(squares, [_copies(g, ranks) for g in gradients])
+    total = torch.stack(squares).sum()
     if spread:
         dist.all_reduce(total)
     norm = total.sqrt()

@@ -21,6 +21,7 @@ from gka.errors import InputError
 from gka.models.recomputation import checkpoint_arguments
 from gka.parallel import current
 from gka.training import callbacks, checkpoints, compilation, guards, telemetry
+from gka.training.collector import frozen_heap
 from gka.training.config import TrainingConfig
 from gka.training.trainer import DecoderTrainer, arguments
 
@@ -100,7 +101,8 @@ def fit(
         })  # fmt: skip
         trainer.compiled, trainer.watch = how, watch
         if last is None or not _is_at_the_end(trainer, last, config.max_steps):
-            with compilation.compiled((model, *beside), how), losses_of_ranks():
+            compiling = compilation.compiled((model, *beside), how)
+            with compiling, losses_of_ranks(), frozen_heap():
                 trainer.train(resume_from_checkpoint=str(last) if last else None)
     if stop.signal is not None and trainer.state.global_step < config.max_steps:
         raise Interrupted(trainer.state.global_step, stop.signal)

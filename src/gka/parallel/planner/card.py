@@ -58,7 +58,8 @@ class Card:
         mixers: ops timed alone.
         solve_tflops: rate of the solver's steps alone.
         traffic_tbs: TB/s of what is bound by memory: norms, convolutions, activations, loss, optimizer.
-        host_ms: milliseconds that the host needs a micro-batch to launch: by mixer for a layer, and "fixed".
+        host_ms: milliseconds that the host needs a micro-batch to launch: by mixer for a layer, "fixed", and
+            for a layer that FSDP2 gathers "shards" more (0 where it is not given).
         gap: time of a step over the sum of its kernels, where the device is the bound.
         links_gbs: GB/s that a card's exchanges reach within a "node" and between nodes ("network").
     """

@@ -61,6 +61,8 @@ def work(job: Job, card: Card) -> Work:
         count * card.host_ms.get(mixer, max(card.host_ms.values()))
         for mixer, count in Counter(job.config.pattern).items()
     )
+    if job.layout.shards * job.layout.dp_replicate > 1:
+        host += len(job.config.pattern) * card.host_ms.get("shards", 0.0)
     again = 1.0 + (0.0 if job.checkpointing == "none" else 1 / 3)
     return Work(
         products=passes * (3 * layers["products"] + head),
