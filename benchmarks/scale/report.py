@@ -208,6 +208,8 @@ def draw(result: dict[str, Any], figure: "Figure") -> None:
     left.axhline(100, color="0.7", linewidth=0.8)
     left.set(ylabel="efficiency against one GPU, %", ylim=(0, 115))
     right.set(ylabel="thousand tokens/s", yscale="log")
+    for formatter in (right.yaxis.set_major_formatter, right.yaxis.set_minor_formatter):
+        formatter("{x:g}")
     counts = sorted({cell["gpus"] for cell in cells}) or [1]
     for axis in (left, right):
         axis.set(xlabel="GPUs (filled: measured, hollow: predicted)", xscale="log", xticks=counts)
