@@ -10,7 +10,8 @@ from typing import Any
 from gka.models import GKAConfig
 from gka.parallel import Layout
 from gka.parallel.planner import Card, Job, Plan, make_plan
-from gka.training.config import RunConfig, read_recipe
+from gka.training.config import RunConfig
+from gka.training.recipes import read_recipe
 
 VOCABULARY = 32000  # tokens that the recipe's tokenizer would have
 TRIED = ("none", "selective", "full")

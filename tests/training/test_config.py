@@ -9,9 +9,9 @@ import pytest
 from gka.data import byte_tokenizer
 from gka.errors import InputError
 from gka.training import RunConfig, build_model, read_recipe
-from gka.training.config import RECIPES, recipe_names
 from gka.training.folder import resumed_config
 from gka.training.priming import PrimeConfig
+from gka.training.recipes import RECIPES, recipe_names
 from gka.training.settings import merged
 
 

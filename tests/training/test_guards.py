@@ -14,9 +14,9 @@ from gka.data import byte_tokenizer
 from gka.errors import InputError
 from gka.models import GKAConfig, GKAForCausalLM
 from gka.training import RunConfig, build_model, read_recipe
-from gka.training.config import recipe_names
 from gka.training.guards import FEWEST, Guard, StepWatch
 from gka.training.health import measure_health
+from gka.training.recipes import recipe_names
 from gka.training.start import check_given
 from gka.training.telemetry import keep_lines
 from gka.training.trainer import DecoderTrainer

@@ -11,7 +11,8 @@ from gka.commands import options as opt
 from gka.commands import runs
 from gka.console import duration, text_console
 from gka.errors import InputError
-from gka.training.config import RunConfig, read_recipe, recipe_names
+from gka.training.config import RunConfig
+from gka.training.recipes import read_recipe, recipe_names
 from gka.training.settings import merged
 
 if TYPE_CHECKING:

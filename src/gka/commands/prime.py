@@ -9,8 +9,8 @@ import typer
 from gka.commands import runs
 from gka.commands.options import tell
 from gka.errors import InputError
-from gka.training.config import read_recipe, recipe_names
 from gka.training.priming.config import KINDS, PrimeConfig
+from gka.training.recipes import read_recipe, recipe_names
 from gka.training.settings import Tables, merged
 
 Output = Annotated[Path | None, runs.run_folder("runs/prime-MIXER")]

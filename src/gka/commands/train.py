@@ -11,9 +11,8 @@ from gka.training.config import (
     ParallelConfig,
     RunConfig,
     TrainingConfig,
-    read_recipe,
-    recipe_names,
 )
+from gka.training.recipes import read_recipe, recipe_names
 from gka.training.settings import Tables, merged
 
 Output = Annotated[Path | None, runs.run_folder("runs/RECIPE-MIXER")]

@@ -3,7 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from gka.training.config import CorpusConfig, DataConfig, RunConfig, TrainingConfig, read_recipe
+from gka.training.config import CorpusConfig, DataConfig, RunConfig, TrainingConfig
+from gka.training.recipes import read_recipe
 
 if TYPE_CHECKING:
     from gka.training.run import Interrupted, build_model, train

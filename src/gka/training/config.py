@@ -1,11 +1,9 @@
-"""Configuration of a training run: the tables data, model and training, and recipes in TOML."""
+"""Configuration of a training run: the tables data, model, training and parallel."""
 
 import dataclasses
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from gka.data.weights import check_weights
 from gka.errors import InputError
@@ -18,8 +16,6 @@ CHECKPOINTING = ("none", "full", "selective", "selective-products")
 """Of activations; `gka.models.recomputation` has what each keeps."""
 MOST_SEED = 2**32 - 1
 """Largest seed that every random number generator takes (NumPy's has 32 bits)."""
-Command = Literal["train", "prime"]
-RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 YOURS = "yours"
 """Value of settings that a recipe cannot have: text, tokenizer, a model to start from."""
 STANDARD_LIBRARY_HELD_OUT = 0.002
@@ -287,21 +283,6 @@ class RunConfig:
         return cls(model=_complete(tables.get("model", {})), **built)
 
 
-def read_recipe(name: str, command: Command = "train") -> Tables:
-    """The tables of a .toml file, or of the recipe called `name` in ./recipes or in the package.
-
-    Raises:
-        InputError: there is no such file, no such recipe of `command`, or it is not valid TOML.
-    """
-    path = Path(name) if name.endswith(".toml") else _named_recipe(name, command)
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"recipe {name}: there is no such file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"recipe {path} is not valid TOML: {error}") from None
-
-
 def _complete(given: Mapping[str, Any]) -> dict[str, Any]:
     """The [model] table with defaults for absent keys that given keys do not determine."""
     for key in FROM_TOKENIZER:
@@ -319,37 +300,3 @@ def _complete(given: Mapping[str, Any]) -> dict[str, Any]:
 
         model["head_dim"] = default_head_dim(width, heads)
     return model
-
-
-def recipe_names(command: Command) -> list[str]:
-    """Sorted names of a command's recipes in ./recipes and in the package."""
-    return sorted(name for name, path in _recipes().items() if _is_for(path) == command)
-
-
-def _recipes() -> dict[str, Path]:
-    """Path of every recipe by name; ./recipes takes precedence over the package."""
-    folders = [RECIPES, Path("recipes")]
-    return {path.stem: path for folder in folders for path in folder.glob("*.toml")}
-
-
-def _named_recipe(name: str, command: Command) -> Path:
-    found = _recipes()
-    if name in found and _is_for(found[name]) != command:
-        raise InputError(
-            f"recipe {name!r} is one of gka {_is_for(found[name])}; run it with that command"
-        )
-    if name not in found:
-        raise InputError(
-            f"recipe {name!r} is unknown; known: {', '.join(recipe_names(command)) or 'none here'}; "
-            "or give a path to a .toml file"
-        )
-    return found[name]
-
-
-def _is_for(recipe: Path) -> Command:
-    """The command of a recipe: "prime" if it has a table [prime], else "train"."""
-    try:
-        tables = tomllib.loads(recipe.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError):
-        return "train"  # `read_recipe` reports the fault
-    return "prime" if "prime" in tables else "train"
