@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from pictures import assert_drawn
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -40,7 +42,7 @@ def test_what_is_written(decode, tmp_path):
             assert row["gbps"] == pytest.approx(row["bytes"] / row["median"] / 1e6)
     table = (tmp_path / "decode.md").read_text()
     assert all(f"| {name} | " in table for name in names)
-    assert (tmp_path / "decode.png").stat().st_size > 0
+    assert_drawn(tmp_path / "decode.png")
 
 
 def test_a_wrong_kernel_is_not_timed(decode, tmp_path, monkeypatch):

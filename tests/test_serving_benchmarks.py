@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from pictures import assert_drawn
+
 ROOT = Path(__file__).parents[1]
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "head_dim": 16, "num_iter": 4}
 
@@ -80,7 +82,7 @@ def test_generation_measures_every_way_and_context(
     table = (tmp_path / "generation.md").read_text()
     assert all(f"| {name} | " in table for name in names) and "the model is on cpu" in table
     assert "tokens/s" in capsys.readouterr().out
-    assert (tmp_path / "generation.png").stat().st_size > 0
+    assert_drawn(tmp_path / "generation.png")
 
 
 def test_generation_times_nothing_that_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
