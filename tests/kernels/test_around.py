@@ -1,5 +1,6 @@
 """Fused convolutions, gates and norm compute what the torch modules compute (interpreted without a GPU)."""
 
+import itertools
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from gka.layers.recurrent_mixer import RecurrentMixer
 from gka.ops import autograd
 from gka.ops.convolution import convolve_heads, step_heads_and_gates
 from gka.ops.surround import gated_rms_norm, layer_gates, why_unfused
+from quick import quick_first
 from tolerances import RELATIVE, assert_close
 
 pytest.importorskip("triton", reason="the kernels need the package triton")
@@ -124,7 +126,7 @@ def test_convolutions_in_16_bits(dtype: torch.dtype) -> None:
         assert_close(actual[key].cpu(), value, RELATIVE[dtype] / 5, key)
 
 
-@pytest.mark.parametrize("length", [600, 130])
+@pytest.mark.parametrize("length", [pytest.param(600, marks=pytest.mark.slow), 130])
 def test_long_segments_give_the_same_gradients(length: int, monkeypatch) -> None:
     """However many tokens a segment has, and with sequences that begin inside them."""
     bounds: dict[str, Any] = {"bounds": [0, 2, 131, 599, 600]} if length == 600 else {"batch": 2}
@@ -336,8 +338,13 @@ CALLS: dict[str, dict[str, Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("name", RECURRENT)
+@pytest.mark.parametrize(
+    ("name", "call"),
+    quick_first(
+        itertools.product(RECURRENT, CALLS),
+        {*itertools.product(("gka",), CALLS), *itertools.product(RECURRENT, ("packed",))},
+    ),
+)
 def test_every_mixer_is_the_same_with_fused_kernels(name: str, call: str, monkeypatch) -> None:
     """Output and all gradients are those of the plain mixer in float64: batches, padding, packing."""
     check_equal(name, call, monkeypatch)
@@ -384,7 +391,7 @@ def test_compiles_whole(monkeypatch) -> None:
         assert_close(value, expected[key], EXACT, key)
 
 
-@pytest.mark.parametrize("selective", [False, True])
+@pytest.mark.parametrize("selective", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_checkpointing_gives_the_same_gradients(monkeypatch, selective: bool) -> None:
     """Activation checkpointing recomputes the same, bit for bit; where it keeps the op's results, the op does
     not run again."""

@@ -1,5 +1,6 @@
 """Conjugate gradients in the Triton kernels (interpreted without a GPU)."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from gka.maths.solvers.cg import most_steps
 from gka.maths.solvers.chebyshev import chebyshev_error
 from gka.ops import chunk_gka, solver_steps
 from interpreted import DEVICE, problem, results
+from quick import quick_first
 from tolerances import RELATIVE, assert_close
 
 pytest.importorskip("triton", reason="the kernels need the package triton")
@@ -62,8 +64,14 @@ def test_float32_kernels_find_the_exact_solution(name: str) -> None:
     check(problem(**case), F32, 60, name, bounds=case.get("bounds"))
 
 
-@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
-@pytest.mark.parametrize("name", ["tied", "separate decays, grouped heads, odd sizes"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    quick_first(
+        itertools.product(("tied", "separate decays, grouped heads, odd sizes"), (F16, BF16)),
+        {("tied", F16), ("separate decays, grouped heads, odd sizes", BF16)},
+    ),
+    ids=str,
+)
 def test_16_bit_operands_keep_the_accuracy_of_their_inputs(name: str, dtype: torch.dtype) -> None:
     """With 16-bit inputs and float16 products every result is within the dtype's tolerance."""
     check(problem(**CASES[name]), dtype, 30, name)
@@ -177,8 +185,13 @@ def test_a_query_that_is_no_number_takes_one_step() -> None:
     assert steps[0, ::16, 0].tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("name", ["k", "beta", "g"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    quick_first(
+        itertools.product(("k", "beta", "g"), (torch.nan, torch.inf)),
+        {("k", torch.nan), ("beta", torch.inf), ("g", torch.nan)},
+    ),
+)
 def test_nonfinite_numbers_end_and_are_not_hidden(name: str, value: float) -> None:
     """A key, write gate or decay that is no number ends the iteration: earlier chunks and other heads keep
     their bits, and the tokens from it on are not finite."""
