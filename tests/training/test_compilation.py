@@ -210,6 +210,7 @@ def test_what_cuda_graphs_cannot_train_is_refused() -> None:
         compilation.check_graphs(1, alone=False)
 
 
+@pytest.mark.slow
 def test_both_stages_of_priming_compile(run_prime: Any, tmp_path: Path) -> None:
     """Losses of matching and recovery are those of the uncompiled stages, with the end of the model matched
     and a teacher beside it."""
@@ -264,6 +265,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_a_second_process_reads_the_graphs(tmp_path: Path) -> None:
     """Graphs with the op, forward and backward, come from the folder, with the same gradients; another number
