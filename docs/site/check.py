@@ -1,7 +1,7 @@
 """Check the built site: `python docs/site/check.py build/site`, with nothing but Python's own library.
 
-Every link and anchor leads somewhere, every formula of the sources is there as MathML and none as LaTeX, and no
-page loads anything from a network.
+Every link and anchor leads somewhere, every formula of the sources is there as MathML and none as LaTeX,
+and no page loads anything from a network.
 """
 
 import re
@@ -60,7 +60,11 @@ def faults(site: Path) -> list[str]:
         name = file.relative_to(site.resolve())
         if name.name == "404.html":
             continue  # it is for servers: its links begin at their root
-        found += [f"{name}: loads {url}" for url in page.loaded if urlsplit(url).scheme not in ("", "data")]
+        found += [
+            f"{name}: loads {url}"
+            for url in page.loaded
+            if urlsplit(url).scheme not in ("", "data")
+        ]
         for link in [*page.links, *page.loaded]:
             found += [f"{name}: {link} leads nowhere" for _ in range(not _leads(file, link, pages))]
         found += [f"{name}: LaTeX is left: {match[0]}" for match in LATEX.finditer(page.text)]
@@ -76,7 +80,7 @@ def faults(site: Path) -> list[str]:
 
 
 def _leads(file: Path, link: str, pages: dict[Path, Page]) -> bool:
-    """Whether a link of a page leads to a file, and its anchor to an id; addresses elsewhere are not asked."""
+    """Whether a link of a page leads to a file, and its anchor to an id. Other addresses are taken as they are."""
     parts = urlsplit(link)
     if parts.scheme or parts.netloc:
         return True
@@ -92,7 +96,9 @@ def main(site: Path) -> None:
     print("\n".join(found))
     if found:
         raise SystemExit(f"{len(found)} faults in {site}")
-    print(f"{len(list(site.rglob('*.html')))} pages, every link and formula there: {site / 'index.html'}")
+    print(
+        f"{len(list(site.rglob('*.html')))} pages, every link and formula there: {site / 'index.html'}"
+    )
 
 
 if __name__ == "__main__":

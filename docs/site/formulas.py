@@ -31,7 +31,9 @@ def with_mathml(text: str, convert: Callable[[str, bool], str]) -> str:
     """A page with its formulas replaced by what `convert(latex, displayed)` makes of them."""
 
     def one(match: re.Match[str]) -> str:
-        if match["inline"]:  # in a span, as Markdown takes a line that begins with <math> for a block
+        if match[
+            "inline"
+        ]:  # in a span, as Markdown takes a line that begins with <math> for a block
             return f"<span>{convert(match['inline'], False)}</span>"
         latex = match["fenced"] or match["displayed"]
         return f"\n\n<div>{convert(latex.strip(), True)}</div>\n\n" if latex else match[0]

@@ -1,4 +1,4 @@
-"""The site's pages and their order. A new file in docs/results, docs/howto or docs/log is found, not listed."""
+"""The site's pages and their order. New files in docs/results, docs/howto and docs/log are found."""
 
 import posixpath
 import re

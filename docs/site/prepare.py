@@ -1,8 +1,8 @@
 """Write docs/ as a tree that a site generator reads: `python docs/site/prepare.py build`, then the generator.
 
-The pages stay what GitHub shows. Here links out of docs/ get pages to lead to (Markdown as it is, source with line
-numbers, a folder as a list), formulas become MathML, and the front page gets the table of results. Writes
-build/pages and build/site.yml; the site is to be built into build/site.
+The pages stay what GitHub shows. Here links out of docs/ get pages to lead to (Markdown as it is, source with
+line numbers, a folder as a list), formulas become MathML, and the front page gets the table of results.
+Writes build/pages and build/site.yml; the site is to be built into build/site.
 """
 
 import json
@@ -13,7 +13,18 @@ from importlib.resources import files as resources
 from pathlib import Path
 
 from formulas import mathml, with_mathml
-from navigation import DOCS, LINK, ROOT, is_relative, joined, links, navigation, pages, relinked, site_path
+from navigation import (
+    DOCS,
+    LINK,
+    ROOT,
+    is_relative,
+    joined,
+    links,
+    navigation,
+    pages,
+    relinked,
+    site_path,
+)
 
 SITE = Path(__file__).parent
 TABLE_HERE = "<!-- docs/site puts the table of results here -->"
@@ -80,7 +91,11 @@ def prepared(page: str, text: str) -> str:
 
 def main(folder: Path) -> None:
     shutil.rmtree(folder / "pages", ignore_errors=True)
-    shutil.copytree(DOCS, folder / "pages", ignore=shutil.ignore_patterns("*.md", "*.py", "*.yml", "__pycache__"))
+    shutil.copytree(
+        DOCS,
+        folder / "pages",
+        ignore=shutil.ignore_patterns("*.md", "*.py", "*.yml", "__pycache__"),
+    )
     for page, text in texts().items():
         file = folder / "pages" / site_path(page)
         file.parent.mkdir(parents=True, exist_ok=True)

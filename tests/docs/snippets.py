@@ -1,6 +1,7 @@
-"""Python blocks of a page and what they print: `python -m tests.docs.snippets docs/tour.md --output docs/images`.
+"""Python blocks of a page, and what they print.
 
-The command runs a page's blocks in order and prints what each prints; pictures go to --output.
+`python -m tests.docs.snippets docs/tour.md --output docs/images` runs them in order and draws
+their pictures into a folder.
 """
 
 import argparse
@@ -23,7 +24,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def run(page: Path) -> Iterator[tuple[str, str | None]]:
-    """Run the Python blocks in one namespace. For each: what it printed, and the `text output` block after it."""
+    """Run the Python blocks in one namespace; yields what each printed, and the output block after it."""
     torch.manual_seed(0)
     namespace: dict[str, object] = {"__name__": "snippet"}
     found = BLOCK.findall(page.read_text(encoding="utf-8"))

@@ -3,9 +3,10 @@
 import re
 from pathlib import Path
 
+import pytest
+
 import navigation
 import prepare
-import pytest
 from formulas import CODE, formulas, mathml, with_mathml
 
 PAGES = navigation.pages()
@@ -14,7 +15,9 @@ MARKDOWN = sorted(page for page in TEXTS if page.endswith(".md"))
 
 
 def listed() -> list[str]:
-    return [page for section in navigation.navigation() for pages in section.values() for page in pages]
+    return [
+        page for section in navigation.navigation() for pages in section.values() for page in pages
+    ]
 
 
 def without_code(text: str) -> str:
@@ -30,11 +33,20 @@ def test_navigation_lists_every_page_once():
 def test_new_pages_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A new results page or guide joins its section, after those that docs/README.md names; any other stands
     under "More"."""
-    for name in ("README.md", "results/README.md", "results/a.md", "results/b.md", "howto/a.md", "new.md"):
+    for name in (
+        "README.md",
+        "results/README.md",
+        "results/a.md",
+        "results/b.md",
+        "howto/a.md",
+        "new.md",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("# Page\n\n[b](results/b.md)\n")
     monkeypatch.setattr(navigation, "DOCS", tmp_path)
-    found = {title: pages for section in navigation.navigation() for title, pages in section.items()}
+    found = {
+        title: pages for section in navigation.navigation() for title, pages in section.items()
+    }
     assert found["Results"] == ["results/README.md", "results/b.md", "results/a.md"]
     assert found["How to"] == ["howto/a.md"] and found["More"] == ["new.md"]
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import typer
-from docs.snippets import blocks, run
-from pictures import assert_drawn
 
+from docs.snippets import blocks, run
 from gka.commands.main import app
+from pictures import assert_drawn
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -29,8 +29,8 @@ def assert_printed(printed: str, shown: str) -> None:
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=name_of)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The Python blocks of a page, in order and in one namespace, raise nothing, and print what the page says;
-    pictures that they draw are those it shows."""
+    """The Python blocks of a page, in order and in one namespace, raise nothing, print what the page says,
+    and draw the pictures that it shows."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GKA_CACHE", str(tmp_path / "cache"))
     for printed, shown in run(page):
