@@ -80,7 +80,7 @@ def faults(site: Path) -> list[str]:
 
 
 def _leads(file: Path, link: str, pages: dict[Path, Page]) -> bool:
-    """Whether a link of a page leads to a file, and its anchor to an id. Other addresses are taken as they are."""
+    """Whether a link of a page leads to a file, and its anchor to an id. Other sites are not asked."""
     parts = urlsplit(link)
     if parts.scheme or parts.netloc:
         return True
