@@ -27,13 +27,13 @@ if (location.protocol === "file:")
       })
     }
     receive(data) {
-      const event = new MessageEvent("message", { data })
+      const event = new MessageEvent("message", { data: structuredClone(data) })
       if (this.onmessage) this.onmessage(event)
       this.dispatchEvent(event)
     }
     postMessage(data) {
       if (!this.ready) return this.waiting.push(data)
-      const event = new this.inside.MessageEvent("message", { data })
+      const event = new this.inside.MessageEvent("message", { data: structuredClone(data) })
       setTimeout(() => this.inside.dispatchEvent(event))
     }
     terminate() {
