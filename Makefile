@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 RUNS ?= runs
 JOBS ?= 2
 
-.PHONY: help install run test test-transformers wheel-test dist lint types imports check test-gpu bench-gpu train-heads bench-model bench-scale tune-gpu bench-decode bench-generation bench-prefill bench clean
+.PHONY: help install run test test-transformers wheel-test dist docs lint types imports check test-gpu bench-gpu train-heads bench-model bench-scale tune-gpu bench-decode bench-generation bench-prefill bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -59,6 +59,12 @@ dist: install ## what would be published, checked, in dist/
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist
 	$(BIN)/twine check --strict dist/*
+
+docs: install ## the pages as a site in build/site: searchable, with formulas, read without a network
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraint.txt --editable ".[dev,docs]"
+	$(BIN)/python docs/site/prepare.py build
+	$(BIN)/zensical build --clean --strict --config-file build/site.yml
+	$(BIN)/python docs/site/check.py build/site
 
 lint: install ## ruff: style and formatting
 	$(BIN)/ruff check .

@@ -4,36 +4,44 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 import typer
 
+from docs.snippets import blocks, run
 from gka.commands.main import app
+from pictures import assert_drawn
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
-BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    """The page's blocks of a language, but for those marked `no-run`."""
-    found = BLOCK.findall(page.read_text(encoding="utf-8"))
-    return [text for name, info, text in found if name == language and "no-run" not in info]
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]\d+)?")
 
 
 def name_of(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
+def assert_printed(printed: str, shown: str) -> None:
+    """Assert that both say the same, with numbers that differ by rounding: 10 %, or 0.02."""
+    assert NUMBER.sub("#", printed) == NUMBER.sub("#", shown), f"printed {printed}, shown {shown}"
+    for one, other in zip(NUMBER.findall(printed), NUMBER.findall(shown), strict=True):
+        assert float(one) == pytest.approx(float(other), rel=0.1, abs=0.02 if "e" not in one else 0)
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=name_of)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The Python blocks of a page, in order and in one namespace, raise nothing."""
+    """The Python blocks of a page, in order and in one namespace, raise nothing, print what the page says,
+    and draw the pictures that it shows."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GKA_CACHE", str(tmp_path / "cache"))
-    torch.manual_seed(0)
-    namespace: dict[str, object] = {"__name__": "snippet"}
-    for number, text in enumerate(blocks(page, "python"), 1):
-        exec(compile(text, f"{name_of(page)}, block {number}", "exec"), namespace)
+    for printed, shown in run(page):
+        if shown is not None:
+            assert_printed(printed, shown)
+    if page.name == "tour.md":
+        pictures = re.findall(r"\]\(images/(tour-.*)\)", page.read_text(encoding="utf-8"))
+        assert sorted(path.name for path in tmp_path.glob("*.png")) == sorted(pictures)
+        assert {path.name for path in (page.parent / "images").glob("tour-*")} == set(pictures)
+        for name in pictures:
+            assert_drawn(tmp_path / name)
 
 
 def shown_commands(page: Path) -> list[tuple[str, set[str]]]:
