@@ -32,7 +32,7 @@ class GKAFields:
         num_heads, num_kv_heads, num_v_heads, expand_v: head counts of the recurrent mixers, and value size
             over head_dim, as in `gka.layers.GatedKalmaNet`. transformers' names num_attention_heads and
             num_key_value_heads are properties (see there for hybrids).
-        num_k_heads, kv_rank, kv_mix: for "gka" only, as in `GatedKalmaNet`.
+        num_k_heads, kv_rank, kv_mix, sketch_dim, sketch: for "gka" only, as in `GatedKalmaNet`.
         use_beta_gate, use_alpha_connection, use_v_conv, use_forgetting_gate, use_forgetting_gate_kk,
             gla_rescale, ridge_ratio, num_iter, use_gate, conv_size, backend, solver: as in `GatedKalmaNet`;
             the other recurrent mixers use those that they have. `backend` selects that of GKA's op. The delta
@@ -88,6 +88,8 @@ class GKAFields:
     conv_size: int = 4
     backend: str = "auto"
     solver: str = "chebyshev"
+    sketch_dim: int | None = None
+    sketch: str = "learned"
     attention_num_heads: int | None = None
     attention_num_kv_heads: int | None = None
     attention_head_dim: int | None = None
