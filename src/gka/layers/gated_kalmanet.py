@@ -9,6 +9,7 @@ from gka.layers.parts.heads import split_heads
 from gka.layers.parts.sketch import Sketch, SketchKind, check_sketch
 from gka.layers.parts.surround import Gates, MixCall
 from gka.layers.recurrent_mixer import RecurrentMixer
+from gka.maths.sketch import project
 from gka.ops import chunk_gka, fused_recurrent_gka, fused_recurrent_gka_
 from gka.ops.backends import check_known
 from gka.ops.checks import check_flags, check_numbers, check_solver
@@ -167,6 +168,10 @@ class GatedKalmaNet(RecurrentMixer):
             cu_seqlens_cpu=call.cu_seqlens_cpu,
         )  # fmt: skip
         return o, states or ()
+
+    def as_solved(self, x: Tensor) -> Tensor:
+        """Queries or keys [B,T,heads,K] as the ridge system has them: S^T x [B,T,heads,d] if sketched."""
+        return x if self.sketch_dim is None else project(x, self.sketch_map().to(x.dtype))
 
     @property
     def state_shapes(self) -> list[tuple[int, ...]]:
