@@ -3,9 +3,9 @@
     x_t = S x'_t,  (H'_t + lambda'_t I) x'_t = q'_t,
     H'_t = S^T H_t S,  lambda'_t = a |H'_t|_F,  q'_t = S^T q_t.
 
-H'_t is the moment of the keys k' = S^T k, and U_t^T x_t = U'_t^T x'_t with U'_t = S^T U_t, the moment of k' and
-v: the solve is the plain one on projected queries and keys. docs/maths.md, section 12, has what S's columns
-being orthonormal gives.
+H'_t is the moment of the keys k' = S^T k, and U_t^T x_t = U'_t^T x'_t with U'_t = S^T U_t, the moment of k'
+and v: the solve is the plain one on projected queries and keys. docs/maths.md, section 12, has what it means
+that the columns of S are orthonormal.
 """
 
 import torch

@@ -15,13 +15,13 @@ from transformers.activations import ACT2FN
 from gka.discovery import TP_LAYER, TP_SAME, TP_WORDS
 from gka.errors import InputError
 from gka.layers.parts.heads import check_head_dims, default_head_dim, split_heads, value_dim
-from gka.layers.parts.sketch import check_sketch
 from gka.maths.solvers import SolverName
 from gka.models.fields import (
     SOFTMAX_MIXERS,
     GKAFields,
     attention_heads,
     check_experts,
+    check_maps,
     check_overrides,
     check_pattern,
     check_rope,
@@ -309,15 +309,9 @@ def _check_recurrent(config: GKAFields) -> None:
             values = mixer_values(config, name)
             check_head_dims(values["head_dim"], value_dim(values["head_dim"], values["expand_v"]))
         check_numbers(config.ridge_ratio, config.num_iter, chunk_size=1)
-        _check_sketch(config)
+        check_maps(config)
     except (TypeError, ValueError) as error:
         raise InputError(str(error)) from error
-
-
-def _check_sketch(config: GKAFields) -> None:
-    if "gka" in config.pattern:
-        values = mixer_values(config, "gka")
-        check_sketch(values["sketch_dim"], values["sketch"], values["head_dim"])
 
 
 def _check_softmax(config: GKAFields) -> None:

@@ -13,6 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from gka import layers
 from gka.errors import InputError
 from gka.layers import MIXERS, mixer_options
+from gka.layers.parts.sketch import check_sketch
 
 
 @dataclass(kw_only=True)
@@ -174,6 +175,13 @@ def attention_heads(config: GKAFields) -> tuple[int, int, int]:
     kv_heads = inherited if config.attention_num_heads is None else heads
     head_dim = int(config.attention_head_dim or config.head_dim or 0)
     return heads, config.attention_num_kv_heads or kv_heads, head_dim
+
+
+def check_maps(config: GKAFields) -> None:
+    """Raise `InputError` unless a sketch fits the heads of the GKA layers."""
+    if "gka" in config.pattern:
+        values = mixer_values(config, "gka")
+        check_sketch(values["sketch_dim"], values["sketch"], values["head_dim"])
 
 
 def check_pattern(config: GKAFields) -> None:

@@ -194,7 +194,7 @@ def _of_mixer(mixer: Any, name: str, mesh: DeviceMesh) -> Share:
 
 
 def _of_heads(heads: int, width: int, mesh: DeviceMesh) -> Share:
-    """The share of a parameter with `width` rows a head: its heads, or the one that this rank's heads share."""
+    """The share of a parameter with `width` rows a head: this rank's heads, or the one that they share."""
     if heads % mesh.size() == 0:
         return ROWS
     head = mesh.get_local_rank() * heads // mesh.size()

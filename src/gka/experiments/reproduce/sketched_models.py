@@ -117,7 +117,10 @@ def _folder(package: str) -> str:
 
 @contextmanager
 def trained(size: Training, seed: int, device: str, **fields: Any) -> Iterator[tuple[Any, Tensor]]:
-    """A trained model in evaluation mode, and its held-out text in blocks [N,length]."""
+    """A trained model in evaluation mode, and its held-out text in blocks [N,length].
+
+    On a GPU, too, its ops are plain torch: kernels of so many small head sizes take longer to compile.
+    """
     from rich.console import Console
 
     from gka.experiments.reproduce.trained import held_out_ids
@@ -129,7 +132,7 @@ def trained(size: Training, seed: int, device: str, **fields: Any) -> Iterator[t
     config = RunConfig.from_tables({
         "data": {"sequence_length": size.length, **text},
         "model": {"hidden_size": size.width, "num_hidden_layers": size.layers, "num_heads": size.heads,
-                  "head_dim": size.dim, "tie_word_embeddings": True, **fields},
+                  "head_dim": size.dim, "tie_word_embeddings": True, "backend": "torch", **fields},
         "training": {"max_steps": size.steps, "batch_size": size.batch, "learning_rate": size.rate,
                      "warmup_steps": max(1, size.steps // 20), "eval_steps": size.steps,
                      "save_steps": size.steps, "health_steps": 0, "compile": "off", "seed": seed},

@@ -15,8 +15,9 @@ SketchKind = Literal["learned", "fixed"]
 class Sketch(nn.Module):
     """A map S [Hk,K,d] with orthonormal columns for each key head; random at first.
 
-    Only the span of S matters (docs/maths.md, section 12), so a learned one is any `weight`, whose orthonormal
-    factor is S: it stays orthonormal whatever an optimizer does. A fixed one is its weight, which `load` sets.
+    Only the span of S matters (docs/maths.md, section 12), so a learned one is any `weight`, whose
+    orthonormal factor is S: it stays orthonormal whatever an optimizer does. A fixed one is its weight, which
+    `load` sets.
 
     Args:
         heads: key heads Hk.
