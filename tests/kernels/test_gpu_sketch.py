@@ -20,7 +20,7 @@ pytestmark = [
 def test_kernels_compute_the_definition(sketch: int, mixed: bool) -> None:
     """o and every gradient, the sketch's too, within bfloat16's tolerance of float64: d = 16 runs on Triton's
     kernels, d = 64 on Hopper's where there are any."""
-    found = errors(Shape(1, 0, 8, 128, 0.0), sketch, "cuda", 100, mixed)
+    found = errors(Shape(1, 0, 8, 128, 0.0), sketch, "cuda", 70, mixed)
     assert set(found) >= {"o", "q", "k", "v", "g", "beta", "sketch"}
 
 

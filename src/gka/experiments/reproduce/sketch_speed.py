@@ -166,7 +166,7 @@ def measure(shape: Shape, sketch: int | None, device: str, mixed: bool) -> dict[
     if sketch is not None:
         # as many heads: Triton compiles for their number
         small = Shape(1, 0, shape.heads, shape.dim, 0.0)
-        short = errors(small, sketch, device, min(100, shape.length), mixed)
+        short = errors(small, sketch, device, min(70, shape.length), mixed)
         found["errors"] = {name: finite(x, 3) for name, x in short.items()}
     call = Call(heads[0].device, heads[0].dtype, "chebyshev", (sketch or shape.dim, shape.dim))
     timed = {

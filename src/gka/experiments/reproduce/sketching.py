@@ -148,9 +148,9 @@ SKETCHING = Experiment(
     prediction="A trained model's keys leave most directions nearly unused, so the leading eigenvectors of"
     " its mean H_t serve at d = K/4 without training (loss at most 2.2 % above the plain model's) and lose at"
     " most half of what random maps lose. Trained with the sketch, a learned map gains nothing over a fixed"
-    " random one (within 1 %), since projections turn queries and keys into any span. White keys have no spare"
-    " direction: errors of 0.5 and more even at K/2. Without the mix gate the op takes at most 0.6 of the"
-    " plain one's time at K/4; with it the whole U remains and the gain is smaller.",
+    " random one (within 1 %), since projections turn queries and keys into any span. White keys have no"
+    " spare direction: errors of 0.5 and more even at K/2. Without the mix gate the op takes at most 0.6 of"
+    " the plain one's time at K/4; with it the whole U remains and the gain is smaller.",
     refuted_by="spectral maps that cost more than 2.2 %, or more than half of what random ones cost; learned"
     " maps better than fixed ones by more than 1 %; white keys sketched to K/2 with an error below 0.5; an op"
     " without alpha above 0.6 of the plain time.",
