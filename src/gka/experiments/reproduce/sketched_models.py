@@ -17,10 +17,13 @@ from torch.nn.functional import normalize, silu
 from gka.experiments.reproduce.experiment import finite
 from gka.maths.reference import solve_ridge
 from gka.maths.sketch import orthonormal, spectral_basis
+from gka.maths.solvers.exact import exact_solve
 
 RATIO = 0.02
 KEYS = ("white", "SiLU", "decaying spectrum")
 BASES = ("random", "spectral")
+WITH_RIDGE = {"": False, ", λ of H": True}
+"""Whose norm the ridge follows, that of S^T H S or of H, in the names of errors."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def draw_keys(kind: str, count: int, tokens: int, dim: int, generator: torch.Gen
     return normalize(x, dim=-1)
 
 
-def sketch_error(h: Tensor, q: Tensor, basis: Tensor) -> float:
+def sketch_error(h: Tensor, q: Tensor, basis: Tensor, whole_ridge: bool = False) -> float:
     """|S x' - x|_H / |x|_H over all systems, exact solves, a = 0.02, in float64.
 
     Squared it is the expected error of the readout U^T x if values are independent, of one size, and nothing
@@ -63,10 +66,12 @@ def sketch_error(h: Tensor, q: Tensor, basis: Tensor) -> float:
 
     Args:
         h: [S,K,K]. q: [S,K]. basis: S [S,K,d] or [K,d].
+        whole_ridge: whether lambda' is a |H|_F instead of a |S^T H S|_F.
     """
     x = solve_ridge(h, q, RATIO, 1, "exact")
     inside = (q.unsqueeze(-2) @ basis).squeeze(-2)
-    inside = solve_ridge(basis.mT @ h @ basis, inside, RATIO, 1, "exact")
+    norms = (h if whole_ridge else basis.mT @ h @ basis).square().sum((-2, -1)).sqrt()
+    inside = exact_solve(basis.mT @ h @ basis, inside, RATIO * norms)
     e = (basis @ inside.unsqueeze(-1)).squeeze(-1) - x
 
     def energy(y: Tensor) -> Tensor:
@@ -97,12 +102,13 @@ def _errors(
     h: Tensor, q: Tensor, mean: Tensor, dims: tuple[int, ...], generator: torch.Generator
 ) -> dict[str, Any]:
     """Errors on systems h and queries q of bases from `mean`, and the share of energy that these keep."""
-    errors: dict[str, list[float | None]] = {name: [] for name in BASES}
+    errors: dict[str, list[float | None]] = {b + r: [] for b in BASES for r in WITH_RIDGE}
     kept = []
     for d in dims:
         basis = spectral_basis(mean, d)
-        errors["spectral"].append(finite(sketch_error(h, q, basis), 3))
-        errors["random"].append(finite(sketch_error(h, q, random_basis(mean, d, generator)), 3))
+        for name, one in zip(BASES, (random_basis(mean, d, generator), basis), strict=True):
+            for ridge, whole in WITH_RIDGE.items():
+                errors[name + ridge].append(finite(sketch_error(h, q, one, whole), 3))
         inside = (basis.mT @ h @ basis).diagonal(dim1=-2, dim2=-1).sum()
         kept.append(finite(float(inside / h.diagonal(dim1=-2, dim2=-1).sum()), 3))
     return {"dims": list(dims), "errors": errors, "energy": kept}
@@ -128,7 +134,7 @@ def trained(size: Training, seed: int, device: str, **fields: Any) -> Iterator[t
 
     text = {}
     if size.package:
-        text = {"text": [_folder(size.package)], "glob": "*.py", "eval_fraction": 0.3}
+        text = {"text": [_folder(size.package)], "glob": "*.py", "eval_fraction": 0.1}
     config = RunConfig.from_tables({
         "data": {"sequence_length": size.length, **text},
         "model": {"hidden_size": size.width, "num_hidden_layers": size.layers, "num_heads": size.heads,
@@ -183,9 +189,13 @@ def measure_plain(size: Training, dims: tuple[int, ...], seed: int, device: str)
         for layer, (h, q) in systems.items()
         for i in range(h.shape[1])
     ]
-    for name in BASES:
-        every = torch.tensor([head["errors"][name] for head in heads])
-        found[f"errors, {name}"] = [finite(x, 3) for x in every.square().mean(0).sqrt().tolist()]
+    every = {
+        name: torch.tensor([head["errors"][name] for head in heads]) for name in heads[0]["errors"]
+    }
+    found["key errors"] = {
+        name: [finite(x, 3) for x in one.square().mean(0).sqrt().tolist()]
+        for name, one in every.items()
+    }
     energy = torch.tensor([head["energy"] for head in heads])
     return found | {"energy": [finite(x, 3) for x in energy.mean(0).tolist()]}
 

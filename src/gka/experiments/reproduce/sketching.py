@@ -159,7 +159,7 @@ SKETCHING = Experiment(
         "smoke": Size(
             2,
             8,
-            Training(16, 1, 1, 8, 32, 2, 2, 4, package="json"),
+            Training(16, 1, 1, 8, 64, 16, 2, 4, package="json"),
             Shape(1, 70, 1, 16, 1e-3),
             (4,),
         ),
