@@ -28,10 +28,11 @@ def test_kernels_compute_the_definition(sketch: int, mixed: bool) -> None:
 def test_decoding_by_a_recorded_step(kind: str) -> None:
     """Greedy text and logits of a sketched model are those of launches one by one."""
     torch.manual_seed(0)
-    model: Any = GKAForCausalLM(GKAConfig(
+    made: Any = GKAForCausalLM(GKAConfig(
         vocab_size=97, hidden_size=256, num_heads=2, head_dim=128, num_hidden_layers=2, sketch_dim=32,
         sketch=kind, initializer_range=0.15,
-    )).cuda().to(torch.bfloat16).eval()  # fmt: skip
+    ))  # fmt: skip
+    model = made.cuda().to(torch.bfloat16).eval()
     prompt = torch.randint(1, 97, (2, 70))
     recorded, plain = (GenerationSession(model, cuda_graph=x).append(prompt) for x in (True, False))
     found, expected = (torch.stack(list(s.generate(40)), 1) for s in (recorded, plain))

@@ -28,14 +28,14 @@ def test_moments_are_those_of_the_recursion(build: Build, ids: Ids) -> None:
     """The mean of H_t / |H_t| after 64, 128 and all 150 tokens, texts and query heads of each key head."""
     model, tokens = build(**FIELDS), ids(2, 150)
     seen: dict[str, Any] = {}
-    layer = model.model.layers[2].mixer
-    plain = layer.mix  # type: ignore[union-attr]
+    layer: Any = model.model.layers[2].mixer
+    plain = layer.mix
 
     def look(q: Tensor, k: Tensor, v: Tensor, gates: Any, call: Any) -> Any:
         seen.update(k=k.double(), g=gates.g.double(), beta=gates.beta.double())
         return plain(q, k, v, gates, call)
 
-    layer.mix = look  # type: ignore[union-attr]
+    layer.mix = look
     with torch.no_grad():
         model(input_ids=tokens)
     k = seen["k"].repeat_interleave(2, 2) * seen["beta"].unsqueeze(-1)
@@ -92,7 +92,8 @@ def test_folders_keep_the_sketch(build: Build, ids: Ids, tmp_path: Path, kind: s
 @torch.no_grad()
 def test_generation_sessions_and_measurements(build: Build, ids: Ids, tmp_path: Path) -> None:
     """`generate`, sessions and their files work; inspection and health are of the system that is solved."""
-    model, tokens = build(mixers=["gka", "gka"], sketch_dim=3), ids(2, 40)
+    model: Any = build(mixers=["gka", "gka"], sketch_dim=3)
+    tokens = ids(2, 40)
     whole: Any = model.generate(tokens, max_new_tokens=6, do_sample=False, pad_token_id=0)
     session = GenerationSession(model).append(tokens)
     session.save(tmp_path / "state")

@@ -156,23 +156,25 @@ def test_lower_precision_is_as_exact_as_the_plain_op() -> None:
 def test_wrong_calls() -> None:
     """Each names the argument and what was expected; states in place are unchanged."""
     p, basis = make_problem(5, HEADS, DIMS, states=False), basis_of()
-    given = (p.q, p.k, p.v)
+    q, k, v, other = p.q, p.k, p.v, p.q
+    none: Any = None
     wrong: list[tuple[str, Any]] = [
-        (r"sketch must be \[Hk, K, d\] = \[2, 10\]", lambda: chunk_sketched_gka(*given, basis[:1])),
-        ("d from 1 to 10", lambda: chunk_sketched_gka(*given, basis[..., :0])),
-        ("sketch must be a float tensor", lambda: chunk_sketched_gka(*given, basis.long())),
+        (r"sketch must be \[Hk, K, d\] = \[2, 10\]", lambda: chunk_sketched_gka(q, k, v, basis[:1])),
+        ("d from 1 to 10", lambda: chunk_sketched_gka(q, k, v, basis[..., :0])),
+        ("sketch must be a float tensor", lambda: chunk_sketched_gka(q, k, v, basis.long())),
         ("initial_state must hold 3 states", lambda: chunk_sketched_gka(
-            *given, basis, alpha=p.alpha, initial_state=(p.q, p.q))),
-        ("initial_state must hold 2 states", lambda: chunk_sketched_gka(*given, basis, initial_state=p.q)),
-        ("alpha must have shape", lambda: chunk_sketched_gka(*given, basis, alpha=p.q)),
+            q, k, v, basis, alpha=p.alpha, initial_state=(p.q, p.q))),
+        ("initial_state must hold 2 states", lambda: chunk_sketched_gka(
+            q, k, v, basis, initial_state=(other, other, other))),
+        ("alpha must have shape", lambda: chunk_sketched_gka(q, k, v, basis, alpha=p.q)),
     ]  # fmt: skip
     for words, call in wrong:
         with pytest.raises(ValueError, match=words):
             call()
     with pytest.raises(TypeError, match=r"sketch must be a torch\.Tensor"):
-        chunk_sketched_gka(*given, None)  # type: ignore[arg-type]
+        chunk_sketched_gka(q, k, v, none)
     assert issubclass(InputError, ValueError)
     state = tuple(torch.ones(1, 4, *n, dtype=torch.float64) for n in ((4, 4), (4, 6), (10, 5)))
     with pytest.raises(ValueError, match="h_kv"):
-        fused_recurrent_sketched_gka_(*given, basis, alpha=p.alpha, state=state)
+        fused_recurrent_sketched_gka_(q, k, v, basis, alpha=p.alpha, state=state)
     assert all(x.eq(1).all() for x in state)

@@ -148,10 +148,8 @@ class GatedKalmaNet(RecurrentMixer):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         # gk is g, the same tensor: this tells the op that one decay serves both states
         gk = gates.g if self.use_forgetting_gate_kk else None
-        chunk, recurrent, in_place, maps = chunk_gka, fused_recurrent_gka, fused_recurrent_gka_, ()
-        if self.sketch_dim is not None:
-            chunk, recurrent = chunk_sketched_gka, fused_recurrent_sketched_gka
-            in_place, maps = fused_recurrent_sketched_gka_, (self.sketch_map(),)
+        chunk, recurrent, in_place = self._ops()
+        maps = () if self.sketch_dim is None else (self.sketch_map(),)
         given: tuple[Any, ...] = (
             q, k, v, *maps, gates.g, gk, gates.alpha, self.scale, self.ridge_ratio, self.num_iter,
         )  # fmt: skip
@@ -168,6 +166,12 @@ class GatedKalmaNet(RecurrentMixer):
             cu_seqlens_cpu=call.cu_seqlens_cpu,
         )  # fmt: skip
         return o, states or ()
+
+    def _ops(self) -> tuple[Any, Any, Any]:
+        """Chunk by chunk, token by token, and in place."""
+        if self.sketch_dim is None:
+            return chunk_gka, fused_recurrent_gka, fused_recurrent_gka_
+        return chunk_sketched_gka, fused_recurrent_sketched_gka, fused_recurrent_sketched_gka_
 
     def as_solved(self, x: Tensor) -> Tensor:
         """Queries or keys [B,T,heads,K] as the ridge system has them: S^T x [B,T,heads,d] if sketched."""

@@ -107,7 +107,8 @@ def sketched(
     config = copy.deepcopy(model.config)
     config.sketch_dim, config.sketch = dim, kind
     like = next(model.parameters())
-    made: Any = GKAForCausalLM(config).to(like.device, model.dtype)
+    made: Any = GKAForCausalLM(config)
+    made = made.to(device=like.device, dtype=model.dtype)
     weights = {n: x for n, x in model.state_dict().items() if ".sketch_map." not in n}
     missing, unexpected = made.load_state_dict(weights, strict=False)
     assert not unexpected and all(".sketch_map." in name for name in missing)

@@ -10,12 +10,19 @@ import torch
 from torch import Tensor
 
 from gka.errors import InputError
-from gka.maths.sketch import project
+from gka.maths.sketch import orthonormal, project
 from gka.ops import checks
 from gka.ops.chunk import run_call
 from gka.ops.context import SequenceContext
 from gka.ops.decode import fused_recurrent_gka_, resolve_step
 from gka.ops.dispatch import autocast
+
+__all__ = [
+    "chunk_sketched_gka",
+    "fused_recurrent_sketched_gka",
+    "fused_recurrent_sketched_gka_",
+    "orthonormal",
+]
 
 Sketched = tuple[Tensor, ...]
 """(h_kk [N,H,d,d], h_kv [N,H,d,V]) of projected keys; with alpha h_kv [N,H,K,V] of whole keys, too."""

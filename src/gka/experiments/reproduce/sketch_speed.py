@@ -51,12 +51,12 @@ def inputs(shape: Shape, sketch: int, device: str, length: int) -> tuple[Args, A
 
 
 def _op(heads: Args, gates: Args, basis: Tensor | None, mixed: bool = True) -> Tensor:
-    g, alpha, beta = gates
+    (q, k, v), (g, alpha, beta) = heads, gates
     options: dict[str, Any] = {"num_iter": STEPS, "ridge_ratio": RATIO, "beta": beta}
     gate = alpha if mixed else None
     if basis is None:
-        return chunk_gka(*heads, g, g, gate, **options)[0]
-    return chunk_sketched_gka(*heads, basis, g, g, gate, **options)[0]
+        return chunk_gka(q, k, v, g, g, gate, **options)[0]
+    return chunk_sketched_gka(q, k, v, basis, g, g, gate, **options)[0]
 
 
 def _true(heads: Args, gates: Args, basis: Tensor, mixed: bool) -> Tensor:
