@@ -51,8 +51,9 @@ def ours(p: Problem, basis: Tensor, op: Any = chunk_sketched_gka, **options: Any
     return op(p.q, p.k, p.v, basis, p.g, p.g if p.tied else p.gk, p.alpha, **settings)
 
 
-@pytest.mark.parametrize("gates", ["ab", "b", ""])
-@pytest.mark.parametrize("decay", ["tied", "separate", "absent"])
+@pytest.mark.parametrize(
+    ("decay", "gates"), [("tied", "ab"), ("separate", "b"), ("of U only", "a"), ("absent", "")]
+)
 def test_results_and_gradients_are_those_of_the_definition(decay: Any, gates: str) -> None:
     """o, the states S^T H S, S^T U and U, and all gradients, the map's among them, from all of these; chunk
     by chunk and token by token, for grouped heads."""

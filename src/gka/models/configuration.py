@@ -20,11 +20,9 @@ from gka.models.fields import (
     SOFTMAX_MIXERS,
     GKAFields,
     attention_heads,
-    check_experts,
     check_maps,
-    check_overrides,
+    check_parts,
     check_pattern,
-    check_rope,
     layer_types,
     mixer_values,
 )
@@ -280,9 +278,7 @@ def check_sizes(config: GKAFields) -> None:
         raise InputError(
             f"solver: expected one of {', '.join(get_args(SolverName))}, got {config.solver!r}"
         )
-    check_overrides(config)
-    check_rope(config)
-    check_experts(config)
+    check_parts(config)
     _check_tables(config)
     if any(name not in SOFTMAX_MIXERS for name in config.pattern):
         _check_recurrent(config)

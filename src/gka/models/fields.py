@@ -177,6 +177,13 @@ def attention_heads(config: GKAFields) -> tuple[int, int, int]:
     return heads, config.attention_num_kv_heads or kv_heads, head_dim
 
 
+def check_parts(config: GKAFields) -> None:
+    """Check the tables of a configuration: overrides, rotary positions and experts."""
+    check_overrides(config)
+    check_rope(config)
+    check_experts(config)
+
+
 def check_maps(config: GKAFields) -> None:
     """Raise `InputError` unless a sketch fits the heads of the GKA layers."""
     if "gka" in config.pattern:
