@@ -180,7 +180,7 @@ def _draw_errors(results: Sequence[Found], axes: Any) -> None:
             axes.plot(shares, means, line, color=_COLORS[name], marker=marker, ms=5,
                       label=f"{name} keys, {basis} S")  # fmt: skip
     axes.set(xlabel="d / K", ylabel="error of the readout", title="Sketched against whole solution",
-             ylim=(0, 2))  # fmt: skip
+             ylim=(0, 2.6))  # fmt: skip
 
 
 def _draw_losses(results: Sequence[Found], axes: Any) -> None:
