@@ -163,7 +163,8 @@ def draw(results: Sequence[Found], figure: "Figure") -> None:
     _draw_speed(results, right)
     for axes in (left, middle, right):
         axes.grid(alpha=0.25)
-        axes.legend(fontsize=7)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=7)
     figure.suptitle("Solving in d of K dimensions: (SᵀHS + λI) x' = Sᵀq, x = S x'")
 
 
