@@ -29,6 +29,7 @@ OPTIONS: dict[str, list[Any]] = {
     "num_iter": NUMBERS["num_iter"], "ridge_ratio": NUMBERS["ridge_ratio"], "solver": NUMBERS["solver"],
     "backend": NUMBERS["backend"], "norm_eps": [-1.0, NAN, INF, "a"], "layer_idx": [-1, "a", 1.0],
     "window_size": [0, -1, 2.0], "rope_theta": [0.0, -1.0, NAN, INF], "kv_rank": [0, 1.0, "a"],
+    "sketch_dim": [0, -1, 9, 2.0, True, "a"], "sketch": ["a", None, 1],
     "use_gate": FLAGS, "use_v_conv": FLAGS, "use_beta_gate": FLAGS, "use_forgetting_gate": FLAGS,
     "qk_norm": FLAGS, "use_alpha_connection": FLAGS, "use_forgetting_gate_kk": FLAGS,
     "gla_rescale": FLAGS, "kv_mix": FLAGS,

@@ -37,10 +37,10 @@ ALL_MIXERS = ["gka", "attention", "swa", "gla", "deltanet", "gated_deltanet"]
 MODELS: dict[str, dict[str, Any]] = {
     "hybrid": {},
     "mixers": {"mixers": ALL_MIXERS},
-    "one kv head": {"mixers": ["gka", "attention"], "num_kv_heads": 1},
+    "one kv head": {"mixers": ["gka", "attention"], "num_kv_heads": 1, "sketch_dim": 2},
     "odd vocabulary": {"mixers": ["gka"], "vocab_size": 43, "tie_word_embeddings": False},
     "untied": {"mixers": ["gka"], "tie_word_embeddings": False},
-    "value heads": {"mixers": ["gka"], "num_kv_heads": None, "num_v_heads": 8},
+    "value heads": {"mixers": ["gka"], "num_kv_heads": None, "num_v_heads": 8, "sketch_dim": 3},
     "expansion": {"mixers": ["gka"], "kv_rank": 3},
     "mixed expansion": {"mixers": ["gka"], "kv_rank": 3, "kv_mix": True},
 }

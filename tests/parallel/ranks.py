@@ -13,10 +13,13 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from gka.errors import InputError
+from gka.maths.sketch import orthonormal
 from gka.ops import chunk_gka, chunk_simple_gla
 from gka.ops.delta_rule import chunk_gated_delta_rule
+from gka.ops.sketch import chunk_sketched_gka
 from gka.parallel import ContextParallel
 from problems import make_problem, upstream
+from tolerances import relative_error
 
 RANKS = 4
 RANGES = [(0, 64), (64, 256), (256, 320), (320, 440)]
@@ -197,7 +200,37 @@ def all_ops() -> dict[Any, Any]:
     found: dict[Any, Any] = {(name, torch.float64): split(name, torch.float64) for name in OP_CASES}
     for name in ("separate, grouped", "packed", "cg"):
         found[name, torch.float32] = split(name, torch.float32)
-    return found | {"errors": errors()}
+    return found | {"errors": errors(), "sketched": sketched()}
+
+
+def sketched() -> dict[str, float]:
+    """Errors of this rank's part of a sketched call with alpha, against whole rows: o and every gradient."""
+    context = context_of({"documents": DOCUMENTS})
+    lengths = torch.tensor(DOCUMENTS).diff().tolist()
+    p: Any = make_problem(LENGTH, (4, 2, 1), (8, 12), lengths=lengths, states=False)
+    basis = orthonormal(
+        torch.randn(2, 8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    )
+    weight = torch.randn(
+        1, LENGTH, 4, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(3)
+    )
+
+    def run(p: Any, w: Tensor, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        p, s = p.leaves(), basis.clone().requires_grad_()
+        o, _ = chunk_sketched_gka(p.q, p.k, p.v, s, p.g, p.g, p.alpha, beta=p.beta, **options)
+        named = p.tensors() | {"sketch": s}
+        return o.detach(), dict(
+            zip(named, torch.autograd.grad((o * w).sum(), list(named.values())), strict=True)
+        )
+
+    here = slice(context.begin, context.end)
+    o, grads = run(p.tokens(context.begin, context.end), weight[:, here], context=context)
+    expected, wanted = run(p, weight, cu_seqlens=p.cu_seqlens)
+    dist.all_reduce(grads["sketch"])
+    parts = {n: x if n == "sketch" else x[:, here] for n, x in wanted.items()}
+    return {"o": relative_error(o, expected[:, here])} | {
+        n: relative_error(grads[n], x) for n, x in parts.items()
+    }
 
 
 def told(wrong: Callable[[], Any]) -> str:

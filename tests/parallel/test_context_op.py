@@ -63,6 +63,14 @@ def test_ranks_compute_what_one_process_does(name: str, found: list[Any]) -> Non
         assert_close(grads[of], x, tolerance, of)
 
 
+def test_a_sketched_call_is_split_like_a_plain_one(found: list[Any]) -> None:
+    """Its two calls exchange states apart: output and every gradient, the map's summed over ranks, within
+    1e-12 of one process."""
+    for rank in found:
+        assert set(rank["sketched"]) == {"o", "q", "k", "v", "g", "alpha", "beta", "sketch"}
+        assert max(rank["sketched"].values()) < 1e-12, rank["sketched"]
+
+
 @pytest.mark.parametrize("name", ["separate, grouped", "packed", "cg"])
 def test_float32_loses_no_more_than_one_process(name: str, found: list[Any]) -> None:
     """No result is further from float64 than twice one process's own distance."""

@@ -14,7 +14,8 @@ from gka.parallel import without_memory
 MIXERS = ["gka", "attention", "swa", "gla", "deltanet", "gated_deltanet"]
 MODELS: dict[str, dict[str, Any]] = {
     "tied": {},
-    "untied, expanded heads": {"tie_word_embeddings": False, "kv_rank": 3, "kv_mix": True, "mixers": ["gka"]},
+    "untied, expanded heads": {"tie_word_embeddings": False, "kv_rank": 3, "kv_mix": True, "mixers": ["gka"],
+                               "sketch_dim": 2},
     "experts": {
         "mixers": ["gka", "attention"],
         "moe": {

@@ -1,15 +1,23 @@
 """The Gated KalmaNet layer (arXiv 2511.21016): ridge regression over the whole faded past."""
 
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
 from gka.layers.parts.heads import split_heads
+from gka.layers.parts.sketch import Sketch, SketchKind, check_sketch
 from gka.layers.parts.surround import Gates, MixCall
 from gka.layers.recurrent_mixer import RecurrentMixer
+from gka.maths.sketch import project
 from gka.ops import chunk_gka, fused_recurrent_gka, fused_recurrent_gka_
 from gka.ops.backends import check_known
 from gka.ops.checks import check_flags, check_numbers, check_solver
+from gka.ops.sketch import (
+    chunk_sketched_gka,
+    fused_recurrent_sketched_gka,
+    fused_recurrent_sketched_gka_,
+)
 
 
 class GatedKalmaNet(RecurrentMixer):
@@ -50,6 +58,9 @@ class GatedKalmaNet(RecurrentMixer):
         backend: of the ops and of the modules around them: "auto", or one of `gka.ops.available_backends`;
             "torch" and "reference" run plain torch throughout.
         solver: of the ops: "chebyshev", or "adaptive" or "cg" for fewer steps with the same error bound.
+        sketch_dim: d, in whose dimensions the ridge system is solved (`chunk_sketched_gka`). None: in all K.
+        sketch: "learned", a map that is trained with the layer, or "fixed", random until `sketch_map.load`
+            sets a measured basis (`gka.models.sketched`).
 
     Attributes:
         keep_states: whether calls with gradient keep the states at chunk starts for the backward pass, as in
@@ -59,8 +70,10 @@ class GatedKalmaNet(RecurrentMixer):
         ValueError: sizes or options that do not fit; the message names which.
     """
 
-    num_states = 2  # h_kk, h_kv
+    num_states = 2  # h_kk, h_kv; a sketched layer with alpha has h_kv of whole keys, too
     beta_eps = 1e-6
+
+    sketch_map: Sketch  # with sketch_dim
 
     def __init__(
         self,
@@ -87,6 +100,8 @@ class GatedKalmaNet(RecurrentMixer):
         num_k_heads: int | None = None,
         kv_rank: int | None = None,
         kv_mix: bool = False,
+        sketch_dim: int | None = None,
+        sketch: SketchKind = "learned",
     ):
         if isinstance(num_iter, int) and num_iter < 0:
             raise ValueError(f"num_iter must be 0 or more, got {num_iter}")
@@ -117,6 +132,12 @@ class GatedKalmaNet(RecurrentMixer):
             raise ValueError("kv_mix is a part of the learned expansion: it needs kv_rank")
         if kv_rank is not None:
             self._add_expansions(kv_rank, kv_mix)
+        self.sketch_dim = sketch_dim
+        check_sketch(sketch_dim, sketch, head_dim)
+        if sketch_dim is not None:
+            keys = self.num_k_heads if kv_rank is None else self.num_expanded_heads
+            self.sketch_map = Sketch(keys, head_dim, sketch_dim, sketch)
+            self.num_states = 3 if use_alpha_connection else 2
         if use_beta_gate:
             self.b_proj = nn.Linear(hidden_size, self.num_expanded_heads)
         if use_alpha_connection:
@@ -127,19 +148,38 @@ class GatedKalmaNet(RecurrentMixer):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         # gk is g, the same tensor: this tells the op that one decay serves both states
         gk = gates.g if self.use_forgetting_gate_kk else None
-        given = (q, k, v, gates.g, gk, gates.alpha, self.scale, self.ridge_ratio, self.num_iter)
+        chunk, recurrent, in_place = self._ops()
+        maps = () if self.sketch_dim is None else (self.sketch_map(),)
+        given: tuple[Any, ...] = (
+            q, k, v, *maps, gates.g, gk, gates.alpha, self.scale, self.ridge_ratio, self.num_iter,
+        )  # fmt: skip
         if call.in_place and self.backend != "reference":  # which has no ops in place
-            o = fused_recurrent_gka_(
-                *given, state=(call.states[0], call.states[1]), beta=gates.beta, backend=self.backend,
-                solver=self.solver,
-            )  # fmt: skip
+            o = in_place(
+                *given, state=call.states, beta=gates.beta, backend=self.backend, solver=self.solver
+            )
             return o, ()
-        chunks = partial(chunk_gka, context=call.context, keep_states=self.keep_states)
-        op = fused_recurrent_gka if call.stepwise else chunks
+        chunks = partial(chunk, context=call.context, keep_states=self.keep_states)
+        op = recurrent if call.stepwise else chunks
         o, states = op(
-            *given, initial_state=(call.states[0], call.states[1]) if call.states else None,
-            output_final_state=call.keep, cu_seqlens=call.cu_seqlens, beta=gates.beta, backend=self.backend,
-            solver=self.solver,
+            *given, initial_state=call.states or None, output_final_state=call.keep,
+            cu_seqlens=call.cu_seqlens, beta=gates.beta, backend=self.backend, solver=self.solver,
             cu_seqlens_cpu=call.cu_seqlens_cpu,
         )  # fmt: skip
         return o, states or ()
+
+    def _ops(self) -> tuple[Any, Any, Any]:
+        """Chunk by chunk, token by token, and in place."""
+        if self.sketch_dim is None:
+            return chunk_gka, fused_recurrent_gka, fused_recurrent_gka_
+        return chunk_sketched_gka, fused_recurrent_sketched_gka, fused_recurrent_sketched_gka_
+
+    def as_solved(self, x: Tensor) -> Tensor:
+        """Queries or keys [B,T,heads,K] as the ridge system has them: S^T x [B,T,heads,d] if sketched."""
+        return x if self.sketch_dim is None else project(x, self.sketch_map().to(x.dtype))
+
+    @property
+    def state_shapes(self) -> list[tuple[int, ...]]:
+        heads, k, v = self.num_expanded_heads, self.head_dim, self.head_v_dim
+        inside = k if self.sketch_dim is None else self.sketch_dim
+        shapes = [(heads, inside, inside), (heads, inside, v), (heads, k, v)]
+        return shapes[: self.num_states]

@@ -226,6 +226,11 @@ class RecurrentMixer(DecayParameters):
         """
         raise NotImplementedError
 
+    @property
+    def state_shapes(self) -> list[tuple[int, ...]]:
+        """The shapes of the memory's states of one sequence, in the order of the cache."""
+        return [(self.num_expanded_heads, self.head_dim, self.head_v_dim)]
+
     def why_unfused(self, device: torch.device | str, dtype: torch.dtype) -> str | None:
         """Why convolutions, gates and output norm run as plain torch modules; None if fused kernels do.
 

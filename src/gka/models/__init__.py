@@ -19,6 +19,7 @@ from gka.models.causal_lm import GKAForCausalLM, ParameterCount, count_parameter
 from gka.models.configuration import GKAConfig
 from gka.models.decoder import GKAModel, GKAPreTrainedModel
 from gka.models.recomputation import keep_states, selective_checkpointing
+from gka.models.sketch import fix_sketch, measure_bases, measure_moments, sketched
 from gka.models.solver import set_solver, solver_settings
 
 AutoConfig.register(GKAConfig.model_type, GKAConfig, exist_ok=True)
@@ -37,6 +38,10 @@ __all__ = [
     "cache_tensors",
     "fill_cache",
     "state_shapes",
+    "sketched",
+    "measure_bases",
+    "measure_moments",
+    "fix_sketch",
     "set_solver",
     "solver_settings",
     "selective_checkpointing",

@@ -190,9 +190,7 @@ def state_shapes(model: Any, rows: int, tokens: int) -> dict[str, tuple[int, ...
 
 
 def _recurrent_shapes(mixer: Any, tokens: int) -> dict[str, tuple[int, ...]]:
-    heads, k, v = mixer.num_expanded_heads, mixer.head_dim, mixer.head_v_dim
-    states = [(heads, k, k), (heads, k, v)][-mixer.num_states :]
-    shapes = {f"recurrent.{n}": shape for n, shape in enumerate(states)}
+    shapes = {f"recurrent.{n}": shape for n, shape in enumerate(mixer.state_shapes)}
     modules = [getattr(mixer, f"{name}_conv1d", None) for name in "qkv"]
     return shapes | {
         f"conv.{n}": (x.channels, x.width) for n, x in enumerate(modules) if x is not None

@@ -20,10 +20,9 @@ from gka.models.fields import (
     SOFTMAX_MIXERS,
     GKAFields,
     attention_heads,
-    check_experts,
-    check_overrides,
+    check_maps,
+    check_parts,
     check_pattern,
-    check_rope,
     layer_types,
     mixer_values,
 )
@@ -279,9 +278,7 @@ def check_sizes(config: GKAFields) -> None:
         raise InputError(
             f"solver: expected one of {', '.join(get_args(SolverName))}, got {config.solver!r}"
         )
-    check_overrides(config)
-    check_rope(config)
-    check_experts(config)
+    check_parts(config)
     _check_tables(config)
     if any(name not in SOFTMAX_MIXERS for name in config.pattern):
         _check_recurrent(config)
@@ -308,6 +305,7 @@ def _check_recurrent(config: GKAFields) -> None:
             values = mixer_values(config, name)
             check_head_dims(values["head_dim"], value_dim(values["head_dim"], values["expand_v"]))
         check_numbers(config.ridge_ratio, config.num_iter, chunk_size=1)
+        check_maps(config)
     except (TypeError, ValueError) as error:
         raise InputError(str(error)) from error
 

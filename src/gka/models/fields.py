@@ -13,6 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from gka import layers
 from gka.errors import InputError
 from gka.layers import MIXERS, mixer_options
+from gka.layers.parts.sketch import check_sketch
 
 
 @dataclass(kw_only=True)
@@ -32,7 +33,7 @@ class GKAFields:
         num_heads, num_kv_heads, num_v_heads, expand_v: head counts of the recurrent mixers, and value size
             over head_dim, as in `gka.layers.GatedKalmaNet`. transformers' names num_attention_heads and
             num_key_value_heads are properties (see there for hybrids).
-        num_k_heads, kv_rank, kv_mix: for "gka" only, as in `GatedKalmaNet`.
+        num_k_heads, kv_rank, kv_mix, sketch_dim, sketch: for "gka" only, as in `GatedKalmaNet`.
         use_beta_gate, use_alpha_connection, use_v_conv, use_forgetting_gate, use_forgetting_gate_kk,
             gla_rescale, ridge_ratio, num_iter, use_gate, conv_size, backend, solver: as in `GatedKalmaNet`;
             the other recurrent mixers use those that they have. `backend` selects that of GKA's op. The delta
@@ -88,6 +89,8 @@ class GKAFields:
     conv_size: int = 4
     backend: str = "auto"
     solver: str = "chebyshev"
+    sketch_dim: int | None = None
+    sketch: str = "learned"
     attention_num_heads: int | None = None
     attention_num_kv_heads: int | None = None
     attention_head_dim: int | None = None
@@ -172,6 +175,20 @@ def attention_heads(config: GKAFields) -> tuple[int, int, int]:
     kv_heads = inherited if config.attention_num_heads is None else heads
     head_dim = int(config.attention_head_dim or config.head_dim or 0)
     return heads, config.attention_num_kv_heads or kv_heads, head_dim
+
+
+def check_parts(config: GKAFields) -> None:
+    """Check the tables of a configuration: overrides, rotary positions and experts."""
+    check_overrides(config)
+    check_rope(config)
+    check_experts(config)
+
+
+def check_maps(config: GKAFields) -> None:
+    """Raise `InputError` unless a sketch fits the heads of the GKA layers."""
+    if "gka" in config.pattern:
+        values = mixer_values(config, "gka")
+        check_sketch(values["sketch_dim"], values["sketch"], values["head_dim"])
 
 
 def check_pattern(config: GKAFields) -> None:

@@ -10,6 +10,8 @@ matrix counts as the head that it also is):
         gla             3 (4 C D + 4 D^2)              scores and readout, the state's update and its reading
         delta rules     3 (10 C D + 6 D^2)             the same, and the triangular systems' application
         gka             2 r (2 D^2 + 4 C D) + 3 (8 D^2 + 6 C D)       r steps, as many again in the adjoint
+        gka, sketched   2 r (2 d^2 + 4 C d) + 3 (4 d^2 + 4 d D + 4 C d + 2 C D) + 12 d D, the last for S^T q
+                        and S^T k; with alpha gla's as well, for U^T q
 
 The steps of the adaptive solver and of conjugate gradients depend on the data; without their number only 6 N
 is counted. Model FLOP utilisation (MFU) is such FLOPs over the time they took and the peak of the cards.
@@ -59,6 +61,8 @@ def mixer_flops(
     length: int,
     num_iter: int | None = None,
     window: int | None = None,
+    sketch: int | None = None,
+    alpha: bool = True,
 ) -> float | None:
     """Of one token, head and layer, forward and backward; None where it is not known.
 
@@ -68,6 +72,7 @@ def mixer_flops(
         length: tokens of a sequence T.
         num_iter: solver steps r of "gka"; None if they depend on the data.
         window: tokens W that "swa" attends to.
+        sketch: d of a "gka" that solves in d dimensions; alpha: whether it has the mix gate.
     """
     if mixer == "attention" or (mixer == "swa" and window is not None and window >= length):
         return 6.0 * length * dim
@@ -77,6 +82,10 @@ def mixer_flops(
         return 3.0 * (4 * CHUNK * dim + 4 * dim**2)
     if mixer in ("deltanet", "gated_deltanet"):
         return 3.0 * (10 * CHUNK * dim + 6 * dim**2)
+    if mixer == "gka" and num_iter is not None and sketch is not None:
+        memory = 4 * sketch**2 + 4 * sketch * dim + 4 * CHUNK * sketch + 2 * CHUNK * dim
+        whole = 12.0 * (CHUNK * dim + dim**2) if alpha else 0.0
+        return 2.0 * num_iter * step_flops(sketch) + 3.0 * memory + 12.0 * sketch * dim + whole
     if mixer == "gka" and num_iter is not None:
         return 2.0 * num_iter * step_flops(dim) + 3.0 * (8 * dim**2 + 6 * CHUNK * dim)
     return None
@@ -105,7 +114,10 @@ def token_flops(config: GKAConfig, length: int, parameters: int) -> TokenFlops:
         heads, dim = mixer_heads(config, mixer)
         values = mixer_values(config, mixer)
         steps = values["num_iter"] if values["solver"] == "chebyshev" else None
-        found = mixer_flops(mixer, dim, length, steps, config.sliding_window)
+        found = mixer_flops(
+            mixer, dim, length, steps, config.sliding_window,
+            values["sketch_dim"], values["use_alpha_connection"],
+        )  # fmt: skip
         if found is None:
             return TokenFlops(matrices, None)
         own += found * heads * layers

@@ -7,6 +7,12 @@ from gka.ops.decode import advance_states_, fused_recurrent_gka_
 from gka.ops.end_state import EndState, end_state
 from gka.ops.external import available_external, why_not_external
 from gka.ops.reference import solver_steps
+from gka.ops.sketch import (
+    chunk_sketched_gka,
+    fused_recurrent_sketched_gka,
+    fused_recurrent_sketched_gka_,
+    orthonormal,
+)
 
 __all__ = [
     "chunk_gka",
@@ -14,6 +20,10 @@ __all__ = [
     "fused_recurrent_gka_",
     "advance_states_",
     "chunk_simple_gla",
+    "chunk_sketched_gka",
+    "fused_recurrent_sketched_gka",
+    "fused_recurrent_sketched_gka_",
+    "orthonormal",
     "available_backends",
     "why_unavailable",
     "last_backend",

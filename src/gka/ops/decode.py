@@ -67,7 +67,7 @@ def fused_recurrent_gka_(
     checks.check_flags(commit=commit)
     h, u = checks.check_pool(state, state_indices, q, v, num_iter > 0)
     _check_call(q, state_indices, u.shape[0], k=k, v=v, g=g, gk=gk, alpha=alpha, beta=beta)
-    name = _resolve(backend, q, v, solver)
+    name = resolve_step(backend, q, v, solver)
     if num_iter > 0 and os.environ.get("GKA_DEBUG") == "1":
         checks.check_key_norms(k, name)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
@@ -114,7 +114,7 @@ def advance_states_(
     h, u = checks.check_pool(state, state_indices, q, v, True)
     checks.check_integers("counts", counts, q)
     _check_call(q, state_indices, u.shape[0], k=k, v=v, g=g, gk=gk, beta=beta)
-    name = _resolve(backend, q, v, "chebyshev")
+    name = resolve_step(backend, q, v, "chebyshev")
     tied = gk is not None and gk is g
     advance_op(k, v, g, None if tied else gk, beta, h, u, state_indices, counts, tied, name)
 
@@ -139,7 +139,8 @@ def _check_call(q: Tensor, indices: Tensor | None, places: int, **inputs: Tensor
         checks.check_places(indices, places)
 
 
-def _resolve(backend: str, q: Tensor, v: Tensor, solver: str) -> str:
+def resolve_step(backend: str, q: Tensor, v: Tensor, solver: str) -> str:
+    """The backend of a call that updates states in place; raises RuntimeError if it cannot run it."""
     dims = (q.shape[-1], v.shape[-1])
     call = Call(q.device, q.dtype, checks.check_solver(solver), dims, mode="step")
     return resolve_backend(backend, call)

@@ -180,6 +180,8 @@ def _of_mixer(mixer: Any, name: str, mesh: DeviceMesh) -> Share:
         return ROWS
     if module in ("q_norm", "k_norm", "o_norm") or module.endswith("_expand"):
         return SUMMED
+    if module == "sketch_map":
+        return _of_heads(mixer.sketch_map.weight.shape[0], 1, mesh)
     letter = module[0]  # q_proj, k_conv1d, ...
     if letter != "q" and hasattr(mixer, "k_expand"):
         return SUMMED  # the learned expansion reads all of its few heads
@@ -188,6 +190,11 @@ def _of_mixer(mixer: Any, name: str, mesh: DeviceMesh) -> Share:
     else:
         heads = {"q": mixer.num_heads, "k": mixer.num_k_heads, "v": mixer.num_v_heads}[letter]
         width = mixer.head_v_dim if letter == "v" else mixer.head_dim
+    return _of_heads(heads, width, mesh)
+
+
+def _of_heads(heads: int, width: int, mesh: DeviceMesh) -> Share:
+    """The share of a parameter with `width` rows a head: this rank's heads, or the one that they share."""
     if heads % mesh.size() == 0:
         return ROWS
     head = mesh.get_local_rank() * heads // mesh.size()

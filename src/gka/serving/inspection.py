@@ -1,5 +1,7 @@
 """Measurements of each GKA layer's memory on a text: decay, ridge, condition number, solver error.
 
+Of a sketched layer they are those of the system that it solves, H' and U' of projected keys.
+
 The model reads the text as usual, in pieces. H_t is also formed in float64 from the layer's keys and gates,
 and measured at some positions of the text.
 """
@@ -100,7 +102,7 @@ class _Watch:
         self.places = places
         self.stride = -(-length // _KEPT_DECAYS)
         self.read = 0
-        heads, dim = mixer.num_expanded_heads, mixer.head_dim
+        heads, dim, _ = mixer.state_shapes[0]
         options: Any = {"dtype": torch.float64, "device": mixer.q_proj.weight.device}
         self.h = torch.zeros(1, heads, dim, dim, **options)
         self.memory = torch.zeros(1, heads, **options)
@@ -112,6 +114,7 @@ class _Watch:
         """Process a piece of the text: q [1,T,H,K], k [1,T,Hk,K], gates [1,T,H]."""
         length = q.shape[1]
         heads = self.h.shape[1]
+        q, k = mixer.as_solved(q), mixer.as_solved(k)
         taken = self._steps(q, k, seen)
         k = k.double().repeat_interleave(heads // k.shape[2], 2)
         zeros = q.new_zeros(q.shape[:3], dtype=torch.float64)

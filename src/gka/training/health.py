@@ -80,6 +80,7 @@ def _steps(mixer: GatedKalmaNet, q: Tensor, k: Tensor, gates: Gates) -> float:
     """Mean number of solver steps."""
     if mixer.num_iter == 0 or not SOLVERS[check_solver(mixer.solver)].adaptive:
         return float(mixer.num_iter)
+    q, k = mixer.as_solved(q), mixer.as_solved(k)
     taken = solver_steps(
         k, gates.g if mixer.use_forgetting_gate_kk else None, mixer.ridge_ratio, mixer.num_iter,
         solver=mixer.solver, beta=gates.beta, q=q if mixer.solver == "cg" else None,

@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, fields
 
-from gka.models.fields import SOFTMAX_MIXERS
+from gka.models.fields import SOFTMAX_MIXERS, mixer_values
 from gka.models.flops import CHUNK, mixer_heads
 from gka.parallel.planner.job import Job
 from gka.parallel.planner.work import LOGITS_BYTES
@@ -89,8 +89,11 @@ def _kept(job: Job, mixer: str, how: str) -> float:
     inner, mlp = heads * dim / tp, int(config.intermediate_size or 0) / tp
     recurrent = mixer not in SOFTMAX_MIXERS
     op = 2.0 * inner * (2 if mixer == "gka" else 1) + 4.0 * 6 * heads / tp
+    solved = (mixer_values(config, mixer)["sketch_dim"] or dim) if mixer == "gka" else dim
+    if solved < dim:  # S^T q, S^T k and x'; the outputs of the solve and of the whole keys
+        op += 2.0 * (3 * heads * solved / tp + inner)
     if job.keep_states and mixer == "gka":  # H and U, 16-bit, of every chunk
-        op += 2.0 * 2 * inner * dim / CHUNK
+        op += 2.0 * heads * solved * (solved + dim) / tp / CHUNK
     start = float(wide * hidden)
     if how == "full":
         return start
