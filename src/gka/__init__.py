@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from gka.discovery import announce
+from gka.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from gka.layers import MIXERS, GatedKalmaNet, StateCache
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
         why_unavailable,
     )
     from gka.serving import GenerationSession
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "gka.ops": (

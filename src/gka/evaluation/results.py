@@ -12,9 +12,9 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from gka import __version__
 from gka.errors import InputError
 from gka.storage import read_json
+from gka.version import __version__
 
 
 def environment() -> dict[str, Any]:

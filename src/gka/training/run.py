@@ -11,7 +11,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from gka import __version__
 from gka.data import load_tokenizer
 from gka.errors import InputError
 from gka.parallel import Layout, current, joined, whole_weights
@@ -28,6 +27,7 @@ from gka.training.mesh_trainer import on_mesh, with_weights
 from gka.training.start import build_model, check_given, first_model
 from gka.training.telemetry import check_tensorboard
 from gka.training.trainer import DecoderTrainer
+from gka.version import __version__
 
 __all__ = ["Interrupted", "build_model", "train"]
 
