@@ -1,7 +1,7 @@
 """The chunk-wise form against the token-by-token reference on this CPU: `python -m benchmarks.run cpu`.
 
 Measures time and peak memory of forward + backward by length. Both forms are timed interleaved in one
-process. Memory is measured in a fresh process each (only on Linux, see `gka.experiments.stopwatch.peak_added`).
+process. Memory is measured in a fresh process each (only on Linux, see `peak_added` of the stopwatch).
 Writes cpu.json, cpu.md and cpu.png, and prints a table.
 """
 

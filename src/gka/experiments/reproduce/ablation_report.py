@@ -100,7 +100,10 @@ def _readings(results: Sequence[Found]) -> str:
             good = [a - b for a, b in found if a is not None and b is not None]
             cells.append(f"{fmean(good):+.4f}" if good else "not finite")
         rows.append((variant, *cells))
-    told = "Loss when the solver is changed for reading alone, minus the loss without a change (mean over seeds)."
+    told = (
+        "Loss when the solver is changed for reading alone, minus the loss without a change (mean over"
+        " seeds)."
+    )
     return f"{told}\n\n{markdown_table(('trained with', *names), rows)}"
 
 
@@ -117,8 +120,8 @@ def _first(results: Sequence[Found]) -> str:
             cells = ("not finite" if x is None else f"{x:.3g}" for x in norms)
             lines.append((depth, kind, *cells))
     told = (
-        "Norm of all weights' gradients before the first step, by Chebyshev steps. Implicit: the library's, that"
-        " of the exact solve at the computed solutions; iteration: the derivative of the steps themselves."
+        "Norm of all weights' gradients before the first step, by Chebyshev steps. Implicit: the library's,"
+        " that of the exact solve at the computed solutions; iteration: the derivative of the steps."
     )
     return (
         f"{told}\n\n{markdown_table(('layers', 'gradient', *(f'{s} steps' for s in steps)), lines)}"

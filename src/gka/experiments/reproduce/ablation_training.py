@@ -1,8 +1,8 @@
 """Trains a decoder of `ablations` on bytes: a whole step is one CUDA graph, and nothing waits for the device.
 
-A step (batch, forward, backward, clipping, AdamW) of a small model is some thousand short kernels, which the host
-launches more slowly than the card runs them. The graph is recorded without torch.compile, whose first step would
-take longer than a cell.
+A step (batch, forward, backward, clipping, AdamW) of a small model is some thousand short kernels, which the
+host launches more slowly than the card runs them. The graph is recorded without torch.compile, whose first
+step would take longer than a cell.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -60,7 +61,8 @@ class Budget:
 def corpus(length: int, documents: int) -> tuple[Tensor, Tensor, str]:
     """Python sources as bytes, END behind each document: training and held-out sequences int16 [N,length].
 
-    Documents are those of the standard library in the order of a hash of their names; every fiftieth is held out.
+    Documents are those of the standard library in the order of a hash of their names; every fiftieth is held
+    out.
 
     Args:
         documents: how many, 0 for all.
@@ -134,10 +136,9 @@ class Trainer:
                 if self.taken % WINDOW == 0:
                     marks.append(self._mark())
         if not self.on_gpu:
-            return [(b - a) / WINDOW for a, b in zip(marks, marks[1:], strict=False)]
+            return [(b - a) / WINDOW for a, b in pairwise(marks)]
         torch.cuda.synchronize(self.device)
-        pairs = zip(marks, marks[1:], strict=False)
-        return [a.elapsed_time(b) / 1e3 / WINDOW for a, b in pairs]
+        return [a.elapsed_time(b) / 1e3 / WINDOW for a, b in pairwise(marks)]
 
     def _mark(self) -> Any:
         if not self.on_gpu:
@@ -189,7 +190,7 @@ class Trainer:
 
     @torch.no_grad()
     def held_out(self) -> dict[str, float]:
-        """Mean nats a byte of held-out sequences: of all, of bytes seen before in their sequence, of the rest."""
+        """Mean nats a byte of held-out sequences: all bytes, those seen before there, the rest."""
         blocks = self.corpus[1][: self.budget.held_out]
         parts = []
         for some in blocks.split(self.budget.batch):

@@ -1,7 +1,7 @@
 """The chunk-wise map in plain torch, differentiable by autograd in two ways, with either ridge.
 
-It serves ablations that the library's op does not have: a ridge lambda_t = c that does not follow F_t, and the
-derivative of the truncated iteration itself. The op has neither on purpose. Its error bounds, and the
+It serves ablations that the library's op does not have: a ridge lambda_t = c that does not follow F_t, and
+the derivative of the truncated iteration itself. The op has neither on purpose. Its error bounds, and the
 certificates of its solvers, rest on lambda_t = a F_t, which bounds the condition number; and its gradient is
 that of the exact solve, evaluated at the computed solutions (docs/maths.md, section 8).
 """

@@ -1,4 +1,4 @@
-"""The layers that `runtime` times: ours, the baselines on installed kernels, and flash-linear-attention's own."""
+"""The layers that `runtime` times: ours, the baselines on installed kernels, flash-linear-attention's own."""
 
 import importlib.util
 from collections.abc import Callable
@@ -21,7 +21,7 @@ _RULES = {"gated_deltanet": "gated_delta_rule", "deltanet": "delta_rule", "gla":
 
 @dataclass(frozen=True)
 class Shape:
-    """A layer's size and its input. `hidden`, `heads` and `dim` as `gka.experiments.fla_mixers` reads them."""
+    """A layer's size and its input. `fla_mixers` reads `hidden`, `heads` and `dim`."""
 
     batch: int
     length: int
