@@ -2,12 +2,13 @@
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from gka.experiments.reproduce.chunked_autograd import Ridge, chunk_gka_autograd
+from gka.experiments.reproduce.differentiation import chebyshev_on, implicitly, plain_gka
 from gka.layers import GatedKalmaNet
 from gka.layers.parts.modules import DecayParameters
 from gka.layers.parts.surround import Gates, MixCall
@@ -17,13 +18,42 @@ BASELINE = "baseline"
 
 
 @dataclass(frozen=True)
+class Ridge:
+    """A solve that the library's op does not have, on purpose: its error bounds and the certificates of its
+    solvers rest on lambda_t = a F_t, and its gradient is that of the exact solve (docs/maths.md, section 8).
+
+    Attributes:
+        ratio, constant: a and c of lambda_t = a F_t + c.
+        num_iter: Chebyshev steps.
+        derivative: "implicit": of the exact solve, at the computed solutions; "iteration": of the steps.
+    """
+
+    ratio: float = 0.02
+    constant: float = 0.0
+    num_iter: int = 30
+    derivative: Literal["implicit", "iteration"] = "implicit"
+
+    def op(self, *given: Tensor | None, beta: Tensor | None, scale: float) -> Tensor:
+        """o [B,T,H,V] of q, k, v, g, gk and alpha."""
+        steps = partial(chebyshev_on, num_iter=self.num_iter)
+        solve = implicitly(steps) if self.derivative == "implicit" else steps
+        options = {
+            "ridge_ratio": self.ratio,
+            "constant": self.constant,
+            "beta": beta,
+            "scale": scale,
+        }
+        return plain_gka(*given, solve=solve, **options)[0]  # pyright: ignore[reportArgumentType]
+
+
+@dataclass(frozen=True)
 class Variant:
     """A model that differs from the baseline in one property.
 
     Attributes:
         name: in keys and tables.
         options: fields of `gka.models.GKAConfig`.
-        ridge: solve by `chunk_gka_autograd` with this ridge; None: by the library's op.
+        ridge: solve with this ridge in plain torch; None: by the library's op.
         own_decay: H decays by gates of its own, which begin as copies of U's.
         repeated: whether it is near enough to the baseline to need all seeds.
     """
@@ -83,8 +113,7 @@ class AblatedMixer(GatedKalmaNet):
         gk = gates.g if self.decay_h is None else self.seen
         given = (q, k, v, gates.g, gk, gates.alpha)
         if self.other.ridge is not None:
-            o = chunk_gka_autograd(*given, gates.beta, scale=self.scale, ridge=self.other.ridge)
-            return o, ()
+            return self.other.ridge.op(*given, beta=gates.beta, scale=self.scale), ()
         o, _ = chunk_gka(
             *given, self.scale, self.ridge_ratio, self.num_iter, beta=gates.beta,
             backend=self.backend, solver=self.solver,

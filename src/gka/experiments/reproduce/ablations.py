@@ -226,10 +226,10 @@ ABLATIONS = Experiment(
     prediction="At this size the decay is worth more than 0.02 nats a byte, alpha little, ridges 0.01 to 0.1"
     " less than 0.01. Few steps fail in training because the library's gradient is that of the exact solve:"
     " at 3 steps its error does not cancel between the paths through H and U and grows from layer to layer,"
-    " to 20 times the norm of 30 steps and more, while the derivative of the 3 steps themselves is as small as that"
-    " of 30 (seen on a smaller model before this was written). With it 3 steps train to within 0.03 of 30."
-    " Eight steps cost up to 0.03, 15 steps up to 0.005, in training or in reading; the adaptive solver"
-    " nothing. Convolutions are worth 0.05 and more, a decay of H apart nothing.",
+    " to 20 times the norm of 30 steps and more, while the derivative of the 3 steps themselves is as small"
+    " as that of 30 (seen on a smaller model before this was written). With it 3 steps train to within 0.03"
+    " of 30. Eight steps cost up to 0.03, 15 steps up to 0.005, in training or in reading; the adaptive"
+    " solver nothing. Convolutions are worth 0.05 and more, a decay of H apart nothing.",
     refuted_by="3 steps whose own derivative is as large as the library's gradient, or with which training is"
     " as bad; no gain from decay; a ridge between 0.01 and 0.1 that differs by more than 0.01; 15 steps that"
     " cost more than 0.005.",
