@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gka.experiments.reproduce import ablation_training, ablations
+from gka.experiments.reproduce import ablation_training, ablations, few_steps
 from gka.experiments.reproduce.ablation_models import (
     BASE,
     CONSTANT,
@@ -173,3 +173,29 @@ def test_statements_compare_seed_by_seed() -> None:
     assert found["no decay"].passed and found["no decay"].found == "0.04"
     assert found["constant ridge 0.25"].passed and found["constant ridge 0.25"].found == "20"
     assert found["no alpha"].passed is None
+
+
+def test_paths_through_h_and_u_cancel_with_an_exact_solve() -> None:
+    """With 3 steps' implicit gradient less cancels than with the 3 steps' own derivative."""
+    model = build(BASE, 2, 64, 2, 128, 0)
+    ids = ablation_training.corpus(64, 60)[0][:2].long()
+    rows = {
+        (r["steps"], r["kind"]): r
+        for r in few_steps.mean_paths(few_steps.memory_inputs(model, ids))
+    }
+    exact, few, own = rows[30, "implicit"], rows[3, "implicit"], rows[3, "iteration"]
+    assert exact["both"] == pytest.approx(1, abs=0.05)
+    assert min(exact["h"], exact["u"]) > 1.5 * exact["both"]
+    assert few["u"] == own["u"] and few["both"] > 1.02 * own["both"]
+
+
+def test_paths_are_the_librarys_gradient() -> None:
+    """Both together are the gradient that `chunk_gka` gives the keys, for the same direction."""
+    q, k, v, g, alpha, beta = (x.detach() for x in inputs(64))
+    h, u = few_steps.paths((q, k, v, g, alpha, beta), 5, "implicit")
+    k.requires_grad_()
+    o, _ = chunk_gka(q, k, v, g, g, alpha, num_iter=5, beta=beta, backend="torch")
+    o = o / (o.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    direction = torch.randn(o.shape, dtype=o.dtype, generator=torch.Generator().manual_seed(0))
+    wanted = torch.autograd.grad((o * direction).sum(), k)[0]
+    assert_close(h + u, wanted, 1e-6, "k")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from gka.experiments.ledger import markdown_table
 from gka.experiments.reproduce.ablation_models import BASELINE, CONSTANT, DERIVED, VARIANTS
 from gka.experiments.reproduce.experiment import Found
+from gka.experiments.reproduce.few_steps import KINDS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,6 +29,10 @@ _TRAINED = {
     15: "15 steps",
     30: BASELINE,
 }
+
+
+def _two_digits(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.2f}"
 
 
 def _rows(results: Sequence[Found], name: str) -> list[Found]:
@@ -52,7 +57,7 @@ def differences(results: Sequence[Found], name: str) -> list[float]:
 
 def table(results: Sequence[Found]) -> str:
     """Variants, then reading with other solvers, then first gradients."""
-    parts = [_variants(results), _readings(results), _first(results)]
+    parts = [_variants(results), _readings(results), _first(results), _paths(results)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -115,7 +120,7 @@ def _first(results: Sequence[Found]) -> str:
     steps = list(dict.fromkeys(row["steps"] for row in rows))
     lines = []
     for depth in dict.fromkeys(row["layers"] for row in rows):
-        for kind in ("implicit", "iteration"):
+        for kind in KINDS:
             norms = [row[kind] for row in rows if row["layers"] == depth]
             cells = ("not finite" if x is None else f"{x:.3g}" for x in norms)
             lines.append((depth, kind, *cells))
@@ -126,6 +131,24 @@ def _first(results: Sequence[Found]) -> str:
     return (
         f"{told}\n\n{markdown_table(('layers', 'gradient', *(f'{s} steps' for s in steps)), lines)}"
     )
+
+
+def _paths(results: Sequence[Found]) -> str:
+    """Gradients of the keys by path."""
+    rows = [row for r in results if "paths" in r for row in r["paths"]]
+    if not rows:
+        return ""
+    lines = [
+        (r["steps"], r["kind"], *(_two_digits(r[path]) for path in ("h", "u", "both")))
+        for r in rows
+    ]  # fmt: skip
+    told = (
+        "Gradient of the keys before the first step, through H, through U and in all, as norms over that of"
+        " the exact solve's sum (mean over the layers of the deepest model; a random direction behind the"
+        " readout's norm)."
+    )
+    head = ("steps", "gradient", "through H", "through U", "sum")
+    return f"{told}\n\n{markdown_table(head, lines)}"
 
 
 def draw(results: Sequence[Found], figure: "Figure") -> None:

@@ -6,7 +6,7 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from gka.experiments.reproduce.ablation_models import (
     BASE,
@@ -31,8 +31,14 @@ from gka.experiments.reproduce.experiment import (
     finite,
     largest,
 )
+from gka.experiments.reproduce.few_steps import (
+    FEW,
+    KINDS,
+    gradient_norm,
+    mean_paths,
+    memory_inputs,
+)
 
-FEW = (1, 2, 3, 4, 5, 6, 8, 12, 30)
 READ_WITH = (0, 1, 2, 3, 5, 8, 12, 15, 20, 30, 60)
 READ_OTHERWISE = frozenset({BASELINE, "15 steps", "8 steps", "3 steps"})
 SOLVERS = ("adaptive", "cg")
@@ -104,19 +110,27 @@ def _read_otherwise(trainer: Trainer) -> dict[str, float | None]:
 
 def first_gradients(size: Size, seed: int, device: str) -> dict[str, Any]:
     """Norms of all weights' gradients before the first step, float32, by depth, steps and derivative."""
-    ids = corpus(size.length, size.documents)[0][:2, : size.probe].to(device).long()
-    rows = []
+    ids, rows = _probe(size, device), []
     for depth in size.depths:
         for steps in FEW:
             norms = {}
-            for kind in ("implicit", "iteration"):
+            for kind in KINDS:
                 variant = Variant("", ridge=Ridge(num_iter=steps, derivative=kind))
                 model = size.build(variant, seed, depth).to(device)
-                model(input_ids=ids, labels=ids).loss.backward()
-                parts = [p.grad.norm() for p in model.parameters() if p.grad is not None]
-                norms[kind] = finite(torch.stack(parts).norm().item())
+                norms[kind] = finite(gradient_norm(model, ids))
             rows.append({"layers": depth, "steps": steps, **norms})
     return {"seed": seed, "first": rows}
+
+
+def key_paths(size: Size, seed: int, device: str) -> dict[str, Any]:
+    """Gradients of the keys through H and through U before the first step, float64, mean over layers."""
+    model = size.build(BASE, seed, max(size.depths)).to(device)
+    return {"seed": seed, "paths": mean_paths(memory_inputs(model, _probe(size, device)))}
+
+
+def _probe(size: Size, device: str) -> Tensor:
+    """Two texts of `probe` bytes."""
+    return corpus(size.length, size.documents)[0][:2, : size.probe].to(device).long()
 
 
 def cells(size: Size, options: Options) -> list[Cell]:
@@ -132,8 +146,9 @@ def cells(size: Size, options: Options) -> list[Cell]:
                 seconds = each * (5.0 if variant is CONSTANT else 1.0)
                 found.append(Cell(f"{variant.name}, seed {seed}", run, seconds))
         if seed == options.seeds[0]:
-            run = partial(first_gradients, size, seed, options.device)
-            found.append(Cell(f"first gradients, seed {seed}", run, each))
+            for name, probe in (("first gradients", first_gradients), ("paths", key_paths)):
+                run = partial(probe, size, seed, options.device)
+                found.append(Cell(f"{name}, seed {seed}", run, each))
     return found
 
 
