@@ -95,7 +95,7 @@ def cell(length: int, **times: float) -> dict:
         {"contender": name.replace("fla_", "fla:"), "ms": [ms] * 5, "note": ""}
         for name, ms in times.items()
     ]
-    return {"length": length, "tokens": length, "rows": rows}
+    return {"length": length, "tokens": length, "dtype": "bfloat16", "rows": rows}
 
 
 def test_statements_take_the_worst_length() -> None:
@@ -110,6 +110,8 @@ def test_statements_take_the_worst_length() -> None:
     by = [(check.found, check.passed) for check in found.values()]
     assert by[:4] == [("2", False), ("not measured", None), ("0.24", True), ("1", True)]
     assert by[4:6] == [("1.2", False), ("1.2", True)] and by[-1] == ("2.5", True)
+    on_cpu = [one | {"dtype": "float32"} for one in results]
+    assert all(check.passed is None for check in runtime.checks(on_cpu))
 
 
 def test_peers_have_cells_of_their_own() -> None:

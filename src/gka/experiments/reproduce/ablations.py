@@ -160,8 +160,8 @@ def _of(results: Sequence[Found], name: str) -> list[Found]:
 def _difference(results: Sequence[Found], name: str, key: str = "loss") -> float | None:
     """Mean over seeds of loss minus the baseline's of the same seed; infinite if one diverged.
 
-    None with fewer than ENOUGH seeds: two runs of one map, 30 steps and the adaptive solver's, already differ by
-    as much as the small effects.
+    None with fewer than ENOUGH seeds: two runs of one map, 30 steps and the adaptive solver's, already
+    differ by as much as the small effects.
     """
     base = {r["seed"]: r[key] for r in _of(results, BASELINE)}
     pairs = [(r[key], base[r["seed"]]) for r in _of(results, name) if r["seed"] in base]

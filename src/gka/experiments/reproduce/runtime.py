@@ -211,7 +211,7 @@ def _table_of(found: Found) -> str:
         rows.append((
             name, f"{middle:.3g} ({least:.3g}-{most:.3g})", host,
             "" if over is None else f"{over[0]:.2f} ({over[1]:.2f}-{over[2]:.2f})",
-            f"{found['tokens'] / middle / 1e3:.2f}", peak, row["backend"], f"{row['first_s']:.1f}",
+            f"{found['tokens'] / middle / 1e3:.3g}", peak, row["backend"], f"{row['first_s']:.1f}",
             "yes" if row["finite"] else "**no**",
         ))  # fmt: skip
         if row["note"]:
@@ -227,7 +227,7 @@ def _table_of(found: Found) -> str:
 
 def draw(results: Sequence[Found], figure: "Figure") -> None:
     """Time a token against length, and ratios to the best Gated DeltaNet."""
-    figure.set_size_inches(12, 4.8)
+    figure.set_size_inches(13, 4.8)
     left, right = figure.subplots(1, 2)
     main = sorted((r for r in results if len(r["rows"]) == len(MAIN)), key=lambda r: r["length"])
     for contender in MAIN:
@@ -255,15 +255,19 @@ def draw(results: Sequence[Found], figure: "Figure") -> None:
     right.axhline(1.0, color=MIXER_STYLES[BEST][1], lw=1.5)
     right.axhline(COMPARABLE, color="0.5", lw=0.8, ls=":")
     right.set(
-        ylabel="time over Gated DeltaNet's best kernel",
+        ylabel="time over Gated DeltaNet's",
         title=f"Dotted: {COMPARABLE:g}, the threshold of “comparable”",
     )
-    left.legend(fontsize=8)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=8)
     right.set_ylim(bottom=0)
 
 
 def checks(results: Sequence[Found]) -> list[Check]:
-    """That a layer costs about what Gated DeltaNet costs, and what we expect of its variants."""
+    """That a layer costs about what Gated DeltaNet costs, and what we expect of its variants.
+
+    Times of a CPU decide nothing: there no layer runs on its kernels.
+    """
+    results = [r for r in results if r["dtype"] == "bfloat16"]
     over = partial(_ratios, results, base=BEST)
     return [
         at_most("claim", "gka (30 steps) over gated_deltanet on the best kernel installed: at most"
