@@ -1,8 +1,8 @@
 """Why few steps fail in training: gradients before the first step, and the two paths through the keys.
 
 A key enters o_t through H_t and through U_t, and with an exact solve both paths nearly cancel. The library's
-gradient through H is that of the exact solve. At few steps it no longer cancels what the shortened solve sends
-through U, and the rest grows from layer to layer.
+gradient through H is that of the exact solve. At few steps it no longer cancels what the shortened solve
+sends through U, and the rest grows from layer to layer.
 """
 
 from functools import partial
