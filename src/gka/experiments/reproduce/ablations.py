@@ -255,7 +255,7 @@ ABLATIONS = Experiment(
     " cost more than 0.005.",
     version=1,
     sizes={
-        "smoke": Size(1, 32, 1, 64, 2, 4, 4e-3, 2, (1, 2), 32, 1.0, documents=3),
+        "smoke": Size(1, 32, 1, 64, 2, 4, 4e-3, 2, (1,), 32, 1.0, documents=3),
         "quick": Size(2, 64, 2, 128, 4, 100, 6e-3, 32, (1, 2, 4, 8), 128, 10.0),
         "full": Size(8, 512, 8, 2048, 16, 192, 2e-3, 96, (1, 2, 4, 8), 512, 1500.0, 8.0),
     },

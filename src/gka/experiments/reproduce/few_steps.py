@@ -50,13 +50,13 @@ class WatchedMixer(AblatedMixer):
 @torch.no_grad()
 def memory_inputs(model: Any, ids: Tensor) -> list[tuple[Tensor, ...]]:
     """(q, k, v, g, alpha, beta) of every layer in float64, for ids [B,T]."""
-    mixers = [
+    mixers: list[Any] = [
         WatchedMixer.of(block.mixer, Variant("", ridge=Ridge())) for block in model.model.layers
     ]
     model(input_ids=ids)
     found = []
     for mixer in mixers:
-        q, k, v, gates = mixer.given  # pyright: ignore[reportAttributeAccessIssue]
+        q, k, v, gates = mixer.given
         found.append(tuple(x.double() for x in (q, k, v, gates.g, gates.alpha, gates.beta)))
     return found
 
@@ -85,12 +85,16 @@ def paths(inputs: tuple[Tensor, ...], steps: int, kind: str) -> tuple[Tensor, Te
     o = RMSNorm(o.shape[-1]).to(o)(o)
     generator = torch.Generator(o.device).manual_seed(0)
     direction = torch.randn(o.shape, dtype=o.dtype, device=o.device, generator=generator)
-    return torch.autograd.grad((o * direction).sum(), (of_h, of_u))
+    through_h, through_u = torch.autograd.grad((o * direction).sum(), (of_h, of_u))
+    return through_h, through_u
 
 
 def mean_paths(layers: list[tuple[Tensor, ...]]) -> list[dict[str, Any]]:
     """Norms through H, through U and of the sum, over that of the exact sum; means over layers."""
-    exact = [sum(paths(inputs, 120, "implicit")).norm() for inputs in layers]  # pyright: ignore[reportAttributeAccessIssue]
+    exact = []
+    for inputs in layers:
+        h, u = paths(inputs, 120, "implicit")
+        exact.append((h + u).norm())
     rows = []
     for steps in PATHS:
         for kind in KINDS:
