@@ -236,6 +236,10 @@ def _draw_norms(axes: "Axes", results: Sequence[Found]) -> None:
 
 def _draw_first(axes: "Axes", results: Sequence[Found]) -> None:
     rows = [row for r in results if "first" in r for row in r["first"]]
+    if not rows:
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, "First gradients are not measured in this run.", ha="center")
+        return
     depths = list(dict.fromkeys(row["layers"] for row in rows))
     for number, depth in enumerate(depths):
         shade = 0.35 + 0.65 * (number + 1) / len(depths)

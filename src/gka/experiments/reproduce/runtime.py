@@ -251,6 +251,8 @@ def draw(results: Sequence[Found], figure: "Figure") -> None:
         axes.minorticks_off()
         axes.set_xlabel("sequence length T")
         axes.grid(alpha=0.25)
+    left.set_yscale("log", base=2)
+    left.yaxis.set_major_formatter("{x:,.0f}")
     left.set(ylabel="nanoseconds a token, forward and backward", title="One layer")
     right.axhline(1.0, color=MIXER_STYLES[BEST][1], lw=1.5)
     right.axhline(COMPARABLE, color="0.5", lw=0.8, ls=":")
