@@ -43,3 +43,18 @@ def test_every_public_name_loads() -> None:
         assert name in dir(gka)
     with pytest.raises(AttributeError, match="nonsense"):
         _ = gka.nonsense  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_checkout_on_the_path_knows_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results name the library's version where it is not installed, and so has no metadata."""
+    import importlib.metadata
+
+    from gka.evaluation.results import environment
+    from gka.training.run import versions
+
+    def nothing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", nothing)
+    monkeypatch.setattr("gka.training.run.version", nothing)
+    assert environment()["gated-kalmanet"] == versions()["gated-kalmanet"] == gka.__version__

@@ -37,14 +37,14 @@ class ModelSize:
         return f"{self.layers} x {self.hidden}, {heads}, {self.batch} x {self.length} tokens"
 
 
-# The paper's comparisons begin at 1 B parameters; width and depth of "1b" are chosen here.
+# "1b" has the width and depth of the paper's 1B (gka/recipes/1b.toml).
 SIZES = {
     "tiny": ModelSize(2, 64, 2, 32, 256, 2, 64, "float32"),
     "28m": ModelSize(8, 512, 8, 64, 256, 32, 1024, "autocast"),
     "395m": ModelSize(24, 1024, 8, 128, 32000, 8, 2048),
     "395m-32k": ModelSize(24, 1024, 8, 128, 32000, 1, 32768),
-    "1b": ModelSize(16, 2048, 16, 128, 32000, 4, 2048),
-    "1b-32k": ModelSize(16, 2048, 16, 128, 32000, 1, 32768),
+    "1b": ModelSize(28, 1536, 12, 128, 32000, 8, 2048),
+    "1b-32k": ModelSize(28, 1536, 12, 128, 32000, 1, 32768),
 }
 # configuration of each mixer; names with a colon are layers of flash-linear-attention
 MIXERS: dict[str, dict[str, Any]] = {

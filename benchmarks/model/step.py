@@ -24,7 +24,7 @@ from torch import Tensor
 from gka.experiments import fla_mixers
 from gka.experiments.stopwatch import Stopwatch
 from gka.models.loss import compiled_on_gpu
-from gka.models.recomputation import checkpoint_arguments
+from gka.models.recomputation import checkpoint_arguments, keep_states
 from gka.ops import (
     available_backends,
     available_external,
@@ -39,6 +39,7 @@ BATCHES = 4  # of tokens, read in turn
 SHOWN = 12  # kernels that a cell lists
 DELTA_RULES: dict[str, Rule] = {"deltanet": "delta_rule", "gated_deltanet": "gated_delta_rule"}
 COMPILES = ("off", "layers", "model", "cuda-graphs")
+KEPT = "kept"  # nothing is recomputed, not even GKA's states at chunk starts
 Step = Callable[[], Tensor]
 
 
@@ -50,7 +51,7 @@ class Cell:
         size: a key of SIZES. mixer: a key of MIXERS, or of `fla_mixers.LAYERS`.
         compiled: of COMPILES: nothing; each decoder layer by itself; the model with its loss as one graph;
             or that in CUDA graphs (mode="reduce-overhead").
-        checkpoint: as `gka train`'s `gradient_checkpointing`.
+        checkpoint: as `gka train`'s `gradient_checkpointing`, or KEPT for its `keep_states`.
     """
 
     size: str
@@ -84,7 +85,9 @@ def build(cell: Cell, size: ModelSize) -> Any:
             fla_mixers.replace_mixers(model, cell.mixer, size)
     if size.precision == "bfloat16":
         model = model.to(torch.bfloat16)
-    arguments = checkpoint_arguments(cell.checkpoint)
+    if cell.checkpoint == KEPT:
+        keep_states(model)
+    arguments = checkpoint_arguments("none" if cell.checkpoint == KEPT else cell.checkpoint)
     if arguments is not None:
         name = "activation_checkpointing_enable"  # in newer transformers
         getattr(model, name, model.gradient_checkpointing_enable)(arguments)

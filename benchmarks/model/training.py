@@ -26,7 +26,7 @@ import torch
 from benchmarks import results
 from benchmarks.model import step, training_report
 from benchmarks.model.sizes import DEFAULT_MIXERS, MIXERS, SIZES
-from benchmarks.model.step import COMPILES, Cell
+from benchmarks.model.step import COMPILES, KEPT, Cell
 
 from gka.experiments.fla_mixers import LAYERS
 from gka.experiments.ledger import Ledger, refusing
@@ -140,7 +140,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--warm-up", type=positive, default=5, help="steps before them, after the first (5)")
     add("--compile", type=names(COMPILES), default=["layers"],
         help=f"of {','.join(COMPILES)} (layers); other cells stay in the table")  # fmt: skip
-    ways = (AUTO, *CHECKPOINTING)
+    ways = (AUTO, *CHECKPOINTING, KEPT)
     add("--checkpoint", type=names(ways), default=[AUTO], help=f"of {','.join(ways)} (auto)")
     add("--profile", action="store_true", help="print the kernels of a step, by group")
     add("--budget", type=float, help="seconds after which no further cell is begun")

@@ -23,6 +23,8 @@ CASES: dict[str, dict[str, Any]] = {
     "no decay, no gate": {"length": 70, "decay": "absent", "gates": ""},
     "of H only": {"length": 70, "heads": (2, 2, 1), "decay": "of H only"},
     "packed": {"length": 0, "decay": "separate", "lengths": [0, 1, 150, 63, 0]},
+    "no tokens": {"length": 0, "batch": 2},
+    "packed, all empty": {"length": 0, "decay": "separate", "lengths": [0, 0]},
     "blocks of columns": {"length": 64, "heads": (1, 1, 1), "dims": (80, 130)},
 }  # fmt: skip
 

@@ -4,7 +4,6 @@ import json
 import platform
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from gka import __version__
 from gka.errors import InputError
 from gka.storage import read_json
 
@@ -20,7 +20,7 @@ from gka.storage import read_json
 def environment() -> dict[str, Any]:
     """Versions and machine of a measurement, JSON-ready."""
     return {
-        "gated-kalmanet": version("gated-kalmanet"),
+        "gated-kalmanet": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),

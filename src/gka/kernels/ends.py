@@ -1,8 +1,6 @@
 """Launches of the kernels of `gka.kernels.triton.ends`: end states from zero, and their gradients."""
 
-import itertools
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,8 +9,10 @@ import triton.language as tl
 from torch import Tensor
 
 from gka.kernels.surround.launch import launch
+from gka.kernels.tables import SCAN_PROGRAMS, Chunking, chunking
 from gka.kernels.triton.ends import ends_backward_kernel, ends_kernel
-from gka.maths.ends import EndInputs
+from gka.maths.chunked import Tokens
+from gka.maths.ends import EndGradients, EndInputs
 from gka.maths.grouped import group_sum
 from gka.maths.layout import ChunkLayout, chunk_layout
 from gka.maths.moments import reset_floor
@@ -20,54 +20,6 @@ from gka.maths.moments import reset_floor
 CHUNK = 64  # tokens
 ENOUGH = 1024  # programs that fill any GPU; segments grow beyond them
 FLOOR = reset_floor(torch.float32)
-
-
-@dataclass(frozen=True)
-class Places:
-    """Chunks and segments of chunks of every sequence.
-
-    Attributes:
-        layout: the chunks.
-        chunks: each chunk's first token, and its sequence's end, int64 [M,2].
-        owner: each chunk's sequence, int64 [M].
-        segments: first and end chunk of each, int32 [S,2].
-        of_segment: each segment's sequence, int64 [S].
-    """
-
-    layout: ChunkLayout
-    chunks: Tensor
-    owner: Tensor
-    segments: Tensor
-    of_segment: Tensor
-
-
-def find_places(
-    bounds: tuple[int, ...], layout: ChunkLayout, each: int, device: torch.device
-) -> Places:
-    """The places of sequences with these bounds in tokens, in segments of at most `each` chunks."""
-    chunks, owner, segments, of_segment = [], [], [], []
-    spans = zip(itertools.pairwise(bounds), itertools.pairwise(layout.offsets), strict=True)
-    for n, ((begin, end), (first, last)) in enumerate(spans):
-        chunks += [(row, end) for row in range(begin, end, CHUNK)]
-        owner += [n] * (last - first)
-        found = [(a, min(a + each, last)) for a in range(first, last, each)]
-        segments += found
-        of_segment += [n] * len(found)
-
-    def held(rows: list, dtype: torch.dtype, *shape: int) -> Tensor:
-        table = torch.tensor(rows, dtype=dtype, device="cpu").view(-1, *shape)
-        return table.to(device, non_blocking=True)
-
-    return Places(
-        layout, held(chunks, torch.int64, 2), held(owner, torch.int64),
-        held(segments, torch.int32, 2), held(of_segment, torch.int64),
-    )  # fmt: skip
-
-
-@lru_cache(maxsize=32)
-def _even_places(batch: int, length: int, each: int, device: torch.device) -> Places:
-    bounds = tuple(range(0, batch * length + 1, length))
-    return find_places(bounds, chunk_layout(batch, length, CHUNK), each, device)
 
 
 def sizes_of(inputs: EndInputs) -> dict[str, Any]:
@@ -84,16 +36,13 @@ def sizes_of(inputs: EndInputs) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def places_of(inputs: EndInputs, blocks: int) -> Places:
-    """The places, with segments for programs that own one of `blocks` blocks of columns."""
-    batch, length = inputs.k.shape[:2]
-    each = max(1, batch * -(-length // CHUNK) * inputs.heads * blocks // ENOUGH)
-    if inputs.cu_seqlens is None:
-        return _even_places(batch, length, each, inputs.k.device)
-    bounds = (inputs.cu_seqlens, inputs.cu_seqlens_cpu)
-    layout = chunk_layout(batch, length, CHUNK, *bounds)
-    known = bounds[0] if bounds[1] is None else bounds[1]
-    return find_places(tuple(known.tolist()), layout, each, inputs.k.device)
+def chunks_of(inputs: EndInputs, blocks: int) -> tuple[ChunkLayout, Chunking]:
+    """The chunks, and their tables with segments for programs that own one of `blocks` blocks of columns."""
+    k, bounds = inputs.k, (inputs.cu_seqlens, inputs.cu_seqlens_cpu)
+    layout = chunk_layout(*k.shape[:2], CHUNK, *bounds)
+    tokens = Tokens(k, k, inputs.v, None, None, None, None, None, None, *bounds)
+    programs = max(1, inputs.heads * blocks * SCAN_PROGRAMS // ENOUGH)
+    return layout, chunking(tokens, CHUNK, programs)
 
 
 def _block(size: int) -> int:
@@ -123,19 +72,21 @@ def end_states(inputs: EndInputs) -> Ends:
     sizes = sizes_of(inputs)
     of_k, of_v = (triton.cdiv(sizes[n], sizes["BN"]) for n in ("K", "V"))
     of_k = of_k if inputs.with_h else 0
-    places = places_of(inputs, of_k + of_v)
-    totals_u, after_u = _decays(inputs.g, places)
-    totals_h, after_h = (totals_u, after_u) if inputs.tied else _decays(inputs.gk, places)
-    count, (key_dim, value_dim) = len(places.segments), (sizes["K"], sizes["V"])
+    layout, tables = chunks_of(inputs, of_k + of_v)
+    owner = layout.owners(inputs.k.device)
+    totals_u, after_u = _decays(inputs.g, layout, owner)
+    totals_h, after_h = (totals_u, after_u) if inputs.tied else _decays(inputs.gk, layout, owner)
+    count, (key_dim, value_dim) = tables.num_segments, (sizes["K"], sizes["V"])
     sums_u = _new(inputs.k, count, inputs.heads, key_dim, value_dim)
     sums_h = _new(inputs.k, count, inputs.heads, key_dim, key_dim) if inputs.with_h else None
     g, gk = _gates(inputs)
     args = (
-        inputs.k, inputs.v, gk, g, inputs.beta, after_h, after_u, sums_h, sums_u, places.chunks,
-        places.segments,
+        inputs.k, inputs.v, gk, g, inputs.beta, after_h, after_u, sums_h, sums_u, tables.start,
+        tables.length, tables.segments,
     )  # fmt: skip
     launch(ends_kernel, (count, inputs.heads, of_k + of_v), args, {**sizes, "NK": of_k})
-    u, h = (None if x is None else _by_sequence(x, places) for x in (sums_u, sums_h))
+    of_segment = tables.segments[:, 0].long()
+    u, h = (None if x is None else layout.sums(x, of_segment) for x in (sums_u, sums_h))
     assert u is not None
     return Ends(totals_u, totals_h, u, h, after_u, after_h)
 
@@ -148,45 +99,15 @@ def _gates(inputs: EndInputs) -> tuple[Tensor | None, Tensor | None]:
     return inputs.g, inputs.g if inputs.tied else inputs.gk
 
 
-def _decays(g: Tensor | None, places: Places) -> tuple[Tensor | None, Tensor | None]:
+def _decays(
+    g: Tensor | None, layout: ChunkLayout, owner: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
     """Total log decays of sequences [N,H], and those from each chunk's end [M,H], float32."""
     if g is None:
         return None, None
-    chunks = places.layout.cut(g.clamp_min(FLOOR)).sum(1, dtype=torch.float64)
-    totals = _by_sequence(chunks, places, chunked=True)
-    return totals, (totals[places.owner] - _upto(chunks, places)).float()
-
-
-def _upto(x: Tensor, places: Places) -> Tensor:
-    """Sums of x [M,H] over the chunks of a sequence up to each."""
-    layout = places.layout
-    if layout.slots is None:
-        # along the last dimension, where torch's scan is fast
-        heads_first = x.unflatten(0, (layout.batch, -1)).transpose(1, 2).contiguous()
-        return heads_first.cumsum(-1).transpose(1, 2).flatten(0, 1)
-    sums = x.T.contiguous().cumsum(-1).T
-    first = torch.tensor(layout.offsets[:-1], device="cpu").to(x.device, non_blocking=True)
-    before = (sums - x)[first.clamp_max(max(layout.num_chunks - 1, 0))]
-    return sums - before[places.owner] if len(x) else sums
-
-
-def _by_sequence(x: Tensor, places: Places, chunked: bool = False) -> Tensor:
-    """Sums of segments' (of chunks') rows over each sequence [N,...]."""
-    if places.layout.slots is None:
-        return x.unflatten(0, (places.layout.batch, -1)).sum(1)
-    sums = x.new_zeros(places.layout.num_sequences, *x.shape[1:])
-    return sums.index_add_(0, places.owner if chunked else places.of_segment, x)
-
-
-@dataclass(frozen=True)
-class EndGrads:
-    """Gradients in the inputs' shapes, in their dtypes or float32; None where the input was None."""
-
-    k: Tensor
-    v: Tensor
-    g: Tensor | None
-    gk: Tensor | None
-    beta: Tensor | None
+    chunks = layout.cut(g.clamp_min(FLOOR)).sum(1, dtype=torch.float64)
+    totals = layout.sums(chunks, owner)
+    return totals, (totals[owner] - layout.earlier(chunks, owner) - chunks).float()
 
 
 def end_states_backward(
@@ -194,15 +115,17 @@ def end_states_backward(
     after: tuple[Tensor | None, Tensor | None],
     grads: tuple[Tensor, Tensor | None],
     grad_totals: tuple[Tensor | None, Tensor | None],
-) -> EndGrads:
-    """Gradients of all inputs. Everything is given for U and for H, in this order.
+) -> EndGradients:
+    """Gradients of all inputs, in their dtypes or float32. Pairs are given for U and H, in this order.
 
     Args:
         after: `Ends.after_u` and `after_h`.
         grads: of U [N,H,K,V], and of H [N,H,K,K] or None.
         grad_totals: of the total log decays [N,H], or None. Tied: of both in the first.
     """
-    sizes, places, k = sizes_of(inputs), places_of(inputs, 1), inputs.k
+    sizes, k = sizes_of(inputs), inputs.k
+    layout, tables = chunks_of(inputs, 1)
+    owner = layout.owners(k.device)
     exact, (tokens, heads) = k.dtype == torch.float32, (k.shape[:2], inputs.heads)
     (grad_u, scale_u), (grad_h, scale_h) = (_operand(x, exact) for x in _symmetric(grads))
     dk = k.new_empty(*tokens, heads, sizes["K"], dtype=_width(k, heads))
@@ -212,21 +135,22 @@ def end_states_backward(
     dg = None if inputs.g is None else _new(k, *tokens, heads)
     dbeta = None if inputs.beta is None else _new(k, *tokens, heads)
     totals_u, totals_h = (
-        None if x is None else _new(k, len(places.chunks), heads) for x in (dg, dgk)
+        None if x is None else _new(k, tables.num_chunks, heads) for x in (dg, dgk)
     )
     g, gk = _gates(inputs)
     args = (
         k, inputs.v, gk, g, inputs.beta, after[1], after[0], grad_h, scale_h, grad_u, scale_u, dk, dv,
-        dgk, dg, totals_h, totals_u, dbeta, places.chunks, places.owner,
+        dgk, dg, totals_h, totals_u, dbeta, tables.start, tables.length, owner,
     )  # fmt: skip
     more = {"BV": _block(sizes["V"]), "TIED": inputs.tied}
-    launch(ends_backward_kernel, (len(places.chunks), heads), args, {**sizes, **more})
-    return EndGrads(
-        group_sum(dk.transpose(1, 2), k.shape[2]).transpose(1, 2),
-        group_sum(dv.transpose(1, 2), inputs.v.shape[2]).transpose(1, 2),
-        _with_earlier(dg, totals_u, grad_totals[0], places),
-        _with_earlier(dgk, totals_h, grad_totals[1], places),
-        dbeta,
+    if tables.num_chunks > 0:
+        launch(ends_backward_kernel, (tables.num_chunks, heads), args, {**sizes, **more})
+    return EndGradients(
+        k=group_sum(dk.transpose(1, 2), k.shape[2]).transpose(1, 2),
+        v=group_sum(dv.transpose(1, 2), inputs.v.shape[2]).transpose(1, 2),
+        g=_with_earlier(dg, totals_u, grad_totals[0], layout, owner),
+        beta=dbeta,
+        gk=_with_earlier(dgk, totals_h, grad_totals[1], layout, owner),
     )
 
 
@@ -251,16 +175,15 @@ def _operand(grad: Tensor | None, exact: bool) -> tuple[Tensor | None, Tensor | 
 
 
 def _with_earlier(
-    within: Tensor | None, totals: Tensor | None, grad_total: Tensor | None, places: Places
-) -> Tensor | None:
+    within: Tensor | None, totals: Tensor | None, grad_total: Tensor | None, layout: ChunkLayout,
+    owner: Tensor,
+) -> Tensor | None:  # fmt: skip
     """A decay's gradient: sums within chunks, and of the sequence's earlier chunks; the total's own."""
     if within is None or totals is None:
         return None
-    wide = totals.double()
-    before = _upto(wide, places) - wide
+    before = layout.earlier(totals.double(), owner)
     if grad_total is not None:
-        before = before + grad_total.double()[places.owner]
-    layout = places.layout
+        before = before + grad_total.double()[owner]
     spread = before.float().unsqueeze(1).expand(-1, CHUNK, -1)
     if layout.slots is None and layout.places == layout.length:
         within.view(spread.shape).add_(spread)

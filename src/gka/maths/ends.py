@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gka.maths.grouped import group_sum, shared_matmul, weight_shared
-from gka.maths.layout import ChunkLayout, chunk_layout
+from gka.maths.layout import chunk_layout
 from gka.maths.moments import reset_floor
 
 LONGEST = 1024  # tokens of a chunk: products over more gain nothing
@@ -57,12 +57,13 @@ class EndInputs:
 
 @dataclass(frozen=True)
 class EndGradients:
-    """Gradients of k, v, g and beta, in their shapes; None where the input was None or was k (v)."""
+    """Gradients of the inputs, in their shapes; None where one was None, was k (v), or was not read (gk)."""
 
     k: Tensor
     v: Tensor | None
     g: Tensor | None
     beta: Tensor | None
+    gk: Tensor | None = None
 
 
 class Part:
@@ -89,7 +90,7 @@ class Part:
         self.work = torch.float64 if k.dtype == torch.float64 else torch.float32
         size = _chunk_size(k.shape[1], cu_seqlens)
         self.layout = chunk_layout(k.shape[0], k.shape[1], size, cu_seqlens, cu_seqlens_cpu)
-        self.owner = _owners(self.layout, k.device)
+        self.owner = self.layout.owners(k.device)
         self.k = self._cut(k)
         self.v = self.k if v is None else self._cut(v)
         self.beta = None if beta is None else self._cut(beta.to(self.work))
@@ -110,23 +111,15 @@ class Part:
     @property
     def total(self) -> Tensor:
         """Total log decay of each sequence, float64 [N,H]."""
-        return self._sum(self.whole)
-
-    def _sum(self, x: Tensor) -> Tensor:
-        """Sums over each sequence's chunks [M,...] -> [N,...]."""
-        sums = x.new_zeros(self.layout.num_sequences, *x.shape[1:])
-        return sums.index_add_(0, self.owner, x)
+        return self.layout.sums(self.whole, self.owner)
 
     def _earlier(self, x: Tensor) -> Tensor:
         """Sums of x [M,H] over the earlier chunks of the same sequence."""
-        before = x.cumsum(0) - x
-        first = torch.tensor(self.layout.offsets[:-1], device="cpu").to(x.device, non_blocking=True)
-        first = first.clamp_max(max(self.layout.num_chunks - 1, 0))
-        return before - before[first][self.owner] if len(x) else before
+        return self.layout.earlier(x, self.owner)
 
     def _later(self, x: Tensor) -> Tensor:
         """Sums of x [M,H] over the later chunks of the same sequence."""
-        return self._sum(x)[self.owner] - self._earlier(x) - x
+        return self.layout.sums(x, self.owner)[self.owner] - self._earlier(x) - x
 
     def _blocks(self) -> list[slice]:
         chunk = self.heads * self.layout.chunk_size * max(self.k.shape[-1], self.v.shape[-1])
@@ -204,14 +197,6 @@ def _chunk_size(length: int, cu_seqlens: Tensor | None) -> int:
         return min(LONGEST, max(SHORTEST, length // max(1, len(cu_seqlens) - 1)))
     whole = gcd(length, LONGEST)
     return whole if whole >= SHORTEST else max(1, min(length, LONGEST))
-
-
-def _owners(layout: ChunkLayout, device: torch.device) -> Tensor:
-    """The sequence of each chunk [M]."""
-    offsets = torch.tensor(layout.offsets, device="cpu")
-    places = torch.arange(layout.num_sequences, device="cpu")
-    owner = torch.repeat_interleave(places, offsets.diff(), output_size=layout.num_chunks)
-    return owner.to(device, non_blocking=True)
 
 
 def _scaled_product(a: Tensor, b: Tensor) -> Tensor:

@@ -62,6 +62,41 @@ class ChunkLayout:
             return x.flatten(0, 1).index_select(0, self.slots).unsqueeze(0)
         return x.reshape(self.batch, self.places, *x.shape[2:])[:, : self.length]
 
+    @property
+    def per_sequence(self) -> int:
+        """Chunks of a sequence that is not packed."""
+        return self.places // self.chunk_size
+
+    def owners(self, device: torch.device) -> Tensor:
+        """The sequence of each chunk, int64 [M]."""
+        if self.slots is None:  # on the device: a copy from the host may make it wait
+            return torch.arange(self.num_chunks, device=device) // max(self.per_sequence, 1)
+        counts = torch.tensor(self.offsets, device="cpu").diff()
+        places = torch.arange(self.num_sequences, device="cpu")
+        owner = torch.repeat_interleave(places, counts, output_size=self.num_chunks)
+        return owner.to(device, non_blocking=True)
+
+    def sums(self, x: Tensor, owner: Tensor) -> Tensor:
+        """Sums over each sequence of rows that belong to it, [R,...] -> [N,...].
+
+        Args:
+            x: a row a chunk, or as many for every sequence that is not packed.
+            owner: the sequence of each row, int64 [R].
+        """
+        if self.slots is None and self.batch > 0:
+            return x.unflatten(0, (self.batch, len(x) // self.batch)).sum(1)
+        return x.new_zeros(self.num_sequences, *x.shape[1:]).index_add_(0, owner, x)
+
+    def earlier(self, x: Tensor, owner: Tensor) -> Tensor:
+        """Sums of x [M,H] over the earlier chunks of the same sequence; owner as `owners` has it."""
+        if self.slots is None:
+            heads_first = x.unflatten(0, (self.batch, self.per_sequence)).transpose(1, 2)
+            return _before(heads_first).transpose(1, 2).flatten(0, 1)
+        before = _before(x.T).T
+        first = torch.tensor(self.offsets[:-1], device="cpu").to(x.device, non_blocking=True)
+        first = first.clamp_max(max(self.num_chunks - 1, 0))
+        return before - before[first][owner] if len(x) else before
+
     def steps(self, device: torch.device, reverse: bool = False) -> Iterator[tuple[Rows, Rows]]:
         """(sequences, their i-th chunks) for i = 0, 1, ...; from the last to the first if `reverse`.
 
@@ -84,6 +119,12 @@ class ChunkLayout:
         """Slices of the M chunks, at most `chunks_per_block` long."""
         for start in range(0, self.num_chunks, chunks_per_block):
             yield slice(start, min(start + chunks_per_block, self.num_chunks))
+
+
+def _before(x: Tensor) -> Tensor:
+    """Sums of what comes before, along the last dimension, where torch's scan is fast."""
+    x = x.contiguous()
+    return x.cumsum(-1) - x
 
 
 def chunk_layout(

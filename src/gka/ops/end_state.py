@@ -177,23 +177,31 @@ class _EndStatesGradients(torch.autograd.Function):
 @torch.compiler.disable(reason="the kernels are launched from Python")
 def _by_kernels(inputs: EndInputs) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
     tensors = [getattr(inputs, name) for name in _GIVEN]
-    total_u, total_h, u, h = EndStates.apply(inputs, *tensors)
-    return total_u, total_u if inputs.tied else total_h, u, h
+    *totals, u, h = EndStates.apply(inputs, *tensors)
+    total_u, total_h = (None if x is None else x.to(u.dtype) for x in totals)
+    return total_u, total_h, u, h
+
+
+def _by_torch(inputs: EndInputs) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
+    of = inputs.heads, (inputs.cu_seqlens, inputs.cu_seqlens_cpu)
+    total_u, u = end_moment(inputs.k, inputs.v, inputs.g, inputs.beta, *of)
+    total_h = h = None
+    if inputs.with_h:
+        gk = inputs.g if inputs.tied else inputs.gk
+        total_h, h = end_moment(inputs.k, None, gk, inputs.beta, *of)
+    return total_u, total_h, u, h
 
 
 def end_moments(inputs: EndInputs) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
     """Total log decays of U and of H [N,H] (None without decay), and U and H (None unless wanted) of checked
-    inputs, differentiable: by kernels where they can run, else by torch."""
+    inputs, differentiable: by kernels where they can run, else by torch.
+
+    Where g decays both states, both totals are one tensor.
+    """
     if why_not_kernels(inputs) is None:
         total_u, total_h, u, h = _by_kernels(inputs.contiguous())
-        total_u, total_h = (None if x is None else x.to(u.dtype) for x in (total_u, total_h))
-        return total_u, total_u if inputs.tied else total_h, u, h
-    of = inputs.heads, (inputs.cu_seqlens, inputs.cu_seqlens_cpu)
-    total_u, u = end_moment(inputs.k, inputs.v, inputs.g, inputs.beta, *of)
-    if not inputs.with_h:
-        return total_u, None, u, None
-    gk = inputs.g if inputs.tied else inputs.gk
-    total_h, h = end_moment(inputs.k, None, gk, inputs.beta, *of)
+    else:
+        total_u, total_h, u, h = _by_torch(inputs)
     return total_u, total_u if inputs.tied else total_h, u, h
 
 

@@ -24,6 +24,10 @@ from gka.parallel.exchanges import copied, joined_columns, summed
 ENDS = ("embed_tokens", "lm_head")
 
 
+def _rows_here(weight: Tensor) -> Tensor:
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
 @dataclass(frozen=True)
 class VocabularyPart:
     """This rank's words of a vocabulary, `gka.models.vocabulary.Vocabulary`.
@@ -43,7 +47,7 @@ class VocabularyPart:
 
     def local(self, weight: Tensor) -> Tensor:
         """This rank's rows of the matrix, of which calls of the model may see these alone."""
-        return weight.to_local() if isinstance(weight, DTensor) else weight
+        return _rows_here(weight)
 
     def shared(self, hidden: Tensor) -> Tensor:
         """Hidden states for the work on this rank's words; their gradients are summed over the ranks."""
@@ -66,7 +70,7 @@ class WholeVocabulary:
     begin = 0
 
     def local(self, weight: Tensor) -> Tensor:
-        return weight.to_local() if isinstance(weight, DTensor) else weight
+        return _rows_here(weight)
 
     def shared(self, hidden: Tensor) -> Tensor:
         return hidden

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from gka import __version__
 from gka.data import load_tokenizer
 from gka.errors import InputError
 from gka.parallel import Layout, current, joined, whole_weights
@@ -210,7 +211,7 @@ LIBRARIES = ("torch", "transformers", "accelerate", "tokenizers", "numpy")
 
 def versions() -> dict[str, str]:
     """Versions of Python, this library and `LIBRARIES`."""
-    names = {"gated-kalmanet": _version("gated-kalmanet"), "python": platform.python_version()}
+    names = {"gated-kalmanet": __version__, "python": platform.python_version()}
     return names | {name: _version(name) for name in LIBRARIES}
 
 

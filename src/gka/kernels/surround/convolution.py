@@ -180,6 +180,26 @@ def filtered(window, weights, seen, W: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
+def segments_of(
+    b, block, tile, T, L, C: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BD: tl.constexpr
+):
+    """R segments of L tokens of a tile of channels.
+
+    Returns:
+        Channels and whether they exist [BD]; first tokens, and tokens from there to the sequence's end [R];
+        the first one's start in [B,T,C], and offsets from it [R,BD].
+    """
+    segments, cols = tl.arange(0, R), tl.arange(0, BD)
+    channels = tile * D + cols
+    inside = (cols < D) & (channels < C)
+    start = (b.to(tl.int64) * T + block * (R * L)) * C
+    at = block * (R * L) + segments * L
+    left = T - at
+    offsets = (segments * L)[:, None] * C + channels[None, :]
+    return channels, inside, at, left, start, offsets
+
+
+@triton.jit
 def convolve_tile(
     x, w, state, y, past, lengths, b, block, tile, T, L, C: tl.constexpr, D: tl.constexpr,
     W: tl.constexpr, UNIT: tl.constexpr, R: tl.constexpr, BD: tl.constexpr, AHEAD: tl.constexpr,
@@ -189,15 +209,9 @@ def convolve_tile(
 
     Loads run AHEAD tokens ahead; UNROLL steps go through the window without moving it.
     """
-    segments, cols = tl.arange(0, R), tl.arange(0, BD)
-    channels = tile * D + cols
-    inside = (cols < D) & (channels < C)
     WHOLE: tl.constexpr = divides(D, C) and divides(BD, D)
     PACKED: tl.constexpr = past is not None
-    start = (b.to(tl.int64) * T + block * (R * L)) * C
-    at = block * (R * L) + segments * L
-    left = T - at
-    offsets = (segments * L)[:, None] * C + channels[None, :]
+    channels, inside, at, left, start, offsets = segments_of(b, block, tile, T, L, C, D, R, BD)
     from_x, to_y = x + start + offsets, y + start + offsets
     weights = load_weights(w, channels, inside, W)
     window = load_window(from_x, state, b, at, left, channels, inside, C, W, WHOLE)

@@ -17,6 +17,7 @@ from gka.kernels.surround.convolution import (
     seen_ahead,
     seen_later,
     seen_now,
+    segments_of,
     shifted,
     silu,
     store_token,
@@ -67,15 +68,9 @@ def through_tile(
     Registers hold the window of inputs that z needs, and dx of the last tokens, to which later ones still
     add: so W - 1 more steps follow a segment's end.
     """
-    segments, cols = tl.arange(0, R), tl.arange(0, BD)
-    channels = tile * D + cols
-    inside = (cols < D) & (channels < C)
     WHOLE: tl.constexpr = divides(D, C) and divides(BD, D)
     PACKED: tl.constexpr = past is not None
-    start = (b.to(tl.int64) * T + block * (R * L)) * C
-    at = block * (R * L) + segments * L
-    left = T - at
-    offsets = (segments * L)[:, None] * C + channels[None, :]
+    channels, inside, at, left, start, offsets = segments_of(b, block, tile, T, L, C, D, R, BD)
     from_x, from_dy = x + start + offsets, dy + start + offsets
     weights = load_weights(w, channels, inside, W)
     window = load_window(from_x, state, b, at, left, channels, inside, C, W, WHOLE)
@@ -114,7 +109,7 @@ def through_tile(
             window, pending = full[1:], added[1:]
             if dx is not None:
                 done = step - (W - 1)
-                complete = (left > done) & (segments * 0 + done >= 0)
+                complete = (left > done) & (at * 0 + done >= 0)
                 store_token(dx + start + offsets, added[0], done, complete, inside, C, WHOLE)
     if dx is not None:
         for more in tl.static_range(W - 1):

@@ -29,7 +29,7 @@ from gka.kernels.triton.common import (
     store_rows,
     store_state,
 )
-from gka.kernels.triton.scan import unit_of
+from gka.kernels.triton.scan import scaled_rows, unit_of
 
 FORGOTTEN: tl.constexpr = tl.constexpr(-104.0)  # its exp is 0 in float32
 
@@ -52,7 +52,7 @@ def decays(g, log_after, row, valid, h, H):
 
 @triton.jit
 def sum_chunks(
-    k, v, g, beta, after, sums, chunks, segment, first, end, h, block,
+    k, v, g, beta, after, sums, start, length, segment, first, end, h, block,
     H: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr, K: tl.constexpr,
     V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, OP: tl.constexpr,
     PREC: tl.constexpr,
@@ -64,17 +64,14 @@ def sum_chunks(
     for c in range(first, end):
         begin = tl.minimum(begin, tl.where(decay_after(after, c, h, H) > FORGOTTEN, c, end))
     for c in range(begin, end):
-        row, stop = tl.load(chunks + c * 2), tl.load(chunks + c * 2 + 1)
-        valid = row + tl.arange(0, C) < stop
+        row, valid = tl.load(start + c), tl.arange(0, C) < tl.load(length + c)
         kt = load_raw(k, row, HK, h // GK, K, rk, valid)
         vt = load_raw(v, row, HV, h // GV, V, rv, valid)
         write = load_gate(beta, row, H, h, valid, 1.0)
         weight = decays(g, decay_after(after, c, h, H), row, valid, h, H) * write * write
-        # rows of at most one: key rows over their largest entry, value rows over all other factors
         k_max = row_maxima(kt)
         unit = unit_of(tl.sum(weight * k_max * row_maxima(vt), 0), 0.0, 0.0)
-        kn = kt.to(tl.float32) * inverse(k_max)[:, None]
-        vn = vt.to(tl.float32) * (weight * k_max / unit)[:, None]
+        kn, vn = scaled_rows(kt, vt, weight, k_max, unit)
         state += tl.dot(tl.trans(kn.to(OP)), vn.to(OP), input_precision=PREC) * unit
     store_state(sums + (segment.to(tl.int64) * H + h) * K * V, state, rk, rv, K, V)
 
@@ -90,8 +87,9 @@ def ends_kernel(
     after_u,  # [M, H] or None: of U
     sums_h,  # [S, H, K, K] float32, or None without H
     sums_u,  # [S, H, K, V]
-    chunks,  # [M, 2] int64: first token, and the sequence's end
-    segments,  # [S, 2] int32: first and end chunk
+    start,  # [M] int64: a chunk's first token
+    length,  # [M] int32: its tokens
+    segments,  # [S, 5] int32: gka.kernels.tables.Chunking
     H: tl.constexpr,
     HK: tl.constexpr,
     HV: tl.constexpr,
@@ -108,16 +106,16 @@ def ends_kernel(
 ):
     """What each segment of chunks adds to H and U at its sequence's end; the first NK blocks are H's."""
     segment, h, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    first, end = tl.load(segments + segment * 2), tl.load(segments + segment * 2 + 1)
+    first, end = tl.load(segments + segment * 5 + 1), tl.load(segments + segment * 5 + 2)
     if NK > 0:  # noqa: SIM102 - two conditions, since without H its array is None
         if block < NK:
             sum_chunks(
-                k, k, gk, beta, after_h, sums_h, chunks, segment, first, end, h, block, H,
+                k, k, gk, beta, after_h, sums_h, start, length, segment, first, end, h, block, H,
                 HK, HK, GK, GK, K, K, BK, BN, C, OP, PREC,
             )  # fmt: skip
     if block >= NK:
         sum_chunks(
-            k, v, g, beta, after_u, sums_u, chunks, segment, first, end, h, block - NK, H,
+            k, v, g, beta, after_u, sums_u, start, length, segment, first, end, h, block - NK, H,
             HK, HV, GK, GV, K, V, BK, BN, C, OP, PREC,
         )  # fmt: skip
 
@@ -156,7 +154,8 @@ def ends_backward_kernel(
     totals_h,  # [M, H] float32: sums of the chunk's terms, or None
     totals_u,  # [M, H] or None
     dbeta,  # [tokens, H] or None
-    chunks,  # [M, 2] int64
+    start,  # [M] int64
+    length,  # [M] int32
     owner,  # [M] int64: the sequence of each chunk
     H: tl.constexpr,
     HK: tl.constexpr,
@@ -175,9 +174,8 @@ def ends_backward_kernel(
 ):
     """Gradients of one chunk's keys, values, decays and write gates, for one head."""
     c, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    row, stop = tl.load(chunks + c * 2), tl.load(chunks + c * 2 + 1)
-    n = tl.load(owner + c)
-    valid = row + tl.arange(0, C) < stop
+    row, n = tl.load(start + c), tl.load(owner + c)
+    valid = tl.arange(0, C) < tl.load(length + c)
     rk, rv, rn = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BN)
     after_of_u = decay_after(after_u, c, h, H)
     after_of_h = after_of_u

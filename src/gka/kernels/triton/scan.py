@@ -44,6 +44,14 @@ def unit_of(largest, scale, whole):
 
 
 @triton.jit
+def scaled_rows(kt, vt, weight, k_max, unit):
+    """Rows of at most one: key rows over their largest entry, value rows times all other factors."""
+    kn = kt.to(tl.float32) * inverse(k_max)[:, None]
+    vn = vt.to(tl.float32) * (weight * k_max / unit)[:, None]
+    return kn, vn
+
+
+@triton.jit
 def add_chunk(
     state, scale, k, v, g, beta, row, valid, h, rk, rv, H,
     HK: tl.constexpr, HV: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr,
@@ -57,13 +65,11 @@ def add_chunk(
     total, to_end = decays_to_end(gate)
     weight = to_end * write * write
     whole = tl.exp(total)
-    # rows scaled to at most one: key rows by their largest entry, value rows by all other factors
     k_max = row_maxima(kt)
     v_max = k_max if IS_H else row_maxima(vt)
     largest = tl.sum(weight * k_max * v_max, 0)
     unit = unit_of(largest, scale, whole)
-    kn = kt.to(tl.float32) * inverse(k_max)[:, None]
-    vn = vt.to(tl.float32) * (weight * k_max / unit)[:, None]
+    kn, vn = scaled_rows(kt, vt, weight, k_max, unit)
     state = state * (whole / unit)
     state = tl.dot(tl.trans(kn.to(OP)), vn.to(OP), state, input_precision=PREC) * unit
     return state, scale * whole + largest, total, tl.max(k_max, 0), tl.max(v_max, 0)

@@ -4,11 +4,9 @@ from collections import Counter
 from dataclasses import dataclass, fields
 
 from gka.models.fields import SOFTMAX_MIXERS
-from gka.models.flops import mixer_heads
+from gka.models.flops import CHUNK, mixer_heads
 from gka.parallel.planner.job import Job
 from gka.parallel.planner.work import LOGITS_BYTES
-
-CHUNK = 64  # tokens
 
 
 @dataclass(frozen=True)
