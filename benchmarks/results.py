@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.stopwatch import Stopwatch
 
 from gka.experiments.ledger import Ledger
+from gka.experiments.stopwatch import Stopwatch
 
 UNTOLD = ("--output", "--update", "--commit")  # left out of the reported command
 TRIAL = "CPU, for a trial of the command: these times mean nothing"

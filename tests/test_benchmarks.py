@@ -89,7 +89,7 @@ def test_peak_memory_is_the_work_s_own():
     """What a process held before is not counted, however much it was at its height; what the work holds
     is, also if it is freed before the end."""
     code = (
-        "import torch\nfrom benchmarks.stopwatch import peak_added\n"
+        "import torch\nfrom gka.experiments.stopwatch import peak_added\n"
         "torch.ones(96 * 2**18).sum()\n"  # 96 MiB, freed
         "print(peak_added(lambda: torch.ones(32 * 2**18).sum()))"  # 32 MiB, freed too
     )
@@ -101,7 +101,7 @@ def test_peak_memory_is_the_work_s_own():
 
 def test_memory_that_cannot_be_measured_is_said_so(cpu, monkeypatch, tmp_path, capsys):
     """Without a way to reset the peak there is no figure: null in JSON, and words in the table."""
-    memory = importlib.import_module("benchmarks.stopwatch")
+    memory = importlib.import_module("gka.experiments.stopwatch")
     monkeypatch.setattr(memory, "_RESET", tmp_path / "no" / "clear_refs")
     assert memory.peak_added(lambda: torch.ones(10)) is None
     monkeypatch.setattr(cpu, "peak_memory", lambda length, form: None)

@@ -121,7 +121,7 @@ def test_a_profile_that_fails_leaves_the_rest(run, gpu, monkeypatch, tmp_path):
 
 def test_kept_memory_is_that_of_what_a_call_returns(gpu, monkeypatch):
     """The result of the call is alive when memory is read again."""
-    from benchmarks.stopwatch import Stopwatch
+    from gka.experiments.stopwatch import Stopwatch
 
     watch = Stopwatch("cpu")
     assert watch.kept_bytes(object) is None

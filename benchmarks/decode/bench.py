@@ -28,11 +28,11 @@ from benchmarks import results
 from benchmarks.decode.kernels import SOLVES, STORED, DecodeKernel, decode_kernels
 from benchmarks.decode.states import Artificial, Layer, Shape, Source, Trained
 from benchmarks.registry import NotAvailable, reason
-from benchmarks.stopwatch import Call, captured
 from torch import Tensor
 
 from gka.experiments.ledger import markdown_table, refusing
 from gka.experiments.numerics import relative
+from gka.experiments.stopwatch import Call, captured
 from gka.ops import fused_recurrent_gka_, why_unavailable
 
 if TYPE_CHECKING:

@@ -22,9 +22,9 @@ from benchmarks import results
 from benchmarks.model import step
 from benchmarks.model.sizes import MIXERS, SIZES
 from benchmarks.model.step import Cell
-from benchmarks.stopwatch import Stopwatch
 
 from gka.experiments.ledger import Ledger
+from gka.experiments.stopwatch import Stopwatch
 from gka.kernels import cubins
 from gka.storage import read_json, write_json
 from gka.training import compilation

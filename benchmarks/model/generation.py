@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from benchmarks import registry, results
-from benchmarks.stopwatch import captured, spread
 from torch import Tensor
 
 from gka import GenerationSession
 from gka.experiments.ledger import markdown_table
+from gka.experiments.stopwatch import captured, spread
 from gka.models import GKACache, GKAForCausalLM, cache_tensors
 from gka.models.cache import CACHE_NAME
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from benchmarks import registry, results
-from benchmarks.stopwatch import peak_added
 
 from gka import GenerationSession
 from gka.experiments.ledger import markdown_table, print_table
 from gka.experiments.numerics import relative
+from gka.experiments.stopwatch import peak_added
 from gka.models import GKAForCausalLM
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

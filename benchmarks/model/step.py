@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 from benchmarks import results
-from benchmarks.model import fla_mixers
 from benchmarks.model.kernel_groups import grouped
 from benchmarks.model.sizes import MIXERS, SIZES, ModelSize, model_flops, peak_tflops
 from benchmarks.op.profile import kernels, total
 from benchmarks.registry import NotAvailable, reason
-from benchmarks.stopwatch import Stopwatch
 from torch import Tensor
 
+from gka.experiments import fla_mixers
+from gka.experiments.stopwatch import Stopwatch
 from gka.models.loss import compiled_on_gpu
 from gka.models.recomputation import checkpoint_arguments, keep_states
 from gka.ops import (

@@ -13,9 +13,9 @@ from benchmarks import registry
 from benchmarks.op.trained import TrainedHeads
 from benchmarks.registry import Build, Contender, Inputs, NotAvailable, Size, reason
 from benchmarks.results import Run
-from benchmarks.stopwatch import Call
 from torch import Tensor, nn
 
+from gka.experiments.stopwatch import Call
 from gka.ops import backends
 
 Make = Callable[[], dict[str, Call]]

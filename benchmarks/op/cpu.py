@@ -1,7 +1,7 @@
 """The chunk-wise form against the token-by-token reference on this CPU: `python -m benchmarks.run cpu`.
 
 Measures time and peak memory of forward + backward by length. Both forms are timed interleaved in one
-process. Memory is measured in a fresh process each (only on Linux, see `benchmarks.stopwatch.peak_added`).
+process. Memory is measured in a fresh process each (only on Linux, see `peak_added` of the stopwatch).
 Writes cpu.json, cpu.md and cpu.png, and prints a table.
 """
 
@@ -16,10 +16,11 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import torch
-from benchmarks import results, stopwatch
+from benchmarks import results
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from gka.experiments import stopwatch
 from gka.experiments.ledger import markdown_table, print_table
 from gka.ops import chunk_gka
 

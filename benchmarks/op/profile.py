@@ -11,9 +11,9 @@ import torch.profiler
 from benchmarks import registry
 from benchmarks.op.compare import Comparison
 from benchmarks.registry import Build, Contender, Inputs, reason
-from benchmarks.stopwatch import Call, Stopwatch
 from torch.profiler import ProfilerActivity
 
+from gka.experiments.stopwatch import Call, Stopwatch
 from gka.storage import write_text
 
 FEW = 10  # solver steps of the shorter pass from which the loop's speed is measured

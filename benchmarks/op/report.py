@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks import stopwatch
 from benchmarks.op.trained import head_of_histogram
 from benchmarks.registry import BASELINE_LAYER, BASELINES
 
+from gka.experiments import stopwatch
 from gka.experiments.ledger import markdown_table, print_table, report
 from gka.storage import write_text
 

@@ -27,13 +27,13 @@ from benchmarks.host import resources
 from benchmarks.op import tune_table
 from benchmarks.op.tune_table import Candidate, Options
 from benchmarks.registry import SOLVERS
-from benchmarks.stopwatch import Stopwatch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
 from gka.console import text_console
 from gka.experiments.ledger import print_table
+from gka.experiments.stopwatch import Stopwatch
 from gka.kernels import backward, configs, forward
 from gka.kernels.call import GpuCall
 from gka.kernels.triton.passes import TRITON

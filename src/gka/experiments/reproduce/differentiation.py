@@ -27,7 +27,7 @@ class PlainSystem:
         k: keys [B,H,N,C,K]. h: chunk-start states [B,H,N,K,K].
         zeta: decay from the chunk's start [B,H,N,C,1]. mask: M [B,H,N,C,C], row t, column j.
         fro: F_t [B,H,N,C].
-        ridge_ratio: a.
+        ridge_ratio, constant: a and c of lambda_t = a F_t + c.
         operands: dtype to which a product's operands are rounded.
     """
 
@@ -38,6 +38,12 @@ class PlainSystem:
     fro: Tensor
     ridge_ratio: float
     operands: torch.dtype
+    constant: float = 0.0
+
+    @property
+    def lamb(self) -> Tensor:
+        """lambda_t [B,H,N,C]."""
+        return self.ridge_ratio * self.fro + self.constant
 
     def product(self, d: Tensor) -> Tensor:
         """H_t d_t of rows d [B,H,N,C,K]."""
@@ -46,10 +52,12 @@ class PlainSystem:
 
     def apply(self, d: Tensor) -> Tensor:
         """(H_t + lambda_t I) d_t."""
-        return self.product(d) + self.ridge_ratio * self.fro.unsqueeze(-1) * d
+        return self.product(d) + self.lamb.unsqueeze(-1) * d
 
 
-def plain_system(k: Tensor, g: Tensor, ridge_ratio: float, operands: torch.dtype) -> PlainSystem:
+def plain_system(
+    k: Tensor, g: Tensor, ridge_ratio: float, operands: torch.dtype, constant: float = 0.0
+) -> PlainSystem:
     """The systems of keys k [B,H,N,C,K] and log decays g [B,H,N,C]."""
     total = g.cumsum(-1)
     future = torch.ones(k.shape[-2], k.shape[-2], dtype=torch.bool, device=k.device).triu(1)
@@ -65,12 +73,30 @@ def plain_system(k: Tensor, g: Tensor, ridge_ratio: float, operands: torch.dtype
     squared = zeta[..., 0].square() * h.square().sum((-2, -1)).unsqueeze(-1)
     squared = squared + 2.0 * zeta[..., 0] * (mask @ ((k @ h) * k).sum(-1, keepdim=True))[..., 0]
     squared = squared + (pairs * mask).sum(-1)
-    return PlainSystem(k, h, zeta, mask, squared.sqrt(), ridge_ratio, operands)
+    return PlainSystem(k, h, zeta, mask, squared.sqrt(), ridge_ratio, operands, constant)
 
 
 def chebyshev_steps(system: PlainSystem, q: Tensor) -> Tensor:
     """30 Chebyshev steps, differentiable."""
     return chebyshev_solve(system.product, q, system.fro, system.ridge_ratio, 30)
+
+
+def chebyshev_on(system: PlainSystem, q: Tensor, num_iter: int) -> Tensor:
+    """Chebyshev steps on [lambda_t, lambda_t + F_t] of any lambda_t: weights that differ by token.
+
+    With lambda_t = a F_t they are those of `gka.maths.solvers.chebyshev`.
+    """
+    fro, lamb = system.fro.unsqueeze(-1), system.lamb.unsqueeze(-1)
+    step = 2.0 / (2.0 * lamb + fro)  # 2/(L + mu)
+    rho_squared, omega = (fro / (2.0 * lamb + fro)).square(), 2.0
+    residual, d = q, step * q
+    x = d
+    for _ in range(num_iter):
+        omega = 4.0 / (4.0 - rho_squared * omega)
+        residual = residual - system.apply(d)
+        d = (omega - 1.0) * d + (omega * step) * residual
+        x = x + d
+    return x
 
 
 def conjugate_gradient_steps(system: PlainSystem, q: Tensor, guard: float = 0.0) -> Tensor:
@@ -122,10 +148,13 @@ def implicitly(solve: Solve) -> Solve:
 
 
 def plain_gka(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, gk: Tensor, alpha: Tensor, *, solve: Solve,
-    ridge_ratio: float = 0.02,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, gk: Tensor | None, alpha: Tensor | None, *,
+    solve: Solve, ridge_ratio: float = 0.02, constant: float = 0.0, beta: Tensor | None = None,
+    scale: float | None = None,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """The map of `chunk_gka` with `solve` as its solver.
+    """The map of `chunk_gka` with `solve` as its solver, and lambda_t = ridge_ratio F_t + constant.
+
+    Nothing waits for the device, so that CUDA graphs may hold it.
 
     Args: as `chunk_gka`; T is a multiple of 64, or at most 64. 16-bit inputs are computed in float32 with
         products of 16-bit operands.
@@ -137,8 +166,11 @@ def plain_gka(
     def cut(x: Tensor) -> Tensor:
         return x.to(work).transpose(1, 2).unflatten(2, (-1, chunk))
 
-    system = plain_system(cut(k), cut(gk), ridge_ratio, q.dtype)
-    x = solve(system, cut(q)).flatten(2, 3).transpose(1, 2)
-    z = q + alpha.unsqueeze(-1) * (x - q)
-    o, _ = chunk_simple_gla(z.to(q.dtype), k, v, g)
+    with torch.autocast(q.device.type, enabled=False):
+        keys = cut(k) if beta is None else cut(beta).unsqueeze(-1) * cut(k)
+        decay = torch.zeros_like(keys[..., 0]) if gk is None else cut(gk)
+        system = plain_system(keys, decay, ridge_ratio, q.dtype, constant)
+        x = solve(system, cut(q)).flatten(2, 3).transpose(1, 2)
+        z = x if alpha is None else q + alpha.unsqueeze(-1) * (x - q)
+    o, _ = chunk_simple_gla(z.to(q.dtype), k, v, g, scale, beta=beta)
     return o, None

@@ -1,15 +1,26 @@
 """The experiments by name."""
 
 from gka.errors import InputError
+from gka.experiments.reproduce.ablations import ABLATIONS
 from gka.experiments.reproduce.convergence import CONVERGENCE
 from gka.experiments.reproduce.experiment import Experiment
 from gka.experiments.reproduce.gradients import GRADIENTS
 from gka.experiments.reproduce.key_statistics import KEY_STATISTICS
+from gka.experiments.reproduce.runtime import RUNTIME
 from gka.experiments.reproduce.sketching import SKETCHING
 from gka.experiments.reproduce.state_precision import STATE_PRECISION
 
 EXPERIMENTS: dict[str, Experiment] = {
-    e.name: e for e in (CONVERGENCE, GRADIENTS, STATE_PRECISION, KEY_STATISTICS, SKETCHING)
+    e.name: e
+    for e in (
+        CONVERGENCE,
+        GRADIENTS,
+        RUNTIME,
+        ABLATIONS,
+        SKETCHING,
+        STATE_PRECISION,
+        KEY_STATISTICS,
+    )
 }
 
 

@@ -54,17 +54,19 @@ class Stopwatch:
         self.wait()
         return time.perf_counter() - begin
 
-    def repeat(self, call: Call, repeats: int) -> tuple[list[float], list[float]]:
+    def repeat(
+        self, call: Call, repeats: int, head_start: int = HEAD_START
+    ) -> tuple[list[float], list[float]]:
         """Milliseconds of consecutive calls, on the device and on the host, without waiting between them.
 
-        The host gets a head start, as in the training of many layers, so that the device never waits for it
-        and both times are separate.
+        The host gets a head start of so many cycles, as in the training of many layers, so that the device
+        never waits for it and both times are separate.
         """
         if not self.cuda:
             return [1e3 * self.once(call) for _ in range(repeats)], []
         host, events = [], []
         self.wait()
-        torch.cuda._sleep(HEAD_START)
+        torch.cuda._sleep(head_start)
         for _ in range(repeats):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             self.cache.zero_()
