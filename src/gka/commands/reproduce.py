@@ -1,6 +1,7 @@
 """`gka reproduce`: an experiment about a claim, from measurements to a verdict."""
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -51,6 +52,15 @@ def reproduce(
             help="Folder of a `gka train` run, for rows of a trained model.", show_default="none"
         ),
     ] = None,
+    corpus: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder or archive of gka.experiments.corpora.", show_default="built from what is here"
+        ),
+    ] = None,
+    processes: Annotated[
+        int, typer.Option(help="Processes that measure at the same time.", min=1)
+    ] = 1,
     output: Annotated[
         Path | None,
         opt.output_folder(
@@ -83,24 +93,30 @@ def reproduce(
     experiment = find(name)
     number = experiment.seeds[size] if seeds is None else opt.at_least_one("--seeds", seeds)
     where = opt.usable_device(device)
-    given = Options(where, tuple(range(number)), None if model is None else str(model))
-    command = _command(name, size, where, seeds, model)
-    opt.silence_libraries()
     folder = output or ROOT / size
+    trained = None if model is None else str(model)
+    given = Options(where, tuple(range(number)), trained, folder, corpus)
+    command = _command(name, size, where, seeds, {"--model": model, "--corpus": corpus})
+    opt.silence_libraries()
     with only_writer(folder, "--output"):
-        _run(console, Reproduction(experiment, size, given, folder, command), folder, minutes)
+        reproduction = Reproduction(experiment, size, given, folder, command)
+        _run(console, reproduction, folder, minutes, processes)
 
 
-def _command(name: str, size: str, device: str, seeds: int | None, model: Path | None) -> str:
-    """The command line that measures this again."""
+def _command(
+    name: str, size: str, device: str, seeds: int | None, read: Mapping[str, Path | None]
+) -> str:
+    """The command line that measures this again; `read`: files by option."""
     words = ["gka", "reproduce", name, *(["--" + size] if size != "full" else [])]
     words += ["--device", device] + ([] if seeds is None else ["--seeds", str(seeds)])
-    return shlex.join(words + ([] if model is None else ["--model", model.name]))
+    words += [word for option, path in read.items() if path for word in (option, path.name)]
+    return shlex.join(words)
 
 
 def _run(
-    console: "Console", reproduction: "Reproduction", folder: Path, minutes: float | None
-) -> None:
+    console: "Console", reproduction: "Reproduction", folder: Path, minutes: float | None,
+    processes: int,
+) -> None:  # fmt: skip
     """Say the plan, run, report, and say what is left or failed."""
     name, plan = reproduction.experiment.name, reproduction.plan()
     console.print(f"{name}, {reproduction.size}: {plan}", highlight=False, soft_wrap=True)
@@ -112,6 +128,7 @@ def _run(
                 f"{cell.key}: {record['seconds']:.1f} s"
                 + (f", failed: {record['reason']}" if record["state"] == "failed" else "")
             ),
+            processes,
         )
     verdict = reproduction.report()
     for check in verdict["checks"]:

@@ -10,7 +10,6 @@ first one of a span has exactly n tokens before it, the last one the span's leng
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,30 +67,6 @@ def memory_utility(
         _losses(reader, texts, start, stop, n, span or max(1, n // 4)) for n in resets
     ]
     return MemoryUtility(tuple(resets), carried, torch.stack(after))
-
-
-def last_occurrence(ids: np.ndarray, n: int) -> np.ndarray:
-    """Tokens back to the last earlier occurrence of the n-gram that ends at each token, 0 without one.
-
-    Args:
-        ids: [T], each below 65536.
-        n: 1 to 4.
-
-    Returns:
-        int64 [T].
-    """
-    if not 1 <= n <= 4:
-        raise InputError(f"n is {n}; expected 1 to 4")
-    back = np.zeros(len(ids), np.int64)
-    if len(ids) < n:
-        return back
-    grams = np.zeros(len(ids) - n + 1, np.uint64)
-    for i in range(n):
-        grams = grams << np.uint64(16) | ids[i : len(ids) - n + 1 + i].astype(np.uint64)
-    order = np.argsort(grams, kind="stable")
-    same = grams[order][1:] == grams[order][:-1]
-    back[order[1:][same] + n - 1] = (order[1:] - order[:-1])[same]
-    return back
 
 
 def _check(

@@ -88,20 +88,29 @@ class Ledger:
         Returns:
             {"state": "done", "result", "seconds"} or {"state": "failed", "reason", "seconds"}, with `more`.
         """
-        began = time.perf_counter()
-        try:
-            record = {"state": "done", "result": measure()}
-        except Exception as error:
-            reason = (str(error).splitlines() or [""])[0]
-            record = {"state": "failed", "reason": f"{type(error).__name__}: {reason}"}
-        record |= {"seconds": round(time.perf_counter() - began, 3)} | more
+        record = record_of(measure) | more
+        self.keep(key, record)
+        return record
+
+    def keep(self, key: str, record: dict[str, Any]) -> None:
+        """Write a record of the figure `key`."""
         self.found.setdefault("cells", {})[key] = record
         self.note()
-        return record
 
     def report(self, page: str, draw: Draw | None = None) -> None:
         """Write NAME.md and, with matplotlib, NAME.png, and print where."""
         report(self.folder / self.name, page, draw)
+
+
+def record_of(measure: Callable[[], Any]) -> dict[str, Any]:
+    """What `measure` returns or why it fails, and its seconds; see `Ledger.attempt`."""
+    began = time.perf_counter()
+    try:
+        record = {"state": "done", "result": measure()}
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        record = {"state": "failed", "reason": f"{type(error).__name__}: {reason}"}
+    return record | {"seconds": round(time.perf_counter() - began, 3)}
 
 
 def _differences(there: Any, here: dict[str, Any]) -> str:

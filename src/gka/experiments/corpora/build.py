@@ -34,6 +34,7 @@ FORMAT = 1
 MEMORY, CODE = PARTS = ("memory", "code")
 DESCRIPTION, TOKENIZER, HAYSTACK = "corpus.json", "tokenizer", "haystack"
 HELD_FOR_HAYSTACK = 16  # one documentation file in so many
+ENOUGH = 32  # documentation files; with fewer, Python sources are the other text
 Texts = Iterator[tuple[str, str]]
 
 
@@ -159,7 +160,7 @@ def archive(folder: Path, file: Path) -> Path:
         info.mtime, info.uid, info.gid, info.uname, info.gname = 0, 0, 0, "", ""
         return info
 
-    with tarfile.open(file, "w:xz", preset=9) as packed:
+    with tarfile.open(file, "w:xz", preset=6) as packed:
         for path in sorted(folder.rglob("*")):
             if path.is_file():
                 packed.add(path, path.relative_to(folder), filter=plain)
@@ -184,24 +185,26 @@ def _unpacked(file: Path) -> Path:
 def _parts(budget: Budget, root: Path) -> tuple[dict[str, list[tuple[str, str]]], list[str]]:
     """Documents (name, text) of each part, and the haystack's texts."""
     files = list(sources.python_files(sources.DISTRIBUTIONS if budget.distributions else ()))
-    texts = list(sources.texts(root))
-    filler = texts or files
-    held = {f.name for f in filler if _number(f.name) % HELD_FOR_HAYSTACK == 0}
-    files, texts = ([f for f in kind if f.name not in held] for kind in (files, texts))
-    lines = _lines(_shuffled(texts or files)[:200])
+    texts = list(sources.texts(root)) if budget.documentation else []
+    manuals = list(sources.manual_entries(root)) if budget.manuals else []
+    entries = list(sources.dictionary_entries(root)) if budget.dictionaries else []
+    filler = _shuffled(texts if len(texts) >= ENOUGH else files)
+    held = filler[: max(1, min(200, len(filler) // HELD_FOR_HAYSTACK))]
+    names = {f.name for f in held}
+    files, texts = ([f for f in kind if f.name not in names] for kind in (files, texts))
+    lines, size = _lines(filler[len(held) :][:200]), budget.document
     whole = {folder_of(f) for f in files if _number(f"{f.source} {folder_of(f)}") % 3 == 0}
-    together = folders([f for f in files if folder_of(f) in whole], budget.document)
-    entries, size = list(sources.dictionary_entries(root)), budget.document
+    together = folders([f for f in files if folder_of(f) in whole], size)
     memory = [
         _until(budget.dictionaries, linked(entries, size, seed=0)),
-        _until(budget.manuals, linked(list(sources.manual_entries(root)), size, seed=1)),
+        _until(budget.manuals, linked(manuals, size, seed=1)),
         _until(budget.packages, sorted(together, key=lambda d: _number(d[0]))),
         _until(budget.documentation, _named(_shuffled(texts))),
         _until(budget.tasks, task_documents(lines, size // 8, seed=2)),
     ]
     code = _until(budget.code, _named(_shuffled([f for f in files if folder_of(f) not in whole])))
     documents = {MEMORY: [d for kind in memory for d in kind], CODE: list(code)}
-    return documents, [f.text for f in filler if f.name in held][:200]
+    return documents, [f.text for f in held]
 
 
 def _lines(entries: Sequence[sources.Entry]) -> list[str]:

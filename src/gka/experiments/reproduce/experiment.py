@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -22,11 +23,15 @@ class Options:
         device: "cpu", "cuda", "cuda:1", ...
         seeds: numbers from 0 on.
         model: folder of a run of `gka train`, for the cells of a trained model. None: there are none.
+        folder: of the ledger; cells may keep models in it. It does not belong to the settings.
+        corpus: folder or archive of `gka.experiments.corpora`. None: one is built from what is installed.
     """
 
     device: str = "cpu"
     seeds: tuple[int, ...] = (0,)
     model: str | None = None
+    folder: Path | None = None
+    corpus: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -36,12 +41,15 @@ class Cell:
     Attributes:
         key: unique among the experiment's cells, and the same in every run.
         measure: returns the figures; it depends on nothing but the cell.
-        seconds: estimated time on one core of a CPU, for plans.
+        seconds: estimated time on the device, one core of a CPU, for plans.
+        group: cells of one group are measured by one process if there are several, since they compile the
+            same.
     """
 
     key: str
     measure: Callable[[], dict[str, Any]]
     seconds: float
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,7 @@ class Experiment:
         draw: the results as a figure.
         checks: the statements that make the verdict.
         reads_model: whether a trained model adds cells.
+        corpus: opens or builds the corpus that all cells read, and returns its checksum. None: there is none.
     """
 
     name: str
@@ -94,6 +103,7 @@ class Experiment:
     draw: Callable[[Sequence[Found], "Figure"], None]
     checks: Callable[[Sequence[Found]], list[Check]]
     reads_model: bool = False
+    corpus: Callable[[Any, Options], str] | None = None
 
 
 def outcome_of(checks: Sequence[Check], of: str = "claim") -> Outcome:

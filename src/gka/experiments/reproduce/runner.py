@@ -12,6 +12,7 @@ from gka.evaluation.results import environment
 from gka.experiments.ledger import Ledger
 from gka.experiments.reproduce.experiment import SIZES, Cell, Experiment, Options, outcome_of
 from gka.experiments.reproduce.page import page_of
+from gka.experiments.reproduce.processes import measure_all
 from gka.experiments.reproduce.registry import EXPERIMENTS
 from gka.storage import read_json, sha256_of
 
@@ -73,6 +74,8 @@ class Reproduction:
             raise InputError(f"size is {size!r}; expected one of {', '.join(SIZES)}")
         if options.model is not None and not experiment.reads_model:
             raise InputError(f"{experiment.name} reads no model; leave out --model")
+        if options.corpus is not None and experiment.corpus is None:
+            raise InputError(f"{experiment.name} reads no corpus; leave out --corpus")
         self.experiment, self.size = experiment, size
         self.cells = experiment.cells(experiment.sizes[size], options)
         self.ledger = Ledger(folder, experiment.name, locked=True)
@@ -95,20 +98,27 @@ class Reproduction:
         return Plan(left, len(done), median(ratios) if ratios else 1.0, bool(ratios))
 
     def run(
-        self, minutes: float | None = None, on_cell: Callable[[Cell, Mapping], None] | None = None
+        self,
+        minutes: float | None = None,
+        on_cell: Callable[[Cell, Mapping], None] | None = None,
+        processes: int = 1,
     ) -> list[Cell]:
         """Measure what is left; a cell that fails is recorded with its reason.
 
         Args:
             minutes: the run ends before a cell that would not fit. None: no limit.
             on_cell: called with each cell and its record.
+            processes: that measure at the same time.
 
         Returns:
             The cells that did not fit.
         """
         began, cells = time.perf_counter(), self.plan().cells
         runs = self.ledger.found.setdefault("runs", [])
-        runs.append(self.about)
+        runs.append(self.about | ({"processes": processes} if processes > 1 else {}))
+        if processes > 1:
+            self._run_at_once(cells, minutes, on_cell or (lambda cell, record: None), processes)
+            return self.plan().cells if minutes is not None else []
         for number, cell in enumerate(cells):
             spent = time.perf_counter() - began
             if minutes is not None and spent + self.plan().seconds(cell) > 60 * minutes:
@@ -117,6 +127,23 @@ class Reproduction:
             if on_cell is not None:
                 on_cell(cell, record)
         return []
+
+    def _run_at_once(
+        self,
+        cells: list[Cell],
+        minutes: float | None,
+        on_cell: Callable[[Cell, Mapping], None],
+        processes: int,
+    ) -> None:
+        """Measure cells in several processes."""
+        number = len(self.ledger.found["runs"]) - 1
+
+        def keep(cell: Cell, record: dict[str, Any]) -> None:
+            self.ledger.keep(cell.key, record | {"run": number})
+            on_cell(cell, record)
+
+        until = None if minutes is None else time.monotonic() + 60 * minutes
+        measure_all(cells, processes, self.plan().speed, until, keep)
 
     def failed(self) -> dict[str, str]:
         """Reasons of failed cells, by key."""
@@ -145,11 +172,13 @@ class Reproduction:
 
 def _settings(experiment: Experiment, size: str, options: Options) -> dict[str, Any]:
     """What all cells of a ledger share; seeds only add cells."""
-    return {
+    numbers, corpus = experiment.sizes[size], experiment.corpus
+    read = {} if corpus is None else {"corpus": corpus(numbers, options)}
+    return read | {
         "experiment": experiment.name,
         "version": experiment.version,
         "size": size,
-        "numbers": asdict(experiment.sizes[size]),
+        "numbers": asdict(numbers),
         "device": options.device.split(":")[0],
         "model": None if options.model is None else _weights(Path(options.model)),
     }
