@@ -40,8 +40,9 @@ class Measures:
         rows: held-out sequences of the training's length, of each part at most.
         ngram: tokens of the n-grams by which a token counts as repeated.
         texts: long held-out texts.
-        times: their length over that of a training sequence.
-        targets: tokens at the end of each long text on which the memory's utility is measured.
+        times: training lengths at whose end the loss by position ends.
+        past: tokens before the targets, more than any reset leaves.
+        targets: tokens behind them, on which the memory's utility is measured.
         resets: numbers of tokens that are left after a reset.
         prompts: lengths of the tasks' prompts.
         depths: places of the line that is asked for.
@@ -52,6 +53,7 @@ class Measures:
     ngram: int
     texts: int
     times: int
+    past: int
     targets: int
     resets: tuple[int, ...]
     prompts: tuple[int, ...]
@@ -145,7 +147,7 @@ def long_texts(folder: Path, training: Training, measures: Measures) -> list[lis
     Raises:
         InputError: there is none.
     """
-    length = max(training.length * measures.times, max(measures.resets)) + measures.targets
+    length = max(training.length * measures.times, measures.past + measures.targets)
     part = holdouts(the_corpus(folder), training.held_out)[MEMORY]
     found = [ids[:length].tolist() for ids in _documents(part, length)]
     if not found:
@@ -170,10 +172,9 @@ def utilities(
     reader: Reader, texts: Sequence[list[int]], folder: Path, training: Training, measures: Measures
 ) -> dict[str, Any]:
     """Mean utility of the memory by reset, on all target tokens and on those that repeat an n-gram."""
-    stop = len(texts[0])
-    start = stop - measures.targets
+    start, stop = measures.past, measures.past + measures.targets
     found = memory_utility(reader, texts, start, stop, measures.resets, span=measures.targets)
-    gaps = _gaps(folder, training, measures)[:, start:]
+    gaps = _gaps(folder, training, measures)[:, start:stop]
     again = torch.from_numpy(gaps > 0)
     far = torch.from_numpy(gaps > measures.targets)
     rows = []
