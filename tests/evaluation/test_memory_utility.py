@@ -13,7 +13,11 @@ from gka.models import GKAConfig, GKAForCausalLM
 def model() -> GKAForCausalLM:
     torch.manual_seed(0)
     config = GKAConfig(
-        vocab_size=32, hidden_size=32, mixers=["gka", "attention"], num_heads=2, initializer_range=0.2
+        vocab_size=32,
+        hidden_size=32,
+        mixers=["gka", "attention"],
+        num_heads=2,
+        initializer_range=0.2,
     )
     return GKAForCausalLM(config).eval()
 

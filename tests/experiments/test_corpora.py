@@ -3,7 +3,7 @@
 import gzip
 import random
 import re
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,11 @@ def test_a_dictionary_is_read_by_its_index(tmp_path: Path) -> None:
     """Entries have the text that the index points to, and link to what stands in braces."""
     folder = tmp_path / "usr/share/dictd"
     folder.mkdir(parents=True)
-    texts = ["00database\n", "ant\n  a small {insect} of a {red\n  colony}\n", "insect\n  an animal\n"]
+    texts = [
+        "00database\n",
+        "ant\n  a small {insect} of a {red\n  colony}\n",
+        "insect\n  an animal\n",
+    ]
     whole = "".join(texts)
     (folder / "wn.dict.dz").write_bytes(gzip.compress(whole.encode()))
     at, lines = 0, []
@@ -60,7 +64,7 @@ def test_documents_follow_links() -> None:
     documents = dict(linked(entries, 300, seed=0))
     found = [int(n) for text in documents.values() for n in re.findall(r"<(\d+)>(?!<)", text)]
     assert len(found) == len(set(found)) and len(found) > 30
-    follows = sum(b == (a + 1) % 40 for a, b in zip(found, found[1:], strict=False))
+    follows = sum(b == (a + 1) % 40 for a, b in pairwise(found))
     assert follows > len(found) / 2
 
 

@@ -55,7 +55,8 @@ def reproduce(
     corpus: Annotated[
         Path | None,
         typer.Option(
-            help="Folder or archive of gka.experiments.corpora.", show_default="built from what is here"
+            help="Folder or archive of gka.experiments.corpora.",
+            show_default="built from what is here",
         ),
     ] = None,
     processes: Annotated[

@@ -63,9 +63,7 @@ def memory_utility(
     """
     _check(texts, start, stop, resets, span)
     carried = _losses(reader, texts, start, stop, start, stop - start)
-    after = [
-        _losses(reader, texts, start, stop, n, span or max(1, n // 4)) for n in resets
-    ]
+    after = [_losses(reader, texts, start, stop, n, span or max(1, n // 4)) for n in resets]
     return MemoryUtility(tuple(resets), carried, torch.stack(after))
 
 
@@ -74,7 +72,9 @@ def _check(
 ) -> None:
     if not texts or min(map(len, texts)) < stop:
         shortest = min(map(len, texts), default=0)
-        raise InputError(f"texts: the shortest has {shortest} tokens; expected stop = {stop} or more")
+        raise InputError(
+            f"texts: the shortest has {shortest} tokens; expected stop = {stop} or more"
+        )
     if not 1 <= start < stop:
         raise InputError(f"start is {start} and stop {stop}; expected 1 <= start < stop")
     if not resets or min(resets) < 1 or (span is not None and span < 1):

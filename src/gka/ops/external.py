@@ -161,7 +161,7 @@ def _fla_wrong_gradient(ask: Ask) -> str | None:
       in 0.4.2 it has 128. From 0.5 on the function raises unless TileLang computes it. TileLang does so for
       the delta rule alone: it does not take the float32 states of 0.6.0's simple_gla.
     - The rule without decay, Triton from 3.4.0 on: four warps give a wrong gradient of keys and beta
-      (issue 984). 0.5.2 uses two warps; of earlier ones the gated rule runs, with its decay set to 1 (`_fla`).
+      (issue 984). 0.5.2 uses two warps; of earlier ones `_fla` runs the gated rule, with its decay set to 1.
     """
     versions: list[Version] = [installed(name) or (0,) for name in ("triton", "fla-core")]
     triton, fla = versions
@@ -205,7 +205,9 @@ def _fla(rule: Rule, x: Given) -> tuple[Tensor, Tensor | None]:
     }  # fmt: skip
     op = _function(f"fla.ops.{rule}", f"chunk_{rule}")
     if rule == "delta_rule" and (installed("fla-core") or (0,)) < PLAIN_DELTA_RULE:
-        return _fla("gated_delta_rule", replace(x, g=torch.zeros_like(x.q[..., 0], dtype=torch.float32)))
+        return _fla(
+            "gated_delta_rule", replace(x, g=torch.zeros_like(x.q[..., 0], dtype=torch.float32))
+        )
     if rule == "delta_rule":
         return op(x.q, x.k, x.v, x.beta, **options)
     if rule == "simple_gla":

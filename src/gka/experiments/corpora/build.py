@@ -139,10 +139,14 @@ def open_corpus(path: Path) -> Corpus:
     """
     folder = _unpacked(path) if path.is_file() else path
     if not (folder / DESCRIPTION).is_file():
-        raise InputError(f"{path} holds no corpus; expected {DESCRIPTION} in it, or an archive of such a folder")
+        raise InputError(
+            f"{path} holds no corpus; expected a folder with {DESCRIPTION} or an archive of one"
+        )
     description = read_json(folder / DESCRIPTION)
     if description.get("format") != FORMAT:
-        raise InputError(f"{path} has format {description.get('format')}; expected {FORMAT}: build it again")
+        raise InputError(
+            f"{path} has format {description.get('format')}; expected {FORMAT}: build it again"
+        )
     tokenizer = load_tokenizer(str(folder / TOKENIZER))
     parts = {name: PackedTokens.open(folder / name, tokenizer) for name in PARTS}
     for part in parts.values():
@@ -156,6 +160,7 @@ def open_corpus(path: Path) -> Corpus:
 
 def archive(folder: Path, file: Path) -> Path:
     """Pack a corpus into `file`, .tar.xz, to carry it to a machine that has not its sources."""
+
     def plain(info: tarfile.TarInfo) -> tarfile.TarInfo:
         info.mtime, info.uid, info.gid, info.uname, info.gname = 0, 0, 0, "", ""
         return info
@@ -290,7 +295,9 @@ def _description(folder: Path, budget: Budget, counts: Any, tokenizer: Any) -> d
     described = {
         name: {
             "tokens": PackedTokens.open(folder / name, tokenizer).description["tokens"],
-            "sources": {s: row | {"licence": licences.get(s, "")} for s, row in counts[name].items()},
+            "sources": {
+                s: row | {"licence": licences.get(s, "")} for s, row in counts[name].items()
+            },
         }
         for name in PARTS
     }
@@ -318,7 +325,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, part in corpus.description["parts"].items():
         print(f"{name}: {part['tokens']:,} tokens")
         for source, row in islice(part["sources"].items(), 100):
-            print(f"  {source}: {row['documents']:,} documents, {row['characters']:,} characters, {row['licence']}")
+            sizes = f"{row['documents']:,} documents, {row['characters']:,} characters"
+            print(f"  {source}: {sizes}, {row['licence']}")
     print(f"SHA-256 {corpus.checksum}")
     if given.archive:
         size = archive(given.output, given.archive).stat().st_size

@@ -31,7 +31,9 @@ def linked(entries: Sequence[Entry], size: int, seed: int) -> Iterator[tuple[str
             used[i] = True
             parts.append(entries[i].text)
             held += len(entries[i].text)
-            walk.extend(j for link in entries[i].links for j in by_name.get(link, ()) if not used[j])
+            walk.extend(
+                j for link in entries[i].links for j in by_name.get(link, ()) if not used[j]
+            )
             if held >= size:
                 yield f"{entries[start].source}-{number:06}", "\n".join(parts)
                 parts, held, number = [], 0, number + 1

@@ -159,8 +159,7 @@ def _read(path: Path) -> str | None:
 
 
 _DIGITS = {
-    c: i
-    for i, c in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/")
+    c: i for i, c in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/")
 }
 _CROSS = re.compile(r"\{([^{}]{2,60})\}")
 _PAGE = re.compile(r"\b([a-z][\w.+-]+)\s?\((\d)\w*\)")
@@ -188,7 +187,9 @@ def _number(digits: str) -> int:
     return value
 
 
-_DROPPED = re.compile(r'^[.\'](\\"|\\"|ie|if|el|de|ds|nr|so|tr|hy|ad|in|ta|TS|TE|UE|PD|nh|ft|ps|vs|ne|ll).*$')
+_DROPPED = re.compile(
+    r'^[.\'](\\"|\\"|ie|if|el|de|ds|nr|so|tr|hy|ad|in|ta|TS|TE|UE|PD|nh|ft|ps|vs|ne|ll).*$'
+)
 _BREAK = re.compile(r"^\.(PP|LP|P|TP|IP|HP|sp|br|nf|fi|RS|RE|EX|EE|TQ)\b.*$")
 _FONT = re.compile(r"\\f(\[\w*\]|\(\w\w|\w)|\\s[+-]?\d|\\[&:/,)]")
 _LETTERS = {

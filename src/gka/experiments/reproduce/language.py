@@ -90,7 +90,9 @@ def _seconds(training: Training, mixer: str, device: str) -> float:
 
 def _folder(options: Options) -> Path:
     if options.folder is None:
-        raise InputError("language keeps models: Options.folder is None; expected the ledger's folder")
+        raise InputError(
+            "language keeps models: Options.folder is None; expected the ledger's folder"
+        )
     return options.folder
 
 

@@ -56,7 +56,11 @@ def _style(mixer: str) -> dict[str, Any]:
 
 
 def _line(
-    axes: "Axes", mixer: str, group: Group, xs: Sequence[float], of: Callable[[Found], Sequence[Any]]
+    axes: "Axes",
+    mixer: str,
+    group: Group,
+    xs: Sequence[float],
+    of: Callable[[Found], Sequence[Any]],
 ) -> None:
     """Mean over seeds, and their range as a shade."""
     rows = [of(r) for r in group]
@@ -77,6 +81,7 @@ def _slices(axes: "Axes", small: dict[str, Group]) -> None:
     base = small.get("gka", next(iter(small.values())))
     zero = [fmean([loss(r, "memory", s) or 0 for r in base]) for s in SLICES]
     for mixer, group in small.items():
+
         def of(r: Found) -> list[float | None]:
             found = [loss(r, "memory", s) for s in SLICES]
             return [None if x is None else x - z for x, z in zip(found, zero, strict=True)]
@@ -92,7 +97,9 @@ def _lengths(axes: "Axes", small: dict[str, Group], task: str) -> None:
         lengths = sorted({r["length"] for r in group[0]["tasks"]})
         _line(axes, mixer, group, lengths, lambda r, n=lengths: [accuracy(r, task, i) for i in n])
     _tokens(axes, next(iter(small.values()))[0]["length"])
-    axes.set(title=f"{task}: one of four codes, by length", ylabel="answers right", ylim=(-0.03, 1.03))
+    axes.set(
+        title=f"{task}: one of four codes, by length", ylabel="answers right", ylim=(-0.03, 1.03)
+    )
 
 
 def _depths(axes: "Axes", small: dict[str, Group], task: str) -> None:
@@ -128,7 +135,9 @@ def _positions(axes: "Axes", small: dict[str, Group]) -> None:
 def _utility(axes: "Axes", small: dict[str, Group]) -> None:
     for mixer, group in small.items():
         resets = [row["reset"] for row in group[0]["utility"]["rows"]]
-        _line(axes, mixer, group, resets, lambda r: [row["repeated"] for row in r["utility"]["rows"]])
+        _line(
+            axes, mixer, group, resets, lambda r: [row["repeated"] for row in r["utility"]["rows"]]
+        )
     _tokens(axes, next(iter(small.values()))[0]["length"])
     axes.axhline(0, color="0.4", lw=0.8)
     axes.set(title="What older memory is worth, repeated tokens",

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,7 +17,7 @@ from gka.evaluation.context.haystack import Haystack, Pieces
 from gka.evaluation.context.reader import Reader
 from gka.evaluation.context.tasks import draw_sample
 from gka.evaluation.memory_utility import memory_utility
-from gka.evaluation.repeats import Repeats, by_slice, token_losses
+from gka.evaluation.repeats import Repeats, by_slice, gaps, token_losses
 from gka.experiments.corpora.build import MEMORY, PARTS
 from gka.experiments.reproduce.language_training import (
     Training,
@@ -164,7 +165,7 @@ def position_losses(
     edges = [1, *(length >> i for i in reversed(range(7)))]
     return [
         {"start": a, "stop": b, "loss": round(float(losses[:, a - 1 : b - 1].mean()), 5)}
-        for a, b in zip(edges[:-1], edges[1:], strict=True)
+        for a, b in pairwise(edges)
     ]
 
 
@@ -191,8 +192,6 @@ def utilities(
 
 @lru_cache(maxsize=1)
 def _gaps(folder: Path, training: Training, measures: Measures) -> np.ndarray:
-    from gka.evaluation.repeats import gaps
-
     return gaps(np.asarray(long_texts(folder, training, measures)), measures.ngram)
 
 
@@ -224,14 +223,15 @@ def answers(reader: Reader, asked: Sequence[Prompt]) -> list[dict[str, Any]]:
         size = max(1, (1 << 18) // length)
         for at in range(0, len(group), size):
             some = group[at : at + size]
-            for prompt, (_, right) in zip(some, reader.losses([(p.ids, p.answer) for p in some]), strict=True):
+            found = reader.losses([(p.ids, p.answer) for p in some])
+            for prompt, (_, right) in zip(some, found, strict=True):
                 score = float(right.all()), float(right.float().mean())
                 scores.setdefault((task, length, prompt.depth), []).append(score)
     return [
-        {"task": task, "length": length, "depth": depth, "samples": len(found),
-         "accuracy": sum(x for x, _ in found) / len(found),
-         "tokens_right": sum(y for _, y in found) / len(found)}
-        for (task, length, depth), found in scores.items()
+        {"task": task, "length": length, "depth": depth, "samples": len(pairs),
+         "accuracy": sum(x for x, _ in pairs) / len(pairs),
+         "tokens_right": sum(y for _, y in pairs) / len(pairs)}
+        for (task, length, depth), pairs in scores.items()
     ]  # fmt: skip
 
 

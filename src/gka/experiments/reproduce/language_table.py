@@ -1,6 +1,6 @@
 """The table of `language` and the statements that make its verdict."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Literal
 
@@ -8,6 +8,8 @@ from gka.evaluation.plots import MIXER_STYLES
 from gka.experiments.ledger import markdown_table
 from gka.experiments.reproduce.experiment import Check, Found, at_least, at_most
 
+Of = Callable[[Found], float | None]
+Kind = Literal["claim", "prediction"]
 LINEAR = ("gka", "gated_deltanet", "gla", "deltanet")
 ATTENTION = "+attention"
 
@@ -63,7 +65,7 @@ def table(results: Sequence[Found]) -> str:
     for (size, mixer), group in groups(results).items():
         first, near = group[0], nearest(group[0])
         parts = [_spread(group, lambda r, p=p, s=s: loss(r, p, s)) for p, s in SLICES]
-        tasks = [_spread(group, lambda r, t=t: accuracy(r, t, near), 2) for t in TASKS]
+        tasks = [_spread(group, lambda r, t=t, n=near: accuracy(r, t, n), 2) for t in TASKS]
         states = " / ".join(f"{x / 2**20:.2f}" for x in first["state_bytes"].values())
         speed = fmean(r["training"]["tokens_per_second"] for r in group)
         name = label(mixer) + (" (large)" if size == "large" else "")
@@ -94,13 +96,13 @@ def _words(first: Found) -> str:
         f" {length // 4} tokens back or more; new: it did not occur before. Tasks: share of answers that"
         f" greedy decoding gives whole, prompts of {nearest(first)} tokens. rise at 8x: loss between 4 and"
         f" 8 times {length} tokens minus that between {length // 2} and {length}. utility: loss of repeated"
-        f" tokens after a reset {length // 4} or more tokens back minus that with the whole past. State of one"
-        f" row after {' and '.join(first['state_bytes'])} tokens (float32 states, 16-bit keys and values)."
+        f" tokens after a reset {length // 4} or more tokens back minus that with the whole past. State of"
+        f" a row after {' and '.join(first['state_bytes'])} tokens (float32 states, 16-bit keys and values)."
         " Tokens/s of training, beside other work on the machine. Mean over seeds (smallest to largest)."
     )
 
 
-def _spread(group: Sequence[Found], of, digits: int = 3) -> str:
+def _spread(group: Sequence[Found], of: Of, digits: int = 3) -> str:
     values = [x for r in group if (x := of(r)) is not None]
     if not values:
         return "none"
@@ -123,17 +125,35 @@ def _by_length(results: Sequence[Found]) -> str:
     return f"Answers that are right, by length of the prompt:\n\n{markdown_table(head, rows)}"
 
 
-def _mean(results: Sequence[Found], mixer: str, of, size: str = "small") -> float | None:
+def _mean(results: Sequence[Found], mixer: str, of: Of, size: str = "small") -> float | None:
     values = [of(r) for r in groups(results).get((size, mixer), [])]
     known = [x for x in values if x is not None]
     return fmean(known) if known else None
 
 
-def _behind(results: Sequence[Found], of, others: Sequence[str], size: str = "small") -> float | None:
-    """gka's mean minus the best of others'."""
-    ours = _mean(results, "gka", of, size)
-    theirs = [x for m in others if (x := _mean(results, m, of, size)) is not None]
-    return None if ours is None or len(theirs) < len(others) else ours - min(theirs)
+def _best(results: Sequence[Found], of: Of, others: Sequence[str]) -> str | None:
+    """The mixer of `others` with the smallest mean; None if one is not measured."""
+    means = {m: x for m in others if (x := _mean(results, m, of)) is not None}
+    return min(means, key=lambda m: means[m]) if len(means) == len(others) else None
+
+
+def _compared(
+    results: Sequence[Found], text: str, one: str, other: str | None, of: Of, limit: float,
+    kind: Kind = "claim", size: str = "small", most: bool = True,
+) -> Check:  # fmt: skip
+    """The check that the mean of one mixer minus another's, seed by seed, is at most (or least) a limit."""
+    pairs = groups(results)
+    theirs = {r["seed"]: of(r) for r in pairs.get((size, other or ""), [])}
+    gaps = [
+        mine - them
+        for r in pairs.get((size, one), [])
+        if (them := theirs.get(r["seed"])) is not None and (mine := of(r)) is not None
+    ]
+    if not gaps:
+        return Check(kind, text, "not measured", None)
+    mean, spread = fmean(gaps), f"by seed {min(gaps):.3f} to {max(gaps):.3f}"
+    told = f"{mean:.3f} to {label(other or '')}" + (f" ({spread})" if len(gaps) > 1 else "")
+    return Check(kind, text, told, mean <= limit if most else mean >= limit)
 
 
 def checks(results: Sequence[Found]) -> list[Check]:
@@ -142,53 +162,47 @@ def checks(results: Sequence[Found]) -> list[Check]:
 
 
 def _claims(results: Sequence[Found]) -> list[Check]:
-    of: Literal["claim"] = "claim"
-    others = LINEAR[1:]
-    hybrid = _difference(results, f"gka{ATTENTION}", f"gated_deltanet{ATTENTION}", _memory)
+    others, pair = LINEAR[1:], (f"gka{ATTENTION}", f"gated_deltanet{ATTENTION}")
+    whole, recalled, code = (_best(results, of, others) for of in (_memory, _recalled, _code))
     found = [
-        at_most(of, "memory part, all tokens: gka's loss minus that of the best other linear mixer, at most"
-                " 0 nats", _behind(results, _memory, others), 0.0),
-        at_most(of, "the same on recalled tokens, at most -0.01", _behind(results, _recalled, others), -0.01),
-        at_most(of, "code part, all tokens: the same, at most 0", _behind(results, _code, others), 0.0),
-        at_least(of, "needle-keys at the training length: gka's accuracy minus gated_deltanet's, at least 0.05",
-                 _difference(results, "gka", "gated_deltanet", _needles), 0.05),
-        at_most(of, "memory part, hybrids: gka's loss minus gated_deltanet's, at most 0", hybrid, 0.0),
+        _compared(results, "memory part, all tokens: gka's loss minus that of the best other linear mixer,"
+                  " at most 0 nats", "gka", whole, _memory, 0.0),
+        _compared(results, "the same on recalled tokens, at most -0.01", "gka", recalled, _recalled, -0.01),
+        _compared(results, "code part, all tokens: the same, at most 0", "gka", code, _code, 0.0),
+        _compared(results, "needle-keys at the training length: gka's share of right answers minus"
+                  " gated_deltanet's, at least 0.05", "gka", "gated_deltanet", _needles, 0.05, most=False),
+        _compared(results, "memory part, hybrids: gka's loss minus gated_deltanet's, at most 0", *pair,
+                  _memory, 0.0),
     ]  # fmt: skip
     if any(r["size"] == "large" for r in results):
         text = "memory part, large models: gka's loss minus gated_deltanet's, at most 0"
-        found.append(at_most(of, text, _behind(results, _memory, ("gated_deltanet",), "large"), 0.0))
+        found.append(_compared(results, text, "gka", "gated_deltanet", _memory, 0.0, size="large"))
     return found
 
 
 def _predictions(results: Sequence[Found]) -> list[Check]:
-    of: Literal["prediction"] = "prediction"
-    near = _difference(results, "gka", "gated_deltanet", _memory)
-    only = [x for m in LINEAR if (x := _mean(results, m, _only)) is not None]
-    rises = [x for m in LINEAR if (x := _mean(results, m, rise)) is not None]
-    late = [x for m in LINEAR if (x := _mean(results, m, _late)) is not None]
+    of: Kind = "prediction"
+    near = _mean(results, "gka", _memory), _mean(results, "gated_deltanet", _memory)
+    only, rises, late = (
+        max((x for m in LINEAR if (x := _mean(results, m, what)) is not None), default=None)
+        for what in (_only, rise, _late)
+    )
     hybrids = [x for m in LINEAR if (x := _mean(results, m + ATTENTION, _only)) is not None]
     alone = _mean(results, "attention", _only)
-    lead = None if not hybrids or alone is None else min(hybrids) - alone
     return [
         at_most(of, "memory part: gka and gated_deltanet differ by at most 0.02 nats",
-                None if near is None else abs(near), 0.02),
-        at_most(of, "recalled tokens: gka's loss minus gla's, at most -0.02",
-                _difference(results, "gka", "gla", _recalled), -0.02),
-        at_most(of, "needle-only at the training length: the best linear mixer, at most 0.5",
-                max(only, default=None), 0.5),
-        at_least(of, "needle-only: the worst hybrid minus attention alone, at least -0.1", lead, -0.1),
+                None if None in near else abs(near[0] - near[1]), 0.02),  # pyright: ignore
+        _compared(results, "recalled tokens: gka's loss minus gla's, at most -0.02", "gka", "gla",
+                  _recalled, -0.02, of),
+        at_most(of, "needle-only at the training length: the best linear mixer, at most 0.5", only, 0.5),
+        at_least(of, "needle-only: the worst hybrid minus attention alone, at least -0.1",
+                 None if alone is None or not hybrids else min(hybrids) - alone, -0.1),
         at_least(of, "8 times the training length: attention's loss rises by at least 0.5",
                  _mean(results, "attention", rise), 0.5),
-        at_most(of, "8 times the training length: linear mixers' loss rises by at most 0.05",
-                max(rises, default=None), 0.05),
+        at_most(of, "8 times the training length: linear mixers' loss rises by at most 0.05", rises, 0.05),
         at_most(of, "repeated tokens: utility after a reset of twice the training length, linear mixers, at"
-                " most 0.02", max(late, default=None), 0.02),
+                " most 0.02", late, 0.02),
     ]  # fmt: skip
-
-
-def _difference(results: Sequence[Found], one: str, other: str, of) -> float | None:
-    a, b = _mean(results, one, of), _mean(results, other, of)
-    return None if a is None or b is None else a - b
 
 
 def _memory(r: Found) -> float | None:

@@ -159,9 +159,7 @@ def _compile_anew(training: Training) -> None:
     torch.compiler.reset()
 
 
-def _steps(
-    model: nn.Module, rows: Tensor, training: Training, device: str
-) -> tuple[Tensor, float]:
+def _steps(model: nn.Module, rows: Tensor, training: Training, device: str) -> tuple[Tensor, float]:
     """All optimizer steps: loss of each [steps], and tokens a second after the first `WARM`."""
     optimizer = _optimizer(model, training.rate, device)
     losses = torch.zeros(training.steps, device=device)
@@ -196,7 +194,10 @@ def _now(device: str) -> float:
 def _optimizer(model: nn.Module, rate: float, device: str) -> torch.optim.AdamW:
     decayed = set(decayed_parameters(model))
     groups = [
-        {"params": [p for n, p in model.named_parameters() if (n in decayed) == on], "weight_decay": x}
+        {
+            "params": [p for n, p in model.named_parameters() if (n in decayed) == on],
+            "weight_decay": x,
+        }
         for on, x in ((True, 0.1), (False, 0.0))
     ]
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=device != "cpu")
