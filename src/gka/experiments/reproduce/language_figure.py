@@ -1,6 +1,6 @@
 """The figure of `language`: six panels, the same colour for a mixer in each."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Group = Sequence[Found]
+Groups = Mapping[str, Group]
 SLICES = ("all", "new", "repeated", "recalled", "far")
 
 
@@ -76,7 +77,7 @@ def _line(
         axes.fill_between(places, low, high, color=style["color"], alpha=0.15, lw=0)
 
 
-def _slices(axes: "Axes", small: dict[str, Group]) -> None:
+def _slices(axes: "Axes", small: Groups) -> None:
     """Loss of the memory part by slice, minus that of GKA's first seed where it is there."""
     base = small.get("gka", next(iter(small.values())))
     zero = [fmean([loss(r, "memory", s) or 0 for r in base]) for s in SLICES]
@@ -92,7 +93,7 @@ def _slices(axes: "Axes", small: dict[str, Group]) -> None:
     axes.grid(alpha=0.25)
 
 
-def _lengths(axes: "Axes", small: dict[str, Group], task: str) -> None:
+def _lengths(axes: "Axes", small: Groups, task: str) -> None:
     for mixer, group in small.items():
         lengths = sorted({r["length"] for r in group[0]["tasks"]})
         _line(axes, mixer, group, lengths, lambda r, n=lengths: [accuracy(r, task, i) for i in n])
@@ -102,7 +103,7 @@ def _lengths(axes: "Axes", small: dict[str, Group], task: str) -> None:
     )
 
 
-def _depths(axes: "Axes", small: dict[str, Group], task: str) -> None:
+def _depths(axes: "Axes", small: Groups, task: str) -> None:
     for mixer, group in small.items():
         near = nearest(group[0])
         depths = sorted({r["depth"] for r in group[0]["tasks"] if r["task"] == task})
@@ -121,7 +122,7 @@ def _depths(axes: "Axes", small: dict[str, Group], task: str) -> None:
     axes.grid(alpha=0.25)
 
 
-def _positions(axes: "Axes", small: dict[str, Group]) -> None:
+def _positions(axes: "Axes", small: Groups) -> None:
     for mixer, group in small.items():
         stops = [row["stop"] for row in group[0]["positions"]]
         _line(axes, mixer, group, stops, lambda r: [row["loss"] for row in r["positions"]])
@@ -132,7 +133,7 @@ def _positions(axes: "Axes", small: dict[str, Group]) -> None:
     axes.set_xlabel("tokens up to which")
 
 
-def _utility(axes: "Axes", small: dict[str, Group]) -> None:
+def _utility(axes: "Axes", small: Groups) -> None:
     for mixer, group in small.items():
         resets = [row["reset"] for row in group[0]["utility"]["rows"]]
         _line(
@@ -142,10 +143,13 @@ def _utility(axes: "Axes", small: dict[str, Group]) -> None:
     axes.axhline(0, color="0.4", lw=0.8)
     axes.set(title="What older memory is worth, repeated tokens",
              xlabel="tokens left by a reset", ylabel="nats lost by the reset")  # fmt: skip
-    axes.set_yscale("symlog", linthresh=0.1)
+    axes.set_yscale("symlog", linthresh=0.05)
+    axes.set_yticks([0, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2])
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
 
 
-def _states(axes: "Axes", small: dict[str, Group]) -> None:
+def _states(axes: "Axes", small: Groups) -> None:
     """Loss on recalled tokens against the bytes of the state at the training length."""
     for mixer, group in small.items():
         size = next(iter(group[0]["state_bytes"].values())) / 2**20
@@ -154,7 +158,8 @@ def _states(axes: "Axes", small: dict[str, Group]) -> None:
         axes.plot([size] * len(values), values, **style)
     axes.set(title="Loss on recalled tokens against the state", xlabel="state of a sequence, MiB",
              ylabel="nats a token")  # fmt: skip
-    axes.set_xscale("log")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.25)
 
 
