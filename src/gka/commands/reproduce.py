@@ -83,10 +83,11 @@ def reproduce(
     experiment = find(name)
     number = experiment.seeds[size] if seeds is None else opt.at_least_one("--seeds", seeds)
     where = opt.usable_device(device)
-    given = Options(where, tuple(range(number)), None if model is None else str(model))
+    folder = output or ROOT / size
+    trained = None if model is None else str(model)
+    given = Options(where, tuple(range(number)), trained, str(folder))
     command = _command(name, size, where, seeds, model)
     opt.silence_libraries()
-    folder = output or ROOT / size
     with only_writer(folder, "--output"):
         _run(console, Reproduction(experiment, size, given, folder, command), folder, minutes)
 

@@ -22,11 +22,13 @@ class Options:
         device: "cpu", "cuda", "cuda:1", ...
         seeds: numbers from 0 on.
         model: folder of a run of `gka train`, for the cells of a trained model. None: there are none.
+        folder: of the ledger; cells may keep models in it. It does not belong to the settings.
     """
 
     device: str = "cpu"
     seeds: tuple[int, ...] = (0,)
     model: str | None = None
+    folder: str | None = None
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,9 @@ class Cell:
 
     Attributes:
         key: unique among the experiment's cells, and the same in every run.
-        measure: returns the figures; it depends on nothing but the cell.
-        seconds: estimated time on one core of a CPU, for plans.
+        measure: returns the figures; it depends on nothing but the cell, and on models that cells before it
+            keep in the ledger's folder.
+        seconds: estimated time on the device, one core of a CPU, for plans.
     """
 
     key: str
