@@ -19,7 +19,7 @@ from gka.experiments.reproduce.experiment import (
     largest,
 )
 from gka.experiments.reproduce.hybrid_page import draw, table
-from gka.experiments.reproduce.primed_models import ALTERNATE, CHOICES, RANK, Models, Training
+from gka.experiments.reproduce.primed_models import ALTERNATE, RANK, Models, Training
 
 MIXERS = ("gka", "gated_deltanet")
 FLOPS = {"cpu": 2e10, "cuda": 1e14}
@@ -34,16 +34,15 @@ class Size(Training):
         ngram: bytes that make a repetition.
         keys: numbers of keys in a needle text.
         needles: texts for each length and number.
-        quarters: of the layers that are replaced, the most telling first.
-        choices: of layers, among `CHOICES`.
+        ranked, alternated: quarters of the layers that are replaced by either choice, the most telling first.
         scratch: mixers of the hybrids that are trained from scratch.
     """
 
     ngram: int
     keys: tuple[int, ...]
     needles: int
-    quarters: tuple[int, ...]
-    choices: tuple[str, ...]
+    ranked: tuple[int, ...]
+    alternated: tuple[int, ...]
     scratch: tuple[str, ...]
 
     @property
@@ -91,8 +90,8 @@ def cells(size: Size, options: Options) -> list[Cell]:
         add = partial(_cell, size, options, seed)
         hybrids = [
             add("hybrid", mixer, quarters, choice, size.extra)
-            for choice in size.choices
-            for quarters in size.quarters
+            for choice, each in ((RANK, size.ranked), (ALTERNATE, size.alternated))
+            for quarters in each
             for mixer in MIXERS
         ]
         found += [add("teacher", "attention", 0, "", size.pretraining)]
@@ -213,20 +212,19 @@ def checks(results: Sequence[Found]) -> list[Check]:
 FULL = Size(
     width=512, layers=12, heads=4, kv_heads=2, length=2048, batch=16, dtype="bfloat16",
     pretraining=700, matching=50, recovery=100, rates=(1e-3, 1e-3, 5e-4), held_out=0.03, window=128,
-    alpha=0.5, decay=0.003, ngram=8, keys=(1, 4), needles=64, quarters=(2, 1, 3),
-    choices=CHOICES, scratch=("gka",),
+    alpha=0.5, decay=0.003, ngram=8, keys=(1, 4), needles=64, ranked=(2, 1, 3), alternated=(2, 1, 3),
+    scratch=("gka",),
 )  # fmt: skip
 QUICK = Size(
     width=64, layers=4, heads=2, kv_heads=1, length=256, batch=4, dtype="float32",
-    pretraining=1000, matching=40, recovery=80, rates=(3e-3, 3e-3, 1e-3), held_out=0.006, window=16,
-    alpha=0.5, decay=0.01, ngram=8, keys=(1, 4), needles=16, quarters=(2, 1, 3),
-    choices=CHOICES, scratch=("gka",),
+    pretraining=800, matching=40, recovery=80, rates=(3e-3, 3e-3, 1e-3), held_out=0.004, window=16,
+    alpha=0.5, decay=0.01, ngram=8, keys=(4,), needles=16, ranked=(2, 1, 3), alternated=(2,),
+    scratch=(),
 )  # fmt: skip
 SMOKE = Size(
     width=16, layers=2, heads=1, kv_heads=1, length=128, batch=16, dtype="float32",
-    pretraining=2, matching=1, recovery=1, rates=(3e-3, 3e-3, 1.5e-3), held_out=0.0005, window=16,
-    alpha=0.5, decay=0.01, ngram=8, keys=(1,), needles=2, quarters=(2,),
-    choices=(RANK,), scratch=(),
+    pretraining=2, matching=1, recovery=1, rates=(3e-3, 3e-3, 1e-3), held_out=0.0005, window=16,
+    alpha=0.5, decay=0.01, ngram=8, keys=(1,), needles=2, ranked=(2,), alternated=(), scratch=(),
 )  # fmt: skip
 
 HYBRID = Experiment(

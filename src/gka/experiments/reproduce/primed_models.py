@@ -18,7 +18,7 @@ from gka.console import text_console
 from gka.errors import InputError
 from gka.storage import read_json
 
-RANK, ALTERNATE = CHOICES = ("rank", "alternate")
+RANK, ALTERNATE = ("rank", "alternate")
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ class Training:
         }
 
     def steps(self, count: int, rate: float, seed: int) -> dict[str, Any]:
-        """Table of a training of `count` steps, which is evaluated and saved at its end alone."""
+        """Table of a training of `count` steps, which is saved at its end alone and never evaluated."""
         return {
             "max_steps": count, "batch_size": self.batch, "learning_rate": rate,
             "warmup_steps": max(1, count // 20), "dtype": self.dtype, "compile": "off",
-            "log_steps": max(1, count // 20), "eval_steps": count, "save_steps": count,
+            "log_steps": max(1, count // 20), "eval_steps": count + 1, "save_steps": count,
             "health_steps": 0, "seed": seed,
         }  # fmt: skip
 
@@ -219,7 +219,7 @@ class Models:
         tables = {
             "data": self.training.data() | {"documents": "former"},
             "model": model,
-            "training": steps | {"weight_decay": 0.1},
+            "training": steps | {"weight_decay": 0.1, "eval_steps": steps["max_steps"]},
         }
         config, resume = RunConfig.from_tables(tables), (folder / RUN).is_file()
         if resume:
