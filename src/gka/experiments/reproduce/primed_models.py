@@ -2,9 +2,9 @@
 
 All are made by the code of `gka train` and `gka prime`, in a folder for each seed:
 
-    seed-0/teacher        the Transformer, kept: all hybrids begin with it
-    seed-0/ranking.json   rise of its loss when one layer at a time sees a short window
-    seed-0/MODEL          a run under way; the cell deletes it once its figures are known
+    seed-0/teacher                the Transformer, kept: all hybrids begin with it
+    seed-0/teacher/ranking.json   rise of its loss when one layer at a time sees a short window
+    seed-0/MODEL                  a run under way; the cell deletes it once its figures are known
 """
 
 import shutil
@@ -151,7 +151,7 @@ class Models:
 
     def ranking(self) -> dict[str, float]:
         """Rise of the Transformer's held-out loss, by layer that sees a short window; kept in a file."""
-        file = self.folder / "ranking.json"
+        file = self._teacher() / "ranking.json"
         kept = read_json(file)["rise"] if file.is_file() else {}
         return kept if len(kept) == self.training.layers else self._ranked(file)
 
