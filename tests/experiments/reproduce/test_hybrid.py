@@ -91,15 +91,27 @@ def test_losses_by_place_are_those_of_the_tokens() -> None:
     assert found["reading"] > 0 and [x["length"] for x in found["needles"]] == [100]
 
 
-def test_held_out_text_is_that_of_the_trainings() -> None:
-    """Blocks are those on which `gka prime` measures; long ones are the same text."""
-    from gka.data import byte_tokenizer, find_documents, pack, token_blocks
+def test_held_out_text_is_that_of_the_trainings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks are those on which `gka prime` measures, long ones the same text; training text is seen."""
+    import gka.data
 
-    text = held_out_text(64, 256, 0.0003, 8)
-    held = token_blocks(pack(find_documents([]), byte_tokenizer()), 64, 0.0003)[1]
+    for number in range(9):
+        (tmp_path / f"{number}.txt").write_text(f"Text {number} says what all say. " * 30)
+    documents = gka.data.find_documents([str(tmp_path)])
+    monkeypatch.setattr(gka.data, "find_documents", lambda text: documents)
+    held_out_text.cache_clear()
+    text = held_out_text(64, 256, 0.3, 8)
+    held_out_text.cache_clear()
+    packed = gka.data.pack(documents, gka.data.byte_tokenizer())
+    held = gka.data.token_blocks(packed, 64, 0.3)[1]
     assert len(text.rows) == len(held)
     assert np.array_equal(text.rows[-1], held[len(held) - 1]["input_ids"].numpy())
     assert np.array_equal(text.long[0], text.rows[:4].ravel())
+    row = bytes(text.rows[0].tolist()).decode()
+    shared = row.index("what all say") + len("what all say") - 1
+    assert text.repeats.seen[0, shared] and not text.repeats.seen[0, row.index("says") - 1]
 
 
 def test_missing_parts_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Table and figure of `hybrid`."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_LINES = {"rank": "-", "alternate": (0, (4, 2))}
+# by choice: in words, line, colour of the marks' faces (None: the line's)
+_LINES = {"rank": ("rank", "-", None), "alternate": ("alternation", (0, (4, 2)), "white")}
 _NAMES = {"teacher": "Transformer", "control": "Transformer, trained on"}
 
 
@@ -120,36 +121,43 @@ def _layers(results: Sequence[Found]) -> str:
 
 def draw(results: Sequence[Found], figure: "Figure") -> None:
     """Loss and recall against the share of layers replaced; needles and loss by length."""
-    figure.set_size_inches(11, 8)
-    grid = figure.subplots(2, 2)
-    groups = _groups(results)
-    _by_share(grid[0][0], groups, "all", "loss")
-    _by_share(grid[0][1], groups, "recalled", "accuracy")
-    grid[0][0].set(title="held-out loss", ylabel="nats a byte")
-    grid[0][1].set(title="recall: bytes seen before in the text alone", ylabel="accuracy")
-    length = results[0]["length"]
-    for key, group, style in _half(groups):
+    figure.set_size_inches(11, 8.6)
+    (loss, recall), (needles, places) = figure.subplots(2, 2)
+    groups, length = _groups(results), results[0]["length"]
+    _by_share(loss, groups, "all", "loss")
+    _by_share(recall, groups, "recalled", "accuracy")
+    loss.set(title="held-out loss", ylabel="nats a byte")
+    recall.set(title="recall: bytes repeated in the text, never in training", ylabel="accuracy")
+    _by_length(needles, places, groups)
+    needles.axvline(length, color="0.6", lw=0.8, ls=":")
+    needles.axhline(0.1, color="0.6", lw=0.8, ls=":")
+    needles.text(length, 0.99, " training's length", color="0.4", fontsize="small", va="top")
+    needles.text(4 * length, 0.11, "guessing", color="0.4", fontsize="small", ha="right")
+    needles.set(title="needles: planted values copied, half of the layers by rank", ylim=(0, 1.03),
+                xlabel="bytes of text", ylabel="share of characters")  # fmt: skip
+    places.set(title="loss by place, half of the layers by rank", xlabel="place in the text, bytes",
+               ylabel="nats a byte")  # fmt: skip
+    for axes in (loss, recall, needles, places):
+        axes.grid(alpha=0.25)
+    figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.suptitle(f"A Transformer primed into hybrids, trained on blocks of {length} bytes")
+
+
+def _by_length(needles: "Axes", places: "Axes", groups: dict) -> None:
+    """Lines of the Transformer trained on and of the hybrids of half of the layers by rank."""
+    for (kind, mixer, replaced, choice), group in groups.items():
+        if kind != "control" and (kind, replaced, choice) != ("hybrid", 0.5, "rank"):
+            continue
+        _, color, marker = MIXER_STYLES[mixer]
         lengths = sorted({x["length"] for x in group[0]["needles"]})
         most = max(x["keys"] for x in group[0]["needles"])
-        label = _named(key)[0] + ", half" * (key[0] == "hybrid")
         copied = [_needle(group, at, most) for at in lengths]
-        grid[1][0].plot(lengths, copied, label=label, **style)
-        spans = [f"{p['from']}-{p['to']}" for p in group[0]["positions"]]
+        needles.plot(lengths, copied, color=color, marker=marker)
+        spans = [f"{p['from']} to {p['to']}" for p in group[0]["positions"]]
         losses = [_point(group, "positions", i, "loss") for i in range(len(spans))]
-        grid[1][1].plot(spans, losses, label=label, **style)
-    grid[1][0].set_xscale("log", base=2)
-    grid[1][0].xaxis.set_major_formatter("{x:.0f}")
-    grid[1][0].axvline(length, color="0.6", lw=0.8, ls=":")
-    grid[1][0].axhline(0.1, color="0.6", lw=0.8, ls=":")
-    grid[1][0].set(title="needles copied (dotted: training's length, guessing)", xlabel="bytes of text",
-                   ylabel="share of characters", ylim=(0, 1.03))  # fmt: skip
-    grid[1][1].set(title="loss by place, beyond the training's length", xlabel="place in the text",
-                   ylabel="nats a byte")  # fmt: skip
-    for axes in grid.flat:
-        axes.grid(alpha=0.25)
-    grid[0][0].legend(fontsize="small")
-    grid[1][1].legend(fontsize="small")
-    figure.suptitle(f"A Transformer primed into hybrids, blocks of {length} bytes")
+        places.plot(spans, losses, color=color, marker=marker)
+    needles.set_xscale("log", base=2)
+    needles.xaxis.set_major_formatter("{x:.0f}")
 
 
 def _by_share(axes: "Axes", groups: dict, name: str, figure: str) -> None:
@@ -158,24 +166,23 @@ def _by_share(axes: "Axes", groups: dict, name: str, figure: str) -> None:
     teacher = groups.get(("teacher", "attention", 0.0, ""))
     for mixer in dict.fromkeys(key[1] for key in groups if key[0] == "hybrid"):
         label, color, marker = MIXER_STYLES[mixer]
-        for choice, line in _LINES.items():
-            of = {
-                key[2]: g
-                for key, g in groups.items()
-                if key[:2] == ("hybrid", mixer) and key[3] == choice
-            }
-            points = ({0.0: begin} if begin and of else {}) | of
-            shares = sorted(points)
-            means = [_point(points[x], "slices", name, figure) for x in shares]
+        for choice, (said, line, face) in _LINES.items():
+            where = ("hybrid", mixer, choice)
+            points = {k[2]: g for k, g in groups.items() if (k[0], k[1], k[3]) == where}
+            if not points:
+                continue
+            whole = points | ({0.0: begin} if begin else {})
+            shares = sorted(whole)
+            means = [_point(whole[x], "slices", name, figure) for x in shares]
             axes.plot([100 * x for x in shares], means, ls=line, color=color, marker=marker,
-                      label=f"{label}, by {'rank' if choice == 'rank' else 'alternation'}")  # fmt: skip
-            for x in shares:
-                seeds = [r["slices"][name][figure] for r in points[x]]
-                axes.plot([100 * x] * len(seeds), seeds, ".", color=color, ms=4)
+                      mfc=face or color, label=f"{label}, by {said}")  # fmt: skip
+            for x, group in points.items():
+                for r in group if len(group) > 1 else ():
+                    axes.plot(100 * x, _point([r], "slices", name, figure), ".", color=color, ms=4)
         scratch = groups.get(("scratch", mixer, 0.5, "rank"))
         if scratch:
             axes.plot([50], [_point(scratch, "slices", name, figure)], "*", color=color, ms=12,
-                      mec="black", mew=0.6, label=f"{label}, from scratch")  # fmt: skip
+                      mec="black", mew=0.6, ls="", label=f"{label}, half, from scratch")  # fmt: skip
     if begin:
         axes.plot([0], [_point(begin, "slices", name, figure)], "s", color="black", zorder=3,
                   label="Transformer, trained on")  # fmt: skip
@@ -183,12 +190,3 @@ def _by_share(axes: "Axes", groups: dict, name: str, figure: str) -> None:
         axes.axhline(_point(teacher, "slices", name, figure), color="0.5", lw=1, ls=":",
                      label="Transformer before")  # fmt: skip
     axes.set(xlabel="attention layers replaced (%)", xticks=[0, 25, 50, 75])
-
-
-def _half(groups: dict) -> Iterator[tuple[tuple, list[Found], dict[str, Any]]]:
-    """The Transformer trained on and the hybrids of half of the layers by rank, with their styles."""
-    for key, group in groups.items():
-        kind, mixer, replaced, choice = key
-        if kind == "control" or (kind, replaced, choice) == ("hybrid", 0.5, "rank"):
-            _, color, marker = MIXER_STYLES[mixer]
-            yield key, group, {"color": color, "marker": marker}
