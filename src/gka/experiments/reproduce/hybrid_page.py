@@ -139,7 +139,7 @@ def draw(results: Sequence[Found], figure: "Figure") -> None:
                ylabel="nats a byte")  # fmt: skip
     for axes in (loss, recall, needles, places):
         axes.grid(alpha=0.25)
-    figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(f"A Transformer primed into hybrids, trained on blocks of {length} bytes")
 
 
