@@ -40,7 +40,8 @@ class Cell:
 
     Attributes:
         key: unique among the experiment's cells, and the same in every run.
-        measure: returns the figures; it depends on nothing but the cell.
+        measure: returns the figures; it depends on nothing but the cell, and on models that cells before it
+            keep in the ledger's folder.
         seconds: estimated time on the device, one core of a CPU, for plans.
         group: cells of one group are measured by one process if there are several, since they compile the
             same.

@@ -44,7 +44,7 @@ class Plan:
 
     def __str__(self) -> str:
         basis = (
-            f"from {self.done} measured cells" if self.measured else "estimated for one CPU core"
+            f"from {self.done} measured cells" if self.measured else "estimated, a CPU as one core"
         )
         return (
             f"{len(self.cells)} cells to measure, {self.done} kept: about"
