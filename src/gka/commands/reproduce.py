@@ -45,6 +45,13 @@ def reproduce(
             help="End before a cell that would take longer in all.", show_default="no limit"
         ),
     ] = None,
+    together: Annotated[
+        int | None,
+        typer.Option(
+            help="Cells that share the device, of an experiment that trains tiny models.",
+            show_default="the experiment's on a GPU; 1 on a CPU",
+        ),
+    ] = None,
     model: Annotated[
         Path | None,
         typer.Option(
@@ -83,12 +90,16 @@ def reproduce(
     experiment = find(name)
     number = experiment.seeds[size] if seeds is None else opt.at_least_one("--seeds", seeds)
     where = opt.usable_device(device)
+    if together is None:
+        together = experiment.together if where.startswith("cuda") else 1
+    opt.at_least_one("--together", together)
     given = Options(where, tuple(range(number)), None if model is None else str(model))
     command = _command(name, size, where, seeds, model)
     opt.silence_libraries()
     folder = output or ROOT / size
     with only_writer(folder, "--output"):
-        _run(console, Reproduction(experiment, size, given, folder, command), folder, minutes)
+        reproduction = Reproduction(experiment, size, given, folder, command)
+        _run(console, reproduction, folder, minutes, together)
 
 
 def _command(name: str, size: str, device: str, seeds: int | None, model: Path | None) -> str:
@@ -99,7 +110,11 @@ def _command(name: str, size: str, device: str, seeds: int | None, model: Path |
 
 
 def _run(
-    console: "Console", reproduction: "Reproduction", folder: Path, minutes: float | None
+    console: "Console",
+    reproduction: "Reproduction",
+    folder: Path,
+    minutes: float | None,
+    together: int,
 ) -> None:
     """Say the plan, run, report, and say what is left or failed."""
     name, plan = reproduction.experiment.name, reproduction.plan()
@@ -112,6 +127,7 @@ def _run(
                 f"{cell.key}: {record['seconds']:.1f} s"
                 + (f", failed: {record['reason']}" if record["state"] == "failed" else "")
             ),
+            together,
         )
     verdict = reproduction.report()
     for check in verdict["checks"]:

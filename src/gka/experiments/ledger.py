@@ -90,11 +90,19 @@ class Ledger:
         """
         began = time.perf_counter()
         try:
-            record = {"state": "done", "result": measure()}
+            found = measure()
         except Exception as error:
-            reason = (str(error).splitlines() or [""])[0]
-            record = {"state": "failed", "reason": f"{type(error).__name__}: {reason}"}
-        record |= {"seconds": round(time.perf_counter() - began, 3)} | more
+            found = error
+        return self.keep(key, found, time.perf_counter() - began, **more)
+
+    def keep(self, key: str, found: Any, seconds: float, **more: Any) -> dict[str, Any]:
+        """Write the record of `attempt`: of figures, or of the exception in their place."""
+        if isinstance(found, Exception):
+            reason = (str(found).splitlines() or [""])[0]
+            record = {"state": "failed", "reason": f"{type(found).__name__}: {reason}"}
+        else:
+            record = {"state": "done", "result": found}
+        record |= {"seconds": round(seconds, 3)} | more
         self.found.setdefault("cells", {})[key] = record
         self.note()
         return record

@@ -1,7 +1,7 @@
 """What an experiment is: a claim, a prediction frozen before the run, cells, a computed verdict."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 Found = Mapping[str, Any]
 """JSON-ready figures of one cell, with the cell's own coordinates among them."""
 Outcome = Literal["confirmed", "partly", "not", "open"]
+Turns = Generator[bool, None, dict[str, Any]]
+"""A measurement in turns: yields whether a turn did something or only waited, and returns the figures."""
 SIZES = ("smoke", "quick", "full")
 
 
@@ -36,12 +38,24 @@ class Cell:
     Attributes:
         key: unique among the experiment's cells, and the same in every run.
         measure: returns the figures; it depends on nothing but the cell.
-        seconds: estimated time on one core of a CPU, for plans.
+        seconds: estimated time on one core of a CPU, or on the GPU that was asked for; for plans.
+        turns: the same measurement in turns, if several cells may share a device.
     """
 
     key: str
     measure: Callable[[], dict[str, Any]]
     seconds: float
+    turns: Callable[[], Turns] | None = None
+
+
+def whole(turns: Callable[[], Turns]) -> dict[str, Any]:
+    """The figures of a measurement in turns that has the device to itself."""
+    going = turns()
+    while True:
+        try:
+            next(going)
+        except StopIteration as end:
+            return end.value
 
 
 @dataclass(frozen=True)
@@ -78,6 +92,9 @@ class Experiment:
         draw: the results as a figure.
         checks: the statements that make the verdict.
         reads_model: whether a trained model adds cells.
+        schedule: all cells in order, given the results so far, where they decide which cells are worth
+            measuring; it returns `cells` for none. None: those of `cells`.
+        together: cells that a GPU measures side by side by default.
     """
 
     name: str
@@ -94,6 +111,8 @@ class Experiment:
     draw: Callable[[Sequence[Found], "Figure"], None]
     checks: Callable[[Sequence[Found]], list[Check]]
     reads_model: bool = False
+    schedule: Callable[[Any, Options, Sequence[Found]], list[Cell]] | None = None
+    together: int = 1
 
 
 def outcome_of(checks: Sequence[Check], of: str = "claim") -> Outcome:
