@@ -163,7 +163,10 @@ def draw(results: Sequence[Found], figure: "Figure") -> None:
         t: h for axes in grid[0] for h, t in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, len(handles))
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=max(3, 2 * len(settings)),
     )
     figure.suptitle("Multi-query associative recall, two layers, short convolutions in every mixer")
 
