@@ -106,8 +106,8 @@ def _cell(size: Size, trial: Trial, device: str) -> Cell:
     return Cell(str(trial), partial(whole, start), _seconds(size, trial, device), start)
 
 
-# Microseconds a token of a step on one core, embeddings and head aside; measured on a busy two-core machine.
-_MICROSECONDS = {"gka": 12.0, "gka_ungated": 11.0, "attention": 2.5}
+# Microseconds a token of a step on one core, embeddings and head aside (docs/howto/compare.md).
+_MICROSECONDS = {"gka": 31.0, "gka_ungated": 30.0, "attention": 4.0}
 
 
 def _seconds(size: Size, trial: Trial, device: str) -> float:
@@ -115,7 +115,7 @@ def _seconds(size: Size, trial: Trial, device: str) -> float:
     tokens = size.steps * size.batch * trial.setting[0]
     if torch.device(device).type == "cuda":
         return 6.0 + tokens * 2e-7
-    mixer = _MICROSECONDS.get(trial.model.mixer, 5.0) * (trial.model.width / 16) ** 0.5
+    mixer = _MICROSECONDS.get(trial.model.mixer, 10.0) * (trial.model.width / 16) ** 0.5
     head = 2e-4 * size.vocabulary * trial.model.width * trial.setting[1] / trial.setting[0]
     return tokens * (mixer + head) * 1e-6
 
@@ -228,7 +228,7 @@ MQAR = Experiment(
     version=1,
     sizes={
         "smoke": Size(((16, 2),), (8,), (1e-2,), (), 24, 4, 8, 64, 16, 2),
-        "quick": Size(((64, 16),), (16,), (1e-2,), (), 128, 600, 32, 19_200, 128, 50),
+        "quick": Size(((64, 16),), (16,), (1e-2,), (), 128, 1000, 32, 32_000, 128, 50),
         "full": Size(
             ((256, 64), (512, 128), (256, 16), (512, 64), (128, 8), (64, 4)),
             (64, 32, 128, 16, 256), (1e-2, 10**-2.5, 10**-1.5, 1e-3), (32, 16, 64),
