@@ -88,10 +88,10 @@ def test_a_step_reads_its_batch_by_the_counter_and_answers_where_they_are_asked(
 
 def test_training_learns() -> None:
     """Some steps lift the accuracy far above guessing, 1 of 12 values; the curve ends where training did."""
-    longer = replace(SIZE, steps=200, examples=1024, held_out=64, look=100)
-    trial = Trial(Model("attention", 8), (16, 2), 1e-2, 0)
+    longer = replace(SIZE, steps=60, batch=32, examples=1024, held_out=64, look=30)
+    trial = Trial(Model("attention", 8), (16, 2), 3e-2, 0)
     found = whole(lambda: turns(longer, trial, "cpu"))
-    assert found["test"] > 0.2 and found["steps"] == found["curve"][-1][0]
+    assert found["test"] > 0.15 and found["steps"] == found["curve"][-1][0]
     assert found["state_bytes"] == 2 * 4 * 16 * 16
 
 
