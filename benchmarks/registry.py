@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import normalize, scaled_dot_product_attention, silu
 
+from gka.errors import NotAvailable as NotAvailable
 from gka.layers import GatedKalmaNet
 from gka.maths.solvers import SolverName
 from gka.models.flops import CHUNK, step_flops
@@ -73,10 +74,6 @@ def make_inputs(size: Size, keys: str, device: str) -> Inputs:
     lamb = 0.25 + torch.rand(h, d, device=device)
     leaves = (q, k, v, g, alpha, beta, beta.bfloat16(), lamb)
     return Inputs(do, *(x.requires_grad_() for x in leaves))
-
-
-class NotAvailable(Exception):
-    """A contender cannot run here; the message says why."""
 
 
 def reason(error: Exception) -> str:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from benchmarks import results
-from benchmarks.model import fla_mixers
 from benchmarks.model.kernel_groups import grouped
 from benchmarks.model.sizes import MIXERS, SIZES, ModelSize, model_flops, peak_tflops
 from benchmarks.op.profile import kernels, total
@@ -23,6 +22,7 @@ from benchmarks.registry import NotAvailable, reason
 from benchmarks.stopwatch import Stopwatch
 from torch import Tensor
 
+from gka.experiments import fla_mixers
 from gka.models.loss import compiled_on_gpu
 from gka.models.recomputation import checkpoint_arguments
 from gka.ops import (

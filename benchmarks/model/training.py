@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from benchmarks import results
 from benchmarks.model import step, training_report
-from benchmarks.model.fla_mixers import LAYERS
 from benchmarks.model.sizes import DEFAULT_MIXERS, MIXERS, SIZES
 from benchmarks.model.step import COMPILES, Cell
 
+from gka.experiments.fla_mixers import LAYERS
 from gka.experiments.ledger import Ledger, refusing
 from gka.storage import read_json, write_json
 from gka.training.config import CHECKPOINTING

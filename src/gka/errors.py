@@ -17,6 +17,10 @@ class BusyError(InputError):
     """Another process writes to the folder; the message names it."""
 
 
+class NotAvailable(InputError):
+    """Something that is compared cannot run here; the message says why."""
+
+
 class RenamedWarning(FutureWarning):
     """An option or a key has the name of an earlier release; the message gives the new one."""
 

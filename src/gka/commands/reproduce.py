@@ -46,6 +46,13 @@ def reproduce(
             help="End before a cell that would take longer in all.", show_default="no limit"
         ),
     ] = None,
+    together: Annotated[
+        int | None,
+        typer.Option(
+            help="Cells that share the device, of an experiment that trains tiny models.",
+            show_default="the experiment's on a GPU; 1 on a CPU",
+        ),
+    ] = None,
     model: Annotated[
         Path | None,
         typer.Option(
@@ -94,6 +101,9 @@ def reproduce(
     experiment = find(name)
     number = experiment.seeds[size] if seeds is None else opt.at_least_one("--seeds", seeds)
     where = opt.usable_device(device)
+    if together is None:
+        together = experiment.together if where.startswith("cuda") else 1
+    opt.at_least_one("--together", together)
     folder = output or ROOT / size
     trained = None if model is None else str(model)
     given = Options(where, tuple(range(number)), trained, folder, corpus)
@@ -101,7 +111,7 @@ def reproduce(
     opt.silence_libraries()
     with only_writer(folder, "--output"):
         reproduction = Reproduction(experiment, size, given, folder, command)
-        _run(console, reproduction, folder, minutes, processes)
+        _run(console, reproduction, folder, minutes, (together, processes))
 
 
 def _command(
@@ -115,10 +125,13 @@ def _command(
 
 
 def _run(
-    console: "Console", reproduction: "Reproduction", folder: Path, minutes: float | None,
-    processes: int,
-) -> None:  # fmt: skip
-    """Say the plan, run, report, and say what is left or failed."""
+    console: "Console",
+    reproduction: "Reproduction",
+    folder: Path,
+    minutes: float | None,
+    at_once: tuple[int, int],
+) -> None:
+    """Say the plan, run, report, and say what is left or failed; `at_once`: cells, and processes."""
     name, plan = reproduction.experiment.name, reproduction.plan()
     console.print(f"{name}, {reproduction.size}: {plan}", highlight=False, soft_wrap=True)
     file = folder / f"{name}.json"
@@ -129,7 +142,7 @@ def _run(
                 f"{cell.key}: {record['seconds']:.1f} s"
                 + (f", failed: {record['reason']}" if record["state"] == "failed" else "")
             ),
-            processes,
+            *at_once,
         )
     verdict = reproduction.report()
     for check in verdict["checks"]:

@@ -88,14 +88,17 @@ class Ledger:
         Returns:
             {"state": "done", "result", "seconds"} or {"state": "failed", "reason", "seconds"}, with `more`.
         """
-        record = record_of(measure) | more
-        self.keep(key, record)
-        return record
+        return self.write(key, record_of(measure) | more)
 
-    def keep(self, key: str, record: dict[str, Any]) -> None:
-        """Write a record of the figure `key`."""
+    def keep(self, key: str, found: Any, seconds: float, **more: Any) -> dict[str, Any]:
+        """Write the record of `attempt`: of figures, or of the exception in their place."""
+        return self.write(key, _record(found, seconds) | more)
+
+    def write(self, key: str, record: dict[str, Any]) -> dict[str, Any]:
+        """Write a record that another process or `record_of` has made, and return it."""
         self.found.setdefault("cells", {})[key] = record
         self.note()
+        return record
 
     def report(self, page: str, draw: Draw | None = None) -> None:
         """Write NAME.md and, with matplotlib, NAME.png, and print where."""
@@ -106,11 +109,20 @@ def record_of(measure: Callable[[], Any]) -> dict[str, Any]:
     """What `measure` returns or why it fails, and its seconds; see `Ledger.attempt`."""
     began = time.perf_counter()
     try:
-        record = {"state": "done", "result": measure()}
+        found = measure()
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
-        record = {"state": "failed", "reason": f"{type(error).__name__}: {reason}"}
-    return record | {"seconds": round(time.perf_counter() - began, 3)}
+        found = error
+    return _record(found, time.perf_counter() - began)
+
+
+def _record(found: Any, seconds: float) -> dict[str, Any]:
+    """The record of figures, or of the exception in their place."""
+    if isinstance(found, Exception):
+        reason = (str(found).splitlines() or [""])[0]
+        record = {"state": "failed", "reason": f"{type(found).__name__}: {reason}"}
+    else:
+        record = {"state": "done", "result": found}
+    return record | {"seconds": round(seconds, 3)}
 
 
 def _differences(there: Any, here: dict[str, Any]) -> str:

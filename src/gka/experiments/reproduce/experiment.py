@@ -1,7 +1,7 @@
 """What an experiment is: a claim, a prediction frozen before the run, cells, a computed verdict."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 Found = Mapping[str, Any]
 """JSON-ready figures of one cell, with the cell's own coordinates among them."""
 Outcome = Literal["confirmed", "partly", "not", "open"]
+Turns = Generator[bool, None, dict[str, Any]]
+"""A measurement in turns: yields whether a turn did something or only waited, and returns the figures."""
 SIZES = ("smoke", "quick", "full")
 
 
@@ -42,7 +44,8 @@ class Cell:
         key: unique among the experiment's cells, and the same in every run.
         measure: returns the figures; it depends on nothing but the cell, and on models that cells before it
             keep in the ledger's folder.
-        seconds: estimated time on the device, one core of a CPU, for plans.
+        seconds: estimated time on one core of a CPU, or on the GPU that was asked for; for plans.
+        turns: the same measurement in turns, if several cells may share a device.
         group: cells of one group are measured by one process if there are several, since they compile the
             same.
     """
@@ -50,7 +53,18 @@ class Cell:
     key: str
     measure: Callable[[], dict[str, Any]]
     seconds: float
+    turns: Callable[[], Turns] | None = None
     group: str = ""
+
+
+def whole(turns: Callable[[], Turns]) -> dict[str, Any]:
+    """The figures of a measurement in turns that has the device to itself."""
+    going = turns()
+    while True:
+        try:
+            next(going)
+        except StopIteration as end:
+            return end.value
 
 
 @dataclass(frozen=True)
@@ -88,6 +102,9 @@ class Experiment:
         checks: the statements that make the verdict.
         reads_model: whether a trained model adds cells.
         corpus: opens or builds the corpus that all cells read, and returns its checksum. None: there is none.
+        schedule: all cells in order, given the results so far, where they decide which cells are worth
+            measuring; it returns `cells` for none. None: those of `cells`.
+        together: cells that a GPU measures side by side by default.
     """
 
     name: str
@@ -105,6 +122,8 @@ class Experiment:
     checks: Callable[[Sequence[Found]], list[Check]]
     reads_model: bool = False
     corpus: Callable[[Any, Options], str] | None = None
+    schedule: Callable[[Any, Options, Sequence[Found]], list[Cell]] | None = None
+    together: int = 1
 
 
 def outcome_of(checks: Sequence[Check], of: str = "claim") -> Outcome:

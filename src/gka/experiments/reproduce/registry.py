@@ -7,11 +7,12 @@ from gka.experiments.reproduce.gradients import GRADIENTS
 from gka.experiments.reproduce.hybrid import HYBRID
 from gka.experiments.reproduce.key_statistics import KEY_STATISTICS
 from gka.experiments.reproduce.language import LANGUAGE
+from gka.experiments.reproduce.mqar import MQAR
 from gka.experiments.reproduce.state_precision import STATE_PRECISION
 
 EXPERIMENTS: dict[str, Experiment] = {
     e.name: e
-    for e in (CONVERGENCE, GRADIENTS, STATE_PRECISION, KEY_STATISTICS, HYBRID, LANGUAGE)
+    for e in (CONVERGENCE, GRADIENTS, MQAR, STATE_PRECISION, KEY_STATISTICS, HYBRID, LANGUAGE)
 }
 
 

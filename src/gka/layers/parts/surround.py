@@ -112,15 +112,25 @@ class PlainSurround:
     """Single torch modules: on any device, in any dtype, differentiable any number of times."""
 
     def enter(self, mixer: Any, projected: QKV, x: Tensor, call: MixCall) -> tuple[QKV, Gates]:
-        before = self._halos(mixer, projected, call)
-        convolved = (
-            self._expand(mixer, name, self._convolve(mixer, name, y, call, before.get(name)))
-            for name, y in zip("qkv", projected, strict=True)
-        )
-        q, k, v = _split(mixer, tuple(convolved))
+        convolved = self.convolve(mixer, projected, call)
+        expanded = (self._expand(mixer, name, y) for name, y in zip("qkv", convolved, strict=True))
+        q, k, v = _split(mixer, tuple(expanded))
         q, k = unit(q), unit(k)
         k = k if call.padding is None else call.padding.clear(k)
         return (q, k, v), self.gates(mixer, x, call.padding)
+
+    def convolve(self, mixer: Any, projected: QKV, call: MixCall) -> QKV:
+        """Those of q, k and v [B,T,channels] convolved that have a convolution; updates the layer's cache.
+
+        Args:
+            projected: tokens before padding.
+        """
+        before = self._halos(mixer, projected, call)
+        q, k, v = (
+            self._convolve(mixer, name, y, call, before.get(name))
+            for name, y in zip("qkv", projected, strict=True)
+        )
+        return q, k, v
 
     def gates(self, mixer: Any, x: Tensor, padding: Padding | None = None) -> Gates:
         """beta = sigmoid(b_proj x) + beta_eps, alpha = sigmoid(alpha_proj x),

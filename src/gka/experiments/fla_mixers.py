@@ -7,13 +7,12 @@ parameters differ where a layer has gates of its own, and are reported.
 
 import importlib
 import inspect
-from typing import Any
+from typing import Any, Protocol
 
-from benchmarks.model.sizes import ModelSize
-from benchmarks.registry import NotAvailable
 from torch import Tensor, nn
 
-PREFIX = "fla:"
+from gka.errors import NotAvailable
+
 # our name -> class in fla.layers, and options that differ from its defaults
 LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "fla:gated_deltanet": ("GatedDeltaNet", {"expand_v": 1.0}),
@@ -27,6 +26,17 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "fla:gated_deltaproduct": ("GatedDeltaProduct", {"expand_v": 1.0}),
     "fla:gdn2": ("GatedDeltaNet2", {"expand_v": 1.0}),
 }
+
+
+class LayerSize(Protocol):
+    """What a layer is built for: width of the hidden states, heads, and K = V = dim of a head."""
+
+    @property
+    def hidden(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def dim(self) -> int: ...
 
 
 class FlaMixer(nn.Module):
@@ -56,7 +66,7 @@ class FlaMixer(nn.Module):
         return self.layer(hidden_states)[0], None, None
 
 
-def options(kind: type, size: ModelSize, own: dict[str, Any]) -> dict[str, Any]:
+def options(kind: type, size: LayerSize, own: dict[str, Any]) -> dict[str, Any]:
     """Constructor options that the class has, of our sizes and of its own.
 
     Mamba's heads are the inner width over a head's: `expand` times as many as ours.
@@ -70,8 +80,8 @@ def options(kind: type, size: ModelSize, own: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in wanted.items() if name in known}
 
 
-def layer(name: str, size: ModelSize) -> nn.Module:
-    """One of the installed version's layers.
+def layer(name: str, size: LayerSize) -> nn.Module:
+    """One of the installed version's layers, by a name of `LAYERS`.
 
     Raises:
         NotAvailable: it is not installed, has no such layer, or refuses to be built.
@@ -92,7 +102,7 @@ def layer(name: str, size: ModelSize) -> nn.Module:
         ) from error
 
 
-def replace_mixers(model: Any, name: str, size: ModelSize) -> None:
+def replace_mixers(model: Any, name: str, size: LayerSize) -> None:
     """Put a layer of theirs into every layer of a decoder."""
     for block in model.model.layers:
         block.mixer = FlaMixer(layer(name, size))
