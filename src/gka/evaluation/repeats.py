@@ -74,7 +74,7 @@ def seen_in(rows: np.ndarray, n: int, corpus: Iterable[np.ndarray]) -> np.ndarra
         for start in range(0, max(len(ids) - n + 1, 0), PART):
             part = ngram_hashes(np.asarray(ids[start : start + PART + n - 1]), n)
             at = np.searchsorted(wanted, part)
-            known[at[np.append(wanted, 0)[at] == part]] = True
+            known[at[np.append(wanted, np.uint64(0))[at] == part]] = True
     found = np.zeros(rows.shape, bool)
     found[:, n - 1 :] = known[:-1][np.searchsorted(wanted, hashes)]
     return found

@@ -107,7 +107,7 @@ def test_statements_compare_means_over_seeds() -> None:
 
 
 def cell(key: str, group: str, work: Any, seconds: float = 1.0) -> Cell:
-    return Cell(key, work, seconds, group)
+    return Cell(key, work, seconds, group=group)
 
 
 def test_a_group_stays_with_one_process() -> None:

@@ -76,7 +76,8 @@ def _cell(size: Size, options: Options, mixer: str, which: str, seed: int) -> Ce
         measure_cell, mixer, training, size.measures, seed, corpus_path(options), kept, which,
         options.device,
     )  # fmt: skip
-    return Cell(key, work, _seconds(training, mixer, options.device), mixer.removesuffix(ATTENTION))
+    seconds = _seconds(training, mixer, options.device)
+    return Cell(key, work, seconds, group=mixer.removesuffix(ATTENTION))
 
 
 def _seconds(training: Training, mixer: str, device: str) -> float:
