@@ -4,10 +4,13 @@ import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from gka.data import byte_tokenizer
 from gka.experiments.corpora.build import Budget, build
@@ -15,6 +18,8 @@ from gka.experiments.reproduce.experiment import Cell, Options
 from gka.experiments.reproduce.language import HYBRIDS, LANGUAGE, PURE, SIZES
 from gka.experiments.reproduce.language_table import checks, rise
 from gka.experiments.reproduce.language_training import (
+    _steps,
+    _told,
     configuration,
     parameters,
     pattern,
@@ -55,6 +60,31 @@ def test_tokens_depend_on_the_seed_alone(tmp_path: Path) -> None:
     training_rows.cache_clear()
     assert np.array_equal(training_rows(folder, training, 0), rows)
     assert not np.array_equal(training_rows(folder, training, 1), rows)
+
+
+class Broken(nn.Module):
+    """A weight whose gradient is NaN in one step."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.weight, self.left = nn.Parameter(torch.ones(2, 2)), step
+        self.seen: list[float] = []
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, use_cache: bool) -> Any:
+        self.seen.append(float(self.weight.detach().sum()))
+        self.left -= 1
+        loss = self.weight.sum() * (float("nan") if self.left == -1 else 1.0)
+        return SimpleNamespace(loss=loss)
+
+
+def test_a_step_without_finite_gradients_changes_nothing() -> None:
+    """It is skipped and told; the steps after it go on."""
+    training = replace(SIZES["smoke"].small, steps=4, batch=1)
+    model = Broken(1)
+    losses, skipped, _ = _steps(model, torch.zeros(4, 8), training, "cpu")
+    assert skipped == [1] and bool(losses[1].isnan()) and bool(losses[2].isfinite())
+    assert model.seen[0] > model.seen[1] == model.seen[2] > model.seen[3]
+    assert _told(skipped, losses).endswith("at first those of step 1 (loss nan), loss before 4.000")
 
 
 def test_cells_come_seed_by_seed() -> None:

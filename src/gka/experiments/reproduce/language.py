@@ -47,7 +47,6 @@ def measure_cell(
     size: str, device: str,
 ) -> dict[str, Any]:  # fmt: skip
     """Train a model, keep it, and measure it."""
-    from gka.ops import last_backend
     from gka.training.folder import save_model
 
     model, trained = train(mixer, training, corpus, seed, device)
@@ -56,7 +55,7 @@ def measure_cell(
     if device != "cpu":
         torch.cuda.empty_cache()  # for the processes beside this one
     where = {"mixer": mixer, "size": size, "seed": seed, "length": training.length}
-    return where | {"training": trained, "backend": last_backend()} | found
+    return where | {"training": trained} | found
 
 
 def cells(size: Size, options: Options) -> list[Cell]:

@@ -78,9 +78,9 @@ def _line(
 
 
 def _slices(axes: "Axes", small: Groups) -> None:
-    """Loss of the memory part by slice, minus that of GKA's first seed where it is there."""
-    base = small.get("gka", next(iter(small.values())))
-    zero = [fmean([loss(r, "memory", s) or 0 for r in base]) for s in SLICES]
+    """Loss of the memory part by slice, minus GKA's mean, or that of the first mixer there is."""
+    base = "gka" if "gka" in small else next(iter(small))
+    zero = [fmean([loss(r, "memory", s) or 0 for r in small[base]]) for s in SLICES]
     for mixer, group in small.items():
 
         def of(r: Found) -> list[float | None]:
@@ -89,7 +89,7 @@ def _slices(axes: "Axes", small: Groups) -> None:
 
         _line(axes, mixer, group, range(len(SLICES)), of)
     axes.set_xticks(range(len(SLICES)), SLICES)
-    axes.set(title="Held-out loss by what the context holds", ylabel=f"nats above {label('gka')}")
+    axes.set(title="Held-out loss by what the context holds", ylabel=f"nats above {label(base)}")
     axes.grid(alpha=0.25)
 
 

@@ -72,7 +72,7 @@ def table(results: Sequence[Found]) -> str:
         rows.append((
             name, len(group), f"{first['training']['parameters'] / 1e6:.2f}", *parts, *tasks,
             _spread(group, rise), _spread(group, lambda r: utility(r, r["length"] // 4)),
-            states, f"{speed:,.0f}", first["backend"],
+            states, f"{speed:,.0f}", first["training"].get("kernels", "not noted"),
         ))  # fmt: skip
     head = ("model", "seeds", "M parameters", "memory", "repeated", "recalled", "far", "new", "code",
             *TASKS, "rise at 8x", "utility", "state MiB", "tokens/s", "kernels")  # fmt: skip

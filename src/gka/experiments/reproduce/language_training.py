@@ -18,8 +18,9 @@ from transformers import set_seed
 from gka.data import Holdout, TrainingSequences, vocabulary_size
 from gka.errors import InputError
 from gka.experiments.corpora.build import PARTS, Corpus, open_corpus
-from gka.layers import decayed_parameters
+from gka.layers import DeltaNet, decayed_parameters
 from gka.models import GKAConfig, GKAForCausalLM
+from gka.ops import last_backend, why_not_external
 from gka.training import compilation
 
 ATTENTION = "+attention"  # ends the name of a hybrid
@@ -126,30 +127,33 @@ def train(
 
     Returns:
         The model in evaluation mode; curve (rows of step and mean training loss since the row before),
-        tokens_per_second after the first steps, seconds, peak_bytes on the GPU, parameters, compiled.
+        skipped (steps whose gradients were not finite), tokens_per_second after the first steps, seconds,
+        peak_bytes on the GPU, parameters, compiled, kernels.
 
     Raises:
-        InputError: the loss became infinite or NaN.
+        InputError: more than one step in 20 was skipped; the message has the first ones.
     """
     rows = torch.from_numpy(training_rows(folder, training, seed).astype(np.int32)).to(device)
     set_seed(seed)
     model: Any = GKAForCausalLM(configuration(mixer, training, the_corpus(folder).tokenizer))
     model = model.to(device).train()
+    _choose_kernels(model, device)
     how = compilation.LAYERS if device != "cpu" else compilation.OFF
     if device != "cpu":
         _compile_anew(training)
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     with compilation.compiled((model,), how):
-        losses, speed = _steps(model, rows, training, device)
+        losses, skipped, speed = _steps(model, rows, training, device)
     found = {
         "curve": _curve(losses), "tokens_per_second": speed,
         "seconds": round(time.perf_counter() - began, 2), "compiled": how,
         "peak_bytes": torch.cuda.max_memory_allocated() if device != "cpu" else None,
         "parameters": model.num_parameters(), "tokens": training.tokens,
+        "skipped": skipped, "kernels": last_backend(),
     }  # fmt: skip
-    if not all(math.isfinite(row[1]) for row in found["curve"]):
-        raise InputError(f"the loss of {mixer}, seed {seed}, became infinite or NaN")
+    if len(skipped) > training.steps // 20:
+        raise InputError(f"{mixer}, seed {seed}: {_told(skipped, losses)}")
     return model.eval(), found
 
 
@@ -159,10 +163,39 @@ def _compile_anew(training: Training) -> None:
     torch.compiler.reset()
 
 
-def _steps(model: nn.Module, rows: Tensor, training: Training, device: str) -> tuple[Tensor, float]:
-    """All optimizer steps: loss of each [steps], and tokens a second after the first `WARM`."""
-    optimizer = _optimizer(model, training.rate, device)
-    losses = torch.zeros(training.steps, device=device)
+def _told(skipped: list[int], losses: Tensor) -> str:
+    """Skipped steps in words, the first with their losses."""
+    first = ", ".join(f"{step} (loss {losses[step]:.3f})" for step in skipped[:5])
+    before = f", loss before {losses[skipped[0] - 1]:.3f}" if skipped[0] else ""
+    return (
+        f"the gradients of {len(skipped)} of {len(losses)} steps were not finite, at first those of step"
+        f" {first}{before}"
+    )
+
+
+def _choose_kernels(model: Any, device: str) -> None:
+    """Run the delta rules on flash-linear-attention where it can: flash-qla compiles for minutes.
+
+    The saved configuration stays "auto", so that the model loads elsewhere.
+    """
+    for layer in model.model.layers:
+        mixer = layer.mixer
+        if isinstance(mixer, DeltaNet):
+            rule = "gated_delta_rule" if mixer.decays else "delta_rule"
+            dims = mixer.head_dim, mixer.head_v_dim
+            if why_not_external("fla", rule, device, dims=dims) is None:
+                mixer.backend = "fla"
+
+
+def _steps(
+    model: nn.Module, rows: Tensor, training: Training, device: str
+) -> tuple[Tensor, list[int], float]:
+    """All optimizer steps: loss of each [steps], those skipped, and tokens a second after `WARM` steps.
+
+    A step whose gradients are not finite changes nothing; the host does not wait to learn of it.
+    """
+    optimizer: Any = _optimizer(model, training.rate)
+    losses, norms = torch.zeros(2, training.steps, device=device)
     began, warm = 0.0, min(WARM, training.steps - 1)
     for step, ids in enumerate(_batches(rows, training.batch)):
         if step == warm:
@@ -172,12 +205,14 @@ def _steps(model: nn.Module, rows: Tensor, training: Training, device: str) -> t
         with arithmetic(device):
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
-        clip_grad_norm_(model.parameters(), 1.0)
+        norms[step] = norm = clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.found_inf = (~norm.isfinite()).float()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses[step] = loss.detach()
-    steps = training.steps - warm
-    return losses.cpu(), steps * training.batch * training.length / (_now(device) - began)
+    tokens = (training.steps - warm) * training.batch * training.length
+    speed = tokens / (_now(device) - began)
+    return losses.cpu(), (~norms.isfinite()).nonzero().flatten().tolist(), speed
 
 
 def _batches(rows: Tensor, batch: int) -> Iterator[Tensor]:
@@ -191,7 +226,8 @@ def _now(device: str) -> float:
     return time.perf_counter()
 
 
-def _optimizer(model: nn.Module, rate: float, device: str) -> torch.optim.AdamW:
+def _optimizer(model: nn.Module, rate: float) -> torch.optim.AdamW:
+    """AdamW as one kernel, which takes `found_inf`: 1 for a step to skip."""
     decayed = set(decayed_parameters(model))
     groups = [
         {
@@ -200,7 +236,7 @@ def _optimizer(model: nn.Module, rate: float, device: str) -> torch.optim.AdamW:
         }
         for on, x in ((True, 0.1), (False, 0.0))
     ]
-    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=device != "cpu")
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
 
 
 def _factor(step: int, steps: int) -> float:
@@ -212,8 +248,9 @@ def _factor(step: int, steps: int) -> float:
 
 
 def _curve(losses: Tensor) -> list[list[float]]:
-    """At most 40 rows of [steps so far, mean loss since the row before]."""
+    """At most 40 rows of [steps so far, mean of the finite losses since the row before]."""
     size = -(-len(losses) // 40)
     ends = [min(i + size, len(losses)) for i in range(0, len(losses), size)]
-    means = [float(part.mean()) for part in losses.split(size)]
-    return [[end, round(mean, 5)] for end, mean in zip(ends, means, strict=True)]
+    means = [float(part[part.isfinite()].mean()) for part in losses.split(size)]
+    rows = zip(ends, means, strict=True)
+    return [[end, round(mean, 5)] for end, mean in rows if math.isfinite(mean)]
