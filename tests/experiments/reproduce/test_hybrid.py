@@ -229,8 +229,8 @@ def test_page_and_picture_show_every_model(results: list[dict[str, Any]]) -> Non
         label, color, _ = MIXER_STYLES[mixer]
         line = drawn[f"{label}, by rank"]
         assert to_hex(str(line.get_color())).upper() == color
-        assert list(line.get_xdata()) == [0, 25, 50, 75]
-        assert list(line.get_ydata()) == pytest.approx([1.0, 1.005, 1.01, 1.015])
+        assert np.asarray(line.get_xdata()).tolist() == [0, 25, 50, 75]
+        assert np.asarray(line.get_ydata()) == pytest.approx([1.0, 1.005, 1.01, 1.015])
     assert "Transformer before" in drawn
     hybrid_page.draw(results[:1], Figure())  # nothing but the Transformer is measured yet
 

@@ -212,19 +212,19 @@ def checks(results: Sequence[Found]) -> list[Check]:
 FULL = Size(
     width=512, layers=12, heads=4, kv_heads=2, length=2048, batch=16, dtype="bfloat16",
     pretraining=700, matching=50, recovery=100, rates=(1e-3, 1e-3, 5e-4), held_out=0.03, window=128,
-    alpha=0.5, decay=0.003, ngram=8, keys=(1, 4), needles=64, ranked=(2, 1, 3), alternated=(2, 1, 3),
+    alpha=0.5, decay=0.3, ngram=8, keys=(1, 4), needles=64, ranked=(2, 1, 3), alternated=(2, 1, 3),
     scratch=("gka",),
 )  # fmt: skip
 QUICK = Size(
     width=64, layers=4, heads=2, kv_heads=1, length=256, batch=4, dtype="float32",
     pretraining=800, matching=40, recovery=80, rates=(3e-3, 3e-3, 1e-3), held_out=0.004, window=16,
-    alpha=0.5, decay=0.01, ngram=8, keys=(4,), needles=16, ranked=(2, 1, 3), alternated=(2,),
+    alpha=0.5, decay=0.3, ngram=8, keys=(4,), needles=16, ranked=(2, 1, 3), alternated=(2,),
     scratch=(),
 )  # fmt: skip
 SMOKE = Size(
     width=16, layers=2, heads=1, kv_heads=1, length=128, batch=16, dtype="float32",
     pretraining=2, matching=1, recovery=1, rates=(3e-3, 3e-3, 1e-3), held_out=0.0005, window=16,
-    alpha=0.5, decay=0.01, ngram=8, keys=(1,), needles=2, ranked=(2,), alternated=(), scratch=(),
+    alpha=0.5, decay=0.3, ngram=8, keys=(1,), needles=2, ranked=(2,), alternated=(), scratch=(),
 )  # fmt: skip
 
 HYBRID = Experiment(
