@@ -209,7 +209,7 @@ def test_intervals_and_orders_of_decisive_widths_are_told() -> None:
     group = groups_of(seeds)[256, 64, "gla", 32, 1]
     assert group.margin == pytest.approx(4.303 * 0.1 / 3**0.5)
     text = table(seeds)
-    assert "0.300 ± 0.248" in text and "(16 KiB)" in text
+    assert "0.300 ± 0.248" in text and "(16 KiB)" in text and "(8 KiB; 1 rate)" in text
     assert "Gated KalmaNet 0.997 ± 0.014 > DeltaNet 0.333" in text and "= Gated linear" in text
 
 

@@ -2,7 +2,8 @@
 
 While a kernel is compiled, the process that asks for it queues no work, and all models of the card wait. Here
 a process a mixer takes a step of each width in turn; Triton keeps what it compiles on disk, where trainings
-find it. A training that comes first compiles for itself.
+find it. A training that comes first compiles for itself. Layers of flash-linear-attention are left out: they
+tune their kernels on the card for minutes, and a card that is shared by processes takes turns.
 """
 
 import contextlib

@@ -34,8 +34,8 @@ class Mixer:
 
     @property
     def compiles(self) -> bool:
-        """Whether it has kernels that a GPU's first step waits for."""
-        return self.name != "attention" and "backend" not in self.options
+        """Whether kernels of this library are to be compiled before a GPU's first step."""
+        return self.name in ("gka", "gla")
 
     @property
     def foreign(self) -> bool:

@@ -36,7 +36,8 @@ def table(results: Sequence[Found]) -> str:
         "Share of test queries answered right, mean over seeds ± half of its 95 % interval (Student's t); one"
         f" number: one seed. Solved: {SOLVED} and more. Two layers of one head, K = V = width unless said"
         " otherwise, a short convolution of four tokens in every mixer. State: the memory of both layers for"
-        " one sequence in float32; attention's grows with the tokens.",
+        " one sequence in float32; attention's grows with the tokens. What does not solve a setting is"
+        " marked with the number of learning rates that it has had.",
         _gates(groups),
         "## Where a setting is solved\n\n" + _solving(groups),
         *(_setting(groups, setting) for setting in settings_of(groups)),
@@ -85,15 +86,20 @@ def _setting(groups: Groups, setting: tuple[int, int]) -> str:
     rows = []
     for mixer in dict.fromkeys(g.mixer for g in there):
         by_width = {g.width: g for g in there if g.mixer == mixer}
-        shown = (
-            f"{by_width[w]} ({size_of(by_width[w].bytes)})" if w in by_width else "" for w in widths
-        )
+        shown = (_told(by_width[w]) if w in by_width else "" for w in widths)
         rows.append((MIXERS[mixer].style[0], *shown))
     head = ("mixer", *(f"width {w}" for w in widths))
     reason = why_not_shown(groups, setting)
     title = f"## {name_of(setting)}" + ("" if reason is None else " (decides nothing: see above)")
     orders = [_order(groups, setting, width) for width in decisive(groups, setting)]
     return "\n\n".join([title, markdown_table(head, rows), *orders])
+
+
+def _told(group: Group) -> str:
+    """Accuracy and state bytes; of a model that does not solve its setting the number of rates tried."""
+    rates = len(group.search)
+    tried = "" if group.solved else f"; {rates} rate{'s' if rates > 1 else ''}"
+    return f"{group} ({size_of(group.bytes)}{tried})"
 
 
 def _order(groups: Groups, setting: tuple[int, int], width: int) -> str:
