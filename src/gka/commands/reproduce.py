@@ -133,7 +133,7 @@ def _run(
 ) -> None:
     """Say the plan, run, report, and say what is left or failed; `at_once`: cells, and processes."""
     name, plan = reproduction.experiment.name, reproduction.plan()
-    shared = f", by {processes} processes" if processes > 1 else ""
+    shared = f", by {at_once[1]} processes" if at_once[1] > 1 else ""
     console.print(f"{name}, {reproduction.size}: {plan}{shared}", highlight=False, soft_wrap=True)
     file = folder / f"{name}.json"
     with counting(console, "cells", len(plan.cells), file) as done:
