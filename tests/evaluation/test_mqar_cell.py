@@ -100,7 +100,7 @@ def test_batches_are_whole_and_walk_through_shuffled_epochs():
 
 def test_the_learning_rate_rises_and_falls():
     """Linear warm-up to the peak, then a cosine to zero at the last step."""
-    factors = [mqar_cell._learning_rate_factor(step, BUDGET) for step in range(61)]
+    factors = [mqar_cell.learning_rate_factor(step, BUDGET) for step in range(61)]
     assert factors[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
     assert factors[3:] == sorted(factors[3:], reverse=True)
     assert factors[60] == pytest.approx(0.0, abs=1e-9)

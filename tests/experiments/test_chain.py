@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from gka.errors import InputError
 from gka.experiments import chain, chain_measures
 from gka.storage import write_json
 
@@ -38,6 +39,20 @@ def test_needles_are_planted_and_asked_for() -> None:
         assert text[: -chain_measures.DIGITS].endswith(f"\nassert {key} == '")
         depths.append(text.index("KEY_"))
     assert depths == sorted(set(depths))
+
+
+def test_further_keys_are_planted_beside() -> None:
+    """Each text holds all keys, of which its end asks for the first; texts without room are refused."""
+    filler = list(b"x" * 500)
+    test = chain_measures.NeedleTest.drawn(filler, 240, 5, lambda text: list(text.encode()), 4)
+    assert test.rows.shape == (5, 240)
+    for row in test.rows:
+        text = bytes(row.tolist()).decode()
+        assert text.count(" = '") == 4 and text.count(text[-chain_measures.DIGITS :]) == 2
+        assert len(text.replace("x", "")) <= 4 * 23 + 29
+    for context in (100, 900):  # no room for the lines; not enough filler
+        with pytest.raises(InputError, match=f"a text of {context} tokens with 4 keys"):
+            chain_measures.NeedleTest.drawn(filler, context, 2, lambda t: list(t.encode()), 4)
 
 
 @pytest.mark.parametrize(("wrong", "part", "whole"), [(0, 1.0, 1.0), (2, 0.75, 0.0), (8, 0.0, 0.0)])

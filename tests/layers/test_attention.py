@@ -1,12 +1,15 @@
 """SoftmaxAttention and SlidingWindowAttention against the formula, and rotary positions."""
 
+import copy
 import math
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gka.layers import SlidingWindowAttention, SoftmaxAttention, rotate
+from gka.layers import SlidingWindowAttention, SoftmaxAttention, StateCache, rotate
+from gka.models import GKAConfig, GKAForCausalLM
 from tolerances import assert_close
 
 EXACT = 1e-12
@@ -48,6 +51,61 @@ def test_sliding_window(window):
     layer = SlidingWindowAttention(24, 4, 2, window_size=window).double()
     x = torch.randn(2, 15, 24, dtype=torch.float64)
     assert_close(layer(x)[0], definition(layer, x, window), EXACT)
+
+
+def test_short_convolutions():
+    """With them q, k and v of the formula are convolved; without them the layer has no further weights."""
+    torch.manual_seed(0)
+    layer = SoftmaxAttention(24, 4, 2, 6, use_short_conv=True, conv_size=3).double()
+    x = torch.randn(2, 15, 24, dtype=torch.float64)
+    convolved = copy.deepcopy(layer)
+    for name in "qkv":
+        convolution = getattr(layer, f"{name}_conv1d")
+        assert convolution.width == 3
+        projection = nn.Sequential(getattr(layer, f"{name}_proj"), convolution)
+        setattr(convolved, f"{name}_proj", projection)
+    assert_close(layer(x)[0], definition(convolved, x, None), EXACT)
+    assert not [name for name in SoftmaxAttention(24, 4).state_dict() if "conv" in name]
+
+
+@pytest.mark.parametrize("kind", [SoftmaxAttention, SlidingWindowAttention])
+def test_short_convolutions_of_cached_padded_and_packed_rows(kind):
+    """Any cut into cached calls, padding on either side, and packing give each row's results alone."""
+    torch.manual_seed(0)
+    window = {"window_size": 4} if kind is SlidingWindowAttention else {}
+    layer = kind(24, 4, 2, layer_idx=0, use_short_conv=True, attention_bias=True, **window).double()
+    x = torch.randn(2, 12, 24, dtype=torch.float64)
+    alone = [layer(x[:1])[0], layer(x[1:, :7])[0]]
+    for side in ("left", "right"):
+        mask, rows = torch.ones(2, 12).long(), x.clone()
+        at = slice(5, 12) if side == "left" else slice(0, 7)
+        mask[1], rows[1] = 0, 9.0
+        mask[1, at], rows[1, at] = 1, x[1, :7]
+        uncut = window and side == "right"  # a window counts padding
+        cuts = [(0, 12)] if uncut else [(0, 3), (3, 4), (4, 9), (9, 12)]
+        cache, found = StateCache(), []
+        with torch.no_grad():
+            for a, b in cuts:
+                found.append(layer(rows[:, a:b], mask[:, :b], past_key_values=cache)[0])
+        whole = torch.cat(found, 1)
+        assert_close(whole[:1], alone[0], EXACT)
+        assert_close(whole[1:, at], alone[1], EXACT)
+    packed = torch.cat([x[:1], x[1:, :7]], 1)
+    found = layer(packed, cu_seqlens=torch.tensor([0, 12, 19]))[0]
+    assert_close(found, torch.cat(alone, 1), EXACT)
+
+
+def test_short_convolutions_need_a_cache_with_a_place_for_them():
+    """transformers' cache of keys and values has none: it is refused, a model without cache runs."""
+    overrides = {"attention": {"use_short_conv": True}}
+    config = GKAConfig(
+        vocab_size=9, hidden_size=16, num_heads=2, mixers=["attention"], mixer_overrides=overrides
+    )
+    model: Any = GKAForCausalLM(config).eval()
+    ids = torch.arange(6)[None]
+    assert model(ids, use_cache=False).logits.shape == (1, 6, 9)
+    with pytest.raises(ValueError, match=r"no place for short convolutions.*StateCache"):
+        model(ids, use_cache=True)
 
 
 def test_rotation_is_relative():
@@ -99,6 +157,7 @@ def test_mask_must_cover_the_past(tokens):
         ({"num_heads": 5}, "hidden_size = 24 must be a multiple of num_heads = 5"),
         ({"num_heads": 4, "head_dim": 7}, "head_dim must be even"),
         ({"num_heads": 4, "num_kv_heads": 3}, "multiple of num_kv_heads = 3"),
+        ({"num_heads": 4, "use_short_conv": True, "conv_size": 0}, "conv_size must be a positive"),
         ({"num_heads": 4, "window_size": 0}, "window_size must be a positive integer, got 0"),
     ],
 )

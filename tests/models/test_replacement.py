@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from gka.checkpoints.save import save_as
 from gka.errors import InputError
 from gka.models import GKAForCausalLM
 from gka.models.replacement import REPLACEMENTS, Start, replace_attention
@@ -179,3 +180,15 @@ def test_models_without_attention_are_refused(build: Build) -> None:
     """Of a model without attention layers the error says what it has instead."""
     with pytest.raises(InputError, match="no attention layers to replace: its layers are gla"):
         replace_attention(build(mixer="gla"), [0])
+
+
+def test_attention_with_short_convolutions_is_neither_replaced_nor_written_elsewhere(
+    build: Build, tmp_path: Path
+) -> None:
+    """Both would lose its convolutions; a foreign format that has none says so."""
+    short = {"attention": {"use_short_conv": True}}
+    model = build(mixers=["attention", "attention"], mixer_overrides=short)
+    with pytest.raises(InputError, match=r"layer 1 has short convolutions \(use_short_conv\)"):
+        replace_attention(model, [1])
+    with pytest.raises(InputError, match="qwen3 cannot express use_short_conv of 'attention'"):
+        save_as(model, tmp_path / "there", "qwen3")

@@ -295,6 +295,10 @@ GRADIENTS = [
     ((0, 5, 1), (3, 7, 1), "delta_rule", 128, WRONG),
     ((0, 5, 2), (3, 6, 0), "delta_rule", 128, RIGHT),
     ((0, 4, 1), (3, 3, 1), "delta_rule", 128, RIGHT),
+    # up to 0.5.1 it runs as the gated rule
+    ((0, 4, 1), (3, 6, 0), "delta_rule", 128, WRONG),
+    ((0, 4, 2), (3, 6, 0), "delta_rule", 128, RIGHT),
+    ((0, 4, 2), (3, 6, 0), "delta_rule", 64, WRONG),
 ]
 
 

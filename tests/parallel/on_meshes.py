@@ -36,7 +36,7 @@ SIZES: dict[str, Any] = {
 ALL_MIXERS = ["gka", "attention", "swa", "gla", "deltanet", "gated_deltanet"]
 MODELS: dict[str, dict[str, Any]] = {
     "hybrid": {},
-    "mixers": {"mixers": ALL_MIXERS},
+    "mixers": {"mixers": ALL_MIXERS, "mixer_overrides": {"swa": {"use_short_conv": True}}},
     "one kv head": {"mixers": ["gka", "attention"], "num_kv_heads": 1, "sketch_dim": 2},
     "odd vocabulary": {"mixers": ["gka"], "vocab_size": 43, "tie_word_embeddings": False},
     "untied": {"mixers": ["gka"], "tie_word_embeddings": False},

@@ -22,13 +22,20 @@ CASES: dict[str, dict[str, Any]] = {
     "batch": {"window": 300, "rows": 2},
     "packed": {"window": 20, "documents": DOCUMENTS},
     "over three ranks": {"window": 300, "documents": OVER_THREE, "recompute": True},
-    "padded": {"window": 40, "padding": [70, -130, 0, 254]},
+    "padded": {
+        "window": 40,
+        "padding": [70, -130, 0, 254],
+        "mixer_overrides": {"attention": {"use_short_conv": True}},
+    },
     "options": {
         "window": 2,
         "documents": OVER_THREE,
         "mixers": ["gka", "gka", "swa"],
         "conv_size": 5,
-        "mixer_overrides": {"gka": {"use_v_conv": False, "kv_rank": 3}},
+        "mixer_overrides": {
+            "gka": {"use_v_conv": False, "kv_rank": 3},
+            "swa": {"use_short_conv": True},
+        },
     },
 }
 FUSED_RANGES = [(0, 64), (64, 128), (128, 192), (192, 200)]

@@ -132,6 +132,10 @@ def _meaning(config: GKAConfig) -> dict[str, Any]:
         options = {
             k: values[k] for k in mixer_options(mixer) if k in values and k not in _NOT_WRITTEN
         }
+        if "use_short_conv" in mixer_options(mixer) and not options.setdefault(
+            "use_short_conv", False
+        ):
+            options.pop("conv_size", None)  # then it is unused
         counts = split_heads(*(options.pop(name, None) for name in _HEADS))
         for name, value in (options | dict(counts)).items():
             meaning[f"{name} of {mixer!r}"] = value

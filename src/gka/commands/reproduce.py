@@ -1,6 +1,7 @@
 """`gka reproduce`: an experiment about a claim, from measurements to a verdict."""
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,12 +46,29 @@ def reproduce(
             help="End before a cell that would take longer in all.", show_default="no limit"
         ),
     ] = None,
+    together: Annotated[
+        int | None,
+        typer.Option(
+            help="Cells that share the device, of an experiment that trains tiny models.",
+            show_default="the experiment's on a GPU; 1 on a CPU",
+        ),
+    ] = None,
     model: Annotated[
         Path | None,
         typer.Option(
             help="Folder of a `gka train` run, for rows of a trained model.", show_default="none"
         ),
     ] = None,
+    corpus: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder or archive of gka.experiments.corpora.",
+            show_default="built from what is here",
+        ),
+    ] = None,
+    processes: Annotated[
+        int, typer.Option(help="Processes that measure at the same time.", min=1)
+    ] = 1,
     output: Annotated[
         Path | None,
         opt.output_folder(
@@ -83,27 +101,40 @@ def reproduce(
     experiment = find(name)
     number = experiment.seeds[size] if seeds is None else opt.at_least_one("--seeds", seeds)
     where = opt.usable_device(device)
-    given = Options(where, tuple(range(number)), None if model is None else str(model))
-    command = _command(name, size, where, seeds, model)
-    opt.silence_libraries()
+    if together is None:
+        together = experiment.together if where.startswith("cuda") else 1
+    opt.at_least_one("--together", together)
     folder = output or ROOT / size
+    trained = None if model is None else str(model)
+    given = Options(where, tuple(range(number)), trained, folder, corpus)
+    command = _command(name, size, where, seeds, {"--model": model, "--corpus": corpus})
+    opt.silence_libraries()
     with only_writer(folder, "--output"):
-        _run(console, Reproduction(experiment, size, given, folder, command), folder, minutes)
+        reproduction = Reproduction(experiment, size, given, folder, command)
+        _run(console, reproduction, folder, minutes, (together, processes))
 
 
-def _command(name: str, size: str, device: str, seeds: int | None, model: Path | None) -> str:
-    """The command line that measures this again."""
+def _command(
+    name: str, size: str, device: str, seeds: int | None, read: Mapping[str, Path | None]
+) -> str:
+    """The command line that measures this again; `read`: files by option."""
     words = ["gka", "reproduce", name, *(["--" + size] if size != "full" else [])]
     words += ["--device", device] + ([] if seeds is None else ["--seeds", str(seeds)])
-    return shlex.join(words + ([] if model is None else ["--model", model.name]))
+    words += [word for option, path in read.items() if path for word in (option, path.name)]
+    return shlex.join(words)
 
 
 def _run(
-    console: "Console", reproduction: "Reproduction", folder: Path, minutes: float | None
+    console: "Console",
+    reproduction: "Reproduction",
+    folder: Path,
+    minutes: float | None,
+    at_once: tuple[int, int],
 ) -> None:
-    """Say the plan, run, report, and say what is left or failed."""
+    """Say the plan, run, report, and say what is left or failed; `at_once`: cells, and processes."""
     name, plan = reproduction.experiment.name, reproduction.plan()
-    console.print(f"{name}, {reproduction.size}: {plan}", highlight=False, soft_wrap=True)
+    shared = f", by {at_once[1]} processes" if at_once[1] > 1 else ""
+    console.print(f"{name}, {reproduction.size}: {plan}{shared}", highlight=False, soft_wrap=True)
     file = folder / f"{name}.json"
     with counting(console, "cells", len(plan.cells), file) as done:
         left = reproduction.run(
@@ -112,6 +143,7 @@ def _run(
                 f"{cell.key}: {record['seconds']:.1f} s"
                 + (f", failed: {record['reason']}" if record["state"] == "failed" else "")
             ),
+            *at_once,
         )
     verdict = reproduction.report()
     for check in verdict["checks"]:

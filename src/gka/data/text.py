@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -72,11 +73,14 @@ def standard_library() -> list[Document]:
         InputError: the interpreter has no sources.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    paths = (p for p in root.rglob("*.py") if LIBRARY_WITHOUT.isdisjoint(p.relative_to(root).parts))
-    return _checked(
-        [_document(path, path.relative_to(root)) for path in paths],
-        f"the standard library of this Python ({root})",
-    )
+    found = []
+    for folder, inner, names in os.walk(root):
+        inner[:] = [
+            name for name in inner if name not in LIBRARY_WITHOUT
+        ]  # installed packages are many
+        paths = (Path(folder, name) for name in names if name.endswith(".py"))
+        found += [_document(path, path.relative_to(root)) for path in paths]
+    return _checked(found, f"the standard library of this Python ({root})")
 
 
 def corpus_fingerprint(documents: Sequence[Document]) -> str:

@@ -79,12 +79,13 @@ class MQARTask:
         weight = gap ** (self.power_a - 1)
         return weight / weight.sum()
 
-    def sample(self, num_examples: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Draw examples; the same seed gives the same examples on every machine.
+    def sample(self, num_examples: int, seed: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
+        """Draw examples; the same seed gives the same examples on every machine with such a device.
 
         Args:
             num_examples: number of examples, 1 or more.
             seed: of a separate generator; the global random state does not change.
+            device: where they are drawn and stay. A GPU draws others than a CPU.
 
         Returns:
             inputs and labels, both int64 [num_examples, input_seq_len].
@@ -94,7 +95,7 @@ class MQARTask:
         """
         if num_examples < 1:
             raise InputError(f"num_examples is {num_examples}; expected 1 or more")
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed)
         sizes = [
             min(_ROWS_AT_A_TIME, num_examples - start)
             for start in range(0, num_examples, _ROWS_AT_A_TIME)
@@ -106,21 +107,24 @@ class MQARTask:
         half = self.vocab_size // 2
         keys = 1 + _distinct(rows, half - 1, self.num_kv_pairs, generator)
         values = half + _distinct(rows, self.vocab_size - half, self.num_kv_pairs, generator)
-        law = self.gap_probabilities().expand(rows, -1)
+        law = self.gap_probabilities().to(generator.device).expand(rows, -1)
         gaps = torch.multinomial(law, self.num_kv_pairs, replacement=False, generator=generator)
         position = 2 * self.num_kv_pairs + 2 * gaps
 
-        inputs = torch.full((rows, self.input_seq_len), FILLER)
+        inputs = torch.full((rows, self.input_seq_len), FILLER, device=generator.device)
         inputs[:, 0 : 2 * self.num_kv_pairs : 2] = keys
         inputs[:, 1 : 2 * self.num_kv_pairs : 2] = values
         inputs.scatter_(1, position, keys)
         labels = torch.full_like(inputs, IGNORE).scatter_(1, position, values)
         if self.random_non_queries:
-            noise = torch.randint(self.vocab_size, inputs.shape, generator=generator)
+            noise = torch.randint(
+                self.vocab_size, inputs.shape, generator=generator, device=generator.device
+            )
             inputs = torch.where(inputs == FILLER, noise, inputs)
         return inputs, labels
 
 
 def _distinct(rows: int, choices: int, count: int, generator: torch.Generator) -> Tensor:
     """`count` distinct numbers below `choices` in each row, in random order: int64 [rows, count]."""
-    return torch.rand(rows, choices, generator=generator).topk(count, dim=1).indices
+    order = torch.rand(rows, choices, generator=generator, device=generator.device)
+    return order.topk(count, dim=1).indices

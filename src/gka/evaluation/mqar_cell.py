@@ -183,7 +183,7 @@ def _train(
     budget = cell.budget
     optimizer = _optimizer(model, cell.learning_rate, budget.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: _learning_rate_factor(step, budget)
+        optimizer, lambda step: learning_rate_factor(step, budget)
     )
     curve: list[tuple[int, float, float]] = []
     for step, (task, rows) in enumerate(_batches(len(train), budget, cell.seed), start=1):
@@ -236,7 +236,7 @@ def _optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> t
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
 
 
-def _learning_rate_factor(step: int, budget: Budget) -> float:
+def learning_rate_factor(step: int, budget: Budget) -> float:
     """Linear warm-up, then a cosine to zero at `budget.steps`."""
     rising = budget.warmup * budget.steps
     if step < rising:

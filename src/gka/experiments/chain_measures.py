@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gka.errors import InputError
 from gka.evaluation.plots import MIXER_STYLES
 from gka.experiments.ledger import markdown_table
 from gka.training.priming.report import TITLES
@@ -36,20 +37,42 @@ class NeedleTest:
 
     @classmethod
     def drawn(
-        cls, filler: Sequence[int], context: int, samples: int, encode: Callable[[str], list[int]]
+        cls,
+        filler: Sequence[int],
+        context: int,
+        samples: int,
+        encode: Callable[[str], list[int]],
+        keys: int = 1,
     ) -> "NeedleTest":
-        """`samples` texts of `context` tokens from `filler`, with needles at evenly spaced depths."""
+        """`samples` texts of `context` tokens from `filler`, with needles at evenly spaced depths.
+
+        Args:
+            filler: ids of other text.
+            context: tokens of a text.
+            samples: number of texts.
+            encode: text to ids.
+            keys: keys in a text, each with a value; the other ones lie at random depths.
+
+        Raises:
+            InputError: `context` has no room for the lines, or `filler` is shorter than it.
+        """
         source, rows = random.Random(context), []
         for number in range(samples):
-            key = "".join(source.choices("bcdfghjklmnpqrstvwxz", k=4))
-            value = "".join(source.choices("0123456789", k=DIGITS))
-            needle, question = f"\nKEY_{key} = '{value}'\n", f"\nassert KEY_{key} == '"
-            planted, asked, answer = encode(needle), encode(question), encode(value)
-            room = context - len(planted) - len(asked) - len(answer)
+            pairs = [_key_and_value(source) for _ in range(keys)]
+            key, value = pairs[0]
+            planted = [encode(f"\nKEY_{k} = '{v}'\n") for k, v in pairs]
+            asked, answer = encode(f"\nassert KEY_{key} == '"), encode(value)
+            room = context - sum(map(len, planted)) - len(asked) - len(answer)
+            if not 0 <= room <= len(filler):
+                raise InputError(
+                    f"a text of {context} tokens with {keys} keys takes {room} tokens of filler; expected 0"
+                    f" to {len(filler)}, which are given"
+                )
             start = source.randrange(max(1, len(filler) - room))
-            text = list(filler[start : start + room])
-            depth = round(room * number / max(1, samples - 1))
-            rows.append(text[:depth] + planted + text[depth:] + asked + answer)
+            depths = [round(room * number / max(1, samples - 1))]
+            depths += [source.randrange(room + 1) for _ in pairs[1:]]
+            text = _laid(list(filler[start : start + room]), depths, planted)
+            rows.append(text + asked + answer)
         return cls(torch.tensor(rows), DIGITS)
 
     @torch.no_grad()
@@ -63,6 +86,20 @@ class NeedleTest:
             right.append(logits[:, :-1].argmax(-1) == rows[:, -self.places :])
         found = torch.cat(right)
         return found.float().mean().item(), found.all(dim=1).float().mean().item()
+
+
+def _key_and_value(source: random.Random) -> tuple[str, str]:
+    """Four consonants and eight digits."""
+    key = "".join(source.choices("bcdfghjklmnpqrstvwxz", k=4))
+    return key, "".join(source.choices("0123456789", k=DIGITS))
+
+
+def _laid(text: list[int], depths: Sequence[int], planted: Sequence[list[int]]) -> list[int]:
+    """`text` with each of `planted` before the token of its depth."""
+    order = sorted(range(len(planted)), key=lambda i: depths[i], reverse=True)
+    for i in order:
+        text = text[: depths[i]] + planted[i] + text[depths[i] :]
+    return text
 
 
 def markdown(found: dict[str, Any]) -> str:

@@ -88,13 +88,14 @@ class Ledger:
         Returns:
             {"state": "done", "result", "seconds"} or {"state": "failed", "reason", "seconds"}, with `more`.
         """
-        began = time.perf_counter()
-        try:
-            record = {"state": "done", "result": measure()}
-        except Exception as error:
-            reason = (str(error).splitlines() or [""])[0]
-            record = {"state": "failed", "reason": f"{type(error).__name__}: {reason}"}
-        record |= {"seconds": round(time.perf_counter() - began, 3)} | more
+        return self.write(key, record_of(measure) | more)
+
+    def keep(self, key: str, found: Any, seconds: float, **more: Any) -> dict[str, Any]:
+        """Write the record of `attempt`: of figures, or of the exception in their place."""
+        return self.write(key, _record(found, seconds) | more)
+
+    def write(self, key: str, record: dict[str, Any]) -> dict[str, Any]:
+        """Write a record that another process or `record_of` has made, and return it."""
         self.found.setdefault("cells", {})[key] = record
         self.note()
         return record
@@ -102,6 +103,26 @@ class Ledger:
     def report(self, page: str, draw: Draw | None = None) -> None:
         """Write NAME.md and, with matplotlib, NAME.png, and print where."""
         report(self.folder / self.name, page, draw)
+
+
+def record_of(measure: Callable[[], Any]) -> dict[str, Any]:
+    """What `measure` returns or why it fails, and its seconds; see `Ledger.attempt`."""
+    began = time.perf_counter()
+    try:
+        found = measure()
+    except Exception as error:
+        found = error
+    return _record(found, time.perf_counter() - began)
+
+
+def _record(found: Any, seconds: float) -> dict[str, Any]:
+    """The record of figures, or of the exception in their place."""
+    if isinstance(found, Exception):
+        reason = (str(found).splitlines() or [""])[0]
+        record = {"state": "failed", "reason": f"{type(found).__name__}: {reason}"}
+    else:
+        record = {"state": "done", "result": found}
+    return record | {"seconds": round(seconds, 3)}
 
 
 def _differences(there: Any, here: dict[str, Any]) -> str:

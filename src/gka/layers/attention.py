@@ -8,9 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gka.layers.parts.cache import append_keys, cached_length, check_rows, open_cache
+from gka.layers.parts.cache import (
+    append_keys,
+    cached_length,
+    check_rows,
+    convolving_layer,
+    open_cache,
+)
 from gka.layers.parts.heads import check_options, check_positive, rotary_dim, split_heads
 from gka.layers.parts.masks import (
+    Padding,
     check_inputs,
     check_mask_length,
     check_width,
@@ -18,8 +25,9 @@ from gka.layers.parts.masks import (
     positions_of,
     visible,
 )
-from gka.layers.parts.modules import RMSNorm, rotate
+from gka.layers.parts.modules import RMSNorm, ShortConvolution, rotate
 from gka.layers.parts.split_attention import attend_over_ranks
+from gka.layers.parts.surround import PLAIN, QKV, MixCall
 from gka.ops.checks import check_bounds
 from gka.ops.context import SequenceContext
 
@@ -40,10 +48,17 @@ class SoftmaxAttention(nn.Module):
         attention_output_bias: whether the output map has one.
         inv_freq: rotary angles per position, head_dim / 2 of them, instead of those of rope_theta.
         rope_scale: factor of rotated queries and keys.
+        use_short_conv: whether queries, keys and values go through short convolutions + SiLU first, as in the
+            recurrent mixers. A cache must then keep the convolutions' inputs, too: a `StateCache` does.
+        conv_size: inputs such a convolution sees.
 
     Raises:
         ValueError: sizes that do not fit; the message names which.
     """
+
+    q_conv1d: ShortConvolution  # these three with use_short_conv
+    k_conv1d: ShortConvolution
+    v_conv1d: ShortConvolution
 
     def __init__(
         self,
@@ -60,10 +75,13 @@ class SoftmaxAttention(nn.Module):
         attention_output_bias: bool = False,
         inv_freq: Sequence[float] | None = None,
         rope_scale: float = 1.0,
+        use_short_conv: bool = False,
+        conv_size: int = 4,
     ):
         super().__init__()
         heads = split_heads(num_heads, num_kv_heads)
-        check_options(norm_eps, layer_idx, qk_norm=qk_norm)
+        check_options(norm_eps, layer_idx, qk_norm=qk_norm, use_short_conv=use_short_conv)
+        check_positive(conv_size=conv_size)
         if not 0 < rope_theta < math.inf:
             raise ValueError(f"rope_theta must be above 0 and finite, got {rope_theta}")
         self.num_heads, self.num_kv_heads = num_heads, heads["num_k_heads"]
@@ -80,6 +98,11 @@ class SoftmaxAttention(nn.Module):
         self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=attention_output_bias)
         self.q_norm = RMSNorm(self.head_dim, norm_eps) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, norm_eps) if qk_norm else nn.Identity()
+        self.use_short_conv = use_short_conv
+        if use_short_conv:
+            for name in "qkv":
+                width = getattr(self, f"{name}_proj").out_features
+                setattr(self, f"{name}_conv1d", ShortConvolution(width, conv_size))
 
     def forward(
         self,
@@ -142,7 +165,11 @@ class SoftmaxAttention(nn.Module):
         padding = None if attention_mask is None else ~attention_mask[:, -length:, None].bool()
         x = x if padding is None else x.masked_fill(padding, 0)
 
-        q, k, v = self._heads(x, position_ids)
+        projected = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.use_short_conv:
+            layer = convolving_layer(cache, self.layer_idx)
+            projected = self._convolve(projected, layer, attention_mask, cu_seqlens, context)
+        q, k, v = self._heads(projected, position_ids)
         if context is not None:
             o = attend_over_ranks(q, k, v, context, self.window_size)
         else:
@@ -169,11 +196,22 @@ class SoftmaxAttention(nn.Module):
             enable_gqa=self.num_heads != self.num_kv_heads,
         )  # fmt: skip
 
-    def _heads(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _convolve(
+        self, projected: QKV, layer: Any, attention_mask: Tensor | None, cu_seqlens: Tensor | None,
+        context: SequenceContext | None,
+    ) -> QKV:  # fmt: skip
+        """Short convolutions + SiLU of q, k and v [B,T,channels]; updates the layer's cache."""
+        padding = Padding.of(attention_mask, projected[0].shape[1])
+        call = MixCall(layer, (), False, cu_seqlens, None, padding, context)
+        if padding is None:
+            return PLAIN.convolve(self, projected, call)
+        q, k, v = (padding.align(y) for y in projected)
+        q, k, v = PLAIN.convolve(self, (q, k, v), call)
+        return padding.restore(q), padding.restore(k), padding.restore(v)
+
+    def _heads(self, projected: QKV, position_ids: Tensor) -> QKV:
         """q [B,H,T,D], k and v [B,Hk,T,D], normalised and rotated."""
-        q, k, v = (
-            p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
         q, k = (
             self.turn(norm(y), position_ids, self.rope_scale)
             for norm, y in ((self.q_norm, q), (self.k_norm, k))
@@ -207,7 +245,8 @@ class SlidingWindowAttention(SoftmaxAttention):
     Args:
         window_size: positions seen, at least 1.
         hidden_size, num_heads, num_kv_heads, head_dim, qk_norm, rope_theta, norm_eps, layer_idx,
-            attention_bias, attention_output_bias, inv_freq, rope_scale: as in `SoftmaxAttention`.
+            attention_bias, attention_output_bias, inv_freq, rope_scale, use_short_conv, conv_size: as in
+            `SoftmaxAttention`.
 
     Raises:
         ValueError: sizes that do not fit; the message names which.
@@ -229,11 +268,14 @@ class SlidingWindowAttention(SoftmaxAttention):
         attention_output_bias: bool = False,
         inv_freq: Sequence[float] | None = None,
         rope_scale: float = 1.0,
+        use_short_conv: bool = False,
+        conv_size: int = 4,
     ):
         super().__init__(
             hidden_size, num_heads, num_kv_heads, head_dim, qk_norm, rope_theta, norm_eps, layer_idx,
             attention_bias=attention_bias, attention_output_bias=attention_output_bias,
-            inv_freq=inv_freq, rope_scale=rope_scale,
+            inv_freq=inv_freq, rope_scale=rope_scale, use_short_conv=use_short_conv,
+            conv_size=conv_size,
         )  # fmt: skip
         check_positive(window_size=window_size)
         self.window_size = window_size

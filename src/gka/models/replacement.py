@@ -124,6 +124,10 @@ def check_replacement(
                 f"layer {layer} is {pattern[layer]!r}, not attention; attention layers are "
                 f"{', '.join(map(str, softmax))}"
             )
+        if mixer_values(config, pattern[layer]).get("use_short_conv"):
+            raise InputError(
+                f"layer {layer} has short convolutions (use_short_conv), which a replacement does not keep"
+            )
     known = [
         name for name in mixer_options(mixer) if name not in (*_SIZES, "hidden_size", "layer_idx")
     ]

@@ -18,7 +18,7 @@ import importlib
 import importlib.metadata
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
 from typing import Any, Literal, get_args
@@ -32,6 +32,7 @@ from gka.ops.dispatch import under_transform
 
 Rule = Literal["gated_delta_rule", "delta_rule", "simple_gla"]
 HALVES = (torch.bfloat16, torch.float16)
+PLAIN_DELTA_RULE = (0, 5, 2)  # fla-core whose rule without decay has right gradients on Hopper
 FLASH_QLA_CHIPS = ((9, 0), (10, 0), (10, 3))  # on 12.0 and 12.1 it has only the forward pass
 Version = tuple[int, ...]
 
@@ -160,20 +161,15 @@ def _fla_wrong_gradient(ask: Ask) -> str | None:
       in 0.4.2 it has 128. From 0.5 on the function raises unless TileLang computes it. TileLang does so for
       the delta rule alone: it does not take the float32 states of 0.6.0's simple_gla.
     - The rule without decay, Triton from 3.4.0 on: four warps give a wrong gradient of keys and beta
-      (issue 984). 0.5.2 uses two warps.
+      (issue 984). 0.5.2 uses two warps; of earlier ones `_fla` runs the gated rule, with its decay set to 1.
     """
     versions: list[Version] = [installed(name) or (0,) for name in ("triton", "fla-core")]
     triton, fla = versions
     if (ask.chip or (0, 0))[0] != 9 or triton < (3, 4):
         return None
     where = f"on Hopper under Triton {_text(triton)}"
-    if ask.rule == "delta_rule":
-        known = "flash-linear-attention issue 984; 0.5.2 has it right"
-        return (
-            f"fla-core {_text(fla)} gives wrong gradients {where} ({known})."
-            if fla < (0, 5, 2)
-            else None
-        )
+    if ask.rule == "delta_rule" and fla >= PLAIN_DELTA_RULE:
+        return None
     if fla >= (0, 5):
         mended = fla >= (0, 5, 2) and triton >= (3, 7, 1)
         tiled = ask.rule == "gated_delta_rule" and installed("tilelang") is not None
@@ -208,6 +204,10 @@ def _fla(rule: Rule, x: Given) -> tuple[Tensor, Tensor | None]:
         "cu_seqlens": x.cu_seqlens,
     }  # fmt: skip
     op = _function(f"fla.ops.{rule}", f"chunk_{rule}")
+    if rule == "delta_rule" and (installed("fla-core") or (0,)) < PLAIN_DELTA_RULE:
+        return _fla(
+            "gated_delta_rule", replace(x, g=torch.zeros_like(x.q[..., 0], dtype=torch.float32))
+        )
     if rule == "delta_rule":
         return op(x.q, x.k, x.v, x.beta, **options)
     if rule == "simple_gla":

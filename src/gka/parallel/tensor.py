@@ -233,10 +233,15 @@ def _count_local_heads(mixer: Any, mesh: DeviceMesh) -> None:
     if isinstance(mixer, RecurrentMixer):
         heads = (mixer.num_heads, mixer.num_k_heads, mixer.num_v_heads)
         dims = (mixer.head_dim, mixer.head_dim, mixer.head_v_dim)
-        for letter, count, dim in zip("qkv", heads, dims, strict=True):
-            convolution = getattr(mixer, f"{letter}_conv1d", None)
-            if isinstance(convolution, ShortConvolution):
-                convolution.channels = count * dim
+    elif isinstance(mixer, SoftmaxAttention):
+        heads = (mixer.num_heads, mixer.num_kv_heads, mixer.num_kv_heads)
+        dims = (mixer.head_dim,) * 3
+    else:
+        return
+    for letter, count, dim in zip("qkv", heads, dims, strict=True):
+        convolution = getattr(mixer, f"{letter}_conv1d", None)
+        if isinstance(convolution, ShortConvolution):
+            convolution.channels = count * dim
 
 
 def _sum_outputs(module: nn.Module, mesh: DeviceMesh) -> None:

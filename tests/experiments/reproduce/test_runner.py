@@ -173,3 +173,59 @@ def test_the_list_has_the_last_verdict(tmp_path: Path) -> None:
     assert last_verdicts(tmp_path) == {name: ("quick", "partly")}
     with pytest.raises(InputError, match="no experiment 'mqar2'; there are convergence, gradients"):
         find("mqar2")
+
+
+def taken(log: list[str], name: str, turns: int, fails: bool = False) -> Any:
+    """A measurement in turns that notes them."""
+    for _ in range(turns):
+        log.append(name)
+        yield True
+    if fails:
+        raise RuntimeError("no more")
+    yield False
+    return {"square": turns}
+
+
+def in_turns(log: list[str], counts: dict[str, int], fails: str = "") -> Experiment:
+    """An experiment whose cells take turns; a further cell follows from the first results."""
+
+    def cell(name: str) -> Cell:
+        return Cell(
+            name, lambda: {"square": 0}, 1.0, lambda: taken(log, name, counts[name], name == fails)
+        )
+
+    def schedule(size: Size, options: Options, results: Sequence[Found]) -> list[Cell]:
+        return [cell(name) for name in counts if name != "more" or results]
+
+    return replace(
+        Squares().experiment(),
+        cells=lambda size, options: schedule(size, options, ()),
+        schedule=schedule,
+    )
+
+
+def test_cells_side_by_side_take_turns_and_each_is_kept_when_it_ends(tmp_path: Path) -> None:
+    """At most so many at a time; one that fails ends alone; results may ask for further cells."""
+    log: list[str] = []
+    experiment = in_turns(log, {"a": 3, "b": 1, "c": 2, "more": 1}, fails="b")
+    run = Reproduction(experiment, "quick", Options(), tmp_path, "")
+    assert run.run(together=2) == []
+    assert log[:3] == ["a", "b", "a"] and log.index("c") > log.index("b")
+    assert run.failed() == {"b": "RuntimeError: no more"} and log.count("b") == 1
+    assert sorted(r["square"] for r in run.results) == [1, 2, 3]
+    assert {"a", "c", "more"} == {k for k, r in run.known.items() if r["state"] == "done"}
+
+
+def test_cells_that_run_when_the_time_is_over_are_given_up(tmp_path: Path) -> None:
+    """They are among those left, and nothing of them is kept."""
+    log: list[str] = []
+    run = Reproduction(in_turns(log, {"a": 10**9}), "quick", Options(), tmp_path, "")
+    run.known["x"] = {"state": "done", "result": {"square": 1}, "seconds": 0.0, "run": 0}
+    assert [cell.key for cell in run.run(minutes=1.5 / 60, together=2)] == ["a"]
+    assert log and "a" not in run.known
+
+
+def test_cells_without_turns_need_the_device_to_themselves(tmp_path: Path) -> None:
+    """--together is refused where it would be ignored."""
+    with pytest.raises(InputError, match=r"--together: .* to themselves"):
+        reproduction(Squares(), tmp_path).run(together=2)

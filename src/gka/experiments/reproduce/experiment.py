@@ -1,8 +1,9 @@
 """What an experiment is: a claim, a prediction frozen before the run, cells, a computed verdict."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
 Found = Mapping[str, Any]
 """JSON-ready figures of one cell, with the cell's own coordinates among them."""
 Outcome = Literal["confirmed", "partly", "not", "open"]
+Turns = Generator[bool, None, dict[str, Any]]
+"""A measurement in turns: yields whether a turn did something or only waited, and returns the figures."""
 SIZES = ("smoke", "quick", "full")
 
 
@@ -22,11 +25,15 @@ class Options:
         device: "cpu", "cuda", "cuda:1", ...
         seeds: numbers from 0 on.
         model: folder of a run of `gka train`, for the cells of a trained model. None: there are none.
+        folder: of the ledger; cells may keep models in it. It does not belong to the settings.
+        corpus: folder or archive of `gka.experiments.corpora`. None: one is built from what is installed.
     """
 
     device: str = "cpu"
     seeds: tuple[int, ...] = (0,)
     model: str | None = None
+    folder: Path | None = None
+    corpus: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -35,13 +42,29 @@ class Cell:
 
     Attributes:
         key: unique among the experiment's cells, and the same in every run.
-        measure: returns the figures; it depends on nothing but the cell.
-        seconds: estimated time on one core of a CPU, for plans.
+        measure: returns the figures; it depends on nothing but the cell, and on models that cells before it
+            keep in the ledger's folder.
+        seconds: estimated time on one core of a CPU, or on the GPU that was asked for; for plans.
+        turns: the same measurement in turns, if several cells may share a device.
+        group: cells of one group are measured by one process if there are several, since they compile the
+            same.
     """
 
     key: str
     measure: Callable[[], dict[str, Any]]
     seconds: float
+    turns: Callable[[], Turns] | None = None
+    group: str = ""
+
+
+def whole(turns: Callable[[], Turns]) -> dict[str, Any]:
+    """The figures of a measurement in turns that has the device to itself."""
+    going = turns()
+    while True:
+        try:
+            next(going)
+        except StopIteration as end:
+            return end.value
 
 
 @dataclass(frozen=True)
@@ -78,6 +101,10 @@ class Experiment:
         draw: the results as a figure.
         checks: the statements that make the verdict.
         reads_model: whether a trained model adds cells.
+        corpus: opens or builds the corpus that all cells read, and returns its checksum. None: there is none.
+        schedule: all cells in order, given the results so far, where they decide which cells are worth
+            measuring; it returns `cells` for none. None: those of `cells`.
+        together: cells that a GPU measures side by side by default.
     """
 
     name: str
@@ -94,6 +121,9 @@ class Experiment:
     draw: Callable[[Sequence[Found], "Figure"], None]
     checks: Callable[[Sequence[Found]], list[Check]]
     reads_model: bool = False
+    corpus: Callable[[Any, Options], str] | None = None
+    schedule: Callable[[Any, Options, Sequence[Found]], list[Cell]] | None = None
+    together: int = 1
 
 
 def outcome_of(checks: Sequence[Check], of: str = "claim") -> Outcome:

@@ -20,7 +20,8 @@ def page_of(
     parts = [
         f"# {experiment.name}: {experiment.title}",
         f"**Claim** ({experiment.source}): {experiment.claim}",
-        f"**Verdict: {verdict['claim']}.** Our prediction: {_PREDICTION[verdict['prediction']]}.",
+        f"**Verdict: {verdict['claim']}.** Our prediction: {_PREDICTION[verdict['prediction']]}."
+        + ("" if ledger["complete"] else " Not finished: the statements are of the cells so far."),
         _checks(checks),
         f"Prediction, written before the run: {ledger['prediction']}\n\n"
         f"It would be refuted by: {ledger['refuted_by']}",

@@ -12,7 +12,9 @@ from gka.evaluation.results import environment
 from gka.experiments.ledger import Ledger
 from gka.experiments.reproduce.experiment import SIZES, Cell, Experiment, Options, outcome_of
 from gka.experiments.reproduce.page import page_of
+from gka.experiments.reproduce.processes import measure_all
 from gka.experiments.reproduce.registry import EXPERIMENTS
+from gka.experiments.reproduce.side_by_side import run_together
 from gka.storage import read_json, sha256_of
 
 
@@ -42,9 +44,7 @@ class Plan:
         return sum(map(self.seconds, self.cells))
 
     def __str__(self) -> str:
-        basis = (
-            f"from {self.done} measured cells" if self.measured else "estimated for one CPU core"
-        )
+        basis = f"from {self.done} measured cells" if self.measured else "estimated"
         return (
             f"{len(self.cells)} cells to measure, {self.done} kept: about"
             f" {self.total / 60:.1f} minutes ({basis})"
@@ -73,8 +73,10 @@ class Reproduction:
             raise InputError(f"size is {size!r}; expected one of {', '.join(SIZES)}")
         if options.model is not None and not experiment.reads_model:
             raise InputError(f"{experiment.name} reads no model; leave out --model")
-        self.experiment, self.size = experiment, size
-        self.cells = experiment.cells(experiment.sizes[size], options)
+        if options.corpus is not None and experiment.corpus is None:
+            raise InputError(f"{experiment.name} reads no corpus; leave out --corpus")
+        self.experiment, self.size, self.options = experiment, size, options
+        self.fixed = experiment.cells(experiment.sizes[size], options)
         self.ledger = Ledger(folder, experiment.name, locked=True)
         self.ledger.begin(_settings(experiment, size, options), resume=True)
         # Frozen: a ledger keeps the words with which it began.
@@ -87,36 +89,92 @@ class Reproduction:
         """Records of the cells, by key."""
         return self.ledger.found.setdefault("cells", {})
 
+    @property
+    def results(self) -> list[dict[str, Any]]:
+        """Figures of the finished cells."""
+        return [r["result"] for r in self.known.values() if r["state"] == "done"]
+
+    @property
+    def cells(self) -> list[Cell]:
+        """All cells in order, as far as they are known by now."""
+        schedule, size = self.experiment.schedule, self.experiment.sizes[self.size]
+        return self.fixed if schedule is None else schedule(size, self.options, self.results)
+
     def plan(self) -> Plan:
         """What is left, and how long it takes. Failed cells are tried again."""
-        done = [c for c in self.cells if self.known.get(c.key, {}).get("state") == "done"]
+        cells = self.cells
+        done = [c for c in cells if self.known.get(c.key, {}).get("state") == "done"]
         ratios = [self.known[c.key]["seconds"] / c.seconds for c in done]
-        left = [c for c in self.cells if c not in done]
+        kept = {c.key for c in done}
+        left = [c for c in cells if c.key not in kept]
         return Plan(left, len(done), median(ratios) if ratios else 1.0, bool(ratios))
 
     def run(
-        self, minutes: float | None = None, on_cell: Callable[[Cell, Mapping], None] | None = None
+        self,
+        minutes: float | None = None,
+        on_cell: Callable[[Cell, Mapping], None] | None = None,
+        together: int = 1,
+        processes: int = 1,
     ) -> list[Cell]:
-        """Measure what is left; a cell that fails is recorded with its reason.
+        """Measure what is left; a cell that fails is recorded with its reason, and not tried twice in a run.
 
         Args:
             minutes: the run ends before a cell that would not fit. None: no limit.
             on_cell: called with each cell and its record.
+            together: cells that share the device. Those that have not ended in time are given up.
+            processes: that measure at the same time, each one cell.
 
         Returns:
             The cells that did not fit.
         """
-        began, cells = time.perf_counter(), self.plan().cells
-        runs = self.ledger.found.setdefault("runs", [])
-        runs.append(self.about)
-        for number, cell in enumerate(cells):
+        run = len(runs := self.ledger.found.setdefault("runs", []))
+        runs.append(self.about | ({"processes": processes} if processes > 1 else {}))
+        began, tried = time.perf_counter(), set()
+
+        def left(seconds: float) -> bool:
             spent = time.perf_counter() - began
-            if minutes is not None and spent + self.plan().seconds(cell) > 60 * minutes:
-                return cells[number:]
-            record = self.ledger.attempt(cell.key, cell.measure, run=len(runs) - 1)
+            return minutes is None or spent + seconds <= 60 * minutes
+
+        def next_cell() -> Cell | None:
+            plan = self.plan()
+            cell = next((c for c in plan.cells if c.key not in tried), None)
+            if cell is None or not left(plan.seconds(cell)):
+                return None
+            tried.add(cell.key)
+            return cell
+
+        def keep(cell: Cell, found: Any, seconds: float) -> None:
+            record = self.ledger.keep(cell.key, found, seconds, run=run)
             if on_cell is not None:
                 on_cell(cell, record)
-        return []
+
+        if processes > 1:
+            self._run_at_once(processes, minutes, run, on_cell)
+        elif together > 1:
+            run_together(next_cell, keep, together, lambda: not left(0))
+        else:
+            while (cell := next_cell()) is not None:
+                record = self.ledger.attempt(cell.key, cell.measure, run=run)
+                if on_cell is not None:
+                    on_cell(cell, record)
+        return [c for c in self.plan().cells if self.known.get(c.key, {}).get("run") != run]
+
+    def _run_at_once(
+        self,
+        processes: int,
+        minutes: float | None,
+        run: int,
+        on_cell: Callable[[Cell, Mapping], None] | None,
+    ) -> None:
+        """Measure what is left in several processes."""
+
+        def keep(cell: Cell, record: dict[str, Any]) -> None:
+            self.ledger.write(cell.key, record | {"run": run})
+            if on_cell is not None:
+                on_cell(cell, record)
+
+        plan, until = self.plan(), None if minutes is None else time.monotonic() + 60 * minutes
+        measure_all(plan.cells, processes, plan.speed, until, keep)
 
     def failed(self) -> dict[str, str]:
         """Reasons of failed cells, by key."""
@@ -125,7 +183,7 @@ class Reproduction:
     def report(self) -> dict[str, Any]:
         """Compute the verdict and write JSON, page and picture; returns the verdict."""
         experiment = self.experiment
-        results = [r["result"] for r in self.known.values() if r["state"] == "done"]
+        results = self.results
         checks = experiment.checks(results)
         # An unfinished ledger decides nothing, nor do sizes that only show that it runs.
         complete = not self.plan().cells
@@ -145,11 +203,13 @@ class Reproduction:
 
 def _settings(experiment: Experiment, size: str, options: Options) -> dict[str, Any]:
     """What all cells of a ledger share; seeds only add cells."""
-    return {
+    numbers, corpus = experiment.sizes[size], experiment.corpus
+    read = {} if corpus is None else {"corpus": corpus(numbers, options)}
+    return read | {
         "experiment": experiment.name,
         "version": experiment.version,
         "size": size,
-        "numbers": asdict(experiment.sizes[size]),
+        "numbers": asdict(numbers),
         "device": options.device.split(":")[0],
         "model": None if options.model is None else _weights(Path(options.model)),
     }

@@ -168,6 +168,23 @@ def recurrent_layer(cache: Any, layer_idx: int | None, num_states: int = 3) -> A
     return layer
 
 
+def convolving_layer(cache: Any, layer_idx: int | None) -> Any:
+    """The layer cache of an attention with short convolutions; None without a cache.
+
+    Raises:
+        ValueError: the cache has no place for the convolutions' inputs.
+    """
+    if cache is None or layer_idx is None:
+        return None
+    if isinstance(cache, StateCache):
+        return cache.layer(layer_idx)
+    layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    raise ValueError(
+        f"past_key_values has {layer} at layer_idx = {layer_idx}, which has no place for short convolutions: "
+        "give attention with use_short_conv a gka.layers.StateCache(), or no cache (use_cache=False)"
+    )
+
+
 def kept(state: Tensor, held: Tensor | None) -> Tensor:
     """The tensor that a cache holds after an update.
 

@@ -112,15 +112,22 @@ class PlainSurround:
     """Single torch modules: on any device, in any dtype, differentiable any number of times."""
 
     def enter(self, mixer: Any, projected: QKV, x: Tensor, call: MixCall) -> tuple[QKV, Gates]:
-        before = self._halos(mixer, projected, call)
-        convolved = (
-            self._expand(mixer, name, self._convolve(mixer, name, y, call, before.get(name)))
-            for name, y in zip("qkv", projected, strict=True)
-        )
-        q, k, v = _split(mixer, tuple(convolved))
+        convolved = zip("qkv", self.convolve(mixer, projected, call), strict=True)
+        # a learned map of key or value heads to all heads, where the mixer has one
+        expanded = (getattr(mixer, f"{name}_expand", lambda x: x)(y) for name, y in convolved)
+        q, k, v = _split(mixer, tuple(expanded))
         q, k = unit(q), unit(k)
         k = k if call.padding is None else call.padding.clear(k)
         return (q, k, v), self.gates(mixer, x, call.padding)
+
+    def convolve(self, mixer: Any, projected: QKV, call: MixCall) -> QKV:
+        """Convolve those of q, k and v [B,T,channels] that have a convolution; updates the layer's cache."""
+        before = self._halos(mixer, projected, call)
+        q, k, v = (
+            self._convolve(mixer, name, y, call, before.get(name))
+            for name, y in zip("qkv", projected, strict=True)
+        )
+        return q, k, v
 
     def gates(self, mixer: Any, x: Tensor, padding: Padding | None = None) -> Gates:
         """beta = sigmoid(b_proj x) + beta_eps, alpha = sigmoid(alpha_proj x),
@@ -166,11 +173,6 @@ class PlainSurround:
             state = convolution.next_state(y, state, call.lengths)
             layer.update_conv_state(state.detach(), idx)
         return out
-
-    def _expand(self, mixer: Any, name: str, y: Tensor) -> Tensor:
-        """Expand key or value heads to all heads if the mixer has a learned map."""
-        expansion = getattr(mixer, f"{name}_expand", None)
-        return y if expansion is None else expansion(y)
 
 
 class FusedSurround:
