@@ -72,7 +72,7 @@ def test_short_convolutions():
 def test_short_convolutions_of_cached_padded_and_packed_rows(kind):
     """Any cut into cached calls, padding on either side, and packing give each row's results alone."""
     torch.manual_seed(0)
-    window = {"window_size": 4} if kind is SlidingWindowAttention else {}
+    window: Any = {"window_size": 4} if kind is SlidingWindowAttention else {}
     layer = kind(24, 4, 2, layer_idx=0, use_short_conv=True, attention_bias=True, **window).double()
     x = torch.randn(2, 12, 24, dtype=torch.float64)
     alone = [layer(x[:1])[0], layer(x[1:, :7])[0]]
