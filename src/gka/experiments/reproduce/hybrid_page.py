@@ -77,7 +77,7 @@ def table(results: Sequence[Found]) -> str:
     head = ("model", "replaced", "loss", "repeated", "recalled", "far", f"needle, {length}",
             f"needle, {4 * length}", f"loss, {2 * length} to {4 * length}", "MB at 2k / 32k",
             "trained, tokens/s", "read, tokens/s")  # fmt: skip
-    sizes = {k: v["tokens"] for k, v in results[0]["slices"].items()}
+    sizes = {k: int(v["tokens"]) for k, v in results[0]["slices"].items()}
     return (
         f"Held-out bytes of Python's standard library, means over {seeds} seed{'s' * (seeds > 1)}. loss: nats"
         f" a byte, blocks of {length}. Accuracies: repeated bytes ({sizes['repeated']:,} of"

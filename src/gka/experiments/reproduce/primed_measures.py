@@ -99,7 +99,7 @@ class Measures:
         losses, right = token_losses(model, self.text.rows, self.batch, self.autocast)
         found = by_slice(losses, right, self.text.repeats.slices(self.length // 4))
         return {
-            name: {key: x if x is None else finite(x, 6) for key, x in values.items()}
+            name: {k: finite(x, 6) if isinstance(x, float) else x for k, x in values.items()}
             for name, values in found.items()
         }
 
