@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,10 @@ def test_a_later_run_goes_on_with_the_ledger(file: Path, tmp_path: Path) -> None
     shutil.copy(file, tmp_path)
     settings = json.loads(file.read_text())["settings"]
     experiment, size = EXPERIMENTS[file.stem], settings["size"]
-    options = Options(settings["device"], tuple(range(experiment.seeds[size])))
+    if experiment.corpus is not None:  # it is made of what is installed: here from other packages
+        experiment = replace(experiment, corpus=lambda *_: settings["corpus"])
+    seeds = tuple(range(experiment.seeds[size]))
+    options = Options(settings["device"], seeds, folder=tmp_path)
     run = Reproduction(experiment, size, options, tmp_path, "")
     done = [r for r in run.known.values() if r["state"] == "done"]
     plan = run.plan()
