@@ -1,5 +1,7 @@
 """The memory's utility by token."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -54,11 +56,12 @@ def test_nothing_is_forgotten_by_a_reset_before_the_beginning(model) -> None:
 def test_bad_input_is_refused(model) -> None:
     """Texts that are too short, and numbers out of range."""
     reader = Reader(model)
-    for arguments, message in (
+    calls: list[tuple[Any, str]] = [
         (([[1, 2, 3]], 1, 4), "the shortest has 3 tokens"),
         (([[1] * 9], 0, 4), "1 <= start < stop"),
         (([[1] * 9], 2, 4, (0,)), "expected numbers of 1 or more"),
         (([[1] * 9], 2, 4, (2,), 0), "expected numbers of 1 or more"),
-    ):
+    ]
+    for arguments, message in calls:
         with pytest.raises(InputError, match=message):
             memory_utility(reader, *arguments)

@@ -39,7 +39,7 @@ def sizes_of(inputs: EndInputs) -> dict[str, Any]:
 def chunks_of(inputs: EndInputs, blocks: int) -> tuple[ChunkLayout, Chunking]:
     """The chunks, and their tables with segments for programs that own one of `blocks` blocks of columns."""
     k, bounds = inputs.k, (inputs.cu_seqlens, inputs.cu_seqlens_cpu)
-    layout = chunk_layout(*k.shape[:2], CHUNK, *bounds)
+    layout = chunk_layout(k.shape[0], k.shape[1], CHUNK, *bounds)
     tokens = Tokens(k, k, inputs.v, None, None, None, None, None, None, *bounds)
     programs = max(1, inputs.heads * blocks * SCAN_PROGRAMS // ENOUGH)
     return layout, chunking(tokens, CHUNK, programs)
