@@ -22,7 +22,11 @@ LAYERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(params=LAYERS)
+QUICK = ("no alpha", "expanded heads, fixed")
+CASES = [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in LAYERS]
+
+
+@pytest.fixture(params=CASES)
 def layer(request: Any, make: Callable[..., Any]) -> GatedKalmaNet:
     return make("gka", **{"sketch_dim": 3, **LAYERS[request.param]})
 

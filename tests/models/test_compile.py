@@ -50,7 +50,11 @@ def packed(tokens: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     ("mixers", "more"),
-    [(PATTERNS[0], lambda tokens: {}), (PATTERNS[0], padded), (PATTERNS[1], packed)],
+    [
+        pytest.param(PATTERNS[0], lambda tokens: {}, marks=pytest.mark.slow),
+        pytest.param(PATTERNS[0], padded, marks=pytest.mark.slow),
+        (PATTERNS[1], packed),
+    ],
 )
 def test_one_graph_trains_on_every_length(build: Build, ids: Ids, mixers: list[str], more: Any):
     """Model and loss compile to one graph at the first length and one more for all lengths after it,

@@ -50,11 +50,17 @@ def test_the_mlps_width_is_filled_in():
 
 def test_every_option_of_the_layer_can_be_configured():
     """No constructor argument of any mixer is out of the configuration's reach."""
-    # the layer's place; sliding_window; rope_options
-    elsewhere = {"layer_idx", "window_size", "inv_freq", "rope_scale"}
+    # the layer's place; sliding_window; rope_options; mixer_overrides
+    elsewhere = {"layer_idx", "window_size", "inv_freq", "rope_scale", "use_short_conv"}
     for mixer in MIXERS.values():
         names = set(inspect.signature(mixer).parameters) - elsewhere
         assert names <= set(vars(GKAConfig())), mixer
+    for name in ("attention", "swa"):
+        more = {name: {"use_short_conv": True}}
+        config = GKAConfig(
+            vocab_size=11, hidden_size=32, num_hidden_layers=1, mixer=name, mixer_overrides=more
+        )
+        assert mixers_of(config)[0].use_short_conv
 
 
 def test_options_reach_the_layers():

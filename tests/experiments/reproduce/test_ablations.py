@@ -136,6 +136,7 @@ def test_held_out_text_is_of_other_documents() -> None:
     assert sum(tuple(row) in known for row in held.tolist()) < len(held) / 10
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_keeps_both_curves() -> None:
     """Losses and norms of every step; times of windows."""
     budget = Budget(length=64, batch=2, steps=24, rate=5e-3, held_out=32, documents=60)
