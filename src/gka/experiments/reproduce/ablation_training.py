@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from gka.evaluation.repeats import gaps
 from gka.layers import parameter_groups
 
 EAGER_STEPS = 3  # before the graph is recorded: kernels are compiled, optimizer states made
@@ -88,14 +89,7 @@ def corpus(length: int, documents: int) -> tuple[Tensor, Tensor, str]:
 
 def seen_before(ids: Tensor) -> Tensor:
     """Where a byte completes an n-gram of NGRAM bytes that its sequence had before, bool like ids [N,T]."""
-    found = torch.zeros_like(ids, dtype=torch.bool)
-    for row, line in enumerate(ids.tolist()):
-        known = set()
-        for end in range(NGRAM, len(line) + 1):
-            gram = tuple(line[end - NGRAM : end])
-            found[row, end - 1] = gram in known
-            known.add(gram)
-    return found
+    return torch.from_numpy(gaps(ids.numpy(), NGRAM) > 0)
 
 
 class Trainer:

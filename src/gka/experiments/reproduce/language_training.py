@@ -18,7 +18,7 @@ from transformers import set_seed
 from gka.data import Holdout, TrainingSequences, vocabulary_size
 from gka.errors import InputError
 from gka.experiments.corpora.build import PARTS, Corpus, open_corpus
-from gka.layers import DeltaNet, decayed_parameters
+from gka.layers import DeltaNet, parameter_groups
 from gka.models import GKAConfig, GKAForCausalLM
 from gka.ops import last_backend, why_not_external
 from gka.training import compilation
@@ -228,14 +228,7 @@ def _now(device: str) -> float:
 
 def _optimizer(model: nn.Module, rate: float) -> torch.optim.AdamW:
     """AdamW as one kernel, which takes `found_inf`: 1 for a step to skip."""
-    decayed = set(decayed_parameters(model))
-    groups = [
-        {
-            "params": [p for n, p in model.named_parameters() if (n in decayed) == on],
-            "weight_decay": x,
-        }
-        for on, x in ((True, 0.1), (False, 0.0))
-    ]
+    groups = parameter_groups(model, 0.1)
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
 
 
